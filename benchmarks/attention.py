@@ -1,0 +1,539 @@
+"""Times causal attention: ours against exact attention and the PyTorch peers, in one run.
+
+    python -m benchmarks.attention                          # the table: L = 1024, 4096, 16384
+    python -m benchmarks.attention --only=ours,exact-jax --lengths=512,2048 --repeats=5
+    python -m benchmarks.attention --crossover --decode --memory --out=attention.json
+
+Sizes: batch 1, 8 heads of 64, 256 features; inputs are N(0, 1), in each library's own axis order. "forward+backward" is the
+output and the gradients of q, k, v and of the learned geometry where there is one. The contenders take turns within every
+repetition, so that whatever else the machine does hits all of them alike: read the ratios, they hold on a busy machine too.
+Contenders that are not installed, or need more memory than is free, are left out with the reason.
+
+With --memory, --decode or --crossover only those are measured; add --lengths to get the table as well.
+"""
+
+import argparse
+import functools
+import gc
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU the peers need memory too
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+from tqdm import tqdm
+
+from darkformer_jax import dark_attention, draw_projections
+
+BATCH, HEADS, HEAD_DIM, FEATURES = 1, 8, 64, 256
+CHUNK = 128
+LENGTHS = (1024, 4096, 16384)
+CROSSOVER_LENGTHS = (256, 512, 1024, 2048, 4096)
+DECODE_CONTEXTS = (4096, 65536)
+MEMORY_LENGTH, MEMORY_LIMIT_GIB = 65536, 3.0
+SETTLE_SECONDS = 0.05  # between two contenders: the idle threads of the one before stop spinning
+SLOW_SECONDS, SLOW_REPEATS = 5.0, 3  # what takes longer than this is repeated this often only
+MEMORY_SHARE = 0.7  # of the free memory that one contender may take
+PEERS = ("torch", "darkformer-pytorch", "performer-pytorch")
+
+
+class Skipped(Exception):
+    """Why a contender is left out."""
+
+
+class Problem(NamedTuple):
+    """What is timed."""
+
+    length: int
+    backward: bool
+    dtype: str  # float32 or bfloat16
+
+
+Run = Callable[[], object]  # does it once and waits for the result
+Row = dict[str, Any]
+
+
+# ---- memory
+
+
+def free_bytes() -> float:
+    """Memory that is free on the device, or on the host where the device is the host; infinite where it is unknown."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return math.inf
+    return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def require_memory(needed: float) -> None:
+    """Raises Skipped where `needed` bytes are more than this run may take."""
+    free = free_bytes()
+    if needed > MEMORY_SHARE * free:
+        raise Skipped(f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
+
+
+# ---- contenders in JAX
+
+
+def jax_run(attend: Callable[..., Array], inputs: tuple[Array, ...], backward: bool) -> Run:
+    """Compiles attend(*inputs), with its gradients if asked, and checks what it will need before it runs."""
+    cotangent = jax.random.normal(jax.random.key(1), inputs[0].shape).astype(inputs[0].dtype)
+
+    def forward_backward(inputs: tuple[Array, ...], cotangent: Array) -> tuple[Array, tuple[Array, ...]]:
+        out, pull_back = jax.vjp(attend, *inputs)
+        return out, pull_back(cotangent)
+
+    if backward:
+        compiled = jax.jit(forward_backward).lower(inputs, cotangent).compile()
+        arguments: tuple[Any, ...] = (inputs, cotangent)
+    else:
+        compiled = jax.jit(attend).lower(*inputs).compile()
+        arguments = inputs
+    memory = compiled.memory_analysis()
+    require_memory(memory.temp_size_in_bytes + memory.output_size_in_bytes)
+    return lambda: jax.block_until_ready(compiled(*arguments))
+
+
+def jax_inputs(length: int, dtype: str) -> tuple[Array, Array, Array]:
+    """q, k and v, [B, L, H, d]."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    shape = (BATCH, length, HEADS, HEAD_DIM)
+    q, k, v = (jax.random.normal(key, shape).astype(dtype) for key in keys)
+    return q, k, v
+
+
+def kernel_parameters() -> tuple[Array, Array]:
+    """Projections [H, m, d] and a geometry [H, d, d] near the identity."""
+    projections = draw_projections(jax.random.key(2), FEATURES, HEAD_DIM, num_heads=HEADS)
+    noise = jax.random.normal(jax.random.key(3), (HEADS, HEAD_DIM, HEAD_DIM))
+    return projections, jnp.eye(HEAD_DIM)[None] + 0.02 * noise
+
+
+def ours_attend(window: int) -> Callable[..., Array]:
+    """(q, k, v, M) -> out."""
+    projections, _ = kernel_parameters()
+
+    def attend(q: Array, k: Array, v: Array, geometry: Array) -> Array:
+        return dark_attention(q, k, v, projections=projections, geometry=geometry, chunk_size=CHUNK, window=window)
+
+    return attend
+
+
+def build_ours(problem: Problem, window: int) -> Run:
+    """`dark_attention`."""
+    inputs = (*jax_inputs(problem.length, problem.dtype), kernel_parameters()[1])
+    return jax_run(ours_attend(window), inputs, problem.backward)
+
+
+def build_exact_jax(problem: Problem) -> Run:
+    """`jax.nn.dot_product_attention`; cuDNN's flash attention where that works, for half precision on a GPU."""
+    fused = problem.dtype != "float32" and jax.default_backend() == "gpu"
+    attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn" if fused else "xla")
+    return jax_run(attend, jax_inputs(problem.length, problem.dtype), problem.backward)
+
+
+# ---- contenders in PyTorch
+
+
+def torch_run(attend: Callable[..., Any], problem: Problem, parameters: Sequence[Any] = ()) -> Run:
+    """attend(q, k, v) on [B, H, L, d], with gradients of q, k, v and `parameters` if asked."""
+    import torch
+
+    device = torch_device()
+    generator = torch.Generator().manual_seed(0)
+    shape = (BATCH, HEADS, problem.length, HEAD_DIM)
+    dtype = getattr(torch, problem.dtype)
+    q, k, v, cotangent = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4))
+    for x in (q, k, v):
+        x.requires_grad_(problem.backward)
+
+    def run() -> object:
+        with torch.set_grad_enabled(problem.backward):
+            result = attend(q, k, v)
+            if problem.backward:
+                result = (result, torch.autograd.grad(result, (q, k, v, *parameters), cotangent))
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return result
+
+    return run
+
+
+def torch_device() -> str:
+    """Where JAX runs, torch runs."""
+    if importlib.util.find_spec("torch") is None:
+        raise Skipped("torch is not installed")
+    import torch
+
+    # XLA's CPU threads are as many as the process may use cores.
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    if jax.default_backend() == "cpu":
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise Skipped(f"this torch cannot use the device that JAX runs on ({jax.default_backend()})")
+    return "cuda"
+
+
+def build_sdpa(problem: Problem) -> Run:
+    """torch's fused exact attention."""
+    torch_device()
+    from torch.nn.functional import scaled_dot_product_attention
+
+    return torch_run(functools.partial(scaled_dot_product_attention, is_causal=True), problem)
+
+
+def build_darkformer_pytorch(problem: Problem) -> Run:
+    """Features everywhere, learned geometry per head, its default chunk of 256, no redraw."""
+    device = torch_device()
+    if importlib.util.find_spec("darkformer_pytorch") is None:
+        raise Skipped("darkformer-pytorch is not installed")
+    import torch
+    from darkformer_pytorch import DarkformerKernelAttention
+
+    module = DarkformerKernelAttention(
+        HEAD_DIM, HEADS, num_features=FEATURES, causal=True, attention_mode="linear", projection_seed=0
+    )
+    module = module.to(device, getattr(torch, problem.dtype)).eval()
+    return torch_run(module, problem, [module.geometry])
+
+
+def build_performer_pytorch(problem: Problem) -> Run:
+    """Its causal path without the extra CUDA extension, which is what `pip install performer-pytorch` gives."""
+    device = torch_device()
+    if importlib.util.find_spec("performer_pytorch") is None:
+        raise Skipped("performer-pytorch is not installed")
+    if problem.backward:  # it keeps a running [m, d] product per token for the backward pass, and its gradient
+        require_memory(2.0 * problem.length * BATCH * HEADS * FEATURES * HEAD_DIM * jnp.dtype(problem.dtype).itemsize)
+    import torch
+    from performer_pytorch import FastAttention
+
+    module = FastAttention(HEAD_DIM, nb_features=FEATURES, causal=True)
+    module = module.to(device, getattr(torch, problem.dtype)).eval()
+    return torch_run(module, problem)
+
+
+CONTENDERS: dict[str, Callable[[Problem], Run]] = {
+    "ours": functools.partial(build_ours, window=0),
+    "ours-hybrid": functools.partial(build_ours, window=CHUNK),
+    "exact-jax": build_exact_jax,
+    "exact-torch": build_sdpa,
+    "darkformer-pytorch": build_darkformer_pytorch,
+    "performer-pytorch": build_performer_pytorch,
+}
+
+
+# ---- measurements
+
+
+def interleave(runs: dict[str, Run], repeats: int, bar: tqdm) -> dict[str, list[float]]:
+    """Seconds of each run, taking turns; the first turn of each (compilation, caches) is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    turns = dict.fromkeys(runs, repeats)
+    for turn in range(-1, repeats):
+        for name, run in runs.items():
+            if turn >= turns[name]:
+                bar.update()
+                continue
+            gc.collect()
+            time.sleep(SETTLE_SECONDS)
+            start = time.perf_counter()
+            run()
+            elapsed = time.perf_counter() - start
+            if turn >= 0:
+                seconds[name].append(elapsed)
+            elif elapsed > SLOW_SECONDS:
+                turns[name] = min(repeats, SLOW_REPEATS)
+            bar.update()
+    return seconds
+
+
+def time_problem(problem: Problem, names: Sequence[str], repeats: int, bar: tqdm) -> list[Row]:
+    """One row per contender: the median, or why there is none."""
+    runs, skipped = {}, {}
+    bar.set_description(f"L={problem.length} {'forward+backward' if problem.backward else 'forward'}")
+    for name in names:
+        try:
+            runs[name] = CONTENDERS[name](problem)
+        except Skipped as reason:
+            skipped[name] = str(reason)
+            bar.update(repeats + 1)
+    seconds = interleave(runs, repeats, bar)
+    rows = []
+    for name in names:
+        row: Row = {"length": problem.length, "pass": "forward+backward" if problem.backward else "forward"}
+        row |= {"contender": name, "skipped": skipped.get(name)}
+        if name in runs:
+            row |= {"median_ms": 1e3 * statistics.median(seconds[name]), "min_ms": 1e3 * min(seconds[name])}
+            row |= {"runs_ms": [1e3 * s for s in seconds[name]]}
+            for base in ("ours", "ours-hybrid"):
+                if base in runs:
+                    # Of runs in the same repetition: what slowed both down cancels.
+                    pairs = zip(seconds[name], seconds[base], strict=False)
+                    row[f"times_{base}"] = statistics.median(mine / theirs for mine, theirs in pairs)
+        rows.append(row)
+    return rows
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows of `time_problem` as text."""
+    lines = [
+        f"{'L':>6}  {'pass':16}  {'contender':18}  {'median ms':>9}  {'min ms':>9}  {'/ ours':>7}  {'/ hybrid':>8}"
+    ]
+    for row in rows:
+        head = f"{row['length']:>6}  {row['pass']:16}  {row['contender']:18}  "
+        if row["skipped"]:
+            lines.append(head + f"skipped: {row['skipped']}")
+            continue
+        ratios = [f"{row[key]:.2f}x" if key in row else "-" for key in ("times_ours", "times_ours-hybrid")]
+        lines.append(head + f"{row['median_ms']:9.1f}  {row['min_ms']:9.1f}  {ratios[0]:>7}  {ratios[1]:>8}")
+    return "\n".join(lines)
+
+
+def time_table(lengths: Sequence[int], names: Sequence[str], repeats: int, dtype: str) -> list[Row]:
+    """All lengths, forward and forward+backward; each part is printed as soon as it is there."""
+    rows: list[Row] = []
+    problems = [Problem(length, backward, dtype) for length in lengths for backward in (False, True)]
+    with tqdm(total=len(problems) * len(names) * (repeats + 1), disable=None, leave=False) as bar:
+        for problem in problems:
+            part = time_problem(problem, names, repeats, bar)
+            text = table(part)
+            tqdm.write(text if not rows else text.partition("\n")[2])
+            rows += part
+    return rows
+
+
+def crossover(rows: Sequence[Row], exact: str, ours: str, direction: str) -> str:
+    """The length from which `ours` is faster than `exact`, interpolated between the two lengths around it."""
+    ratios = sorted(
+        (row["length"], math.log(row[f"times_{ours}"]))
+        for row in rows
+        if row["contender"] == exact and row["pass"] == direction and not row["skipped"]
+    )
+    if not ratios:
+        return "unknown"
+    if ratios[0][1] > 0:
+        return f"below {ratios[0][0]}"
+    for (low, before), (high, after) in zip(ratios, ratios[1:], strict=False):
+        if after > 0:
+            return f"{low * (high / low) ** (before / (before - after)):.0f}"
+    return f"above {ratios[-1][0]}"
+
+
+def time_crossover(names: Sequence[str], repeats: int, dtype: str) -> tuple[list[Row], list[Row]]:
+    """(timings, the lengths from which each of ours overtakes each exact attention)."""
+    names = [name for name in names if name in ("ours", "ours-hybrid", "exact-jax", "exact-torch")]
+    rows = time_table(CROSSOVER_LENGTHS, names, repeats, dtype)
+    found: list[Row] = [
+        {"ours": ours, "exact": exact, "pass": direction, "length": crossover(rows, exact, ours, direction)}
+        for exact in ("exact-jax", "exact-torch")
+        for ours in ("ours", "ours-hybrid")
+        for direction in ("forward", "forward+backward")
+        if {ours, exact} <= set(names)
+    ]
+    print("\nfaster than exact attention from this length on:")
+    for row in found:
+        print(f"  {row['ours']:12}  {row['exact']:12}  {row['pass']:16}  {row['length']}")
+    return rows, found
+
+
+def decode_run(context: int, window: int, dtype: str) -> Run:
+    """CHUNK tokens, one after the other, after `context` tokens: so that every run folds the window exactly once."""
+    inputs = (*jax_inputs(context, dtype), kernel_parameters()[1])
+    q, k, v = (x[:, :1] for x in inputs[:3])
+    projections, geometry = kernel_parameters()
+    attend = functools.partial(dark_attention, geometry=geometry, chunk_size=CHUNK, window=window)
+
+    @jax.jit
+    def prefill(q: Array, k: Array, v: Array, projections: Array) -> Any:
+        return attend(q, k, v, projections=projections, return_state=True)[1]
+
+    @functools.partial(jax.jit, donate_argnums=4)
+    def step(q: Array, k: Array, v: Array, projections: Array, state: Any) -> tuple[Array, Any]:
+        return attend(q, k, v, projections=projections, state=state, return_state=True)
+
+    kept = [prefill(*inputs[:3], projections)]
+
+    def run() -> None:
+        for _ in range(CHUNK):
+            out, kept[0] = step(q, k, v, projections, kept[0])
+        jax.block_until_ready((out, kept[0]))
+
+    return run
+
+
+def decode_exact_run(context: int, dtype: str) -> Run:
+    """CHUNK times one query against a cache of `context` keys, to compare with."""
+    q, k, v = jax_inputs(context, dtype)
+    q = q[:, -1:]
+    attend = jax.jit(functools.partial(jax.nn.dot_product_attention, implementation="xla"))
+
+    def run() -> None:
+        for _ in range(CHUNK):
+            out = attend(q, k, v)
+        jax.block_until_ready(out)
+
+    return run
+
+
+def time_decode(repeats: int, dtype: str) -> list[Row]:
+    """Milliseconds a token after a short and a long context."""
+    runs: dict[str, Run] = {}
+    for context in DECODE_CONTEXTS:
+        runs[f"ours {context}"] = decode_run(context, 0, dtype)
+        runs[f"ours-hybrid {context}"] = decode_run(context, CHUNK, dtype)
+        runs[f"exact-jax {context}"] = decode_exact_run(context, dtype)
+    with tqdm(total=len(runs) * (repeats + 1), desc="decode", disable=None, leave=False) as bar:
+        seconds = interleave(runs, repeats, bar)
+    rows = []
+    short, long = DECODE_CONTEXTS
+    print(f"\ntime a token, ms         after {short}  after {long}  ratio")
+    for name in ("ours", "ours-hybrid", "exact-jax"):
+        first, second = (seconds[f"{name} {context}"] for context in DECODE_CONTEXTS)
+        ratio = statistics.median(b / a for a, b in zip(first, second, strict=False))
+        medians = [1e3 * statistics.median(times) / CHUNK for times in (first, second)]
+        rows.append({"contender": name, "ms_a_token": dict(zip(DECODE_CONTEXTS, medians, strict=True)), "ratio": ratio})
+        print(f"  {name:20}  {medians[0]:10.3f}  {medians[1]:11.3f}  {ratio:5.2f}")
+    return rows
+
+
+def resident_bytes() -> int:
+    """Memory of this process now (Linux), or the most it ever had."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """The most memory this process ever had."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def memory_growth(window: int, dtype: str) -> int:
+    """Bytes that forward+backward adds, gradients included, on top of the inputs. Needs a process of its own."""
+    run = build_ours(Problem(MEMORY_LENGTH, True, dtype), window)
+    device = jax.devices()[0]
+    stats = device.memory_stats() or {}
+    before = stats.get("bytes_in_use", resident_bytes())
+    run()
+    stats = device.memory_stats() or {}
+    return stats.get("peak_bytes_in_use", peak_resident_bytes()) - before
+
+
+def measure_memory(dtype: str) -> list[Row]:
+    """Peak memory growth of forward+backward, each in a fresh process."""
+    rows = []
+    print(f"\nmemory of forward+backward at L = {MEMORY_LENGTH} (limit {MEMORY_LIMIT_GIB} GiB):")
+    for name, window in (("ours", 0), ("ours-hybrid", CHUNK)):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            gib = pool.apply(memory_growth, (window, dtype)) / 2**30
+        rows.append({"contender": name, "length": MEMORY_LENGTH, "gib": gib, "within_limit": gib < MEMORY_LIMIT_GIB})
+        print(f"  {name:12}  {gib:.2f} GiB{'' if gib < MEMORY_LIMIT_GIB else '  OVER THE LIMIT'}")
+    return rows
+
+
+# ---- command line
+
+
+def environment(dtype: str) -> Row:
+    """What the numbers depend on."""
+    versions = {}
+    for package in ("jax", "jaxlib", *PEERS):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "device": jax.devices()[0].device_kind,
+        "backend": jax.default_backend(),
+        "cpus": os.cpu_count(),
+        "load_average": os.getloadavg(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "dtype": dtype,
+        "sizes": {"batch": BATCH, "heads": HEADS, "head_dim": HEAD_DIM, "features": FEATURES, "chunk": CHUNK},
+    }
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Flags, checked."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--lengths", help=f"tokens, comma-separated (default {','.join(map(str, LENGTHS))})")
+    parser.add_argument(
+        "--repeats", type=int, default=7, help="turns of each contender; medians are reported (default 7)"
+    )
+    parser.add_argument(
+        "--only", default=",".join(CONTENDERS), help="contenders, comma-separated (default %(default)s)"
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default %(default)s)")
+    parser.add_argument("--decode", action="store_true", help="time a token after 4k and after 64k tokens of context")
+    parser.add_argument("--memory", action="store_true", help="peak memory growth of forward+backward at L = 65,536")
+    parser.add_argument("--crossover", action="store_true", help="the length from which ours is faster than exact")
+    parser.add_argument("--out", type=Path, help="also write everything to this JSON file")
+    flags = parser.parse_args(arguments)
+    flags.only = flags.only.split(",")
+    unknown = set(flags.only) - set(CONTENDERS)
+    if unknown:
+        parser.error(f"--only: unknown {', '.join(sorted(unknown))}; allowed: {', '.join(CONTENDERS)}")
+    try:
+        flags.lengths = None if flags.lengths is None else [int(length) for length in flags.lengths.split(",")]
+    except ValueError:
+        parser.error(f"--lengths={flags.lengths}: expected whole numbers, comma-separated")
+    if flags.repeats < 1 or min(flags.lengths or [1]) < 1:
+        parser.error("--repeats and --lengths must be at least 1")
+    if flags.out and not flags.out.absolute().parent.is_dir():
+        parser.error(f"--out={flags.out}: there is no directory {flags.out.absolute().parent}")
+    if flags.lengths is None and not (flags.decode or flags.memory or flags.crossover):
+        flags.lengths = list(LENGTHS)
+    return flags
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs what the flags ask for."""
+    flags = parse(arguments)
+    if flags.dtype == "float32":
+        jax.config.update("jax_default_matmul_precision", "float32")  # as torch does: no tf32 behind float32's name
+    results: Row = {"environment": environment(flags.dtype)}
+    described = results["environment"]
+    print(
+        f"{described['device']}, {described['cpus']} CPUs, load {described['load_average'][0]:.1f}, {flags.dtype}; ",
+        end="",
+    )
+    print(", ".join(f"{name} {version}" for name, version in described["versions"].items() if version))
+    if flags.memory:  # first: a child process starts from its parent's peak memory
+        results["memory"] = measure_memory(flags.dtype)
+    if flags.decode:
+        results["decode"] = time_decode(flags.repeats, flags.dtype)
+    if flags.crossover:
+        results["crossover_timings"], results["crossover"] = time_crossover(flags.only, flags.repeats, flags.dtype)
+    if flags.lengths:
+        results["table"] = time_table(flags.lengths, flags.only, flags.repeats, flags.dtype)
+    results["load_average_after"] = os.getloadavg()
+    if flags.out:
+        flags.out.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"\nwritten to {flags.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Every field of an experiment, with its default, its unit and what it allows. The only place with defaults.
+
+Other configs call `get_config()` from here and change what their experiment needs. Unknown fields are refused by
+ml_collections (the config is locked), contradictory values by `darkformer_jax.config.validate`, both before any compile.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """A small byte-level DARKFormer on the Python standard library's own text."""
+    c = ml_collections.ConfigDict()
+
+    c.seed = 0  # every random choice (weights, projections, data order) is a function of this and the step
+    c.num_steps = 1000  # optimizer steps
+    c.batch_size = 16  # sequences an optimizer step, over all devices
+    c.sequence_length = 512  # tokens a sequence
+    c.accumulation_steps = 1  # micro-batches an optimizer step; divides batch_size
+    c.init_from = ""  # a workdir whose newest weights start this run ("" = from scratch); may change the mechanism
+
+    m = c.model = ml_collections.ConfigDict()
+    m.vocab_size = 0  # 0 = the tokenizer's; larger pads the table, smaller is refused
+    m.num_layers = 4
+    m.embed_dim = 128
+    m.num_heads = 4  # query heads
+    m.num_kv_heads = 4  # key/value heads; divides num_heads
+    m.head_dim = 32
+    m.mlp_dim = 384  # hidden width of the gated MLP
+    m.activation = "silu"  # of the MLP gate: silu (Llama) | gelu_tanh (Gemma)
+    m.norm_eps = 1e-6
+    m.rope_theta = 10000.0
+    m.qk_norm = False  # RMSNorm of each head's q and k before RoPE
+    m.tie_embeddings = True
+    m.scale_embeddings = False  # multiply embeddings by sqrt(embed_dim) (Gemma)
+    m.logit_softcap = 0.0  # cap * tanh(logits / cap); 0 = none (Gemma 2: 30)
+    m.dtype = "bfloat16"  # of activations and matmul operands: bfloat16 | float32; weights and logits are float32
+    m.remat = "none"  # what the backward pass recomputes, per block: none | dots (keep matmul outputs) | full
+
+    a = m.attention = ml_collections.ConfigDict()
+    a.kind = "dark"  # softmax | performer | dark | lfk | random | constant | window_only
+    a.pattern = ""  # kinds of successive layers, repeated: "softmax,dark,dark"; "" = `kind` everywhere
+    a.num_features = 64  # m, random features a head
+    a.projections = "orthogonal"  # iid | orthogonal | orthogonal_unsigned (biased; reproduces public Performer codes)
+    a.redraw_every = 0  # optimizer steps between redraws of the projections; 0 = never
+    a.geometry_init = 1.0  # M starts as this times the identity
+    a.chunk_size = 128  # tokens a chunk of the linear scan
+    a.window = 0  # tokens before the own chunk that are seen exactly; a multiple of chunk_size; 0 = features everywhere
+    a.num_sinks = 0  # first tokens of a document that every query sees exactly; needs a window
+
+    d = c.data = ml_collections.ConfigDict()
+    d.source = "stdlib"  # stdlib | text | news | array_record
+    d.files = ""  # text: comma-separated globs of .txt, .txt.gz, .jsonl, .jsonl.gz; array_record: prepare_data's directory
+    d.tokenizer = "bytes"  # bytes | bpe:<vocab> (trained on the training split) | a tokenizer.json | a SentencePiece .model
+    # ("" with array_record: whatever the data was prepared with)
+    d.heldout_fraction = 0.05  # of the documents, chosen by a hash of each; never trained on
+    d.num_workers = 0  # grain worker processes; 0 = threads in this process
+
+    o = c.optimizer = ml_collections.ConfigDict()  # AdamW
+    o.learning_rate = 3e-3  # peak
+    o.geometry_learning_rate = 3e-3  # peak, of M and of learned projections
+    o.warmup_steps = 50
+    o.schedule = "cosine"  # cosine | rsqrt | constant, after the warm-up
+    o.final_fraction = 0.1  # cosine ends at this fraction of the peak
+    o.b1 = 0.9
+    o.b2 = 0.95
+    o.eps = 1e-8
+    o.weight_decay = 0.1  # of matrices; never of M, norms or biases
+    o.clip_norm = 1.0  # global gradient norm; 0 = no clipping
+    o.z_loss = 1e-4  # weight of mean(logsumexp(logits)^2); 0 = none
+
+    e = c.eval = ml_collections.ConfigDict()
+    e.every = 100  # steps; 0 = only at the end
+    e.batches = 0  # held-out batches an evaluation; 0 = the whole split, as always after the last step
+    e.batch_size = 16
+
+    k = c.checkpoint = ml_collections.ConfigDict()
+    k.every = 100  # steps; 0 = only at the end
+    k.keep = 3  # newest checkpoints kept; the best by held-out loss is kept beside them
+
+    g = c.log = ml_collections.ConfigDict()
+    g.every = 10  # steps between lines of metrics.jsonl
+
+    s = c.sample = ml_collections.ConfigDict()  # printed at the end and written to samples.txt
+    s.prompts = ("def ", "import ", "The ")
+    s.max_new_tokens = 120
+    s.temperature = 0.8
+    s.top_k = 0  # 0 = all
+    s.top_p = 1.0
+
+    h = c.mesh = ml_collections.ConfigDict()  # devices an axis; at most one -1 = what is left
+    h.data = -1
+    h.fsdp = 1
+    h.tensor = 1
+
+    return c.lock()

@@ -1,0 +1,14 @@
+"""The mechanisms, by the name that `model.attention.kind` gives them."""
+
+from darkformer_jax.attention.features import Constant, Dark, LearnedFeatures, Performer, Random, WindowOnly
+from darkformer_jax.attention.softmax import Softmax
+
+MECHANISMS = {
+    "softmax": Softmax,
+    "performer": Performer,
+    "dark": Dark,
+    "lfk": LearnedFeatures,
+    "random": Random,
+    "constant": Constant,
+    "window_only": WindowOnly,
+}

@@ -1,0 +1,56 @@
+"""One attention layer: projections, grouped heads, QK-norm and RoPE around a mechanism."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from darkformer_jax.attention import MECHANISMS
+from darkformer_jax.attention.positions import rope
+from darkformer_jax.attention.spec import AttentionSpec
+from darkformer_jax.layers import Linear, RMSNorm
+from darkformer_jax.sharding import constrain
+
+
+class Attention(nnx.Module):
+    """x -> x: q, k, v = x Wq, x Wk, x Wv; RMSNorm of q and k if asked; RoPE; the mechanism; Wo."""
+
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        kind: str,
+        embed_dim: int,
+        *,
+        qk_norm: bool,
+        norm_eps: float,
+        rope_theta: float,
+        dtype: jax.typing.DTypeLike,
+        layer: int | Array,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.rope_theta = rope_theta
+        shape = (embed_dim, spec.num_heads, spec.head_dim)
+        kv_shape = (embed_dim, spec.num_kv_heads, spec.head_dim)
+        self.q = Linear(shape, ("embed", "heads", None), rngs=rngs, dtype=dtype)
+        self.k = Linear(kv_shape, ("embed", "kv_heads", None), rngs=rngs, dtype=dtype)
+        self.v = Linear(kv_shape, ("embed", "kv_heads", None), rngs=rngs, dtype=dtype)
+        self.out = Linear(
+            (spec.num_heads, spec.head_dim, embed_dim), ("heads", None, "embed"), num_inputs=2, rngs=rngs, dtype=dtype
+        )
+        self.q_norm = RMSNorm(spec.head_dim, norm_eps, axis=None) if qk_norm else None
+        self.k_norm = RMSNorm(spec.head_dim, norm_eps, axis=None) if qk_norm else None
+        self.mechanism = MECHANISMS[kind](spec, layer)
+
+    def __call__(self, x: Array, segment_ids: Array, positions: Array, state: Any = None) -> tuple[Array, Any]:
+        """x [b, n, embed_dim]; segment_ids and positions [b, n]. Returns the same shape and the mechanism's state."""
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rope(q, positions, self.rope_theta), rope(k, positions, self.rope_theta)
+        q = constrain(q, "batch", None, "heads", None)
+        k = constrain(k, "batch", None, "kv_heads", None)
+        v = constrain(v, "batch", None, "kv_heads", None)
+        mixed, state = self.mechanism(q, k, v, segment_ids=segment_ids, positions=positions, state=state)
+        return self.out(constrain(mixed, "batch", None, "heads", None)), state

@@ -1,0 +1,159 @@
+"""From a config (ml_collections, or the JSON of a workdir) to checked values; every mistake is found before any compile."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
+
+import ml_collections
+
+from darkformer_jax.attention import MECHANISMS
+from darkformer_jax.attention.spec import AttentionSpec
+from darkformer_jax.errors import UserError
+from darkformer_jax.layers import ACTIVATIONS
+from darkformer_jax.model import REMAT_POLICIES, ModelSpec
+from darkformer_jax.ops.projections import ProjectionKind
+
+SCHEDULES = ("cosine", "rsqrt", "constant")
+DTYPES = ("bfloat16", "float32")
+FEATURE_KINDS = ("performer", "dark", "lfk", "random")
+
+_AT_LEAST_ONE = (
+    "num_steps batch_size sequence_length accumulation_steps model.num_layers model.embed_dim model.num_heads "
+    "model.num_kv_heads model.head_dim model.mlp_dim model.attention.num_features model.attention.chunk_size "
+    "eval.batch_size checkpoint.keep log.every sample.max_new_tokens"
+).split()
+_AT_LEAST_ZERO = (
+    "seed model.vocab_size model.attention.redraw_every model.attention.window model.attention.num_sinks "
+    "model.logit_softcap data.num_workers optimizer.warmup_steps optimizer.weight_decay optimizer.clip_norm "
+    "optimizer.z_loss optimizer.geometry_learning_rate eval.every eval.batches checkpoint.every sample.temperature "
+    "sample.top_k"
+).split()
+_POSITIVE = "model.norm_eps model.rope_theta model.attention.geometry_init optimizer.learning_rate optimizer.eps".split()
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "model.activation": tuple(ACTIVATIONS),
+    "model.dtype": DTYPES,
+    "model.remat": ("none", *REMAT_POLICIES),
+    "model.attention.kind": tuple(MECHANISMS),
+    "model.attention.projections": get_args(ProjectionKind),
+    "optimizer.schedule": SCHEDULES,
+}
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError for the first field that is out of range or contradicts another, naming it and what is allowed."""
+    flat = dict(_flatten(config.to_dict()))
+    for names, smallest in ((_AT_LEAST_ONE, 1), (_AT_LEAST_ZERO, 0)):
+        for name in names:
+            _require(flat[name] >= smallest, f"{name} = {flat[name]}: must be at least {smallest}")
+    for name in _POSITIVE:
+        _require(flat[name] > 0, f"{name} = {flat[name]}: must be positive")
+    for name, allowed in _CHOICES.items():
+        _require(flat[name] in allowed, f"{name} = {flat[name]!r}: allowed: {', '.join(allowed)}")
+    _validate_model(config.model)
+    _validate_training(config)
+
+
+def _validate_model(model: ml_collections.ConfigDict) -> None:
+    attention = model.attention
+    _require(
+        model.num_heads % model.num_kv_heads == 0,
+        f"model.num_heads = {model.num_heads} is not a multiple of model.num_kv_heads = {model.num_kv_heads}",
+    )
+    _require(model.head_dim % 2 == 0, f"model.head_dim = {model.head_dim}: must be even, for rotary positions")
+    kinds = pattern_of(model)
+    for kind in kinds:
+        _require(kind in MECHANISMS, f"model.attention.pattern has {kind!r}: allowed: {', '.join(MECHANISMS)}")
+    _require(
+        model.num_layers % len(kinds) == 0,
+        f"model.attention.pattern has {len(kinds)} entries, which does not divide model.num_layers = {model.num_layers}",
+    )
+    _require(
+        attention.window % attention.chunk_size == 0,
+        f"model.attention.window = {attention.window} is not a multiple of chunk_size = {attention.chunk_size}",
+    )
+    _require(
+        not attention.num_sinks or attention.window > 0,
+        f"model.attention.num_sinks = {attention.num_sinks} needs a window; model.attention.window = 0",
+    )
+    for kind in kinds:
+        if kind in ("random", "constant"):
+            _require(
+                not attention.window, f"model.attention.window = {attention.window}: {kind!r} does not look at q and k"
+            )
+        if kind == "window_only":
+            _require(attention.window > 0, "model.attention.window = 0: 'window_only' needs a window")
+    _require(
+        not attention.redraw_every or bool({"performer", "dark", "random"} & set(kinds)),
+        f"model.attention.redraw_every = {attention.redraw_every}, but {', '.join(kinds)} has no random projections",
+    )
+
+
+def _validate_training(config: ml_collections.ConfigDict) -> None:
+    optimizer, sample = config.optimizer, config.sample
+    _require(config.seed < 2**32, f"seed = {config.seed}: must be below 2**32")
+    _require(
+        config.batch_size % config.accumulation_steps == 0,
+        f"batch_size = {config.batch_size} is not a multiple of accumulation_steps = {config.accumulation_steps}",
+    )
+    _require(
+        optimizer.warmup_steps < config.num_steps or config.num_steps == 1,
+        f"optimizer.warmup_steps = {optimizer.warmup_steps} is not shorter than num_steps = {config.num_steps}",
+    )
+    for name in ("b1", "b2"):
+        value = optimizer[name]
+        _require(0 <= value < 1, f"optimizer.{name} = {value}: must be in [0, 1)")
+    _require(0 <= optimizer.final_fraction <= 1, f"optimizer.final_fraction = {optimizer.final_fraction}: must be in [0, 1]")
+    _require(0 < sample.top_p <= 1, f"sample.top_p = {sample.top_p}: must be in (0, 1]")
+    fraction = config.data.heldout_fraction
+    _require(0 < fraction < 1, f"data.heldout_fraction = {fraction}: must be between 0 and 1")
+
+
+def pattern_of(model: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """The mechanisms of successive layers, repeated over the depth."""
+    pattern = model.attention.pattern
+    return tuple(kind.strip() for kind in pattern.split(",")) if pattern else (model.attention.kind,)
+
+
+def model_spec(config: ml_collections.ConfigDict, tokenizer_vocab: int) -> ModelSpec:
+    """The model that a validated config and its tokenizer make.
+
+    Raises:
+      UserError: a model.vocab_size below the tokenizer's.
+    """
+    model, attention = config.model, config.model.attention
+    if 0 < model.vocab_size < tokenizer_vocab:
+        raise UserError(f"model.vocab_size = {model.vocab_size} is smaller than the tokenizer's {tokenizer_vocab}")
+    names = "num_layers embed_dim mlp_dim activation norm_eps rope_theta qk_norm tie_embeddings scale_embeddings"
+    fields = {name: model[name] for name in (names + " logit_softcap dtype remat").split()}
+    spec = AttentionSpec(
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        num_features=attention.num_features,
+        projections=attention.projections,
+        geometry_init=attention.geometry_init,
+        chunk_size=attention.chunk_size,
+        window=attention.window,
+        num_sinks=attention.num_sinks,
+        seed=config.seed,
+    )
+    return ModelSpec(
+        vocab_size=model.vocab_size or tokenizer_vocab, pattern=pattern_of(model), attention=spec, **fields
+    )
+
+
+def from_json(saved: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """The config of a workdir's config.json."""
+    return ml_collections.ConfigDict(saved).lock()
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)

@@ -1,0 +1,96 @@
+"""Text on disk to batches of tokens: sources, tokenizers, streams, batches. Knows nothing of models or configs."""
+
+import dataclasses
+
+from darkformer_jax.data.batches import Batch, heldout_batches, num_rows, train_batches
+from darkformer_jax.data.heldout import HeldoutSplit
+from darkformer_jax.data.prepared import load_prepared
+from darkformer_jax.data.sources import CORPUS_SOURCES, open_corpus
+from darkformer_jax.data.stream import TokenStream, memory_stream
+from darkformer_jax.data.tokenizers import (
+    Tokenizer,
+    check_tokenizer_is,
+    has_tokenizer,
+    load_tokenizer,
+    make_tokenizer,
+)
+from darkformer_jax.errors import UserError
+
+__all__ = [
+    "Batch",
+    "Data",
+    "TokenStream",
+    "Tokenizer",
+    "heldout_batches",
+    "load_data",
+    "load_tokenizer",
+    "num_rows",
+    "train_batches",
+]
+
+PREPARED_SOURCE = "array_record"
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """A corpus ready to train on: both splits as token streams, and their tokenizer.
+
+    Attributes:
+      train, heldout: the splits.
+      tokenizer: of both.
+      heldout_documents: texts of the held-out split where it is in memory, else None.
+    """
+
+    train: TokenStream
+    heldout: TokenStream
+    tokenizer: Tokenizer
+    heldout_documents: tuple[str, ...] | None
+
+    def heldout_text(self) -> bytes | None:
+        """The held-out documents as UTF-8, end to end: `heldout.num_bytes` bytes. None for prepared data."""
+        return None if self.heldout_documents is None else "".join(self.heldout_documents).encode("utf-8")
+
+
+def load_data(
+    source: str,
+    files: str,
+    tokenizer: str,
+    heldout_fraction: float,
+    tokenizer_dir: str | None = None,
+    *,
+    verify: bool = True,
+) -> Data:
+    """The data that a config's `data` section names.
+
+    Args:
+      source: stdlib | text | news, read into memory; array_record, read from a prepared directory as training goes.
+      files: globs or directories of the source; for array_record the prepared directory.
+      tokenizer: bytes | bpe:<n> | a path. For array_record: the one the data was prepared with, or "".
+      heldout_fraction: of the documents; for array_record the preparation has decided.
+      tokenizer_dir: a workdir; a tokenizer saved there is used and must match.
+      verify: array_record: compare the shards' hashes, which reads all of them once.
+
+    Raises:
+      UserError: anything about the arguments or the files that does not fit, in one line.
+    """
+    saved = load_tokenizer(tokenizer_dir) if tokenizer_dir and has_tokenizer(tokenizer_dir) else None
+    if source == PREPARED_SOURCE:
+        train, heldout, prepared_with = load_prepared(files, verify=verify)
+        if tokenizer:
+            check_tokenizer_is(tokenizer, prepared_with, files)
+        if saved and saved.fingerprint != prepared_with.fingerprint:
+            raise UserError(
+                f"the tokenizer in {tokenizer_dir} (fingerprint {saved.fingerprint[:12]}) is not the one of the data in"
+                f" {files} (fingerprint {prepared_with.fingerprint[:12]})"
+            )
+        return Data(train, heldout, prepared_with, None)
+    if source not in CORPUS_SOURCES:
+        allowed = ", ".join((*CORPUS_SOURCES, PREPARED_SOURCE))
+        raise UserError(f"data source {source!r} is unknown; allowed: {allowed}")
+    if saved:
+        check_tokenizer_is(tokenizer, saved, tokenizer_dir or "")
+    texts: tuple[list[str], list[str]] = ([], [])
+    for is_heldout, document in HeldoutSplit(open_corpus(source, files), heldout_fraction).documents():
+        texts[is_heldout].append(document.text)
+    used = saved or make_tokenizer(tokenizer, lambda: texts[False])
+    return Data(memory_stream(texts[False], used), memory_stream(texts[True], used), used, tuple(texts[True]))

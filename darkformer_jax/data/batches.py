@@ -1,0 +1,133 @@
+"""From a token stream to batches of next-token prediction.
+
+Row i predicts tokens i*L + 1 .. i*L + L from tokens i*L .. i*L + L - 1, so that the rows 0 .. num_rows - 1 predict
+every token of the stream but its first exactly once. What a batch holds is a pure function of (seed, step).
+"""
+
+import functools
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from darkformer_jax.data.stream import TokenStream
+from darkformer_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+_READ_THREADS = 4
+_PREFETCHED_BATCHES = 16
+
+
+def num_rows(stream: TokenStream, sequence_length: int) -> int:
+    """Rows of `sequence_length` targets that cover the stream; the last one may be partly padding."""
+    return max(1, -(-(stream.num_tokens - 1) // sequence_length))
+
+
+def make_batch(stream: TokenStream, sequence_length: int, rows: np.ndarray) -> Batch:
+    """The batch of the given rows; rows behind the stream's end are padding.
+
+    Args:
+      stream: the split.
+      sequence_length: L.
+      rows: [B] row numbers.
+
+    Returns:
+      Arrays [B, L]: inputs and targets (int32 ids), segment_ids (int32; documents of the row counted from 1, 0 =
+      padding), positions (int32; from 0 at each document's start, and at the row's where it cuts a document), weights
+      (float32; 1 = the target counts in the loss).
+    """
+    starts = rows.astype(np.int64) * sequence_length
+    tokens, is_start = stream.read(starts, sequence_length + 1)
+    column = np.arange(sequence_length, dtype=np.int32)
+    has_target = starts[:, None] + column + 1 < stream.num_tokens
+
+    begins = is_start[:, :-1].copy()
+    begins[:, 0] = True  # a document cut by the row's start begins again
+    segment_ids = np.cumsum(begins, axis=1, dtype=np.int32)
+    positions = column - np.maximum.accumulate(np.where(begins, column, 0), axis=1)
+    counts = has_target if stream.starts_are_targets else has_target & ~is_start[:, 1:]
+    return {
+        "inputs": np.where(has_target, tokens[:, :-1], 0),
+        "targets": np.where(has_target, tokens[:, 1:], 0),
+        "segment_ids": np.where(has_target, segment_ids, 0),
+        "positions": np.where(has_target, positions, 0),
+        "weights": counts.astype(np.float32),
+    }
+
+
+def train_batches(
+    stream: TokenStream,
+    *,
+    seed: int,
+    batch_size: int,
+    sequence_length: int,
+    start_step: int = 0,
+    num_workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Endless training batches from `start_step` on, every epoch in another order.
+
+    Step s reads the rows s*B .. (s+1)*B - 1 of the shuffled, repeated row numbers; of these process p of P gets the
+    p-th contiguous part, so the P parts concatenated do not depend on P.
+
+    Args:
+      stream: the training split.
+      seed: of the order, 0 .. 2**32 - 1.
+      batch_size: B, over all processes.
+      sequence_length: L, tokens a row.
+      start_step: the step of the first batch; resuming needs nothing else.
+      num_workers: worker processes; 0 = threads of this process. Absl flags must be parsed for workers to start.
+      process_index, process_count: p and P of this host.
+
+    Raises:
+      UserError: a batch size that the processes do not divide, a seed out of range.
+    """
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed={seed} is out of range; allowed: 0 to {2**32 - 1}")
+    rows = _row_order(stream, seed, sequence_length)
+    batches = rows.batch(_local_size(batch_size, process_count))[process_index::process_count][start_step:]
+    read_options = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=_PREFETCHED_BATCHES)
+    dataset = batches.map(functools.partial(make_batch, stream, sequence_length)).to_iter_dataset(read_options)
+    if num_workers:
+        options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
+        dataset = dataset.mp_prefetch(options)
+    return iter(dataset)
+
+
+def heldout_batches(
+    stream: TokenStream,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    max_batches: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """The split in order, every target once; the last batch is filled up with rows of padding.
+
+    Args:
+      stream: the held-out split.
+      batch_size: B, over all processes.
+      sequence_length: L, tokens a row.
+      max_batches: stop after so many; 0 = the whole split.
+      process_index, process_count: as in `train_batches`.
+    """
+    local_size = _local_size(batch_size, process_count)
+    num_batches = -(-num_rows(stream, sequence_length) // batch_size)
+    for index in range(min(num_batches, max_batches or num_batches)):
+        first = index * batch_size + process_index * local_size
+        yield make_batch(stream, sequence_length, np.arange(first, first + local_size))
+
+
+def _row_order(stream: TokenStream, seed: int, sequence_length: int) -> grain.MapDataset:
+    # `.seed` hashes the seed. `.shuffle(seed)` would not, and as it adds the epoch to it, run 0's second epoch would be
+    # run 1's first.
+    return grain.MapDataset.range(num_rows(stream, sequence_length)).seed(seed).shuffle().repeat()
+
+
+def _local_size(batch_size: int, process_count: int) -> int:
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(f"batch_size={batch_size} is not a positive multiple of the {process_count} processes")
+    return batch_size // process_count

@@ -1,0 +1,197 @@
+"""Where documents come from: the Python standard library, text files, the One Billion Word release.
+
+A `Corpus` can be read any number of times and always yields the same documents in the same order.
+"""
+
+import dataclasses
+import fnmatch
+import glob
+import importlib
+import os
+import sysconfig
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from darkformer_jax.data.text_files import OnRead, read_json_lines, read_lines, read_pieces
+from darkformer_jax.errors import UserError
+
+TEXT_SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
+NEWS_PATTERN = "news.en-?????-of-?????"
+CORPUS_SOURCES = ("stdlib", "text", "news")
+
+# Tests of the library and whatever was installed beside it are not the standard library's own text.
+_STDLIB_SKIPPED_DIRECTORIES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_TOPICS = "pydoc_data/topics.py"
+
+
+class Document(NamedTuple):
+    """One document and where it was found (a path, with a line or an offset where a file holds several)."""
+
+    name: str
+    text: str
+
+
+def identity_by_name(document: Document) -> str:
+    """The document's name: the same module is held out on every machine and Python version."""
+    return document.name
+
+
+def identity_by_text(document: Document) -> str:
+    """The document's text: copies of one document always fall on the same side of the split."""
+    return document.text
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Documents in a fixed order.
+
+    Attributes:
+      num_bytes: bytes on disk (compressed where the files are); what `on_read` adds up to over one pass.
+      documents: `documents(on_read)` begins one pass.
+      identity: what the held-out split hashes.
+    """
+
+    num_bytes: int
+    documents: Callable[[OnRead], Iterator[Document]]
+    identity: Callable[[Document], str]
+
+
+def open_corpus(source: str, files: str) -> Corpus:
+    """The corpus named by `data.source` and `data.files`.
+
+    Args:
+      source: stdlib | text | news.
+      files: text: comma-separated globs, or directories searched recursively; news: the release's directory;
+        stdlib: unused.
+
+    Raises:
+      UserError: an unknown source, a glob or directory that matches nothing, a file of another kind.
+    """
+    if source == "stdlib":
+        return _stdlib_corpus()
+    if source == "text":
+        return _file_corpus(find_text_files(files), _text_documents)
+    if source == "news":
+        return _file_corpus(find_news_files(files), _news_documents)
+    raise UserError(f"data source {source!r} is unknown; allowed: {', '.join(CORPUS_SOURCES)}")
+
+
+def _file_corpus(paths: list[str], read: Callable[[str, OnRead], Iterator[Document]]) -> Corpus:
+    def documents(on_read: OnRead) -> Iterator[Document]:
+        for path in paths:
+            yield from read(path, on_read)
+
+    try:
+        num_bytes = sum(os.path.getsize(path) for path in paths)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+    return Corpus(num_bytes, documents, identity_by_text)
+
+
+def find_text_files(files: str) -> list[str]:
+    """Sorted paths of the text files that comma-separated globs and directories name, each once."""
+    patterns = [pattern.strip() for pattern in files.split(",") if pattern.strip()]
+    if not patterns:
+        raise UserError(f"data files are not given; the text source needs globs of {', '.join(TEXT_SUFFIXES)}")
+    found: set[str] = set()
+    for pattern in patterns:
+        if os.path.isdir(pattern):
+            matches = [path for path in _walk(pattern) if path.endswith(TEXT_SUFFIXES)]
+            kind = f"directory {pattern!r} holds no {', '.join(TEXT_SUFFIXES)} file"
+        else:
+            matches = [path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path)]
+            kind = f"no file matches {pattern!r}"
+        if not matches:
+            raise UserError(kind)
+        found.update(os.path.normpath(path) for path in matches)
+    for path in sorted(found):
+        if not path.endswith(TEXT_SUFFIXES):
+            raise UserError(f"{path} is not a file the text source reads; allowed: {', '.join(TEXT_SUFFIXES)}")
+    return sorted(found)
+
+
+def find_news_files(directory: str) -> list[str]:
+    """Sorted paths of the `news.en-?????-of-?????` files below a One Billion Word release's directory."""
+    if not os.path.isdir(directory):
+        raise UserError(f"{directory!r} is not a directory; the news source needs the One Billion Word release's")
+    # The release puts shard 0, which its test set is cut from, into the held-out folder: never train on that.
+    paths = [
+        path
+        for path in _walk(directory)
+        if fnmatch.fnmatchcase(os.path.basename(path), NEWS_PATTERN)
+        and not os.path.basename(os.path.dirname(path)).startswith("heldout-")
+    ]
+    if not paths:
+        raise UserError(f"directory {directory!r} holds no {NEWS_PATTERN} file (searched recursively)")
+    return sorted(paths)
+
+
+def _walk(directory: str) -> Iterator[str]:
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            yield os.path.join(parent, name)
+
+
+def _text_documents(path: str, on_read: OnRead) -> Iterator[Document]:
+    if path.endswith((".jsonl", ".jsonl.gz")):
+        for number, text in read_json_lines(path, on_read):
+            if text:
+                yield Document(f"{path}:{number}", text)
+    else:
+        for offset, text in read_pieces(path, on_read):
+            yield Document(f"{path}@{offset}" if offset else path, text)
+
+
+def _news_documents(path: str, on_read: OnRead) -> Iterator[Document]:
+    for number, line in read_lines(path, on_read):
+        if sentence := line.strip():
+            yield Document(f"{path}:{number}", sentence)
+
+
+def _stdlib_corpus() -> Corpus:
+    """The running Python's own modules, outside its tests, and the English help texts of `pydoc_data.topics`."""
+    root = sysconfig.get_path("stdlib")
+    modules: list[tuple[str, str]] = []  # (name relative to the library, path)
+    for parent, directories, names in os.walk(root):
+        # config-* directories and _sysconfigdata* are written when Python is built: they differ between machines.
+        directories[:] = [
+            d for d in directories if d not in _STDLIB_SKIPPED_DIRECTORIES and not d.startswith("config-")
+        ]
+        for name in names:
+            if name.endswith(".py") and not name.startswith("_sysconfigdata"):
+                path = os.path.join(parent, name)
+                modules.append((os.path.relpath(path, root).replace(os.sep, "/"), path))
+    modules = sorted(module for module in modules if module[0] != _TOPICS)
+    if not modules:
+        raise UserError(f"the stdlib source found no .py file of the running Python in {root!r}")
+    topics = _help_topics()
+
+    def documents(on_read: OnRead) -> Iterator[Document]:
+        for name, path in modules:
+            try:
+                with open(path, "rb") as file:
+                    data = file.read()
+            except OSError as error:
+                raise UserError(f"cannot read {path}: {error.strerror}") from error
+            on_read(len(data))
+            try:
+                text = data.decode("utf-8")
+            except UnicodeDecodeError:
+                continue  # PEP 263 allows other encodings; a byte model of UTF-8 text has no use for them
+            if text:
+                yield Document(name, text)
+        for topic, text in topics:
+            on_read(len(text.encode("utf-8")))
+            yield Document(f"{_TOPICS}/{topic}", text)
+
+    num_bytes = sum(os.path.getsize(path) for _, path in modules)
+    num_bytes += sum(len(text.encode("utf-8")) for _, text in topics)
+    return Corpus(num_bytes, documents, identity_by_name)
+
+
+def _help_topics() -> list[tuple[str, str]]:
+    try:
+        topics = importlib.import_module("pydoc_data.topics").topics
+    except ImportError:  # minimal system Pythons leave it out
+        return []
+    return sorted((name, text) for name, text in topics.items() if text)

@@ -1,0 +1,158 @@
+"""One split as one flat sequence of tokens with marked document starts.
+
+With one separator for both ends (bos == eos) the stream is  sep d1 sep d2 sep ... sep : the target of every token is
+the token after it, and the end of a document is predicted as the separator that begins the next. Otherwise it is
+bos d1 eos bos d2 eos ..., and what follows an eos is not predicted.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from darkformer_jax.data.tokenizers import Tokenizer
+
+_ENCODED_AT_ONCE = 1 << 20  # characters: enough for the tokenizer's threads, little enough for its bookkeeping
+
+
+class TokenStream(Protocol):
+    """Random access to the N tokens of one split.
+
+    Attributes:
+      num_tokens: N, separators included.
+      num_documents: documents.
+      num_bytes: UTF-8 bytes of the documents' text, the unit of "bits per byte".
+      starts_are_targets: whether a document's first token is predicted from the token before it (bos == eos).
+    """
+
+    num_tokens: int
+    num_documents: int
+    num_bytes: int
+    starts_are_targets: bool
+
+    def read(self, starts: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """`length` tokens from each position of `starts`.
+
+        Args:
+          starts: [B] int64, each >= 0; may lie behind the end.
+          length: tokens a row.
+
+        Returns:
+          tokens [B, length] int32 and is_start [B, length] bool (the token begins a document); 0 and False behind the
+          stream's end.
+        """
+
+
+class MemoryStream:
+    """A token stream held in memory.
+
+    Args:
+      tokens: [N] integers.
+      is_start: [N] bool.
+      num_bytes: UTF-8 bytes of the documents' text.
+      starts_are_targets: see TokenStream.
+    """
+
+    def __init__(self, tokens: np.ndarray, is_start: np.ndarray, num_bytes: int, starts_are_targets: bool) -> None:
+        self._tokens = tokens
+        self._is_start = is_start
+        self.num_tokens = len(tokens)
+        self.num_documents = int(is_start.sum())
+        self.num_bytes = num_bytes
+        self.starts_are_targets = starts_are_targets
+
+    def read(self, starts: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        positions = starts[:, None] + np.arange(length)
+        inside = positions < self.num_tokens
+        positions = np.minimum(positions, self.num_tokens - 1)
+        tokens = np.where(inside, self._tokens[positions], 0).astype(np.int32)
+        return tokens, self._is_start[positions] & inside
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The narrowest type, in the byte order of files, that holds every id."""
+    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+
+
+class StreamBuilder:
+    """Turns documents into the tokens of a stream, a batch of documents at a time.
+
+    Args:
+      tokenizer: of the stream.
+      sink: called with consecutive pieces of the stream: tokens [n] and is_start [n].
+
+    Attributes:
+      num_tokens, num_documents, num_bytes: of what the sink was given; final after `close`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, sink: Callable[[np.ndarray, np.ndarray], None]) -> None:
+        self._tokenizer = tokenizer
+        self._sink = sink
+        self._batch: list[str] = []
+        self._characters = 0
+        self.num_tokens = 0
+        self.num_documents = 0
+        self.num_bytes = 0
+
+    def add(self, text: str) -> None:
+        """Adds a document."""
+        self._batch.append(text)
+        self._characters += len(text)
+        self.num_bytes += len(text.encode("utf-8"))
+        if self._characters >= _ENCODED_AT_ONCE:
+            self._flush()
+
+    def close(self) -> None:
+        """Adds the separator that ends the stream, which is only ever a target, when bos == eos."""
+        self._flush()
+        if self._tokenizer.bos_id == self._tokenizer.eos_id:
+            end = np.array([self._tokenizer.eos_id], token_dtype(self._tokenizer.vocab_size))
+            self._emit(end, np.zeros(1, np.bool_))
+
+    def _flush(self) -> None:
+        if self._batch:
+            self._emit(*_mark_documents(self._tokenizer.encode_batch(self._batch), self._tokenizer))
+        self._batch, self._characters = [], 0
+
+    def _emit(self, tokens: np.ndarray, is_start: np.ndarray) -> None:
+        self.num_tokens += len(tokens)
+        self.num_documents += int(is_start.sum())
+        self._sink(tokens, is_start)
+
+
+def memory_stream(texts: Iterable[str], tokenizer: Tokenizer) -> MemoryStream:
+    """The stream of `texts`, one document each."""
+    tokens: list[np.ndarray] = []
+    is_start: list[np.ndarray] = []
+
+    def keep(piece: np.ndarray, starts: np.ndarray) -> None:
+        tokens.append(piece)
+        is_start.append(starts)
+
+    builder = StreamBuilder(tokenizer, keep)
+    for text in texts:
+        builder.add(text)
+    builder.close()
+    return MemoryStream(
+        np.concatenate(tokens),
+        np.concatenate(is_start),
+        num_bytes=builder.num_bytes,
+        starts_are_targets=tokenizer.bos_id == tokenizer.eos_id,
+    )
+
+
+def _mark_documents(documents: Sequence[np.ndarray], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Concatenates [bos] + ids (+ [eos] when it is another id) of every document; returns (tokens, is_start)."""
+    has_end = int(tokenizer.bos_id != tokenizer.eos_id)
+    sizes = np.array([len(ids) for ids in documents]) + 1 + has_end
+    ends = np.cumsum(sizes)
+    tokens = np.empty(ends[-1], token_dtype(tokenizer.vocab_size))
+    is_start = np.zeros(ends[-1], np.bool_)
+    is_start[ends - sizes] = True
+    is_text = ~is_start
+    if has_end:
+        is_text[ends - 1] = False
+        tokens[ends - 1] = tokenizer.eos_id
+    tokens[is_start] = tokenizer.bos_id
+    tokens[is_text] = np.concatenate(documents)
+    return tokens, is_start

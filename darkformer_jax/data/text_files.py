@@ -1,0 +1,114 @@
+"""Reading text files in bounded memory: plain, gzip-compressed and JSON lines, with errors that name the place.
+
+Everything is read as bytes and decoded here, so that line endings survive, byte counts are exact and a file that is not
+text is reported with the offset of its first bad byte (in the uncompressed data when the file is compressed).
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator
+
+from darkformer_jax.errors import UserError
+
+OnRead = Callable[[int], None]  # told how many more bytes were read from disk; drives progress bars
+
+_BLOCK_BYTES = 1 << 20
+_PIECE_BYTES = 4 << 20
+_MAX_LINE_BYTES = 64 << 20
+
+
+def ignore_read(num_bytes: int) -> None:
+    """The `OnRead` of a caller that shows no progress."""
+
+
+def _blocks(path: str, on_read: OnRead) -> Iterator[bytes]:
+    """The file's (uncompressed) bytes, a block at a time. Raises UserError if it is unreadable or empty."""
+    seen = 0
+    is_empty = True
+    try:
+        with open(path, "rb") as raw:
+            file = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
+            while block := file.read(_BLOCK_BYTES):
+                is_empty = False
+                position = raw.tell()
+                on_read(position - seen)
+                seen = position
+                yield block
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    if is_empty:
+        raise UserError(f"{path} is empty; a data file needs text")
+
+
+def _decode(data: bytes, path: str, offset: int) -> str:
+    """UTF-8 to str. Raises UserError with the file's byte offset; `offset` is where `data` begins in the file."""
+    # NUL is valid UTF-8, yet in practice it means UTF-16 or a binary file.
+    nul = data.find(b"\0")
+    if nul >= 0:
+        raise UserError(f"{path} is not UTF-8 text: NUL byte at offset {offset + nul}")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 text: byte 0x{data[error.start]:02x} at offset {offset + error.start}"
+        ) from error
+
+
+def read_lines(path: str, on_read: OnRead = ignore_read) -> Iterator[tuple[int, str]]:
+    """Numbered lines (from 1) without their line feed. Raises UserError where the file is not text."""
+    number, offset, rest = 1, 0, b""
+    for block in _blocks(path, on_read):
+        *lines, rest = (rest + block).split(b"\n")
+        for line in lines:
+            yield number, _decode(line, path, offset)
+            number += 1
+            offset += len(line) + 1
+        if len(rest) > _MAX_LINE_BYTES:
+            raise UserError(f"{path}:{number}: the line is longer than {_MAX_LINE_BYTES} bytes")
+    if rest:
+        yield number, _decode(rest, path, offset)
+
+
+def read_pieces(path: str, on_read: OnRead = ignore_read) -> Iterator[tuple[int, str]]:
+    """A text file as (byte offset, text): one piece, or several of about 4 MiB, cut after a line, when it is longer.
+
+    Cutting bounds the memory a huge file takes, and lets a part of it be held out.
+    """
+    offset, data = 0, b""
+    for block in _blocks(path, on_read):
+        data += block
+        if len(data) > _PIECE_BYTES:
+            cut = data.rfind(b"\n") + 1 or _character_boundary(data)
+            yield offset, _decode(data[:cut], path, offset)
+            offset += cut
+            data = data[cut:]
+    if data:
+        yield offset, _decode(data, path, offset)
+
+
+def _character_boundary(data: bytes) -> int:
+    """Where the last, perhaps incomplete, UTF-8 character of `data` begins."""
+    cut = len(data) - 1
+    while cut > len(data) - 4 and data[cut] & 0xC0 == 0x80:
+        cut -= 1
+    return cut
+
+
+def read_json_lines(path: str, on_read: OnRead = ignore_read) -> Iterator[tuple[int, str]]:
+    """The "text" of every JSON object of a .jsonl file, as (line number, text); blank lines are skipped."""
+    for number, line in read_lines(path, on_read):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}:{number}: not a JSON object: {error}") from error
+        text = record.get("text") if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise UserError(f'{path}:{number}: no "text" field that is a string')
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair; UTF-8 cannot
+            raise UserError(f'{path}:{number}: "text" holds a lone surrogate at character {error.start}') from error
+        yield number, text

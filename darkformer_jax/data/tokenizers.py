@@ -1,0 +1,301 @@
+"""Text to token ids and back: raw bytes, a Hugging Face tokenizer.json, a SentencePiece model, or a BPE trained here.
+
+`encode` never adds special ids and never reads one out of the text: a document that spells "<|doc|>" stays text. Ids
+that mark documents (`bos_id`, `eos_id`) are placed by the token stream alone.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import tokenizers as hf
+
+from darkformer_jax.data.files import make_directory, read_file, write_file
+from darkformer_jax.errors import UserError
+
+DOCUMENT_SEPARATOR = "<|doc|>"
+
+_BYTES_FILE = "tokenizer.bytes"
+_JSON_FILE = "tokenizer.json"
+_MODEL_FILE = "tokenizer.model"
+_HF_CONFIG_FILE = "tokenizer_config.json"
+_TOKENIZER_FILES = (_BYTES_FILE, _JSON_FILE, _MODEL_FILE)
+_ALLOWED_SPECS = "bytes, bpe:<vocabulary size>, or the path of a tokenizer.json, a .model or a directory with one"
+
+# (begin, end) of document where a tokenizer.json stands alone: the names that published models use.
+_KNOWN_DOCUMENT_TOKENS = (
+    (DOCUMENT_SEPARATOR, DOCUMENT_SEPARATOR),
+    ("<s>", "</s>"),
+    ("<bos>", "<eos>"),
+    ("<|begin_of_text|>", "<|end_of_text|>"),
+    ("<|endoftext|>", "<|endoftext|>"),
+)
+
+
+class Tokenizer(Protocol):
+    """What the rest of the library needs of a tokenizer.
+
+    Attributes:
+      spec: the `data.tokenizer` value it stands for: "bytes", "bpe:<n>", or "" when it was read from a file.
+      vocab_size: ids are 0 .. vocab_size - 1.
+      bos_id, eos_id: begin and end of a document; equal when one separator plays both parts.
+      fingerprint: SHA-256 (hexadecimal) of everything that defines the mapping.
+    """
+
+    spec: str
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    fingerprint: str
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, no special ones."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of every text, as integer arrays."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; special ids are skipped, bytes that are not UTF-8 become U+FFFD."""
+
+    def save(self, directory: str) -> None:
+        """Writes the files from which `load_tokenizer(directory)` makes this tokenizer again."""
+
+
+class BytesTokenizer:
+    """The 256 byte values of UTF-8, and id 256 as the separator of documents."""
+
+    spec = "bytes"
+    vocab_size = 257
+    bos_id = 256
+    eos_id = 256
+    fingerprint = hashlib.sha256(b"UTF-8 bytes, separator 256").hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8"))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", errors="replace")
+
+    def save(self, directory: str) -> None:
+        make_directory(directory)
+        write_file(os.path.join(directory, _BYTES_FILE), b"one id a byte of UTF-8; 256 separates documents\n")
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer of the `tokenizers` library.
+
+    Args:
+      definition: the bytes of a tokenizer.json. Truncation and padding that it may ask for are switched off.
+      bos_token, eos_token: its tokens for the begin and the end of a document.
+      spec: "bpe:<n>" when it was trained here.
+    """
+
+    def __init__(self, definition: bytes, bos_token: str, eos_token: str, spec: str = "") -> None:
+        self._definition = definition
+        self._tokenizer = hf.Tokenizer.from_str(definition.decode("utf-8"))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # the text's "<|doc|>" is text
+        self._bos_token = bos_token
+        self._eos_token = eos_token
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        for token in (bos_token, eos_token):
+            if token not in vocabulary:
+                raise UserError(f"the tokenizer has no token {token!r}, which is to mark documents")
+        self.spec = spec
+        self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps
+        self.bos_id = vocabulary[bos_token]
+        self.eos_id = vocabulary[eos_token]
+        marks = json.dumps([bos_token, eos_token]).encode("utf-8")
+        self.fingerprint = hashlib.sha256(hashlib.sha256(definition).digest() + marks).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        # The fast form skips character offsets, which nobody reads: half the time.
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        ids = [i for i in map(int, ids) if i not in (self.bos_id, self.eos_id)]
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def save(self, directory: str) -> None:
+        make_directory(directory)
+        config = {"bos_token": self._bos_token, "eos_token": self._eos_token, "trained_as": self.spec}
+        write_file(os.path.join(directory, _HF_CONFIG_FILE), (json.dumps(config, indent=2) + "\n").encode("utf-8"))
+        write_file(os.path.join(directory, _JSON_FILE), self._definition)
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model. Decoding is as exact as the model's own normalisation of text.
+
+    Args:
+      definition: the bytes of a .model file, which must define an end-of-document id.
+    """
+
+    spec = ""
+
+    def __init__(self, definition: bytes) -> None:
+        try:
+            import sentencepiece
+        except ImportError as error:
+            raise UserError("a .model tokenizer needs the package sentencepiece, which is not installed") from error
+        self._definition = definition
+        try:
+            self._processor: Any = sentencepiece.SentencePieceProcessor(model_proto=definition)
+        except RuntimeError as error:
+            raise UserError(f"not a SentencePiece model: {error}") from error
+        if self._processor.eos_id() < 0:
+            raise UserError("the SentencePiece model defines no end-of-sentence id, which is to mark documents")
+        self.vocab_size = self._processor.vocab_size()
+        self.eos_id = self._processor.eos_id()
+        self.bos_id = self._processor.bos_id() if self._processor.bos_id() >= 0 else self.eos_id
+        self.fingerprint = hashlib.sha256(definition).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.array(ids, np.uint32) for ids in self._processor.encode(list(texts))]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._processor.decode([i for i in map(int, ids) if not self._processor.is_control(i)])
+
+    def save(self, directory: str) -> None:
+        make_directory(directory)
+        write_file(os.path.join(directory, _MODEL_FILE), self._definition)
+
+
+def make_tokenizer(spec: str, training_texts: Callable[[], Iterable[str]]) -> Tokenizer:
+    """The tokenizer that `data.tokenizer` names.
+
+    Args:
+      spec: bytes | bpe:<vocabulary size> | a path.
+      training_texts: called for the texts to train on, only when `spec` asks for training.
+
+    Raises:
+      UserError: an unknown spec, a path that does not exist or is no tokenizer, a vocabulary too small for bytes.
+    """
+    if spec == "bytes":
+        return BytesTokenizer()
+    if spec.startswith("bpe:"):
+        return train_bpe(_bpe_vocab_size(spec), training_texts())
+    return read_tokenizer(spec)
+
+
+def _bpe_vocab_size(spec: str) -> int:
+    size = spec.removeprefix("bpe:")
+    smallest = 256 + 1  # every byte and the separator
+    if not size.isdecimal() or int(size) < smallest:
+        raise UserError(f"tokenizer {spec!r} is not possible; allowed: bpe:<vocabulary size of at least {smallest}>")
+    return int(size)
+
+
+def train_bpe(vocab_size: int, texts: Iterable[str]) -> HuggingFaceTokenizer:
+    """Byte-level BPE with id 0 as separator (Sennrich et al., 2016, on bytes as in GPT-2); a function of the texts."""
+    tokenizer = hf.Tokenizer(hf.models.BPE())
+    tokenizer.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = hf.decoders.ByteLevel()
+    trainer = hf.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[DOCUMENT_SEPARATOR],
+        initial_alphabet=sorted(hf.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    definition = tokenizer.to_str().encode("utf-8")
+    return HuggingFaceTokenizer(definition, DOCUMENT_SEPARATOR, DOCUMENT_SEPARATOR, spec=f"bpe:{vocab_size}")
+
+
+def read_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer in a tokenizer.json, a SentencePiece .model, or a directory that holds one of them.
+
+    Which tokens mark documents is read from a tokenizer_config.json beside the tokenizer.json, else found by their
+    usual names.
+    """
+    if os.path.isdir(path):
+        return load_tokenizer(path)
+    if not os.path.isfile(path):
+        raise UserError(f"tokenizer {path!r} is no file; allowed: {_ALLOWED_SPECS}")
+    data = read_file(path)
+    try:
+        if path.endswith(".model"):
+            return SentencePieceTokenizer(data)
+        if path.endswith(".json"):
+            return _read_hf_tokenizer(path, data)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    raise UserError(f"tokenizer {path!r} is of an unknown kind; allowed: {_ALLOWED_SPECS}")
+
+
+def load_tokenizer(directory: str) -> Tokenizer:
+    """The tokenizer saved in `directory`. Raises UserError unless it holds exactly one."""
+    present = [name for name in _TOKENIZER_FILES if os.path.isfile(os.path.join(directory, name))]
+    if len(present) != 1:
+        found = ", ".join(present) or "none"
+        raise UserError(f"{directory!r} must hold exactly one of {', '.join(_TOKENIZER_FILES)}; found: {found}")
+    if present[0] == _BYTES_FILE:
+        return BytesTokenizer()
+    return read_tokenizer(os.path.join(directory, present[0]))
+
+
+def has_tokenizer(directory: str) -> bool:
+    """Whether a tokenizer was saved in `directory`."""
+    return any(os.path.isfile(os.path.join(directory, name)) for name in _TOKENIZER_FILES)
+
+
+def check_tokenizer_is(spec: str, tokenizer: Tokenizer, where: str) -> None:
+    """Raises UserError unless `tokenizer`, which was found in `where`, is the one that `spec` asks for."""
+    if spec == "bytes" or spec.startswith("bpe:"):
+        if tokenizer.spec != spec:
+            raise UserError(
+                f"tokenizer {spec!r} does not match the one in {where}: {tokenizer.spec or 'read from a file'}"
+                f" with {tokenizer.vocab_size} ids"
+            )
+        return
+    wanted = read_tokenizer(spec)
+    if wanted.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"tokenizer {spec!r} ({wanted.vocab_size} ids, fingerprint {wanted.fingerprint[:12]}) does not match the"
+            f" one in {where} ({tokenizer.vocab_size} ids, fingerprint {tokenizer.fingerprint[:12]})"
+        )
+
+
+def _read_hf_tokenizer(path: str, data: bytes) -> HuggingFaceTokenizer:
+    try:
+        vocabulary = hf.Tokenizer.from_str(data.decode("utf-8")).get_vocab(with_added_tokens=True)
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"not a tokenizer.json: {error}") from error
+    config = _read_hf_config(os.path.join(os.path.dirname(path), _HF_CONFIG_FILE))
+    bos, eos, spec = (config.get(key) for key in ("bos_token", "eos_token", "trained_as"))
+    if eos:
+        return HuggingFaceTokenizer(data, bos or eos, eos, spec=spec or "")
+    for bos, eos in _KNOWN_DOCUMENT_TOKENS:
+        if bos in vocabulary and eos in vocabulary:
+            return HuggingFaceTokenizer(data, bos, eos)
+    raise UserError(
+        "no token marks the end of a document; put"
+        f' {{"bos_token": ..., "eos_token": ...}} into {_HF_CONFIG_FILE} beside it'
+    )
+
+
+def _read_hf_config(path: str) -> dict[str, str]:
+    """The string settings of a tokenizer_config.json, whose tokens are either strings or {"content": string}."""
+    if not os.path.isfile(path):
+        return {}
+    try:
+        config = json.loads(read_file(path))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is not a JSON object")
+    flat = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()}
+    return {key: value for key, value in flat.items() if isinstance(value, str)}

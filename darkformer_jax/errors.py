@@ -1,0 +1,5 @@
+"""The one exception that means "the user can fix this": verbs print it as a single line and exit with status 2."""
+
+
+class UserError(Exception):
+    """A mistake in a config, a file or a flag. The message names the thing, its value and what is allowed."""

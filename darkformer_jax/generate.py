@@ -1,0 +1,101 @@
+"""Continues prompts with a trained model.
+
+    python -m darkformer_jax.generate --workdir=runs/quickstart --prompt="def "
+    python -m darkformer_jax.generate --workdir=runs/quickstart --prompts_file=prompts.txt --temperature=0
+
+The state that decoding carries has a constant size: a long continuation costs as much a token as a short one (layers of
+exact attention excepted, whose cache grows). Prompts of a batch do not influence each other's probabilities.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from absl import app, logging
+from absl.flags import argparse_flags
+
+from darkformer_jax.errors import UserError
+from darkformer_jax.sampling import Sampler, continue_prompts
+from darkformer_jax.workdir_model import load_model
+
+
+def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse_flags.ArgumentParser(
+        prog="python -m darkformer_jax.generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--workdir", required=True, help="directory of the run whose model writes")
+    parser.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", help="text to continue; may be empty")
+    prompts.add_argument("--prompts_file", help="a file with a prompt a line, continued as one batch")
+    parser.add_argument("--max_new_tokens", type=int, default=200, help="at most so many tokens a prompt (default: 200)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 = always the likeliest token (default: 0.8)")
+    parser.add_argument("--top_k", type=int, default=0, help="choose among the k likeliest tokens; 0 = all (default)")
+    parser.add_argument("--top_p", type=float, default=1.0, help="choose among the likeliest tokens of this probability")
+    parser.add_argument("--seed", type=int, default=0, help="of the random choices (default: 0)")
+    return parser.parse_args(argv[1:])
+
+
+def main(args: argparse.Namespace) -> None:
+    """Prints the continuations; on a UserError one line and exit status 2."""
+    logging.set_verbosity(logging.WARNING)
+    try:
+        generate(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Loads the model, and writes as it goes for one prompt, or prompt by prompt for several."""
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max_new_tokens={args.max_new_tokens}: must be at least 1")
+    prompts = [args.prompt] if args.prompt is not None else _read_prompts(args.prompts_file)
+    model = load_model(args.workdir, args.step)
+    tokenizer = model.tokenizer
+    sampler = Sampler(
+        model.network,
+        model.params,
+        model.projections,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    if len(prompts) == 1:
+        print(prompts[0], end="", flush=True)
+        new: list[int] = []
+        shown = ""
+        for token in sampler.stream(ids, args.max_new_tokens):
+            if token[0] == tokenizer.eos_id:
+                break
+            new.append(int(token[0]))
+            text = tokenizer.decode(new)
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character: wait for the rest
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
+        print(tokenizer.decode(new)[len(shown) :])
+        return
+    continued = continue_prompts(sampler, ids, args.max_new_tokens, tokenizer.eos_id)
+    for prompt, tokens in zip(prompts, continued, strict=True):
+        print(f"--- {prompt!r}\n{prompt}{tokenizer.decode(tokens)}")
+
+
+def _read_prompts(path: str) -> list[str]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = file.read().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text: {error}"
+        raise UserError(f"--prompts_file={path}: {reason}") from error
+    if not lines:
+        raise UserError(f"--prompts_file={path}: the file is empty; expected a prompt a line")
+    return lines
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse_flags)

@@ -1,0 +1,67 @@
+"""The small parts of a transformer that are not attention."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+class Linear(nnx.Module):
+    """Contracts the last `num_inputs` axes of x with the first ones of a float32 kernel, in `dtype`; no bias."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        axes: tuple[str | None, ...],
+        *,
+        num_inputs: int = 1,
+        rngs: nnx.Rngs,
+        dtype: jax.typing.DTypeLike,
+    ) -> None:
+        self.num_inputs = num_inputs
+        self.dtype = dtype
+        inputs = tuple(range(num_inputs))
+        outputs = tuple(range(num_inputs, len(shape)))
+        init = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=inputs, out_axis=outputs)
+        self.kernel = nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
+
+    def __call__(self, x: Array) -> Array:
+        kernel = self.kernel[...].astype(self.dtype)
+        x_axes = tuple(range(x.ndim - self.num_inputs, x.ndim))
+        contraction = ((x_axes, tuple(range(self.num_inputs))), ((), ()))
+        return jax.lax.dot_general(x.astype(self.dtype), kernel, contraction)
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32."""
+
+    def __init__(self, size: int, eps: float, axis: str | None = "embed") -> None:
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((size,), jnp.float32), axes=(axis,))
+
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (wide * inverse * self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+class GatedMLP(nnx.Module):
+    """(activation(x Wg) * (x Wu)) Wd: SwiGLU with silu, GeGLU with gelu_tanh."""
+
+    def __init__(
+        self, embed_dim: int, mlp_dim: int, activation: str, *, rngs: nnx.Rngs, dtype: jax.typing.DTypeLike
+    ) -> None:
+        self.activation = activation
+        self.gate = Linear((embed_dim, mlp_dim), ("embed", "mlp"), rngs=rngs, dtype=dtype)
+        self.up = Linear((embed_dim, mlp_dim), ("embed", "mlp"), rngs=rngs, dtype=dtype)
+        self.down = Linear((mlp_dim, embed_dim), ("mlp", "embed"), rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Array) -> Array:
+        return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))

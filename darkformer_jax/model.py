@@ -1,0 +1,222 @@
+"""A decoder-only transformer of the Llama and Gemma family whose attention is a pattern of mechanisms.
+
+Layers of one position in the pattern are stacked and run in one scan, so that the program's size does not grow with depth.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from darkformer_jax.attention.attention import Attention
+from darkformer_jax.attention.features import draw_layer
+from darkformer_jax.attention.spec import AttentionSpec, Geometry, Projection
+from darkformer_jax.layers import GatedMLP, RMSNorm
+from darkformer_jax.sharding import constrain
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """Everything that decides a model's shape and function; the fields are explained in configs/base.py."""
+
+    vocab_size: int
+    num_layers: int
+    embed_dim: int
+    mlp_dim: int
+    activation: str
+    norm_eps: float
+    rope_theta: float
+    qk_norm: bool
+    tie_embeddings: bool
+    scale_embeddings: bool
+    logit_softcap: float
+    dtype: str
+    remat: str
+    pattern: tuple[str, ...]  # mechanism of successive layers, repeated; its length divides num_layers
+    attention: AttentionSpec
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, spec: ModelSpec, kind: str, layer: int | Array, *, rngs: nnx.Rngs) -> None:
+        self.attention_norm = RMSNorm(spec.embed_dim, spec.norm_eps)
+        self.attention = Attention(
+            spec.attention,
+            kind,
+            spec.embed_dim,
+            qk_norm=spec.qk_norm,
+            norm_eps=spec.norm_eps,
+            rope_theta=spec.rope_theta,
+            dtype=spec.dtype,
+            layer=layer,
+            rngs=rngs,
+        )
+        self.mlp_norm = RMSNorm(spec.embed_dim, spec.norm_eps)
+        self.mlp = GatedMLP(spec.embed_dim, spec.mlp_dim, spec.activation, rngs=rngs, dtype=spec.dtype)
+
+    def __call__(self, x: Array, segment_ids: Array, positions: Array, state: Any) -> tuple[Array, Any]:
+        mixed, state = self.attention(self.attention_norm(x), segment_ids, positions, state)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), state
+
+
+def _stack_blocks(spec: ModelSpec, place: int, key: Array) -> Block:
+    """The blocks of one place in the pattern, as one module whose arrays have a leading axis of layers."""
+    kind, repeats = spec.pattern[place], spec.num_layers // len(spec.pattern)
+    layers = place + len(spec.pattern) * jnp.arange(repeats)
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Block(spec, kind, 0, rngs=nnx.Rngs(params=0))))
+
+    def make(layer_key: Array, layer: Array) -> nnx.State:
+        return nnx.state(Block(spec, kind, layer, rngs=nnx.Rngs(params=layer_key)))
+
+    return nnx.merge(graphdef, jax.vmap(make)(jax.random.split(key, repeats), layers))
+
+
+class Transformer(nnx.Module):
+    """Token ids -> logits. Parameters are float32; activations and matmuls have `spec.dtype`; logits are float32."""
+
+    def __init__(self, spec: ModelSpec, key: Array) -> None:
+        self.spec = spec
+        embed_key, head_key, *block_keys = jax.random.split(key, 2 + len(spec.pattern))
+        table = (spec.vocab_size, spec.embed_dim)
+        init = jax.nn.initializers.normal(spec.embed_dim**-0.5)
+        self.embedding = nnx.Param(init(embed_key, table, jnp.float32), axes=("vocab", "embed"))
+        for place in range(len(spec.pattern)):
+            setattr(self, f"blocks_{place}", _stack_blocks(spec, place, block_keys[place]))
+        self.final_norm = RMSNorm(spec.embed_dim, spec.norm_eps)
+        if not spec.tie_embeddings:
+            self.head = nnx.Param(init(head_key, table, jnp.float32), axes=("vocab", "embed"))
+
+    def __call__(
+        self, tokens: Int[Array, "b n"], segment_ids: Int[Array, "b n"], positions: Int[Array, "b n"], state: Any = None
+    ) -> tuple[Float[Array, "b n vocab"], Any]:
+        """Logits of each token's successor, and the state after the last token (None where none was given).
+
+        segment_ids: document of each token, 0 = padding; positions: place in its document. A state comes from
+        `init_state` or an earlier call, and holds what the sequences have seen so far.
+        """
+        x, state = self.hidden(tokens, segment_ids, positions, state)
+        return self.logits(x), state
+
+    def hidden(
+        self, tokens: Int[Array, "b n"], segment_ids: Int[Array, "b n"], positions: Int[Array, "b n"], state: Any = None
+    ) -> tuple[Float[Array, "b n embed"], Any]:
+        """What `logits` maps to logits: the final norm's output."""
+        x = self.embedding[...].astype(self.spec.dtype)[tokens]
+        if self.spec.scale_embeddings:
+            x = x * jnp.asarray(self.spec.embed_dim**0.5, x.dtype)
+        x = constrain(x, "batch", None, None)
+        split = [nnx.split(getattr(self, f"blocks_{place}")) for place in range(len(self.spec.pattern))]
+
+        def repeat(x: Array, layer: Any) -> tuple[Array, Any]:
+            arrays, states = layer
+            new_states = []
+            for (graphdef, _), block_arrays, block_state in zip(split, arrays, states, strict=True):
+                block = nnx.merge(graphdef, block_arrays)
+                x, new_state = block(x, segment_ids, positions, block_state)
+                x = constrain(x, "batch", None, None)
+                new_states.append(new_state)
+            return x, tuple(new_states)
+
+        if self.spec.remat != "none":
+            repeat = jax.checkpoint(repeat, policy=REMAT_POLICIES[self.spec.remat], prevent_cse=False)
+        states = (None,) * len(split) if state is None else state
+        x, new_states = jax.lax.scan(repeat, x, (tuple(arrays for _, arrays in split), states))
+        return self.final_norm(x), None if state is None else new_states
+
+    def logits(self, x: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:
+        """x E^T in float32, capped if the model says so."""
+        table = self.embedding if self.spec.tie_embeddings else self.head
+        kernel = table[...].astype(self.spec.dtype)
+        out = jnp.einsum("...d,vd->...v", x, kernel, preferred_element_type=jnp.float32)
+        if self.spec.logit_softcap:
+            out = self.spec.logit_softcap * jnp.tanh(out / self.spec.logit_softcap)
+        return out
+
+    def init_state(self, batch: int, max_length: int) -> Any:
+        """The state of `batch` sequences before their first token; a KV cache has room for `max_length` tokens."""
+        repeats = self.spec.num_layers // len(self.spec.pattern)
+        states = []
+        for place in range(len(self.spec.pattern)):
+            graphdef, arrays = nnx.split(getattr(self, f"blocks_{place}"))
+            block = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[0], arrays))
+            state = block.attention.mechanism.init_state(batch, max_length, self.spec.dtype)
+            states.append(jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (repeats, *leaf.shape)), state))
+        return tuple(states)
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A model as pure functions of two nested dicts of arrays: trained parameters, and projections."""
+
+    spec: ModelSpec
+    graphdef: Any
+    abstract_params: nnx.State
+    abstract_projections: nnx.State
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> "Network":
+        """Builds the model abstractly: no array is allocated."""
+        abstract = nnx.eval_shape(lambda: Transformer(spec, jax.random.key(0)))
+        return cls(spec, *nnx.split(abstract, nnx.Param, Projection))
+
+    def init(self, key: Array) -> tuple[dict, dict]:
+        """(params, projections), freshly drawn."""
+        _, params, projections = nnx.split(Transformer(self.spec, key), nnx.Param, Projection)
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(projections)
+
+    def bind(self, params: dict, projections: dict) -> Transformer:
+        """The module with these arrays, to be called inside a jitted function."""
+        return nnx.merge(self.graphdef, params, projections)
+
+    def redraw(self, projections: dict, epoch: Array) -> dict:
+        """The projections of another redraw epoch; other fixed noise stays."""
+        redrawn = dict(projections)
+        count = len(self.spec.pattern)
+        for place in range(count):
+            block = projections.get(f"blocks_{place}", {})
+            old = block.get("attention", {}).get("mechanism", {}).get("projections")
+            if old is not None:
+                layers = place + count * jnp.arange(old.shape[0])
+                new = jax.vmap(lambda layer: draw_layer(self.spec.attention, layer, epoch))(layers)
+                mechanism = block["attention"]["mechanism"] | {"projections": new}
+                redrawn[f"blocks_{place}"] = {"attention": {"mechanism": mechanism}}
+        return redrawn
+
+    def map_params(self, function: Any) -> dict:
+        """function(path, variable) for every parameter, as a tree like `params`."""
+        return _map_variables(self.abstract_params, function)
+
+    def map_projections(self, function: Any) -> dict:
+        """function(path, variable) for every projection array, as a tree like `projections`."""
+        return _map_variables(self.abstract_projections, function)
+
+
+def logical_axes(variable: nnx.Variable) -> tuple[str | None, ...]:
+    """Names of a variable's dimensions; a stacked one has an unnamed axis of layers in front."""
+    axes = tuple(variable.get_metadata()["axes"])
+    return (None,) * (len(variable.shape) - len(axes)) + axes
+
+
+def is_geometry(variable: nnx.Variable) -> bool:
+    """Whether a parameter is M or a learned projection."""
+    return issubclass(variable.type if hasattr(variable, "type") else type(variable), Geometry)
+
+
+def _map_variables(state: nnx.State, function: Any) -> dict:
+    tree: dict = {}
+    for path, variable in nnx.to_flat_state(state):
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = function(path, variable)
+    return tree

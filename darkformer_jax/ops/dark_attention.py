@@ -1,0 +1,236 @@
+"""`dark_attention`: random-feature linear attention with a learned geometry, for use in any JAX model."""
+
+import functools
+from typing import Literal, overload
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from darkformer_jax.errors import UserError
+from darkformer_jax.ops.linear import Kernel, Sums, Tokens, last_nonzero, shift_window, step_features, step_window
+from darkformer_jax.ops.scan import scan_features, scan_window
+from darkformer_jax.ops.state import HEAD_AXES, AttentionState, empty_state
+
+
+@overload
+def dark_attention(
+    q: Array, k: Array, v: Array, *, projections: Array | None, return_state: Literal[True], **options: object
+) -> tuple[Array, AttentionState]: ...
+
+
+@overload
+def dark_attention(q: Array, k: Array, v: Array, *, projections: Array | None, **options: object) -> Array: ...
+
+
+def dark_attention(  # type: ignore[misc]  # the overloads leave the options untyped on purpose
+    q: Float[Array, "b n hq d"],
+    k: Float[Array, "b n hkv d"],
+    v: Float[Array, "b n hkv dv"],
+    *,
+    projections: Float[Array, "*hkv m r"] | None,
+    geometry: Float[Array, "*hkv r d"] | None = None,
+    causal: bool = True,
+    segment_ids: Int[Array, "b n"] | None = None,
+    scale: float | None = None,
+    chunk_size: int = 128,
+    window: int = 0,
+    num_sinks: int = 0,
+    state: AttentionState | None = None,
+    return_state: bool = False,
+) -> Array | tuple[Array, AttentionState]:
+    """Attention with the kernel exp(scale q^T M^T M k), estimated by m positive random features in O(n m) time.
+
+        out_n = sum_j kappa(q_n, k_j) v_j / sum_j kappa(q_n, k_j),
+        kappa(q, k) ~ 1/m sum_i exp(w_i.Mq' - |Mq'|^2/2) exp(w_i.Mk' - |Mk'|^2/2),  q' = sqrt(scale) q, k' = sqrt(scale) k
+
+    (DARKFormer, arXiv 2603.04127; with M = I it is Performer, arXiv 2009.14794.) With a window, a query sees its own chunk
+    up to itself, the `window` tokens before that chunk and the first `num_sinks` tokens of its document through the exact
+    kernel, and the rest through the features, under one normaliser.
+
+    Args:
+      q: queries. Each group of hq / hkv consecutive query heads shares one key/value head, its features and its state.
+      k: keys.
+      v: values.
+      projections: w, see `draw_projections`; [m, r] is used for every head. None leaves the window and the sinks alone.
+      geometry: M; None is the identity.
+      causal: a query sees no later token. False (features only) sees all of its segment.
+      segment_ids: document of each token, in contiguous stretches; tokens see only their own. 0 is padding, whose
+        output is 0. None: one document.
+      scale: of the logits; None is d^-0.5.
+      chunk_size: tokens that are treated at once. With a window it also defines what is exact.
+      window: 0 for features everywhere, else a multiple of chunk_size.
+      num_sinks: needs a window.
+      state: continues the sequences that `state` has seen; the options must be those it was made with.
+      return_state: also returns the state after the last token. Padding at the end leaves no trace in it.
+
+    Returns:
+      out [b, n, hq, dv] in v's dtype, or (out, state).
+
+    Raises:
+      UserError: for shapes or options that do not fit together.
+    """
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    _check_shapes(q, k, v, segment_ids)
+    _check_options(q, causal, chunk_size, window, num_sinks, state, return_state)
+    projections, geometry = _per_head(projections, geometry, k, window)
+    batch, length, num_heads, dim = q.shape
+    num_kv_heads, value_dim = v.shape[2:]
+    if segment_ids is None:
+        segment_ids = jnp.ones((batch, length), jnp.int32)
+    else:
+        segment_ids = segment_ids.astype(jnp.int32)
+        # Padding may hold anything, NaN included, and 0 * NaN would reach the sums.
+        real = (segment_ids != 0)[:, :, None, None]
+        k, v = jnp.where(real, k, 0), jnp.where(real, v, 0)
+    resumed = state is not None
+    if state is None:
+        state = init_state(
+            batch, num_kv_heads, dim, value_dim, projections.shape[-2], q.dtype, chunk_size, window, num_sinks
+        )
+    positions, last_segment, document_length = jax.vmap(_positions)(
+        segment_ids, state.last_segment, state.document_length
+    )
+    state = state._replace(last_segment=last_segment, document_length=document_length)
+    grouped = q.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, dim)
+    tokens = Tokens(grouped, k, v, segment_ids, positions)
+
+    step = resumed and length == 1
+    if step:
+        attend = functools.partial(step_window, chunk_size=chunk_size) if window else step_features
+    elif window:
+        attend = functools.partial(scan_window, chunk_size=chunk_size, resumed=resumed, return_state=return_state)
+    else:
+        attend = functools.partial(scan_features, chunk_size=chunk_size, causal=causal)
+
+    def one_head(
+        w: Array, m: Array | None, head_state: AttentionState, head_tokens: Tokens
+    ) -> tuple[AttentionState, Sums]:
+        return attend(Kernel(w, m, scale), head_state, head_tokens)
+
+    token_axes = Tokens(1, 1, 1, None, None)  # type: ignore[arg-type]
+    heads = jax.vmap(one_head, in_axes=(0, 0, HEAD_AXES, token_axes), out_axes=(HEAD_AXES, Sums(1, 1, 1)))  # type: ignore[arg-type]
+    state, sums = jax.vmap(heads, in_axes=(None, None, 0, 0))(projections, geometry, state, tokens)
+    if step and window:
+        state = _shift_full_windows(projections, geometry, scale, state, chunk_size)
+    out = _normalize(sums.numerator, sums.denominator).reshape(batch, length, num_heads, value_dim).astype(v.dtype)
+    return (out, state) if return_state else out
+
+
+def init_state(
+    batch: int,
+    num_kv_heads: int,
+    key_dim: int,
+    value_dim: int,
+    num_features: int,
+    dtype: jnp.dtype,
+    chunk_size: int = 128,
+    window: int = 0,
+    num_sinks: int = 0,
+) -> AttentionState:
+    """The state of `batch` sequences that have seen nothing. `dtype` is that of q, k and v; sums are kept in float32."""
+    head = empty_state(
+        num_features=num_features,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        recent=window + chunk_size if window else 0,
+        num_sinks=num_sinks,
+        dtype=dtype,
+    )
+    heads = jax.vmap(lambda _: head, out_axes=HEAD_AXES, axis_size=num_kv_heads, in_axes=None)(None)
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (batch, *leaf.shape)), heads)
+
+
+def _positions(
+    segment_ids: Int[Array, "n"], last_segment: Int[Array, ""], document_length: Int[Array, ""]
+) -> tuple[Int[Array, "n"], Int[Array, ""], Int[Array, ""]]:
+    """Each token's place in its document, and the last document's id and length so far."""
+    index = jnp.arange(segment_ids.shape[0])
+    before = jnp.concatenate([last_segment[None], segment_ids[:-1]])
+    starts = jnp.where(segment_ids != before, index, -document_length)
+    positions = index - jax.lax.cummax(starts)
+    last = last_nonzero(segment_ids)
+    return (
+        positions,
+        jnp.where(last >= 0, segment_ids[last], last_segment),
+        jnp.where(last >= 0, positions[last] + 1, document_length),
+    )
+
+
+def _shift_full_windows(
+    projections: Array, geometry: Array | None, scale: float, state: AttentionState, chunk_size: int
+) -> AttentionState:
+    """`shift_window` when any sequence needs it: once in chunk_size tokens, not at every one."""
+
+    def shift(old: AttentionState) -> AttentionState:
+        def one_head(w: Array, m: Array | None, head_state: AttentionState) -> AttentionState:
+            return shift_window(Kernel(w, m, scale), head_state, chunk_size)
+
+        heads = jax.vmap(one_head, in_axes=(0, 0, HEAD_AXES), out_axes=HEAD_AXES)  # type: ignore[arg-type]
+        return jax.vmap(heads, in_axes=(None, None, 0))(projections, geometry, old)
+
+    return jax.lax.cond(jnp.any(state.fill == chunk_size), shift, lambda old: old, state)
+
+
+def _normalize(numerator: Array, denominator: Array) -> Array:
+    """numerator / denominator, which is at least one but for queries that see nothing (padding): those get zero."""
+    return numerator / jnp.where(denominator > 0, denominator, 1)[..., None]
+
+
+def _check_shapes(q: Array, k: Array, v: Array, segment_ids: Array | None) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise UserError(f"{name} has shape {x.shape}; expected [batch, length, heads, size]")
+    if k.shape != (*q.shape[:2], k.shape[2], q.shape[3]) or v.shape[:3] != k.shape[:3]:
+        raise UserError(f"q {q.shape}, k {k.shape} and v {v.shape} do not fit: [B, L, Hq, d], [B, L, Hkv, d], [B, L, Hkv, dv]")
+    if q.shape[2] % k.shape[2]:
+        raise UserError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} key/value heads")
+    if not q.shape[1]:
+        raise UserError("the sequence is empty: length must be at least 1")
+    if len({q.dtype, k.dtype, v.dtype}) > 1 or not jnp.issubdtype(q.dtype, jnp.floating):
+        raise UserError(f"q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}; they must share one floating dtype")
+    if segment_ids is not None and segment_ids.shape != q.shape[:2]:
+        raise UserError(f"segment_ids have shape {segment_ids.shape}; expected {q.shape[:2]}")
+
+
+def _check_options(
+    q: Array,
+    causal: bool,
+    chunk_size: int,
+    window: int,
+    num_sinks: int,
+    state: AttentionState | None,
+    return_state: bool,
+) -> None:
+    if chunk_size < 1 or window < 0 or window % chunk_size:
+        raise UserError(f"window = {window} must be 0 or a multiple of chunk_size = {chunk_size}, which must be positive")
+    if num_sinks < 0 or (num_sinks and not window):
+        raise UserError(f"num_sinks = {num_sinks} with window = {window}: sinks need a window")
+    if not causal and (window or state is not None or return_state):
+        raise UserError("causal=False works with features everywhere: without a window, a state or return_state")
+    if state is not None and state.recent.segments.shape[-1] != (window + chunk_size if window else 0):
+        raise UserError(f"the state was made with another window or chunk_size than {window} and {chunk_size}")
+    if state is not None and (state.fill.shape != q.shape[:1] or state.sinks.filled.shape[-1] != num_sinks):
+        raise UserError(f"the state was made for another batch or num_sinks than {q.shape[0]} and {num_sinks}")
+
+
+def _per_head(
+    projections: Array | None, geometry: Array | None, k: Array, window: int
+) -> tuple[Array, Array | None]:
+    """Projections [Hkv, m, r] (m = 0 for None) and geometry [Hkv, r, d] or None."""
+    num_kv_heads, dim = k.shape[2:]
+    if geometry is not None:
+        geometry = jnp.broadcast_to(geometry, (num_kv_heads, *geometry.shape[-2:]))
+        if geometry.shape[-1] != dim:
+            raise UserError(f"geometry has shape {geometry.shape}; its last axis must be the head size {dim}")
+    rank = dim if geometry is None else geometry.shape[-2]
+    if projections is None:
+        if not window:
+            raise UserError("projections=None leaves only the window to attend to: it needs window > 0")
+        return jnp.zeros((num_kv_heads, 0, rank), jnp.float32), geometry
+    if projections.shape[-1] != rank or projections.ndim not in (2, 3) or not projections.shape[-2]:
+        raise UserError(f"projections have shape {projections.shape}; expected [m, {rank}] or [{num_kv_heads}, m, {rank}]")
+    if projections.ndim == 3 and projections.shape[0] not in (1, num_kv_heads):
+        raise UserError(f"projections are for {projections.shape[0]} heads; there are {num_kv_heads} key/value heads")
+    return jnp.broadcast_to(projections, (num_kv_heads, *projections.shape[-2:])), geometry

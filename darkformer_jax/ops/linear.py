@@ -1,0 +1,266 @@
+"""Linear attention of one key/value head and its group of query heads, chunk by chunk or a token at a time.
+
+Everything here is for one sequence and one key/value head; `dark_attention` maps it over heads and batch. With
+a_i = l_i(q) + c_i for the far keys, s_j for the keys that are seen one by one, and r the larger of their maxima,
+
+    out = [ sum_i exp(a_i - r) S_i + sum_j exp(s_j - r) v_j ] / [ sum_i exp(a_i - r) z_i + sum_j exp(s_j - r) ]
+
+The denominator is at least one, so it needs no epsilon: either r is some a_i, and z_i >= 1, or it is some s_j. No later key
+enters a scale. Without a window s_j is the logarithm of the feature estimate summed over features (the paper's estimator
+everywhere); with one it is the exact log kernel + log m, which meets the scale of the feature sums.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from darkformer_jax.ops.features import accumulator_dtype, apply_geometry, log_positive_features, matmul_precision
+from darkformer_jax.ops.state import NEG, AttentionState, FarState, Recent, Sinks, merge_far
+
+# In the product of query and key features each side is scaled to a maximum of e^HEADROOM, so that a pair whose best common
+# feature lies up to 2 HEADROOM - LOG_FLOOR = 117 nats under the two separate maxima is exact in float32; beyond that it
+# counts as e^LOG_FLOOR. A pair's gap is at most |x| (max w.x/|x| - min w.x/|x|) of the smaller of the two norms: |Mx|^2 of about 500
+# at least. The sum of both exponents and log m stays under 88, float32's largest, also in the gradient.
+HEADROOM = 36.0
+LOG_FLOOR = -45.0
+
+
+class Kernel(NamedTuple):
+    """What defines the estimator of one head: w [m, r] (m = 0: nothing but the window is seen), M [r, d] and the scale."""
+
+    projections: Float[Array, "m r"]
+    geometry: Float[Array, "r d"] | None
+    scale: float
+
+    def log_features(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch m"]:
+        """l_i(x)."""
+        return log_positive_features(x, self.projections, self.geometry, self.scale)
+
+    def log_kernel(self, q: Float[Array, "n g d"], k: Float[Array, "t d"]) -> Float[Array, "n g t"]:
+        """scale q^T M^T M k + log m."""
+        point = apply_geometry(q, self.geometry)
+        if self.geometry is not None:
+            point = apply_geometry(point, self.geometry.T)
+        wide = accumulator_dtype(q.dtype)
+        dots = jnp.einsum("ngd,td->ngt", point, k, precision=matmul_precision(q.dtype), preferred_element_type=wide)
+        return self.scale * dots + math.log(max(self.projections.shape[0], 1))
+
+
+class Sums(NamedTuple):
+    """Numerator and denominator of an attention output, both times e^-log_scale. (0, 0, NEG) where nothing is visible."""
+
+    numerator: Float[Array, "n g dv"]
+    denominator: Float[Array, "n g"]
+    log_scale: Float[Array, "n g"]
+
+
+class Tokens(NamedTuple):
+    """A stretch of tokens of one head. Segment 0 is padding: not a key, and a query that reads nothing."""
+
+    queries: Float[Array, "n g d"]
+    keys: Float[Array, "n d"]
+    values: Float[Array, "n dv"]
+    segments: Int[Array, "n"]
+    positions: Int[Array, "n"]  # in the token's document
+
+    def recent(self) -> Recent:
+        return Recent(self.keys, self.values, self.segments, self.positions)
+
+
+def _matmul(spec: str, a: Array, b: Array, dtype: jnp.dtype) -> Array:
+    """einsum with operands in the input dtype and a float32 (or float64) result."""
+    wide = accumulator_dtype(dtype)
+    return jnp.einsum(
+        spec, a.astype(dtype), b.astype(dtype), precision=matmul_precision(dtype), preferred_element_type=wide
+    )
+
+
+def feature_scores(
+    log_q: Float[Array, "n g m"], log_k: Float[Array, "t m"], dtype: jnp.dtype
+) -> Float[Array, "n g t"]:
+    """log sum_i exp(l_i(q) + l_i(k)), as one matmul.
+
+    Scaled by each query's and each key's own maximum over features, so that no key can push another into underflow.
+    """
+    headroom = min(HEADROOM, 0.5 * (80.0 - math.log(log_q.shape[-1])))
+    q_max = jax.lax.stop_gradient(jnp.max(log_q, axis=-1, keepdims=True))
+    k_max = jax.lax.stop_gradient(jnp.max(log_k, axis=-1, keepdims=True))
+    product = _matmul(
+        "ngm,tm->ngt", jnp.exp(log_q - (q_max - headroom)), jnp.exp(log_k - (k_max - headroom)), dtype
+    )
+    return jnp.log(jnp.maximum(product, math.exp(LOG_FLOOR))) + (q_max + k_max[None, None, :, 0] - 2 * headroom)
+
+
+def weighted_sums(
+    far_scores: Float[Array, "n g m"],
+    far: FarState,
+    scores: Float[Array, "n g t"],
+    values: Float[Array, "t dv"],
+) -> Sums:
+    """Sums over the far keys and t single ones. `NEG` scores are invisible."""
+    dtype = values.dtype
+    row_max = jnp.maximum(jnp.max(far_scores, axis=-1, initial=NEG), jnp.max(scores, axis=-1, initial=NEG))
+    row_max = jax.lax.stop_gradient(row_max)
+    shift = jnp.where(row_max > 0.5 * NEG, row_max, 0.0)[..., None]
+    far_weights = jnp.exp(far_scores - shift)
+    weights = jnp.exp(scores - shift)
+    numerator = _matmul("ngm,mv->ngv", far_weights, far.values, dtype) + _matmul("ngt,tv->ngv", weights, values, dtype)
+    denominator = jnp.einsum("ngm,m->ng", far_weights, far.normalizer) + jnp.sum(weights, axis=-1)
+    return Sums(numerator, denominator, row_max)
+
+
+def merge_sums(first: Sums, second: Sums) -> Sums:
+    """Adds the sums over two disjoint sets of keys."""
+    log_scale = jnp.maximum(first.log_scale, second.log_scale)
+    scale1, scale2 = jnp.exp(first.log_scale - log_scale), jnp.exp(second.log_scale - log_scale)
+    return Sums(
+        first.numerator * scale1[..., None] + second.numerator * scale2[..., None],
+        first.denominator * scale1 + second.denominator * scale2,
+        log_scale,
+    )
+
+
+def fold(
+    kernel: Kernel, far: FarState, sinks: Sinks, chunk: Recent, log_k: Float[Array, "c m"] | None = None
+) -> tuple[FarState, Sinks]:
+    """Adds a chunk's last segment to the far state and to the sinks, which forget every segment before it."""
+    log_k = kernel.log_features(chunk.keys) if log_k is None else log_k
+    num_sinks = sinks.filled.shape[0]
+    last = last_nonzero(chunk.segments)
+    segment = jnp.where(last >= 0, chunk.segments[last], 0)
+    member = (chunk.segments == segment) & (chunk.segments != 0)
+    is_sink = member & (chunk.positions < num_sinks)
+    to_far = (member & ~is_sink)[:, None]
+
+    key_max = jax.lax.stop_gradient(jnp.max(jnp.where(to_far, log_k, NEG), axis=0))
+    weights = jnp.exp(jnp.where(to_far, log_k - key_max[None, :], NEG))
+    dtype = chunk.values.dtype
+    summary = FarState(key_max, jnp.sum(weights, axis=0), _matmul("cm,cv->mv", weights, chunk.values, dtype), segment)
+    if num_sinks:
+        sinks = _fold_sinks(sinks, chunk, is_sink, (segment == far.segment) | (segment == 0))
+    return merge_far(far, summary), sinks
+
+
+def _fold_sinks(sinks: Sinks, chunk: Recent, is_sink: Bool[Array, "c"], same: Bool[Array, ""]) -> Sinks:
+    slot = (jnp.arange(sinks.filled.shape[0])[:, None] == chunk.positions[None, :]) & is_sink[None, :]  # [s, c], one-hot rows
+    found = jnp.any(slot, axis=1)
+    pick = slot.astype(chunk.keys.dtype)
+    return Sinks(
+        keys=jnp.where(found[:, None], pick @ chunk.keys, sinks.keys),
+        values=jnp.where(found[:, None], pick.astype(chunk.values.dtype) @ chunk.values, sinks.values),
+        filled=(sinks.filled & same) | found,
+    )
+
+
+def last_nonzero(segments: Int[Array, "n"]) -> Int[Array, ""]:
+    """Index of the last token that is not padding; -1 where all are."""
+    return jnp.max(jnp.where(segments != 0, jnp.arange(segments.shape[0]), -1), initial=-1)
+
+
+def read_far(
+    kernel: Kernel, queries: Array, segments: Array, far: FarState, log_q: Array | None = None
+) -> Float[Array, "n g m"]:
+    """a_i = l_i(q) + c_i, invisible to queries of another segment."""
+    log_q = kernel.log_features(queries) if log_q is None else log_q
+    reads = (segments == far.segment) & (segments != 0)
+    return jnp.where(reads[:, None, None], log_q + far.key_max[None, None, :], NEG)
+
+
+def _exact_sums(
+    kernel: Kernel, tokens: Tokens, far: FarState, sinks: Sinks, near: Recent, visible: Bool[Array, "n t"]
+) -> Sums:
+    """`weighted_sums` of the far state and of sinks and near keys with their exact kernel."""
+    sees_sinks = (tokens.segments == far.segment)[:, None] & sinks.filled[None, :] & (tokens.segments != 0)[:, None]
+    keys = jnp.concatenate([sinks.keys, near.keys])
+    values = jnp.concatenate([sinks.values, near.values])
+    mask = jnp.concatenate([sees_sinks, visible], axis=1)[:, None, :]
+    scores = jnp.where(mask, kernel.log_kernel(tokens.queries, keys), NEG)
+    return weighted_sums(read_far(kernel, tokens.queries, tokens.segments, far), far, scores, values)
+
+
+def _same_segment(query_segments: Array, key_segments: Array) -> Bool[Array, "n t"]:
+    return (query_segments[:, None] == key_segments[None, :]) & (key_segments != 0)[None, :]
+
+
+def chunk_features(
+    kernel: Kernel, far: FarState, sinks: Sinks, tokens: Tokens, causal: bool
+) -> tuple[FarState, Sums]:
+    """One chunk with features everywhere: read the far state and the chunk, then fold the chunk in."""
+    log_q, log_k = kernel.log_features(tokens.queries), kernel.log_features(tokens.keys)
+    visible = _same_segment(tokens.segments, tokens.segments)
+    if causal:
+        visible &= jnp.tri(tokens.segments.shape[0], dtype=bool)
+    scores = jnp.where(visible[:, None, :], feature_scores(log_q, log_k, tokens.values.dtype), NEG)
+    sums = weighted_sums(
+        read_far(kernel, tokens.queries, tokens.segments, far, log_q), far, scores, tokens.values
+    )
+    far, _ = fold(kernel, far, sinks, tokens.recent(), log_k)
+    return far, sums
+
+
+def chunk_window(
+    kernel: Kernel, far: FarState, sinks: Sinks, recent: Recent, tokens: Tokens
+) -> tuple[FarState, Sinks, Recent, Sums]:
+    """One chunk of the hybrid: window and own chunk exact, then the window's oldest chunk leaves for the far state."""
+    size, window = tokens.segments.shape[0], recent.segments.shape[0]
+    near = join_recent(recent, tokens.recent())
+    visible = _same_segment(tokens.segments, near.segments)
+    visible &= jnp.concatenate([jnp.ones((size, window), bool), jnp.tri(size, dtype=bool)], axis=1)
+    sums = _exact_sums(kernel, tokens, far, sinks, near, visible)
+    far, sinks = fold(kernel, far, sinks, slice_recent(near, 0, size))
+    return far, sinks, slice_recent(near, size, None), sums
+
+
+def step_features(
+    kernel: Kernel, state: AttentionState, token: Tokens
+) -> tuple[AttentionState, Sums]:
+    """One token with features everywhere: fold it in, then read."""
+    far, _ = fold(kernel, state.far, state.sinks, token.recent())
+    scores = read_far(kernel, token.queries, token.segments, far)
+    empty = jnp.full((*scores.shape[:-1], 0), NEG, scores.dtype)
+    return state._replace(far=far), weighted_sums(scores, far, empty, token.values[:0])
+
+
+def step_window(
+    kernel: Kernel, state: AttentionState, token: Tokens, chunk_size: int
+) -> tuple[AttentionState, Sums]:
+    """One token of the hybrid. The caller calls `shift_window` once the chunk is full."""
+    # Padding takes no slot: it is written where the next token will overwrite it, and its segment makes it invisible.
+    slot = state.recent.segments.shape[0] - chunk_size + state.fill
+    recent = write_recent(state.recent, token.recent(), slot)
+    visible = _same_segment(token.segments, recent.segments)
+    sums = _exact_sums(kernel, token, state.far, state.sinks, recent, visible)
+    real = (token.segments[0] != 0).astype(jnp.int32)
+    return state._replace(recent=recent, fill=state.fill + real), sums
+
+
+def shift_window(kernel: Kernel, state: AttentionState, chunk_size: int) -> AttentionState:
+    """Where the chunk in the making is full: the oldest chunk leaves for the far state and makes room for the next."""
+    full = state.fill == chunk_size
+    far, sinks = fold(kernel, state.far, state.sinks, slice_recent(state.recent, 0, chunk_size))
+    blank = Recent(*(jnp.zeros_like(leaf[:chunk_size]) for leaf in state.recent))
+    shifted = state._replace(
+        far=far, sinks=sinks, recent=join_recent(slice_recent(state.recent, chunk_size, None), blank), fill=jnp.zeros_like(state.fill)
+    )
+    return jax.tree.map(lambda new, old: jnp.where(full, new, old), shifted, state)
+
+
+def join_recent(first: Recent, second: Recent) -> Recent:
+    """Concatenates along tokens."""
+    return Recent(*(jnp.concatenate([a, b.astype(a.dtype)]) for a, b in zip(first, second, strict=True)))
+
+
+def slice_recent(recent: Recent, start: int, stop: int | None) -> Recent:
+    """Tokens start:stop."""
+    return Recent(*(leaf[start:stop] for leaf in recent))
+
+
+def write_recent(recent: Recent, new: Recent, start: Int[Array, ""]) -> Recent:
+    """Overwrites the tokens from `start` on."""
+    pairs = zip(recent, new, strict=True)
+    return Recent(
+        *(jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), start, axis=0) for old, x in pairs)
+    )

@@ -1,0 +1,128 @@
+"""What linear attention remembers of the tokens it has seen: a constant amount, whatever their number.
+
+The far state is `(c, z, S)` of docs/MATH: per feature i the largest log feature c_i over the keys seen, and the sums
+z_i = sum_j exp(l_i(k_j) - c_i) and S_i = sum_j exp(l_i(k_j) - c_i) v_j. As the maximum is one of the terms, z_i >= 1 once a
+key was seen. c only moves the numbers into range; it cancels in the output and is a constant to the gradient.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from darkformer_jax.ops.features import accumulator_dtype
+
+NEG = -1e30  # "minus infinity" that can be subtracted from itself
+
+
+class FarState(NamedTuple):
+    """Summary of the keys that are seen through random features; all of them belong to one segment."""
+
+    key_max: Float[Array, "*heads m"]  # c
+    normalizer: Float[Array, "*heads m"]  # z
+    values: Float[Array, "*heads m dv"]  # S
+    segment: Int[Array, "*batch"]  # id of the segment the keys belong to; 0 = none seen
+
+
+class Sinks(NamedTuple):
+    """The first tokens of the far state's segment, once they have left the window."""
+
+    keys: Float[Array, "*heads s d"]
+    values: Float[Array, "*heads s dv"]
+    filled: Bool[Array, "*batch s"]
+
+
+class Recent(NamedTuple):
+    """Keys that are still seen exactly: `window` tokens of whole chunks, and the chunk that is being filled."""
+
+    keys: Float[Array, "*heads t d"]  # t = window while a chunk scan runs, window + chunk_size between calls
+    values: Float[Array, "*heads t dv"]
+    segments: Int[Array, "*batch t"]  # 0 = empty
+    positions: Int[Array, "*batch t"]  # in the token's document
+
+
+class AttentionState(NamedTuple):
+    """Everything a sequence needs to go on: by more tokens at once, or by one. Made by `dark_attention`.
+
+    `last_segment` and `document_length` describe the newest token's document, `fill` counts the tokens of the chunk that is
+    being filled (0 without a window). Leaves have leading axes [B, Hkv] or [B].
+    """
+
+    far: FarState
+    sinks: Sinks
+    recent: Recent
+    fill: Int[Array, "*batch"]
+    last_segment: Int[Array, "*batch"]
+    document_length: Int[Array, "*batch"]
+
+
+# Which leaves have a head axis, as vmap's in_axes and out_axes.
+HEAD_AXES = AttentionState(
+    far=FarState(0, 0, 0, None),  # type: ignore[arg-type]
+    sinks=Sinks(0, 0, None),  # type: ignore[arg-type]
+    recent=Recent(0, 0, None, None),  # type: ignore[arg-type]
+    fill=None,  # type: ignore[arg-type]
+    last_segment=None,  # type: ignore[arg-type]
+    document_length=None,  # type: ignore[arg-type]
+)
+
+
+def empty_far(num_features: int, value_dim: int, dtype: jnp.dtype = jnp.float32) -> FarState:
+    """The identity of `merge_far`, for one head."""
+    return FarState(
+        key_max=jnp.full((num_features,), NEG, dtype),
+        normalizer=jnp.zeros((num_features,), dtype),
+        values=jnp.zeros((num_features, value_dim), dtype),
+        segment=jnp.zeros((), jnp.int32),
+    )
+
+
+def empty_state(
+    *,
+    num_features: int,
+    key_dim: int,
+    value_dim: int,
+    recent: int,
+    num_sinks: int,
+    dtype: jnp.dtype,
+) -> AttentionState:
+    """The state of one head before its first token; `recent` is window + chunk_size, or 0 without a window."""
+    zero = jnp.zeros((), jnp.int32)
+    return AttentionState(
+        far=empty_far(num_features, value_dim, accumulator_dtype(dtype)),
+        sinks=Sinks(
+            jnp.zeros((num_sinks, key_dim), dtype), jnp.zeros((num_sinks, value_dim), dtype), jnp.zeros(num_sinks, bool)
+        ),
+        recent=Recent(
+            jnp.zeros((recent, key_dim), dtype),
+            jnp.zeros((recent, value_dim), dtype),
+            jnp.zeros(recent, jnp.int32),
+            jnp.zeros(recent, jnp.int32),
+        ),
+        fill=zero,
+        last_segment=zero,
+        document_length=zero,
+    )
+
+
+def merge_far(first: FarState, second: FarState) -> FarState:
+    """The summary of both parts of one segment: c = max(c1, c2), z = z1 e^(c1-c) + z2 e^(c2-c), S likewise.
+
+    Associative, with `empty_far` as its identity: the parts can be summarised on different devices. Where the two belong
+    to different segments the second, the later one, replaces the first.
+    """
+    first_axes = first.normalizer.ndim - first.segment.ndim
+    empty = second.segment == 0
+    same = (first.segment == second.segment) | empty
+    same = same.reshape(same.shape + (1,) * first_axes)
+    first_max = jnp.where(same, first.key_max, NEG)
+    key_max = jax.lax.stop_gradient(jnp.maximum(first_max, second.key_max))
+    keep = jnp.where(same, jnp.exp(first_max - key_max), 0)
+    add = jnp.exp(second.key_max - key_max)
+    return FarState(
+        key_max=key_max,
+        normalizer=first.normalizer * keep + second.normalizer * add,
+        values=first.values * keep[..., None] + second.values * add[..., None],
+        segment=jnp.where(empty, first.segment, second.segment),
+    )

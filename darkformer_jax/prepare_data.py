@@ -1,0 +1,116 @@
+"""Tokenise text once, so that training on any amount of it starts at once: writes ArrayRecord shards and a manifest.
+
+    python -m darkformer_jax.prepare_data --source=news --files=1-billion-word-language-modeling-benchmark-r13output \\
+        --tokenizer=bpe:8192 --out=data/lm_1b
+    python train.py --config=configs/lm_1b.py --config.data.files=data/lm_1b
+
+Both passes over the text (training a tokenizer, tokenising) use bounded memory. The directory is complete when, and
+only when, it holds manifest.json.
+"""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
+
+import tqdm
+from absl import app
+from absl.flags import argparse_flags
+
+from darkformer_jax.data.prepared import DEFAULT_SHARD_TOKENS, SPLITS, prepare
+from darkformer_jax.data.sources import CORPUS_SOURCES
+from darkformer_jax.data.text_files import OnRead
+from darkformer_jax.errors import UserError
+
+_SECONDS_BETWEEN_LINES = 30.0  # of progress, where the output is no terminal
+
+
+class _Parser(argparse_flags.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as for every other mistake."""
+        self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+
+def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="python -m darkformer_jax.prepare_data",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--source",
+        required=True,
+        choices=CORPUS_SOURCES,
+        help='text: .txt, .txt.gz (a file is a document), .jsonl, .jsonl.gz (a line\'s "text" is one); '
+        "news: the One Billion Word release (a line is one); stdlib: the Python standard library",
+    )
+    parser.add_argument(
+        "--files",
+        default="",
+        help="text: comma-separated globs, or directories searched recursively; news: the release's directory",
+    )
+    parser.add_argument("--out", required=True, help="directory to write; must be empty or not exist")
+    parser.add_argument(
+        "--tokenizer",
+        default="bytes",
+        help="bytes | bpe:<vocabulary size> (trained on the training documents) | path of a tokenizer.json, of a "
+        "SentencePiece .model or of a directory with one (default: bytes)",
+    )
+    parser.add_argument(
+        "--heldout_fraction",
+        type=float,
+        default=0.01,
+        help="share of the documents, chosen by their hash, that is never trained on (default: 0.01)",
+    )
+    parser.add_argument(
+        "--shard_tokens",
+        type=int,
+        default=DEFAULT_SHARD_TOKENS,
+        help=f"tokens a shard, rounded up to whole records (default: {DEFAULT_SHARD_TOKENS})",
+    )
+    return parser.parse_args(argv[1:])
+
+
+@contextlib.contextmanager
+def _progress_bar(label: str, num_bytes: int) -> Iterator[OnRead]:
+    interval = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES
+    with tqdm.tqdm(desc=label, total=num_bytes, unit="B", unit_scale=True, mininterval=interval) as bar:
+
+        def advance(count: int) -> None:
+            bar.update(count)
+
+        yield advance
+
+
+def main(args: argparse.Namespace) -> None:
+    """Prepares the data, prints what it holds; on a UserError one line and exit status 2."""
+    try:
+        manifest = prepare(
+            args.out,
+            source=args.source,
+            files=args.files,
+            tokenizer_spec=args.tokenizer,
+            heldout_fraction=args.heldout_fraction,
+            shard_tokens=args.shard_tokens,
+            progress=_progress_bar,
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"error: interrupted; what was written to {args.out} is removed", file=sys.stderr)
+        sys.exit(130)
+    tokenizer = manifest["tokenizer"]
+    print(f"{args.out}: {tokenizer['vocab_size']} ids, tokenizer fingerprint {tokenizer['fingerprint'][:12]}")
+    for name in SPLITS:
+        split = manifest["splits"][name]
+        print(
+            f"  {name:8s} {split['num_documents']:>12,} documents {split['num_tokens']:>15,} tokens"
+            f" {split['num_bytes']:>15,} bytes in {len(split['shards'])} shards"
+        )
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse_flags)

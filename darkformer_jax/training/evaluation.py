@@ -1,0 +1,69 @@
+"""Held-out loss, bits per byte and next-token accuracy."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from darkformer_jax.model import Network
+from darkformer_jax.training.step import Batch, Metrics, loss_sums
+
+
+class Evaluation(NamedTuple):
+    """What a model makes of held-out text."""
+
+    loss: float  # nats a token
+    bits_per_byte: float  # of the text, whatever its tokenizer
+    accuracy: float  # share of tokens whose successor has the largest logit
+    tokens: int
+
+    def as_metrics(self) -> dict[str, float]:
+        """Names for metrics.jsonl."""
+        return {f"heldout_{name}": value for name, value in self._asdict().items()}
+
+    def __str__(self) -> str:
+        return f"loss {self.loss:.4f}  bits per byte {self.bits_per_byte:.4f}  accuracy {100 * self.accuracy:.2f}%"
+
+
+def make_eval_step(network: Network) -> Callable[[dict, dict, Batch], Metrics]:
+    """(params, projections, batch) -> sums over the batch's real tokens, jitted."""
+
+    def eval_step(params: dict, projections: dict, batch: Batch) -> Metrics:
+        return loss_sums(network, params, projections, batch)
+
+    return jax.jit(eval_step)
+
+
+def evaluate(
+    eval_step: Callable[[dict, dict, Batch], Metrics],
+    params: dict,
+    projections: dict,
+    batches: Iterable[dict[str, np.ndarray]],
+    sharding: NamedSharding,
+    tokens_per_byte: float,
+) -> Evaluation:
+    """Means over `batches`. `tokens_per_byte` is of the whole split: tokens that are predicted over bytes of its text."""
+    totals = {"nll": 0.0, "correct": 0.0, "weight": 0.0}
+    pending: Metrics | None = None
+    for batch in batches:
+        sums = eval_step(params, projections, put_batch(batch, sharding))
+        _add(totals, pending)  # of the batch before: the device is never waited for
+        pending = sums
+    _add(totals, pending)
+    tokens = max(totals["weight"], 1.0)
+    loss = totals["nll"] / tokens
+    return Evaluation(loss, loss / math.log(2) * tokens_per_byte, totals["correct"] / tokens, int(totals["weight"]))
+
+
+def put_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> Batch:
+    """The global batch of which every process holds its own rows."""
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+
+def _add(totals: dict[str, float], sums: Metrics | None) -> None:
+    if sums is not None:
+        for name in totals:
+            totals[name] += float(sums[name])

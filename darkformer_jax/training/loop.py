@@ -1,0 +1,219 @@
+"""The training loop: restore, step, measure, save, and stop well whatever happens."""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import jax
+
+from darkformer_jax.data import Data, heldout_batches, train_batches
+from darkformer_jax.errors import UserError
+from darkformer_jax.training.checkpoints import Checkpoints
+from darkformer_jax.training.evaluation import Evaluation, evaluate, make_eval_step, put_batch
+from darkformer_jax.training.flops import device_peak_flops
+from darkformer_jax.training.init_from import initialize_from
+from darkformer_jax.training.metrics import MetricWriter
+from darkformer_jax.training.progress import Progress, device_memory_bytes, host_memory_bytes
+from darkformer_jax.training.setup import Experiment, tokens_per_byte
+from darkformer_jax.training.step import Metrics, TrainState, from_saved, make_state_init, make_train_step, to_saved
+
+
+class Stopped(Exception):
+    """The run was asked to stop by a signal, and has saved what it had."""
+
+    def __init__(self, signum: int, step: int) -> None:
+        super().__init__(f"{signal.Signals(signum).name}: saved step {step}; the same command resumes there")
+        self.exit_status = 128 + signum
+
+
+class StopSignals:
+    """While active, remembers the first SIGTERM or Ctrl-C; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        self._previous = {signum: signal.signal(signum, self._remember) for signum in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    def _remember(self, signum: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
+        self.received = signum
+
+
+class Run:
+    """One training run in a workdir. `train` brings it to `num_steps`, from wherever it is."""
+
+    def __init__(self, experiment: Experiment, data: Data, workdir: str) -> None:
+        config = experiment.config
+        self.experiment, self.data, self.workdir = experiment, data, workdir
+        self.checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, save_every=config.checkpoint.every)
+        self._eval_step = make_eval_step(experiment.network)
+        self._train_step = jax.jit(
+            make_train_step(
+                experiment.network,
+                experiment.optimizer,
+                experiment.schedule,
+                accumulation_steps=config.accumulation_steps,
+                z_loss=config.optimizer.z_loss,
+                redraw_every=config.model.attention.redraw_every,
+            ),
+            donate_argnums=0,
+            out_shardings=(experiment.shardings, None),
+        )
+        peak = device_peak_flops(jax.devices()[0])
+        self._peak_flops = None if peak is None else peak * len(jax.devices())
+
+    def start(self, progress: Progress) -> tuple[int, TrainState]:
+        """The step to go on from and its state: own workdir, then init_from, then scratch."""
+        experiment, config = self.experiment, self.experiment.config
+        if self.checkpoints.committed_steps():
+            wanted = jax.tree.map(
+                lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+                to_saved(experiment.abstract),
+                to_saved(experiment.shardings),
+            )
+            step, saved = self.checkpoints.restore(wanted)
+            progress.note(f"resuming {self.workdir} from step {step}")
+            return step, from_saved(saved, experiment.abstract)
+        init = make_state_init(experiment.network, experiment.optimizer, config.seed)
+        state = jax.jit(init, out_shardings=experiment.shardings)()
+        if config.init_from:
+            state, report = initialize_from(config.init_from, experiment, state)
+            progress.note(report)
+        return 0, state
+
+    def train(self, progress: Progress) -> tuple[TrainState, Evaluation]:
+        """Trains to the last step and evaluates.
+
+        Raises:
+          Stopped: a signal came; the finished step is saved.
+          UserError: the loss or the gradient is not finite, or the disk cannot be written; earlier checkpoints stay.
+        """
+        config = self.experiment.config
+        step, state = self.start(progress)
+        writer = MetricWriter(self.workdir, step if self.checkpoints.committed_steps() else None)
+        log = _Log(self, writer, progress)
+        evaluation: Evaluation | None = None
+        try:
+            with StopSignals() as signals, jax.set_mesh(self.experiment.mesh):
+                batches = self._batches(step)
+                while step < config.num_steps:
+                    state, metrics = self._train_step(state, next(batches))
+                    step += 1
+                    log.finished(step, metrics)
+                    evaluate_now = config.eval.every and step % config.eval.every == 0
+                    stop = signals.received is not None
+                    if evaluate_now or stop or self.checkpoints.due(step) or step == config.num_steps:
+                        log.flush()  # a step that is not finite must not be saved
+                    last = step == config.num_steps
+                    evaluation = self.evaluate(state, whole=last) if evaluate_now or last else None
+                    if evaluation:
+                        log.evaluated(step, evaluation)
+                    if stop or self.checkpoints.due(step) or step == config.num_steps:
+                        self.checkpoints.save(step, to_saved(state), evaluation.as_metrics() if evaluation else None)
+                    if signals.received is not None and stop:
+                        self.checkpoints.wait()
+                        raise Stopped(signals.received, step)
+                evaluation = evaluation or self.evaluate(state, whole=True)
+            return state, evaluation
+        finally:
+            writer.close()
+            progress.close()
+            self.checkpoints.close()
+
+    def evaluate(self, state: TrainState, *, whole: bool) -> Evaluation:
+        """On the whole held-out split, or on as much of it as the config gives an evaluation in passing."""
+        config = self.experiment.config
+        batches = heldout_batches(
+            self.data.heldout,
+            batch_size=config.eval.batch_size,
+            sequence_length=config.sequence_length,
+            max_batches=0 if whole else config.eval.batches,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        ratio = tokens_per_byte(self.data.heldout)
+        sharding = self.experiment.batch_sharding
+        with jax.set_mesh(self.experiment.mesh):
+            return evaluate(self._eval_step, state.params, state.projections, batches, sharding, ratio)
+
+    def _batches(self, start_step: int) -> Iterator[dict[str, jax.Array]]:
+        config = self.experiment.config
+        batches = train_batches(
+            self.data.train,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            sequence_length=config.sequence_length,
+            start_step=start_step,
+            num_workers=config.data.num_workers,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        for batch in batches:
+            yield put_batch(batch, self.experiment.batch_sharding)
+
+
+class _Log:
+    """Reads the metrics of step N-1 after step N was dispatched, so that the device never waits for the host."""
+
+    def __init__(self, run: Run, writer: MetricWriter, progress: Progress) -> None:
+        self._run, self._writer, self._progress = run, writer, progress
+        self._pending: tuple[int, Metrics] | None = None
+        self._clock = time.perf_counter()
+        self._steps = 0  # since the clock
+
+    def finished(self, step: int, metrics: Metrics) -> None:
+        """A step was dispatched."""
+        self.flush()
+        self._pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Reads, checks and writes the metrics that are pending."""
+        if self._pending is None:
+            return
+        step, device_metrics = self._pending
+        self._pending = None
+        metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(metrics[name]):
+                raise UserError(
+                    f"step {step}: {name} is {metrics[name]}; stopped before it was saved. The last checkpoint is step "
+                    f"{max(self._run.checkpoints.committed_steps(), default='(none)')} in {self._run.workdir}; "
+                    "a lower optimizer.learning_rate or a smaller optimizer.clip_norm may help"
+                )
+        self._steps += 1
+        config = self._run.experiment.config
+        elapsed = time.perf_counter() - self._clock
+        speed = self._steps / elapsed
+        tokens_per_second = speed * self._run.experiment.tokens_per_step
+        peak = self._run._peak_flops
+        mfu = None if peak is None else speed * self._run.experiment.step_flops / peak
+        device_memory, host_memory = device_memory_bytes(), host_memory_bytes()
+        self._progress.update(step, metrics["loss"], tokens_per_second, mfu, device_memory or host_memory)
+        if step % config.log.every == 0 or step == config.num_steps:
+            timings = {
+                "tokens_per_second": tokens_per_second,
+                "step_seconds": 1 / speed,
+                "host_memory_bytes": host_memory,
+                **({"mfu": mfu} if mfu is not None else {}),
+                **({"device_memory_bytes": device_memory} if device_memory is not None else {}),
+            }
+            self._writer.write(step, metrics, time=timings)
+            self._clock, self._steps = time.perf_counter(), 0
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        """Writes an evaluation; the time it took does not count as training."""
+        self._writer.write(step, evaluation.as_metrics())
+        self._progress.note(f"step {step}  held out: {evaluation}")
+        self._clock, self._steps = time.perf_counter(), 0

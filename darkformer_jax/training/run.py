@@ -1,0 +1,100 @@
+"""What `train.py` does: from a config to a finished workdir."""
+
+import time
+from pathlib import Path
+
+import jax
+import ml_collections
+
+from darkformer_jax.config import validate
+from darkformer_jax.data import Data, load_data, load_tokenizer
+from darkformer_jax.data.tokenizers import has_tokenizer
+from darkformer_jax.sampling import Sampler, continue_prompts
+from darkformer_jax.training.evaluation import Evaluation
+from darkformer_jax.training.init_from import check_same_tokenizer
+from darkformer_jax.training.loop import Run
+from darkformer_jax.training.progress import Progress
+from darkformer_jax.training.report import compressors, loss_curve
+from darkformer_jax.training.setup import Experiment
+from darkformer_jax.training.step import TrainState
+from darkformer_jax.training.workdir import write_atomically, write_config
+
+
+def dry_run(config: ml_collections.ConfigDict) -> None:
+    """Prints the experiment's sizes. Reads the tokenizer, allocates nothing on a device."""
+    validate(config)
+    print(Experiment.of(config, _vocab_size(config)).describe())
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> None:
+    """Trains to the last step and reports. See `Run.train` for what it raises."""
+    validate(config)
+    write_config(workdir, config.to_dict())
+    progress = Progress(config.num_steps, config.log.every)
+    started = time.perf_counter()
+    progress.note(f"workdir {workdir}; reading {config.data.source} {config.data.files}".rstrip())
+    data = _load_data(config, workdir)
+    if config.init_from:
+        check_same_tokenizer(config.init_from, data.tokenizer.fingerprint)
+    if jax.process_index() == 0 and not has_tokenizer(workdir):
+        data.tokenizer.save(workdir)
+    experiment = Experiment.of(config, data.tokenizer.vocab_size)
+    progress.note(
+        f"{data.train.num_tokens:,} training tokens, {data.heldout.num_tokens:,} held out; "
+        f"{experiment.num_params:,} parameters; {len(jax.devices())} x {jax.devices()[0].device_kind}"
+    )
+    state, evaluation = Run(experiment, data, workdir).train(progress)
+    if jax.process_index() == 0:
+        _report(experiment, data, workdir, state, evaluation, time.perf_counter() - started)
+
+
+def _load_data(config: ml_collections.ConfigDict, workdir: str) -> Data:
+    d = config.data
+    tokenizer_dir = workdir if has_tokenizer(workdir) else None
+    return load_data(d.source, d.files, d.tokenizer, d.heldout_fraction, tokenizer_dir)
+
+
+def _vocab_size(config: ml_collections.ConfigDict) -> int:
+    """Of the model, without reading the text: a dry run of lm_1b must not need the corpus."""
+    d = config.data
+    if config.model.vocab_size:
+        return config.model.vocab_size
+    if d.tokenizer == "bytes":
+        return 257
+    if d.tokenizer.startswith("bpe:"):
+        return int(d.tokenizer.removeprefix("bpe:"))
+    return load_tokenizer(d.files).vocab_size
+
+
+def _report(
+    experiment: Experiment, data: Data, workdir: str, state: TrainState, evaluation: Evaluation, seconds: float
+) -> None:
+    print(f"\n{workdir}: step {int(state.step)} after {seconds:.0f} s")
+    print(f"held out ({evaluation.tokens:,} tokens): {evaluation}")
+    text = data.heldout_text()
+    if text:
+        others = "  ".join(f"{name} {bits:.3f}" for name, bits in compressors(text).items())
+        print(f"bits per byte of the same {len(text):,} bytes: this model {evaluation.bits_per_byte:.3f}  {others}")
+    samples = sample(experiment, data, state)
+    print("\n" + samples)
+    write_atomically(Path(workdir) / "samples.txt", samples.encode())
+    print(f"loss curve: {loss_curve(workdir)}")
+    print(f"more samples: python -m darkformer_jax.generate --workdir={workdir} --prompt='def '")
+
+
+def sample(experiment: Experiment, data: Data, state: TrainState) -> str:
+    """The config's prompts and how the model continues them."""
+    s, tokenizer = experiment.config.sample, data.tokenizer
+    sampler = Sampler(
+        experiment.network,
+        state.params,
+        state.projections,
+        temperature=s.temperature,
+        top_k=s.top_k,
+        top_p=s.top_p,
+        seed=experiment.config.seed,
+    )
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in s.prompts]
+    continued = continue_prompts(sampler, prompts, s.max_new_tokens, tokenizer.eos_id)
+    blocks = (f"--- {prompt!r}\n{prompt}{tokenizer.decode(new)}" for prompt, new in zip(s.prompts, continued, strict=True))
+    return "\n".join(blocks) + "\n"

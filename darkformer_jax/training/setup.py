@@ -1,0 +1,105 @@
+"""Everything a run is made of, put together from its config, without allocating an array."""
+
+import dataclasses
+import math
+
+import jax
+import ml_collections
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from darkformer_jax.config import model_spec
+from darkformer_jax.data import TokenStream
+from darkformer_jax.model import Network
+from darkformer_jax.sharding import make_mesh, sharding_of
+from darkformer_jax.training.flops import train_step_flops
+from darkformer_jax.training.optimizer import make_optimizer, make_schedule
+from darkformer_jax.training.step import TrainState, make_state_init, state_shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """The parts of a training run. `abstract` is the state's shapes, `shardings` its layout on `mesh`."""
+
+    config: ml_collections.ConfigDict
+    network: Network
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    mesh: Mesh
+    abstract: TrainState
+    shardings: TrainState
+    batch_sharding: NamedSharding
+
+    @classmethod
+    def of(cls, config: ml_collections.ConfigDict, tokenizer_vocab: int) -> "Experiment":
+        """Raises UserError where the config, the tokenizer and the devices do not fit together."""
+        network = Network.of(model_spec(config, tokenizer_vocab))
+        mesh = make_mesh(config.mesh.to_dict())
+        optimizer = make_optimizer(config.optimizer, config.num_steps, network)
+        schedule = make_schedule(config.optimizer, config.num_steps, config.optimizer.learning_rate)
+        abstract = jax.eval_shape(make_state_init(network, optimizer, config.seed))
+        shardings = state_shardings(network, optimizer, abstract, mesh)
+        micro_batch = config.batch_size // config.accumulation_steps
+        batch_sharding = sharding_of("a micro-batch", ("batch", None), (micro_batch, config.sequence_length), mesh)
+        sharding_of("an evaluation batch", ("batch", None), (config.eval.batch_size, config.sequence_length), mesh)
+        return cls(config, network, optimizer, schedule, mesh, abstract, shardings, batch_sharding)
+
+    @property
+    def num_params(self) -> int:
+        """Trained parameters."""
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.abstract.params))
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the whole state: parameters, optimizer moments, projections."""
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.abstract))
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions an optimizer step, padding included."""
+        return self.config.batch_size * self.config.sequence_length
+
+    @property
+    def step_flops(self) -> float:
+        """Model FLOPs an optimizer step; see `train_step_flops`."""
+        spec, sizes = self.network.spec, self.network.spec.attention
+        return train_step_flops(
+            tokens=self.tokens_per_step,
+            sequence_length=self.config.sequence_length,
+            attention_kinds=spec.pattern * (spec.num_layers // len(spec.pattern)),
+            embed_dim=spec.embed_dim,
+            num_heads=sizes.num_heads,
+            num_kv_heads=sizes.num_kv_heads,
+            head_dim=sizes.head_dim,
+            mlp_dim=spec.mlp_dim,
+            vocab_size=spec.vocab_size,
+            num_features=sizes.num_features,
+            chunk_size=sizes.chunk_size,
+            window=sizes.window,
+            num_sinks=sizes.num_sinks,
+        )
+
+    def describe(self) -> str:
+        """What --dry_run prints."""
+        spec = self.network.spec
+        per_device = sum(
+            math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf, sharding in zip(jax.tree.leaves(self.abstract), jax.tree.leaves(self.shardings), strict=True)
+        )
+        rows = (
+            ("parameters", f"{self.num_params:,}"),
+            ("state", f"{self.state_bytes / 2**20:,.1f} MiB, of which {per_device / 2**20:,.1f} MiB a device"),
+            ("tokens a step", f"{self.tokens_per_step:,} = {self.config.batch_size} x {self.config.sequence_length}"),
+            ("FLOPs a step", f"{self.step_flops:.3e}"),
+            ("layers", f"{spec.num_layers} x ({', '.join(spec.pattern)})"),
+            ("vocabulary", f"{spec.vocab_size:,}"),
+            ("mesh", ", ".join(f"{name}={size}" for name, size in self.mesh.shape.items())),
+            ("steps", f"{self.config.num_steps:,}"),
+        )
+        return "\n".join(f"{name:14s} {value}" for name, value in rows)
+
+
+def tokens_per_byte(stream: TokenStream) -> float:
+    """Predicted tokens over bytes of text: what turns nats a token into bits a byte."""
+    ends = 1 if stream.starts_are_targets else stream.num_documents  # tokens without a successor
+    return (stream.num_tokens - ends) / stream.num_bytes

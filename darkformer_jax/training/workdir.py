@@ -1,0 +1,132 @@
+"""The run's directory: config.json is written once, compared on every later start, and nothing foreign is overwritten.
+
+It holds config.json, checkpoints/, metrics.jsonl, tensorboard/, samples.txt and the plots.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from darkformer_jax.errors import UserError
+
+CONFIG_FILE = "config.json"
+
+# What a resumed run may change: how long it runs, what it prints and keeps, and how the same batch is laid out on the
+# devices. Everything else would continue another experiment under the old one's name.
+CHANGEABLE = ("num_steps", "accumulation_steps", "checkpoint", "eval", "log", "sample", "mesh", "data.num_workers")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replaces `path` by `content` so that a kill at any moment leaves the old file or the new one, never a part.
+
+    The bytes and the directory entry are on the disk when it returns. Raises OSError.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def write_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
+    """Claims `workdir` for the experiment `config`, or checks that it already belongs to it.
+
+    An absent or empty directory is created and gets config.json. Where config.json exists, only the fields in
+    `CHANGEABLE` may differ; config.json then takes the new values. On a pod every process checks and process 0 writes.
+
+    Args:
+      workdir: a local or mounted directory.
+      config: the resolved config as nested dicts of JSON values (tuples count as lists).
+
+    Raises:
+      UserError: `workdir` holds another experiment (each changed field is printed as `field: old -> new`), or files but
+        no config.json, or cannot be written.
+    """
+    directory = _local(workdir)
+    path = directory / CONFIG_FILE
+    new = json.loads(json.dumps(config))  # the form it has when read back
+    try:
+        if path.exists():
+            _refuse_changes(directory, read_config(directory), new)
+        else:
+            _refuse_foreign_files(directory)
+        if jax.process_index() == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+            content = (json.dumps(new, indent=2, sort_keys=True) + "\n").encode()
+            if not path.exists() or path.read_bytes() != content:
+                write_atomically(path, content)
+    except OSError as error:
+        raise UserError(f"workdir {directory} cannot be written: {error.strerror or error}") from error
+
+
+def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:
+    """The config.json of a run, as nested dicts. Raises UserError if there is none or it is not JSON."""
+    path = _local(workdir) / CONFIG_FILE
+    try:
+        config = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}; is this the workdir of a run?") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds a {type(config).__name__}, not a config")
+    return config
+
+
+def _local(workdir: str | os.PathLike[str]) -> Path:
+    if "://" in os.fspath(workdir):
+        raise UserError(f"workdir {os.fspath(workdir)}: not a local path; mount the bucket and pass the mount point")
+    return Path(workdir)
+
+
+def _refuse_changes(directory: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    before, after = dict(_fields(old)), dict(_fields(new))
+    changes = [
+        f"{field}: {_shown(before, field)} -> {_shown(after, field)}"
+        for field in sorted(before.keys() | after.keys())
+        if not _changeable(field) and _shown(before, field) != _shown(after, field)
+    ]
+    if changes:
+        raise UserError(
+            f"workdir {directory} belongs to another experiment; use a new workdir or undo: " + "; ".join(changes)
+        )
+
+
+def _refuse_foreign_files(directory: Path) -> None:
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise UserError(f"workdir {directory} is a file, not a directory")
+    # A run killed while it wrote its first config.json leaves our own temporary file behind.
+    foreign = sorted(entry.name for entry in directory.iterdir() if entry.name != CONFIG_FILE + ".tmp")
+    if foreign:
+        raise UserError(
+            f"workdir {directory} is not empty and has no {CONFIG_FILE} (it holds {foreign[0]}"
+            f"{f' and {len(foreign) - 1} more' if len(foreign) > 1 else ''}); use a new or empty directory"
+        )
+
+
+def _fields(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _shown(fields: Mapping[str, Any], field: str) -> str:
+    return json.dumps(fields[field]) if field in fields else "(absent)"
+
+
+def _changeable(field: str) -> bool:
+    return any(field == allowed or field.startswith(allowed + ".") for allowed in CHANGEABLE)

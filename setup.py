@@ -1,0 +1,45 @@
+"""Packaging of darkformer_jax: the library only. Experiments (configs/, train.py) are run from a clone.
+
+`constraints/py3.11.txt` and `constraints/py3.12.txt` pin every package below, and what those need in turn, to the
+versions that were tested. The bounds here say only what is too old.
+"""
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "absl-py>=2.3",
+    "array_record>=0.8.3",
+    "flax>=0.12.8",
+    "grain>=0.2.18",
+    "jax>=0.10.2",
+    "jaxtyping>=0.3.3",  # shapes in signatures
+    "matplotlib>=3.10",  # the loss curve at the end of a run
+    "ml_collections>=1.1",
+    "numpy>=2.1",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "sentencepiece>=0.2.1",
+    "tensorboardX>=2.6.4",
+    "tokenizers>=0.22",
+    "tqdm>=4.66",
+]
+TEST = ["pytest>=8.4", "pytest-xdist>=3.8"]
+DEV = ["mypy>=1.18", "ruff>=0.14"]
+
+setup(
+    name="darkformer_jax",
+    version="0.1.0",
+    description="DARKFormer: transformers with data-aware random-feature kernel attention, in JAX",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["darkformer_jax", "darkformer_jax.*"]),
+    package_data={"darkformer_jax": ["py.typed"]},
+    install_requires=CORE,
+    extras_require={
+        "test": TEST,
+        "dev": TEST + DEV,
+        "gpu": ["jax[cuda12]"],
+        "tpu": ["jax[tpu]"],
+        "peers": ["darkformer-pytorch==1.0.0", "performer-pytorch", "torch"],  # only benchmarks/ compares with them
+    },
+)

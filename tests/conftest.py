@@ -1,0 +1,38 @@
+"""How every test runs: on the CPU, ranks and dtypes never promoted silently, warnings as errors (pyproject.toml).
+
+Platform and ranks are set through the environment, before jax is imported, so that programs which tests start run the
+same way. Float64 is off; oracles ask for it with `with jax.enable_x64(True):`. `JAX_PLATFORMS=cuda launch/test.sh`
+runs the tests on a GPU.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+os.environ.setdefault("MPLBACKEND", "Agg")
+# Compiling is most of the time of a test run: the second run and the programs that tests start find it done.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))  # bytes; the least recently used go first
+
+import jax  # after the lines above, which it reads
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "standard_promotion: dtypes promote as usual, because optax needs it")
+
+
+@pytest.fixture(autouse=True)
+def strict_dtype_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
+    """bfloat16 + float32 is an error, except where an optimizer runs: optax computes float ** int32.
+
+    That is everything in tests/training/, and any test or module elsewhere marked `standard_promotion`.
+    """
+    standard = "training" in request.path.relative_to(request.config.rootpath).parts
+    standard = standard or request.node.get_closest_marker("standard_promotion") is not None
+    with jax.numpy_dtype_promotion("standard" if standard else "strict"):
+        yield

@@ -1,0 +1,76 @@
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from darkformer_jax import prepare_data
+from darkformer_jax.data import load_data
+
+
+def run(*flags):
+    prepare_data.main(prepare_data._parse_flags(["prepare_data", *flags]))
+
+
+def write_release(root):
+    """Sentences laid out as the One Billion Word release is."""
+    random = np.random.default_rng(0)
+    words = ["the", "a", "market", "of", "news", "said", "in", "government", "on", "was", "people", "and"]
+    directory = root / "training-monolingual.tokenized.shuffled"
+    directory.mkdir(parents=True)
+    for shard in (1, 2, 3):
+        sentences = [" ".join(random.choice(words, 12)) + " ." for _ in range(300)]
+        (directory / f"news.en-{shard:05d}-of-00100").write_text("\n".join(sentences) + "\n")
+    return root
+
+
+def test_the_one_billion_word_road(tmp_path, capsys):
+    release = write_release(tmp_path / "release")
+    out = str(tmp_path / "out")
+    run("--source=news", f"--files={release}", f"--out={out}", "--tokenizer=bpe:300", "--heldout_fraction=0.05")
+    printed = capsys.readouterr()
+    assert "train" in printed.out and "documents" in printed.out
+    assert "tokenising: 100%" in printed.err
+    data = load_data("array_record", out, "bpe:300", 0.05)
+    assert data.train.num_documents + data.heldout.num_documents == 900
+    assert 20 < data.heldout.num_documents < 75
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--source=news", "--files={dir}"], "error: directory .* holds no news.en"),
+        (["--source=text", "--files={dir}/*.txt"], "error: no file matches"),
+        (["--source=text", "--files={dir}/x.jsonl", "--tokenizer=bpe:9"], "error: tokenizer 'bpe:9'"),
+        (["--source=text", "--files={dir}/x.jsonl", "--heldout_fraction=2"], "error: heldout_fraction=2.0"),
+        (["--source=text", "--files={dir}/x.jsonl", "--shard_tokens=0"], "error: shard_tokens=0"),
+        (["--source=text"], "error: .*"),
+        (["--source=web"], "error: .*--source.*web"),
+        (["--source=stdlib", "--sauce=1"], "error: .*--sauce"),
+    ],
+)
+def test_mistakes_get_one_line_and_status_2(flags, message, tmp_path, capsys):
+    (tmp_path / "x.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    with pytest.raises(SystemExit) as exit_:
+        run(*(flag.format(dir=tmp_path) for flag in flags), f"--out={tmp_path / 'out'}")
+    assert exit_.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert re.match(message, lines[0])
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_help_and_status_of_the_command(tmp_path):
+    command = [sys.executable, "-m", "darkformer_jax.prepare_data"]
+    shown = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
+    for flag in ("--source", "--files", "--out", "--tokenizer", "--heldout_fraction", "--shard_tokens"):
+        assert flag in shown.stdout
+    failed = subprocess.run(
+        [*command, "--source=news", f"--files={tmp_path}", f"--out={tmp_path}/out"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert failed.returncode == 2
+    assert failed.stderr.startswith("error: directory") and failed.stderr.count("\n") == 1
