@@ -49,8 +49,12 @@ def get_config() -> ml_collections.ConfigDict:
 
     d = c.data = ml_collections.ConfigDict()
     d.source = "stdlib"  # stdlib | text | news | array_record
-    d.files = ""  # text: comma-separated globs of .txt, .txt.gz, .jsonl, .jsonl.gz; array_record: prepare_data's directory
-    d.tokenizer = "bytes"  # bytes | bpe:<vocab> (trained on the training split) | a tokenizer.json | a SentencePiece .model
+    d.files = (
+        ""  # text: comma-separated globs of .txt, .txt.gz, .jsonl, .jsonl.gz; array_record: prepare_data's directory
+    )
+    d.tokenizer = (
+        "bytes"  # bytes | bpe:<vocab> (trained on the training split) | a tokenizer.json | a SentencePiece .model
+    )
     # ("" with array_record: whatever the data was prepared with)
     d.heldout_fraction = 0.05  # of the documents, chosen by a hash of each; never trained on
     d.num_workers = 0  # grain worker processes; 0 = threads in this process

@@ -1,6 +1,6 @@
 """A small DARKFormer on the Python standard library's own text, in a few minutes on two CPU cores.
 
-    python train.py
+python train.py
 """
 
 import ml_collections

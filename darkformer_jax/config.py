@@ -1,6 +1,6 @@
 """From a config (ml_collections, or the JSON of a workdir) to checked values; every mistake is found before any compile."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, get_args
 
 import ml_collections
@@ -11,6 +11,7 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.layers import ACTIVATIONS
 from darkformer_jax.model import REMAT_POLICIES, ModelSpec
 from darkformer_jax.ops.projections import ProjectionKind
+from darkformer_jax.training.workdir import flat_fields
 
 SCHEDULES = ("cosine", "rsqrt", "constant")
 DTYPES = ("bfloat16", "float32")
@@ -27,7 +28,9 @@ _AT_LEAST_ZERO = (
     "optimizer.z_loss optimizer.geometry_learning_rate eval.every eval.batches checkpoint.every sample.temperature "
     "sample.top_k"
 ).split()
-_POSITIVE = "model.norm_eps model.rope_theta model.attention.geometry_init optimizer.learning_rate optimizer.eps".split()
+_POSITIVE = (
+    "model.norm_eps model.rope_theta model.attention.geometry_init optimizer.learning_rate optimizer.eps".split()
+)
 _CHOICES: dict[str, tuple[str, ...]] = {
     "model.activation": tuple(ACTIVATIONS),
     "model.dtype": DTYPES,
@@ -40,7 +43,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 def validate(config: ml_collections.ConfigDict) -> None:
     """Raises UserError for the first field that is out of range or contradicts another, naming it and what is allowed."""
-    flat = dict(_flatten(config.to_dict()))
+    flat = dict(flat_fields(config.to_dict()))
     for names, smallest in ((_AT_LEAST_ONE, 1), (_AT_LEAST_ZERO, 0)):
         for name in names:
             _require(flat[name] >= smallest, f"{name} = {flat[name]}: must be at least {smallest}")
@@ -101,7 +104,9 @@ def _validate_training(config: ml_collections.ConfigDict) -> None:
     for name in ("b1", "b2"):
         value = optimizer[name]
         _require(0 <= value < 1, f"optimizer.{name} = {value}: must be in [0, 1)")
-    _require(0 <= optimizer.final_fraction <= 1, f"optimizer.final_fraction = {optimizer.final_fraction}: must be in [0, 1]")
+    _require(
+        0 <= optimizer.final_fraction <= 1, f"optimizer.final_fraction = {optimizer.final_fraction}: must be in [0, 1]"
+    )
     _require(0 < sample.top_p <= 1, f"sample.top_p = {sample.top_p}: must be in (0, 1]")
     fraction = config.data.heldout_fraction
     _require(0 < fraction < 1, f"data.heldout_fraction = {fraction}: must be between 0 and 1")
@@ -144,14 +149,6 @@ def model_spec(config: ml_collections.ConfigDict, tokenizer_vocab: int) -> Model
 def from_json(saved: Mapping[str, Any]) -> ml_collections.ConfigDict:
     """The config of a workdir's config.json."""
     return ml_collections.ConfigDict(saved).lock()
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _require(condition: bool, message: str) -> None:

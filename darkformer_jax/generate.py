@@ -31,10 +31,14 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", help="text to continue; may be empty")
     prompts.add_argument("--prompts_file", help="a file with a prompt a line, continued as one batch")
-    parser.add_argument("--max_new_tokens", type=int, default=200, help="at most so many tokens a prompt (default: 200)")
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=200, help="at most so many tokens a prompt (default: 200)"
+    )
     parser.add_argument("--temperature", type=float, default=0.8, help="0 = always the likeliest token (default: 0.8)")
     parser.add_argument("--top_k", type=int, default=0, help="choose among the k likeliest tokens; 0 = all (default)")
-    parser.add_argument("--top_p", type=float, default=1.0, help="choose among the likeliest tokens of this probability")
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, help="choose among the likeliest tokens of this probability"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random choices (default: 0)")
     return parser.parse_args(argv[1:])
 

@@ -167,11 +167,11 @@ class Network:
     def of(cls, spec: ModelSpec) -> "Network":
         """Builds the model abstractly: no array is allocated."""
         abstract = nnx.eval_shape(lambda: Transformer(spec, jax.random.key(0)))
-        return cls(spec, *nnx.split(abstract, nnx.Param, Projection))
+        return cls(spec, *_split(abstract))
 
     def init(self, key: Array) -> tuple[dict, dict]:
         """(params, projections), freshly drawn."""
-        _, params, projections = nnx.split(Transformer(self.spec, key), nnx.Param, Projection)
+        _, params, projections = _split(Transformer(self.spec, key))
         return nnx.to_pure_dict(params), nnx.to_pure_dict(projections)
 
     def bind(self, params: dict, projections: dict) -> Transformer:
@@ -210,6 +210,12 @@ def logical_axes(variable: nnx.Variable) -> tuple[str | None, ...]:
 def is_geometry(variable: nnx.Variable) -> bool:
     """Whether a parameter is M or a learned projection."""
     return issubclass(variable.type if hasattr(variable, "type") else type(variable), Geometry)
+
+
+def _split(model: Transformer) -> tuple[Any, nnx.State, nnx.State]:
+    """(structure, parameters, projections)."""
+    parts: Any = nnx.split(model, nnx.Param, Projection)
+    return parts
 
 
 def _map_variables(state: nnx.State, function: Any) -> dict:

@@ -62,7 +62,9 @@ def spec_of(name: str, axes: Sequence[str | None], shape: Sequence[int], mesh: M
             entries.append(None)
             continue
         if size % ways:
-            raise UserError(f"{name}: dimension {axis!r} of size {size} is not divisible by {ways} = mesh axes {mesh_axes}")
+            raise UserError(
+                f"{name}: dimension {axis!r} of size {size} is not divisible by {ways} = mesh axes {mesh_axes}"
+            )
         if used & set(mesh_axes):
             raise UserError(f"{name}: two of its dimensions {tuple(axes)} are split over mesh axes {mesh_axes}")
         used |= set(mesh_axes)

@@ -4,9 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def rope(
-    x: Float[Array, "b n h d"], positions: Int[Array, "b n"], theta: float = 10000.0
-) -> Float[Array, "b n h d"]:
+def rope(x: Float[Array, "b n h d"], positions: Int[Array, "b n"], theta: float = 10000.0) -> Float[Array, "b n h d"]:
     """Rotates the pairs (x_i, x_{i + d/2}) by the angle positions * theta^(-2i/d), in float32.
 
     The half-split layout of Hugging Face's Llama and Gemma. Su et al., arXiv 2104.09864.

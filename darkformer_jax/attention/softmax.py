@@ -50,9 +50,10 @@ class Softmax(nnx.Module):
             return out, None
         new = (k, v, segment_ids, positions)
         write = jax.vmap(lambda old, x, start: jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), start, 0))
-        cached = (write(old, x, state.length) for old, x in zip(state[:4], new, strict=True))
+        keys, values, segments, slots = (write(old, x, state.length) for old, x in zip(state[:4], new, strict=True))
         # Padding at the end is written with segment 0 and then overwritten: it takes no slot.
-        state = KeyValueCache(*cached, length=state.length + jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32))
+        length = state.length + jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32)
+        state = KeyValueCache(keys, values, segments, slots, length)
         out = exact_attention(
             q,
             state.keys,

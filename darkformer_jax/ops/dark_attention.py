@@ -1,7 +1,7 @@
 """`dark_attention`: random-feature linear attention with a learned geometry, for use in any JAX model."""
 
 import functools
-from typing import Literal, overload
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +13,7 @@ from darkformer_jax.ops.scan import scan_features, scan_window
 from darkformer_jax.ops.state import HEAD_AXES, AttentionState, empty_state
 
 
-@overload
 def dark_attention(
-    q: Array, k: Array, v: Array, *, projections: Array | None, return_state: Literal[True], **options: object
-) -> tuple[Array, AttentionState]: ...
-
-
-@overload
-def dark_attention(q: Array, k: Array, v: Array, *, projections: Array | None, **options: object) -> Array: ...
-
-
-def dark_attention(  # type: ignore[misc]  # the overloads leave the options untyped on purpose
     q: Float[Array, "b n hq d"],
     k: Float[Array, "b n hkv d"],
     v: Float[Array, "b n hkv dv"],
@@ -38,7 +28,7 @@ def dark_attention(  # type: ignore[misc]  # the overloads leave the options unt
     num_sinks: int = 0,
     state: AttentionState | None = None,
     return_state: bool = False,
-) -> Array | tuple[Array, AttentionState]:
+) -> Any:
     """Attention with the kernel exp(scale q^T M^T M k), estimated by m positive random features in O(n m) time.
 
         out_n = sum_j kappa(q_n, k_j) v_j / sum_j kappa(q_n, k_j),
@@ -167,7 +157,7 @@ def _shift_full_windows(
         def one_head(w: Array, m: Array | None, head_state: AttentionState) -> AttentionState:
             return shift_window(Kernel(w, m, scale), head_state, chunk_size)
 
-        heads = jax.vmap(one_head, in_axes=(0, 0, HEAD_AXES), out_axes=HEAD_AXES)  # type: ignore[arg-type]
+        heads = jax.vmap(one_head, in_axes=(0, 0, HEAD_AXES), out_axes=HEAD_AXES)
         return jax.vmap(heads, in_axes=(None, None, 0))(projections, geometry, old)
 
     return jax.lax.cond(jnp.any(state.fill == chunk_size), shift, lambda old: old, state)
@@ -183,13 +173,17 @@ def _check_shapes(q: Array, k: Array, v: Array, segment_ids: Array | None) -> No
         if x.ndim != 4:
             raise UserError(f"{name} has shape {x.shape}; expected [batch, length, heads, size]")
     if k.shape != (*q.shape[:2], k.shape[2], q.shape[3]) or v.shape[:3] != k.shape[:3]:
-        raise UserError(f"q {q.shape}, k {k.shape} and v {v.shape} do not fit: [B, L, Hq, d], [B, L, Hkv, d], [B, L, Hkv, dv]")
+        raise UserError(
+            f"q {q.shape}, k {k.shape} and v {v.shape} do not fit: [B, L, Hq, d], [B, L, Hkv, d], [B, L, Hkv, dv]"
+        )
     if q.shape[2] % k.shape[2]:
         raise UserError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} key/value heads")
     if not q.shape[1]:
         raise UserError("the sequence is empty: length must be at least 1")
     if len({q.dtype, k.dtype, v.dtype}) > 1 or not jnp.issubdtype(q.dtype, jnp.floating):
-        raise UserError(f"q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}; they must share one floating dtype")
+        raise UserError(
+            f"q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}; they must share one floating dtype"
+        )
     if segment_ids is not None and segment_ids.shape != q.shape[:2]:
         raise UserError(f"segment_ids have shape {segment_ids.shape}; expected {q.shape[:2]}")
 
@@ -204,7 +198,9 @@ def _check_options(
     return_state: bool,
 ) -> None:
     if chunk_size < 1 or window < 0 or window % chunk_size:
-        raise UserError(f"window = {window} must be 0 or a multiple of chunk_size = {chunk_size}, which must be positive")
+        raise UserError(
+            f"window = {window} must be 0 or a multiple of chunk_size = {chunk_size}, which must be positive"
+        )
     if num_sinks < 0 or (num_sinks and not window):
         raise UserError(f"num_sinks = {num_sinks} with window = {window}: sinks need a window")
     if not causal and (window or state is not None or return_state):
@@ -215,9 +211,7 @@ def _check_options(
         raise UserError(f"the state was made for another batch or num_sinks than {q.shape[0]} and {num_sinks}")
 
 
-def _per_head(
-    projections: Array | None, geometry: Array | None, k: Array, window: int
-) -> tuple[Array, Array | None]:
+def _per_head(projections: Array | None, geometry: Array | None, k: Array, window: int) -> tuple[Array, Array | None]:
     """Projections [Hkv, m, r] (m = 0 for None) and geometry [Hkv, r, d] or None."""
     num_kv_heads, dim = k.shape[2:]
     if geometry is not None:
@@ -230,7 +224,9 @@ def _per_head(
             raise UserError("projections=None leaves only the window to attend to: it needs window > 0")
         return jnp.zeros((num_kv_heads, 0, rank), jnp.float32), geometry
     if projections.shape[-1] != rank or projections.ndim not in (2, 3) or not projections.shape[-2]:
-        raise UserError(f"projections have shape {projections.shape}; expected [m, {rank}] or [{num_kv_heads}, m, {rank}]")
+        raise UserError(
+            f"projections have shape {projections.shape}; expected [m, {rank}] or [{num_kv_heads}, m, {rank}]"
+        )
     if projections.ndim == 3 and projections.shape[0] not in (1, num_kv_heads):
         raise UserError(f"projections are for {projections.shape[0]} heads; there are {num_kv_heads} key/value heads")
     return jnp.broadcast_to(projections, (num_kv_heads, *projections.shape[-2:])), geometry

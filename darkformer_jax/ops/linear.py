@@ -78,9 +78,7 @@ def _matmul(spec: str, a: Array, b: Array, dtype: jnp.dtype) -> Array:
     )
 
 
-def feature_scores(
-    log_q: Float[Array, "n g m"], log_k: Float[Array, "t m"], dtype: jnp.dtype
-) -> Float[Array, "n g t"]:
+def feature_scores(log_q: Float[Array, "n g m"], log_k: Float[Array, "t m"], dtype: jnp.dtype) -> Float[Array, "n g t"]:
     """log sum_i exp(l_i(q) + l_i(k)), as one matmul.
 
     Scaled by each query's and each key's own maximum over features, so that no key can push another into underflow.
@@ -88,9 +86,7 @@ def feature_scores(
     headroom = min(HEADROOM, 0.5 * (80.0 - math.log(log_q.shape[-1])))
     q_max = jax.lax.stop_gradient(jnp.max(log_q, axis=-1, keepdims=True))
     k_max = jax.lax.stop_gradient(jnp.max(log_k, axis=-1, keepdims=True))
-    product = _matmul(
-        "ngm,tm->ngt", jnp.exp(log_q - (q_max - headroom)), jnp.exp(log_k - (k_max - headroom)), dtype
-    )
+    product = _matmul("ngm,tm->ngt", jnp.exp(log_q - (q_max - headroom)), jnp.exp(log_k - (k_max - headroom)), dtype)
     return jnp.log(jnp.maximum(product, math.exp(LOG_FLOOR))) + (q_max + k_max[None, None, :, 0] - 2 * headroom)
 
 
@@ -145,7 +141,9 @@ def fold(
 
 
 def _fold_sinks(sinks: Sinks, chunk: Recent, is_sink: Bool[Array, "c"], same: Bool[Array, ""]) -> Sinks:
-    slot = (jnp.arange(sinks.filled.shape[0])[:, None] == chunk.positions[None, :]) & is_sink[None, :]  # [s, c], one-hot rows
+    slot = (jnp.arange(sinks.filled.shape[0])[:, None] == chunk.positions[None, :]) & is_sink[
+        None, :
+    ]  # [s, c], one-hot rows
     found = jnp.any(slot, axis=1)
     pick = slot.astype(chunk.keys.dtype)
     return Sinks(
@@ -185,18 +183,14 @@ def _same_segment(query_segments: Array, key_segments: Array) -> Bool[Array, "n 
     return (query_segments[:, None] == key_segments[None, :]) & (key_segments != 0)[None, :]
 
 
-def chunk_features(
-    kernel: Kernel, far: FarState, sinks: Sinks, tokens: Tokens, causal: bool
-) -> tuple[FarState, Sums]:
+def chunk_features(kernel: Kernel, far: FarState, sinks: Sinks, tokens: Tokens, causal: bool) -> tuple[FarState, Sums]:
     """One chunk with features everywhere: read the far state and the chunk, then fold the chunk in."""
     log_q, log_k = kernel.log_features(tokens.queries), kernel.log_features(tokens.keys)
     visible = _same_segment(tokens.segments, tokens.segments)
     if causal:
         visible &= jnp.tri(tokens.segments.shape[0], dtype=bool)
     scores = jnp.where(visible[:, None, :], feature_scores(log_q, log_k, tokens.values.dtype), NEG)
-    sums = weighted_sums(
-        read_far(kernel, tokens.queries, tokens.segments, far, log_q), far, scores, tokens.values
-    )
+    sums = weighted_sums(read_far(kernel, tokens.queries, tokens.segments, far, log_q), far, scores, tokens.values)
     far, _ = fold(kernel, far, sinks, tokens.recent(), log_k)
     return far, sums
 
@@ -214,9 +208,7 @@ def chunk_window(
     return far, sinks, slice_recent(near, size, None), sums
 
 
-def step_features(
-    kernel: Kernel, state: AttentionState, token: Tokens
-) -> tuple[AttentionState, Sums]:
+def step_features(kernel: Kernel, state: AttentionState, token: Tokens) -> tuple[AttentionState, Sums]:
     """One token with features everywhere: fold it in, then read."""
     far, _ = fold(kernel, state.far, state.sinks, token.recent())
     scores = read_far(kernel, token.queries, token.segments, far)
@@ -224,9 +216,7 @@ def step_features(
     return state._replace(far=far), weighted_sums(scores, far, empty, token.values[:0])
 
 
-def step_window(
-    kernel: Kernel, state: AttentionState, token: Tokens, chunk_size: int
-) -> tuple[AttentionState, Sums]:
+def step_window(kernel: Kernel, state: AttentionState, token: Tokens, chunk_size: int) -> tuple[AttentionState, Sums]:
     """One token of the hybrid. The caller calls `shift_window` once the chunk is full."""
     # Padding takes no slot: it is written where the next token will overwrite it, and its segment makes it invisible.
     slot = state.recent.segments.shape[0] - chunk_size + state.fill
@@ -243,7 +233,10 @@ def shift_window(kernel: Kernel, state: AttentionState, chunk_size: int) -> Atte
     far, sinks = fold(kernel, state.far, state.sinks, slice_recent(state.recent, 0, chunk_size))
     blank = Recent(*(jnp.zeros_like(leaf[:chunk_size]) for leaf in state.recent))
     shifted = state._replace(
-        far=far, sinks=sinks, recent=join_recent(slice_recent(state.recent, chunk_size, None), blank), fill=jnp.zeros_like(state.fill)
+        far=far,
+        sinks=sinks,
+        recent=join_recent(slice_recent(state.recent, chunk_size, None), blank),
+        fill=jnp.zeros_like(state.fill),
     )
     return jax.tree.map(lambda new, old: jnp.where(full, new, old), shifted, state)
 
@@ -261,6 +254,4 @@ def slice_recent(recent: Recent, start: int, stop: int | None) -> Recent:
 def write_recent(recent: Recent, new: Recent, start: Int[Array, ""]) -> Recent:
     """Overwrites the tokens from `start` on."""
     pairs = zip(recent, new, strict=True)
-    return Recent(
-        *(jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), start, axis=0) for old, x in pairs)
-    )
+    return Recent(*(jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), start, axis=0) for old, x in pairs))

@@ -7,9 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 from darkformer_jax.ops.features import log_positive_features
 
 
-def exact_mask(
-    segment_ids: Int[Array, "n"], *, chunk_size: int, window: int, num_sinks: int
-) -> Bool[Array, "n n"]:
+def exact_mask(segment_ids: Int[Array, "n"], *, chunk_size: int, window: int, num_sinks: int) -> Bool[Array, "n n"]:
     """Which keys a query sees through the exact kernel: own chunk, `window` tokens before it, sinks of its document."""
     index = jnp.arange(segment_ids.shape[0], dtype=jnp.int32)
     window_start = (index // chunk_size) * chunk_size - window

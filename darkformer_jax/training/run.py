@@ -96,5 +96,7 @@ def sample(experiment: Experiment, data: Data, state: TrainState) -> str:
     )
     prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in s.prompts]
     continued = continue_prompts(sampler, prompts, s.max_new_tokens, tokenizer.eos_id)
-    blocks = (f"--- {prompt!r}\n{prompt}{tokenizer.decode(new)}" for prompt, new in zip(s.prompts, continued, strict=True))
+    blocks = (
+        f"--- {prompt!r}\n{prompt}{tokenizer.decode(new)}" for prompt, new in zip(s.prompts, continued, strict=True)
+    )
     return "\n".join(blocks) + "\n"

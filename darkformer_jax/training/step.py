@@ -19,9 +19,12 @@ Metrics = dict[str, Array]
 
 
 class TrainState(NamedTuple):
-    """All that a run is, beside its config: the batch of a step and its projections are functions of (seed, step)."""
+    """All that a run is, beside its config: the batch of a step and its projections are functions of (seed, step).
 
-    step: Array  # optimizer updates made, int32
+    The same structure serves for the shapes and for the shardings of these arrays.
+    """
+
+    step: Any  # optimizer updates made, int32
     params: dict
     projections: dict
     optimizer: Any

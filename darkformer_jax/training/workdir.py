@@ -90,7 +90,7 @@ def _local(workdir: str | os.PathLike[str]) -> Path:
 
 
 def _refuse_changes(directory: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    before, after = dict(_fields(old)), dict(_fields(new))
+    before, after = dict(flat_fields(old)), dict(flat_fields(new))
     changes = [
         f"{field}: {_shown(before, field)} -> {_shown(after, field)}"
         for field in sorted(before.keys() | after.keys())
@@ -116,10 +116,11 @@ def _refuse_foreign_files(directory: Path) -> None:
         )
 
 
-def _fields(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat_fields(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every field of a nested config."""
     for name, value in config.items():
         if isinstance(value, Mapping):
-            yield from _fields(value, f"{prefix}{name}.")
+            yield from flat_fields(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 

@@ -27,7 +27,9 @@ class Inputs(NamedTuple):
     M: Any  # [hkv, d, d]
 
 
-def draw(length, *, heads=(2, 1), dim=16, value_dim=8, features=32, batch=1, squared_norm=None, antipodal=False, seed=0):
+def draw(
+    length, *, heads=(2, 1), dim=16, value_dim=8, features=32, batch=1, squared_norm=None, antipodal=False, seed=0
+):
     """Gaussian inputs. `squared_norm`: |M x|^2 of every scaled query and key; `antipodal`: each query is minus its key."""
     random = np.random.default_rng(seed)
     group = heads[0] // heads[1]
@@ -341,7 +343,11 @@ def test_unequal_lengths_in_one_batch_then_decode(options):
     for row, length in enumerate(lengths):
         assert_rows_close(out[row, :length], whole[row, :length], 2e-5)
         unpadded = dark_attention(
-            *(leaf[row : row + 1, :length] for leaf in x[:3]), projections=x.w, geometry=x.M, return_state=True, **options
+            *(leaf[row : row + 1, :length] for leaf in x[:3]),
+            projections=x.w,
+            geometry=x.M,
+            return_state=True,
+            **options,
         )[1]
         assert_states_close(jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], state), unpadded)
     places = lengths.copy()
@@ -386,9 +392,7 @@ def test_gradients_of_the_initial_state():
 
     def resumed(x, state, z, S):
         far = state.far._replace(normalizer=z, values=S)
-        return dark_attention(
-            *x[:3], projections=x.w, geometry=x.M, state=state._replace(far=far), chunk_size=16
-        )
+        return dark_attention(*x[:3], projections=x.w, geometry=x.M, state=state._replace(far=far), chunk_size=16)
 
     @jax.jit
     def run(x, cotangent):
@@ -405,7 +409,9 @@ def test_gradients_of_the_initial_state():
             far = [np.asarray(leaf, np.float64)[0, 0] for leaf in state.far[:3]]
             wide = widen(part(x, 43, 80))
             want, pull = jax.vjp(lambda z, S: definition(wide, far[0], z, S), *far[1:])
-            want_gradients = jax.tree.map(lambda leaf: np.asarray(leaf)[None, None], pull(jnp.asarray(widen(cotangent))))
+            want_gradients = jax.tree.map(
+                lambda leaf: np.asarray(leaf)[None, None], pull(jnp.asarray(widen(cotangent)))
+            )
         assert_rows_close(out, want, limit)
         assert_gradients_close(gradients, want_gradients, limit, names="zS")
 
