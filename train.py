@@ -8,6 +8,7 @@
 
 import difflib
 import sys
+from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -16,7 +17,7 @@ from configs import base
 from darkformer_jax.errors import UserError
 from darkformer_jax.training.workdir import flat_fields
 
-DEFAULT_CONFIG = "configs/quickstart.py"
+DEFAULT_CONFIG = str(Path(__file__).parent / "configs" / "quickstart.py")  # from any directory
 FLAGS = flags.FLAGS
 
 
@@ -33,11 +34,21 @@ def parse_flags(argv: list[str]) -> list[str]:
         FLAGS.config.to_dict()  # raises OSError where the file could not be loaded
         return rest
     except (UserError, flags.Error, OSError) as error:
-        message = " ".join(str(error).split())
+        message = one_line(error)
+    except SyntaxError as error:
+        message = f"--config: {error.filename}: line {error.lineno} is not Python: {error.msg}"
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # how config_flags refuses an override
-        message = unknown_field(argv) or " ".join(str(error).split())
+        message = unknown_field(argv) or one_line(error)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def one_line(error: Exception) -> str:
+    """The message of an exception; of one that quotes a traceback, its beginning and its end."""
+    message, traceback, quoted = str(error).partition("Traceback (most recent call last):")
+    if traceback:
+        message += quoted.strip().splitlines()[-1]
+    return " ".join(message.split())
 
 
 def unknown_field(argv: list[str]) -> str:
@@ -76,6 +87,9 @@ def main(argv: list[str]) -> None:
     except Stopped as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_status)
+    except KeyboardInterrupt:
+        print("error: interrupted while no step was under way", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """From a config (ml_collections, or the JSON of a workdir) to checked values; every mistake is found before any compile."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -15,7 +16,7 @@ from darkformer_jax.training.workdir import flat_fields
 
 SCHEDULES = ("cosine", "rsqrt", "constant")
 DTYPES = ("bfloat16", "float32")
-FEATURE_KINDS = ("performer", "dark", "lfk", "random")
+WINDOW_KINDS = ("performer", "dark", "lfk", "window_only")
 
 _AT_LEAST_ONE = (
     "num_steps batch_size sequence_length accumulation_steps model.num_layers model.embed_dim model.num_heads "
@@ -44,6 +45,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 def validate(config: ml_collections.ConfigDict) -> None:
     """Raises UserError for the first field that is out of range or contradicts another, naming it and what is allowed."""
     flat = dict(flat_fields(config.to_dict()))
+    for name, value in flat.items():
+        _require(not isinstance(value, float) or math.isfinite(value), f"{name} = {value}: must be finite")
     for names, smallest in ((_AT_LEAST_ONE, 1), (_AT_LEAST_ZERO, 0)):
         for name in names:
             _require(flat[name] >= smallest, f"{name} = {flat[name]}: must be at least {smallest}")
@@ -77,6 +80,10 @@ def _validate_model(model: ml_collections.ConfigDict) -> None:
         not attention.num_sinks or attention.window > 0,
         f"model.attention.num_sinks = {attention.num_sinks} needs a window; model.attention.window = 0",
     )
+    _require(
+        not attention.window or bool({*WINDOW_KINDS} & set(kinds)),
+        f"model.attention.window = {attention.window}: {', '.join(kinds)} has no window; {', '.join(WINDOW_KINDS)} have",
+    )
     for kind in kinds:
         if kind in ("random", "constant"):
             _require(
@@ -108,6 +115,10 @@ def _validate_training(config: ml_collections.ConfigDict) -> None:
         0 <= optimizer.final_fraction <= 1, f"optimizer.final_fraction = {optimizer.final_fraction}: must be in [0, 1]"
     )
     _require(0 < sample.top_p <= 1, f"sample.top_p = {sample.top_p}: must be in (0, 1]")
+    _require(
+        all(isinstance(prompt, str) for prompt in sample.prompts),
+        f"sample.prompts = {sample.prompts}: must be strings",
+    )
     fraction = config.data.heldout_fraction
     _require(0 < fraction < 1, f"data.heldout_fraction = {fraction}: must be between 0 and 1")
 

@@ -10,6 +10,7 @@ exact attention excepted, whose cache grows). Prompts of a batch do not influenc
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from absl import app, logging
 from absl.flags import argparse_flags
@@ -19,8 +20,14 @@ from darkformer_jax.sampling import Sampler, continue_prompts
 from darkformer_jax.workdir_model import load_model
 
 
+class _Parser(argparse_flags.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as for every other mistake."""
+        self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+
 def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse_flags.ArgumentParser(
+    parser = _Parser(
         prog="python -m darkformer_jax.generate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -57,6 +64,10 @@ def generate(args: argparse.Namespace) -> None:
     """Loads the model, and writes as it goes for one prompt, or prompt by prompt for several."""
     if args.max_new_tokens < 1:
         raise UserError(f"--max_new_tokens={args.max_new_tokens}: must be at least 1")
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed={args.seed}: must be from 0 to {2**32 - 1}")
+    if args.prompt is not None and not _is_utf8(args.prompt):
+        raise UserError(f"--prompt={args.prompt!r}: not UTF-8 text")
     prompts = [args.prompt] if args.prompt is not None else _read_prompts(args.prompts_file)
     model = load_model(args.workdir, args.step)
     tokenizer = model.tokenizer
@@ -87,6 +98,11 @@ def generate(args: argparse.Namespace) -> None:
     continued = continue_prompts(sampler, ids, args.max_new_tokens, tokenizer.eos_id)
     for prompt, tokens in zip(prompts, continued, strict=True):
         print(f"--- {prompt!r}\n{prompt}{tokenizer.decode(tokens)}")
+
+
+def _is_utf8(text: str) -> bool:
+    # Python keeps a flag's undecodable bytes as lone surrogates.
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _read_prompts(path: str) -> list[str]:

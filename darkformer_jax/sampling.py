@@ -1,5 +1,6 @@
 """Text from a model: prefill with the chunked form, then a token at a time from the state."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -53,10 +54,10 @@ class Sampler:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> None:
-        if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        if not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1:
             raise UserError(
                 f"temperature = {temperature}, top_k = {top_k}, top_p = {top_p}: "
-                "temperature and top_k must be at least 0, top_p in (0, 1]"
+                "temperature and top_k must be finite and at least 0, top_p in (0, 1]"
             )
         self._arrays = (params, projections)
         self._seed = seed

@@ -7,6 +7,7 @@ import ml_collections
 
 from darkformer_jax.config import from_json, model_spec
 from darkformer_jax.data.tokenizers import Tokenizer, load_tokenizer
+from darkformer_jax.errors import UserError
 from darkformer_jax.model import Network
 from darkformer_jax.training.checkpoints import Checkpoints
 from darkformer_jax.training.workdir import read_config
@@ -29,10 +30,15 @@ def load_model(workdir: str, step: int | None = None) -> WorkdirModel:
     Raises:
       UserError: no config, no checkpoint, a damaged one, or one that does not fit the config.
     """
-    config = from_json(read_config(workdir))
-    checkpoints = Checkpoints(workdir)
+    saved = read_config(workdir)
     tokenizer = load_tokenizer(workdir)
-    network = Network.of(model_spec(config, tokenizer.vocab_size))
+    try:
+        config = from_json(saved)
+        network = Network.of(model_spec(config, tokenizer.vocab_size))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{workdir}/config.json is not the config of a run of this version: {reason}") from error
+    checkpoints = Checkpoints(workdir)
     abstract = jax.eval_shape(lambda: network.init(jax.random.key(0)))
     wanted = {name: tree for name, tree in zip(("params", "projections"), abstract, strict=True) if tree}
     step, restored = checkpoints.restore(wanted, step, partial=True)

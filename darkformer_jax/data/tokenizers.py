@@ -187,11 +187,12 @@ def make_tokenizer(spec: str, training_texts: Callable[[], Iterable[str]]) -> To
     if spec == "bytes":
         return BytesTokenizer()
     if spec.startswith("bpe:"):
-        return train_bpe(_bpe_vocab_size(spec), training_texts())
+        return train_bpe(bpe_vocab_size(spec), training_texts())
     return read_tokenizer(spec)
 
 
-def _bpe_vocab_size(spec: str) -> int:
+def bpe_vocab_size(spec: str) -> int:
+    """The <n> of `bpe:<n>`. Raises UserError where it is no number or too small for all bytes."""
     size = spec.removeprefix("bpe:")
     smallest = 256 + 1  # every byte and the separator
     if not size.isdecimal() or int(size) < smallest:

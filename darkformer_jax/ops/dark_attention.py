@@ -71,13 +71,18 @@ def dark_attention(
         segment_ids = jnp.ones((batch, length), jnp.int32)
     else:
         segment_ids = segment_ids.astype(jnp.int32)
-        # Padding may hold anything, NaN included, and 0 * NaN would reach the sums.
+        # Padding may hold anything, NaN included, and 0 * NaN would reach the sums; of the queries, those of the gradient.
         real = (segment_ids != 0)[:, :, None, None]
-        k, v = jnp.where(real, k, 0), jnp.where(real, v, 0)
+        q, k, v = (jnp.where(real, x, 0) for x in (q, k, v))
     resumed = state is not None
     if state is None:
         state = init_state(
             batch, num_kv_heads, dim, value_dim, projections.shape[-2], q.dtype, chunk_size, window, num_sinks
+        )
+    elif state.far.values.shape[1:] != (num_kv_heads, projections.shape[-2], value_dim):
+        raise UserError(
+            f"the state was made for [kv heads, features, value size] = {state.far.values.shape[1:]}; "
+            f"these inputs have {(num_kv_heads, projections.shape[-2], value_dim)}"
         )
     positions, last_segment, document_length = jax.vmap(_positions)(
         segment_ids, state.last_segment, state.document_length
@@ -215,9 +220,11 @@ def _per_head(projections: Array | None, geometry: Array | None, k: Array, windo
     """Projections [Hkv, m, r] (m = 0 for None) and geometry [Hkv, r, d] or None."""
     num_kv_heads, dim = k.shape[2:]
     if geometry is not None:
+        if geometry.shape[-1] != dim or geometry.ndim not in (2, 3):
+            raise UserError(f"geometry has shape {geometry.shape}; expected [r, {dim}] or [{num_kv_heads}, r, {dim}]")
+        if geometry.ndim == 3 and geometry.shape[0] not in (1, num_kv_heads):
+            raise UserError(f"geometry is for {geometry.shape[0]} heads; there are {num_kv_heads} key/value heads")
         geometry = jnp.broadcast_to(geometry, (num_kv_heads, *geometry.shape[-2:]))
-        if geometry.shape[-1] != dim:
-            raise UserError(f"geometry has shape {geometry.shape}; its last axis must be the head size {dim}")
     rank = dim if geometry is None else geometry.shape[-2]
     if projections is None:
         if not window:

@@ -1,6 +1,6 @@
 """What linear attention remembers of the tokens it has seen: a constant amount, whatever their number.
 
-The far state is `(c, z, S)` of docs/MATH: per feature i the largest log feature c_i over the keys seen, and the sums
+The far state is `(c, z, S)` of docs/attention.md: per feature i the largest log feature c_i over the keys seen, and the sums
 z_i = sum_j exp(l_i(k_j) - c_i) and S_i = sum_j exp(l_i(k_j) - c_i) v_j. As the maximum is one of the terms, z_i >= 1 once a
 key was seen. c only moves the numbers into range; it cancels in the output and is a constant to the gradient.
 """

@@ -45,10 +45,10 @@ class StopSignals:
             signal.signal(signum, handler)
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:
-        if self.received is not None:
-            signal.signal(signum, signal.SIG_DFL)
-            signal.raise_signal(signum)
         self.received = signum
+        # The system's own action for the next one: a Python handler would wait for a long evaluation or compile to end.
+        for name in self._previous:
+            signal.signal(name, signal.SIG_DFL)
 
 
 class Run:
@@ -93,15 +93,14 @@ class Run:
             progress.note(report)
         return 0, state
 
-    def train(self, progress: Progress) -> tuple[TrainState, Evaluation]:
-        """Trains to the last step and evaluates.
+    def train(self, step: int, state: TrainState, progress: Progress) -> tuple[TrainState, Evaluation]:
+        """Trains from what `start` returned to the last step and evaluates.
 
         Raises:
           Stopped: a signal came; the finished step is saved.
           UserError: the loss or the gradient is not finite, or the disk cannot be written; earlier checkpoints stay.
         """
         config = self.experiment.config
-        step, state = self.start(progress)
         writer = MetricWriter(self.workdir, step if self.checkpoints.committed_steps() else None)
         log = _Log(self, writer, progress)
         evaluation: Evaluation | None = None
@@ -113,33 +112,37 @@ class Run:
                     step += 1
                     log.finished(step, metrics)
                     evaluate_now = config.eval.every and step % config.eval.every == 0
-                    stop = signals.received is not None
-                    if evaluate_now or stop or self.checkpoints.due(step) or step == config.num_steps:
-                        log.flush()  # a step that is not finite must not be saved
+                    signum = signals.received
                     last = step == config.num_steps
-                    evaluation = self.evaluate(state, whole=last) if evaluate_now or last else None
-                    if evaluation:
+                    save_now = signum is not None or last or self.checkpoints.due(step)
+                    if evaluate_now or save_now:
+                        log.flush()
+                    evaluation = None
+                    if evaluate_now or last:
+                        evaluation = self.evaluate(state, 0 if last else config.eval.batches)
                         log.evaluated(step, evaluation)
-                    if stop or self.checkpoints.due(step) or step == config.num_steps:
+                    if save_now:
+                        # Step N's loss is that of the weights before its update: those after it are what is saved.
+                        self._require_finite(step, evaluation or self.evaluate(state, 1))
                         self.checkpoints.save(step, to_saved(state), evaluation.as_metrics() if evaluation else None)
-                    if signals.received is not None and stop:
+                    if signum is not None:
                         self.checkpoints.wait()
-                        raise Stopped(signals.received, step)
-                evaluation = evaluation or self.evaluate(state, whole=True)
+                        raise Stopped(signum, step)
+                evaluation = evaluation or self.evaluate(state, 0)
             return state, evaluation
         finally:
             writer.close()
             progress.close()
             self.checkpoints.close()
 
-    def evaluate(self, state: TrainState, *, whole: bool) -> Evaluation:
-        """On the whole held-out split, or on as much of it as the config gives an evaluation in passing."""
+    def evaluate(self, state: TrainState, num_batches: int) -> Evaluation:
+        """On the first `num_batches` of the held-out split; 0 = all of it."""
         config = self.experiment.config
         batches = heldout_batches(
             self.data.heldout,
             batch_size=config.eval.batch_size,
             sequence_length=config.sequence_length,
-            max_batches=0 if whole else config.eval.batches,
+            max_batches=num_batches,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
@@ -147,6 +150,19 @@ class Run:
         sharding = self.experiment.batch_sharding
         with jax.set_mesh(self.experiment.mesh):
             return evaluate(self._eval_step, state.params, state.projections, batches, sharding, ratio)
+
+    def _require_finite(self, step: int, evaluation: Evaluation) -> None:
+        if not math.isfinite(evaluation.loss):
+            raise self.diverged(step, f"held-out loss is {evaluation.loss}")
+
+    def diverged(self, step: int, what: str) -> UserError:
+        """The error that ends a run whose numbers are no longer finite."""
+        self.checkpoints.wait()
+        return UserError(
+            f"step {step}: {what}; stopped before it was saved. The last checkpoint is step "
+            f"{max(self.checkpoints.committed_steps(), default='(none)')} in {self.workdir}; "
+            "a lower optimizer.learning_rate or a smaller optimizer.clip_norm may help"
+        )
 
     def _batches(self, start_step: int) -> Iterator[dict[str, jax.Array]]:
         config = self.experiment.config
@@ -187,11 +203,7 @@ class _Log:
         metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
         for name in ("loss", "grad_norm"):
             if not math.isfinite(metrics[name]):
-                raise UserError(
-                    f"step {step}: {name} is {metrics[name]}; stopped before it was saved. The last checkpoint is step "
-                    f"{max(self._run.checkpoints.committed_steps(), default='(none)')} in {self._run.workdir}; "
-                    "a lower optimizer.learning_rate or a smaller optimizer.clip_norm may help"
-                )
+                raise self._run.diverged(step, f"{name} is {metrics[name]}")
         self._steps += 1
         config = self._run.experiment.config
         elapsed = time.perf_counter() - self._clock

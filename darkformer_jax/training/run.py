@@ -8,7 +8,7 @@ import ml_collections
 
 from darkformer_jax.config import validate
 from darkformer_jax.data import Data, load_data, load_tokenizer
-from darkformer_jax.data.tokenizers import has_tokenizer
+from darkformer_jax.data.tokenizers import bpe_vocab_size, has_tokenizer, make_tokenizer
 from darkformer_jax.sampling import Sampler, continue_prompts
 from darkformer_jax.training.evaluation import Evaluation
 from darkformer_jax.training.init_from import check_same_tokenizer
@@ -17,7 +17,7 @@ from darkformer_jax.training.progress import Progress
 from darkformer_jax.training.report import compressors, loss_curve
 from darkformer_jax.training.setup import Experiment
 from darkformer_jax.training.step import TrainState
-from darkformer_jax.training.workdir import write_atomically, write_config
+from darkformer_jax.training.workdir import check_config, write_atomically, write_config
 
 
 def dry_run(config: ml_collections.ConfigDict) -> None:
@@ -29,21 +29,24 @@ def dry_run(config: ml_collections.ConfigDict) -> None:
 def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     """Trains to the last step and reports. See `Run.train` for what it raises."""
     validate(config)
-    write_config(workdir, config.to_dict())
+    check_config(workdir, config.to_dict())
     progress = Progress(config.num_steps, config.log.every)
     started = time.perf_counter()
     progress.note(f"workdir {workdir}; reading {config.data.source} {config.data.files}".rstrip())
     data = _load_data(config, workdir)
     if config.init_from:
         check_same_tokenizer(config.init_from, data.tokenizer.fingerprint)
-    if jax.process_index() == 0 and not has_tokenizer(workdir):
-        data.tokenizer.save(workdir)
     experiment = Experiment.of(config, data.tokenizer.vocab_size)
     progress.note(
         f"{data.train.num_tokens:,} training tokens, {data.heldout.num_tokens:,} held out; "
         f"{experiment.num_params:,} parameters; {len(jax.devices())} x {jax.devices()[0].device_kind}"
     )
-    state, evaluation = Run(experiment, data, workdir).train(progress)
+    training = Run(experiment, data, workdir)
+    step, state = training.start(progress)
+    write_config(workdir, config.to_dict())  # only now: a mistake in the data or in init_from must not claim the directory
+    if jax.process_index() == 0 and not has_tokenizer(workdir):
+        data.tokenizer.save(workdir)
+    state, evaluation = training.train(step, state, progress)
     if jax.process_index() == 0:
         _report(experiment, data, workdir, state, evaluation, time.perf_counter() - started)
 
@@ -59,10 +62,10 @@ def _vocab_size(config: ml_collections.ConfigDict) -> int:
     d = config.data
     if config.model.vocab_size:
         return config.model.vocab_size
-    if d.tokenizer == "bytes":
-        return 257
     if d.tokenizer.startswith("bpe:"):
-        return int(d.tokenizer.removeprefix("bpe:"))
+        return bpe_vocab_size(d.tokenizer)
+    if d.tokenizer:
+        return make_tokenizer(d.tokenizer, tuple).vocab_size  # no text is needed: nothing is trained
     return load_tokenizer(d.files).vocab_size
 
 
@@ -75,9 +78,10 @@ def _report(
     if text:
         others = "  ".join(f"{name} {bits:.3f}" for name, bits in compressors(text).items())
         print(f"bits per byte of the same {len(text):,} bytes: this model {evaluation.bits_per_byte:.3f}  {others}")
-    samples = sample(experiment, data, state)
-    print("\n" + samples)
-    write_atomically(Path(workdir) / "samples.txt", samples.encode())
+    if experiment.config.sample.prompts:
+        samples = sample(experiment, data, state)
+        print("\n" + samples)
+        write_atomically(Path(workdir) / "samples.txt", samples.encode())
     print(f"loss curve: {loss_curve(workdir)}")
     print(f"more samples: python -m darkformer_jax.generate --workdir={workdir} --prompt='def '")
 

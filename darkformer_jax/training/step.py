@@ -154,7 +154,7 @@ def make_train_step(
                 projections,
             )
         gradients, sums = gradient_sums(state.params, projections, batch)
-        total = jnp.maximum(sums["weight"], 1.0)  # a batch of padding alone changes nothing
+        total = jnp.maximum(sums["weight"], 1.0)  # a batch of padding alone has no gradient, and no NaN
         gradients = jax.tree.map(lambda g: g / total, gradients)
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
         metrics = {

@@ -52,14 +52,11 @@ def write_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> 
       UserError: `workdir` holds another experiment (each changed field is printed as `field: old -> new`), or files but
         no config.json, or cannot be written.
     """
+    check_config(workdir, config)
     directory = _local(workdir)
     path = directory / CONFIG_FILE
-    new = json.loads(json.dumps(config))  # the form it has when read back
+    new = _as_read_back(config)
     try:
-        if path.exists():
-            _refuse_changes(directory, read_config(directory), new)
-        else:
-            _refuse_foreign_files(directory)
         if jax.process_index() == 0:
             directory.mkdir(parents=True, exist_ok=True)
             content = (json.dumps(new, indent=2, sort_keys=True) + "\n").encode()
@@ -67,6 +64,18 @@ def write_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> 
                 write_atomically(path, content)
     except OSError as error:
         raise UserError(f"workdir {directory} cannot be written: {error.strerror or error}") from error
+
+
+def check_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
+    """Raises what `write_config` would raise for a directory that is not this experiment's, and writes nothing."""
+    directory = _local(workdir)
+    try:
+        if (directory / CONFIG_FILE).exists():
+            _refuse_changes(directory, read_config(directory), _as_read_back(config))
+        else:
+            _refuse_foreign_files(directory)
+    except OSError as error:
+        raise UserError(f"workdir {directory} cannot be read: {error.strerror or error}") from error
 
 
 def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -81,6 +90,11 @@ def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path} holds a {type(config).__name__}, not a config")
     return config
+
+
+def _as_read_back(config: Mapping[str, Any]) -> dict[str, Any]:
+    as_json: dict[str, Any] = json.loads(json.dumps(config))
+    return as_json
 
 
 def _local(workdir: str | os.PathLike[str]) -> Path:

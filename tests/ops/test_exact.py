@@ -1,0 +1,85 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from darkformer_jax.ops.exact import exact_attention
+
+random = np.random.default_rng(0)
+
+
+def draw(length, keys=None, heads=(4, 2), dim=8):
+    shapes = ((2, length, heads[0], dim), (2, keys or length, heads[1], dim), (2, keys or length, heads[1], dim))
+    return tuple(random.standard_normal(shape).astype(np.float32) for shape in shapes)
+
+
+def by_hand(q, k, v, query_segments, key_segments, query_positions, key_positions):
+    """Row by row in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros((*q.shape[:3], v.shape[3]))
+    group = q.shape[2] // k.shape[2]
+    for b, n, h in np.ndindex(q.shape[:3]):
+        seen = (key_segments[b] == query_segments[b, n]) & (key_positions[b] <= query_positions[b, n])
+        if query_segments[b, n] == 0:
+            continue
+        logits = k[b, seen, h // group] @ q[b, n, h] / np.sqrt(q.shape[3])
+        weights = np.exp(logits - logits.max())
+        out[b, n, h] = weights @ v[b, seen, h // group] / weights.sum()
+    return out
+
+
+def rows(*lengths):
+    """Segment ids and positions of one row of documents."""
+    segments = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+    positions = np.concatenate([np.arange(n) for n in lengths])
+    return segments.astype(np.int32), positions.astype(np.int32)
+
+
+def test_against_softmax_by_hand_with_documents_and_padding():
+    q, k, v = draw(24)
+    segments, positions = (np.stack(pair) for pair in zip(rows(9, 1, 14), rows(24), strict=True))
+    segments[1, 20:] = 0
+    arguments = (segments, segments, positions, positions)
+    names = ("query_segments", "key_segments", "query_positions", "key_positions")
+    run = jax.jit(exact_attention)
+    out = run(q, k, v, **dict(zip(names, arguments, strict=True)))
+    np.testing.assert_allclose(out, by_hand(q, k, v, *arguments), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(out[1, 20:], 0)
+
+
+def test_a_query_after_a_cache_sees_what_was_written():
+    q, k, v = draw(3, keys=16)
+    query_segments = np.array([[1, 1, 1], [1, 1, 0]], np.int32)
+    query_positions = np.array([[5, 6, 7], [9, 10, 11]], np.int32)
+    key_positions = np.tile(np.arange(16, dtype=np.int32), (2, 1))
+    key_segments = (key_positions < np.array([[8], [11]])).astype(np.int32)  # empty slots are 0
+    arguments = (query_segments, key_segments, query_positions, key_positions)
+    names = ("query_segments", "key_segments", "query_positions", "key_positions")
+    out = exact_attention(q, k, v, **dict(zip(names, arguments, strict=True)))
+    np.testing.assert_allclose(out, by_hand(q, k, v, *arguments), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gradients_are_finite_and_padding_gets_none(dtype):
+    q, k, v = (jnp.asarray(x, dtype) for x in draw(12))
+    segments = np.tile(np.repeat(np.array([1, 0], np.int32), [7, 5]), (2, 1))
+    positions = np.tile(np.arange(12, dtype=np.int32), (2, 1))
+
+    def loss(q, k, v):
+        out = exact_attention(
+            q,
+            k,
+            v,
+            query_segments=segments,
+            key_segments=segments,
+            query_positions=positions,
+            key_positions=positions,
+        )
+        assert out.dtype == dtype
+        return jnp.sum(jnp.square(out.astype(jnp.float32)))
+
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+    for gradient in gradients:
+        gradient = np.asarray(gradient, np.float32)
+        assert np.all(np.isfinite(gradient)) and np.any(gradient[:, :7])
+        np.testing.assert_array_equal(gradient[:, 7:], 0)
