@@ -105,7 +105,9 @@ def measure(experiment: Experiment, state: Any, data: Data, num_batches: int) ->
         sequence_length=config.sequence_length,
         max_batches=num_batches,
     ):
-        totals += np.stack(jax.device_get(sums(state.params, state.projections, put_batch(batch, experiment.batch_sharding))))
+        totals += np.stack(
+            jax.device_get(sums(state.params, state.projections, put_batch(batch, experiment.batch_sharding)))
+        )
     nll, correct, weight = totals
     quarters = [part.sum() for part in np.split(nll, QUARTERS)], [part.sum() for part in np.split(weight, QUARTERS)]
     by_position = [a / b / math.log(2) for a, b in zip(*quarters, strict=True)]

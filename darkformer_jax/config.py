@@ -82,7 +82,7 @@ def _validate_model(model: ml_collections.ConfigDict) -> None:
     )
     _require(
         not attention.window or bool({*WINDOW_KINDS} & set(kinds)),
-        f"model.attention.window = {attention.window}: {', '.join(kinds)} has no window; {', '.join(WINDOW_KINDS)} have",
+        f"model.attention.window = {attention.window}: none of {', '.join(kinds)} has a window; allowed: 0",
     )
     for kind in kinds:
         if kind in ("random", "constant"):

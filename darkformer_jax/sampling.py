@@ -116,8 +116,8 @@ def _prefill(
 ) -> tuple[Array, Any]:
     """The first new token of each prompt, and the state after the prompts; they are padded at the end."""
     index = jnp.arange(tokens.shape[1])
-    segment_ids = (index < lengths[:, None]).astype(jnp.int32)
-    positions = jnp.broadcast_to(index, tokens.shape)
+    segment_ids = (index[None] < lengths[:, None]).astype(jnp.int32)
+    positions = jnp.broadcast_to(index[None], tokens.shape)
     state = model.init_state(tokens.shape[0], room)
     hidden, state = model.hidden(tokens, segment_ids, positions, state)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]

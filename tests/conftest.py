@@ -24,6 +24,15 @@ import jax  # after the lines above, which it reads
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "standard_promotion: dtypes promote as usual, because optax needs it")
+    if not hasattr(config, "workerinput"):  # once, before pytest-xdist's workers start
+        _remove_torn_cache_entries(Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
+
+
+def _remove_torn_cache_entries(cache: Path) -> None:
+    """What a killed test left behind: jax writes an entry, then its time, and warns for ever of an entry without one."""
+    for entry in cache.glob("*-cache"):
+        if not entry.with_name(entry.name.removesuffix("-cache") + "-atime").exists():
+            entry.unlink(missing_ok=True)
 
 
 @pytest.fixture(autouse=True)

@@ -140,7 +140,9 @@ class Random(Performer):
         num_heads, num_kv_heads, dim = q.shape[2], k.shape[2], q.shape[3]
 
         def draw(position: Array) -> Array:
-            return jax.random.normal(jax.random.fold_in(key, position), (num_heads + num_kv_heads, dim), q.dtype)
+            # Drawn in float32: another dtype would give other weights, not rounded ones.
+            noise = jax.random.normal(jax.random.fold_in(key, position), (num_heads + num_kv_heads, dim), jnp.float32)
+            return noise.astype(q.dtype)
 
         noise = jax.vmap(jax.vmap(draw))(positions)
         return Inputs(noise[:, :, :num_heads], noise[:, :, num_heads:], self.projections[...], None)

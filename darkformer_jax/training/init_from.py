@@ -24,7 +24,8 @@ class _Place(NamedTuple):
 def initialize_from(workdir: str, experiment: Experiment, state: TrainState) -> tuple[TrainState, str]:
     """`state` with every parameter that `workdir`'s newest checkpoint has too, and a report of what it has not.
 
-    Layers are matched by their number, whatever the two models' patterns. Optimizer moments, step and data order start anew.
+    Layers are matched by their number, whatever the two models' patterns. Optimizer moments, step and data order start
+    anew.
 
     Raises:
       UserError: no usable checkpoint, another number of layers, a parameter of another shape, or nothing in common.
@@ -38,7 +39,7 @@ def initialize_from(workdir: str, experiment: Experiment, state: TrainState) -> 
     saved, wanted = _by_layer(saved_flat), _by_layer(wanted_flat)
     common = sorted(wanted.keys() & saved.keys())
     _require_fit(workdir, saved, wanted, common)
-    # Stacks of one parameter differ in their number of layers alone, an axis that is never split: one sharding fits both.
+    # Stacks of one parameter differ in their number of layers alone, an axis that is never split: a sharding fits both.
     abstract = {
         saved[name].path: jax.ShapeDtypeStruct(
             saved_flat[saved[name].path].shape,
@@ -73,7 +74,8 @@ def check_same_tokenizer(workdir: str, fingerprint: str) -> None:
         saved = load_tokenizer(workdir).fingerprint
         if saved != fingerprint:
             raise UserError(
-                f"init_from = {workdir}: its tokenizer (fingerprint {saved[:12]}) is not the data's ({fingerprint[:12]})"
+                f"init_from = {workdir}: its tokenizer (fingerprint {saved[:12]}) is not the data's "
+                f"({fingerprint[:12]})"
             )
 
 

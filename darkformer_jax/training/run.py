@@ -43,7 +43,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     )
     training = Run(experiment, data, workdir)
     step, state = training.start(progress)
-    write_config(workdir, config.to_dict())  # only now: a mistake in the data or in init_from must not claim the directory
+    write_config(workdir, config.to_dict())  # only now: a mistake in data or init_from must not claim the directory
     if jax.process_index() == 0 and not has_tokenizer(workdir):
         data.tokenizer.save(workdir)
     state, evaluation = training.train(step, state, progress)

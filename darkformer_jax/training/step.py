@@ -161,7 +161,7 @@ def make_train_step(
             "loss": sums["nll"] / total,
             "accuracy": sums["correct"] / total,
             "z_loss": z_loss * sums["z"] / total,
-            "grad_norm": optax.global_norm(gradients),
+            "grad_norm": optax.tree.norm(gradients),
             "learning_rate": schedule(state.step),
             "tokens": sums["weight"],
         }

@@ -27,6 +27,11 @@ class Inputs(NamedTuple):
     M: Any  # [hkv, d, d]
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _draw_projections(seed, features, dim, num_heads):
+    return draw_projections(jax.random.key(seed), features, dim, num_heads=num_heads)
+
+
 def draw(
     length, *, heads=(2, 1), dim=16, value_dim=8, features=32, batch=1, squared_norm=None, antipodal=False, seed=0
 ):
@@ -43,7 +48,7 @@ def draw(
         for x, m in ((q, np.repeat(geometry, group, axis=0)), (k, geometry)):
             norm = np.linalg.norm(np.einsum("hrd,bnhd->bnhr", m, x), axis=-1, keepdims=True) * dim**-0.25
             x *= math.sqrt(squared_norm) / norm
-    w = draw_projections(jax.random.key(seed), features, dim, num_heads=heads[1])
+    w = _draw_projections(seed, features, dim, heads[1])
     return Inputs(*(np.asarray(x, np.float32) for x in (q, k, v, w, geometry)))
 
 
@@ -121,9 +126,7 @@ def assert_gradients_close(got, want, limit, names="qkvwM"):
     ("length", "shape", "segments", "options"),
     [
         (1, {}, None, PURE),
-        (1, {}, None, HYBRID),
         (63, {"heads": (4, 2), "batch": 2}, None, PURE),
-        (63, {"heads": (2, 2)}, None, HYBRID),
         (500, {}, (100, 1, 250, 149), {"chunk_size": 128}),
         (500, {"heads": (4, 2)}, (100, 1, 250, 149), {"chunk_size": 16, "window": 32, "num_sinks": 3}),
         (500, {}, (100, 1, 250, 149), {"chunk_size": 32, "causal": False}),
@@ -266,9 +269,8 @@ def _resume(options):
 
 def fresh(x, options, dtype=jnp.float32):
     sizes = {name: options.get(name, 0) for name in ("window", "num_sinks")}
-    return init_state(
-        x.q.shape[0], x.k.shape[2], x.k.shape[3], x.v.shape[3], x.w.shape[-2], dtype, options["chunk_size"], **sizes
-    )
+    shape = (x.q.shape[0], x.k.shape[2], x.k.shape[3], x.v.shape[3], x.w.shape[-2])
+    return jax.jit(lambda: init_state(*shape, dtype, options["chunk_size"], **sizes))()
 
 
 def part(x, start, stop):
@@ -277,6 +279,7 @@ def part(x, start, stop):
 
 def visible(state):
     """What of a state matters: slots that hold no token may hold anything."""
+    state = jax.device_get(state)
     recent, sinks, far = state.recent, state.sinks, state.far
     used = (recent.segments != 0)[:, None, :, None]
     filled = sinks.filled[:, None, :, None]
@@ -285,9 +288,9 @@ def visible(state):
         "normalizer": far.normalizer,
         "values": far.values,
         "segment": far.segment,
-        "sinks": (jnp.where(filled, sinks.keys, 0), jnp.where(filled, sinks.values, 0), sinks.filled),
-        "recent": (jnp.where(used, recent.keys, 0), jnp.where(used, recent.values, 0), recent.segments),
-        "positions": jnp.where(recent.segments != 0, recent.positions, 0),
+        "sinks": (np.where(filled, sinks.keys, 0), np.where(filled, sinks.values, 0), sinks.filled),
+        "recent": (np.where(used, recent.keys, 0), np.where(used, recent.values, 0), recent.segments),
+        "positions": np.where(recent.segments != 0, recent.positions, 0),
         "counts": (state.fill, state.last_segment, state.document_length),
     }
 
@@ -325,8 +328,10 @@ def test_unequal_lengths_in_one_batch_then_decode(options):
     out, state = resume(prefill, fresh(x, options), ids, **options)
     for row, length in enumerate(lengths):
         assert_rows_close(out[row, :length], whole[row, :length], 2e-5)
-    longest = jax.tree.map(lambda leaf: leaf[3:], state)
-    assert_states_close(longest, resume(part(jax.tree.map(lambda leaf: leaf[3:], x)._replace(w=x.w, M=x.M), 0, 24), None, ids[3:], **options)[1])
+    state = jax.device_get(state)
+    alone = Inputs(x.q[2:3, :17], x.k[2:3, :17], x.v[2:3, :17], x.w, x.M)
+    unpadded = resume(alone, None, ids[2:3, :17], **options)[1]
+    assert_states_close(jax.tree.map(lambda leaf: leaf[2:3], state), unpadded)
     places = lengths.copy()
     for step in range(steps):
         real = np.arange(4) != step % 5  # each sequence pauses now and then: a padded token leaves no trace
@@ -363,8 +368,10 @@ def test_gradients_of_the_initial_state():
     def definition(x, c, z, S):
         """(z, S) as seen by far keys, and the keys at hand, without any care. One head."""
         log_q, log_k = (log_positive_features(y[0, :, 0], x.w[0], x.M[0], 16**-0.5) for y in (x.q, x.k))
-        far = jnp.exp(log_q + c[None])
-        near = jnp.exp(log_q) @ jnp.exp(log_k).T * np.tri(x.q.shape[1])
+        far, near = log_q + c[None], log_q[:, None] + log_k[None]
+        largest = jnp.maximum(far.max(1), near.max((1, 2)))
+        far, near = jnp.exp(far - largest[:, None]), jnp.exp(near - largest[:, None, None]).sum(2)
+        near = near * np.tri(x.q.shape[1])
         return ((far @ S + near @ x.v[0, :, 0]) / (far @ z + near.sum(1))[:, None])[None, :, None]
 
     def resumed(x, state, z, S):

@@ -35,7 +35,7 @@ TENTH = np.full(64, 0.1)
 UNIT = random.standard_normal((2, 12)) / np.sqrt(12)
 CASES = {  # q, k, number of features: a block, part of one, and more than one
     "q = k = 0.1": (TENTH, TENTH, 64),
-    "q = -k = 0.1": (TENTH, -TENTH, 64),
+    "q = k = -0.1": (-TENTH, -TENTH, 64),
     "unrelated": (UNIT[0], UNIT[1], 20),
     "long": (1.5 * UNIT[0], 1.5 * UNIT[0], 12),
     "few features": (UNIT[0], UNIT[1], 5),
@@ -70,11 +70,14 @@ def test_unsigned_orthogonal_draws_fail_the_same_test(sign):
     assert abs(standard_errors_off(signed, np.exp(q @ k))) < 4
 
 
-@pytest.mark.parametrize("case", ["unrelated", "long", "few features"])
-def test_orthogonal_draws_have_the_lower_variance(case):
-    q, k, num_features = CASES[case]
-    iid, orthogonal = (np.var(estimates(kind, num_features, q, k)) for kind in ("iid", "orthogonal"))
-    assert orthogonal < iid
+@pytest.mark.parametrize("num_features", [12, 20])
+@pytest.mark.parametrize("size", [0.25, 0.5])  # of q = k; far longer ones have no measurable variance
+def test_orthogonal_draws_have_the_lower_variance(num_features, size):
+    x = size * UNIT[0] / np.linalg.norm(UNIT[0])
+    iid, orthogonal = (np.var(estimates(kind, num_features, x, x)) for kind in ("iid", "orthogonal"))
+    one_feature = np.exp(4 * size**2) * (np.exp(4 * size**2) - 1) * np.exp(-2 * size**2)
+    assert iid == pytest.approx(one_feature / num_features, rel=0.15)
+    assert orthogonal < 0.95 * iid
 
 
 def test_the_variance_falls_with_the_number_of_features():

@@ -60,11 +60,7 @@ def test_projection_key_is_a_function_of_seed_layer_and_epoch():
     assert len(keys) == 27
     traced = jax.jit(lambda layer, epoch: jax.random.key_data(projection_key(1, layer, epoch)))
     assert tuple(np.asarray(traced(2, 0)).tolist()) == data(1, 2, 0)
-    # A change of this number changes what every saved run redraws.
-    assert data(0, 0, 0) == PINNED
-
-
-PINNED = (0, 0)
+    assert data(0, 0, 0) == (1571711206, 2301353376)  # resumed runs rely on it
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,191 @@
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from configs import base
+from darkformer_jax.config import from_json, model_spec, pattern_of, validate
+from darkformer_jax.errors import UserError
+from darkformer_jax.training.run import dry_run
+
+CONFIGS = [path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.py")]
+
+
+def changed(changes):
+    config = base.get_config()
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+AT_LEAST_ONE = [
+    "num_steps", "batch_size", "sequence_length", "accumulation_steps", "model.num_layers", "model.embed_dim",
+    "model.num_heads", "model.num_kv_heads", "model.head_dim", "model.mlp_dim", "model.attention.num_features",
+    "model.attention.chunk_size", "eval.batch_size", "checkpoint.keep", "log.every", "sample.max_new_tokens",
+]  # fmt: skip
+AT_LEAST_ZERO = [
+    "seed", "model.vocab_size", "model.attention.redraw_every", "model.attention.window", "model.attention.num_sinks",
+    "data.num_workers", "optimizer.warmup_steps", "eval.every", "eval.batches", "checkpoint.every", "sample.top_k",
+    "model.logit_softcap", "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.z_loss",
+    "optimizer.geometry_learning_rate", "sample.temperature",
+]  # fmt: skip
+POSITIVE = [
+    "model.norm_eps", "model.rope_theta", "model.attention.geometry_init", "optimizer.learning_rate", "optimizer.eps",
+]  # fmt: skip
+CHOICES = {
+    "model.activation": "silu, gelu_tanh",
+    "model.dtype": "bfloat16, float32",
+    "model.remat": "none, dots, full",
+    "model.attention.kind": "softmax, performer, dark, lfk, random, constant, window_only",
+    "model.attention.projections": "iid, orthogonal, orthogonal_unsigned",
+    "optimizer.schedule": "cosine, rsqrt, constant",
+}
+RULES = [
+    *[({name: 0}, f"{name} = 0: must be at least 1") for name in AT_LEAST_ONE],
+    *[({name: -1}, f"{name} = -1(.0)?: must be at least 0") for name in AT_LEAST_ZERO],
+    *[({name: 0.0}, f"{name} = 0.0: must be positive") for name in POSITIVE],
+    *[({name: float("nan")}, f"{name} = nan: must be finite") for name in POSITIVE],
+    *[({name: "magic"}, f"{name} = 'magic': allowed: {allowed}") for name, allowed in CHOICES.items()],
+    ({"optimizer.learning_rate": float("inf")}, "optimizer.learning_rate = inf: must be finite"),
+    ({"model.num_heads": 6}, "model.num_heads = 6 is not a multiple of model.num_kv_heads = 4"),
+    ({"model.head_dim": 7}, "model.head_dim = 7: must be even, for rotary positions"),
+    ({"model.attention.pattern": "dark,magic"}, "model.attention.pattern has 'magic': allowed: softmax, performer"),
+    ({"model.attention.pattern": "dark,"}, "model.attention.pattern has '': allowed"),
+    (
+        {"model.attention.pattern": "dark,dark,softmax"},
+        "model.attention.pattern has 3 entries, which does not divide model.num_layers = 4",
+    ),
+    ({"model.attention.window": 64}, "model.attention.window = 64 is not a multiple of chunk_size = 128"),
+    ({"model.attention.num_sinks": 4}, "model.attention.num_sinks = 4 needs a window; model.attention.window = 0"),
+    ({"model.attention.window": 128, "model.attention.kind": "softmax"}, "window = 128: none of softmax has a window"),
+    ({"model.attention.window": 128, "model.attention.kind": "constant"}, "window = 128"),
+    ({"model.attention.window": 128, "model.attention.pattern": "dark,random"}, "128: 'random' does not look at q"),
+    ({"model.attention.kind": "window_only"}, "model.attention.window = 0: 'window_only' needs a window"),
+    (
+        {"model.attention.redraw_every": 5, "model.attention.kind": "lfk"},
+        "model.attention.redraw_every = 5, but lfk has no random projections",
+    ),
+    ({"seed": 2**32}, r"seed = 4294967296: must be below 2\*\*32"),
+    ({"batch_size": 6, "accumulation_steps": 4}, "batch_size = 6 is not a multiple of accumulation_steps = 4"),
+    ({"num_steps": 50}, "optimizer.warmup_steps = 50 is not shorter than num_steps = 50"),
+    ({"optimizer.b1": 1.0}, r"optimizer.b1 = 1.0: must be in \[0, 1\)"),
+    ({"optimizer.b2": -0.1}, r"optimizer.b2 = -0.1: must be in \[0, 1\)"),
+    ({"optimizer.final_fraction": 1.5}, r"optimizer.final_fraction = 1.5: must be in \[0, 1\]"),
+    ({"sample.top_p": 0.0}, r"sample.top_p = 0.0: must be in \(0, 1\]"),
+    ({"sample.prompts": ("def ", 1)}, r"sample.prompts = \('def ', 1\): must be strings"),
+    ({"data.heldout_fraction": 0.0}, "data.heldout_fraction = 0.0: must be between 0 and 1"),
+    ({"data.heldout_fraction": 1.0}, "data.heldout_fraction = 1.0: must be between 0 and 1"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), RULES, ids=[f"{next(iter(c))}-{i}" for i, (c, _) in enumerate(RULES)])
+def test_a_rule_names_its_field_and_what_is_allowed(changes, message):
+    with pytest.raises(UserError, match=message) as raised:
+        validate(changed(changes))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_steps": 1},
+        {"model.num_kv_heads": 1},
+        {"model.attention.pattern": "softmax, dark"},
+        {"model.attention.window": 256, "model.attention.num_sinks": 4},
+        {"model.attention.window": 128, "model.attention.pattern": "softmax,dark"},
+        {"model.attention.window": 128, "model.attention.kind": "window_only"},
+        {"model.attention.redraw_every": 5, "model.attention.pattern": "lfk,dark"},
+        {"optimizer.warmup_steps": 0, "optimizer.final_fraction": 0.0, "sample.temperature": 0.0},
+        {"sample.prompts": ()},
+    ],
+)
+def test_what_is_allowed(changes):
+    validate(changed(changes))
+
+
+def test_every_field_with_a_number_has_a_rule():
+    ruled = {name for changes, _ in RULES for name in changes}
+    ruled |= {"mesh.data", "mesh.fsdp", "mesh.tensor"}  # make_mesh checks them against the devices
+    fields = base.get_config().to_dict()
+
+    def numbers(tree, prefix=""):
+        for name, value in tree.items():
+            if isinstance(value, dict):
+                yield from numbers(value, f"{prefix}{name}.")
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                yield prefix + name
+
+    assert set(numbers(fields)) == {name for name in numbers(fields) if name in ruled}
+
+
+def test_unknown_fields_and_other_types_are_refused_by_the_config_itself():
+    with pytest.raises(AttributeError):
+        base.get_config().model.num_layer = 3
+    with pytest.raises(TypeError):
+        base.get_config().num_steps = "many"
+
+
+def test_the_model_follows_the_config():
+    config = changed({"model.attention.pattern": "softmax, dark", "model.attention.num_features": 5, "seed": 7})
+    spec = model_spec(config, 257)
+    assert spec.pattern == pattern_of(config.model) == ("softmax", "dark")
+    assert (spec.vocab_size, spec.attention.num_features, spec.attention.seed) == (257, 5, 7)
+    assert model_spec(changed({"model.vocab_size": 300}), 257).vocab_size == 300
+    with pytest.raises(UserError, match="model.vocab_size = 200 is smaller than the tokenizer's 257"):
+        model_spec(changed({"model.vocab_size": 200}), 257)
+    again = from_json(json.loads(json.dumps(config.to_dict())))
+    assert model_spec(again, 257) == spec
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_builds_abstractly(name, capsys):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    dry_run(config)
+    shown = dict(
+        line.split(maxsplit=1) for line in capsys.readouterr().out.replace("tokens a step", "tokens").splitlines()
+    )
+    assert int(shown["parameters"].replace(",", "")) > 500_000
+    assert shown["state"].endswith("MiB a device")
+    assert (
+        shown["tokens"]
+        == f"{config.batch_size * config.sequence_length:,} = {config.batch_size} x {config.sequence_length}"
+    )
+
+
+def test_lm_1b_is_the_size_it_says(capsys):
+    dry_run(importlib.import_module("configs.lm_1b").get_config())
+    shown = capsys.readouterr().out
+    embed, mlp, layers = 768, 3072, 12
+    geometry = 12 * 64 * 64
+    parameters = 32_000 * embed + embed + layers * (4 * embed**2 + 3 * embed * mlp + 2 * embed + geometry)
+    assert f"parameters     {parameters:,}\n" in shown
+    assert 135e6 < parameters < 160e6
+    assert "262,144 = 256 x 1024" in shown
+
+
+@pytest.mark.parametrize(
+    ("changes", "vocabulary"),
+    [
+        ({"data.tokenizer": "bytes"}, "257"),
+        ({"data.tokenizer": "bpe:1000"}, "1,000"),
+        ({"model.vocab_size": 300}, "300"),
+    ],
+)
+def test_a_dry_run_reads_no_text(changes, vocabulary, capsys):
+    dry_run(changed({"data.source": "text", "data.files": "nowhere/*.txt", **changes}))
+    assert f"vocabulary     {vocabulary}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        ("bpe:x", "tokenizer 'bpe:x' is not possible"),
+        ("bpe:9", "tokenizer 'bpe:9' is not possible"),
+        ("nowhere.json", "tokenizer 'nowhere.json' is no file"),
+        ("", "must hold exactly one of"),
+    ],
+)
+def test_a_dry_run_refuses_a_tokenizer_that_is_none(tokenizer, message):
+    with pytest.raises(UserError, match=message):
+        dry_run(changed({"data.tokenizer": tokenizer}))

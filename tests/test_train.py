@@ -1,0 +1,202 @@
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from darkformer_jax.data.tokenizers import BytesTokenizer
+from darkformer_jax.training.setup import Experiment
+from darkformer_jax.training.workdir import write_config
+from tests.tiny_runs import metrics_without_time, run_commands, tiny_config, tiny_flags, write_text
+
+pytestmark = pytest.mark.standard_promotion
+
+
+def train(*flags):
+    return "train.py", list(flags)
+
+
+def files_below(directory):
+    return {path: path.read_bytes() for path in Path(directory).rglob("*") if path.is_file()}
+
+
+def test_mistakes_in_flags_are_one_line_and_status_2(tmp_path):
+    (tmp_path / "notes.md").write_text("it's no config\n")
+    (tmp_path / "takes_nothing.py").write_text(
+        "from configs import base\n\n\ndef get_config():\n    return base.get_config()\n"
+    )
+    cases = {
+        "--config.num_step=3": "num_step: there is no such field in the config; did you mean --config.num_steps?",
+        "--config.model.attention.king=dark": "did you mean --config.model.attention.kind?",
+        "--config.num_steps=many": "--config.num_steps=many: invalid literal for int()",
+        "--config.num_steps=1.5": "--config.num_steps=1.5: invalid literal for int()",
+        "--config.optimizer.learning_rate=fast": "--config.optimizer.learning_rate=fast: could not convert",
+        "--config.model.qk_norm=maybe": "--config.model.qk_norm=maybe",
+        "--config.checkpoint=5": "--config.checkpoint=5",
+        "--config.model.attention.num_features=0": "model.attention.num_features = 0: must be at least 1",
+        "--config=nowhere.py": "nowhere.py",
+        f"--config={tmp_path}/notes.md": f"--config: {tmp_path}/notes.md: line 1 is not Python",
+        f"--config={tmp_path}/takes_nothing.py:abc": "takes 0 positional arguments",
+        "--config=configs/ablation.py:sauce=1": "configs/ablation.py has no argument 'sauce'; allowed: attention, m",
+        "--config=configs/ablation.py:m=x": "configs/ablation.py: 'm=x': expected m=<int>",
+        "--config=configs/ablation.py:attention=magic": "model.attention.kind = 'magic': allowed: softmax",
+        "extra": "'extra' is no flag",
+        "--sauce=1": "Unknown command line flag 'sauce'",
+    }
+    ended = run_commands([train(flag, "--dry_run", f"--workdir={tmp_path}/new") for flag in cases])
+    for (flag, message), (status, out, err) in zip(cases.items(), ended, strict=True):
+        assert status == 2, (flag, err)
+        assert err.startswith("error: ") and err.count("\n") == 1 and out == "", (flag, err)
+        assert message in err, flag
+        assert len(err) < 400, err
+    assert not (tmp_path / "new").exists()
+
+
+def test_mistakes_in_data_and_directories_are_one_line_and_write_nothing(tmp_path):
+    text = write_text(tmp_path / "text.txt")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "one.txt").write_text("h")
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("mine")
+    config = tiny_config(data__files=text)
+    write_config(tmp_path / "other", config.to_dict())
+    BytesTokenizer().save(str(tmp_path / "other"))
+    before = files_below(tmp_path)
+    new = f"--workdir={tmp_path}/new"
+
+    def flags(workdir=new, **changes):
+        return train(workdir, *tiny_flags(**{"data__files": text} | changes))
+
+    cases = [
+        (flags(data__files=f"{tmp_path}/none/*.txt"), "no file matches"),
+        (flags(data__files=""), "data files are not given"),
+        (flags(data__files=f"{tmp_path}/empty.txt"), "empty.txt is empty"),
+        (flags(data__files=f"{tmp_path}/one.txt"), "too little text"),
+        (flags(data__files=f"{tmp_path}/binary.txt"), "binary.txt is not UTF-8 text: NUL byte at offset 0"),
+        (flags(data__source="web"), "data source 'web' is unknown; allowed: stdlib, text, news, array_record"),
+        (flags(data__source="array_record", data__files=f"{tmp_path}/none"), "none' does not exist"),
+        (flags(data__tokenizer="nowhere.model"), "tokenizer 'nowhere.model' is no file"),
+        (flags(init_from=f"{tmp_path}/none"), f"init_from = {tmp_path}/none: there is no checkpoint"),
+        (flags(mesh__data=3), "does not fit the 1 devices"),
+        (flags(f"--workdir={foreign}"), "is not empty and has no config.json (it holds thesis.tex)"),
+        (flags(f"--workdir={text}"), "text.txt is a file, not a directory"),
+        (flags(f"--workdir={text}/below"), "Not a directory"),
+        (flags("--workdir=gs://bucket/run"), "not a local path"),
+        (
+            flags(f"--workdir={tmp_path}/other", model__mlp_dim=48, seed=3),
+            "model.mlp_dim: 32 -> 48; seed: 0 -> 3",
+        ),
+        (
+            flags(f"--workdir={tmp_path}/other", data__tokenizer="bpe:300"),
+            'data.tokenizer: "bytes" -> "bpe:300"',
+        ),
+    ]
+    ended = run_commands([command for command, _ in cases])
+    for (command, message), (status, out, err) in zip(cases, ended, strict=True):
+        last = err.splitlines()[-1]
+        assert status == 2, (command, err)
+        assert last.startswith("error: ") and message in last, (message, err)
+        assert "Traceback" not in err and out == ""
+        notes = [
+            line for line in err.splitlines()[:-1] if not line.startswith("workdir ") and " parameters; " not in line
+        ]
+        assert not notes, notes
+    assert files_below(tmp_path) == before
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes to read-only directories")
+def test_a_read_only_directory(tmp_path):
+    text = write_text(tmp_path / "text.txt")
+    (tmp_path / "locked").mkdir(mode=0o555)
+    (ended,) = run_commands([train(f"--workdir={tmp_path}/locked/run", *tiny_flags(data__files=text))])
+    assert ended.status == 2 and f"workdir {tmp_path}/locked/run cannot be written: Permission denied" in ended.err
+
+
+def test_a_disk_that_takes_nothing(tmp_path):
+    text = write_text(tmp_path / "text.txt")
+    (ended,) = run_commands([train("--workdir=/proc/run", *tiny_flags(data__files=text))])
+    assert ended.status == 2
+    assert ended.err.splitlines()[-1].startswith("error: workdir /proc/run cannot be written: ")
+
+
+def write_release(root):
+    """Sentences laid out as the One Billion Word release is."""
+    rng = np.random.default_rng(0)
+    words = ["the", "a", "market", "of", "news", "said", "in", "government", "on", "was", "people", "and"]
+    directory = root / "training-monolingual.tokenized.shuffled"
+    directory.mkdir(parents=True)
+    for shard in (1, 2, 3):
+        sentences = [" ".join(rng.choice(words, 12)) + " ." for _ in range(200)]
+        (directory / f"news.en-{shard:05d}-of-00100").write_text("\n".join(sentences) + "\n")
+    return root
+
+
+def test_the_whole_road_of_lm_1b(tmp_path):
+    release, data, workdir = write_release(tmp_path / "release"), tmp_path / "data", tmp_path / "run"
+    reduced = {
+        "num_steps": 4,
+        "batch_size": 8,
+        "sequence_length": 64,
+        "model.vocab_size": 512,
+        "model.num_layers": 2,
+        "model.embed_dim": 32,
+        "model.num_heads": 2,
+        "model.num_kv_heads": 2,
+        "model.head_dim": 8,
+        "model.mlp_dim": 64,
+        "model.attention.num_features": 8,
+        "model.attention.chunk_size": 32,
+        "data.files": data,
+        "optimizer.warmup_steps": 1,
+        "eval.batch_size": 8,
+        "checkpoint.every": 2,
+        "log.every": 1,
+        "sample.max_new_tokens": 4,
+    }
+    config = ["--config=configs/lm_1b.py", *(f"--config.{name}={value}" for name, value in reduced.items())]
+    prepare = ["--source=news", f"--files={release}", "--tokenizer=bpe:300", f"--out={data}", "--heldout_fraction=0.05"]
+    prepared, sizes, trained, again, mismatch, written = run_commands(
+        [
+            ("darkformer_jax.prepare_data", prepare),
+            train(*config, "--dry_run"),
+            train(*config, f"--workdir={workdir}"),
+            train(*config, f"--workdir={workdir}", "--config.num_steps=5", "--config.data.num_workers=2"),
+            train(*config, f"--workdir={tmp_path}/new", "--config.data.tokenizer=bytes"),
+            ("darkformer_jax.generate", [f"--workdir={workdir}", "--prompt=the market", "--max_new_tokens=5"]),
+        ]
+    )
+    assert prepared.status == 0, prepared.err
+    assert sizes.status == 0 and "tokens a step  512 = 8 x 64" in sizes.out, sizes.err
+    assert trained.status == 0, trained.err
+    assert "step 4/4" in trained.err and "--- 'In a statement , '" in trained.out
+    assert "gzip" not in trained.out  # the held-out text is not in memory
+    assert again.status == 0, again.err
+    assert f"resuming {workdir} from step 4" in again.err
+    lines = metrics_without_time(workdir)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in lines if "heldout_loss" in line] == [4, 5]
+    assert lines[-2]["loss"] < lines[0]["loss"]
+    assert mismatch.status == 2 and "tokenizer 'bytes' does not match" in mismatch.err.splitlines()[-1]
+    assert not (tmp_path / "new").exists()
+    assert written.status == 0 and written.out.startswith("the market"), written.err
+    model = json.loads((workdir / "config.json").read_text())["model"]
+    assert Experiment.of(tiny_config(model__vocab_size=model["vocab_size"]), 300).network.spec.vocab_size == 512
+
+
+def test_without_flags_it_is_the_quickstart_from_any_directory(tmp_path):
+    here = os.getcwd()
+    (ended,) = run_commands([("train.py", ["--dry_run"])])
+    assert ended.status == 0 and "tokens a step  8,192 = 16 x 512" in ended.out, ended.err
+    assert os.getcwd() == here
+
+
+def test_a_sequence_longer_than_the_text(tmp_path):
+    text = write_text(tmp_path / "text.txt", 300)
+    flags = tiny_flags(data__files=text, sequence_length=512, num_steps=3, batch_size=2, eval__batch_size=2)
+    (ended,) = run_commands([train(f"--workdir={tmp_path}/run", *flags)])
+    assert ended.status == 0, ended.err
+    assert len(metrics_without_time(tmp_path / "run")) == 4

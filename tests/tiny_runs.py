@@ -1,0 +1,168 @@
+"""Models, text and commands small enough that a test can train."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+
+from configs import base
+from darkformer_jax.data.tokenizers import BytesTokenizer
+from darkformer_jax.training.checkpoints import Checkpoints
+from darkformer_jax.training.setup import Experiment
+from darkformer_jax.training.step import TrainState, make_state_init, to_saved
+from darkformer_jax.training.workdir import write_config
+
+ROOT = Path(__file__).parents[1]
+
+TINY: dict[str, Any] = {
+    "num_steps": 8,
+    "batch_size": 4,
+    "sequence_length": 32,
+    "model.num_layers": 1,
+    "model.embed_dim": 32,
+    "model.num_heads": 2,
+    "model.num_kv_heads": 2,
+    "model.head_dim": 8,
+    "model.mlp_dim": 32,
+    "model.dtype": "float32",
+    "model.attention.kind": "dark",
+    "model.attention.num_features": 8,
+    "model.attention.projections": "iid",  # QR takes seconds to compile
+    "model.attention.chunk_size": 16,
+    "data.source": "text",
+    "optimizer.warmup_steps": 2,
+    "eval.batch_size": 4,
+    "log.every": 1,
+    "sample.prompts": (),
+}
+
+
+def tiny_config(**changes: Any) -> ml_collections.ConfigDict:
+    """`base.get_config()` made tiny; `model__num_layers=2` sets model.num_layers."""
+    config = base.get_config()
+    config.update_from_flattened_dict(TINY | {name.replace("__", "."): value for name, value in changes.items()})
+    return config
+
+
+def tiny_flags(**changes: Any) -> list[str]:
+    """The same as flags of train.py."""
+    fields = TINY | {name.replace("__", "."): value for name, value in changes.items()}
+    return [f"--config.{name}={value}" for name, value in fields.items()]
+
+
+def write_text(path: Path, num_bytes: int = 6000) -> str:
+    """A file of words in lines, always the same; returns its path."""
+    words = random.Random(0).choices(("the", "value", "def", "return", "import", "in", "x", "y", "None"), k=num_bytes)
+    lines = [" ".join(words[i : i + 8]) for i in range(0, len(words), 8)]
+    path.write_text("\n".join(lines)[:num_bytes])
+    return str(path)
+
+
+def fresh_state(experiment: Experiment) -> TrainState:
+    """The state before the first step."""
+    return jax.jit(make_state_init(experiment.network, experiment.optimizer, experiment.config.seed))()
+
+
+def write_workdir(
+    workdir: Path, config: ml_collections.ConfigDict, state: TrainState | None = None, step: int = 3
+) -> TrainState:
+    """A workdir with a checkpoint of `state` (None: the untrained model); returns the state."""
+    state = fresh_state(Experiment.of(config, 257)) if state is None else state
+    write_config(workdir, config.to_dict())
+    BytesTokenizer().save(str(workdir))
+    checkpoints = Checkpoints(workdir)
+    checkpoints.save(step, to_saved(state))
+    checkpoints.close()
+    return state
+
+
+def random_batch(seed: int, rows: int = 4, length: int = 32, vocab: int = 257) -> dict[str, np.ndarray]:
+    """Rows of two documents and padding, with very unequal numbers of tokens."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, vocab, (rows, length + 1)).astype(np.int32)
+    real = np.arange(length) < np.linspace(3, length, rows).astype(int)[:, None]
+    segments = np.where(np.arange(length) < 2, 1, 2) * real
+    positions = np.where(np.arange(length) < 2, np.arange(length), np.arange(length) - 2) * real
+    return {
+        "inputs": np.where(real, tokens[:, :-1], 0),
+        "targets": np.where(real, tokens[:, 1:], 0),
+        "segment_ids": segments.astype(np.int32),
+        "positions": positions.astype(np.int32),
+        "weights": real.astype(np.float32),
+    }
+
+
+def metrics_without_time(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, the clock's part removed."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "time"} for line in lines]
+
+
+def saved_arrays(workdir: Path, step: int | None = None) -> dict[str, bytes]:
+    """The bytes of every array of a checkpoint (the newest), by name."""
+    checkpoints = Checkpoints(workdir)
+    step = checkpoints.latest_good_step() if step is None else step
+    assert step is not None
+    _, state = checkpoints.restore(checkpoints.saved_shapes(step), step)
+    checkpoints.close()
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
+
+
+class Finished(NamedTuple):
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+# Imports once and forks for each command: importing takes longer than what most of them do. The parent starts no jax
+# backend, so it has no threads that a fork would lose.
+_DRIVER = """
+import json, os, runpy, sys
+import darkformer_jax.generate, darkformer_jax.prepare_data, darkformer_jax.training.run, configs.base
+for number, (script, argv) in enumerate(json.load(open(sys.argv[1]))):
+    pid = os.fork()
+    if not pid:
+        for stream, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{sys.argv[1]}.{number}.{name}", os.O_WRONLY | os.O_CREAT), stream)
+        sys.argv = [script, *argv]
+        if script.endswith(".py"):
+            runpy.run_path(script, run_name="__main__")
+        else:
+            sys.modules.pop(script)
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
+        raise AssertionError("app.run always exits")
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+def run_commands(commands: Sequence[tuple[str, Sequence[str]]]) -> list[Finished]:
+    """Runs (script or module, arguments) one after another, each in a process of its own."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "commands"
+        path.write_text(json.dumps(commands))
+        statuses = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", _DRIVER, str(path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        ).stdout.split()
+        return [
+            Finished(
+                int(status), *((path.with_name(f"commands.{number}.{name}")).read_text() for name in ("out", "err"))
+            )
+            for number, status in enumerate(statuses)
+        ]

@@ -1,0 +1,138 @@
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from darkformer_jax.data import heldout_batches
+from darkformer_jax.data.stream import memory_stream
+from darkformer_jax.data.tokenizers import BytesTokenizer
+from darkformer_jax.training.evaluation import evaluate, make_eval_step
+from darkformer_jax.training.setup import Experiment, tokens_per_byte
+from tests.tiny_runs import tiny_config
+
+TEXTS = ["def f(x):\n    return x\n", "héllo wörld " * 9, "a", "import os, sys; print(os, sys)" * 3]
+LENGTH = 16
+
+
+class EndsOfTheirOwn(BytesTokenizer):
+    """Bytes whose documents end with an id of their own."""
+
+    vocab_size = 258
+    eos_id = 257
+
+
+@functools.cache
+def experiment():
+    return Experiment.of(tiny_config(model__attention__kind="softmax", sequence_length=LENGTH), 258)
+
+
+@functools.cache
+def arrays():
+    network = experiment().network
+    rng = np.random.default_rng(0)
+    # Larger than an initialisation, so that losses of tokens differ a lot.
+    params = network.map_params(lambda _, variable: jnp.asarray(rng.normal(size=variable.shape), jnp.float32))
+    return params, {}
+
+
+@functools.cache
+def eval_step():
+    return make_eval_step(experiment().network)
+
+
+def result(stream, batch_size, max_batches=0):
+    batches = heldout_batches(stream, batch_size=batch_size, sequence_length=LENGTH, max_batches=max_batches)
+    return evaluate(eval_step(), *arrays(), batches, experiment().batch_sharding, tokens_per_byte(stream))
+
+
+def nll_and_correct(tokens, is_start, skipped=()):
+    """Of every token but the first, in float64 by rows of the stream; targets at `skipped` places do not count."""
+    network = experiment().network
+    params, projections = arrays()
+    logits_of = jax.jit(lambda *batch: network.bind(params, projections)(*batch)[0])
+    losses, correct = [], []
+    for start in range(0, len(tokens) - 1, LENGTH):
+        inputs, targets = tokens[start : start + LENGTH], tokens[start + 1 : start + LENGTH + 1]
+        inputs = inputs[: len(targets)]
+        starts = is_start[start : start + len(inputs)].copy()
+        starts[0] = True
+        segments = np.zeros((1, LENGTH), np.int32)
+        segments[0, : len(inputs)] = np.cumsum(starts)
+        positions = np.zeros((1, LENGTH), np.int32)
+        for i in range(1, len(inputs)):
+            positions[0, i] = 0 if starts[i] else positions[0, i - 1] + 1
+        padded = np.zeros((1, LENGTH), np.int32)
+        padded[0, : len(inputs)] = inputs
+        logits = np.asarray(logits_of(padded, segments, positions), np.float64)[0]
+        for i, target in enumerate(targets):
+            if start + 1 + i not in skipped:
+                row = logits[i] - logits[i].max()
+                losses.append(math.log(np.exp(row).sum()) - row[target])
+                correct.append(row.argmax() == target)
+    return np.array(losses), np.array(correct)
+
+
+def flat(documents):
+    tokens = np.concatenate([np.array(ids, np.int64) for ids in documents])
+    is_start = np.concatenate([np.arange(len(ids)) == 0 for ids in documents])
+    return tokens, is_start
+
+
+def test_loss_accuracy_and_bits_per_byte_are_those_computed_by_hand():
+    stream = memory_stream(TEXTS, BytesTokenizer())
+    documents = [[256, *text.encode()] for text in TEXTS]
+    tokens, is_start = flat(documents)
+    tokens, is_start = np.append(tokens, 256), np.append(is_start, False)  # the separator that ends the stream
+    losses, correct = nll_and_correct(tokens, is_start)
+    num_bytes = sum(len(text.encode()) for text in TEXTS)
+    assert len(losses) == num_bytes + len(TEXTS)
+    measured = result(stream, 4)
+    assert measured.tokens == len(losses)
+    np.testing.assert_allclose(measured.loss, losses.mean(), rtol=1e-5)
+    np.testing.assert_allclose(measured.accuracy, correct.mean(), rtol=1e-6)
+    np.testing.assert_allclose(measured.bits_per_byte, losses.sum() / math.log(2) / num_bytes, rtol=1e-5)
+
+
+def test_what_follows_the_end_of_a_document_is_not_predicted():
+    stream = memory_stream(TEXTS, EndsOfTheirOwn())
+    documents = [[256, *text.encode(), 257] for text in TEXTS]
+    tokens, is_start = flat(documents)
+    losses, _ = nll_and_correct(tokens, is_start, skipped=np.flatnonzero(is_start).tolist())
+    measured = result(stream, 4)
+    num_bytes = sum(len(text.encode()) for text in TEXTS)
+    assert measured.tokens == len(losses) == num_bytes + len(TEXTS)
+    np.testing.assert_allclose(measured.loss, losses.mean(), rtol=1e-5)
+    np.testing.assert_allclose(measured.bits_per_byte, losses.sum() / math.log(2) / num_bytes, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_the_batch_size_does_not_matter(batch_size):
+    stream = memory_stream(TEXTS, BytesTokenizer())
+    wanted, measured = result(stream, 4), result(stream, batch_size)
+    assert measured.tokens == wanted.tokens
+    np.testing.assert_allclose(measured, wanted, rtol=1e-6)
+
+
+def test_a_part_of_the_split_is_its_first_batches():
+    stream = memory_stream(TEXTS, BytesTokenizer())
+    assert result(stream, 4, max_batches=1).tokens == 4 * LENGTH
+    assert result(stream, 4, max_batches=10**6) == result(stream, 4)
+
+
+def test_nothing_to_evaluate_is_no_division_by_zero():
+    nothing = evaluate(eval_step(), *arrays(), [], experiment().batch_sharding, 1.0)
+    assert nothing == (0.0, 0.0, 0.0, 0)
+
+
+def test_names_in_the_metrics_file():
+    measured = result(memory_stream(TEXTS, BytesTokenizer()), 4)
+    assert list(measured.as_metrics()) == [
+        "heldout_loss",
+        "heldout_bits_per_byte",
+        "heldout_accuracy",
+        "heldout_tokens",
+    ]
+    assert f"bits per byte {measured.bits_per_byte:.4f}" in str(measured)

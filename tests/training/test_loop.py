@@ -1,0 +1,249 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from darkformer_jax.errors import UserError
+from darkformer_jax.training import loop
+from darkformer_jax.training.checkpoints import Checkpoints
+from darkformer_jax.training.run import run
+from tests.tiny_runs import ROOT, metrics_without_time, saved_arrays, tiny_config, tiny_flags, write_text
+
+SURVIVAL = {
+    "num_steps": 240,
+    "checkpoint__every": 7,
+    "checkpoint__keep": 2,
+    "eval__every": 20,
+    "eval__batches": 2,
+    "log__every": 3,
+    "accumulation_steps": 2,
+    "model__attention__redraw_every": 10,
+}
+
+
+class Child:
+    """`python train.py` in a process of its own, and what it says."""
+
+    def __init__(self, workdir, text, **changes):
+        self.workdir = workdir
+        flags = tiny_flags(**SURVIVAL | {"data__files": text} | changes)
+        self.process = subprocess.Popen(
+            [sys.executable, "train.py", f"--workdir={workdir}", *flags],
+            cwd=ROOT,
+            # A process killed while it writes the cache leaves a broken entry to all tests.
+            env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.said = []
+
+    def until(self, step):
+        """Returns when the progress lines have come to `step`."""
+        for line in self.process.stderr:
+            self.said.append(line)
+            if line.startswith("step ") and int(line.split()[1].partition("/")[0]) >= step:
+                return
+        raise AssertionError("".join(self.said))
+
+    def until_saving(self):
+        """Returns when a checkpoint is being written, and is not complete."""
+        directory = self.workdir / "checkpoints"
+        while self.process.poll() is None:
+            names = os.listdir(directory) if directory.exists() else []
+            if any("orbax-checkpoint-tmp" in name for name in names):
+                return
+        raise AssertionError("the run ended")
+
+    def end(self):
+        """Its exit status, once it has ended."""
+        self.said += self.process.communicate()[1].splitlines(keepends=True)
+        return self.process.returncode
+
+    def stop(self, signum):
+        self.process.send_signal(signum)
+        return self.end()
+
+
+@pytest.fixture
+def text(tmp_path):
+    return write_text(tmp_path / "text.txt")
+
+
+def assert_equal_runs(workdir, unbroken):
+    lines, wanted = metrics_without_time(workdir), metrics_without_time(unbroken)
+    assert lines == wanted
+    assert [line["step"] for line in lines if "loss" in line] == list(range(3, 241, 3))
+    assert [line["step"] for line in lines if "heldout_loss" in line] == list(range(20, 241, 20))
+    arrays, wanted_arrays = saved_arrays(workdir, 240), saved_arrays(unbroken, 240)
+    assert len(wanted_arrays) > 30
+    assert arrays == wanted_arrays
+    assert json.loads((workdir / "config.json").read_text()) == json.loads((unbroken / "config.json").read_text())
+
+
+def test_kill_9_at_five_random_moments_and_resume_equals_the_unbroken_run(tmp_path, text):
+    unbroken = Child(tmp_path / "unbroken", text)
+    assert unbroken.end() == 0, "".join(unbroken.said)
+    moments = random.Random(17)
+    resumed_from = []
+    for first, last in ((1, 6), (20, 60), (70, 110), (120, 160), (170, 220)):
+        child = Child(tmp_path / "killed", text)
+        child.until(moments.randint(first, last))
+        if last == 110:
+            child.until_saving()
+        else:
+            time.sleep(moments.uniform(0, 0.03))
+        assert child.stop(signal.SIGKILL) == -signal.SIGKILL
+        resumed_from += [line.split()[-1] for line in child.said if line.startswith("resuming ")]
+    child = Child(tmp_path / "killed", text)
+    assert child.end() == 0, "".join(child.said)
+    resumed_from += [line.split()[-1] for line in child.said if line.startswith("resuming ")]
+    assert len(resumed_from) >= 4 and len(set(resumed_from)) >= 4  # the first kill may come before a checkpoint
+    assert_equal_runs(tmp_path / "killed", tmp_path / "unbroken")
+
+
+def test_sigterm_and_ctrl_c_save_say_so_and_resume_to_the_unbroken_run(tmp_path, text):
+    unbroken = Child(tmp_path / "unbroken", text)
+    workdir = tmp_path / "stopped"
+    moments = random.Random(18)
+    for signum, status, first, last in ((signal.SIGTERM, 143, 10, 90), (signal.SIGINT, 130, 120, 200)):
+        child = Child(workdir, text)
+        child.until(moments.randint(first, last))
+        time.sleep(moments.uniform(0, 0.03))
+        assert child.stop(signum) == status, "".join(child.said)
+        step = Checkpoints(workdir).latest_good_step()
+        assert child.said[-1] == f"{signal.Signals(signum).name}: saved step {step}; the same command resumes there\n"
+        assert first <= step < 240
+    child = Child(workdir, text)
+    assert child.end() == 0, "".join(child.said)
+    assert any(line.endswith(f"from step {step}\n") for line in child.said)
+    assert unbroken.end() == 0
+    assert_equal_runs(workdir, tmp_path / "unbroken")
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    code = """
+import os, signal, threading, time
+from darkformer_jax.training.loop import StopSignals
+with StopSignals() as signals:
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert signals.received == signal.SIGTERM
+    print("remembered", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("still there", flush=True)
+"""
+    child = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=False, cwd=ROOT)
+    assert child.stdout == "remembered\n"
+    assert child.returncode == -signal.SIGINT
+
+
+def test_signal_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with loop.StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == signal.SIGINT
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_what_a_run_leaves_behind(tmp_path, text, capsys):
+    config = tiny_config(
+        data__files=text,
+        checkpoint__every=3,
+        checkpoint__keep=1,
+        eval__every=4,
+        log__every=2,
+        sample__prompts=("def ", "é"),
+        sample__max_new_tokens=5,
+    )
+    workdir = tmp_path / "run"
+    run(config, str(workdir))
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], "loss" in line, "heldout_loss" in line) for line in lines] == [
+        (2, True, False),
+        (4, True, False),
+        (4, False, True),
+        (6, True, False),
+        (8, True, False),
+        (8, False, True),
+    ]
+    for line in lines:
+        assert all(np.isfinite(value) for name, value in line.items() if name != "time")
+        if "loss" in line:
+            assert line.keys() >= {"accuracy", "grad_norm", "learning_rate", "tokens", "z_loss", "time"}
+            assert line["time"]["tokens_per_second"] > 0 and line["time"]["host_memory_bytes"] > 1e6
+        else:
+            assert line.keys() == {
+                "step", "heldout_loss", "heldout_bits_per_byte", "heldout_accuracy", "heldout_tokens",
+            }  # fmt: skip
+    assert Checkpoints(workdir).committed_steps() == [8]
+    assert json.loads((workdir / "config.json").read_text())["model"]["attention"]["kind"] == "dark"
+    assert (workdir / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert (workdir / "tokenizer.bytes").exists()
+    assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
+    samples = (workdir / "samples.txt").read_text()
+    assert samples.startswith("--- 'def '\ndef ") and "--- 'é'\né" in samples
+    printed = capsys.readouterr()
+    assert samples in printed.out
+    assert "gzip -9" in printed.out and "xz -9" in printed.out
+    bits = lines[-1]["heldout_bits_per_byte"]
+    assert f"bits per byte {bits:.4f}" in printed.out and f"this model {bits:.3f}" in printed.out
+    assert "step 8/8" in printed.err
+
+    # The same command again changes nothing and reports once more; a longer run goes on.
+    before = (workdir / "metrics.jsonl").read_bytes()
+    run(config, str(workdir))
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+    printed = capsys.readouterr()
+    assert f"this model {bits:.3f}" in printed.out and f"resuming {workdir} from step 8" in printed.err
+    config.num_steps = 10
+    run(config, str(workdir))
+    assert [line["step"] for line in metrics_without_time(workdir)] == [2, 4, 4, 6, 8, 8, 10, 10]
+    assert json.loads((workdir / "config.json").read_text())["num_steps"] == 10
+
+
+def poisoned(train_batches, bad_step):
+    """Batches of which one step's is NaN."""
+
+    def batches(stream, *, start_step=0, **options):
+        for step, batch in enumerate(train_batches(stream, start_step=start_step, **options), start=start_step + 1):
+            yield batch | {"weights": batch["weights"] * np.float32("nan")} if step == bad_step else batch
+
+    return batches
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, text, monkeypatch):
+    config = tiny_config(data__files=text, checkpoint__every=3, checkpoint__keep=1, eval__every=0)
+    monkeypatch.setattr(loop, "train_batches", poisoned(loop.train_batches, 6))
+    with pytest.raises(UserError, match=f"step 6: loss is nan; stopped .* last checkpoint is step 3 in {tmp_path}"):
+        run(config, str(tmp_path / "run"))
+    assert Checkpoints(tmp_path / "run").latest_good_step() == 3
+    assert Checkpoints(tmp_path / "run").committed_steps() == [3]
+    assert [line["step"] for line in metrics_without_time(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
+def test_a_step_between_saves_that_is_not_finite_is_named_too(tmp_path, text, monkeypatch):
+    config = tiny_config(data__files=text, checkpoint__every=0, eval__every=0, log__every=5)
+    monkeypatch.setattr(loop, "train_batches", poisoned(loop.train_batches, 2))
+    with pytest.raises(UserError, match=r"step 2: loss is nan; .* last checkpoint is step \(none\)"):
+        run(config, str(tmp_path / "run"))
+
+
+def test_weights_that_overflow_are_not_saved_though_their_step_had_a_finite_loss(tmp_path, text):
+    config = tiny_config(
+        data__files=text,
+        checkpoint__every=1,
+        eval__every=0,
+        optimizer__warmup_steps=0,
+        optimizer__learning_rate=1e39,
+        optimizer__geometry_learning_rate=1e39,
+    )
+    with pytest.raises(UserError, match=r"step 1: held-out loss is (nan|inf)"):
+        run(config, str(tmp_path / "run"))
+    assert Checkpoints(tmp_path / "run").committed_steps() == []
+    assert [line["step"] for line in metrics_without_time(tmp_path / "run")] == [1]
