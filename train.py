@@ -1,9 +1,9 @@
 """Trains what a config describes; run again with the same --workdir, it resumes.
 
-    python train.py                                                          the quickstart: a small model, real text
-    python train.py --config=configs/lm_1b.py --workdir=runs/lm_1b           another experiment
-    python train.py --config=configs/ablation.py:attention=performer,m=128   an ablation
-    python train.py --config.optimizer.learning_rate=1e-3 --dry_run          override any field; print sizes and stop
+python train.py                                                          the quickstart: a small model, real text
+python train.py --config=configs/lm_1b.py --workdir=runs/lm_1b           another experiment
+python train.py --config=configs/ablation.py:attention=performer,m=128   an ablation
+python train.py --config.optimizer.learning_rate=1e-3 --dry_run          override any field; print sizes and stop
 """
 
 import difflib

@@ -29,7 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _remove_torn_cache_entries(cache: Path) -> None:
-    """What a killed test left behind: jax writes an entry, then its time, and warns for ever of an entry without one."""
+    """What a killed test left behind: jax writes an entry, then its time, and warns of each entry without one."""
     for entry in cache.glob("*-cache"):
         if not entry.with_name(entry.name.removesuffix("-cache") + "-atime").exists():
             entry.unlink(missing_ok=True)

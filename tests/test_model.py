@@ -52,9 +52,20 @@ def change(**fields):
 
 @functools.cache
 def build(spec=SPEC):
-    """(network, params, projections) of a spec."""
-    network = Network.of(spec)
-    return network, *jax.jit(network.init)(jax.random.key(0))
+    """(network, params, projections) with every array drawn by numpy: compiling `Network.init` takes long."""
+    network, draws = Network.of(spec), np.random.default_rng(1)
+
+    def draw(path, variable):
+        noise = draws.standard_normal(variable.shape)
+        if path[-1] == "scale":
+            return (1 + 0.1 * noise).astype(np.float32)
+        if path[-1] == "M":
+            return (np.eye(variable.shape[-1]) + 0.1 * noise).astype(np.float32)
+        if path[-1] == "noise_key":
+            return draws.integers(0, 2**32, variable.shape, np.uint32)
+        return (noise if path[-1] == "projections" else 0.2 * noise).astype(np.float32)
+
+    return network, network.map_params(draw), network.map_projections(draw)
 
 
 @functools.cache
@@ -116,11 +127,11 @@ def test_layers_run_in_the_order_of_the_pattern():
         for layer in range(4):
             place, index = layer % 2, layer // 2
             one = Network.of(change(num_layers=1, pattern=(SPEC.pattern[place],)))
-            pick = lambda tree: jax.tree.map(lambda leaf: leaf[index : index + 1], tree)
+            pick = functools.partial(jax.tree.map, lambda leaf, index=index: leaf[index : index + 1])
             only = {**params, "blocks_0": pick(params[f"blocks_{place}"])}
             del only["blocks_1"]
-            fixed = {name: pick(projections[name]) for name in projections if name == f"blocks_{place}"}
-            model = one.bind(only, {"blocks_0": value for value in fixed.values()})
+            name = f"blocks_{place}"
+            model = one.bind(only, {"blocks_0": pick(projections[name])} if name in projections else {})
             model.final_norm = lambda x: x
             model.embedding = _Constant(x.reshape(2 * LENGTH, -1))
             x, _ = model.hidden(np.arange(2 * LENGTH).reshape(2, LENGTH), IDS, POSITIONS)
@@ -128,7 +139,8 @@ def test_layers_run_in_the_order_of_the_pattern():
 
     hidden = jax.jit(lambda p, w: network.bind(p, w).hidden(TOKENS, IDS, POSITIONS)[0])(params, projections)
     x = np.asarray(by_hand(params, projections))
-    np.testing.assert_allclose(hidden, x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-6), rtol=1e-4, atol=1e-5)
+    normed = x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-6) * params["final_norm"]["scale"]
+    np.testing.assert_allclose(hidden, normed, rtol=1e-4, atol=1e-5)
 
 
 class _Constant:
@@ -141,45 +153,30 @@ class _Constant:
         return self.table
 
 
-def loss_and_gradients(spec):
-    network, params, projections = build(spec)
+def test_remat_changes_neither_loss_nor_gradients_and_keeps_less():
+    spec = change(num_layers=8)
+    _, params, projections = build(spec)
+    tokens = random.integers(0, 37, (2, 128)).astype(np.int32)
+    positions = np.tile(np.arange(128, dtype=np.int32), (2, 1))
 
-    @jax.jit
-    def run(params):
+    def run(remat):
+        network = Network.of(dataclasses.replace(spec, remat=remat))
+
         def loss(params):
-            logits, _ = network.bind(params, projections)(TOKENS, IDS, POSITIONS)
+            logits, _ = network.bind(params, projections)(tokens, np.ones_like(tokens), positions)
             log_p = jax.nn.log_softmax(logits[:, :-1])
-            return -jnp.mean(jnp.take_along_axis(log_p, TOKENS[:, 1:, None], axis=-1))
+            return -jnp.mean(jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1))
 
-        return jax.value_and_grad(loss)(params)
+        compiled = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
+        return *compiled(params), compiled.memory_analysis().temp_size_in_bytes
 
-    return run(params)
-
-
-def test_remat_changes_neither_loss_nor_gradients():
-    loss, gradients = loss_and_gradients(SPEC)
-    assert 3 < loss < 5
+    loss, gradients, temporary = run("none")
     assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(gradients))
     for remat in ("dots", "full"):
-        other_loss, other = loss_and_gradients(change(remat=remat))
+        other_loss, other, other_temporary = run(remat)
         np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), other, gradients)
-
-
-def test_remat_keeps_less():
-    def temporary(remat):
-        spec = change(remat=remat, num_layers=8)
-        network = Network.of(spec)
-        params, projections = jax.eval_shape(network.init, jax.random.key(0))
-        tokens = jax.ShapeDtypeStruct((2, 256), jnp.int32)
-
-        def loss(params, projections, tokens):
-            return jnp.sum(network.bind(params, projections)(tokens, tokens, tokens)[0])
-
-        compiled = jax.jit(jax.grad(loss)).lower(params, projections, tokens).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
-
-    assert temporary("full") < 0.7 * temporary("none")
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.linalg.norm(b)), other, gradients)
+        assert other_temporary < 0.9 * temporary
 
 
 @pytest.mark.parametrize(
@@ -187,9 +184,7 @@ def test_remat_keeps_less():
 )
 def test_redraw_is_a_function_of_layer_and_epoch(pattern, num_layers):
     network, _, projections = build(change(pattern=pattern, num_layers=num_layers))
-    redraw = jax.jit(network.redraw)
-    same, redrawn = redraw(projections, 0), redraw(projections, 7)
-    jax.tree.map(np.testing.assert_array_equal, same, projections)
+    redrawn = jax.jit(network.redraw)(projections, 7)
     assert jax.tree.structure(redrawn) == jax.tree.structure(projections)
     drawn = jax.jit(lambda layer: draw_layer(ATTENTION, layer, 7))
     for layer in range(num_layers):
@@ -202,7 +197,6 @@ def test_redraw_is_a_function_of_layer_and_epoch(pattern, num_layers):
         if pattern[place] == "random":
             kept = projections[f"blocks_{place}"]["attention"]["mechanism"]["noise_key"]
             np.testing.assert_array_equal(mechanism["noise_key"], kept)
-            assert len(np.unique(kept, axis=0)) == num_layers // len(pattern)
 
 
 @pytest.mark.parametrize(
@@ -221,58 +215,78 @@ def test_number_of_parameters(fields, heads, per_layer):
     assert count == heads * 37 * 24 + 24 + 4 * (attention + 3 * 24 * 40 + 2 * 24 + per_layer)
 
 
-def test_abstract_and_drawn_model_have_the_same_arrays():
-    network, params, projections = build()
-    drawn, stored = names_and_sizes(params), names_and_sizes(projections)
-    assert names_and_sizes(network.map_params(lambda _, v: np.empty(v.shape))) == drawn
-    assert names_and_sizes(network.map_projections(lambda _, v: np.empty(v.shape))) == stored
-    assert stored == {"blocks_1/attention/mechanism/projections": (2, 2, 12, 8)}
+def test_initial_arrays():
+    spec = change(
+        embed_dim=96,
+        vocab_size=300,
+        pattern=("random", "dark"),
+        attention=dataclasses.replace(ATTENTION, geometry_init=0.5),
+    )
+    network = Network.of(spec)
+    params, projections = jax.jit(network.init)(jax.random.key(0))
+    _, abstract_params, abstract_projections = build(spec)
+    assert names_and_sizes(abstract_params) == names_and_sizes(params)
+    assert names_and_sizes(abstract_projections) == names_and_sizes(projections)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
+
+    assert np.std(params["embedding"]) == pytest.approx(96**-0.5, rel=0.05)
+    attention = params["blocks_0"]["attention"]
+    assert np.std(attention["q"]["kernel"]) == pytest.approx(96**-0.5, rel=0.05)
+    assert np.std(attention["out"]["kernel"]) == pytest.approx(32**-0.5, rel=0.05)
+    assert np.std(params["blocks_0"]["mlp"]["down"]["kernel"]) == pytest.approx(40**-0.5, rel=0.05)
+    first, second = attention["q"]["kernel"]
+    assert not np.any(first == second)
+    M = params["blocks_1"]["attention"]["mechanism"]["M"]
+    np.testing.assert_array_equal(M, np.broadcast_to(np.float32(0.5) * np.eye(8, dtype=np.float32), (2, 2, 8, 8)))
+
+    # The draw of epoch 0, each layer its own.
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(network.redraw)(projections, 0), projections)
+    noise_keys = projections["blocks_0"]["attention"]["mechanism"]["noise_key"]
+    assert len(np.unique(noise_keys, axis=0)) == 2
+
+
+def test_names_of_arrays_and_dimensions():
+    network = Network.of(SPEC)
+    assert names_and_sizes(build()[2]) == {"blocks_1/attention/mechanism/projections": (2, 2, 12, 8)}
     geometry = network.map_params(lambda _, variable: is_geometry(variable))
-    learned = [path[-1].key for path, yes in jax.tree_util.tree_leaves_with_path(geometry) if yes]
-    assert learned == ["M"]
+    assert [path[-1].key for path, yes in jax.tree_util.tree_leaves_with_path(geometry) if yes] == ["M"]
     axes = network.map_params(lambda _, variable: logical_axes(variable))
     assert axes["embedding"] == ("vocab", "embed")
     assert axes["blocks_1"]["attention"]["mechanism"]["M"] == (None, "kv_heads", None, None)
     assert axes["blocks_0"]["attention"]["out"]["kernel"] == (None, "heads", None, "embed")
 
 
-def test_weights_start_at_their_scale():
-    _, params, _ = build(change(embed_dim=96, vocab_size=300, pattern=("dark",)))
-    assert np.std(params["embedding"]) == pytest.approx(96**-0.5, rel=0.05)
-    attention = params["blocks_0"]["attention"]
-    assert np.std(attention["q"]["kernel"]) == pytest.approx(96**-0.5, rel=0.05)
-    assert np.std(attention["out"]["kernel"]) == pytest.approx(32**-0.5, rel=0.05)
-    assert np.std(params["blocks_0"]["mlp"]["down"]["kernel"]) == pytest.approx(40**-0.5, rel=0.05)
-    first, second = attention["q"]["kernel"][:2]
-    assert not np.any(first == second)
+def test_tied_and_untied_heads_and_softcap():
+    hidden = random.standard_normal((2, 3, 24)).astype(np.float32)
 
+    def logits(**fields):
+        network, params, projections = build(change(**fields))
+        return np.asarray(jax.jit(lambda p: network.bind(p, projections).logits(hidden))(params)), params
 
-def test_untied_head_softcap_and_scaled_embeddings():
-    one = change(num_layers=1, pattern=("dark",))
-    network, params, projections = build(one)
-
-    def logits(spec, params):
-        run = jax.jit(lambda p: Network.of(spec).bind(p, projections)(TOKENS, IDS, POSITIONS)[0])
-        return np.asarray(run(params))
-
-    plain = logits(one, params)
-    untied = dataclasses.replace(one, tie_embeddings=False)
-    head = random.standard_normal((37, 24)).astype(np.float32)
-    hidden = jax.jit(lambda p: network.bind(p, projections).hidden(TOKENS, IDS, POSITIONS)[0])(params)
-    np.testing.assert_allclose(plain, hidden @ params["embedding"].T, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(logits(untied, {**params, "head": head}), hidden @ head.T, rtol=1e-4, atol=1e-4)
-    capped = logits(dataclasses.replace(one, logit_softcap=2.0), params)
+    plain, params = logits()
+    np.testing.assert_allclose(plain, hidden @ params["embedding"].T, rtol=1e-4, atol=1e-5)
+    capped, _ = logits(logit_softcap=2.0)
     np.testing.assert_allclose(capped, 2 * np.tanh(plain / 2), rtol=1e-4, atol=1e-5)
-    # Scaling what goes in is scaling the table where it is untied.
-    larger = {**params, "embedding": params["embedding"] * np.float32(24**0.5), "head": head}
-    scaled = dataclasses.replace(untied, scale_embeddings=True)
-    np.testing.assert_allclose(logits(scaled, {**params, "head": head}), logits(untied, larger), rtol=1e-4, atol=1e-4)
+    untied, params = logits(tie_embeddings=False)
+    np.testing.assert_allclose(untied, hidden @ params["head"].T, rtol=1e-4, atol=1e-5)
+    assert not np.array_equal(params["head"], params["embedding"])
 
 
-@pytest.mark.parametrize("pattern", [("dark",), ("constant", "random", "lfk", "performer")])
-def test_bfloat16_is_near_float32(pattern):
-    spec = change(pattern=pattern)
+def test_scaled_embeddings():
+    spec = change(num_layers=1, pattern=("constant",))
+    _, params, projections = build(spec)
+
+    def hidden(spec, params):
+        return jax.jit(lambda p: Network.of(spec).bind(p, projections).hidden(TOKENS, IDS, POSITIONS)[0])(params)
+
+    larger = {**params, "embedding": params["embedding"] * np.float32(24**0.5)}
+    scaled = hidden(dataclasses.replace(spec, scale_embeddings=True), params)
+    np.testing.assert_allclose(scaled, hidden(spec, larger), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.standard_promotion  # jax.nn.dot_product_attention itself promotes bfloat16 with float32
+def test_bfloat16_is_near_float32():
+    spec = change(pattern=("softmax", "dark", "random", "lfk"))
     wide, _ = forward(spec, TOKENS, IDS, POSITIONS)
     _, params, projections = build(spec)
     narrow, _ = _forward(dataclasses.replace(spec, dtype="bfloat16"))(params, projections, TOKENS, IDS, POSITIONS, None)

@@ -115,11 +115,11 @@ for name, sizes in {"one": (1, 1, 1), "data": (8, 1, 1), "fsdp": (1, 8, 1), "all
     errors = jax.tree.map(
         lambda a, b: float(np.linalg.norm(np.asarray(a) - b) / np.linalg.norm(b)), jax.device_get(gradients), reference)
     q, table = placed[0]["blocks_1"]["attention"]["q"]["kernel"], placed[0]["embedding"]
-    M, w = (tree["blocks_1"]["attention"]["mechanism"][leaf] for tree, leaf in ((placed[0], "M"), (placed[1], "projections")))
+    M, w = (tree["blocks_1"]["attention"]["mechanism"] for tree in placed[:2])
     results[name] = {
         "loss": float(loss),
         "error": max(jax.tree.leaves(errors)),
-        "shards": [list(x.addressable_shards[0].data.shape) for x in (q, table, M, w)],
+        "shards": [list(x.addressable_shards[0].data.shape) for x in (q, table, M["M"], w["projections"])],
         "gradient_shard": list(gradients["embedding"].addressable_shards[0].data.shape),
         "devices": len(q.sharding.device_set),
     }

@@ -12,7 +12,7 @@ from darkformer_jax.ops.exact import exact_attention
 
 
 class KeyValueCache(NamedTuple):
-    """Every key and value so far; slots from `length` on are empty (segment 0)."""
+    """Every key and value so far; slots from `length` on are empty (segment 0). What exceeds the slots is not kept."""
 
     keys: Float[Array, "b t hkv d"]
     values: Float[Array, "b t hkv d"]
@@ -49,8 +49,10 @@ class Softmax(nnx.Module):
             )
             return out, None
         new = (k, v, segment_ids, positions)
-        write = jax.vmap(lambda old, x, start: jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), start, 0))
-        keys, values, segments, slots = (write(old, x, state.length) for old, x in zip(state[:4], new, strict=True))
+        places = state.length[:, None] + jnp.arange(k.shape[1], dtype=jnp.int32)[None, :]
+        # Not dynamic_update_slice, which moves a write that does not fit back over older keys.
+        write = jax.vmap(lambda old, x, place: old.at[place].set(x.astype(old.dtype), mode="drop"))
+        keys, values, segments, slots = (write(old, x, places) for old, x in zip(state[:4], new, strict=True))
         # Padding at the end is written with segment 0 and then overwritten: it takes no slot.
         length = state.length + jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32)
         state = KeyValueCache(keys, values, segments, slots, length)

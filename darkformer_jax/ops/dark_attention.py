@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from darkformer_jax.errors import UserError
-from darkformer_jax.ops.linear import Kernel, Sums, Tokens, last_nonzero, shift_window, step_features, step_window
-from darkformer_jax.ops.scan import scan_features, scan_window
+from darkformer_jax.ops.linear import Tokens, last_nonzero, shift_window, step_features, step_window
+from darkformer_jax.ops.scan import SUM_AXES, TOKEN_AXES, Heads, scan_features, scan_window
 from darkformer_jax.ops.state import HEAD_AXES, AttentionState, empty_state
 
 
@@ -67,11 +67,9 @@ def dark_attention(
     projections, geometry = _per_head(projections, geometry, k, window)
     batch, length, num_heads, dim = q.shape
     num_kv_heads, value_dim = v.shape[2:]
-    if segment_ids is None:
-        segment_ids = jnp.ones((batch, length), jnp.int32)
-    else:
+    if segment_ids is not None:
         segment_ids = segment_ids.astype(jnp.int32)
-        # Padding may hold anything, NaN included, and 0 * NaN would reach the sums; of the queries, those of the gradient.
+        # Padding may hold anything, NaN included, and 0 * NaN would reach the sums and the gradients.
         real = (segment_ids != 0)[:, :, None, None]
         q, k, v = (jnp.where(real, x, 0) for x in (q, k, v))
     resumed = state is not None
@@ -84,31 +82,31 @@ def dark_attention(
             f"the state was made for [kv heads, features, value size] = {state.far.values.shape[1:]}; "
             f"these inputs have {(num_kv_heads, projections.shape[-2], value_dim)}"
         )
-    positions, last_segment, document_length = jax.vmap(_positions)(
-        segment_ids, state.last_segment, state.document_length
-    )
+    if segment_ids is None:  # all in the document that the state is in
+        last_segment = jnp.maximum(state.last_segment, 1)
+        segment_ids = jnp.broadcast_to(last_segment[:, None], (batch, length))
+        positions = state.document_length[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
+        document_length = state.document_length + length
+    else:
+        positions, last_segment, document_length = jax.vmap(_positions)(
+            segment_ids, state.last_segment, state.document_length
+        )
     state = state._replace(last_segment=last_segment, document_length=document_length)
     grouped = q.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, dim)
     tokens = Tokens(grouped, k, v, segment_ids, positions)
+    heads = Heads(projections, geometry, scale)
 
-    step = resumed and length == 1
-    if step:
-        attend = functools.partial(step_window, chunk_size=chunk_size) if window else step_features
+    if resumed and length == 1:
+        step = functools.partial(step_window, chunk_size=chunk_size) if window else step_features
+        state, sums = heads.map(step, (HEAD_AXES, TOKEN_AXES), (HEAD_AXES, SUM_AXES))(state, tokens)
+        if window:
+            state = _shift_full_windows(heads, state, chunk_size)
     elif window:
-        attend = functools.partial(scan_window, chunk_size=chunk_size, resumed=resumed, return_state=return_state)
+        state, sums = scan_window(
+            heads, state, tokens, chunk_size=chunk_size, resumed=resumed, return_state=return_state
+        )
     else:
-        attend = functools.partial(scan_features, chunk_size=chunk_size, causal=causal)
-
-    def one_head(
-        w: Array, m: Array | None, head_state: AttentionState, head_tokens: Tokens
-    ) -> tuple[AttentionState, Sums]:
-        return attend(Kernel(w, m, scale), head_state, head_tokens)
-
-    token_axes = Tokens(1, 1, 1, None, None)  # type: ignore[arg-type]
-    heads = jax.vmap(one_head, in_axes=(0, 0, HEAD_AXES, token_axes), out_axes=(HEAD_AXES, Sums(1, 1, 1)))  # type: ignore[arg-type]
-    state, sums = jax.vmap(heads, in_axes=(None, None, 0, 0))(projections, geometry, state, tokens)
-    if step and window:
-        state = _shift_full_windows(projections, geometry, scale, state, chunk_size)
+        state, sums = scan_features(heads, state, tokens, chunk_size=chunk_size, causal=causal)
     out = _normalize(sums.numerator, sums.denominator).reshape(batch, length, num_heads, value_dim).astype(v.dtype)
     return (out, state) if return_state else out
 
@@ -153,24 +151,17 @@ def _positions(
     )
 
 
-def _shift_full_windows(
-    projections: Array, geometry: Array | None, scale: float, state: AttentionState, chunk_size: int
-) -> AttentionState:
+def _shift_full_windows(heads: Heads, state: AttentionState, chunk_size: int) -> AttentionState:
     """`shift_window` when any sequence needs it: once in chunk_size tokens, not at every one."""
-
-    def shift(old: AttentionState) -> AttentionState:
-        def one_head(w: Array, m: Array | None, head_state: AttentionState) -> AttentionState:
-            return shift_window(Kernel(w, m, scale), head_state, chunk_size)
-
-        heads = jax.vmap(one_head, in_axes=(0, 0, HEAD_AXES), out_axes=HEAD_AXES)
-        return jax.vmap(heads, in_axes=(None, None, 0))(projections, geometry, old)
-
+    shift = heads.map(functools.partial(shift_window, chunk_size=chunk_size), (HEAD_AXES,), HEAD_AXES)
     return jax.lax.cond(jnp.any(state.fill == chunk_size), shift, lambda old: old, state)
 
 
 def _normalize(numerator: Array, denominator: Array) -> Array:
     """numerator / denominator, which is at least one but for queries that see nothing (padding): those get zero."""
-    return numerator / jnp.where(denominator > 0, denominator, 1)[..., None]
+    inverse = 1 / jnp.where(denominator > 0, denominator, 1)
+    # einsum, because the gradient of a broadcast division is slow on XLA's CPU backend.
+    return jnp.einsum("...v,...->...v", numerator, inverse, precision=jax.lax.Precision.HIGHEST)
 
 
 def _check_shapes(q: Array, k: Array, v: Array, segment_ids: Array | None) -> None:

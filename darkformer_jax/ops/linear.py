@@ -179,16 +179,16 @@ def _exact_sums(
     return weighted_sums(read_far(kernel, tokens.queries, tokens.segments, far), far, scores, values)
 
 
-def _same_segment(query_segments: Array, key_segments: Array) -> Bool[Array, "n t"]:
-    return (query_segments[:, None] == key_segments[None, :]) & (key_segments != 0)[None, :]
+def same_segment(query_segments: Int[Array, "*b n"], key_segments: Int[Array, "*b t"]) -> Bool[Array, "*b n t"]:
+    """Which keys belong to the query's document; padding belongs to none."""
+    return (query_segments[..., :, None] == key_segments[..., None, :]) & (key_segments != 0)[..., None, :]
 
 
-def chunk_features(kernel: Kernel, far: FarState, sinks: Sinks, tokens: Tokens, causal: bool) -> tuple[FarState, Sums]:
+def chunk_features(
+    kernel: Kernel, far: FarState, sinks: Sinks, tokens: Tokens, visible: Bool[Array, "n n"]
+) -> tuple[FarState, Sums]:
     """One chunk with features everywhere: read the far state and the chunk, then fold the chunk in."""
     log_q, log_k = kernel.log_features(tokens.queries), kernel.log_features(tokens.keys)
-    visible = _same_segment(tokens.segments, tokens.segments)
-    if causal:
-        visible &= jnp.tri(tokens.segments.shape[0], dtype=bool)
     scores = jnp.where(visible[:, None, :], feature_scores(log_q, log_k, tokens.values.dtype), NEG)
     sums = weighted_sums(read_far(kernel, tokens.queries, tokens.segments, far, log_q), far, scores, tokens.values)
     far, _ = fold(kernel, far, sinks, tokens.recent(), log_k)
@@ -196,13 +196,11 @@ def chunk_features(kernel: Kernel, far: FarState, sinks: Sinks, tokens: Tokens, 
 
 
 def chunk_window(
-    kernel: Kernel, far: FarState, sinks: Sinks, recent: Recent, tokens: Tokens
+    kernel: Kernel, far: FarState, sinks: Sinks, recent: Recent, tokens: Tokens, visible: Bool[Array, "n t"]
 ) -> tuple[FarState, Sinks, Recent, Sums]:
     """One chunk of the hybrid: window and own chunk exact, then the window's oldest chunk leaves for the far state."""
-    size, window = tokens.segments.shape[0], recent.segments.shape[0]
+    size = tokens.segments.shape[0]
     near = join_recent(recent, tokens.recent())
-    visible = _same_segment(tokens.segments, near.segments)
-    visible &= jnp.concatenate([jnp.ones((size, window), bool), jnp.tri(size, dtype=bool)], axis=1)
     sums = _exact_sums(kernel, tokens, far, sinks, near, visible)
     far, sinks = fold(kernel, far, sinks, slice_recent(near, 0, size))
     return far, sinks, slice_recent(near, size, None), sums
@@ -221,7 +219,7 @@ def step_window(kernel: Kernel, state: AttentionState, token: Tokens, chunk_size
     # Padding takes no slot: it is written where the next token will overwrite it, and its segment makes it invisible.
     slot = state.recent.segments.shape[0] - chunk_size + state.fill
     recent = write_recent(state.recent, token.recent(), slot)
-    visible = _same_segment(token.segments, recent.segments)
+    visible = same_segment(token.segments, recent.segments)
     sums = _exact_sums(kernel, token, state.far, state.sinks, recent, visible)
     real = (token.segments[0] != 0).astype(jnp.int32)
     return state._replace(recent=recent, fill=state.fill + real), sums

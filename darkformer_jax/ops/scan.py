@@ -1,11 +1,15 @@
-"""Linear attention over a whole sequence of one head: a scan over chunks that carries the state.
+"""Linear attention over whole sequences: a scan over chunks that carries the state, mapped over batch and heads inside.
 
 The backward pass keeps the states between chunks, (L / chunk_size) m (dv + 2) numbers a head, and recomputes the rest.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from darkformer_jax.ops.linear import (
     Kernel,
@@ -18,36 +22,69 @@ from darkformer_jax.ops.linear import (
     last_nonzero,
     merge_sums,
     read_far,
+    same_segment,
     slice_recent,
     weighted_sums,
     write_recent,
 )
-from darkformer_jax.ops.state import NEG, AttentionState, FarState, Recent, Sinks, empty_far
+from darkformer_jax.ops.state import HEAD_AXES, NEG, AttentionState, FarState, Recent, Sinks
+
+# Axis of the heads, in the arrays of one sequence.
+FAR_AXES: Any = HEAD_AXES.far
+SINK_AXES: Any = HEAD_AXES.sinks
+RECENT_AXES: Any = HEAD_AXES.recent
+TOKEN_AXES: Any = Tokens(1, 1, 1, None, None)  # type: ignore[arg-type]
+SUM_AXES: Any = Sums(1, 1, 1)  # type: ignore[arg-type]
+
+# The scan's loop already keeps XLA from merging the recomputation with the forward pass.
+_recompute = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+class Heads(NamedTuple):
+    """The kernels of all key/value heads."""
+
+    projections: Float[Array, "hkv m r"]
+    geometry: Float[Array, "hkv r d"] | None
+    scale: float
+
+    def map(self, function: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: Any) -> Callable[..., Any]:
+        """`function(kernel, *args)` of one head and sequence, over heads at the given axes and over the batch in front."""
+
+        def one_head(projections: Array, geometry: Array | None, *args: Any) -> Any:
+            return function(Kernel(projections, geometry, self.scale), *args)
+
+        heads = jax.vmap(one_head, in_axes=(0, 0, *in_axes), out_axes=out_axes)
+        batch = jax.vmap(heads, in_axes=(None, None, *(0 for _ in in_axes)))
+        return lambda *args: batch(self.projections, self.geometry, *args)
 
 
 def scan_features(
-    kernel: Kernel, state: AttentionState, tokens: Tokens, *, chunk_size: int, causal: bool
+    heads: Heads, state: AttentionState, tokens: Tokens, *, chunk_size: int, causal: bool
 ) -> tuple[AttentionState, Sums]:
-    """Features everywhere. The chunk size changes the cost, not the result. `causal=False` sees the whole segment."""
-    length = tokens.segments.shape[0]
+    """Features everywhere. The chunk size changes the cost, not the result. `causal=False` sees the whole segment.
+
+    Leaves of `state` and `tokens` have the batch in front, as in `dark_attention`.
+    """
+    length = tokens.segments.shape[1]
     chunks = _split(tokens, min(chunk_size, length))
+    visible = same_segment(chunks.segments, chunks.segments)
+    if causal:
+        visible &= jnp.tri(visible.shape[-1], dtype=bool)[None, None]
+    one_chunk = heads.map(chunk_features, (FAR_AXES, SINK_AXES, TOKEN_AXES, None), (FAR_AXES, SUM_AXES))
 
-    @jax.checkpoint
-    def body(far: FarState, chunk: Tokens) -> tuple[FarState, Sums]:
-        return chunk_features(kernel, far, state.sinks, chunk, causal)
+    # The masks are made outside: computed in the body, XLA would redo them in the loops of every head.
+    @_recompute
+    def body(far: FarState, xs: tuple[Tokens, Bool[Array, "b n n"]]) -> tuple[FarState, Sums]:
+        return one_chunk(far, state.sinks, *xs)
 
-    far, sums = jax.lax.scan(body, state.far, chunks)
+    far, sums = jax.lax.scan(body, state.far, (chunks, visible))
     if not causal:
-        num_features, value_dim = state.far.values.shape
-        nothing = empty_far(num_features, value_dim, state.far.values.dtype)
-
-        @jax.checkpoint
-        def body_from_right(far: FarState, chunk: Tokens) -> tuple[FarState, Sums]:
-            return _read_then_fold(kernel, far, state.sinks, chunk)
-
+        from_right = heads.map(_read_then_fold, (FAR_AXES, SINK_AXES, TOKEN_AXES), (FAR_AXES, SUM_AXES))
+        nothing = jax.tree.map(jnp.zeros_like, state.far)._replace(key_max=jnp.full_like(state.far.key_max, NEG))
+        body_from_right = _recompute(lambda far, chunk: from_right(far, state.sinks, chunk))
         _, later = jax.lax.scan(body_from_right, nothing, chunks, reverse=True)
         sums = merge_sums(sums, later)
-    return state._replace(far=far), _unsplit(sums, 0, length)
+    return state._replace(far=far), jax.tree.map(lambda leaf: leaf[:, :length], _unsplit(sums))
 
 
 def _read_then_fold(kernel: Kernel, far: FarState, sinks: Sinks, chunk: Tokens) -> tuple[FarState, Sums]:
@@ -60,63 +97,112 @@ def _read_then_fold(kernel: Kernel, far: FarState, sinks: Sinks, chunk: Tokens) 
 
 
 def scan_window(
-    kernel: Kernel, state: AttentionState, tokens: Tokens, *, chunk_size: int, resumed: bool, return_state: bool
+    heads: Heads, state: AttentionState, tokens: Tokens, *, chunk_size: int, resumed: bool, return_state: bool
 ) -> tuple[AttentionState, Sums]:
-    """The hybrid: exact window and sinks, features beyond. Chunks are aligned to the sequence's very first token."""
-    window = state.recent.segments.shape[0] - chunk_size
-    length = tokens.segments.shape[0]
+    """The hybrid: exact window and sinks, features beyond. Chunks are aligned to the sequence's very first token.
+
+    Leaves of `state` and `tokens` have the batch in front, as in `dark_attention`.
+    """
+    window = state.recent.segments.shape[1] - chunk_size
+    length = tokens.segments.shape[1]
     offset = state.fill
-    end = offset + last_nonzero(tokens.segments) + 1  # padding at the end takes no place
+    end = offset + jax.vmap(last_nonzero)(tokens.segments) + 1  # padding at the end takes no place
+    recent = _recent_tokens(state.recent, 0, window)
     if resumed:
-        tokens = _realign(tokens, slice_recent(state.recent, window, None), offset)
+        tokens = _realign(tokens, _recent_tokens(state.recent, window, None), offset)
     chunks = _split(tokens, chunk_size)
     num_chunks = chunks.segments.shape[0]
     num_complete = end // chunk_size
+    one_chunk = heads.map(
+        chunk_window,
+        (FAR_AXES, SINK_AXES, RECENT_AXES, TOKEN_AXES, None),
+        (FAR_AXES, SINK_AXES, RECENT_AXES, SUM_AXES),
+    )
 
-    @jax.checkpoint
+    @_recompute
     def body(
-        carry: tuple[FarState, Sinks, Recent], indexed: tuple[Int[Array, ""], Tokens]
+        carry: tuple[FarState, Sinks, Recent], xs: tuple[Int[Array, ""], Tokens, Bool[Array, "b n t"]]
     ) -> tuple[tuple[FarState, Sinks, Recent], Sums]:
-        index, chunk = indexed
-        far, sinks, recent, sums = chunk_window(kernel, *carry, chunk)
-        advanced = (far, sinks, recent)
+        index, *chunk = xs
+        *advanced, sums = one_chunk(*carry, *chunk)
         if return_state:  # an incomplete chunk stays in the state's buffer
-            advanced = jax.tree.map(lambda new, old: jnp.where(index < num_complete, new, old), advanced, carry)
-        return advanced, sums
+            keep = jax.vmap(lambda new, old, complete: jnp.where(complete, new, old))
+            advanced = jax.tree.map(lambda new, old: keep(new, old, index < num_complete), tuple(advanced), carry)
+        return tuple(advanced), sums  # type: ignore[return-value]
 
-    carry = (state.far, state.sinks, slice_recent(state.recent, 0, window))
-    (far, sinks, recent), sums = jax.lax.scan(body, carry, (jnp.arange(num_chunks), chunks))
+    carry = (state.far, state.sinks, recent)
+    visible = _near_keys(recent.segments, chunks.segments)
+    (far, sinks, recent), sums = jax.lax.scan(body, carry, (jnp.arange(num_chunks), chunks, visible))
+    sums = _unsplit(sums)
     if return_state:
-        buffer = jax.tree.map(
-            lambda leaf: jnp.zeros(((num_chunks + 1) * chunk_size, *leaf.shape[1:]), leaf.dtype), tokens.recent()
-        )
-        buffer = write_recent(buffer, tokens.recent(), jnp.int32(0))
         start = num_complete * chunk_size
-        partial = Recent(*(jax.lax.dynamic_slice_in_dim(leaf, start, chunk_size, axis=0) for leaf in buffer))
-        state = state._replace(far=far, sinks=sinks, recent=join_recent(recent, partial), fill=end - start)
-    return state, _unsplit(sums, offset if resumed else 0, length)
+        partial = _partial_chunk(tokens, (num_chunks + 1) * chunk_size, start, chunk_size)
+        joined = jax.vmap(jax.vmap(join_recent, (RECENT_AXES, RECENT_AXES), RECENT_AXES))(recent, partial)
+        state = state._replace(far=far, sinks=sinks, recent=joined, fill=end - start)
+    if resumed:
+        take = jax.vmap(lambda leaf, start: jax.lax.dynamic_slice_in_dim(leaf, start, length, axis=0))
+        return state, jax.tree.map(lambda leaf: take(leaf, offset), sums)
+    return state, jax.tree.map(lambda leaf: leaf[:, :length], sums)
 
 
-def _realign(tokens: Tokens, partial: Recent, offset: Int[Array, ""]) -> Tokens:
+def _near_keys(recent: Int[Array, "b w"], chunks: Int[Array, "n b c"]) -> Bool[Array, "n b c t"]:
+    """For each chunk, which of the window's and its own keys its queries see."""
+    num_chunks, batch, size = chunks.shape
+    window = recent.shape[1]
+    flat = jnp.concatenate([recent, jnp.moveaxis(chunks, 0, 1).reshape(batch, -1)], axis=1)
+    near = flat[:, jnp.arange(num_chunks)[:, None] * size + jnp.arange(window + size)[None, :]]
+    seen = jnp.concatenate([jnp.ones((size, window), bool), jnp.tri(size, dtype=bool)], axis=1)
+    return same_segment(chunks, jnp.moveaxis(near, 1, 0)) & seen[None, None]
+
+
+def _recent_tokens(recent: Recent, start: int, stop: int | None) -> Recent:
+    """Tokens start:stop of every sequence and head."""
+    return jax.vmap(jax.vmap(lambda r: slice_recent(r, start, stop), (RECENT_AXES,), RECENT_AXES))(recent)
+
+
+def _realign(tokens: Tokens, partial: Recent, offset: Int[Array, "b"]) -> Tokens:
     """Puts the chunk in the making in front of the new tokens, as keys only, so that chunks start where they always did."""
-    chunk_size, length = partial.segments.shape[0], tokens.segments.shape[0]
+    chunk_size, length = partial.segments.shape[1], tokens.segments.shape[1]
     room = chunk_size - 1 + length
-    blank = jax.tree.map(lambda leaf: jnp.zeros((room, *leaf.shape[1:]), leaf.dtype), tokens)
-    before = slice_recent(partial, 0, room)
-    keys = write_recent(write_recent(blank.recent(), before, jnp.int32(0)), tokens.recent(), offset)
-    queries = jax.lax.dynamic_update_slice_in_dim(blank.queries, tokens.queries, offset, axis=0)
-    return Tokens(queries, *keys)
+
+    def one_sequence(tokens: Tokens, partial: Recent, offset: Array) -> Tokens:
+        blank = jax.tree.map(lambda leaf: jnp.zeros((room, *leaf.shape[1:]), leaf.dtype), tokens)
+        before = slice_recent(_heads_last(partial), 0, room)
+        keys = write_recent(write_recent(blank.recent(), before, jnp.int32(0)), tokens.recent(), offset)
+        queries = jax.lax.dynamic_update_slice_in_dim(blank.queries, tokens.queries, offset, axis=0)
+        return Tokens(queries, *keys)
+
+    return jax.vmap(one_sequence)(tokens, partial, offset)
+
+
+def _partial_chunk(tokens: Tokens, room: int, start: Int[Array, "b"], chunk_size: int) -> Recent:
+    """The keys from `start` on, blank behind the end: the chunk in the making."""
+
+    def one_sequence(keys: Recent, start: Array) -> Recent:
+        blank = jax.tree.map(lambda leaf: jnp.zeros((room, *leaf.shape[1:]), leaf.dtype), keys)
+        padded = write_recent(blank, keys, jnp.int32(0))
+        cut = Recent(*(jax.lax.dynamic_slice_in_dim(leaf, start, chunk_size, axis=0) for leaf in padded))
+        return cut._replace(keys=jnp.swapaxes(cut.keys, 0, 1), values=jnp.swapaxes(cut.values, 0, 1))
+
+    return jax.vmap(one_sequence)(tokens.recent(), start)
+
+
+def _heads_last(recent: Recent) -> Recent:
+    """[heads, tokens, d] of a state -> [tokens, heads, d] of a sequence."""
+    return recent._replace(keys=jnp.swapaxes(recent.keys, 0, 1), values=jnp.swapaxes(recent.values, 0, 1))
 
 
 def _split(tokens: Tokens, size: int) -> Tokens:
-    """[n, ...] -> [chunks, size, ...], with padding (segment 0) at the end."""
-    missing = -tokens.segments.shape[0] % size
-    return jax.tree.map(
-        lambda leaf: jnp.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1)).reshape(-1, size, *leaf.shape[1:]),
-        tokens,
-    )
+    """[b, n, ...] -> [chunks, b, size, ...], with padding (segment 0) at the end."""
+    missing = -tokens.segments.shape[1] % size
+
+    def split(leaf: Array) -> Array:
+        padded = jnp.pad(leaf, [(0, 0), (0, missing)] + [(0, 0)] * (leaf.ndim - 2))
+        return jnp.moveaxis(padded.reshape(leaf.shape[0], -1, size, *leaf.shape[2:]), 1, 0)
+
+    return jax.tree.map(split, tokens)
 
 
-def _unsplit(sums: Sums, start: int | Int[Array, ""], length: int) -> Sums:
-    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), sums)
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, length, axis=0), flat)
+def _unsplit(sums: Sums) -> Sums:
+    """[chunks, b, size, ...] -> [b, n, ...]."""
+    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1).reshape(leaf.shape[1], -1, *leaf.shape[3:]), sums)

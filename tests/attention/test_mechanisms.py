@@ -117,8 +117,9 @@ def test_constant_is_the_mean_of_what_is_visible():
 
 def test_random_looks_at_nothing_but_positions():
     graphdef, state = nnx.split(MECHANISMS["random"](SPEC, 0))
-    run = jax.jit(lambda state, q, k, v, positions: nnx.merge(graphdef, state)(
-        q, k, v, segment_ids=ONE, positions=positions)[0])
+    run = jax.jit(
+        lambda state, q, k, v, positions: nnx.merge(graphdef, state)(q, k, v, segment_ids=ONE, positions=positions)[0]
+    )
     out = np.asarray(run(state, Q, K, V, POSITIONS))
     np.testing.assert_array_equal(run(state, 5 * Q, -K, V, POSITIONS), out)
     np.testing.assert_array_equal(run(state, Q, K, 2 * V, POSITIONS), 2 * out)

@@ -35,7 +35,7 @@ def _draw_projections(seed, features, dim, num_heads):
 def draw(
     length, *, heads=(2, 1), dim=16, value_dim=8, features=32, batch=1, squared_norm=None, antipodal=False, seed=0
 ):
-    """Gaussian inputs. `squared_norm`: |M x|^2 of every scaled query and key; `antipodal`: each query is minus its key."""
+    """Gaussian inputs. `squared_norm`: |M x|^2 of every scaled query and key; `antipodal`: a query is minus its key."""
     random = np.random.default_rng(seed)
     group = heads[0] // heads[1]
     q = random.standard_normal((batch, length, heads[0], dim))
@@ -107,7 +107,7 @@ def assert_rows_close(got, want, limit):
 def assert_gradients_close(got, want, limit, names="qkvwM"):
     """Likewise for each gradient. Rows of a gradient may vanish: a row counts at least as the root mean square row.
 
-    Where the whole gradient vanishes (one token; far keys with no weight) `limit` is absolute: cotangents have size one.
+    Where the whole gradient vanishes (one token; weightless far keys) `limit` is absolute: cotangents have size one.
     """
     for name, ours, reference in zip(names, got, want, strict=True):
         ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
@@ -208,7 +208,7 @@ def test_later_tokens_change_nothing(options):
     [((37, 64, 1, 98), PURE), ((37, 64, 1, 98), PURE | {"causal": False}), ((48, 64, 16, 72), HYBRID)],
 )
 def test_packed_is_separate(lengths, options):
-    # With a window the chunks are those of the row, so that a document equals itself alone where it starts with a chunk.
+    # With a window the chunks are those of the row: a document equals itself alone where it starts with a chunk.
     x, ids = draw(200, heads=(2, 2)), documents(*lengths)
     separate, row_ids = [[leaf[0] for leaf in x[:3]]], [ids[0]]
     for document in range(1, 5):  # one batch of documents, each moved to the front of its row
@@ -365,7 +365,7 @@ def test_gradients_reach_the_past_through_the_state(options):
 
 
 def test_gradients_of_the_initial_state():
-    def definition(x, c, z, S):
+    def definition(z, S, x, c):
         """(z, S) as seen by far keys, and the keys at hand, without any care. One head."""
         log_q, log_k = (log_positive_features(y[0, :, 0], x.w[0], x.M[0], 16**-0.5) for y in (x.q, x.k))
         far, near = log_q + c[None], log_q[:, None] + log_k[None]
@@ -392,7 +392,7 @@ def test_gradients_of_the_initial_state():
         with jax.enable_x64(True):
             far = [np.asarray(leaf, np.float64)[0, 0] for leaf in state.far[:3]]
             wide = widen(part(x, 43, 80))
-            want, pull = jax.vjp(lambda z, S: definition(wide, far[0], z, S), *far[1:])
+            want, pull = jax.vjp(functools.partial(definition, x=wide, c=far[0]), *far[1:])
             want_gradients = jax.tree.map(
                 lambda leaf: np.asarray(leaf)[None, None], pull(jnp.asarray(widen(cotangent)))
             )
@@ -451,8 +451,14 @@ BAD_INPUTS = [
     ({"projections": W[:, :0]}, r"projections have shape \(2, 0, 16\)"),
     ({"projections": W[0, 0]}, r"projections have shape \(16,\)"),
     ({"projections": np.stack([W[0]] * 3)}, "projections are for 3 heads; there are 2 key/value heads"),
-    ({"state": fresh(X._replace(w=W[:, :8]), PURE), **PURE}, r"the state was made for .* \(2, 8, 8\); these inputs have \(2, 32, 8\)"),
-    ({"state": fresh(X._replace(k=K[:, :, :1]), PURE), **PURE}, r"the state was made for .* \(1, 32, 8\); these inputs have \(2, 32, 8\)"),
+    (
+        {"state": fresh(X._replace(w=W[:, :8]), PURE), **PURE},
+        r"the state was made for .* \(2, 8, 8\); these inputs have \(2, 32, 8\)",
+    ),
+    (
+        {"state": fresh(X._replace(k=K[:, :, :1]), PURE), **PURE},
+        r"the state was made for .* \(1, 32, 8\); these inputs have \(2, 32, 8\)",
+    ),
 ]
 
 

@@ -30,7 +30,8 @@ def test_blocks_are_orthogonal_with_chi_norms(num_features):
 def test_directions_have_no_preferred_side_unless_unsigned():
     def worst_mean(kind):
         w = np.asarray(draw_projections(jax.random.key(1), 8, 8, kind, num_heads=4000))
-        return np.max(np.abs(np.mean(w, axis=0)) / (np.std(w, axis=0) / np.sqrt(4000)))  # standard errors, of 64 entries
+        standard_errors = np.std(w, axis=0) / np.sqrt(4000)
+        return np.max(np.abs(np.mean(w, axis=0)) / standard_errors)  # of 64 entries
 
     assert worst_mean("orthogonal") < 4.5
     assert worst_mean("iid") < 4.5

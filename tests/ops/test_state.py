@@ -60,9 +60,7 @@ def test_merge_is_associative():
 
 def test_empty_is_the_identity_on_both_sides():
     far = summary(0, 13)
-    nothing = jax.tree.map(
-        lambda leaf, like: jnp.broadcast_to(leaf, like.shape), empty_far(FEATURES, VALUE_DIM), far
-    )
+    nothing = jax.tree.map(lambda leaf, like: jnp.broadcast_to(leaf, like.shape), empty_far(FEATURES, VALUE_DIM), far)
     for merged in (merge_far(nothing, far), merge_far(far, nothing)):
         jax.tree.map(np.testing.assert_array_equal, merged, far)
     assert_same(merge_far(nothing, nothing), nothing)
@@ -73,8 +71,10 @@ def test_another_segment_replaces_what_came_before():
     second = summary(30, 60, segment=2)
     jax.tree.map(np.testing.assert_array_equal, merge_far(summary(0, 30), second), second)
     # ... for the sequences where it is another one
-    rows = [jax.tree.map(lambda a, b: jnp.concatenate([a, b]), summary(0, 30), summary(0, 30)),
-            jax.tree.map(lambda a, b: jnp.concatenate([a, b]), summary(30, 60), second)]
+    rows = [
+        jax.tree.map(lambda a, b: jnp.concatenate([a, b]), summary(0, 30), summary(0, 30)),
+        jax.tree.map(lambda a, b: jnp.concatenate([a, b]), summary(30, 60), second),
+    ]
     merged = merge_far(*rows)
     assert_same(jax.tree.map(lambda leaf: leaf[:1], merged), summary(0, 60))
     assert_same(jax.tree.map(lambda leaf: leaf[1:], merged), second)
@@ -82,9 +82,7 @@ def test_another_segment_replaces_what_came_before():
 
 def test_merge_survives_any_distance_between_the_parts():
     def far(level, segment=1):
-        return FarState(
-            jnp.full((2,), level), jnp.ones((2,)), jnp.full((2, 1), 3.0), jnp.asarray(segment, jnp.int32)
-        )
+        return FarState(jnp.full((2,), level), jnp.ones((2,)), jnp.full((2, 1), 3.0), jnp.asarray(segment, jnp.int32))
 
     merged = merge_far(far(-500.0), far(500.0))
     np.testing.assert_array_equal(merged.normalizer, 1)

@@ -240,8 +240,8 @@ def test_weights_that_overflow_are_not_saved_though_their_step_had_a_finite_loss
         checkpoint__every=1,
         eval__every=0,
         optimizer__warmup_steps=0,
-        optimizer__learning_rate=1e39,
-        optimizer__geometry_learning_rate=1e39,
+        optimizer__learning_rate=3e38,
+        optimizer__weight_decay=1e3,
     )
     with pytest.raises(UserError, match=r"step 1: held-out loss is (nan|inf)"):
         run(config, str(tmp_path / "run"))
