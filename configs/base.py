@@ -1,7 +1,8 @@
 """Every field of an experiment, with its default, its unit and what it allows. The only place with defaults.
 
 Other configs call `get_config()` from here and change what their experiment needs. Unknown fields are refused by
-ml_collections (the config is locked), contradictory values by `darkformer_jax.config.validate`, both before any compile.
+ml_collections (the config is locked), contradictory values by `darkformer_jax.config.validate`, both before any
+compile.
 """
 
 import ml_collections

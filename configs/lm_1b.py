@@ -16,6 +16,7 @@ from configs import base
 
 
 def get_config() -> ml_collections.ConfigDict:
+    """See above."""
     c = base.get_config()
     c.num_steps = 20_000
     c.batch_size = 256

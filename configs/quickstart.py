@@ -9,6 +9,7 @@ from configs import base
 
 
 def get_config() -> ml_collections.ConfigDict:
+    """See above."""
     c = base.get_config()
     c.model.dtype = "float32"  # CPUs have no bfloat16 units
     return c

@@ -1,4 +1,4 @@
-"""From a config (ml_collections, or the JSON of a workdir) to checked values; every mistake is found before any compile."""
+"""From a config (ml_collections, or a workdir's JSON) to checked values; mistakes are found before any compile."""
 
 import math
 from collections.abc import Mapping
@@ -19,19 +19,49 @@ DTYPES = ("bfloat16", "float32")
 WINDOW_KINDS = ("performer", "dark", "lfk", "window_only")
 
 _AT_LEAST_ONE = (
-    "num_steps batch_size sequence_length accumulation_steps model.num_layers model.embed_dim model.num_heads "
-    "model.num_kv_heads model.head_dim model.mlp_dim model.attention.num_features model.attention.chunk_size "
-    "eval.batch_size checkpoint.keep log.every sample.max_new_tokens"
-).split()
-_AT_LEAST_ZERO = (
-    "seed model.vocab_size model.attention.redraw_every model.attention.window model.attention.num_sinks "
-    "model.logit_softcap data.num_workers optimizer.warmup_steps optimizer.weight_decay optimizer.clip_norm "
-    "optimizer.z_loss optimizer.geometry_learning_rate eval.every eval.batches checkpoint.every sample.temperature "
-    "sample.top_k"
-).split()
-_POSITIVE = (
-    "model.norm_eps model.rope_theta model.attention.geometry_init optimizer.learning_rate optimizer.eps".split()
+    "num_steps",
+    "batch_size",
+    "sequence_length",
+    "accumulation_steps",
+    "model.num_layers",
+    "model.embed_dim",
+    "model.num_heads",
+    "model.num_kv_heads",
+    "model.head_dim",
+    "model.mlp_dim",
+    "model.attention.num_features",
+    "model.attention.chunk_size",
+    "eval.batch_size",
+    "checkpoint.keep",
+    "log.every",
+    "sample.max_new_tokens",
 )
+_AT_LEAST_ZERO = (
+    "seed",
+    "model.vocab_size",
+    "model.attention.redraw_every",
+    "model.attention.window",
+    "model.attention.num_sinks",
+    "model.logit_softcap",
+    "data.num_workers",
+    "optimizer.warmup_steps",
+    "optimizer.weight_decay",
+    "optimizer.clip_norm",
+    "optimizer.z_loss",
+    "optimizer.geometry_learning_rate",
+    "eval.every",
+    "eval.batches",
+    "checkpoint.every",
+    "sample.temperature",
+    "sample.top_k",
+)
+_POSITIVE = [
+    "model.norm_eps",
+    "model.rope_theta",
+    "model.attention.geometry_init",
+    "optimizer.learning_rate",
+    "optimizer.eps",
+]
 _CHOICES: dict[str, tuple[str, ...]] = {
     "model.activation": tuple(ACTIVATIONS),
     "model.dtype": DTYPES,
@@ -43,7 +73,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError for the first field that is out of range or contradicts another, naming it and what is allowed."""
+    """Raises UserError for the first field out of range or contradicting another, naming it and what is allowed."""
     flat = dict(flat_fields(config.to_dict()))
     for name, value in flat.items():
         _require(not isinstance(value, float) or math.isfinite(value), f"{name} = {value}: must be finite")
@@ -70,7 +100,7 @@ def _validate_model(model: ml_collections.ConfigDict) -> None:
         _require(kind in MECHANISMS, f"model.attention.pattern has {kind!r}: allowed: {', '.join(MECHANISMS)}")
     _require(
         model.num_layers % len(kinds) == 0,
-        f"model.attention.pattern has {len(kinds)} entries, which does not divide model.num_layers = {model.num_layers}",
+        f"model.attention.pattern has {len(kinds)} entries; model.num_layers = {model.num_layers} is no multiple of it",
     )
     _require(
         attention.window % attention.chunk_size == 0,

@@ -1,6 +1,7 @@
 """A decoder-only transformer of the Llama and Gemma family whose attention is a pattern of mechanisms.
 
-Layers of one position in the pattern are stacked and run in one scan, so that the program's size does not grow with depth.
+Layers of one position in the pattern are stacked and run in one scan, so that the program's size does not grow with
+depth.
 """
 
 import dataclasses

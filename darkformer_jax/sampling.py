@@ -17,7 +17,8 @@ from darkformer_jax.ops.state import NEG
 def filter_logits(
     logits: Float[Array, "b vocab"], *, temperature: float, top_k: int, top_p: float
 ) -> Float[Array, "b vocab"]:
-    """Logits / temperature, kept where they are among the `top_k` largest and in the smallest set of probability `top_p`.
+    """Logits / temperature, kept where they are among the `top_k` largest and in the smallest set of probability
+    `top_p`.
 
     top_k = 0 and top_p = 1 keep all. Ties at the border are kept. temperature > 0.
     """

@@ -53,7 +53,7 @@ RULES = [
     ({"model.attention.pattern": "dark,"}, "model.attention.pattern has '': allowed"),
     (
         {"model.attention.pattern": "dark,dark,softmax"},
-        "model.attention.pattern has 3 entries, which does not divide model.num_layers = 4",
+        "model.attention.pattern has 3 entries; model.num_layers = 4 is no multiple of it",
     ),
     ({"model.attention.window": 64}, "model.attention.window = 64 is not a multiple of chunk_size = 128"),
     ({"model.attention.num_sinks": 4}, "model.attention.num_sinks = 4 needs a window; model.attention.window = 0"),

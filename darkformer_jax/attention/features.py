@@ -80,7 +80,7 @@ class Performer(FeatureAttention):
 
 
 class Dark(Performer):
-    """exp(q^T M^T M k), M learned for each key/value head and shared by its queries (Farzam et al., arXiv 2603.04127)."""
+    """exp(q^T M^T M k), M learned per key/value head and shared by its queries (Farzam et al., arXiv 2603.04127)."""
 
     def __init__(self, spec: AttentionSpec, layer: int | Array) -> None:
         super().__init__(spec, layer)
@@ -93,7 +93,7 @@ class Dark(Performer):
 
 
 class LearnedFeatures(FeatureAttention):
-    """LFK, the paper's learned feature kernel: w is trained, M = I. It starts as a draw and then estimates no kernel."""
+    """LFK, the paper's learned feature kernel: w is trained, M = I. It starts as a draw, then estimates no kernel."""
 
     def __init__(self, spec: AttentionSpec, layer: int | Array) -> None:
         super().__init__(spec, layer)
@@ -126,8 +126,8 @@ def _refuse_window(spec: AttentionSpec, kind: str) -> None:
 class Random(Performer):
     """Fixed random weights: Performer on q and k replaced by N(0, I) vectors of (seed, layer, position, head).
 
-    The weight of position j for position n is thus a fixed positive random number, at linear cost and with a constant state.
-    The DARKFormer paper names this floor and does not define it; the definition is this project's own.
+    The weight of position j for position n is thus a fixed positive random number, at linear cost and with a constant
+    state. The DARKFormer paper names this floor and does not define it; the definition is this project's own.
     """
 
     def __init__(self, spec: AttentionSpec, layer: int | Array) -> None:

@@ -32,11 +32,11 @@ def dark_attention(
     """Attention with the kernel exp(scale q^T M^T M k), estimated by m positive random features in O(n m) time.
 
         out_n = sum_j kappa(q_n, k_j) v_j / sum_j kappa(q_n, k_j),
-        kappa(q, k) ~ 1/m sum_i exp(w_i.Mq' - |Mq'|^2/2) exp(w_i.Mk' - |Mk'|^2/2),  q' = sqrt(scale) q, k' = sqrt(scale) k
+        kappa(q, k) ~ 1/m sum_i exp(w_i.Mq' - |Mq'|^2/2) exp(w_i.Mk' - |Mk'|^2/2),  x' = sqrt(scale) x
 
-    (DARKFormer, arXiv 2603.04127; with M = I it is Performer, arXiv 2009.14794.) With a window, a query sees its own chunk
-    up to itself, the `window` tokens before that chunk and the first `num_sinks` tokens of its document through the exact
-    kernel, and the rest through the features, under one normaliser.
+    (DARKFormer, arXiv 2603.04127; with M = I it is Performer, arXiv 2009.14794.) With a window, a query sees its own
+    chunk up to itself, the `window` tokens before that chunk and the first `num_sinks` tokens of its document through
+    the exact kernel, and the rest through the features, under one normaliser.
 
     Args:
       q: queries. Each group of hq / hkv consecutive query heads shares one key/value head, its features and its state.
@@ -122,7 +122,7 @@ def init_state(
     window: int = 0,
     num_sinks: int = 0,
 ) -> AttentionState:
-    """The state of `batch` sequences that have seen nothing. `dtype` is that of q, k and v; sums are kept in float32."""
+    """The state of `batch` sequences that have seen nothing. `dtype` is that of q, k and v; sums are in float32."""
     head = empty_state(
         num_features=num_features,
         key_dim=key_dim,

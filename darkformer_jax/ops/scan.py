@@ -48,7 +48,7 @@ class Heads(NamedTuple):
     scale: float
 
     def map(self, function: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: Any) -> Callable[..., Any]:
-        """`function(kernel, *args)` of one head and sequence, over heads at the given axes and over the batch in front."""
+        """`function(kernel, *args)` of one head and sequence, over heads at the given axes and the batch in front."""
 
         def one_head(projections: Array, geometry: Array | None, *args: Any) -> Any:
             return function(Kernel(projections, geometry, self.scale), *args)
@@ -91,7 +91,8 @@ def _read_then_fold(kernel: Kernel, far: FarState, sinks: Sinks, chunk: Tokens) 
     """The far state's share alone, for the right-to-left half of bidirectional attention."""
     scores = read_far(kernel, chunk.queries, chunk.segments, far)
     sums = weighted_sums(scores, far, scores[..., :0], chunk.values[:0])
-    # Seen from the right, the state belongs to the chunk's first segment: `fold` takes the last one of the reversed chunk.
+    # Seen from the right, the state belongs to the chunk's first segment: `fold` takes the last one of the reversed
+    # chunk.
     far, _ = fold(kernel, far, sinks, Recent(*(leaf[::-1] for leaf in chunk.recent())))
     return far, sums
 
@@ -128,7 +129,7 @@ def scan_window(
         if return_state:  # an incomplete chunk stays in the state's buffer
             keep = jax.vmap(lambda new, old, complete: jnp.where(complete, new, old))
             advanced = jax.tree.map(lambda new, old: keep(new, old, index < num_complete), tuple(advanced), carry)
-        return tuple(advanced), sums  # type: ignore[return-value]
+        return tuple(advanced), sums
 
     carry = (state.far, state.sinks, recent)
     visible = _near_keys(recent.segments, chunks.segments)
@@ -161,7 +162,7 @@ def _recent_tokens(recent: Recent, start: int, stop: int | None) -> Recent:
 
 
 def _realign(tokens: Tokens, partial: Recent, offset: Int[Array, "b"]) -> Tokens:
-    """Puts the chunk in the making in front of the new tokens, as keys only, so that chunks start where they always did."""
+    """Puts the chunk in the making in front of the new tokens, as keys only, so that chunks start where they did."""
     chunk_size, length = partial.segments.shape[1], tokens.segments.shape[1]
     room = chunk_size - 1 + length
 

@@ -1,8 +1,9 @@
 """What linear attention remembers of the tokens it has seen: a constant amount, whatever their number.
 
-The far state is `(c, z, S)` of docs/attention.md: per feature i the largest log feature c_i over the keys seen, and the sums
-z_i = sum_j exp(l_i(k_j) - c_i) and S_i = sum_j exp(l_i(k_j) - c_i) v_j. As the maximum is one of the terms, z_i >= 1 once a
-key was seen. c only moves the numbers into range; it cancels in the output and is a constant to the gradient.
+The far state is `(c, z, S)` of docs/attention.md: per feature i the largest log feature c_i over the keys seen, and
+the sums z_i = sum_j exp(l_i(k_j) - c_i) and S_i = sum_j exp(l_i(k_j) - c_i) v_j. As the maximum is one of the terms,
+z_i >= 1 once a key was seen. c only moves the numbers into range; it cancels in the output and is a constant to the
+gradient.
 """
 
 from typing import NamedTuple
@@ -45,8 +46,8 @@ class Recent(NamedTuple):
 class AttentionState(NamedTuple):
     """Everything a sequence needs to go on: by more tokens at once, or by one. Made by `dark_attention`.
 
-    `last_segment` and `document_length` describe the newest token's document, `fill` counts the tokens of the chunk that is
-    being filled (0 without a window). Leaves have leading axes [B, Hkv] or [B].
+    `last_segment` and `document_length` describe the newest token's document, `fill` counts the tokens of the chunk
+    that is being filled (0 without a window). Leaves have leading axes [B, Hkv] or [B].
     """
 
     far: FarState
@@ -109,8 +110,8 @@ def empty_state(
 def merge_far(first: FarState, second: FarState) -> FarState:
     """The summary of both parts of one segment: c = max(c1, c2), z = z1 e^(c1-c) + z2 e^(c2-c), S likewise.
 
-    Associative, with `empty_far` as its identity: the parts can be summarised on different devices. Where the two belong
-    to different segments the second, the later one, replaces the first.
+    Associative, with `empty_far` as its identity: the parts can be summarised on different devices. Where the two
+    belong to different segments the second, the later one, replaces the first.
     """
     first_axes = first.normalizer.ndim - first.segment.ndim
     empty = second.segment == 0

@@ -45,7 +45,7 @@ def evaluate(
     sharding: NamedSharding,
     tokens_per_byte: float,
 ) -> Evaluation:
-    """Means over `batches`. `tokens_per_byte` is of the whole split: tokens that are predicted over bytes of its text."""
+    """Means over `batches`. `tokens_per_byte` is of the whole split: predicted tokens over bytes of its text."""
     totals = {"nll": 0.0, "correct": 0.0, "weight": 0.0}
     pending: Metrics | None = None
     for batch in batches:

@@ -36,7 +36,8 @@ def make_schedule(optimizer: ml_collections.ConfigDict, num_steps: int, peak: fl
 def make_optimizer(
     optimizer: ml_collections.ConfigDict, num_steps: int, network: Network
 ) -> optax.GradientTransformation:
-    """Clipping by the global norm, Adam, decoupled weight decay of matrices, one learning rate for M and one for the rest.
+    """Clipping by the global norm, Adam, decoupled weight decay of matrices, one learning rate for M and one for the
+    rest.
 
     M and learned projections, norms and biases are never decayed.
     """

@@ -121,7 +121,7 @@ def make_train_step(
     z_loss: float,
     redraw_every: int,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """(state, batch) -> (state, metrics). Loss and gradients are sums over micro-batches over the total of real tokens."""
+    """(state, batch) -> (state, metrics). Loss and gradients: sums over micro-batches over the total of real tokens."""
 
     def objective(params: dict, projections: dict, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
         sums = loss_sums(network, params, projections, batch)
