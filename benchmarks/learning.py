@@ -1,7 +1,7 @@
 """What each mechanism learns from the same data in the same number of steps, and by which learning rates.
 
-    python benchmarks/learning.py --out=docs/results/learning                 # the table of docs/results/learning.md
-    python benchmarks/learning.py --only=dark,performer --learning_rates=3e-3 --steps=100
+    python -m benchmarks.learning --out=docs/results/learning
+    python -m benchmarks.learning --only='dark;performer' --learning_rates=3e-3 --steps=100
 
 Trains every variant at each learning rate from configs/ablation.py, keeps the best by held-out bits per byte, and
 prints loss by position: how much a variant gains from far text is the difference between early and late positions.

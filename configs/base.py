@@ -43,7 +43,7 @@ def get_config() -> ml_collections.ConfigDict:
     a.num_features = 64  # m, random features a head
     a.projections = "orthogonal"  # iid | orthogonal | orthogonal_unsigned (biased; reproduces public Performer codes)
     a.redraw_every = 0  # optimizer steps between redraws of the projections; 0 = never
-    a.geometry_init = 1.0  # M starts as this times the identity
+    a.geometry_init = 0.5  # M starts as this times the identity; 1 is Performer, below it the features vary less
     a.chunk_size = 128  # tokens a chunk of the linear scan
     a.window = 0  # tokens before the own chunk that are seen exactly; a multiple of chunk_size; 0 = features everywhere
     a.num_sinks = 0  # first tokens of a document that every query sees exactly; needs a window
@@ -62,7 +62,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     o = c.optimizer = ml_collections.ConfigDict()  # AdamW
     o.learning_rate = 3e-3  # peak
-    o.geometry_learning_rate = 3e-3  # peak, of M and of learned projections
+    o.geometry_learning_rate = 3e-4  # peak, of M and of learned projections: a tenth, they set the scale of exponents
     o.warmup_steps = 50
     o.schedule = "cosine"  # cosine | rsqrt | constant, after the warm-up
     o.final_fraction = 0.1  # cosine ends at this fraction of the peak

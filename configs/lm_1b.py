@@ -40,7 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     o = c.optimizer
     o.learning_rate = 6e-4
-    o.geometry_learning_rate = 6e-4
+    o.geometry_learning_rate = 6e-5
     o.warmup_steps = 1000
 
     c.eval.every = 1000

@@ -1,6 +1,10 @@
 """A small DARKFormer on the Python standard library's own text, in a few minutes on two CPU cores.
 
-python train.py
+    python train.py
+
+1.1 M parameters; a BPE of 2,048 tokens is trained first. Each query sees its own chunk of 32 tokens and the chunk before
+it exactly, and the rest through 64 random features in a learned geometry. About 7 minutes; expect around 1.8 bits per
+byte of held-out text, where `gzip -9` needs 1.92.
 """
 
 import ml_collections
@@ -12,4 +16,13 @@ def get_config() -> ml_collections.ConfigDict:
     """See above."""
     c = base.get_config()
     c.model.dtype = "float32"  # CPUs have no bfloat16 units
+    c.num_steps = 600
+    c.batch_size = 16
+    c.sequence_length = 256
+    c.data.tokenizer = "bpe:2048"
+    c.model.attention.window = 32
+    c.model.attention.chunk_size = 32
+    c.eval.every = 150
+    c.eval.batches = 8
+    c.checkpoint.every = 150
     return c
