@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from configs import quickstart
 from darkformer_jax.data.tokenizers import BytesTokenizer
 from darkformer_jax.training.setup import Experiment
 from darkformer_jax.training.workdir import write_config
-from tests.tiny_runs import metrics_without_time, run_commands, tiny_config, tiny_flags, write_text
+from tests.tiny_runs import ROOT, metrics_without_time, run_commands, tiny_config, tiny_flags, write_text
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -188,10 +189,11 @@ def test_the_whole_road_of_lm_1b(tmp_path):
 
 
 def test_without_flags_it_is_the_quickstart_from_any_directory(tmp_path):
-    here = os.getcwd()
-    (ended,) = run_commands([("train.py", ["--dry_run"])])
-    assert ended.status == 0 and "tokens a step  8,192 = 16 x 512" in ended.out, ended.err
-    assert os.getcwd() == here
+    config = quickstart.get_config()
+    (ended,) = run_commands([(str(ROOT / "train.py"), ["--dry_run"])], cwd=tmp_path)
+    assert ended.status == 0, ended.err
+    assert f"= {config.batch_size} x {config.sequence_length}\n" in ended.out
+    assert f"steps          {config.num_steps:,}\n" in ended.out
 
 
 def test_a_sequence_longer_than_the_text(tmp_path):

@@ -147,7 +147,7 @@ for number, (script, argv) in enumerate(json.load(open(sys.argv[1]))):
 """
 
 
-def run_commands(commands: Sequence[tuple[str, Sequence[str]]]) -> list[Finished]:
+def run_commands(commands: Sequence[tuple[str, Sequence[str]]], cwd: Path = ROOT) -> list[Finished]:
     """Runs (script or module, arguments) one after another, each in a process of its own."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "commands"
@@ -157,7 +157,7 @@ def run_commands(commands: Sequence[tuple[str, Sequence[str]]]) -> list[Finished
             stdout=subprocess.PIPE,
             text=True,
             check=True,
-            cwd=ROOT,
+            cwd=cwd,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
         ).stdout.split()
         return [

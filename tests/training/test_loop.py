@@ -25,19 +25,20 @@ SURVIVAL = {
     "accumulation_steps": 2,
     "model__attention__redraw_every": 10,
 }
+QUICK_COMPILE = "--xla_backend_optimization_level=0"  # half the time; what is compared is what the trainer does
 
 
 class Child:
     """`python train.py` in a process of its own, and what it says."""
 
-    def __init__(self, workdir, text, **changes):
+    def __init__(self, workdir, text, xla_flags=""):
         self.workdir = workdir
-        flags = tiny_flags(**SURVIVAL | {"data__files": text} | changes)
+        flags = tiny_flags(**SURVIVAL | {"data__files": text})
         self.process = subprocess.Popen(
             [sys.executable, "train.py", f"--workdir={workdir}", *flags],
             cwd=ROOT,
             # A process killed while it writes the cache leaves a broken entry to all tests.
-            env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"},
+            env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false", "XLA_FLAGS": xla_flags},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -109,18 +110,18 @@ def test_kill_9_at_five_random_moments_and_resume_equals_the_unbroken_run(tmp_pa
 
 
 def test_sigterm_and_ctrl_c_save_say_so_and_resume_to_the_unbroken_run(tmp_path, text):
-    unbroken = Child(tmp_path / "unbroken", text)
+    unbroken = Child(tmp_path / "unbroken", text, QUICK_COMPILE)
     workdir = tmp_path / "stopped"
     moments = random.Random(18)
     for signum, status, first, last in ((signal.SIGTERM, 143, 10, 90), (signal.SIGINT, 130, 120, 200)):
-        child = Child(workdir, text)
+        child = Child(workdir, text, QUICK_COMPILE)
         child.until(moments.randint(first, last))
         time.sleep(moments.uniform(0, 0.03))
         assert child.stop(signum) == status, "".join(child.said)
         step = Checkpoints(workdir).latest_good_step()
         assert child.said[-1] == f"{signal.Signals(signum).name}: saved step {step}; the same command resumes there\n"
         assert first <= step < 240
-    child = Child(workdir, text)
+    child = Child(workdir, text, QUICK_COMPILE)
     assert child.end() == 0, "".join(child.said)
     assert any(line.endswith(f"from step {step}\n") for line in child.said)
     assert unbroken.end() == 0
