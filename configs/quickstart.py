@@ -2,9 +2,9 @@
 
     python train.py
 
-1.1 M parameters; a BPE of 2,048 tokens is trained first. Each query sees its own chunk of 32 tokens and the chunk before
-it exactly, and the rest through 64 random features in a learned geometry. About 7 minutes; expect around 1.8 bits per
-byte of held-out text, where `gzip -9` needs 1.92.
+1.1 M parameters; a BPE of 2,048 tokens is trained first. Each query sees its own chunk of 32 tokens and the chunk
+before it exactly, and the rest through 64 random features in a learned geometry. The report sets the held-out bits
+per byte beside what `gzip -9` and `xz -9` make of the same bytes. Sized for about 7 minutes on two idle cores.
 """
 
 import ml_collections

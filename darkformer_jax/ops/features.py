@@ -5,27 +5,28 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:
-    """Full float32 for float32 operands (accelerators would round them to bfloat16 or tf32), the default otherwise."""
-    return jax.lax.Precision.DEFAULT if dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
-
-
 def accumulator_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     """What sums, logits and states of inputs of `dtype` are kept in: float32, or float64 for float64."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def matmul(spec: str, a: Array, b: Array, dtype: jax.typing.DTypeLike) -> Array:
+    """einsum(spec, a, b) with operands rounded to `dtype` and a float32 result (float64 for float64).
+
+    float32 operands are multiplied in full: accelerators would round them to bfloat16 or tf32.
+    """
+    a, b, wide = a.astype(dtype), b.astype(dtype), accumulator_dtype(dtype)
+    if dtype != wide and jax.default_backend() == "cpu":
+        a, b = a.astype(wide), b.astype(wide)  # the CPU backend lacks some products of bfloat16 with a float32 result
+    precision = jax.lax.Precision.HIGHEST if a.dtype == wide else jax.lax.Precision.DEFAULT
+    return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=wide)
 
 
 def apply_geometry(x: Float[Array, "*batch d"], geometry: Float[Array, "r d"] | None) -> Float[Array, "*batch r"]:
     """x~ = M x in x's dtype, accumulated in float32; the identity when `geometry` is None."""
     if geometry is None:
         return x
-    return jnp.einsum(
-        "...d,rd->...r",
-        x,
-        geometry.astype(x.dtype),
-        precision=matmul_precision(x.dtype),
-        preferred_element_type=accumulator_dtype(x.dtype),
-    ).astype(x.dtype)
+    return matmul("...d,rd->...r", x, geometry, x.dtype).astype(x.dtype)
 
 
 def log_positive_features(
@@ -49,16 +50,9 @@ def log_positive_features(
       float32 (float64 for float64 x). The matmul operands have x's dtype.
     """
     point = apply_geometry(x, geometry)
-    wide = accumulator_dtype(x.dtype)
-    projected = jnp.einsum(
-        "...r,mr->...m",
-        point,
-        projections.astype(x.dtype),
-        precision=matmul_precision(x.dtype),
-        preferred_element_type=wide,
-    )
+    projected = matmul("...r,mr->...m", point, projections, x.dtype)
     # The norm of the very numbers that were projected: rounding x~ then moves the point, not the estimator's mean.
     # (einsum, because XLA's CPU backend is several times slower on the sum of a product.)
-    point = point.astype(wide)
+    point = point.astype(accumulator_dtype(x.dtype))
     squared_norm = jnp.einsum("...r,...r->...", point, point, precision=jax.lax.Precision.HIGHEST)[..., None]
     return scale**0.5 * projected - 0.5 * scale * squared_norm

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from darkformer_jax.ops.features import accumulator_dtype, apply_geometry, log_positive_features, matmul_precision
+from darkformer_jax.ops.features import apply_geometry, log_positive_features, matmul
 from darkformer_jax.ops.state import NEG, AttentionState, FarState, Recent, Sinks, merge_far
 
 # In the product of query and key features each side is scaled to a maximum of e^HEADROOM, so that a pair whose best
@@ -47,8 +47,7 @@ class Kernel(NamedTuple):
         point = apply_geometry(q, self.geometry)
         if self.geometry is not None:
             point = apply_geometry(point, self.geometry.T)
-        wide = accumulator_dtype(q.dtype)
-        dots = jnp.einsum("ngd,td->ngt", point, k, precision=matmul_precision(q.dtype), preferred_element_type=wide)
+        dots = matmul("ngd,td->ngt", point, k, q.dtype)
         return self.scale * dots + math.log(max(self.projections.shape[0], 1))
 
 
@@ -73,14 +72,6 @@ class Tokens(NamedTuple):
         return Recent(self.keys, self.values, self.segments, self.positions)
 
 
-def _matmul(spec: str, a: Array, b: Array, dtype: jnp.dtype) -> Array:
-    """einsum with operands in the input dtype and a float32 (or float64) result."""
-    wide = accumulator_dtype(dtype)
-    return jnp.einsum(
-        spec, a.astype(dtype), b.astype(dtype), precision=matmul_precision(dtype), preferred_element_type=wide
-    )
-
-
 def feature_scores(log_q: Float[Array, "n g m"], log_k: Float[Array, "t m"], dtype: jnp.dtype) -> Float[Array, "n g t"]:
     """log sum_i exp(l_i(q) + l_i(k)), as one matmul.
 
@@ -89,7 +80,7 @@ def feature_scores(log_q: Float[Array, "n g m"], log_k: Float[Array, "t m"], dty
     headroom = min(HEADROOM, 0.5 * (80.0 - math.log(log_q.shape[-1])))
     q_max = jax.lax.stop_gradient(jnp.max(log_q, axis=-1, keepdims=True))
     k_max = jax.lax.stop_gradient(jnp.max(log_k, axis=-1, keepdims=True))
-    product = _matmul("ngm,tm->ngt", jnp.exp(log_q - (q_max - headroom)), jnp.exp(log_k - (k_max - headroom)), dtype)
+    product = matmul("ngm,tm->ngt", jnp.exp(log_q - (q_max - headroom)), jnp.exp(log_k - (k_max - headroom)), dtype)
     return jnp.log(jnp.maximum(product, math.exp(LOG_FLOOR))) + (q_max + k_max[None, None, :, 0] - 2 * headroom)
 
 
@@ -106,7 +97,7 @@ def weighted_sums(
     shift = jnp.where(row_max > 0.5 * NEG, row_max, 0.0)[..., None]
     far_weights = jnp.exp(far_scores - shift)
     weights = jnp.exp(scores - shift)
-    numerator = _matmul("ngm,mv->ngv", far_weights, far.values, dtype) + _matmul("ngt,tv->ngv", weights, values, dtype)
+    numerator = matmul("ngm,mv->ngv", far_weights, far.values, dtype) + matmul("ngt,tv->ngv", weights, values, dtype)
     denominator = jnp.einsum("ngm,m->ng", far_weights, far.normalizer) + jnp.sum(weights, axis=-1)
     return Sums(numerator, denominator, row_max)
 
@@ -137,7 +128,7 @@ def fold(
     key_max = jax.lax.stop_gradient(jnp.max(jnp.where(to_far, log_k, NEG), axis=0))
     weights = jnp.exp(jnp.where(to_far, log_k - key_max[None, :], NEG))
     dtype = chunk.values.dtype
-    summary = FarState(key_max, jnp.sum(weights, axis=0), _matmul("cm,cv->mv", weights, chunk.values, dtype), segment)
+    summary = FarState(key_max, jnp.sum(weights, axis=0), matmul("cm,cv->mv", weights, chunk.values, dtype), segment)
     if num_sinks:
         sinks = _fold_sinks(sinks, chunk, is_sink, (segment == far.segment) | (segment == 0))
     return merge_far(far, summary), sinks
