@@ -46,7 +46,8 @@ def dark_attention(
       geometry: M; None is the identity.
       causal: a query sees no later token. False (features only) sees all of its segment.
       segment_ids: document of each token, in contiguous stretches; tokens see only their own. 0 is padding, whose
-        output is 0. None: one document.
+        output is 0. None: one document. A window's chunks are the row's, so which keys of a packed document are
+        seen exactly depends on the place in its chunk where the document starts.
       scale: of the logits; None is d^-0.5.
       chunk_size: tokens that are treated at once. With a window it also defines what is exact.
       window: 0 for features everywhere, else a multiple of chunk_size.

@@ -98,7 +98,7 @@ def weighted_sums(
     far_weights = jnp.exp(far_scores - shift)
     weights = jnp.exp(scores - shift)
     numerator = matmul("ngm,mv->ngv", far_weights, far.values, dtype) + matmul("ngt,tv->ngv", weights, values, dtype)
-    denominator = jnp.einsum("ngm,m->ng", far_weights, far.normalizer) + jnp.sum(weights, axis=-1)
+    denominator = matmul("ngm,m->ng", far_weights, far.normalizer, far.normalizer.dtype) + jnp.sum(weights, axis=-1)
     return Sums(numerator, denominator, row_max)
 
 
