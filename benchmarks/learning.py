@@ -1,17 +1,19 @@
 """What each mechanism learns from the same data in the same number of steps, and by which learning rates.
 
     python -m benchmarks.learning --out=docs/results/learning
-    python -m benchmarks.learning --only='dark;performer' --learning_rates=3e-3 --steps=100
+    python -m benchmarks.learning --out=docs/results/geometry --variants='dark' --learning_rates=3e-3 \\
+        --set=model.attention.geometry_init=1.0
 
-Trains every variant at each learning rate from configs/ablation.py, keeps the best by held-out bits per byte, and
-prints loss by position: how much a variant gains from far text is the difference between early and late positions.
+Trains every variant at each learning rate from configs/ablation.py and keeps the best by held-out bits per byte. Says
+what far text is worth in two ways: bits by quarter of the row, and bits of the bytes that repeat what the row already
+holds (the eight bytes up to and with them), by how far back that was. Runs that --out already holds are not repeated.
 """
 
 import argparse
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ from darkformer_jax.training.setup import Experiment, tokens_per_byte
 from darkformer_jax.training.step import make_state_init, make_train_step
 
 QUARTERS = 4
+REPEATED = 8  # tokens that have to be seen before for a target to count as a repeat
+FAR = 128  # tokens back: no window of the variants reaches that far
 
 # name -> changes to configs/ablation.py
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -45,16 +49,29 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
-    """One training run's outcome."""
+class Run:
+    """One training run: everything that sets it apart."""
 
     variant: str
+    changes: str  # --set, as "field=value field=value"
     learning_rate: float
+    geometry_ratio: float  # learning rate of M and of learned projections over the model's
+    steps: int
     seed: int
-    train_loss: float  # mean of the last tenth of the steps, nats a token
-    bits_per_byte: float  # held out
+    batches: int  # held out
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One training run's outcome. Bits are held out, a token each but for the first."""
+
+    bits_per_byte: float
     accuracy: float
-    by_position: list[float]  # held-out bits a token in each quarter of the row
+    train_loss: float  # mean of the last tenth of the steps, nats a token
+    by_position: list[float]  # in each quarter of the row
+    near_repeats: float  # of tokens that repeat the row, last seen less than FAR tokens back
+    far_repeats: float  # FAR or more tokens back
+    others: float
 
 
 def train(config: ml_collections.ConfigDict, data: Data, tick: Callable[[], object]) -> tuple[Experiment, Any, float]:
@@ -84,91 +101,120 @@ def train(config: ml_collections.ConfigDict, data: Data, tick: Callable[[], obje
     return experiment, state, float(np.mean(last))
 
 
-def measure(experiment: Experiment, state: Any, data: Data, num_batches: int) -> tuple[float, float, list[float]]:
-    """Held-out bits per byte, accuracy, and bits a token by quarter of the row."""
+def repeat_distance(tokens: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
+    """[L + 1] tokens, [L] -> [L]: how far back target i's document held the same REPEATED tokens; 0 = nowhere."""
+    last_seen: dict[tuple[int, bytes], int] = {}
+    distance = np.zeros(len(tokens) - 1, np.int64)
+    for end in range(REPEATED - 1, len(tokens)):
+        key = (int(segment_ids[end - 1]), tokens[end - REPEATED + 1 : end + 1].tobytes())
+        if key in last_seen:
+            distance[end - 1] = end - last_seen[key]
+        last_seen[key] = end
+    return distance
+
+
+def measure(experiment: Experiment, state: Any, data: Data, train_loss: float, num_batches: int) -> Result:
+    """The outcome on `num_batches` held-out batches."""
     config = experiment.config
 
     @jax.jit
-    def sums(params: dict, projections: dict, batch: dict) -> tuple[jax.Array, ...]:
+    def outcomes(params: dict, projections: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
         logits, _ = experiment.network.bind(params, projections)(
             batch["inputs"], batch["segment_ids"], batch["positions"]
         )
         log_probabilities = jax.nn.log_softmax(logits, axis=-1)
         nll = -jax.numpy.take_along_axis(log_probabilities, batch["targets"][..., None], axis=-1)[..., 0]
-        correct = (logits.argmax(-1) == batch["targets"]).astype(nll.dtype)
-        return tuple(x.sum(axis=0) for x in (nll * batch["weights"], correct * batch["weights"], batch["weights"]))
+        return nll, logits.argmax(-1) == batch["targets"]
 
-    totals = np.zeros((3, config.sequence_length))
+    nlls, corrects, weights, distances = [], [], [], []
     for batch in heldout_batches(
         data.heldout,
         batch_size=config.eval.batch_size,
         sequence_length=config.sequence_length,
         max_batches=num_batches,
     ):
-        totals += np.stack(
-            jax.device_get(sums(state.params, state.projections, put_batch(batch, experiment.batch_sharding)))
-        )
-    nll, correct, weight = totals
-    quarters = [part.sum() for part in np.split(nll, QUARTERS)], [part.sum() for part in np.split(weight, QUARTERS)]
-    by_position = [a / b / math.log(2) for a, b in zip(*quarters, strict=True)]
-    bits = nll.sum() / weight.sum() / math.log(2) * tokens_per_byte(data.heldout)
-    return float(bits), float(correct.sum() / weight.sum()), by_position
+        nll, correct = outcomes(state.params, state.projections, put_batch(batch, experiment.batch_sharding))
+        nlls.append(np.asarray(nll, np.float64) / math.log(2))
+        corrects.append(correct)
+        weights.append(batch["weights"])
+        rows = np.concatenate([batch["inputs"][:, :1], batch["targets"]], axis=1)
+        distances.append(np.stack([repeat_distance(*row) for row in zip(rows, batch["segment_ids"], strict=True)]))
+    bits, correct, weight, distance = (np.concatenate(x) for x in (nlls, corrects, weights, distances))
+    quarter = np.arange(config.sequence_length) * QUARTERS // config.sequence_length
+
+    def mean(chosen: np.ndarray, of: np.ndarray = bits) -> float:
+        return float((of * weight * chosen).sum() / (weight * chosen).sum())
+
+    everything = np.ones_like(weight)
+    return Result(
+        bits_per_byte=mean(everything) * tokens_per_byte(data.heldout),
+        accuracy=mean(everything, correct),
+        train_loss=train_loss,
+        by_position=[mean(everything * (quarter == i)) for i in range(QUARTERS)],
+        near_repeats=mean((distance > 0) & (distance < FAR)),
+        far_repeats=mean(distance >= FAR),
+        others=mean(distance == 0),
+    )
 
 
-def run(variant: str, changes: dict[str, Any], args: argparse.Namespace, data: Data, bar: tqdm.tqdm) -> list[Result]:
-    """All learning rates and seeds of one variant."""
-    results = []
-    for learning_rate in args.learning_rates:
-        for seed in range(args.seeds):
-            config = ablation.get_config()
-            ratio = config.optimizer.geometry_learning_rate / config.optimizer.learning_rate
-            config.update_from_flattened_dict(
-                {
-                    "num_steps": args.steps,
-                    "seed": seed,
-                    "optimizer.learning_rate": learning_rate,
-                    "optimizer.geometry_learning_rate": learning_rate * ratio,
-                    **changes,
-                    **dict(args.set),
-                }
-            )
-            validate(config)
-            bar.set_description(f"{variant} lr {learning_rate:g} seed {seed}")
-            experiment, state, loss = train(config, data, bar.update)
-            results.append(Result(variant, learning_rate, seed, loss, *measure(experiment, state, data, args.batches)))
-    return results
+def config_of(run: Run) -> ml_collections.ConfigDict:
+    """configs/ablation.py with the run's changes."""
+    config = ablation.get_config()
+    changes = [change.partition("=") for change in run.changes.split()]
+    config.update_from_flattened_dict(
+        {
+            "num_steps": run.steps,
+            "seed": run.seed,
+            "optimizer.learning_rate": run.learning_rate,
+            "optimizer.geometry_learning_rate": run.learning_rate * run.geometry_ratio,
+            **VARIANTS[run.variant],
+            **{name: json.loads(value) for name, _, value in changes},
+        }
+    )
+    validate(config)
+    return config
 
 
-def table(results: Sequence[Result]) -> str:
-    """Markdown: for each variant its best learning rate (by the mean over seeds), and what it reached there."""
+def table(results: dict[Run, Result]) -> str:
+    """Markdown: of each variant and change the best learning rate (by the mean over seeds), and what it reached."""
     lines = [
-        "| variant | learning rate | bits per byte | accuracy | training loss | bits by quarter of the row |",
-        "|---|---|---|---|---|---|",
+        "| variant | learning rate | bits per byte | accuracy | training loss | bits by quarter of the row "
+        "| bits of repeats: near, far; of the rest |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for variant in dict.fromkeys(result.variant for result in results):
-        of_variant = [result for result in results if result.variant == variant]
-        rates = sorted({result.learning_rate for result in of_variant})
-        groups = {rate: [r for r in of_variant if r.learning_rate == rate] for rate in rates}
-        rate, best = min(groups.items(), key=lambda item: float(np.mean([r.bits_per_byte for r in item[1]])))
+    groups: dict[tuple, dict[float, list[Result]]] = {}
+    for run, result in results.items():
+        group = groups.setdefault((run.variant, run.changes, run.geometry_ratio, run.steps, run.batches), {})
+        group.setdefault(run.learning_rate, []).append(result)
+    for (variant, changes, ratio, steps, _), rates in groups.items():
+        rate, best = min(rates.items(), key=lambda item: float(np.mean([r.bits_per_byte for r in item[1]])))
         bits = np.array([r.bits_per_byte for r in best])
         spread = f" ± {bits.std(ddof=1):.3f}" if len(bits) > 1 else ""
         quarters = np.mean([r.by_position for r in best], axis=0)
+        repeats = np.mean([[r.near_repeats, r.far_repeats, r.others] for r in best], axis=0)
+        name = " ".join(filter(None, [variant, changes, f"(M: {ratio:g} lr)", f"({steps} steps)"]))
         lines.append(
-            f"| {variant} | {rate:g} | {bits.mean():.3f}{spread} | {100 * np.mean([r.accuracy for r in best]):.1f}% "
-            f"| {np.mean([r.train_loss for r in best]):.3f} | {' '.join(f'{q:.3f}' for q in quarters)} |"
+            f"| {name} | {rate:g} of {', '.join(f'{rate:g}' for rate in sorted(rates))} | {bits.mean():.3f}{spread} "
+            f"| {100 * np.mean([r.accuracy for r in best]):.1f}% | {np.mean([r.train_loss for r in best]):.3f} "
+            f"| {' '.join(f'{q:.2f}' for q in quarters)} | {repeats[0]:.2f} {repeats[1]:.2f}; {repeats[2]:.2f} |"
         )
     return "\n".join(lines)
 
 
-def _setting(text: str) -> tuple[str, Any]:
-    name, _, value = text.partition("=")
-    return name, json.loads(value)
+def load(path: Path | None) -> dict[Run, Result]:
+    """What <out>.jsonl holds."""
+    if path is None or not path.exists():
+        return {}
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {Run(**row["run"]): Result(**row["result"]) for row in rows}
 
 
-def main() -> None:
-    """Trains, prints the table, and writes it beside all results to --out."""
+def _arguments() -> argparse.Namespace:
+    default_ratio = (
+        ablation.get_config().optimizer.geometry_learning_rate / ablation.get_config().optimizer.learning_rate
+    )
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="variants, separated by a semicolon")
+    parser.add_argument("--variants", default=";".join(VARIANTS), help="separated by a semicolon (default: all)")
     parser.add_argument("--steps", type=int, default=350, help="optimizer steps of each run (default: 350)")
     parser.add_argument("--seeds", type=int, default=1, help="seeds 0 .. n-1 of each run (default: 1)")
     parser.add_argument("--batches", type=int, default=16, help="held-out batches that are measured (default: 16)")
@@ -179,26 +225,53 @@ def main() -> None:
         help="comma-separated peaks that are tried (default: 1e-3,3e-3,1e-2)",
     )
     parser.add_argument(
-        "--set", type=_setting, action="append", default=[], help="a config field for all runs: model.qk_norm=true"
+        "--geometry_ratio",
+        type=float,
+        default=default_ratio,
+        help=f"learning rate of M and of learned projections over the model's (default: {default_ratio:g})",
     )
-    parser.add_argument("--out", type=Path, help="writes <out>.md and <out>.json")
+    parser.add_argument("--set", action="append", default=[], help="a config field for all runs: model.qk_norm=true")
+    parser.add_argument("--out", type=Path, help="adds to <out>.jsonl, and writes <out>.md from all of it")
     args = parser.parse_args()
-    names = [name.strip() for name in args.only.split(";")] if args.only else list(VARIANTS)
-    if unknown := set(names) - VARIANTS.keys():
-        parser.error(f"--only: {sorted(unknown)[0]!r} is unknown; allowed: {'; '.join(VARIANTS)}")
-    config = ablation.get_config()
-    data = load_data(config.data.source, config.data.files, config.data.tokenizer, config.data.heldout_fraction)
-    results: list[Result] = []
-    with tqdm.tqdm(total=len(names) * len(args.learning_rates) * args.seeds * args.steps, unit="step") as bar:
-        for name in names:
-            results += run(name, VARIANTS[name], args, data, bar)
-            tqdm.tqdm.write(table(results[-len(args.learning_rates) * args.seeds :]).splitlines()[-1])
-    text = table(results)
-    print(text)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_suffix(".md").write_text(text + "\n")
-        args.out.with_suffix(".json").write_text(json.dumps([dataclasses.asdict(r) for r in results], indent=1) + "\n")
+    args.variants = [name.strip() for name in args.variants.split(";")]
+    if unknown := set(args.variants) - VARIANTS.keys():
+        parser.error(f"--variants: {sorted(unknown)[0]!r} is unknown; allowed: {'; '.join(VARIANTS)}")
+    return args
+
+
+def main() -> None:
+    """Trains what is missing, prints the table, and writes it to --out."""
+    args = _arguments()
+    changes = " ".join(sorted(args.set))
+    runs = [
+        Run(variant, changes, learning_rate, args.geometry_ratio, args.steps, seed, args.batches)
+        for variant in args.variants
+        for learning_rate in args.learning_rates
+        for seed in range(args.seeds)
+    ]
+    log = args.out and args.out.with_suffix(".jsonl")
+    results = load(log)
+    missing = [run for run in runs if run not in results]
+    configs = {run: config_of(run) for run in missing}  # refuses before any work what cannot be run
+    fields = ablation.get_config().data
+    data = load_data(fields.source, fields.files, fields.tokenizer, fields.heldout_fraction)
+    if log:
+        log.parent.mkdir(parents=True, exist_ok=True)
+    with tqdm.tqdm(total=len(missing) * args.steps, unit="step") as bar:
+        for run in missing:
+            bar.set_description(f"{run.variant} lr {run.learning_rate:g} seed {run.seed}")
+            experiment, state, loss = train(configs[run], data, bar.update)
+            results[run] = measure(experiment, state, data, loss, args.batches)
+            tqdm.tqdm.write(table({run: results[run]}).splitlines()[-1])
+            if log:
+                with log.open("a") as file:
+                    file.write(
+                        json.dumps({"run": dataclasses.asdict(run), "result": dataclasses.asdict(results[run])}) + "\n"
+                    )
+    if log:  # with what another process may have added meanwhile
+        results = load(log)
+        args.out.with_suffix(".md").write_text(table(results) + "\n")
+    print(table(results if log else {run: results[run] for run in runs}))
 
 
 if __name__ == "__main__":

@@ -107,18 +107,25 @@ def heldout_batches(
 ) -> Iterator[Batch]:
     """The split in order, every target once; the last batch is filled up with rows of padding.
 
+    With `max_batches`, rows spread evenly over the split, so that a short evaluation sees every part of it.
+
     Args:
       stream: the held-out split.
       batch_size: B, over all processes.
       sequence_length: L, tokens a row.
-      max_batches: stop after so many; 0 = the whole split.
+      max_batches: at most so many; 0 = the whole split.
       process_index, process_count: as in `train_batches`.
     """
     local_size = _local_size(batch_size, process_count)
-    num_batches = -(-num_rows(stream, sequence_length) // batch_size)
-    for index in range(min(num_batches, max_batches or num_batches)):
-        first = index * batch_size + process_index * local_size
-        yield make_batch(stream, sequence_length, np.arange(first, first + local_size))
+    total = num_rows(stream, sequence_length)
+    num_batches = -(-total // batch_size)
+    if 0 < max_batches < num_batches:
+        num_batches = max_batches
+        rows = np.arange(num_batches * batch_size) * total // (num_batches * batch_size)
+    else:
+        rows = np.arange(num_batches * batch_size)
+    for batch in rows.reshape(num_batches, process_count, local_size):
+        yield make_batch(stream, sequence_length, batch[process_index])
 
 
 def _row_order(stream: TokenStream, seed: int, sequence_length: int) -> grain.MapDataset:

@@ -136,7 +136,7 @@ class Run:
             self.checkpoints.close()
 
     def evaluate(self, state: TrainState, num_batches: int) -> Evaluation:
-        """On the first `num_batches` of the held-out split; 0 = all of it."""
+        """On `num_batches` batches from all over the held-out split; 0 = all of it."""
         config = self.experiment.config
         batches = heldout_batches(
             self.data.heldout,

@@ -69,7 +69,17 @@ def test_heldout_covers_every_target_once(num_tokens):
     assert {batch["targets"].shape for batch in batches} == {(4, 16)}
     for batch in batches:
         assert np.array_equal(batch["segment_ids"] > 0, batch["weights"] > 0)
-    assert len(list(heldout_batches(counting_stream(200), batch_size=4, sequence_length=16, max_batches=2))) == 2
+
+
+@pytest.mark.parametrize("process_count", [1, 2])
+def test_a_short_evaluation_sees_rows_from_all_over_the_split(process_count):
+    stream, options = counting_stream(16 * 40 + 1), {"batch_size": 4, "sequence_length": 16, "max_batches": 2}
+    parts = [
+        list(heldout_batches(stream, process_index=index, process_count=process_count, **options))
+        for index in range(process_count)
+    ]
+    rows = [batch["inputs"][:, 0] // 16 for step in zip(*parts, strict=True) for batch in step]
+    assert np.concatenate(rows).tolist() == [0, 5, 10, 15, 20, 25, 30, 35]
 
 
 def test_heldout_weights_are_the_targets_of_bits_per_byte():
