@@ -210,9 +210,8 @@ def load(path: Path | None) -> dict[Run, Result]:
 
 
 def _arguments() -> argparse.Namespace:
-    default_ratio = (
-        ablation.get_config().optimizer.geometry_learning_rate / ablation.get_config().optimizer.learning_rate
-    )
+    optimizer = ablation.get_config().optimizer
+    default_ratio = round(optimizer.geometry_learning_rate / optimizer.learning_rate, 6)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", default=";".join(VARIANTS), help="separated by a semicolon (default: all)")
     parser.add_argument("--steps", type=int, default=350, help="optimizer steps of each run (default: 350)")
