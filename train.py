@@ -84,6 +84,9 @@ def main(argv: list[str]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # a full disk, where nothing more can be said about it
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
     except Stopped as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_status)

@@ -13,7 +13,7 @@ def get_config() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
 
     c.seed = 0  # every random choice (weights, projections, data order) is a function of this and the step
-    c.num_steps = 1000  # optimizer steps
+    c.num_steps = 1000  # optimizer steps; a resumed run may have more, and a cosine then ends later
     c.batch_size = 16  # sequences an optimizer step, over all devices
     c.sequence_length = 512  # tokens a sequence
     c.accumulation_steps = 1  # micro-batches an optimizer step; divides batch_size
@@ -57,7 +57,7 @@ def get_config() -> ml_collections.ConfigDict:
         "bytes"  # bytes | bpe:<vocab> (trained on the training split) | a tokenizer.json | a SentencePiece .model
     )
     # ("" with array_record: whatever the data was prepared with)
-    d.heldout_fraction = 0.05  # of the documents, chosen by a hash of each; never trained on
+    d.heldout_fraction = 0.0  # of the documents, chosen by a hash of each, never trained on; 0 = 0.05, or as prepared
     d.num_workers = 0  # grain worker processes; 0 = threads in this process
 
     o = c.optimizer = ml_collections.ConfigDict()  # AdamW
@@ -80,7 +80,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     k = c.checkpoint = ml_collections.ConfigDict()
     k.every = 100  # steps; 0 = only at the end
-    k.keep = 3  # newest checkpoints kept; the best by held-out loss is kept beside them
+    k.keep = 3  # newest checkpoints kept; beside them the best by held-out loss, of steps that are evaluated too
 
     g = c.log = ml_collections.ConfigDict()
     g.every = 10  # steps between lines of metrics.jsonl

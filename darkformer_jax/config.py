@@ -150,7 +150,7 @@ def _validate_training(config: ml_collections.ConfigDict) -> None:
         f"sample.prompts = {sample.prompts}: must be strings",
     )
     fraction = config.data.heldout_fraction
-    _require(0 < fraction < 1, f"data.heldout_fraction = {fraction}: must be between 0 and 1")
+    _require(0 <= fraction < 1, f"data.heldout_fraction = {fraction}: must be at least 0 and below 1")
 
 
 def pattern_of(model: ml_collections.ConfigDict) -> tuple[str, ...]:

@@ -73,8 +73,8 @@ RULES = [
     ({"optimizer.final_fraction": 1.5}, r"optimizer.final_fraction = 1.5: must be in \[0, 1\]"),
     ({"sample.top_p": 0.0}, r"sample.top_p = 0.0: must be in \(0, 1\]"),
     ({"sample.prompts": ("def ", 1)}, r"sample.prompts = \('def ', 1\): must be strings"),
-    ({"data.heldout_fraction": 0.0}, "data.heldout_fraction = 0.0: must be between 0 and 1"),
-    ({"data.heldout_fraction": 1.0}, "data.heldout_fraction = 1.0: must be between 0 and 1"),
+    ({"data.heldout_fraction": -0.1}, "data.heldout_fraction = -0.1: must be at least 0 and below 1"),
+    ({"data.heldout_fraction": 1.0}, "data.heldout_fraction = 1.0: must be at least 0 and below 1"),
 ]
 
 

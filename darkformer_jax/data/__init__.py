@@ -1,6 +1,7 @@
 """Text on disk to batches of tokens: sources, tokenizers, streams, batches. Knows nothing of models or configs."""
 
 import dataclasses
+import hashlib
 
 from darkformer_jax.data.batches import Batch, heldout_batches, num_rows, train_batches
 from darkformer_jax.data.heldout import HeldoutSplit
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 PREPARED_SOURCE = "array_record"
+DEFAULT_HELDOUT_FRACTION = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,11 @@ class Data:
     heldout: TokenStream
     tokenizer: Tokenizer
     heldout_documents: tuple[str, ...] | None
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hexadecimal) of both splits' tokens: what batches and held-out figures are functions of."""
+        return hashlib.sha256((self.train.fingerprint + self.heldout.fingerprint).encode()).hexdigest()
 
     def heldout_text(self) -> bytes | None:
         """The held-out documents as UTF-8, end to end: `heldout.num_bytes` bytes. None for prepared data."""
@@ -66,7 +73,7 @@ def load_data(
       source: stdlib | text | news, read into memory; array_record, read from a prepared directory as training goes.
       files: globs or directories of the source; for array_record the prepared directory.
       tokenizer: bytes | bpe:<n> | a path. For array_record: the one the data was prepared with, or "".
-      heldout_fraction: of the documents; for array_record the preparation has decided.
+      heldout_fraction: of the documents; 0 = 0.05. For array_record the preparation's, or 0.
       tokenizer_dir: a workdir; a tokenizer saved there is used and must match.
       verify: array_record: compare the shards' hashes, which reads all of them once.
 
@@ -75,7 +82,7 @@ def load_data(
     """
     saved = load_tokenizer(tokenizer_dir) if tokenizer_dir and has_tokenizer(tokenizer_dir) else None
     if source == PREPARED_SOURCE:
-        train, heldout, prepared_with = load_prepared(files, verify=verify)
+        train, heldout, prepared_with = load_prepared(files, heldout_fraction, verify=verify)
         if tokenizer:
             check_tokenizer_is(tokenizer, prepared_with, files)
         if saved and saved.fingerprint != prepared_with.fingerprint:
@@ -90,7 +97,8 @@ def load_data(
     if saved:
         check_tokenizer_is(tokenizer, saved, tokenizer_dir or "")
     texts: tuple[list[str], list[str]] = ([], [])
-    for is_heldout, document in HeldoutSplit(open_corpus(source, files), heldout_fraction).documents():
+    split = HeldoutSplit(open_corpus(source, files), heldout_fraction or DEFAULT_HELDOUT_FRACTION)
+    for is_heldout, document in split.documents():
         texts[is_heldout].append(document.text)
     used = saved or make_tokenizer(tokenizer, lambda: texts[False])
     return Data(memory_stream(texts[False], used), memory_stream(texts[True], used), used, tuple(texts[True]))

@@ -127,16 +127,19 @@ def _write_splits(
     }
 
 
-def load_prepared(directory: str, *, verify: bool = True) -> tuple[RecordStream, RecordStream, Tokenizer]:
+def load_prepared(
+    directory: str, heldout_fraction: float = 0, *, verify: bool = True
+) -> tuple[RecordStream, RecordStream, Tokenizer]:
     """The training stream, the held-out stream and the tokenizer of a prepared directory.
 
     Args:
       directory: what `prepare` wrote.
+      heldout_fraction: what it must have been prepared with; 0 = anything.
       verify: read every shard once and compare its SHA-256 with the manifest's.
 
     Raises:
-      UserError: no finished preparation there, another format version, a tokenizer that is not the manifest's, a shard
-        that is missing or (verify) damaged.
+      UserError: no finished preparation there, another format version or held-out fraction, a tokenizer that is not
+        the manifest's, a shard that is missing or (verify) damaged.
     """
     manifest = _read_manifest(directory)
     tokenizer = load_tokenizer(directory)
@@ -148,6 +151,11 @@ def load_prepared(directory: str, *, verify: bool = True) -> tuple[RecordStream,
             raise UserError(
                 f"the tokenizer in {directory} (fingerprint {tokenizer.fingerprint[:12]}) is not the one its shards"
                 f" were made with (fingerprint {expected[:12]} in {MANIFEST})"
+            )
+        if heldout_fraction not in (0, manifest["heldout_fraction"]):
+            raise UserError(
+                f"data.heldout_fraction = {heldout_fraction}, but {directory} was prepared with "
+                f"{manifest['heldout_fraction']}; allowed: that, or 0 for whatever it was prepared with"
             )
         streams = [_open_stream(directory, manifest["splits"][name], tokenizer, verify) for name in SPLITS]
     except (KeyError, TypeError, ValueError) as error:

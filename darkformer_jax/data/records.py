@@ -117,7 +117,7 @@ class RecordStream:
       directory: where the shards lie.
       shards: in order.
       vocab_size: decides the width of a token.
-      num_tokens, num_documents, num_bytes, starts_are_targets: see TokenStream.
+      num_tokens, num_documents, num_bytes, starts_are_targets: see TokenStream. `fingerprint` is the shards'.
     """
 
     def __init__(
@@ -140,6 +140,7 @@ class RecordStream:
         self.num_documents = num_documents
         self.num_bytes = num_bytes
         self.starts_are_targets = starts_are_targets
+        self.fingerprint = hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()
 
     def read(self, starts: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
         positions = starts[:, None] + np.arange(length)

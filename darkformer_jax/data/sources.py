@@ -184,7 +184,7 @@ def _stdlib_corpus() -> Corpus:
             on_read(len(text.encode("utf-8")))
             yield Document(f"{_TOPICS}/{topic}", text)
 
-    num_bytes = sum(os.path.getsize(path) for _, path in modules)
+    num_bytes = sum(os.path.getsize(path) for _, path in modules if os.path.exists(path))  # no dangling links
     num_bytes += sum(len(text.encode("utf-8")) for _, text in topics)
     return Corpus(num_bytes, documents, identity_by_name)
 

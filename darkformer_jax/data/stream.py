@@ -5,6 +5,7 @@ the token after it, and the end of a document is predicted as the separator that
 bos d1 eos bos d2 eos ..., and what follows an eos is not predicted.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
@@ -23,12 +24,14 @@ class TokenStream(Protocol):
       num_documents: documents.
       num_bytes: UTF-8 bytes of the documents' text, the unit of "bits per byte".
       starts_are_targets: whether a document's first token is predicted from the token before it (bos == eos).
+      fingerprint: SHA-256 (hexadecimal) that changes with any token.
     """
 
     num_tokens: int
     num_documents: int
     num_bytes: int
     starts_are_targets: bool
+    fingerprint: str
 
     def read(self, starts: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
         """`length` tokens from each position of `starts`.
@@ -60,6 +63,7 @@ class MemoryStream:
         self.num_documents = int(is_start.sum())
         self.num_bytes = num_bytes
         self.starts_are_targets = starts_are_targets
+        self.fingerprint = hashlib.sha256(tokens.tobytes() + np.packbits(is_start).tobytes()).hexdigest()
 
     def read(self, starts: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
         positions = starts[:, None] + np.arange(length)

@@ -139,11 +139,15 @@ def init_state(
 def _positions(
     segment_ids: Int[Array, "n"], last_segment: Int[Array, ""], document_length: Int[Array, ""]
 ) -> tuple[Int[Array, "n"], Int[Array, ""], Int[Array, ""]]:
-    """Each token's place in its document, and the last document's id and length so far."""
-    index = jnp.arange(segment_ids.shape[0])
-    before = jnp.concatenate([last_segment[None], segment_ids[:-1]])
-    starts = jnp.where(segment_ids != before, index, -document_length)
-    positions = index - jax.lax.cummax(starts)
+    """Each token's place in its document, and the last document's id and length so far. Padding takes no place."""
+    real = segment_ids != 0
+    latest = jax.lax.cummax(jnp.where(real, jnp.arange(segment_ids.shape[0]), -1))
+    latest = jnp.concatenate([jnp.full(1, -1, latest.dtype), latest[:-1]])  # the real token before each
+    before = jnp.where(latest >= 0, segment_ids[latest], last_segment)
+    ones = real.astype(jnp.int32)
+    count = jnp.cumsum(ones) - ones  # real tokens before each
+    starts = jnp.where(real & (segment_ids != before), count, -document_length)
+    positions = count - jax.lax.cummax(starts)
     last = last_nonzero(segment_ids)
     return (
         positions,
@@ -177,9 +181,10 @@ def _check_shapes(q: Array, k: Array, v: Array, segment_ids: Array | None) -> No
         raise UserError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} key/value heads")
     if not q.shape[1]:
         raise UserError("the sequence is empty: length must be at least 1")
-    if len({q.dtype, k.dtype, v.dtype}) > 1 or not jnp.issubdtype(q.dtype, jnp.floating):
+    if len({q.dtype, k.dtype, v.dtype}) > 1 or q.dtype not in (jnp.bfloat16, jnp.float32, jnp.float64):
         raise UserError(
-            f"q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}; they must share one floating dtype"
+            f"q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}; they must share one of bfloat16, float32, "
+            "float64 (sums over features exceed what float16 holds)"
         )
     if segment_ids is not None and segment_ids.shape != q.shape[:2]:
         raise UserError(f"segment_ids have shape {segment_ids.shape}; expected {q.shape[:2]}")

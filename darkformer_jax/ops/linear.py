@@ -139,12 +139,16 @@ def _fold_sinks(sinks: Sinks, chunk: Recent, is_sink: Bool[Array, "c"], same: Bo
         None, :
     ]  # [s, c], one-hot rows
     found = jnp.any(slot, axis=1)
-    pick = slot.astype(chunk.keys.dtype)
     return Sinks(
-        keys=jnp.where(found[:, None], pick @ chunk.keys, sinks.keys),
-        values=jnp.where(found[:, None], pick.astype(chunk.values.dtype) @ chunk.values, sinks.values),
+        keys=jnp.where(found[:, None], _pick(slot, chunk.keys), sinks.keys),
+        values=jnp.where(found[:, None], _pick(slot, chunk.values), sinks.values),
         filled=(sinks.filled & same) | found,
     )
+
+
+def _pick(one_hot: Bool[Array, "s c"], x: Float[Array, "c d"]) -> Float[Array, "s d"]:
+    """The rows of x that `one_hot` marks, exactly: by default accelerators would round them in the product."""
+    return jnp.matmul(one_hot.astype(x.dtype), x, precision=jax.lax.Precision.HIGHEST)
 
 
 def last_nonzero(segments: Int[Array, "n"]) -> Int[Array, ""]:

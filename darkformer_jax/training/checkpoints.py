@@ -195,6 +195,13 @@ class Checkpoints:
         names = (_MANIFEST.fullmatch(entry.name) for entry in self.directory.iterdir())
         return sorted(int(name[1]) for name in names if name)
 
+    def steps_without_manifest(self) -> list[int]:
+        """Step directories that Orbax finished and that do not count, ascending."""
+        if not self.directory.is_dir():
+            return []
+        names = {entry.name for entry in self.directory.iterdir() if entry.is_dir() and entry.name.isdecimal()}
+        return sorted({int(name) for name in names} - set(self.committed_steps()))
+
     def latest_good_step(self) -> int | None:
         """The newest step whose bytes match its manifest; None if no step was ever committed.
 

@@ -4,6 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -15,7 +16,7 @@ from darkformer_jax.training.checkpoints import Checkpoints
 from darkformer_jax.training.evaluation import Evaluation, evaluate, make_eval_step, put_batch
 from darkformer_jax.training.flops import device_peak_flops
 from darkformer_jax.training.init_from import initialize_from
-from darkformer_jax.training.metrics import MetricWriter
+from darkformer_jax.training.metrics import METRICS_FILE, MetricWriter, read_metrics
 from darkformer_jax.training.progress import Progress, device_memory_bytes, host_memory_bytes
 from darkformer_jax.training.setup import Experiment, tokens_per_byte
 from darkformer_jax.training.step import Metrics, TrainState, from_saved, make_state_init, make_train_step, to_saved
@@ -84,14 +85,34 @@ class Run:
                 to_saved(experiment.shardings),
             )
             step, saved = self.checkpoints.restore(wanted)
+            if step > config.num_steps:
+                raise UserError(f"num_steps = {config.num_steps}, but {self.workdir} is at step {step} already")
             progress.note(f"resuming {self.workdir} from step {step}")
             return step, from_saved(saved, experiment.abstract)
+        self._require_new()
         init = make_state_init(experiment.network, experiment.optimizer, config.seed)
         state = jax.jit(init, out_shardings=experiment.shardings)()
         if config.init_from:
             state, report = initialize_from(config.init_from, experiment, state)
             progress.note(report)
         return 0, state
+
+    def _require_new(self) -> None:
+        """Raises UserError where checkpoints must have been lost: starting again would overwrite what is left.
+
+        A kill during the first save leaves at most one finished step without its manifest, and no line of metrics
+        that comes after the second save began, which had waited for the first.
+        """
+        if not (Path(self.workdir) / METRICS_FILE).exists():
+            return
+        reached = max((line["step"] for line in read_metrics(self.workdir)), default=0)
+        stray, every = self.checkpoints.steps_without_manifest(), self.experiment.config.checkpoint.every
+        if len(stray) > 1 or (every and reached > 2 * every):
+            found = f"; steps {', '.join(map(str, stray))} have no .sha256.json" if stray else ""
+            raise UserError(
+                f"workdir {self.workdir} has metrics up to step {reached}, but no checkpoint in "
+                f"{self.checkpoints.directory}{found}; bring the checkpoints back or use a new workdir"
+            )
 
     def train(self, step: int, state: TrainState, progress: Progress) -> tuple[TrainState, Evaluation]:
         """Trains from what `start` returned to the last step and evaluates.
@@ -117,14 +138,15 @@ class Run:
                     save_now = signum is not None or last or self.checkpoints.due(step)
                     if evaluate_now or save_now:
                         log.flush()
-                    evaluation = None
-                    if evaluate_now or last:
-                        evaluation = self.evaluate(state, 0 if last else config.eval.batches)
+                    # Of the same batches at every step, so that the best checkpoint is the best at one thing.
+                    regular = self.evaluate(state, config.eval.batches) if evaluate_now or last else None
+                    evaluation = self.evaluate(state, 0) if last and config.eval.batches else regular
+                    if evaluation:
                         log.evaluated(step, evaluation)
                     if save_now:
                         # Step N's loss is that of the weights before its update: those after it are what is saved.
                         self._require_finite(step, evaluation or self.evaluate(state, 1))
-                        self.checkpoints.save(step, to_saved(state), evaluation.as_metrics() if evaluation else None)
+                        self.checkpoints.save(step, to_saved(state), regular.as_metrics() if regular else None)
                     if signum is not None:
                         self.checkpoints.wait()
                         raise Stopped(signum, step)

@@ -1,16 +1,20 @@
 """metrics.jsonl and TensorBoard events: what a run measured, in an order that a kill and a resume do not change."""
 
+import contextlib
 import json
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from time import time as clock
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from darkformer_jax.errors import UserError
 from darkformer_jax.training.workdir import write_atomically
@@ -47,8 +51,7 @@ class MetricWriter:
                 kept = [line for line in _parse(self._path) if line["step"] < first_step]
                 write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
             self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-            # purge_step makes TensorBoard forget the steps that will be written again.
-            self._events = SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=first_step)
+            self._events = _open_events(self._path.parent / "tensorboard", first_step)
         except OSError as error:
             raise self._not_written(error) from error
 
@@ -74,18 +77,32 @@ class MetricWriter:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
             for name, number in {**numbers, **{f"time/{name}": number for name, number in timings.items()}}.items():
-                self._events.add_scalar(name, number, int(step))
+                self._events.write_event(Event(wall_time=clock(), step=int(step), summary=scalar(name, number)))
+            self._events.flush()
         except OSError as error:
             raise self._not_written(error) from error
 
     def close(self) -> None:
-        """Writes out the TensorBoard events and closes both files."""
+        """Closes both files. `write` has flushed them: what cannot be written now was already refused."""
         if self._writes:
-            self._file.close()
-            self._events.close()
+            for file in (self._file, self._events):
+                with contextlib.suppress(OSError):
+                    file.close()
 
     def _not_written(self, error: OSError) -> UserError:
         return UserError(f"{self._path} cannot be written: {error.strerror or error}")
+
+
+def _open_events(directory: Path, first_step: int) -> EventsWriter:
+    """A new event file that makes TensorBoard forget the steps that will be written again.
+
+    tensorboardX's SummaryWriter writes in a thread, which a full disk ends without a word; then its queue blocks.
+    """
+    directory.mkdir(exist_ok=True)
+    events = EventsWriter(str(directory / "events"), f".{os.getpid()}")
+    events.write_event(Event(wall_time=clock(), step=first_step, session_log=SessionLog(status=SessionLog.START)))
+    events.flush()
+    return events
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from darkformer_jax.training.progress import Progress
 from darkformer_jax.training.report import compressors, loss_curve
 from darkformer_jax.training.setup import Experiment
 from darkformer_jax.training.step import TrainState
-from darkformer_jax.training.workdir import check_config, write_atomically, write_config
+from darkformer_jax.training.workdir import check_config, check_data, write_atomically, write_config, write_data
 
 
 def dry_run(config: ml_collections.ConfigDict) -> None:
@@ -34,6 +34,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     started = time.perf_counter()
     progress.note(f"workdir {workdir}; reading {config.data.source} {config.data.files}".rstrip())
     data = _load_data(config, workdir)
+    check_data(workdir, data.fingerprint)
     if config.init_from:
         check_same_tokenizer(config.init_from, data.tokenizer.fingerprint)
     experiment = Experiment.of(config, data.tokenizer.vocab_size)
@@ -44,6 +45,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     training = Run(experiment, data, workdir)
     step, state = training.start(progress)
     write_config(workdir, config.to_dict())  # only now: a mistake in data or init_from must not claim the directory
+    write_data(workdir, data.fingerprint)
     if jax.process_index() == 0 and not has_tokenizer(workdir):
         data.tokenizer.save(workdir)
     state, evaluation = training.train(step, state, progress)

@@ -1,6 +1,6 @@
 """The run's directory: config.json is written once, compared on every later start, and nothing foreign is overwritten.
 
-It holds config.json, checkpoints/, metrics.jsonl, tensorboard/, samples.txt and the plots.
+It holds config.json, data.json, checkpoints/, metrics.jsonl, tensorboard/, samples.txt and the plots.
 """
 
 import json
@@ -14,6 +14,7 @@ import jax
 from darkformer_jax.errors import UserError
 
 CONFIG_FILE = "config.json"
+DATA_FILE = "data.json"
 
 # What a resumed run may change: how long it runs, what it prints and keeps, and how the same batch is laid out on the
 # devices. Everything else would continue another experiment under the old one's name.
@@ -90,6 +91,28 @@ def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path} holds a {type(config).__name__}, not a config")
     return config
+
+
+def check_data(workdir: str | os.PathLike[str], fingerprint: str) -> None:
+    """Raises UserError where a run of `workdir` trained on other tokens than those of `fingerprint`."""
+    path = _local(workdir) / DATA_FILE
+    if not path.exists():
+        return
+    try:
+        saved = json.loads(path.read_bytes())["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if saved != fingerprint:
+        raise UserError(
+            f"workdir {workdir} was trained on other data (fingerprint {saved[:12]}, now {fingerprint[:12]}): files "
+            "changed, or this is another Python's library; use a new workdir or bring the data back"
+        )
+
+
+def write_data(workdir: str | os.PathLike[str], fingerprint: str) -> None:
+    """Notes what `check_data` compares. On a pod process 0 writes."""
+    if jax.process_index() == 0 and not (_local(workdir) / DATA_FILE).exists():
+        write_atomically(_local(workdir) / DATA_FILE, (json.dumps({"fingerprint": fingerprint}) + "\n").encode())
 
 
 def _as_read_back(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,6 +43,9 @@ def test_prepared_data_equals_data_in_memory(spec, corpus, arguments, tmp_path):
     from_disk = load_data("array_record", out, spec, 0.1)
     assert from_disk.tokenizer.fingerprint == in_memory.tokenizer.fingerprint
     assert from_disk.heldout_text() is None
+    assert load_data("array_record", out, "", 0).fingerprint == from_disk.fingerprint
+    with pytest.raises(UserError, match=r"heldout_fraction = 0.2, but .* was prepared with 0.1; allowed"):
+        load_data("array_record", out, spec, 0.2)
     assert len(in_memory.heldout_text()) == in_memory.heldout.num_bytes
     for name in ("train", "heldout"):
         stream, expected = getattr(from_disk, name), getattr(in_memory, name)

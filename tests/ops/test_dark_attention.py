@@ -126,6 +126,8 @@ def assert_gradients_close(got, want, limit, names="qkvwM"):
     ("length", "shape", "segments", "options"),
     [
         (1, {}, None, PURE),
+        (1, {}, None, HYBRID),
+        (63, {"heads": (4, 2)}, None, {"chunk_size": 7, "window": 14, "num_sinks": 2}),
         (63, {"heads": (4, 2), "batch": 2}, None, PURE),
         (500, {}, (100, 1, 250, 149), {"chunk_size": 128}),
         (500, {"heads": (4, 2)}, (100, 1, 250, 149), {"chunk_size": 16, "window": 32, "num_sinks": 3}),
@@ -428,7 +430,8 @@ BAD_INPUTS = [
     ({"v": V[:, :, :1]}, r"v \(1, 4, 1, 8\) do not fit"),
     ({"q": Q[:, :, :3]}, "3 query heads are not a multiple of 2 key/value heads"),
     ({"q": Q[:, :0], "k": K[:, :0], "v": V[:, :0]}, "the sequence is empty"),
-    ({"q": Q.astype(jnp.bfloat16)}, "dtypes bfloat16, float32 and float32; they must share one floating dtype"),
+    ({"q": Q.astype(jnp.bfloat16)}, "dtypes bfloat16, float32 and float32; they must share one of"),
+    ({name: x.astype(np.float16) for name, x in zip("qkv", X[:3], strict=True)}, "float16, .*what float16 holds"),
     ({name: x.astype(np.int32) for name, x in zip("qkv", X[:3], strict=True)}, "dtypes int32, int32 and int32"),
     ({"segment_ids": np.ones((1, 5), np.int32)}, r"segment_ids have shape \(1, 5\); expected \(1, 4\)"),
     ({"chunk_size": 0}, "chunk_size = 0, which must be positive"),
@@ -467,3 +470,22 @@ def test_what_does_not_fit_is_refused(changes, message):
     arguments = {"q": Q, "k": K, "v": V, "projections": W, "geometry": M} | changes
     with pytest.raises(UserError, match=message):
         dark_attention(**arguments)
+
+
+@pytest.mark.parametrize("options", [PURE, HYBRID])
+def test_padding_in_front_of_a_continuation_takes_no_place(options):
+    x = draw(60)
+    projections = {"projections": x.w, "geometry": x.M, "return_state": True, **options}
+    _, state = jax.jit(functools.partial(dark_attention, **projections))(*part(x, 0, 32)[:3])
+    rest = part(x, 32, 60)
+    whole = attend(x, **options)[:, 32:]
+    padded = [np.concatenate([np.full((1, 16, *leaf.shape[2:]), 7, leaf.dtype), leaf], axis=1) for leaf in rest[:3]]
+    ids = np.array([[0] * 16 + [1] * 28], np.int32)
+    out, after = jax.jit(functools.partial(dark_attention, **projections))(*padded, segment_ids=ids, state=state)
+    assert after.document_length.tolist() == [60]
+    if options is PURE:
+        assert_rows_close(out[:, 16:], whole, 2e-5)
+    else:  # chunks are the row's, so other keys are seen exactly; the sinks stay the document's
+        assert state.sinks.filled.all()
+        np.testing.assert_array_equal(after.sinks.keys, state.sinks.keys)
+        np.testing.assert_array_equal(after.sinks.values, state.sinks.values)

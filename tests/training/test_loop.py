@@ -248,3 +248,31 @@ def test_weights_that_overflow_are_not_saved_though_their_step_had_a_finite_loss
         run(config, str(tmp_path / "run"))
     assert Checkpoints(tmp_path / "run").committed_steps() == []
     assert [line["step"] for line in metrics_without_time(tmp_path / "run")] == [1]
+
+
+def test_lost_checkpoints_or_other_data_are_refused_and_nothing_is_overwritten(tmp_path, text):
+    config = tiny_config(data__files=text, num_steps=9, checkpoint__every=3, log__every=1)
+    workdir = tmp_path / "run"
+    run(config, str(workdir))
+
+    def files():
+        return {path: path.read_bytes() for path in sorted(workdir.rglob("*")) if path.is_file()}
+
+    config.num_steps = 6
+    before = files()
+    with pytest.raises(UserError, match=r"num_steps = 6, but .* is at step 9 already"):
+        run(config, str(workdir))
+    config.num_steps = 9
+    for manifest in (workdir / "checkpoints").glob("*.json"):
+        manifest.unlink()
+        del before[manifest]
+    with pytest.raises(
+        UserError, match=r"metrics up to step 9, but no checkpoint in .*; steps .*9 have no .sha256.json"
+    ):
+        run(config, str(workdir))
+    assert files() == before
+    with open(text, "a") as file:
+        file.write("one more document")
+    with pytest.raises(UserError, match="was trained on other data"):
+        run(config, str(workdir))
+    assert files() == before

@@ -1,6 +1,9 @@
 import json
 import logging
+import re
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +120,27 @@ def test_a_file_that_cannot_be_written_or_read(tmp_path: Path) -> None:
         MetricWriter(tmp_path)
     with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read: No such file"):
         read_metrics(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("full", ["metrics.jsonl", "tensorboard"])
+def test_a_disk_that_fills_up_is_one_clear_error_and_never_a_wait(tmp_path: Path, full: str) -> None:
+    program = f"""
+import resource, signal
+from darkformer_jax.errors import UserError
+from darkformer_jax.training.metrics import MetricWriter
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit then fails as on a full disk
+writer = MetricWriter({str(tmp_path)!r})
+if {full!r} == "metrics.jsonl":
+    writer._file.write("x" * 20_000)
+    writer._file.flush()
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_100, 20_100))
+try:
+    for step in range(10_000):
+        writer.write(step, {{"loss": 1.0}}, time={{f"t{{i}}": 1.0 for i in range(20)}})
+except UserError as error:
+    print(step, error)
+writer.close()
+"""
+    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert re.fullmatch(rf"\d+ {re.escape(str(tmp_path))}.* cannot be written: File too large\n", child.stdout)
+    assert not child.stderr
