@@ -24,7 +24,7 @@ import tqdm
 
 from configs import ablation
 from darkformer_jax.config import validate
-from darkformer_jax.data import Data, heldout_batches, load_data, train_batches
+from darkformer_jax.data import Data, TokenStream, heldout_batches, load_data, train_batches
 from darkformer_jax.training.evaluation import put_batch
 from darkformer_jax.training.setup import Experiment, tokens_per_byte
 from darkformer_jax.training.step import make_state_init, make_train_step
@@ -201,6 +201,27 @@ def table(results: dict[Run, Result]) -> str:
     return "\n".join(lines)
 
 
+def ngram_bits(data: Data, order: int) -> float:
+    """Held-out bits a token given the `order` tokens before it alone, by counts that back off to the order below."""
+    size = data.tokenizer.vocab_size
+
+    def contexts(stream: TokenStream) -> tuple[np.ndarray, np.ndarray]:
+        tokens = stream.read(np.zeros(1, np.int64), stream.num_tokens)[0][0].astype(np.int64)
+        count = len(tokens) - order
+        before = sum((tokens[i : i + count] * size ** (order - 1 - i) for i in range(order)), np.zeros(count, np.int64))
+        return before, tokens[order:]
+
+    probabilities = np.full((1, size), 1 / size)
+    before, after = contexts(data.train)
+    for shorter in range(order + 1):
+        places = (before % size**shorter) * size + after
+        counts = np.bincount(places, minlength=size ** (shorter + 1)).reshape(size**shorter, size)
+        below = probabilities[np.arange(size**shorter) % len(probabilities)]
+        probabilities = (counts + below) / (counts.sum(axis=1, keepdims=True) + 1)
+    before, after = contexts(data.heldout)
+    return float(-np.log2(probabilities[before, after]).mean())
+
+
 def load(path: Path | None) -> dict[Run, Result]:
     """What <out>.jsonl holds."""
     if path is None or not path.exists():
@@ -269,8 +290,11 @@ def main() -> None:
                     )
     if log:  # with what another process may have added meanwhile
         results = load(log)
-        args.out.with_suffix(".md").write_text(table(results) + "\n")
-    print(table(results if log else {run: results[run] for run in runs}))
+    orders = ", ".join(f"{order}: {ngram_bits(data, order) * tokens_per_byte(data.heldout):.3f}" for order in range(3))
+    text = table(results) + f"\n\nBits per byte given only the last n bytes, by counts, n = {orders}.\n"
+    if log:
+        args.out.with_suffix(".md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

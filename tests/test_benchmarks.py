@@ -1,6 +1,9 @@
 import numpy as np
 
-from benchmarks.learning import FAR, REPEATED, Result, Run, repeat_distance, table
+from benchmarks.learning import FAR, REPEATED, Result, Run, ngram_bits, repeat_distance, table
+from darkformer_jax.data import Data
+from darkformer_jax.data.stream import memory_stream
+from darkformer_jax.data.tokenizers import BytesTokenizer
 
 
 def test_a_repeat_is_found_in_its_own_document_only():
@@ -29,3 +32,11 @@ def test_the_table_shows_the_best_learning_rate_by_the_mean_over_seeds():
     )
     assert len(lines.splitlines()) == 3
     assert "| 0.001 of 0.001, 0.01 | 2.100 ± 0.141 |" in lines
+
+
+def test_ngram_bits_of_a_text_that_its_last_byte_decides():
+    texts = ["ab" * 200], ["ab" * 50]
+    train, heldout = (memory_stream(part, BytesTokenizer()) for part in texts)
+    data = Data(train, heldout, BytesTokenizer(), None)
+    assert 0.9 < ngram_bits(data, 0) < 1.3
+    assert ngram_bits(data, 1) < 0.2
