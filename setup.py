@@ -18,12 +18,14 @@ CORE = [
     "numpy>=2.1",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
+    "safetensors>=0.8",
     "sentencepiece>=0.2.1",
     "tensorboardX>=2.6.4",
     "tokenizers>=0.22",
     "tqdm>=4.66",
 ]
-TEST = ["pytest>=8.4", "pytest-xdist>=3.8"]
+GGUF = ["gguf>=0.17"]  # reads llama.cpp's files
+TEST = ["pytest>=8.4", "pytest-xdist>=3.8", *GGUF, "torch>=2.9", "transformers>=5.0"]  # ours = theirs, on the CPU
 DEV = ["mypy>=1.18", "ruff>=0.14"]
 
 setup(
@@ -38,6 +40,7 @@ setup(
     extras_require={
         "test": TEST,
         "dev": TEST + DEV,
+        "gguf": GGUF,
         "gpu": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
         "peers": ["darkformer-pytorch==1.0.0", "performer-pytorch", "torch"],  # only benchmarks/ compares with them

@@ -3,6 +3,7 @@
 python train.py                                                          the quickstart: a small model, real text
 python train.py --config=configs/lm_1b.py --workdir=runs/lm_1b           another experiment
 python train.py --config=configs/ablation.py:attention=performer,m=128   an ablation
+python train.py --config=configs/finetune.py:dark --config.init_from=runs/smollm2   a pretrained model, fine-tuned
 python train.py --config.optimizer.learning_rate=1e-3 --dry_run          override any field; print sizes and stop
 """
 

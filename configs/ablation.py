@@ -12,7 +12,7 @@ overridden as ever: --config.model.qk_norm=True. Bytes of the Python standard li
 import ml_collections
 
 from configs import base
-from darkformer_jax.errors import UserError
+from configs.arguments import set_arguments
 
 FIELDS = {
     "attention": ("model.attention.kind", str),
@@ -39,13 +39,5 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
     c.eval.batches = 16
     c.checkpoint.every = 100
     c.checkpoint.keep = 1
-    for argument in filter(None, arguments.split(",")):
-        name, _, value = argument.partition("=")
-        if name not in FIELDS:
-            raise UserError(f"configs/ablation.py has no argument {name!r}; allowed: {', '.join(FIELDS)}")
-        field, kind = FIELDS[name]
-        try:
-            c.update_from_flattened_dict({field: kind(value)})
-        except ValueError as error:
-            raise UserError(f"configs/ablation.py: {argument!r}: expected {name}=<{kind.__name__}>") from error
+    set_arguments(c, filter(None, arguments.split(",")), FIELDS, "configs/ablation.py")
     return c

@@ -29,8 +29,22 @@ def get_config() -> ml_collections.ConfigDict:
     m.mlp_dim = 384  # hidden width of the gated MLP
     m.activation = "silu"  # of the MLP gate: silu (Llama) | gelu_tanh (Gemma)
     m.norm_eps = 1e-6
-    m.rope_theta = 10000.0
+    m.rope_theta = 10000.0  # of every layer; of all but the `softmax_local` ones where rope_local_theta is set
+    m.rope_local_theta = (
+        0.0  # of `softmax_local` layers, never scaled (Gemma 3: 10_000); 0 = rope_theta and its scaling
+    )
+    m.rope_scaling = "none"  # of rope_theta's frequencies: none | linear | llama3 (Llama 3.1) | yarn (arXiv 2309.00071)
+    m.rope_factor = 1.0  # linear, llama3, yarn: the new context length over that of pretraining
+    m.rope_low_freq_factor = 1.0  # llama3: fewer turns in rope_original_length than this are slowed by rope_factor
+    m.rope_high_freq_factor = 4.0  # llama3: more turns than this are kept; in between, a mixture
+    m.rope_original_length = 8192  # llama3, yarn: context of pretraining, tokens
+    m.rope_beta_fast = 32.0  # yarn: more turns in rope_original_length than this are kept
+    m.rope_beta_slow = 1.0  # yarn: fewer turns than this are slowed by rope_factor; in between, a mixture
+    m.rope_attention_factor = 0.0  # yarn: multiplies the rotated q and k; 0 = 0.1 ln(rope_factor) + 1
     m.qk_norm = False  # RMSNorm of each head's q and k before RoPE
+    m.qkv_bias = False  # biases of the projections to q, k and v (Qwen2)
+    m.norm_plus_one = False  # norms multiply by 1 + weight, and weights start at 0 (Gemma)
+    m.post_norms = False  # norms behind attention and behind the MLP too, before the residual sums (Gemma 2, 3)
     m.tie_embeddings = True
     m.scale_embeddings = False  # multiply embeddings by sqrt(embed_dim) (Gemma)
     m.logit_softcap = 0.0  # cap * tanh(logits / cap); 0 = none (Gemma 2: 30)
@@ -38,8 +52,12 @@ def get_config() -> ml_collections.ConfigDict:
     m.remat = "none"  # what the backward pass recomputes, per block: none | dots (keep matmul outputs) | full
 
     a = m.attention = ml_collections.ConfigDict()
-    a.kind = "dark"  # softmax | performer | dark | lfk | random | constant | window_only
+    a.kind = "dark"  # softmax | softmax_local | performer | dark | lfk | random | constant | window_only
     a.pattern = ""  # kinds of successive layers, repeated: "softmax,dark,dark"; "" = `kind` everywhere
+    # (its length need not divide num_layers: the last repetition is then cut short)
+    a.query_scale = 0.0  # of the products of q and k; 0 = head_dim^-0.5 (Gemma 2, 3: query_pre_attn_scalar^-0.5)
+    a.softcap = 0.0  # softmax, softmax_local: cap * tanh(logits / cap); 0 = none (Gemma 2: 50)
+    a.local_window = 0  # softmax_local: tokens that a query sees, its own included (Mistral, Gemma: sliding_window)
     a.num_features = 64  # m, random features a head
     a.projections = "orthogonal"  # iid | orthogonal | orthogonal_unsigned (biased; reproduces public Performer codes)
     a.redraw_every = 0  # optimizer steps between redraws of the projections; 0 = never
@@ -56,7 +74,7 @@ def get_config() -> ml_collections.ConfigDict:
     d.tokenizer = (
         "bytes"  # bytes | bpe:<vocab> (trained on the training split) | a tokenizer.json | a SentencePiece .model
     )
-    # ("" with array_record: whatever the data was prepared with)
+    # ("" with array_record: whatever the data was prepared with; else with init_from: its tokenizer)
     d.heldout_fraction = 0.0  # of the documents, chosen by a hash of each, never trained on; 0 = 0.05, or as prepared
     d.num_workers = 0  # grain worker processes; 0 = threads in this process
 

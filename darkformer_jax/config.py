@@ -1,5 +1,6 @@
 """From a config (ml_collections, or a workdir's JSON) to checked values; mistakes are found before any compile."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any, get_args
@@ -7,6 +8,7 @@ from typing import Any, get_args
 import ml_collections
 
 from darkformer_jax.attention import MECHANISMS
+from darkformer_jax.attention.positions import RopeScaling
 from darkformer_jax.attention.spec import AttentionSpec
 from darkformer_jax.errors import UserError
 from darkformer_jax.layers import ACTIVATIONS
@@ -17,6 +19,7 @@ from darkformer_jax.training.workdir import flat_fields
 SCHEDULES = ("cosine", "rsqrt", "constant")
 DTYPES = ("bfloat16", "float32")
 WINDOW_KINDS = ("performer", "dark", "lfk", "window_only")
+EXACT_KINDS = ("softmax", "softmax_local")
 
 _AT_LEAST_ONE = (
     "num_steps",
@@ -29,6 +32,8 @@ _AT_LEAST_ONE = (
     "model.num_kv_heads",
     "model.head_dim",
     "model.mlp_dim",
+    "model.rope_factor",
+    "model.rope_original_length",
     "model.attention.num_features",
     "model.attention.chunk_size",
     "eval.batch_size",
@@ -39,6 +44,11 @@ _AT_LEAST_ONE = (
 _AT_LEAST_ZERO = (
     "seed",
     "model.vocab_size",
+    "model.rope_local_theta",
+    "model.rope_attention_factor",
+    "model.attention.query_scale",
+    "model.attention.softcap",
+    "model.attention.local_window",
     "model.attention.redraw_every",
     "model.attention.window",
     "model.attention.num_sinks",
@@ -58,6 +68,10 @@ _AT_LEAST_ZERO = (
 _POSITIVE = [
     "model.norm_eps",
     "model.rope_theta",
+    "model.rope_low_freq_factor",
+    "model.rope_high_freq_factor",
+    "model.rope_beta_fast",
+    "model.rope_beta_slow",
     "model.attention.geometry_init",
     "optimizer.learning_rate",
     "optimizer.eps",
@@ -66,6 +80,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "model.activation": tuple(ACTIVATIONS),
     "model.dtype": DTYPES,
     "model.remat": ("none", *REMAT_POLICIES),
+    "model.rope_scaling": get_args(RopeScaling),
     "model.attention.kind": tuple(MECHANISMS),
     "model.attention.projections": get_args(ProjectionKind),
     "optimizer.schedule": SCHEDULES,
@@ -99,9 +114,11 @@ def _validate_model(model: ml_collections.ConfigDict) -> None:
     for kind in kinds:
         _require(kind in MECHANISMS, f"model.attention.pattern has {kind!r}: allowed: {', '.join(MECHANISMS)}")
     _require(
-        model.num_layers % len(kinds) == 0,
-        f"model.attention.pattern has {len(kinds)} entries; model.num_layers = {model.num_layers} is no multiple of it",
+        len(kinds) <= model.num_layers,
+        f"model.attention.pattern has {len(kinds)} entries, more than model.num_layers = {model.num_layers}",
     )
+    _validate_rope(model, kinds)
+    _validate_exact(attention, kinds)
     _require(
         attention.window % attention.chunk_size == 0,
         f"model.attention.window = {attention.window} is not a multiple of chunk_size = {attention.chunk_size}",
@@ -125,6 +142,51 @@ def _validate_model(model: ml_collections.ConfigDict) -> None:
         not attention.redraw_every or bool({"performer", "dark", "random"} & set(kinds)),
         f"model.attention.redraw_every = {attention.redraw_every}, but {', '.join(kinds)} has no random projections",
     )
+
+
+def _validate_rope(model: ml_collections.ConfigDict, kinds: tuple[str, ...]) -> None:
+    scaling = model.rope_scaling
+    _require(
+        not model.rope_local_theta or "softmax_local" in kinds,
+        f"model.rope_local_theta = {model.rope_local_theta}: none of {', '.join(kinds)} is softmax_local; allowed: 0",
+    )
+    _require(
+        scaling != "none" or model.rope_factor == 1,
+        f"model.rope_factor = {model.rope_factor} with model.rope_scaling = 'none'; allowed: 1",
+    )
+    if scaling == "llama3":
+        _require(
+            model.rope_low_freq_factor < model.rope_high_freq_factor,
+            f"model.rope_low_freq_factor = {model.rope_low_freq_factor}: must be below "
+            f"model.rope_high_freq_factor = {model.rope_high_freq_factor}",
+        )
+    if scaling == "yarn":
+        _require(
+            model.rope_beta_slow < model.rope_beta_fast,
+            f"model.rope_beta_slow = {model.rope_beta_slow}: must be below "
+            f"model.rope_beta_fast = {model.rope_beta_fast}",
+        )
+        _require(model.rope_theta > 1, f"model.rope_theta = {model.rope_theta}: must be above 1 for 'yarn'")
+    _require(
+        scaling == "yarn" or not model.rope_attention_factor,
+        f"model.rope_attention_factor = {model.rope_attention_factor} with model.rope_scaling = {scaling!r}; "
+        "allowed: 0",
+    )
+
+
+def _validate_exact(attention: ml_collections.ConfigDict, kinds: tuple[str, ...]) -> None:
+    _require(
+        not attention.softcap or bool({*EXACT_KINDS} & set(kinds)),
+        f"model.attention.softcap = {attention.softcap}: none of {', '.join(kinds)} is exact attention; allowed: 0",
+    )
+    if "softmax_local" in kinds:
+        _require(attention.local_window > 0, "model.attention.local_window = 0: 'softmax_local' needs a window")
+    else:
+        _require(
+            not attention.local_window,
+            f"model.attention.local_window = {attention.local_window}: none of {', '.join(kinds)} is softmax_local; "
+            "allowed: 0",
+        )
 
 
 def _validate_training(config: ml_collections.ConfigDict) -> None:
@@ -168,8 +230,8 @@ def model_spec(config: ml_collections.ConfigDict, tokenizer_vocab: int) -> Model
     model, attention = config.model, config.model.attention
     if 0 < model.vocab_size < tokenizer_vocab:
         raise UserError(f"model.vocab_size = {model.vocab_size} is smaller than the tokenizer's {tokenizer_vocab}")
-    names = "num_layers embed_dim mlp_dim activation norm_eps rope_theta qk_norm tie_embeddings scale_embeddings"
-    fields = {name: model[name] for name in (names + " logit_softcap dtype remat").split()}
+    computed = ("vocab_size", "pattern", "attention")
+    fields = {field.name: model[field.name] for field in dataclasses.fields(ModelSpec) if field.name not in computed}
     spec = AttentionSpec(
         num_heads=model.num_heads,
         num_kv_heads=model.num_kv_heads,
@@ -181,6 +243,9 @@ def model_spec(config: ml_collections.ConfigDict, tokenizer_vocab: int) -> Model
         window=attention.window,
         num_sinks=attention.num_sinks,
         seed=config.seed,
+        query_scale=attention.query_scale,
+        softcap=attention.softcap,
+        local_window=attention.local_window,
     )
     return ModelSpec(
         vocab_size=model.vocab_size or tokenizer_vocab, pattern=pattern_of(model), attention=spec, **fields

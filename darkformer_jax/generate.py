@@ -10,24 +10,18 @@ exact attention excepted, whose cache grows). Prompts of a batch do not influenc
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from absl import app, logging
-from absl.flags import argparse_flags
 
+from darkformer_jax.command_line import Parser
+from darkformer_jax.data.tokenizers import decode_continuation, encode_prompt
 from darkformer_jax.errors import UserError
 from darkformer_jax.sampling import Sampler, continue_prompts
 from darkformer_jax.workdir_model import load_model
 
 
-class _Parser(argparse_flags.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, as for every other mistake."""
-        self.exit(2, f"error: {message} (--help lists the flags)\n")
-
-
 def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m darkformer_jax.generate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -36,7 +30,11 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--workdir", required=True, help="directory of the run whose model writes")
     parser.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
     prompts = parser.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--prompt", help="text to continue; may be empty")
+    prompts.add_argument(
+        "--prompt",
+        help="text to continue; the tokenizer's BOS goes before it where the model's family has one. It may be empty: "
+        "then a document is written from its beginning, from BOS or, without one, from the end-of-document token",
+    )
     prompts.add_argument("--prompts_file", help="a file with a prompt a line, continued as one batch")
     parser.add_argument(
         "--max_new_tokens", type=int, default=200, help="at most so many tokens a prompt (default: 200)"
@@ -58,6 +56,9 @@ def main(args: argparse.Namespace) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print()
+        sys.exit(130)
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -79,8 +80,9 @@ def generate(args: argparse.Namespace) -> None:
         top_k=args.top_k,
         top_p=args.top_p,
         seed=args.seed,
+        vocab_size=tokenizer.vocab_size,
     )
-    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     if len(prompts) == 1:
         print(prompts[0], end="", flush=True)
         new: list[int] = []
@@ -89,15 +91,15 @@ def generate(args: argparse.Namespace) -> None:
             if token[0] == tokenizer.eos_id:
                 break
             new.append(int(token[0]))
-            text = tokenizer.decode(new)
+            text = decode_continuation(tokenizer, ids[0], new)
             if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character: wait for the rest
                 print(text[len(shown) :], end="", flush=True)
                 shown = text
-        print(tokenizer.decode(new)[len(shown) :])
+        print(decode_continuation(tokenizer, ids[0], new)[len(shown) :])
         return
     continued = continue_prompts(sampler, ids, args.max_new_tokens, tokenizer.eos_id)
-    for prompt, tokens in zip(prompts, continued, strict=True):
-        print(f"--- {prompt!r}\n{prompt}{tokenizer.decode(tokens)}")
+    for prompt, prompt_ids, new in zip(prompts, ids, continued, strict=True):
+        print(f"--- {prompt!r}\n{prompt}{decode_continuation(tokenizer, prompt_ids, new)}")
 
 
 def _is_utf8(text: str) -> bool:
@@ -108,7 +110,7 @@ def _is_utf8(text: str) -> bool:
 def _read_prompts(path: str) -> list[str]:
     try:
         with open(path, encoding="utf-8") as file:
-            lines = file.read().splitlines()
+            lines = [line for line in file.read().split("\n") if line.strip()]  # a form feed ends no line
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text: {error}"
         raise UserError(f"--prompts_file={path}: {reason}") from error

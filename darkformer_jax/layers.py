@@ -14,7 +14,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class Linear(nnx.Module):
-    """Contracts the last `num_inputs` axes of x with the first ones of a float32 kernel, in `dtype`; no bias."""
+    """Contracts the last `num_inputs` axes of x with the first ones of a kernel, in `dtype`; adds a bias if asked."""
 
     def __init__(
         self,
@@ -22,6 +22,7 @@ class Linear(nnx.Module):
         axes: tuple[str | None, ...],
         *,
         num_inputs: int = 1,
+        use_bias: bool = False,
         rngs: nnx.Rngs,
         dtype: jax.typing.DTypeLike,
     ) -> None:
@@ -31,25 +32,33 @@ class Linear(nnx.Module):
         outputs = tuple(range(num_inputs, len(shape)))
         init = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=inputs, out_axis=outputs)
         self.kernel = nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
+        zeros = jnp.zeros(shape[num_inputs:], jnp.float32)
+        self.bias = nnx.Param(zeros, axes=axes[num_inputs:]) if use_bias else None
 
     def __call__(self, x: Array) -> Array:
         kernel = self.kernel[...].astype(self.dtype)
         x_axes = tuple(range(x.ndim - self.num_inputs, x.ndim))
         contraction = ((x_axes, tuple(range(self.num_inputs))), ((), ()))
-        return jax.lax.dot_general(x.astype(self.dtype), kernel, contraction)
+        y = jax.lax.dot_general(x.astype(self.dtype), kernel, contraction)
+        if self.bias is None:
+            return y
+        bias = self.bias[...].astype(self.dtype)
+        return y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32."""
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32; * (1 + scale) with `plus_one`."""
 
-    def __init__(self, size: int, eps: float, axis: str | None = "embed") -> None:
+    def __init__(self, size: int, eps: float, plus_one: bool = False, axis: str | None = "embed") -> None:
         self.eps = eps
-        self.scale = nnx.Param(jnp.ones((size,), jnp.float32), axes=(axis,))
+        self.plus_one = plus_one
+        self.scale = nnx.Param(jnp.full((size,), 0.0 if plus_one else 1.0, jnp.float32), axes=(axis,))
 
     def __call__(self, x: Array) -> Array:
         wide = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (wide * inverse * self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+        scale = self.scale[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+        return (wide * inverse * (1 + scale if self.plus_one else scale)).astype(x.dtype)
 
 
 class GatedMLP(nnx.Module):

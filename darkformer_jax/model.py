@@ -1,7 +1,7 @@
 """A decoder-only transformer of the Llama and Gemma family whose attention is a pattern of mechanisms.
 
-Layers of one position in the pattern are stacked and run in one scan, so that the program's size does not grow with
-depth.
+Layers of one position in the pattern are stacked and run in one scan over the whole repetitions of the pattern, so that
+the program's size does not grow with depth. Layers of a last repetition that is cut short follow the scan.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from darkformer_jax.attention.attention import Attention
 from darkformer_jax.attention.features import draw_layer
+from darkformer_jax.attention.positions import RopeSpec
 from darkformer_jax.attention.spec import AttentionSpec, Geometry, Projection
 from darkformer_jax.layers import GatedMLP, RMSNorm
 from darkformer_jax.sharding import constrain
@@ -41,49 +42,102 @@ class ModelSpec:
     logit_softcap: float
     dtype: str
     remat: str
-    pattern: tuple[str, ...]  # mechanism of successive layers, repeated; its length divides num_layers
+    pattern: tuple[str, ...]  # mechanism of successive layers, repeated; not longer than num_layers
     attention: AttentionSpec
+    rope_local_theta: float = 0.0
+    rope_scaling: str = "none"
+    rope_factor: float = 1.0
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_original_length: int = 8192
+    rope_beta_fast: float = 32.0
+    rope_beta_slow: float = 1.0
+    rope_attention_factor: float = 0.0
+    qkv_bias: bool = False
+    norm_plus_one: bool = False
+    post_norms: bool = False
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """The mechanism of every layer."""
+        return tuple(self.pattern[layer % len(self.pattern)] for layer in range(self.num_layers))
+
+    def num_rows(self, place: int) -> int:
+        """Layers that stand at one place in the pattern: rows of its stack."""
+        return len(range(place, self.num_layers, len(self.pattern)))
+
+    def rope(self, kind: str) -> RopeSpec:
+        """The rotary positions of the layers of one mechanism."""
+        if kind == "softmax_local" and self.rope_local_theta:
+            return RopeSpec(theta=self.rope_local_theta)
+        return RopeSpec(
+            theta=self.rope_theta,
+            scaling=self.rope_scaling,
+            factor=self.rope_factor,
+            low_freq_factor=self.rope_low_freq_factor,
+            high_freq_factor=self.rope_high_freq_factor,
+            original_length=self.rope_original_length,
+            beta_fast=self.rope_beta_fast,
+            beta_slow=self.rope_beta_slow,
+            fixed_attention_factor=self.rope_attention_factor,
+        )
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); with `post_norms` each term is normed again before it is added."""
 
     def __init__(self, spec: ModelSpec, kind: str, layer: int | Array, *, rngs: nnx.Rngs) -> None:
-        self.attention_norm = RMSNorm(spec.embed_dim, spec.norm_eps)
+        self.attention_norm = _norm(spec)
+        self.post_attention_norm = _norm(spec) if spec.post_norms else None
         self.attention = Attention(
             spec.attention,
             kind,
             spec.embed_dim,
+            rope=spec.rope(kind),
             qk_norm=spec.qk_norm,
+            qkv_bias=spec.qkv_bias,
             norm_eps=spec.norm_eps,
-            rope_theta=spec.rope_theta,
+            norm_plus_one=spec.norm_plus_one,
             dtype=spec.dtype,
             layer=layer,
             rngs=rngs,
         )
-        self.mlp_norm = RMSNorm(spec.embed_dim, spec.norm_eps)
+        self.mlp_norm = _norm(spec)
+        self.post_mlp_norm = _norm(spec) if spec.post_norms else None
         self.mlp = GatedMLP(spec.embed_dim, spec.mlp_dim, spec.activation, rngs=rngs, dtype=spec.dtype)
 
     def __call__(self, x: Array, segment_ids: Array, positions: Array, state: Any) -> tuple[Array, Any]:
         mixed, state = self.attention(self.attention_norm(x), segment_ids, positions, state)
+        if self.post_attention_norm is not None:
+            mixed = self.post_attention_norm(mixed)
         x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), state
+        changed = self.mlp(self.mlp_norm(x))
+        if self.post_mlp_norm is not None:
+            changed = self.post_mlp_norm(changed)
+        return x + changed, state
+
+
+def _norm(spec: ModelSpec) -> RMSNorm:
+    return RMSNorm(spec.embed_dim, spec.norm_eps, spec.norm_plus_one)
 
 
 def _stack_blocks(spec: ModelSpec, place: int, key: Array) -> Block:
     """The blocks of one place in the pattern, as one module whose arrays have a leading axis of layers."""
-    kind, repeats = spec.pattern[place], spec.num_layers // len(spec.pattern)
-    layers = place + len(spec.pattern) * jnp.arange(repeats)
+    kind, rows = spec.pattern[place], spec.num_rows(place)
+    layers = place + len(spec.pattern) * jnp.arange(rows)
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Block(spec, kind, 0, rngs=nnx.Rngs(params=0))))
 
     def make(layer_key: Array, layer: Array) -> nnx.State:
         return nnx.state(Block(spec, kind, layer, rngs=nnx.Rngs(params=layer_key)))
 
-    return nnx.merge(graphdef, jax.vmap(make)(jax.random.split(key, repeats), layers))
+    return nnx.merge(graphdef, jax.vmap(make)(jax.random.split(key, rows), layers))
 
 
 class Transformer(nnx.Module):
-    """Token ids -> logits. Parameters are float32; activations and matmuls have `spec.dtype`; logits are float32."""
+    """Token ids -> float32 logits; activations and matmuls have `spec.dtype`.
+
+    Parameters are initialised in float32, and may be bound in another floating dtype (an import in bfloat16).
+    """
 
     def __init__(self, spec: ModelSpec, key: Array) -> None:
         self.spec = spec
@@ -93,7 +147,7 @@ class Transformer(nnx.Module):
         self.embedding = nnx.Param(init(embed_key, table, jnp.float32), axes=("vocab", "embed"))
         for place in range(len(spec.pattern)):
             setattr(self, f"blocks_{place}", _stack_blocks(spec, place, block_keys[place]))
-        self.final_norm = RMSNorm(spec.embed_dim, spec.norm_eps)
+        self.final_norm = _norm(spec)
         if not spec.tie_embeddings:
             self.head = nnx.Param(init(head_key, table, jnp.float32), axes=("vocab", "embed"))
 
@@ -118,21 +172,29 @@ class Transformer(nnx.Module):
         x = constrain(x, "batch", None, None)
         split = [nnx.split(getattr(self, f"blocks_{place}")) for place in range(len(self.spec.pattern))]
 
-        def repeat(x: Array, layer: Any) -> tuple[Array, Any]:
-            arrays, states = layer
+        def layers(x: Array, stacks: Any) -> tuple[Array, Any]:
+            """One layer of each of the first places in the pattern, as many as there are arrays."""
+            arrays, states = stacks
             new_states = []
-            for (graphdef, _), block_arrays, block_state in zip(split, arrays, states, strict=True):
+            for (graphdef, _), block_arrays, block_state in zip(split, arrays, states, strict=False):
                 block = nnx.merge(graphdef, block_arrays)
                 x, new_state = block(x, segment_ids, positions, block_state)
                 x = constrain(x, "batch", None, None)
                 new_states.append(new_state)
             return x, tuple(new_states)
 
+        in_scan = behind = layers
         if self.spec.remat != "none":
-            repeat = jax.checkpoint(repeat, policy=REMAT_POLICIES[self.spec.remat], prevent_cse=False)
-        states = (None,) * len(split) if state is None else state
-        x, new_states = jax.lax.scan(repeat, x, (tuple(arrays for _, arrays in split), states))
-        return self.final_norm(x), None if state is None else new_states
+            policy = REMAT_POLICIES[self.spec.remat]
+            in_scan = jax.checkpoint(layers, policy=policy, prevent_cse=False)
+            behind = jax.checkpoint(layers, policy=policy)
+        periods, tail = divmod(self.spec.num_layers, len(split))
+        repeated = tuple(jax.tree.map(lambda leaf: leaf[:periods], arrays) for _, arrays in split)
+        last = tuple(jax.tree.map(lambda leaf: leaf[periods], arrays) for _, arrays in split[:tail])
+        states, last_states = ((None,) * len(split), (None,) * tail) if state is None else state
+        x, new_states = jax.lax.scan(in_scan, x, (repeated, states))
+        x, new_last_states = behind(x, (last, last_states))
+        return self.final_norm(x), None if state is None else (new_states, new_last_states)
 
     def logits(self, x: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:
         """x E^T in float32, capped if the model says so."""
@@ -145,14 +207,15 @@ class Transformer(nnx.Module):
 
     def init_state(self, batch: int, max_length: int) -> Any:
         """The state of `batch` sequences before their first token; a KV cache has room for `max_length` tokens."""
-        repeats = self.spec.num_layers // len(self.spec.pattern)
+        periods, tail = divmod(self.spec.num_layers, len(self.spec.pattern))
         states = []
         for place in range(len(self.spec.pattern)):
             graphdef, arrays = nnx.split(getattr(self, f"blocks_{place}"))
             block = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[0], arrays))
             state = block.attention.mechanism.init_state(batch, max_length, self.spec.dtype)
-            states.append(jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (repeats, *leaf.shape)), state))
-        return tuple(states)
+            states.append(state)
+        repeated = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (periods, *leaf.shape)), tuple(states))
+        return repeated, tuple(states[:tail])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,6 +42,7 @@ class Sampler:
       temperature: 0 takes the most likely token.
       top_k, top_p: see `filter_logits`.
       seed: with a prompt's index in its batch and the token's place, it decides every draw.
+      vocab_size: of the tokenizer, where the model's table is larger: ids from it on mean nothing and are never drawn.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Sampler:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
+        vocab_size: int | None = None,
     ) -> None:
         if not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1:
             raise UserError(
@@ -65,6 +67,7 @@ class Sampler:
         self._network = network
 
         def choose(logits: Array, key: Array) -> Array:
+            logits = logits[:, :vocab_size]
             if temperature == 0:
                 return jnp.argmax(logits, axis=-1).astype(jnp.int32)
             kept = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p)
@@ -92,7 +95,7 @@ class Sampler:
         """Yields the next token of every prompt, int32 [b], `max_new_tokens` times.
 
         Args:
-          prompts: token ids, each prompt at least one (a document's first is the tokenizer's BOS).
+          prompts: token ids, each prompt at least one; see `encode_prompt`.
         """
         if not prompts or not all(prompts):
             raise UserError("there is no prompt, or one has no tokens")

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 
 from darkformer_jax.config import from_json, model_spec
@@ -27,6 +28,8 @@ class WorkdirModel(NamedTuple):
 def load_model(workdir: str, step: int | None = None) -> WorkdirModel:
     """Reads the newest undamaged checkpoint of a workdir, or the one of `step`, onto the default device.
 
+    Parameters have the dtypes that they have in the checkpoint, float32 after training.
+
     Raises:
       UserError: no config, no checkpoint, a damaged one, or one that does not fit the config.
     """
@@ -39,8 +42,29 @@ def load_model(workdir: str, step: int | None = None) -> WorkdirModel:
         reason = " ".join(str(error).split())
         raise UserError(f"{workdir}/config.json is not the config of a run of this version: {reason}") from error
     checkpoints = Checkpoints(workdir)
-    abstract = jax.eval_shape(lambda: network.init(jax.random.key(0)))
-    wanted = {name: tree for name, tree in zip(("params", "projections"), abstract, strict=True) if tree}
+    step = checkpoints.latest_good_step() if step is None else step
+    params, projections = jax.eval_shape(lambda: network.init(jax.random.key(0)))
+    wanted = {"params": _with_dtypes(params, _saved_params(checkpoints, step))}
+    wanted |= {"projections": projections} if projections else {}
     step, restored = checkpoints.restore(wanted, step, partial=True)
     checkpoints.close()
     return WorkdirModel(network, restored["params"], restored.get("projections", {}), tokenizer, config, step)
+
+
+def _saved_params(checkpoints: Checkpoints, step: int | None) -> dict:
+    """The shapes and dtypes of a step's parameters; nothing where they cannot be read."""
+    try:
+        return {} if step is None else checkpoints.saved_shapes(step)["params"]
+    except Exception:  # of many kinds; `restore` finds the same mistake (absent, damaged) and names it
+        return {}
+
+
+def _with_dtypes(wanted: dict, saved: dict) -> dict:
+    """`wanted` with the dtypes of those arrays in `saved` that are floating-point numbers."""
+
+    def of(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        dtype = dtypes.get(path, leaf.dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype if jnp.issubdtype(dtype, jnp.floating) else leaf.dtype)
+
+    dtypes = {path: leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(saved)}
+    return jax.tree_util.tree_map_with_path(of, wanted)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs this clone into .venv with the versions that were tested:  launch/install.sh [core|test|dev|gpu|tpu|peers]
+# Installs this clone into .venv with the versions that were tested:  launch/install.sh [core|test|dev|gguf|gpu|tpu|peers]
 # Does nothing when that is already done and neither setup.py nor the constraints have changed since.
 #
 #   PYTHON            the interpreter to make .venv from (default: the first of python3, python3.12, python3.11 that fits)
@@ -75,12 +75,20 @@ show_progress() { # of pip's output: what is fetched from 1 MB up, and the long 
     done
 }
 
+install_cpu_torch() { # tests need PyTorch on the CPU alone; the package index has it for Linux with gigabytes of CUDA
+    [ "$(uname)" = Linux ] || return 0
+    "$python" -m pip show --quiet torch 2>/dev/null && return 0
+    "$python" -m pip install --disable-pip-version-check --no-input --progress-bar off --no-compile --no-deps \
+        --retries 0 --timeout 20 --index-url https://download.pytorch.org/whl/cpu \
+        --constraint "$constraints" torch >"$log" 2>&1 || say "  PyTorch's CPU builds are out of reach, taking the default"
+}
+
 case "$extra" in
     core) target="." covers="core" ;;
-    test) target=".[test]" covers="core test" ;;
-    dev) target=".[dev]" covers="core test dev" ;;
-    gpu | tpu | peers) target=".[$extra]" covers="core $extra" ;;
-    *) fail "there is no extra '$extra'; allowed: core test dev gpu tpu peers" ;;
+    test) target=".[test]" covers="core gguf test" ;;
+    dev) target=".[dev]" covers="core gguf test dev" ;;
+    gguf | gpu | tpu | peers) target=".[$extra]" covers="core $extra" ;;
+    *) fail "there is no extra '$extra'; allowed: core test dev gguf gpu tpu peers" ;;
 esac
 
 if [ -e "$venv" ] && [ ! -e "$venv/pyvenv.cfg" ]; then
@@ -102,6 +110,7 @@ fi
 
 say "installing darkformer_jax ($extra) with $constraints"
 log="$venv/install-$extra.log"
+case "$extra" in test | dev) install_cpu_torch ;; esac
 # --no-compile: byte-compiling all of 60 packages takes as long as the rest; the import below compiles what is used
 if ! "$python" -m pip install --disable-pip-version-check --no-input --progress-bar off --no-compile \
     --constraint "$constraints" --editable "$target" 2>&1 | tee "$log" | show_progress; then
@@ -109,7 +118,7 @@ if ! "$python" -m pip install --disable-pip-version-check --no-input --progress-
     fail "pip could not install darkformer_jax; its output is in $log"
 fi
 say "first import"
-env -u PYTHONDONTWRITEBYTECODE "$python" -c "import jax, flax.nnx, optax, orbax.checkpoint, grain, tokenizers, \
+env -u PYTHONDONTWRITEBYTECODE "$python" -c "import jax, flax.nnx, optax, orbax.checkpoint, grain, safetensors, tokenizers, \
 sentencepiece, tensorboardX, matplotlib.pyplot, ml_collections, absl.app, tqdm" || fail "the installation is broken (above)"
 for name in $covers; do
     echo "$wanted" >"$venv/installed-$name"

@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 
 from configs import base
+from darkformer_jax.attention.positions import RopeSpec
 from darkformer_jax.config import from_json, model_spec, pattern_of, validate
 from darkformer_jax.errors import UserError
 from darkformer_jax.training.run import dry_run
 
-CONFIGS = [path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.py")]
+NOT_ALONE = ("arguments", "finetune")  # no config; one whose sizes are those of another run
+CONFIGS = [path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.py") if path.stem not in NOT_ALONE]
 
 
 def changed(changes):
@@ -21,27 +23,31 @@ def changed(changes):
 AT_LEAST_ONE = [
     "num_steps", "batch_size", "sequence_length", "accumulation_steps", "model.num_layers", "model.embed_dim",
     "model.num_heads", "model.num_kv_heads", "model.head_dim", "model.mlp_dim", "model.attention.num_features",
+    "model.rope_factor", "model.rope_original_length",
     "model.attention.chunk_size", "eval.batch_size", "checkpoint.keep", "log.every", "sample.max_new_tokens",
 ]  # fmt: skip
 AT_LEAST_ZERO = [
     "seed", "model.vocab_size", "model.attention.redraw_every", "model.attention.window", "model.attention.num_sinks",
     "data.num_workers", "optimizer.warmup_steps", "eval.every", "eval.batches", "checkpoint.every", "sample.top_k",
     "model.logit_softcap", "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.z_loss",
-    "optimizer.geometry_learning_rate", "sample.temperature",
+    "optimizer.geometry_learning_rate", "sample.temperature", "model.rope_local_theta", "model.rope_attention_factor",
+    "model.attention.query_scale", "model.attention.softcap", "model.attention.local_window",
 ]  # fmt: skip
 POSITIVE = [
     "model.norm_eps", "model.rope_theta", "model.attention.geometry_init", "optimizer.learning_rate", "optimizer.eps",
+    "model.rope_low_freq_factor", "model.rope_high_freq_factor", "model.rope_beta_fast", "model.rope_beta_slow",
 ]  # fmt: skip
 CHOICES = {
     "model.activation": "silu, gelu_tanh",
     "model.dtype": "bfloat16, float32",
     "model.remat": "none, dots, full",
-    "model.attention.kind": "softmax, performer, dark, lfk, random, constant, window_only",
+    "model.rope_scaling": "none, linear, llama3, yarn",
+    "model.attention.kind": "softmax, softmax_local, performer, dark, lfk, random, constant, window_only",
     "model.attention.projections": "iid, orthogonal, orthogonal_unsigned",
     "optimizer.schedule": "cosine, rsqrt, constant",
 }
 RULES = [
-    *[({name: 0}, f"{name} = 0: must be at least 1") for name in AT_LEAST_ONE],
+    *[({name: 0}, f"{name} = 0(.0)?: must be at least 1") for name in AT_LEAST_ONE],
     *[({name: -1}, f"{name} = -1(.0)?: must be at least 0") for name in AT_LEAST_ZERO],
     *[({name: 0.0}, f"{name} = 0.0: must be positive") for name in POSITIVE],
     *[({name: float("nan")}, f"{name} = nan: must be finite") for name in POSITIVE],
@@ -49,11 +55,41 @@ RULES = [
     ({"optimizer.learning_rate": float("inf")}, "optimizer.learning_rate = inf: must be finite"),
     ({"model.num_heads": 6}, "model.num_heads = 6 is not a multiple of model.num_kv_heads = 4"),
     ({"model.head_dim": 7}, "model.head_dim = 7: must be even, for rotary positions"),
-    ({"model.attention.pattern": "dark,magic"}, "model.attention.pattern has 'magic': allowed: softmax, performer"),
+    ({"model.attention.pattern": "dark,magic"}, "model.attention.pattern has 'magic': allowed: softmax, softmax_local"),
     ({"model.attention.pattern": "dark,"}, "model.attention.pattern has '': allowed"),
     (
-        {"model.attention.pattern": "dark,dark,softmax"},
-        "model.attention.pattern has 3 entries; model.num_layers = 4 is no multiple of it",
+        {"model.attention.pattern": "dark,dark,softmax", "model.num_layers": 2},
+        "model.attention.pattern has 3 entries, more than model.num_layers = 2",
+    ),
+    (
+        {"model.rope_local_theta": 1e4, "model.attention.pattern": "softmax,dark"},
+        "model.rope_local_theta = 10000.0: none of softmax, dark is softmax_local; allowed: 0",
+    ),
+    ({"model.rope_factor": 8.0}, "model.rope_factor = 8.0 with model.rope_scaling = 'none'; allowed: 1"),
+    (
+        {"model.rope_scaling": "llama3", "model.rope_low_freq_factor": 4.0},
+        "model.rope_low_freq_factor = 4.0: must be below model.rope_high_freq_factor = 4.0",
+    ),
+    (
+        {"model.rope_scaling": "yarn", "model.rope_beta_slow": 32.0},
+        "model.rope_beta_slow = 32.0: must be below model.rope_beta_fast = 32.0",
+    ),
+    ({"model.rope_scaling": "yarn", "model.rope_theta": 1.0}, "model.rope_theta = 1.0: must be above 1 for 'yarn'"),
+    (
+        {"model.rope_scaling": "llama3", "model.rope_attention_factor": 1.2},
+        "model.rope_attention_factor = 1.2 with model.rope_scaling = 'llama3'; allowed: 0",
+    ),
+    (
+        {"model.attention.softcap": 50.0},
+        "model.attention.softcap = 50.0: none of dark is exact attention; allowed: 0",
+    ),
+    (
+        {"model.attention.pattern": "softmax_local,dark"},
+        "model.attention.local_window = 0: 'softmax_local' needs a window",
+    ),
+    (
+        {"model.attention.local_window": 64, "model.attention.kind": "softmax"},
+        "model.attention.local_window = 64: none of softmax is softmax_local; allowed: 0",
     ),
     ({"model.attention.window": 64}, "model.attention.window = 64 is not a multiple of chunk_size = 128"),
     ({"model.attention.num_sinks": 4}, "model.attention.num_sinks = 4 needs a window; model.attention.window = 0"),
@@ -98,6 +134,17 @@ def test_a_rule_names_its_field_and_what_is_allowed(changes, message):
         {"model.attention.redraw_every": 5, "model.attention.pattern": "lfk,dark"},
         {"optimizer.warmup_steps": 0, "optimizer.final_fraction": 0.0, "sample.temperature": 0.0},
         {"sample.prompts": ()},
+        {"model.attention.pattern": "dark,dark,softmax"},
+        {"model.attention.pattern": "softmax,dark", "model.attention.softcap": 50.0},
+        {
+            "model.attention.pattern": "softmax_local,softmax",
+            "model.attention.local_window": 7,
+            "model.rope_local_theta": 1e4,
+            "model.rope_scaling": "linear",
+            "model.rope_factor": 8.0,
+        },
+        {"model.rope_scaling": "llama3", "model.rope_factor": 32.0, "model.rope_original_length": 8192},
+        {"model.rope_scaling": "yarn", "model.rope_factor": 4.0, "model.rope_attention_factor": 1.1},
     ],
 )
 def test_what_is_allowed(changes):
@@ -134,6 +181,15 @@ def test_the_model_follows_the_config():
     assert model_spec(changed({"model.vocab_size": 300}), 257).vocab_size == 300
     with pytest.raises(UserError, match="model.vocab_size = 200 is smaller than the tokenizer's 257"):
         model_spec(changed({"model.vocab_size": 200}), 257)
+    local = {"pattern": "softmax_local,softmax", "local_window": 7, "query_scale": 0.25, "softcap": 50.0}
+    rope = {"rope_local_theta": 5e3, "rope_scaling": "yarn", "rope_factor": 4.0, "rope_theta": 1e6}
+    gemma = {"qkv_bias": True, "norm_plus_one": True, "post_norms": True}
+    fields = {f"model.{name}": value for name, value in {**rope, **gemma}.items()}
+    full = model_spec(changed(fields | {f"model.attention.{name}": value for name, value in local.items()}), 257)
+    assert (full.attention.local_window, full.attention.query_scale, full.attention.softcap) == (7, 0.25, 50.0)
+    assert full.qkv_bias and full.norm_plus_one and full.post_norms
+    assert full.rope("softmax_local") == RopeSpec(theta=5e3)
+    assert full.rope("softmax") == RopeSpec(theta=1e6, scaling="yarn", factor=4.0)
     again = from_json(json.loads(json.dumps(config.to_dict())))
     assert model_spec(again, 257) == spec
 

@@ -39,6 +39,23 @@ SPEC = ModelSpec(
     pattern=("softmax", "dark"),
     attention=ATTENTION,
 )
+# Every option of the pretrained families at once; the last repetition of the pattern is cut short.
+GEMMA = dataclasses.replace(
+    SPEC,
+    num_layers=5,
+    activation="gelu_tanh",
+    scale_embeddings=True,
+    logit_softcap=3.0,
+    pattern=("softmax_local", "dark", "softmax"),
+    attention=dataclasses.replace(ATTENTION, num_kv_heads=1, query_scale=0.5, softcap=2.0, local_window=6),
+    rope_local_theta=100.0,
+    rope_scaling="yarn",
+    rope_factor=8.0,
+    rope_original_length=16,
+    qkv_bias=True,
+    norm_plus_one=True,
+    post_norms=True,
+)
 LENGTH = 29
 random = np.random.default_rng(0)
 TOKENS = random.integers(0, 37, (2, LENGTH)).astype(np.int32)
@@ -86,21 +103,22 @@ def names_and_sizes(tree):
     }
 
 
-def test_decode_is_forward_through_a_pattern():
-    logits, none = forward(SPEC, TOKENS, IDS, POSITIONS)
+@pytest.mark.parametrize("spec", [SPEC, GEMMA], ids=["llama", "gemma"])
+def test_decode_is_forward_through_a_pattern(spec):
+    logits, none = forward(spec, TOKENS, IDS, POSITIONS)
     assert none is None and logits.shape == (2, LENGTH, 37) and logits.dtype == jnp.float32
-    network, params, projections = build()
+    network, params, projections = build(spec)
     state = network.bind(params, projections).init_state(2, LENGTH)
     ids = IDS[:, :13].copy()
     ids[1, 10:] = 0
-    prefill, state = forward(SPEC, TOKENS[:, :13], ids, POSITIONS[:, :13], state)
-    np.testing.assert_allclose(prefill[0], logits[0, :13], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(prefill[1, :10], logits[1, :10], rtol=1e-4, atol=1e-5)
+    prefill, state = forward(spec, TOKENS[:, :13], ids, POSITIONS[:, :13], state)
+    np.testing.assert_allclose(prefill[0], logits[0, :13], rtol=1e-4, atol=5e-5)
+    np.testing.assert_allclose(prefill[1, :10], logits[1, :10], rtol=1e-4, atol=5e-5)
     places = np.array([13, 10])
     for _ in range(16):
         token = TOKENS[np.arange(2), places][:, None]
-        decoded, state = forward(SPEC, token, IDS[:, :1], places[:, None].astype(np.int32), state)
-        np.testing.assert_allclose(decoded[:, 0], logits[np.arange(2), places], rtol=1e-4, atol=1e-5)
+        decoded, state = forward(spec, token, IDS[:, :1], places[:, None].astype(np.int32), state)
+        np.testing.assert_allclose(decoded[:, 0], logits[np.arange(2), places], rtol=1e-4, atol=5e-5)
         places = places + 1
 
 
@@ -117,20 +135,24 @@ def test_later_tokens_and_other_documents_change_nothing():
     np.testing.assert_allclose(changed[1, 17:], second[1, :12], rtol=1e-4, atol=1e-5)
 
 
-def test_layers_run_in_the_order_of_the_pattern():
-    # By hand, layer by layer, with the modules' own arrays: softmax 0, dark 1, softmax 2, dark 3.
-    network, params, projections = build()
+@pytest.mark.parametrize(
+    ("pattern", "num_layers"), [(("softmax", "dark"), 4), (("softmax", "dark", "softmax"), 4), (("dark", "softmax"), 3)]
+)
+def test_layers_run_in_the_order_of_the_pattern(pattern, num_layers):
+    # By hand, layer by layer, with the modules' own arrays.
+    spec = change(pattern=pattern, num_layers=num_layers)
+    network, params, projections = build(spec)
 
     @jax.jit
     def by_hand(params, projections):
         x = params["embedding"][TOKENS]
-        for layer in range(4):
-            place, index = layer % 2, layer // 2
-            one = Network.of(change(num_layers=1, pattern=(SPEC.pattern[place],)))
-            pick = functools.partial(jax.tree.map, lambda leaf, index=index: leaf[index : index + 1])
-            only = {**params, "blocks_0": pick(params[f"blocks_{place}"])}
-            del only["blocks_1"]
+        for layer in range(num_layers):
+            place, index = layer % len(pattern), layer // len(pattern)
             name = f"blocks_{place}"
+            one = Network.of(change(num_layers=1, pattern=(pattern[place],)))
+            pick = functools.partial(jax.tree.map, lambda leaf, index=index: leaf[index : index + 1])
+            only = {path: leaf for path, leaf in params.items() if not path.startswith("blocks_")}
+            only["blocks_0"] = pick(params[name])
             model = one.bind(only, {"blocks_0": pick(projections[name])} if name in projections else {})
             model.final_norm = lambda x: x
             model.embedding = _Constant(x.reshape(2 * LENGTH, -1))
@@ -154,7 +176,7 @@ class _Constant:
 
 
 def test_remat_changes_neither_loss_nor_gradients_and_keeps_less():
-    spec = change(num_layers=8)
+    spec = change(num_layers=9)
     _, params, projections = build(spec)
     tokens = random.integers(0, 37, (2, 128)).astype(np.int32)
     positions = np.tile(np.arange(128, dtype=np.int32), (2, 1))
@@ -180,7 +202,7 @@ def test_remat_changes_neither_loss_nor_gradients_and_keeps_less():
 
 
 @pytest.mark.parametrize(
-    ("pattern", "num_layers"), [(("performer",), 3), (("softmax", "dark"), 4), (("random", "lfk", "performer"), 6)]
+    ("pattern", "num_layers"), [(("performer",), 3), (("softmax", "dark"), 4), (("random", "lfk", "performer"), 5)]
 )
 def test_redraw_is_a_function_of_layer_and_epoch(pattern, num_layers):
     network, _, projections = build(change(pattern=pattern, num_layers=num_layers))
@@ -206,6 +228,9 @@ def test_redraw_is_a_function_of_layer_and_epoch(pattern, num_layers):
         ({"pattern": ("dark",), "qk_norm": False}, 1, 2 * 8 * 8),
         ({"pattern": ("lfk",), "tie_embeddings": False}, 2, 2 * 12 * 8 + 2 * 8),
         ({"pattern": ("softmax", "dark")}, 1, 2 * 8 * 8 / 2 + 2 * 8),
+        ({"pattern": ("softmax",), "qkv_bias": True}, 1, (4 + 2 + 2) * 8 + 2 * 8),
+        ({"pattern": ("softmax",), "post_norms": True}, 1, 2 * 24 + 2 * 8),
+        ({"pattern": ("dark", "softmax", "softmax")}, 1, 2 * 2 * 8 * 8 / 4 + 2 * 8),
     ],
 )
 def test_number_of_parameters(fields, heads, per_layer):
@@ -254,6 +279,75 @@ def test_names_of_arrays_and_dimensions():
     assert axes["embedding"] == ("vocab", "embed")
     assert axes["blocks_1"]["attention"]["mechanism"]["M"] == (None, "kv_heads", None, None)
     assert axes["blocks_0"]["attention"]["out"]["kernel"] == (None, "heads", None, "embed")
+
+
+def test_names_of_the_arrays_that_pretrained_families_add():
+    network, params, _ = build(GEMMA)
+    names = names_and_sizes(params)
+    for place, rows in ((0, 2), (1, 2), (2, 1)):
+        block = f"blocks_{place}"
+        assert names[f"{block}/attention/q/bias"] == (rows, 4, 8)
+        assert names[f"{block}/attention/k/bias"] == names[f"{block}/attention/v/bias"] == (rows, 1, 8)
+        assert names[f"{block}/post_attention_norm/scale"] == names[f"{block}/post_mlp_norm/scale"] == (rows, 24)
+        assert f"{block}/attention/out/bias" not in names
+    axes = network.map_params(lambda _, variable: logical_axes(variable))["blocks_0"]
+    assert axes["attention"]["q"]["bias"] == (None, "heads", None)
+    assert axes["attention"]["k"]["bias"] == (None, "kv_heads", None)
+    assert axes["post_mlp_norm"]["scale"] == (None, "embed")
+    initial, _ = jax.jit(Network.of(dataclasses.replace(GEMMA, pattern=("softmax",), num_layers=1)).init)(
+        jax.random.key(0)
+    )
+    initial = {"final_norm": initial["final_norm"], "blocks_0": initial["blocks_0"]}
+    zeros = [name for name, leaf in _named(initial).items() if not np.any(leaf)]
+    assert sorted(zeros) == sorted(name for name in _named(initial) if name.endswith(("scale", "bias")))
+
+
+def _named(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def test_a_block_by_hand():
+    # float64 numpy, one local layer with every option; the window of 6 is shorter than the input.
+    spec = dataclasses.replace(GEMMA, num_layers=1, pattern=("softmax_local",), logit_softcap=0.0)
+    _, params, _ = build(spec)
+    logits, _ = forward(spec, TOKENS, IDS, POSITIONS)
+    names = {name: np.asarray(leaf, np.float64) for name, leaf in _named(params).items()}
+    block = {name.removeprefix("blocks_0/"): leaf[0] for name, leaf in names.items() if name.startswith("blocks_0/")}
+
+    def norm(x, weight):
+        return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-6) * (1 + weight)
+
+    def turn(x):
+        angles = np.arange(LENGTH)[None, :, None, None] * 100.0 ** (-np.arange(4) / 4)
+        z = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angles)
+        return np.concatenate([z.real, z.imag], axis=-1)
+
+    x = names["embedding"][TOKENS] * np.sqrt(24)
+    normed = norm(x, block["attention_norm/scale"])
+    q, k, v = (
+        np.einsum("bnd,dhe->bnhe", normed, block[f"attention/{name}/kernel"]) + block[f"attention/{name}/bias"]
+        for name in "qkv"
+    )
+    q, k = turn(norm(q, block["attention/q_norm/scale"])), turn(norm(k, block["attention/k_norm/scale"]))
+    weights = np.exp(2 * np.tanh(0.5 * np.einsum("bnhe,bte->bhnt", q, k[:, :, 0]) / 2))
+    weights *= np.tri(LENGTH) - np.tri(LENGTH, k=-6)
+    mixed = np.einsum("bhnt,bte->bnhe", weights / weights.sum(-1, keepdims=True), v[:, :, 0])
+    x = x + norm(np.einsum("bnhe,hed->bnd", mixed, block["attention/out/kernel"]), block["post_attention_norm/scale"])
+    normed = norm(x, block["mlp_norm/scale"])
+    gate, up = normed @ block["mlp/gate/kernel"], normed @ block["mlp/up/kernel"]
+    gelu = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+    x = x + norm((gelu * up) @ block["mlp/down/kernel"], block["post_mlp_norm/scale"])
+    wanted = norm(x, names["final_norm/scale"]) @ names["embedding"].T
+    np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_parameters_may_be_stored_in_bfloat16():
+    _, params, projections = build(GEMMA)
+    stored = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), params)
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), stored)
+    narrow, wide = (_forward(GEMMA)(p, projections, TOKENS, IDS, POSITIONS)[0] for p in (stored, rounded))
+    np.testing.assert_allclose(narrow, wide, rtol=1e-4, atol=1e-4)
 
 
 def test_tied_and_untied_heads_and_softcap():

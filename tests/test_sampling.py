@@ -196,3 +196,9 @@ def test_options_out_of_range_are_refused(options):
 def test_without_a_token_there_is_no_prompt(prompts):
     with pytest.raises(UserError, match="no prompt, or one has no tokens"):
         next(Sampler(*model("softmax")).stream(prompts, 3))
+
+
+def test_ids_beyond_the_tokenizers_vocabulary_are_never_drawn():
+    written_ids = [written(Sampler(*model("dark"), temperature=t, vocab_size=7), PROMPTS, 12) for t in (0, 5.0)]
+    assert all(max(token for row in rows for token in row) < 7 for rows in written_ids)
+    assert max(token for row in written(Sampler(*model("dark"), temperature=5.0), PROMPTS, 12) for token in row) >= 7

@@ -1,10 +1,11 @@
 """The mechanisms, by the name that `model.attention.kind` gives them."""
 
 from darkformer_jax.attention.features import Constant, Dark, LearnedFeatures, Performer, Random, WindowOnly
-from darkformer_jax.attention.softmax import Softmax
+from darkformer_jax.attention.softmax import LocalSoftmax, Softmax
 
 MECHANISMS = {
     "softmax": Softmax,
+    "softmax_local": LocalSoftmax,
     "performer": Performer,
     "dark": Dark,
     "lfk": LearnedFeatures,

@@ -7,14 +7,15 @@ from flax import nnx
 from jaxtyping import Array
 
 from darkformer_jax.attention import MECHANISMS
-from darkformer_jax.attention.positions import rope
+from darkformer_jax.attention.positions import RopeSpec
+from darkformer_jax.attention.positions import rope as rotate
 from darkformer_jax.attention.spec import AttentionSpec
 from darkformer_jax.layers import Linear, RMSNorm
 from darkformer_jax.sharding import constrain
 
 
 class Attention(nnx.Module):
-    """x -> x: q, k, v = x Wq, x Wk, x Wv; RMSNorm of q and k if asked; RoPE; the mechanism; Wo."""
+    """x -> x: q, k, v = x Wq, x Wk, x Wv (plus biases); RMSNorm of q and k if asked; RoPE; the mechanism; Wo."""
 
     def __init__(
         self,
@@ -22,24 +23,26 @@ class Attention(nnx.Module):
         kind: str,
         embed_dim: int,
         *,
+        rope: RopeSpec,
         qk_norm: bool,
+        qkv_bias: bool,
         norm_eps: float,
-        rope_theta: float,
+        norm_plus_one: bool,
         dtype: jax.typing.DTypeLike,
         layer: int | Array,
         rngs: nnx.Rngs,
     ) -> None:
-        self.rope_theta = rope_theta
+        self.rope = rope
         shape = (embed_dim, spec.num_heads, spec.head_dim)
         kv_shape = (embed_dim, spec.num_kv_heads, spec.head_dim)
-        self.q = Linear(shape, ("embed", "heads", None), rngs=rngs, dtype=dtype)
-        self.k = Linear(kv_shape, ("embed", "kv_heads", None), rngs=rngs, dtype=dtype)
-        self.v = Linear(kv_shape, ("embed", "kv_heads", None), rngs=rngs, dtype=dtype)
+        self.q = Linear(shape, ("embed", "heads", None), use_bias=qkv_bias, rngs=rngs, dtype=dtype)
+        self.k = Linear(kv_shape, ("embed", "kv_heads", None), use_bias=qkv_bias, rngs=rngs, dtype=dtype)
+        self.v = Linear(kv_shape, ("embed", "kv_heads", None), use_bias=qkv_bias, rngs=rngs, dtype=dtype)
         self.out = Linear(
             (spec.num_heads, spec.head_dim, embed_dim), ("heads", None, "embed"), num_inputs=2, rngs=rngs, dtype=dtype
         )
-        self.q_norm = RMSNorm(spec.head_dim, norm_eps, axis=None) if qk_norm else None
-        self.k_norm = RMSNorm(spec.head_dim, norm_eps, axis=None) if qk_norm else None
+        self.q_norm = RMSNorm(spec.head_dim, norm_eps, norm_plus_one, axis=None) if qk_norm else None
+        self.k_norm = RMSNorm(spec.head_dim, norm_eps, norm_plus_one, axis=None) if qk_norm else None
         self.mechanism = MECHANISMS[kind](spec, layer)
 
     def __call__(self, x: Array, segment_ids: Array, positions: Array, state: Any = None) -> tuple[Array, Any]:
@@ -47,7 +50,7 @@ class Attention(nnx.Module):
         q, k, v = self.q(x), self.k(x), self.v(x)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rope(q, positions, self.rope_theta), rope(k, positions, self.rope_theta)
+        q, k = rotate(q, positions, self.rope), rotate(k, positions, self.rope)
         q = constrain(q, "batch", None, "heads", None)
         k = constrain(k, "batch", None, "kv_heads", None)
         v = constrain(v, "batch", None, "kv_heads", None)

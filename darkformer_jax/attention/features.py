@@ -59,6 +59,7 @@ class FeatureAttention(nnx.Module):
             projections=projections,
             geometry=geometry,
             segment_ids=segment_ids,
+            scale=self.spec.query_scale or None,
             chunk_size=self.spec.chunk_size,
             window=self.spec.window,
             num_sinks=self.spec.num_sinks,
@@ -76,7 +77,7 @@ class Performer(FeatureAttention):
         self.projections = Projection(draw_layer(spec, layer, 0), axes=("kv_heads", None, None))
 
     def inputs(self, q: Array, k: Array, positions: Array) -> Inputs:
-        return Inputs(q, k, self.projections[...], None)
+        return Inputs(q, k, self.projections[...].astype(jnp.float32), None)
 
 
 class Dark(Performer):
@@ -89,7 +90,7 @@ class Dark(Performer):
         self.M = Geometry(start, axes=("kv_heads", None, None))
 
     def inputs(self, q: Array, k: Array, positions: Array) -> Inputs:
-        return Inputs(q, k, self.projections[...], self.M[...])
+        return Inputs(q, k, self.projections[...].astype(jnp.float32), self.M[...].astype(jnp.float32))
 
 
 class LearnedFeatures(FeatureAttention):
@@ -100,7 +101,7 @@ class LearnedFeatures(FeatureAttention):
         self.projections = Geometry(draw_layer(spec, layer, 0), axes=("kv_heads", None, None))
 
     def inputs(self, q: Array, k: Array, positions: Array) -> Inputs:
-        return Inputs(q, k, self.projections[...], None)
+        return Inputs(q, k, self.projections[...].astype(jnp.float32), None)
 
 
 class WindowOnly(FeatureAttention):
@@ -145,7 +146,7 @@ class Random(Performer):
             return noise.astype(q.dtype)
 
         noise = jax.vmap(jax.vmap(draw))(positions)
-        return Inputs(noise[:, :, :num_heads], noise[:, :, num_heads:], self.projections[...], None)
+        return Inputs(noise[:, :, :num_heads], noise[:, :, num_heads:], self.projections[...].astype(jnp.float32), None)
 
 
 class NoiseKey(Projection):

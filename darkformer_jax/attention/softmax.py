@@ -1,4 +1,4 @@
-"""Exact softmax attention, with a key/value cache for decoding."""
+"""Exact softmax attention to all tokens or to the last ones, with a key/value cache for decoding."""
 
 from typing import NamedTuple
 
@@ -8,21 +8,24 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from darkformer_jax.attention.spec import AttentionSpec
+from darkformer_jax.errors import UserError
 from darkformer_jax.ops.exact import exact_attention
 
 
 class KeyValueCache(NamedTuple):
-    """Every key and value so far; slots from `length` on are empty (segment 0). What exceeds the slots is not kept."""
+    """Keys and values of tokens so far, in slots; an empty slot has segment 0. Padding at the end takes no slot."""
 
     keys: Float[Array, "b t hkv d"]
     values: Float[Array, "b t hkv d"]
     segments: Int[Array, "b t"]
     positions: Int[Array, "b t"]
-    length: Int[Array, "b"]
+    length: Int[Array, "b"]  # tokens so far, kept or not
 
 
 class Softmax(nnx.Module):
-    """softmax(q k^T / sqrt(d)) v: quadratic in the length, and a state that grows with it."""
+    """softmax(cap(scale q k^T)) v: quadratic in the length, and a state that grows with it."""
+
+    local_window = 0
 
     def __init__(self, spec: AttentionSpec, layer: int | Array) -> None:
         self.spec = spec
@@ -37,32 +40,60 @@ class Softmax(nnx.Module):
     def __call__(
         self, q: Array, k: Array, v: Array, *, segment_ids: Array, positions: Array, state: KeyValueCache | None = None
     ) -> tuple[Array, KeyValueCache | None]:
-        if state is None:
-            out = exact_attention(
-                q,
-                k,
-                v,
-                query_segments=segment_ids,
-                key_segments=segment_ids,
-                query_positions=positions,
-                key_positions=positions,
-            )
-            return out, None
-        new = (k, v, segment_ids, positions)
-        places = state.length[:, None] + jnp.arange(k.shape[1], dtype=jnp.int32)[None, :]
-        # Not dynamic_update_slice, which moves a write that does not fit back over older keys.
-        write = jax.vmap(lambda old, x, place: old.at[place].set(x.astype(old.dtype), mode="drop"))
-        keys, values, segments, slots = (write(old, x, places) for old, x in zip(state[:4], new, strict=True))
-        # Padding at the end is written with segment 0 and then overwritten: it takes no slot.
-        length = state.length + jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32)
-        state = KeyValueCache(keys, values, segments, slots, length)
+        new = KeyValueCache(k, v, segment_ids, positions, jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32))
+        seen, state = (new, None) if state is None else self.update(state, new)
         out = exact_attention(
             q,
-            state.keys,
-            state.values,
+            seen.keys,
+            seen.values,
             query_segments=segment_ids,
-            key_segments=state.segments,
+            key_segments=seen.segments,
             query_positions=positions,
-            key_positions=state.positions,
+            key_positions=seen.positions,
+            scale=self.spec.query_scale or None,
+            softcap=self.spec.softcap,
+            local_window=self.local_window,
         )
         return out, state
+
+    def update(self, state: KeyValueCache, new: KeyValueCache) -> tuple[KeyValueCache, KeyValueCache]:
+        """(what the new tokens attend to, the state behind them). What exceeds the slots is not kept."""
+        # Padding is written behind the tokens and overwritten by the next ones: `length` does not count it.
+        places = state.length[:, None] + jnp.arange(new.keys.shape[1], dtype=jnp.int32)[None, :]
+        state = _write(state, new, places)
+        return state, state
+
+
+class LocalSoftmax(Softmax):
+    """`Softmax` over the last `local_window` tokens, the query's own included; its state holds no more than those."""
+
+    def __init__(self, spec: AttentionSpec, layer: int | Array) -> None:
+        if spec.local_window < 1:
+            raise UserError("model.attention.local_window = 0: 'softmax_local' needs a window")
+        super().__init__(spec, layer)
+        self.local_window = spec.local_window
+
+    def init_state(self, batch: int, max_length: int, dtype: jax.typing.DTypeLike) -> KeyValueCache:
+        return super().init_state(batch, min(max_length, self.local_window), dtype)
+
+    def update(self, state: KeyValueCache, new: KeyValueCache) -> tuple[KeyValueCache, KeyValueCache]:
+        """As for `Softmax`; the slots are a ring in which token i of the row has slot i % slots."""
+        # The old keys beside the new ones: of many new tokens, the first still see keys that the last push out.
+        keys, values, segments, positions = (
+            jnp.concatenate([old, x.astype(old.dtype)], axis=1) for old, x in zip(state[:4], new[:4], strict=True)
+        )
+        seen = KeyValueCache(keys, values, segments, positions, state.length + new.length)
+        slots = state.keys.shape[1]
+        index = jnp.arange(new.keys.shape[1], dtype=jnp.int32)[None, :]
+        count = new.length[:, None]
+        is_kept = (index < count) & (index >= count - slots)
+        places = jnp.where(is_kept, (state.length[:, None] + index) % slots, slots)
+        return seen, _write(state, new, places)
+
+
+def _write(state: KeyValueCache, new: KeyValueCache, places: Int[Array, "b n"]) -> KeyValueCache:
+    """`state` with the new tokens in their slots; places beyond the last slot are dropped."""
+    # Not dynamic_update_slice, which moves a write that does not fit back over older keys.
+    write = jax.vmap(lambda old, x, place: old.at[place].set(x.astype(old.dtype), mode="drop"))
+    keys, values, segments, positions = (write(old, x, places) for old, x in zip(state[:4], new[:4], strict=True))
+    return KeyValueCache(keys, values, segments, positions, state.length + new.length)

@@ -24,6 +24,9 @@ class AttentionSpec:
     window: int
     num_sinks: int
     seed: int
+    query_scale: float = 0.0
+    softcap: float = 0.0
+    local_window: int = 0
 
 
 class Projection(nnx.Variable):

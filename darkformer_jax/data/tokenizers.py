@@ -1,14 +1,18 @@
 """Text to token ids and back: raw bytes, a Hugging Face tokenizer.json, a SentencePiece model, or a BPE trained here.
 
 `encode` never adds special ids and never reads one out of the text: a document that spells "<|doc|>" stays text. Ids
-that mark documents (`bos_id`, `eos_id`) are placed by the token stream alone.
+that mark documents (`bos_id`, `eos_id`) are placed by the token stream, and before a prompt by `encode_prompt`.
+
+Families differ in what a document begins with: Llama, Mistral and Gemma put a BOS there, Qwen2, GPT-2 and SmolLM2
+nothing. It is what the post-processor of the tokenizer.json puts first, as in transformers; where that puts nothing,
+or there is none, `add_bos_token` of the tokenizer_config.json decides.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import tokenizers as hf
@@ -41,12 +45,15 @@ class Tokenizer(Protocol):
     Attributes:
       spec: the `data.tokenizer` value it stands for: "bytes", "bpe:<n>", or "" when it was read from a file.
       vocab_size: ids are 0 .. vocab_size - 1.
-      bos_id, eos_id: begin and end of a document; equal when one separator plays both parts.
+      adds_bos: whether the family puts `bos_id` before a text that is not preceded by anything.
+      bos_id, eos_id: begin and end of a document in a stream; equal when one separator plays both parts, which is
+        always so where `adds_bos` is False: the model has not seen another token between its documents.
       fingerprint: SHA-256 (hexadecimal) of everything that defines the mapping.
     """
 
     spec: str
     vocab_size: int
+    adds_bos: bool
     bos_id: int
     eos_id: int
     fingerprint: str
@@ -69,6 +76,7 @@ class BytesTokenizer:
 
     spec = "bytes"
     vocab_size = 257
+    adds_bos = True
     bos_id = 256
     eos_id = 256
     fingerprint = hashlib.sha256(b"UTF-8 bytes, separator 256").hexdigest()
@@ -92,27 +100,37 @@ class HuggingFaceTokenizer:
 
     Args:
       definition: the bytes of a tokenizer.json. Truncation and padding that it may ask for are switched off.
-      bos_token, eos_token: its tokens for the begin and the end of a document.
+      bos_token: its token before a document; None where the family puts none.
+      eos_token: its token after a document.
       spec: "bpe:<n>" when it was trained here.
+      config: the tokenizer_config.json it was read with, which `save` writes again as it was; None makes one.
     """
 
-    def __init__(self, definition: bytes, bos_token: str, eos_token: str, spec: str = "") -> None:
+    def __init__(
+        self,
+        definition: bytes,
+        bos_token: str | None,
+        eos_token: str,
+        spec: str = "",
+        config: dict[str, Any] | None = None,
+    ) -> None:
         self._definition = definition
         self._tokenizer = hf.Tokenizer.from_str(definition.decode("utf-8"))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # the text's "<|doc|>" is text
-        self._bos_token = bos_token
-        self._eos_token = eos_token
+        first = eos_token if bos_token is None else bos_token
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        for token in (bos_token, eos_token):
+        for token in (first, eos_token):
             if token not in vocabulary:
                 raise UserError(f"the tokenizer has no token {token!r}, which is to mark documents")
         self.spec = spec
         self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps
-        self.bos_id = vocabulary[bos_token]
+        self.adds_bos = bos_token is not None
+        self.bos_id = vocabulary[first]
         self.eos_id = vocabulary[eos_token]
-        marks = json.dumps([bos_token, eos_token]).encode("utf-8")
+        self._config = _new_hf_config(bos_token, eos_token, spec) if config is None else config
+        marks = json.dumps([first, eos_token]).encode("utf-8")
         self.fingerprint = hashlib.sha256(hashlib.sha256(definition).digest() + marks).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -129,8 +147,7 @@ class HuggingFaceTokenizer:
 
     def save(self, directory: str) -> None:
         make_directory(directory)
-        config = {"bos_token": self._bos_token, "eos_token": self._eos_token, "trained_as": self.spec}
-        write_file(os.path.join(directory, _HF_CONFIG_FILE), (json.dumps(config, indent=2) + "\n").encode("utf-8"))
+        _write_hf_config(directory, self._config)
         write_file(os.path.join(directory, _JSON_FILE), self._definition)
 
 
@@ -139,26 +156,33 @@ class SentencePieceTokenizer:
 
     Args:
       definition: the bytes of a .model file, which must define an end-of-document id.
+      config: the tokenizer_config.json beside it. It may name other tokens for the ends of a document than the model
+        does, and may say that no BOS is put before a text; a model that defines a BOS has it put there otherwise.
     """
 
     spec = ""
 
-    def __init__(self, definition: bytes) -> None:
+    def __init__(self, definition: bytes, config: dict[str, Any] | None = None) -> None:
         try:
             import sentencepiece
         except ImportError as error:
             raise UserError("a .model tokenizer needs the package sentencepiece, which is not installed") from error
         self._definition = definition
+        self._config = config
         try:
             self._processor: Any = sentencepiece.SentencePieceProcessor(model_proto=definition)
         except RuntimeError as error:
             raise UserError(f"not a SentencePiece model: {error}") from error
-        if self._processor.eos_id() < 0:
+        settings = _read_settings(config or {})
+        bos_id = self._id_of(settings.bos_token, self._processor.bos_id())
+        self.eos_id = self._id_of(settings.eos_token, self._processor.eos_id())
+        if self.eos_id < 0:
             raise UserError("the SentencePiece model defines no end-of-sentence id, which is to mark documents")
         self.vocab_size = self._processor.vocab_size()
-        self.eos_id = self._processor.eos_id()
-        self.bos_id = self._processor.bos_id() if self._processor.bos_id() >= 0 else self.eos_id
-        self.fingerprint = hashlib.sha256(definition).hexdigest()
+        self.adds_bos = bos_id >= 0 and settings.add_bos_token is not False
+        self.bos_id = bos_id if self.adds_bos else self.eos_id
+        marks = json.dumps([self.bos_id, self.eos_id]).encode("utf-8")
+        self.fingerprint = hashlib.sha256(hashlib.sha256(definition).digest() + marks).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
@@ -167,11 +191,43 @@ class SentencePieceTokenizer:
         return [np.array(ids, np.uint32) for ids in self._processor.encode(list(texts))]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._processor.decode([i for i in map(int, ids) if not self._processor.is_control(i)])
+        marks = (self.bos_id, self.eos_id)
+        return self._processor.decode(
+            [i for i in map(int, ids) if i not in marks and not self._processor.is_control(i)]
+        )
 
     def save(self, directory: str) -> None:
         make_directory(directory)
+        if self._config is not None:
+            _write_hf_config(directory, self._config)
         write_file(os.path.join(directory, _MODEL_FILE), self._definition)
+
+    def _id_of(self, token: str | None, default: int) -> int:
+        if token is None:
+            return default
+        found = self._processor.piece_to_id(token)
+        if self._processor.id_to_piece(found) != token:  # the unknown piece's id stands for all that are not there
+            raise UserError(f"the SentencePiece model has no piece {token!r}, which {_HF_CONFIG_FILE} names")
+        return found
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids that a model continues `text` from: BOS first where the family has one, never none.
+
+    An empty text without a BOS is the end-of-document id: a new document is what follows it.
+    """
+    ids = tokenizer.encode(text)
+    if tokenizer.adds_bos:
+        return [tokenizer.bos_id, *ids]
+    return ids or [tokenizer.eos_id]
+
+
+def decode_continuation(tokenizer: Tokenizer, prompt: Sequence[int], new: Sequence[int]) -> str:
+    """The text that the ids `new` add to the prompt's.
+
+    Not `decode(new)`: SentencePiece models drop the space that a text's first word begins with.
+    """
+    return tokenizer.decode([*prompt, *new])[len(tokenizer.decode(prompt)) :]
 
 
 def make_tokenizer(spec: str, training_texts: Callable[[], Iterable[str]]) -> Tokenizer:
@@ -212,6 +268,10 @@ def train_bpe(vocab_size: int, texts: Iterable[str]) -> HuggingFaceTokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = hf.processors.TemplateProcessing(
+        single=f"{DOCUMENT_SEPARATOR} $A",
+        special_tokens=[(DOCUMENT_SEPARATOR, tokenizer.token_to_id(DOCUMENT_SEPARATOR))],
+    )
     definition = tokenizer.to_str().encode("utf-8")
     return HuggingFaceTokenizer(definition, DOCUMENT_SEPARATOR, DOCUMENT_SEPARATOR, spec=f"bpe:{vocab_size}")
 
@@ -219,8 +279,8 @@ def train_bpe(vocab_size: int, texts: Iterable[str]) -> HuggingFaceTokenizer:
 def read_tokenizer(path: str) -> Tokenizer:
     """The tokenizer in a tokenizer.json, a SentencePiece .model, or a directory that holds one of them.
 
-    Which tokens mark documents is read from a tokenizer_config.json beside the tokenizer.json, else found by their
-    usual names.
+    Which tokens mark documents is read from the tokenizer_config.json beside it; without one, from the .model, or from
+    the post-processor and the usual names in the tokenizer.json.
     """
     if os.path.isdir(path):
         return load_tokenizer(path)
@@ -228,18 +288,25 @@ def read_tokenizer(path: str) -> Tokenizer:
         raise UserError(f"tokenizer {path!r} is no file; allowed: {_ALLOWED_SPECS}")
     data = read_file(path)
     try:
+        config = _read_hf_config(os.path.dirname(path))
         if path.endswith(".model"):
-            return SentencePieceTokenizer(data)
+            return SentencePieceTokenizer(data, config)
         if path.endswith(".json"):
-            return _read_hf_tokenizer(path, data)
+            return _read_hf_tokenizer(data, config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     raise UserError(f"tokenizer {path!r} is of an unknown kind; allowed: {_ALLOWED_SPECS}")
 
 
 def load_tokenizer(directory: str) -> Tokenizer:
-    """The tokenizer saved in `directory`. Raises UserError unless it holds exactly one."""
+    """The tokenizer saved in `directory`. Raises UserError unless it holds exactly one.
+
+    A tokenizer.model beside a tokenizer.json is the same tokenizer in another form, as published models have it: the
+    tokenizer.json is read.
+    """
     present = [name for name in _TOKENIZER_FILES if os.path.isfile(os.path.join(directory, name))]
+    if present == [_JSON_FILE, _MODEL_FILE]:
+        present.remove(_MODEL_FILE)
     if len(present) != 1:
         found = ", ".join(present) or "none"
         raise UserError(f"{directory!r} must hold exactly one of {', '.join(_TOKENIZER_FILES)}; found: {found}")
@@ -270,33 +337,88 @@ def check_tokenizer_is(spec: str, tokenizer: Tokenizer, where: str) -> None:
         )
 
 
-def _read_hf_tokenizer(path: str, data: bytes) -> HuggingFaceTokenizer:
+def _read_hf_tokenizer(data: bytes, config: dict[str, Any] | None) -> HuggingFaceTokenizer:
     try:
-        vocabulary = hf.Tokenizer.from_str(data.decode("utf-8")).get_vocab(with_added_tokens=True)
+        tokenizer = hf.Tokenizer.from_str(data.decode("utf-8"))
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"not a tokenizer.json: {error}") from error
-    config = _read_hf_config(os.path.join(os.path.dirname(path), _HF_CONFIG_FILE))
-    bos, eos, spec = (config.get(key) for key in ("bos_token", "eos_token", "trained_as"))
-    if eos:
-        return HuggingFaceTokenizer(data, bos or eos, eos, spec=spec or "")
-    for bos, eos in _KNOWN_DOCUMENT_TOKENS:
-        if bos in vocabulary and eos in vocabulary:
-            return HuggingFaceTokenizer(data, bos, eos)
+    settings = _read_settings(config or {})
+    bos, eos = _first_token(tokenizer), settings.eos_token
+    if not eos:
+        eos = _usual_eos(tokenizer.get_vocab(with_added_tokens=True), bos)
+        config = None
+    if bos is None and (settings.add_bos_token or settings.trained_as):
+        bos = settings.bos_token
+    return HuggingFaceTokenizer(data, bos, eos, settings.trained_as, config)
+
+
+def _first_token(tokenizer: hf.Tokenizer) -> str | None:
+    """The token that the post-processor puts before every text, if it does."""
+    bare = tokenizer.encode("a", add_special_tokens=False).ids
+    ids = tokenizer.encode("a", add_special_tokens=True).ids
+    begins = len(ids) > len(bare) and ids[: len(bare)] != bare
+    return tokenizer.id_to_token(ids[0]) if begins else None
+
+
+def _usual_eos(vocabulary: dict[str, int], bos: str | None) -> str:
+    for usual_bos, eos in _KNOWN_DOCUMENT_TOKENS:
+        if usual_bos in vocabulary and eos in vocabulary and bos in (None, usual_bos):
+            return eos
     raise UserError(
         "no token marks the end of a document; put"
         f' {{"bos_token": ..., "eos_token": ...}} into {_HF_CONFIG_FILE} beside it'
     )
 
 
-def _read_hf_config(path: str) -> dict[str, str]:
-    """The string settings of a tokenizer_config.json, whose tokens are either strings or {"content": string}."""
+class _Settings(NamedTuple):
+    """What a tokenizer_config.json says about documents; None = it does not."""
+
+    bos_token: str | None
+    eos_token: str | None
+    add_bos_token: bool | None
+    trained_as: str
+
+
+def _read_settings(config: dict[str, Any]) -> _Settings:
+    def token(name: str) -> str | None:
+        value = config.get(name)
+        value = value.get("content") if isinstance(value, dict) else value
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"{_HF_CONFIG_FILE} has {name} = {value!r}; allowed: a string, or null")
+        return value or None
+
+    adds_bos = config.get("add_bos_token")
+    if adds_bos is not None and not isinstance(adds_bos, bool):
+        raise UserError(f"{_HF_CONFIG_FILE} has add_bos_token = {adds_bos!r}; allowed: true, false, or null")
+    return _Settings(token("bos_token"), token("eos_token"), adds_bos, token("trained_as") or "")
+
+
+def _read_hf_config(directory: str) -> dict[str, Any] | None:
+    """The tokenizer_config.json in a directory; None without one."""
+    path = os.path.join(directory, _HF_CONFIG_FILE)
     if not os.path.isfile(path):
-        return {}
+        return None
     try:
         config = json.loads(read_file(path))
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a JSON object")
-    flat = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()}
-    return {key: value for key, value in flat.items() if isinstance(value, str)}
+    return config
+
+
+def _new_hf_config(bos_token: str | None, eos_token: str, spec: str) -> dict[str, Any]:
+    """Enough for transformers to read the tokenizer.json beside it as this library does."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos_token,
+        "eos_token": eos_token,
+        "add_bos_token": bos_token is not None,
+        "clean_up_tokenization_spaces": False,
+        "trained_as": spec,
+    }
+
+
+def _write_hf_config(directory: str, config: dict[str, Any]) -> None:
+    content = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    write_file(os.path.join(directory, _HF_CONFIG_FILE), content.encode("utf-8"))

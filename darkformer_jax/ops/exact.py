@@ -1,8 +1,15 @@
-"""Exact softmax attention through the fastest backend the device has."""
+"""Exact softmax attention through the fastest backend that covers the case."""
+
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+
+from darkformer_jax.ops.features import matmul
+from darkformer_jax.ops.state import NEG
+
+Backend = Literal["cudnn", "xla", "plain"]
 
 
 def exact_attention(
@@ -14,18 +21,69 @@ def exact_attention(
     key_segments: Int[Array, "b t"],
     query_positions: Int[Array, "b n"],
     key_positions: Int[Array, "b t"],
+    scale: float | None = None,
+    softcap: float = 0.0,
+    local_window: int = 0,
 ) -> Float[Array, "b n hq dv"]:
-    """softmax(q k^T / sqrt(d)) v over the keys of the query's segment at its position or before; 0 is padding.
+    """softmax(cap(scale q k^T)) v over the keys of the query's segment at its position or before; 0 is padding.
 
-    cuDNN's flash attention for half precision on an NVIDIA GPU, XLA elsewhere. Padded queries get zero.
+    Each group of hq / hkv consecutive query heads shares one key/value head. Padded queries get zero.
+
+    Args:
+      scale: of the logits; None is d^-0.5.
+      softcap: cap(x) = softcap tanh(x / softcap); 0 = x.
+      local_window: only keys less than this many positions before the query's are seen; 0 = all.
     """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     visible = query_segments[:, :, None] == key_segments[:, None, :]
     visible &= key_positions[:, None, :] <= query_positions[:, :, None]
+    if local_window:
+        visible &= key_positions[:, None, :] > query_positions[:, :, None] - local_window
     is_token = query_segments != 0
     # A padded query sees key 0, so that its softmax is defined, and is cleared below.
     first = jnp.arange(k.shape[1]) == 0
-    mask = jnp.where(is_token[:, :, None], visible, first[None, None, :])[:, None]
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
-    on_gpu = jax.default_backend() in ("gpu", "cuda")
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn" if half and on_gpu else "xla")
+    mask = jnp.where(is_token[:, :, None], visible, first[None, None, :])
+    backend = choose_backend(q, k, softcap)
+    if backend == "plain":
+        out = _plain_attention(q, k, v, mask, scale, softcap)
+    else:
+        out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale, implementation=backend)
     return jnp.where(is_token[:, :, None, None], out, 0)
+
+
+def choose_backend(q: Float[Array, "b n hq d"], k: Float[Array, "b t hkv d"], softcap: float) -> Backend:
+    """What computes a case, and why.
+
+    plain: any case with a softcap, which `jax.nn.dot_product_attention` does not have. Logits are held whole.
+    cudnn: half precision on an NVIDIA GPU, where cuDNN's flash attention takes it: d a multiple of 8 up to 128 (256
+           from Hopper on), and even lengths n and t (its gradients need them) or one query at a time.
+    xla:   everything else; logits are held whole.
+
+    Windows and segments decide nothing: they are in the mask, which each of the three takes.
+    """
+    if softcap:
+        return "plain"
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or jax.default_backend() not in ("gpu", "cuda"):
+        return "xla"
+    capability = float(getattr(jax.devices()[0], "compute_capability", 0))
+    heads_fit = q.shape[3] % 8 == 0 and q.shape[3] <= (256 if capability >= 9 else 128)
+    lengths_fit = q.shape[1] == 1 or (q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0)
+    return "cudnn" if heads_fit and lengths_fit else "xla"
+
+
+def _plain_attention(
+    q: Float[Array, "b n hq d"],
+    k: Float[Array, "b t hkv d"],
+    v: Float[Array, "b t hkv dv"],
+    mask: Bool[Array, "b n t"],
+    scale: float,
+    softcap: float,
+) -> Float[Array, "b n hq dv"]:
+    """`exact_attention` as it is written, with logits, softcap and softmax in float32."""
+    batch, length, num_heads, dim = q.shape
+    grouped = q.reshape(batch, length, k.shape[2], num_heads // k.shape[2], dim)
+    logits = scale * matmul("bnkgd,btkd->bkgnt", grouped, k, q.dtype)
+    logits = softcap * jnp.tanh(logits / softcap)
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], logits, NEG), axis=-1)
+    out = matmul("bkgnt,btkd->bnkgd", weights, v, v.dtype)
+    return out.reshape(batch, length, num_heads, v.shape[3]).astype(v.dtype)

@@ -1,15 +1,18 @@
-"""Held-out loss, bits per byte and next-token accuracy."""
+"""Loss, bits per byte and next-token accuracy: of the held-out split, and by place in a window of any text."""
 
 import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
 from darkformer_jax.model import Network
 from darkformer_jax.training.step import Batch, Metrics, loss_sums
+
+QUARTERS = 4
 
 
 class Evaluation(NamedTuple):
@@ -35,6 +38,39 @@ def make_eval_step(network: Network) -> Callable[[dict, dict, Batch], Metrics]:
         return loss_sums(network, params, projections, batch)
 
     return jax.jit(eval_step)
+
+
+def make_quarter_step(network: Network) -> Callable[[dict, dict, Batch], Metrics]:
+    """(params, projections, batch) -> `nll`, `correct` and `weight`, each summed within the quarters of the rows: [4].
+
+    Quarter j of rows of L tokens has the places j * ceil(L / 4) .. (j + 1) * ceil(L / 4) - 1. The logits of one
+    quarter are held at a time: for a large vocabulary they are most of an evaluation's memory.
+    """
+
+    def quarter_step(params: dict, projections: dict, batch: Batch) -> Metrics:
+        model = network.bind(params, projections)
+        hidden, _ = model.hidden(batch["inputs"], batch["segment_ids"], batch["positions"])
+
+        def split(x: jax.Array) -> jax.Array:  # [b, L, ...] -> [4, b, ceil(L / 4), ...]
+            missing = -x.shape[1] % QUARTERS
+            x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
+            return jnp.moveaxis(x.reshape(x.shape[0], QUARTERS, -1, *x.shape[2:]), 1, 0)
+
+        def sums(quarter: tuple[jax.Array, jax.Array, jax.Array]) -> Metrics:
+            states, targets, weights = quarter
+            logits = model.logits(states)
+            target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+            nll = jax.nn.logsumexp(logits, axis=-1) - target_logits
+            correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+            return {
+                "nll": jnp.sum(weights * nll),
+                "correct": jnp.sum(weights * correct),
+                "weight": jnp.sum(weights),
+            }
+
+        return jax.lax.map(sums, (split(hidden), split(batch["targets"]), split(batch["weights"])))
+
+    return jax.jit(quarter_step)
 
 
 def evaluate(

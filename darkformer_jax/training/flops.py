@@ -37,6 +37,7 @@ def train_step_flops(
     chunk_size: int,
     window: int,
     num_sinks: int,
+    local_window: int = 0,
 ) -> float:
     """FLOPs that the model's mathematics needs for one optimizer step: 3 x forward (backward = 2 x forward).
 
@@ -50,6 +51,7 @@ def train_step_flops(
           projections       4 D H d (q, o) + 4 D G d (k, v); `random` and `constant` look at neither q nor k: half of it
           attention
             softmax         4 H d n            scores 2 d and values 2 d for each of n visible keys
+            softmax_local   4 H d n            n = the keys of the last local_window tokens
             window_only     4 H d n            n = the keys seen exactly
             performer, dark, lfk
               geometry      2 d^2 (H + G)      M x, dark only
@@ -68,9 +70,9 @@ def train_step_flops(
       tokens: positions an optimizer step, batch_size * sequence_length, padding included.
       sequence_length: L.
       attention_kinds: the mechanism of each layer.
-      window, num_sinks, chunk_size: tokens, as in the config.
+      window, num_sinks, chunk_size, local_window: tokens, as in the config.
 
-    Raises ValueError for a mechanism it does not know.
+    Raises ValueError for a mechanism it does not know, and for `softmax_local` without a local_window.
     """
     query_width, kv_width = num_heads * head_dim, num_kv_heads * head_dim
     projections = 4 * embed_dim * (query_width + kv_width)
@@ -83,6 +85,7 @@ def train_step_flops(
     linear = projections + features + state + local * seen_exactly
     layer = {
         "softmax": projections + 4 * query_width * all_visible,
+        "softmax_local": projections + 4 * query_width * mean_local_keys(sequence_length, local_window),
         "window_only": projections + 4 * query_width * seen_exactly,
         "performer": linear,
         "lfk": linear,
@@ -92,9 +95,17 @@ def train_step_flops(
     }
     if unknown := set(attention_kinds) - layer.keys():
         raise ValueError(f"no FLOP count for attention {sorted(unknown)[0]!r}; known: {', '.join(layer)}")
+    if "softmax_local" in attention_kinds and not local_window:
+        raise ValueError("attention 'softmax_local' needs local_window > 0")
     mlp = 6 * embed_dim * mlp_dim
     forward = sum(layer[kind] + mlp for kind in attention_kinds) + 2 * embed_dim * vocab_size
     return 3.0 * forward * tokens
+
+
+def mean_local_keys(sequence_length: int, local_window: int) -> float:
+    """Keys among a query's last `local_window` tokens, its own included, mean over the positions of one sequence."""
+    window = min(local_window, sequence_length)
+    return window * (2 * sequence_length - window + 1) / (2 * sequence_length)
 
 
 def mean_exact_keys(sequence_length: int, chunk_size: int, window: int, num_sinks: int) -> float:

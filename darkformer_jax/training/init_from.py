@@ -24,8 +24,8 @@ class _Place(NamedTuple):
 def initialize_from(workdir: str, experiment: Experiment, state: TrainState) -> tuple[TrainState, str]:
     """`state` with every parameter that `workdir`'s newest checkpoint has too, and a report of what it has not.
 
-    Layers are matched by their number, whatever the two models' patterns. Optimizer moments, step and data order start
-    anew.
+    Layers are matched by their number, whatever the two models' patterns. Projections of the same shape come along,
+    unless the run redraws them. Optimizer moments, step and data order start anew.
 
     Raises:
       UserError: no usable checkpoint, another number of layers, a parameter of another shape, or nothing in common.
@@ -34,27 +34,52 @@ def initialize_from(workdir: str, experiment: Experiment, state: TrainState) -> 
     step = checkpoints.latest_good_step()
     if step is None:
         raise UserError(f"init_from = {workdir}: there is no checkpoint in {checkpoints.directory}")
-    saved_flat = _flat(checkpoints.saved_shapes(step)["params"])
-    wanted_flat, shardings = _flat(state.params), _flat(experiment.shardings.params)
-    saved, wanted = _by_layer(saved_flat), _by_layer(wanted_flat)
+    shapes = checkpoints.saved_shapes(step)
+    saved, wanted = _by_layer(shapes["params"]), _by_layer(state.params)
     common = sorted(wanted.keys() & saved.keys())
     _require_fit(workdir, saved, wanted, common)
+    pairs = {name: (saved[name], wanted[name]) for name in common}
+    params = _transfer(checkpoints, step, "params", pairs, state.params, experiment.shardings.params)
+    report = f"initialised {len(common)} of {len(wanted)} parameter arrays from step {step} of {workdir}"
+
+    # M was fitted to its projections: they come along, unless the new run draws others by its own config.
+    projections = state.projections
+    if not experiment.config.model.attention.redraw_every and shapes.get("projections"):
+        old = _by_layer(shapes["projections"], _num_stacks(shapes["params"]))
+        new = _by_layer(projections, _num_stacks(state.params))
+        same = sorted(name for name in new.keys() & old.keys() if new[name].shape == old[name].shape)
+        if same:
+            shardings = experiment.shardings.projections
+            pairs = {name: (old[name], new[name]) for name in same}
+            projections = _transfer(checkpoints, step, "projections", pairs, projections, shardings)
+            report += f", and {len(same)} of {len(new)} arrays of projections"
+    checkpoints.close()
+    report += _listed("; new: ", wanted.keys() - saved.keys()) + _listed("; not used: ", saved.keys() - wanted.keys())
+    return state._replace(params=params, projections=projections), report
+
+
+def _transfer(
+    checkpoints: Checkpoints,
+    step: int,
+    tree: str,
+    pairs: dict[Path, tuple[_Place, _Place]],
+    current: dict,
+    shardings: dict,
+) -> dict:
+    """`current` with arrays of the checkpoint's `tree` put from their places there to those here, in its own dtypes."""
+    saved, layout = _flat(checkpoints.saved_shapes(step)[tree]), _flat(shardings)
     # Stacks of one parameter differ in their number of layers alone, an axis that is never split: a sharding fits both.
     abstract = {
-        saved[name].path: jax.ShapeDtypeStruct(
-            saved_flat[saved[name].path].shape,
-            saved_flat[saved[name].path].dtype,
-            sharding=shardings[wanted[name].path],
+        source.path: jax.ShapeDtypeStruct(
+            saved[source.path].shape, saved[source.path].dtype, sharding=layout[target.path]
         )
-        for name in common
+        for source, target in pairs.values()
     }
-    _, restored = checkpoints.restore({"params": _nested(abstract)}, step, partial=True)
-    checkpoints.close()
+    _, restored = checkpoints.restore({tree: _nested(abstract)}, step, partial=True)
 
-    def assemble(params: dict, loaded: dict) -> dict:
-        new, found = _flat(params), _flat(loaded)
-        for name in common:
-            source, target = saved[name], wanted[name]
+    def assemble(current: dict, loaded: dict) -> dict:
+        new, found = _flat(current), _flat(loaded)
+        for source, target in pairs.values():
             value = found[source.path].astype(new[target.path].dtype)
             if target.row is None:
                 new[target.path] = value
@@ -62,10 +87,8 @@ def initialize_from(workdir: str, experiment: Experiment, state: TrainState) -> 
                 new[target.path] = new[target.path].at[target.row].set(value[source.row])
         return _nested(new)
 
-    params = jax.jit(assemble, out_shardings=experiment.shardings.params)(state.params, restored["params"])
-    report = f"initialised {len(common)} of {len(wanted)} parameter arrays from step {step} of {workdir}"
-    report += _listed("; new: ", wanted.keys() - saved.keys()) + _listed("; not used: ", saved.keys() - wanted.keys())
-    return state._replace(params=params), report
+    assembled: dict = jax.jit(assemble, out_shardings=shardings)(current, restored[tree])
+    return assembled
 
 
 def check_same_tokenizer(workdir: str, fingerprint: str) -> None:
@@ -93,17 +116,25 @@ def _require_fit(workdir: str, saved: dict[Path, _Place], wanted: dict[Path, _Pl
         raise UserError(f"init_from = {workdir}: its model and this one have no parameter in common")
 
 
-def _by_layer(flat: dict[Path, Any]) -> dict[Path, _Place]:
-    """Every parameter by a name that does not depend on the pattern: ("layer 3", "attention", ...)."""
-    stacks = {path[0] for path in flat if path[0].startswith("blocks_")}
+def _num_stacks(params: dict) -> int:
+    """The length of the model's pattern: each of its places has a stack of parameters."""
+    return sum(name.startswith("blocks_") for name in params)
+
+
+def _by_layer(tree: dict, num_stacks: int | None = None) -> dict[Path, _Place]:
+    """Every array by a name that does not depend on the pattern: ("layer 3", "attention", ...).
+
+    num_stacks: of the model, where `tree` is not its parameters and may lack some.
+    """
+    num_stacks = _num_stacks(tree) if num_stacks is None else num_stacks
     places: dict[Path, _Place] = {}
-    for path, leaf in flat.items():
-        if path[0] not in stacks:
+    for path, leaf in _flat(tree).items():
+        if not path[0].startswith("blocks_"):
             places[path] = _Place(path, None, tuple(leaf.shape))
             continue
         first = int(path[0].removeprefix("blocks_"))
         for row in range(leaf.shape[0]):
-            layer = first + len(stacks) * row
+            layer = first + num_stacks * row
             places[(f"layer {layer}", *path[1:])] = _Place(path, row, tuple(leaf.shape[1:]))
     return places
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
+from flax import nnx
 
 from darkformer_jax.model import Network, is_geometry
 
@@ -42,7 +43,11 @@ def make_optimizer(
     M and learned projections, norms and biases are never decayed.
     """
     labels = network.map_params(lambda _, variable: GEOMETRY if is_geometry(variable) else MODEL)
-    decayed = network.map_params(lambda _, v: len(v.get_metadata()["axes"]) > 1 and not is_geometry(v))
+
+    def is_matrix(path: tuple, variable: nnx.Variable) -> bool:
+        return path[-1] != "bias" and len(variable.get_metadata()["axes"]) > 1 and not is_geometry(variable)
+
+    decayed = network.map_params(is_matrix)
     rates = {
         MODEL: optax.scale_by_learning_rate(make_schedule(optimizer, num_steps, optimizer.learning_rate)),
         GEOMETRY: optax.scale_by_learning_rate(make_schedule(optimizer, num_steps, optimizer.geometry_learning_rate)),

@@ -7,10 +7,17 @@ import jax
 import ml_collections
 
 from darkformer_jax.config import validate
-from darkformer_jax.data import Data, load_data, load_tokenizer
-from darkformer_jax.data.tokenizers import bpe_vocab_size, has_tokenizer, make_tokenizer
+from darkformer_jax.data import PREPARED_SOURCE, Data, load_data, load_tokenizer
+from darkformer_jax.data.tokenizers import (
+    bpe_vocab_size,
+    decode_continuation,
+    encode_prompt,
+    has_tokenizer,
+    make_tokenizer,
+)
 from darkformer_jax.sampling import Sampler, continue_prompts
 from darkformer_jax.training.evaluation import Evaluation
+from darkformer_jax.training.inherit import inherit
 from darkformer_jax.training.init_from import check_same_tokenizer
 from darkformer_jax.training.loop import Run
 from darkformer_jax.training.progress import Progress
@@ -22,12 +29,14 @@ from darkformer_jax.training.workdir import check_config, check_data, write_atom
 
 def dry_run(config: ml_collections.ConfigDict) -> None:
     """Prints the experiment's sizes. Reads the tokenizer, allocates nothing on a device."""
+    config = inherit(config)
     validate(config)
     print(Experiment.of(config, _vocab_size(config)).describe())
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     """Trains to the last step and reports. See `Run.train` for what it raises."""
+    config = inherit(config, workdir)
     validate(config)
     check_config(workdir, config.to_dict())
     progress = Progress(config.num_steps, config.log.every)
@@ -56,7 +65,15 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
 def _load_data(config: ml_collections.ConfigDict, workdir: str) -> Data:
     d = config.data
     tokenizer_dir = workdir if has_tokenizer(workdir) else None
-    return load_data(d.source, d.files, d.tokenizer, d.heldout_fraction, tokenizer_dir)
+    return load_data(d.source, d.files, _tokenizer(config, tokenizer_dir), d.heldout_fraction, tokenizer_dir)
+
+
+def _tokenizer(config: ml_collections.ConfigDict, tokenizer_dir: str | None) -> str:
+    """What `data.tokenizer` says; where it says nothing, the run's own once it has one, else `init_from`'s."""
+    d = config.data
+    if d.tokenizer or d.source == PREPARED_SOURCE:
+        return d.tokenizer
+    return tokenizer_dir or config.init_from
 
 
 def _vocab_size(config: ml_collections.ConfigDict) -> int:
@@ -64,10 +81,11 @@ def _vocab_size(config: ml_collections.ConfigDict) -> int:
     d = config.data
     if config.model.vocab_size:
         return config.model.vocab_size
-    if d.tokenizer.startswith("bpe:"):
-        return bpe_vocab_size(d.tokenizer)
-    if d.tokenizer:
-        return make_tokenizer(d.tokenizer, tuple).vocab_size  # no text is needed: nothing is trained
+    tokenizer = _tokenizer(config, None)
+    if tokenizer.startswith("bpe:"):
+        return bpe_vocab_size(tokenizer)
+    if tokenizer:
+        return make_tokenizer(tokenizer, tuple).vocab_size  # no text is needed: nothing is trained
     return load_tokenizer(d.files).vocab_size
 
 
@@ -99,10 +117,12 @@ def sample(experiment: Experiment, data: Data, state: TrainState) -> str:
         top_k=s.top_k,
         top_p=s.top_p,
         seed=experiment.config.seed,
+        vocab_size=tokenizer.vocab_size,
     )
-    prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in s.prompts]
-    continued = continue_prompts(sampler, prompts, s.max_new_tokens, tokenizer.eos_id)
+    ids = [encode_prompt(tokenizer, prompt) for prompt in s.prompts]
+    continued = continue_prompts(sampler, ids, s.max_new_tokens, tokenizer.eos_id)
     blocks = (
-        f"--- {prompt!r}\n{prompt}{tokenizer.decode(new)}" for prompt, new in zip(s.prompts, continued, strict=True)
+        f"--- {prompt!r}\n{prompt}{decode_continuation(tokenizer, prompt_ids, new)}"
+        for prompt, prompt_ids, new in zip(s.prompts, ids, continued, strict=True)
     )
     return "\n".join(blocks) + "\n"

@@ -66,7 +66,7 @@ class Experiment:
         return train_step_flops(
             tokens=self.tokens_per_step,
             sequence_length=self.config.sequence_length,
-            attention_kinds=spec.pattern * (spec.num_layers // len(spec.pattern)),
+            attention_kinds=spec.layer_kinds,
             embed_dim=spec.embed_dim,
             num_heads=sizes.num_heads,
             num_kv_heads=sizes.num_kv_heads,
@@ -77,6 +77,7 @@ class Experiment:
             chunk_size=sizes.chunk_size,
             window=sizes.window,
             num_sinks=sizes.num_sinks,
+            local_window=sizes.local_window,
         )
 
     def describe(self) -> str:

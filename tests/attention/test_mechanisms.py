@@ -27,8 +27,13 @@ SPEC = AttentionSpec(
     seed=3,
 )
 HYBRID = dataclasses.replace(SPEC, window=8, num_sinks=2)
+LOCAL = dataclasses.replace(SPEC, local_window=7, softcap=2.0, query_scale=0.6)
 PURE = ("softmax", "performer", "dark", "lfk", "random", "constant")
-ALL = [(kind, SPEC) for kind in PURE] + [(kind, HYBRID) for kind in ("performer", "dark", "lfk", "window_only")]
+ALL = (
+    [(kind, SPEC) for kind in PURE]
+    + [("softmax_local", LOCAL)]
+    + [(kind, HYBRID) for kind in ("performer", "dark", "lfk", "window_only")]
+)
 LENGTH = 40
 
 random = np.random.default_rng(0)
@@ -103,6 +108,38 @@ def test_softmax_by_hand():
     q, k, v = (x[0].astype(np.float64).transpose(1, 0, 2) for x in (Q, K.repeat(2, axis=2), V.repeat(2, axis=2)))
     weights = np.exp(q @ k.transpose(0, 2, 1) / np.sqrt(8)) * np.tri(LENGTH)
     assert_close(out[0].transpose(1, 0, 2), weights @ v / weights.sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_softmax_local_by_hand(softcap):
+    _, call = make("softmax_local", dataclasses.replace(LOCAL, softcap=softcap))
+    out, _ = call(Q, K, V, ONE, POSITIONS)
+    q, k, v = (x[0].astype(np.float64).transpose(1, 0, 2) for x in (Q, K.repeat(2, axis=2), V.repeat(2, axis=2)))
+    logits = 0.6 * q @ k.transpose(0, 2, 1)
+    logits = softcap * np.tanh(logits / softcap) if softcap else logits
+    weights = np.exp(logits) * (np.tri(LENGTH) - np.tri(LENGTH, k=-7))
+    assert_close(out[0].transpose(1, 0, 2), weights @ v / weights.sum(-1, keepdims=True))
+
+
+def test_softmax_local_keeps_its_window_only():
+    mechanism, call = make("softmax_local", LOCAL)
+    state = mechanism.init_state(1, LENGTH, jnp.float32)
+    assert state.keys.shape == (1, 7, 2, 8) and mechanism.init_state(1, 3, jnp.float32).keys.shape == (1, 3, 2, 8)
+    out, _ = call(Q, K, V, ONE, POSITIONS)
+    for start, stop in ((0, 3), (3, 4), (4, 24), (24, 26), (26, LENGTH)):  # pieces below and above the window
+        piece = (x[:, start:stop] for x in (Q, K, V, ONE, POSITIONS))
+        continued, state = call(*piece, state)
+        assert_close(continued, out[:, start:stop])
+    assert sorted(state.positions[0].tolist()) == list(range(LENGTH - 7, LENGTH))
+    with pytest.raises(UserError, match="model.attention.local_window = 0: 'softmax_local' needs a window"):
+        make("softmax_local", SPEC)
+
+
+@pytest.mark.parametrize("kind", ["performer", "dark"])
+def test_features_scale_their_products_as_asked(kind):
+    _, call = make(kind, SPEC)
+    _, scaled = make(kind, dataclasses.replace(SPEC, query_scale=4 * 8**-0.5))
+    assert_close(scaled(Q, K, V, ONE, POSITIONS)[0], call(2 * Q, 2 * K, V, ONE, POSITIONS)[0])
 
 
 def test_constant_is_the_mean_of_what_is_visible():

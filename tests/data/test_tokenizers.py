@@ -2,9 +2,18 @@ import io
 import json
 
 import pytest
+import tokenizers as hf
 
 from darkformer_jax.data import tokenizers
-from darkformer_jax.data.tokenizers import BytesTokenizer, load_tokenizer, make_tokenizer, read_tokenizer, train_bpe
+from darkformer_jax.data.tokenizers import (
+    BytesTokenizer,
+    decode_continuation,
+    encode_prompt,
+    load_tokenizer,
+    make_tokenizer,
+    read_tokenizer,
+    train_bpe,
+)
 from darkformer_jax.errors import UserError
 
 TEXTS = ["def f(x):\n    return x  # caf\u00e9\r\n", "\u4f60\u597d <|doc|> <s> \U0001f600\tend ", "\n\n  two\n" * 30]
@@ -65,7 +74,7 @@ def test_save_and_load_give_the_same_tokenizer(bpe, sentencepiece_model, tmp_pat
         directory = str(tmp_path / str(index))
         tokenizer.save(directory)
         loaded = load_tokenizer(directory)
-        for name in ("spec", "vocab_size", "bos_id", "eos_id", "fingerprint"):
+        for name in ("spec", "vocab_size", "adds_bos", "bos_id", "eos_id", "fingerprint"):
             assert getattr(loaded, name) == getattr(tokenizer, name)
         assert loaded.encode("two three") == tokenizer.encode("two three")
         assert read_tokenizer(directory).fingerprint == tokenizer.fingerprint
@@ -79,30 +88,207 @@ def test_sentencepiece(sentencepiece_model):
     assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id]) == "two three"
 
 
-def test_document_tokens_of_a_tokenizer_json(bpe, tmp_path):
-    bpe.save(str(tmp_path / "trained"))
-    definition = json.loads((tmp_path / "trained/tokenizer.json").read_text())
-    definition["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
-    plain = definition["added_tokens"][0]
-    del definition["model"]["vocab"][plain["content"]]
+@pytest.fixture
+def published(tmp_path):
+    """Writes the files of a published model: a byte-level BPE with the given special tokens, and returns the path.
 
-    def written(name, *contents, config=None):
+    `puts_first`: what its post-processor puts before a text.
+    """
+    tokenizer = hf.Tokenizer(hf.models.BPE())
+    tokenizer.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = hf.decoders.ByteLevel()
+    alphabet = sorted(hf.pre_tokenizers.ByteLevel.alphabet())
+
+    def write(name, *special, config=None, puts_first=None):
+        trainer = hf.trainers.BpeTrainer(
+            vocab_size=300, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
+        )
+        tokenizer.train_from_iterator(TEXTS, trainer)
+        byte_level = hf.processors.ByteLevel(trim_offsets=True)
+        if puts_first:
+            first = (puts_first, tokenizer.token_to_id(puts_first))
+            template = hf.processors.TemplateProcessing(single=f"{puts_first} $A", special_tokens=[first])
+            tokenizer.post_processor = hf.processors.Sequence([byte_level, template])
+        else:
+            tokenizer.post_processor = byte_level
+        tokenizer.enable_truncation(2)
         (tmp_path / name).mkdir()
-        definition["added_tokens"] = [{**plain, "content": c, "id": 1000 + i} for i, c in enumerate(contents)]
-        (tmp_path / name / "tokenizer.json").write_text(json.dumps(definition))
-        if config:
+        tokenizer.save(str(tmp_path / name / "tokenizer.json"))
+        if config is not None:
             (tmp_path / name / "tokenizer_config.json").write_text(json.dumps(config))
-        return str(tmp_path / name / "tokenizer.json")
+        return str(tmp_path / name)
 
-    llama = read_tokenizer(written("llama", "<s>", "</s>"))
-    assert (llama.bos_id, llama.eos_id) == (id_of(llama, "<s>"), id_of(llama, "</s>"))
-    assert llama.bos_id != llama.eos_id
-    assert llama.vocab_size > max(llama.bos_id, llama.eos_id)
-    assert len(llama.encode("a long text, not truncated")) > 2
-    named = read_tokenizer(written("named", "X", "Y", config={"bos_token": None, "eos_token": {"content": "Y"}}))
-    assert named.bos_id == named.eos_id == id_of(named, "Y")
-    with pytest.raises(UserError, match="no token .<none>."):
-        read_tokenizer(written("unknown", "X", config={"eos_token": "<none>"}))
+    return write
+
+
+def as_object(token):
+    return {"__type": "AddedToken", "content": token, "special": True}
+
+
+END = "<|endoftext|>"
+LLAMA_3 = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+GEMMA = {"bos_token": as_object("<bos>"), "eos_token": as_object("<eos>")}
+CHAT = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+FAMILIES = {  # special tokens, tokenizer_config.json, what the post-processor puts first; BOS or None, EOS
+    "llama 3": (LLAMA_3.values(), LLAMA_3, "<|begin_of_text|>", "<|begin_of_text|>", "<|end_of_text|>"),
+    "llama 3 alone": (LLAMA_3.values(), None, "<|begin_of_text|>", "<|begin_of_text|>", "<|end_of_text|>"),
+    "gemma": (("<pad>", "<eos>", "<bos>"), GEMMA | {"add_bos_token": True}, "<bos>", "<bos>", "<eos>"),
+    "gemma, not switched off": (("<eos>", "<bos>"), GEMMA | {"add_bos_token": False}, "<bos>", "<bos>", "<eos>"),
+    "add_bos_token alone": (("<eos>", "<bos>"), GEMMA | {"add_bos_token": True}, None, "<bos>", "<eos>"),
+    "qwen2": ((END,), {"add_bos_token": False, "bos_token": None, "eos_token": END}, None, None, END),
+    "gpt2": ((END,), {"add_bos_token": False, "bos_token": END, "eos_token": END}, None, None, END),
+    "smollm2": ((END,), {"bos_token": END, "eos_token": as_object(END)}, None, None, END),
+    "smollm2 instruct": ((END, *CHAT.values()), CHAT, None, None, "<|im_end|>"),
+    "post-processor's own": (("<s>", "</s>"), {"bos_token": None, "eos_token": "</s>"}, "<s>", "<s>", "</s>"),
+    "no config": ((END,), None, None, None, END),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_bos_rule_of_a_family(family, published, tmp_path):
+    special, config, puts_first, bos, eos = FAMILIES[family]
+    directory = published("model", *special, config=config, puts_first=puts_first)
+    tokenizer = read_tokenizer(directory)
+    assert tokenizer.adds_bos == (bos is not None)
+    assert tokenizer.eos_id == id_of(tokenizer, eos)
+    assert tokenizer.bos_id == id_of(tokenizer, bos or eos)
+    prompt = encode_prompt(tokenizer, "def f")
+    assert prompt == ([tokenizer.bos_id] if bos else []) + tokenizer.encode("def f")
+    assert encode_prompt(tokenizer, "") == [id_of(tokenizer, bos or eos)]
+    assert len(tokenizer.encode("a long text")) > 2  # not truncated
+    for text in TEXTS:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+    tokenizer.save(str(tmp_path / "saved"))
+    again = load_tokenizer(str(tmp_path / "saved"))
+    assert (again.adds_bos, again.bos_id, again.fingerprint) == (
+        tokenizer.adds_bos,
+        tokenizer.bos_id,
+        tokenizer.fingerprint,
+    )
+    if config is not None:
+        assert json.loads((tmp_path / "saved/tokenizer_config.json").read_text()) == config
+
+
+@pytest.mark.parametrize(
+    "family", sorted(FAMILIES.keys() - {"add_bos_token alone"})
+)  # which transformers 5 does not read
+def test_the_bos_rule_is_that_of_transformers(family, published):
+    transformers = pytest.importorskip("transformers")
+    special, config, puts_first, _, _ = FAMILIES[family]
+    directory = published("model", *special, config=config, puts_first=puts_first)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(directory)
+    ours = read_tokenizer(directory)
+    for text in TEXTS:
+        assert encode_prompt(ours, text) == theirs(text, split_special_tokens=True)["input_ids"]
+
+
+def test_tokenizers_made_here_are_read_the_same_by_transformers(bpe, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    bpe.save(str(tmp_path))
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    assert encode_prompt(bpe, "def f(x)") == theirs("def f(x)")["input_ids"]
+    assert theirs.eos_token_id == bpe.eos_id
+
+
+def test_a_tokenizer_model_beside_a_tokenizer_json_is_the_same_one(published, tmp_path):
+    directory = published("model", END, config={"eos_token": END})
+    (tmp_path / "model/tokenizer.model").write_bytes(b"not read")
+    assert load_tokenizer(directory).fingerprint == read_tokenizer(directory + "/tokenizer.json").fingerprint
+
+
+def test_the_config_beside_a_sentencepiece_model(sentencepiece_model, tmp_path):
+    def read(**config):
+        (tmp_path / "spm/tokenizer_config.json").write_text(json.dumps(config))
+        return read_tokenizer(sentencepiece_model)
+
+    plain = read()
+    assert plain.adds_bos and encode_prompt(plain, "two") == [1, *plain.encode("two")]
+    without = read(add_bos_token=False)
+    assert not without.adds_bos and without.bos_id == without.eos_id == plain.eos_id
+    assert encode_prompt(without, "two") == plain.encode("two")
+    assert without.fingerprint != plain.fingerprint
+    without.save(str(tmp_path / "saved"))
+    assert not load_tokenizer(str(tmp_path / "saved")).adds_bos
+    other = read(bos_token="<s>", eos_token={"content": "<unk>"})
+    assert (other.bos_id, other.eos_id) == (1, 0)
+    with pytest.raises(UserError, match="small.model: the SentencePiece model has no piece '<eos>'"):
+        read(eos_token="<eos>")
+
+
+def test_a_continuation_keeps_the_space_of_its_first_word(sentencepiece_model, bpe):
+    tokenizer = read_tokenizer(sentencepiece_model)
+    prompt, new = encode_prompt(tokenizer, "one two"), tokenizer.encode("three four")
+    assert tokenizer.decode(new) == "three four"
+    assert decode_continuation(tokenizer, prompt, new) == " three four"
+    assert decode_continuation(bpe, encode_prompt(bpe, "one"), bpe.encode("two")) == "two"
+    assert decode_continuation(bpe, encode_prompt(bpe, ""), bpe.encode(" two")) == " two"
+
+
+def llama_json():
+    """A tokenizer.json as Llama 2's: words begin with a sign for their space, unknown characters become bytes."""
+    characters = ["\u2581", *"abcdefghijklmnopqrstuvwxyz"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *characters]
+    tokenizer = hf.Tokenizer(hf.models.BPE({piece: i for i, piece in enumerate(pieces)}, [], byte_fallback=True))
+    tokenizer.add_special_tokens(pieces[:3])
+    tokenizer.normalizer = hf.normalizers.Sequence(
+        [hf.normalizers.Prepend("\u2581"), hf.normalizers.Replace(" ", "\u2581")]
+    )
+    decoders = hf.decoders
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = hf.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer.to_str().encode()
+
+
+def llama_model():
+    """A SentencePiece model that changes nothing in the text, as Llama's and Gemma's."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["one two three", "two three four"] * 20),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=300,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+@pytest.mark.parametrize(("name", "definition"), [("tokenizer.json", llama_json), ("tokenizer.model", llama_model)])
+def test_families_with_byte_fallback_are_exact(name, definition, tmp_path):
+    (tmp_path / name).write_bytes(definition())
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.adds_bos and (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    for text in (*TEXTS, " one", "  two  ", "\n", ""):
+        prompt, ids = encode_prompt(tokenizer, text), tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.decode([*prompt, tokenizer.eos_id]) == text
+        for cut in range(1, len(prompt)):  # wherever a model takes over
+            before = tokenizer.decode(prompt[:cut])
+            assert (
+                before.endswith("\ufffd") or before + decode_continuation(tokenizer, prompt[:cut], prompt[cut:]) == text
+            )
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"eos_token": "<none>"}, "model/tokenizer.json: the tokenizer has no token '<none>'"),
+        ({"eos_token": 3}, "tokenizer_config.json has eos_token = 3; allowed: a string, or null"),
+        ({"eos_token": "X", "add_bos_token": "yes"}, "tokenizer_config.json has add_bos_token = 'yes'; allowed: true"),
+        ({"bos_token": "X"}, "no token marks the end of a document"),
+    ],
+)
+def test_configs_that_do_not_fit(config, message, published):
+    directory = published("model", "X", config=config)
+    with pytest.raises(UserError, match=message):
+        read_tokenizer(directory)
 
 
 def id_of(tokenizer, token):

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from darkformer_jax.ops.exact import exact_attention
+from darkformer_jax.ops.exact import choose_backend, exact_attention
 
 random = np.random.default_rng(0)
 
@@ -13,16 +13,30 @@ def draw(length, keys=None, heads=(4, 2), dim=8):
     return tuple(random.standard_normal(shape).astype(np.float32) for shape in shapes)
 
 
-def by_hand(q, k, v, query_segments, key_segments, query_positions, key_positions):
+def by_hand(
+    q,
+    k,
+    v,
+    query_segments,
+    key_segments,
+    query_positions,
+    key_positions,
+    *,
+    scale=None,
+    softcap=0.0,
+    local_window=10**6,
+):
     """Row by row in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros((*q.shape[:3], v.shape[3]))
     group = q.shape[2] // k.shape[2]
     for b, n, h in np.ndindex(q.shape[:3]):
         seen = (key_segments[b] == query_segments[b, n]) & (key_positions[b] <= query_positions[b, n])
+        seen &= key_positions[b] > query_positions[b, n] - local_window
         if query_segments[b, n] == 0:
             continue
-        logits = k[b, seen, h // group] @ q[b, n, h] / np.sqrt(q.shape[3])
+        logits = k[b, seen, h // group] @ q[b, n, h] * (scale or 1 / np.sqrt(q.shape[3]))
+        logits = softcap * np.tanh(logits / softcap) if softcap else logits
         weights = np.exp(logits - logits.max())
         out[b, n, h] = weights @ v[b, seen, h // group] / weights.sum()
     return out
@@ -47,6 +61,45 @@ def test_against_softmax_by_hand_with_documents_and_padding():
     np.testing.assert_array_equal(out[1, 20:], 0)
 
 
+@pytest.mark.parametrize("heads", [(4, 2), (4, 1), (3, 3)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"local_window": 1},
+        {"local_window": 5, "softcap": 0.7},
+        {"softcap": 0.7, "scale": 2.0},
+        {"local_window": 100, "scale": 0.1},
+    ],
+)
+def test_windows_softcaps_and_scales_by_hand(options, heads):
+    q, k, v = draw(24, heads=heads)
+    segments, positions = (np.stack(pair) for pair in zip(rows(9, 1, 14), rows(24), strict=True))
+    segments[1, 20:] = 0
+    arguments = (segments, segments, positions, positions)
+    names = ("query_segments", "key_segments", "query_positions", "key_positions")
+    out = exact_attention(q, k, v, **dict(zip(names, arguments, strict=True)), **options)
+    np.testing.assert_allclose(out, by_hand(q, k, v, *arguments, **options), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(out[1, 20:], 0)
+
+
+def test_the_backend_is_chosen_by_what_covers_the_case(monkeypatch):
+    def choose(dtype=jnp.bfloat16, length=8, keys=8, dim=64, softcap=0.0):
+        return choose_backend(jnp.zeros((1, length, 2, dim), dtype), jnp.zeros((1, keys, 2, dim), dtype), softcap)
+
+    class Device:
+        compute_capability = "8.0"
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    assert (choose(), choose(softcap=50.0)) == ("xla", "plain")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [Device])
+    assert choose() == choose(length=1, keys=7) == choose(dim=128) == "cudnn"
+    assert choose(dtype=jnp.float32) == choose(dim=256) == choose(dim=20) == choose(length=7, keys=7) == "xla"
+    assert choose(softcap=50.0) == "plain"
+    Device.compute_capability = "9.0"
+    assert choose(dim=256) == "cudnn"
+
+
 def test_a_query_after_a_cache_sees_what_was_written():
     q, k, v = draw(3, keys=16)
     query_segments = np.array([[1, 1, 1], [1, 1, 0]], np.int32)
@@ -60,8 +113,9 @@ def test_a_query_after_a_cache_sees_what_was_written():
 
 
 @pytest.mark.standard_promotion  # jax.nn.dot_product_attention itself promotes bfloat16 with float32
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_gradients_are_finite_and_padding_gets_none(dtype):
+def test_gradients_are_finite_and_padding_gets_none(dtype, softcap):
     q, k, v = (jnp.asarray(x, dtype) for x in draw(12))
     segments = np.tile(np.repeat(np.array([1, 0], np.int32), [7, 5]), (2, 1))
     positions = np.tile(np.arange(12, dtype=np.int32), (2, 1))
@@ -75,6 +129,7 @@ def test_gradients_are_finite_and_padding_gets_none(dtype):
             key_segments=segments,
             query_positions=positions,
             key_positions=positions,
+            softcap=softcap,
         )
         assert out.dtype == dtype
         return jnp.sum(jnp.square(out.astype(jnp.float32)))

@@ -44,11 +44,14 @@ def test_a_layer_by_hand() -> None:
     # Own chunk 8.5; then 16 before it for three chunks of four.
     exact = 4 * (2 * 8 + 2 * 8) * (8.5 + 16 * 3 / 4)
     assert layer("window_only", window=16) == projections + exact
+    # 1, 2, 3, then 4 keys.
+    assert layer("softmax_local", local_window=4) == projections + 4 * (2 * 8 + 2 * 8) * (4 - 6 / 64)
     assert layer("performer", window=16) == projections + features + state + read + exact
 
 
 def test_a_window_over_the_whole_sequence_is_exact_attention() -> None:
     assert layer("window_only", window=64) == layer("softmax")
+    assert layer("softmax_local", local_window=64) == layer("softmax_local", local_window=99) == layer("softmax")
 
 
 def test_model_is_the_sum_of_its_layers_and_grows_with_tokens() -> None:
@@ -91,6 +94,8 @@ def test_exact_keys_against_a_mask(length: int, window: int, sinks: int) -> None
 def test_unknown_mechanism_is_an_error() -> None:
     with pytest.raises(ValueError, match="no FLOP count for attention 'mamba'; known: softmax"):
         train_step_flops(attention_kinds=("softmax", "mamba"), **SMALL)
+    with pytest.raises(ValueError, match="attention 'softmax_local' needs local_window > 0"):
+        train_step_flops(attention_kinds=("softmax_local",), **SMALL)
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ def layers_of(params):
         ("dark", "; new: attention/mechanism/M of layers 0, 1, 2, 3"),
         ("softmax,dark", "; new: attention/mechanism/M of layers 1, 3"),
         ("softmax,softmax,performer,lfk", "; new: attention/mechanism/projections of layers 3"),
+        ("softmax,dark,softmax", "; new: attention/mechanism/M of layers 1"),
         ("softmax", ""),
     ],
 )
@@ -79,6 +80,22 @@ def test_an_exact_model_continues_with_every_weight_that_both_have(exact, patter
     jax.tree.map(np.testing.assert_array_equal, state._replace(params={}), before._replace(params={}))
 
 
+def test_projections_come_along_with_the_geometry_fitted_to_them(tmp_path):
+    source = some_state("dark", 0)
+    write_workdir(tmp_path, experiment("dark").config, source, step=3)
+    state, report = initialize_from(str(tmp_path), experiment("softmax,dark", 1), fresh("softmax,dark"))
+    old, new = (x.projections for x in (source, state))
+    mechanism = ("attention", "mechanism", "projections")
+    for row, layer in enumerate((1, 3)):
+        kept = functools.reduce(dict.__getitem__, ("blocks_1", *mechanism), new)[row]
+        np.testing.assert_array_equal(kept, functools.reduce(dict.__getitem__, ("blocks_0", *mechanism), old)[layer])
+    assert "and 2 of 2 arrays of projections" in report
+    redrawn = experiment("dark", 1, model__attention__redraw_every=5)
+    state, report = initialize_from(str(tmp_path), redrawn, fresh("dark"))
+    jax.tree.map(np.testing.assert_array_equal, state.projections, fresh("dark").projections)
+    assert "arrays of projections" not in report
+
+
 def test_what_the_new_mechanism_has_no_use_for_is_named(tmp_path):
     trained = write_workdir(tmp_path, experiment("softmax,dark").config, some_state("softmax,dark", 0)).params
     state, report = initialize_from(str(tmp_path), experiment("softmax", 1), fresh("softmax"))
@@ -86,6 +103,20 @@ def test_what_the_new_mechanism_has_no_use_for_is_named(tmp_path):
     for layer, arrays in layers_of(state.params).items():
         for name, array in arrays.items():
             np.testing.assert_array_equal(array, layers_of(trained)[layer][name])
+
+
+@pytest.mark.parametrize(("old", "new"), [("softmax,dark,softmax", "dark"), ("dark", "softmax,dark,softmax")])
+def test_weights_in_bfloat16_become_float32_masters(tmp_path, old, new):
+    state = some_state(old, 0)
+    stored = state._replace(params=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state.params))
+    write_workdir(tmp_path, experiment(old).config, stored)
+    started, _ = initialize_from(str(tmp_path), experiment(new, 1), fresh(new))
+    assert {leaf.dtype for leaf in jax.tree.leaves(started.params)} == {jnp.dtype(jnp.float32)}
+    source, target = layers_of(stored.params), layers_of(started.params)
+    for layer, arrays in target.items():
+        for name in arrays.keys() & source[layer].keys():
+            np.testing.assert_array_equal(arrays[name], source[layer][name].astype(np.float32))
+    np.testing.assert_array_equal(started.params["embedding"], stored.params["embedding"].astype(np.float32))
 
 
 @pytest.mark.parametrize(

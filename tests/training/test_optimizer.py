@@ -15,7 +15,9 @@ LEARNING_RATE, GEOMETRY_RATE = 0.01, 0.0003
 
 @functools.cache
 def network():
-    config = tiny_config(model__num_layers=2, model__attention__pattern="dark,lfk", model__qk_norm=True)
+    config = tiny_config(
+        model__num_layers=2, model__attention__pattern="dark,lfk", model__qk_norm=True, model__qkv_bias=True
+    )
     return Network.of(model_spec(config, 17))
 
 
@@ -55,12 +57,17 @@ def is_norm(name):
     return "norm" in name
 
 
+def is_bias(name):
+    return "['bias']" in name
+
+
 def test_the_model_has_what_these_tests_distinguish():
     names = list(named(params()))
     assert sum(map(is_geometry, names)) == 2
     assert (
         sum(map(is_norm, names)) == 9
     )  # two norms of q and k, two of the block, for each of two places; the final one
+    assert sum(map(is_bias, names)) == 6
     assert any("embedding" in name for name in names)
 
 
@@ -87,7 +94,7 @@ def test_without_warm_up_the_first_update_is_at_the_peak():
 def test_weight_decay_is_of_matrices_alone():
     updates, _ = one_update(jax.tree.map(jnp.zeros_like, params()))
     for name, before in named(params()).items():
-        if is_geometry(name) or is_norm(name):
+        if is_geometry(name) or is_norm(name) or is_bias(name):
             np.testing.assert_array_equal(updates[name], 0, err_msg=name)
         else:
             np.testing.assert_allclose(updates[name], -LEARNING_RATE * 0.1 * before, rtol=1e-5, err_msg=name)

@@ -1,0 +1,23 @@
+"""What stands behind the colon of --config=configs/<experiment>.py:name=value,name=value."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import ml_collections
+
+from darkformer_jax.errors import UserError
+
+Fields = Mapping[str, tuple[str, Any]]  # argument -> (field of the config, type of its value)
+
+
+def set_arguments(c: ml_collections.ConfigDict, arguments: Iterable[str], fields: Fields, file: str) -> None:
+    """Sets the fields that `name=value` strings name; raises UserError, naming `file`, for what it does not know."""
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if name not in fields:
+            raise UserError(f"{file} has no argument {name!r}; allowed: {', '.join(fields)}")
+        field, kind = fields[name]
+        try:
+            c.update_from_flattened_dict({field: kind(value)})
+        except ValueError as error:
+            raise UserError(f"{file}: {argument!r}: expected {name}=<{kind.__name__}>") from error

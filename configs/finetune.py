@@ -1,0 +1,85 @@
+"""Fine-tuning from another run's weights, or an imported model's, with another attention mechanism perhaps.
+
+    python -m darkformer_jax.convert --source=SmolLM2-135M --workdir=runs/smollm2
+    python train.py --config=configs/finetune.py:dark --config.init_from=runs/smollm2 --workdir=runs/smollm2-dark
+    python train.py --config=configs/finetune.py:softmax --config.init_from=runs/smollm2 --workdir=runs/smollm2-exact
+
+The first argument is the mechanism (default: dark); others follow it: m (random features a head), window, chunk and
+context (tokens), sinks, batch (sequences a step), lr and geometry_lr (peak learning rates), steps, seed. As in
+configs/ablation.py any other field is overridden by its name.
+
+Sizes, positions, norms and the tokenizer are those of `init_from`: fields that are None here are filled from its
+config.json, and stand in this run's own. The mechanism takes the place of every layer's but `softmax_local`'s, so that
+models which alternate local and global layers keep the local ones; where all layers are local it takes the place of
+all. Fields that then no layer has (model.attention.local_window, say) are set to none.
+
+Every query sees its own chunk of 64 tokens, the chunk before it and the first 4 tokens exactly, and the rest through
+64 random features: pretrained queries and keys are too large for features to estimate their products alone. M starts
+at the identity, so that what is seen exactly is seen as before, and learns faster than the weights, which need little
+change.
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+from configs import base
+from configs.arguments import set_arguments
+
+FIELDS = {
+    "m": ("model.attention.num_features", int),
+    "window": ("model.attention.window", int),
+    "chunk": ("model.attention.chunk_size", int),
+    "sinks": ("model.attention.num_sinks", int),
+    "context": ("sequence_length", int),
+    "batch": ("batch_size", int),
+    "lr": ("optimizer.learning_rate", float),
+    "geometry_lr": ("optimizer.geometry_learning_rate", float),
+    "steps": ("num_steps", int),
+    "seed": ("seed", int),
+}
+CHOSEN_HERE = ("dtype", "remat")  # of model: how it is computed, not what it is
+INHERITED_BY_ATTENTION = ("pattern", "query_scale", "softcap", "local_window")
+WITH_WINDOW = ("performer", "dark", "lfk", "window_only")
+
+
+def get_config(arguments: str = "dark") -> ml_collections.ConfigDict:
+    """`arguments`: the mechanism, then comma-separated name=value."""
+    kind, *others = arguments.split(",")
+    c = base.get_config()
+    for name in set(c.model) - {"attention", *CHOSEN_HERE}:
+        _inherit(c.model, name)
+    a = c.model.attention
+    for name in INHERITED_BY_ATTENTION:
+        _inherit(a, name)
+    a.kind = kind
+    if kind in WITH_WINDOW:
+        a.num_features = 64
+        a.chunk_size = 64
+        a.window = 64
+        a.num_sinks = 4
+    c.model.remat = "full"  # pretrained models are deep
+
+    c.num_steps = 500
+    c.batch_size = 8
+    c.sequence_length = 1024
+    c.data.tokenizer = ""  # that of init_from
+
+    o = c.optimizer
+    o.learning_rate = 1e-4
+    o.geometry_learning_rate = 3e-4
+    o.warmup_steps = 20
+    o.weight_decay = 0.01
+    o.z_loss = 0.0  # pretrained without it
+
+    c.eval.every = 100
+    c.eval.batches = 16
+    c.eval.batch_size = 8
+    c.checkpoint.every = 100
+    c.checkpoint.keep = 1  # of three times the model's float32 size each
+    set_arguments(c, others, FIELDS, "configs/finetune.py")
+    return c
+
+
+def _inherit(section: ml_collections.ConfigDict, name: str) -> None:
+    """None until training fills it in; overrides are checked for its type as ever."""
+    section[name] = config_dict.placeholder(type(section[name]))

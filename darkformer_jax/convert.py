@@ -1,0 +1,122 @@
+"""Brings a pretrained model in, or takes a model out.
+
+    python -m darkformer_jax.convert --source=models/SmolLM2-135M --workdir=runs/smollm2      # a Hugging Face directory
+    python -m darkformer_jax.convert --source=SmolLM2-135M.Q4_1.gguf --workdir=runs/smollm2   # needs the package gguf
+    python -m darkformer_jax.convert --workdir=runs/smollm2 --export_hf=exported/smollm2
+
+The workdir serves generate, evaluate and --config.init_from like that of any run. Nothing is downloaded, and nothing in
+a checkpoint is executed: of Hugging Face directories only safetensors, JSON and tokenizer files are read.
+"""
+
+import argparse
+import contextlib
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+import tqdm
+from absl import app, logging
+
+from darkformer_jax.command_line import Parser
+from darkformer_jax.errors import UserError
+from darkformer_jax.pretrained.export import export_workdir
+from darkformer_jax.pretrained.load import plan_import, run_import
+from darkformer_jax.pretrained.source import open_source
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+_SECONDS_BETWEEN_LINES = 5.0  # of progress, where the output is no terminal
+
+
+def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m darkformer_jax.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    other = parser.add_mutually_exclusive_group(required=True)
+    other.add_argument("--source", help="a Hugging Face directory, or a .gguf file, to bring into --workdir")
+    other.add_argument("--export_hf", help="directory to write the model of --workdir to; must be empty or not exist")
+    parser.add_argument("--workdir", required=True, help="with --source: to write, must be empty or not exist")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="to store the arrays in (default: as they are; a GGUF file and float16 become float32). "
+        "A workdir takes no float16",
+    )
+    parser.add_argument("--step", type=int, help="checkpoint to export (default: the newest)")
+    parser.add_argument("--max_shard_size", default="5GB", help="of an exported file, in KB, MB or GB (default: 5GB)")
+    return parser.parse_args(argv[1:])
+
+
+def main(args: argparse.Namespace) -> None:
+    """Converts, prints what was written; on a UserError one line and exit status 2."""
+    logging.set_verbosity(logging.WARNING)
+    try:
+        convert(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("error: interrupted; what was written is removed", file=sys.stderr)
+        sys.exit(130)
+
+
+def convert(args: argparse.Namespace) -> None:
+    """One direction or the other."""
+    if args.source is not None:
+        _import(args)
+        return
+    shard_bytes = _bytes(args.max_shard_size)
+    with _progress_bar("export") as bar:
+        written = export_workdir(
+            args.workdir, args.export_hf, step=args.step, dtype=args.dtype, shard_bytes=shard_bytes, on_array=bar
+        )
+    print(f"{args.export_hf}: {written}")
+
+
+def _import(args: argparse.Namespace) -> None:
+    if args.step is not None:
+        raise UserError(f"--step={args.step}: only an export chooses a checkpoint")
+    if args.dtype == "float16":
+        raise UserError("--dtype=float16: allowed for a workdir: float32, bfloat16")
+    try:
+        from configs import base
+    except ImportError as error:
+        raise UserError("configs/base.py is not there; start the command in a clone of the repository") from error
+    source = open_source(args.source)
+    plan = plan_import(source, base.get_config(), args.dtype)
+    with _progress_bar("import") as bar:
+        run_import(plan, args.workdir, bar)
+    model = plan.config.model
+    print(
+        f"{args.workdir}: {plan.family.model_type}, {model.num_layers} layers of width {model.embed_dim}, "
+        f"{model.vocab_size:,} ids; {plan.num_bytes / 1e6:,.1f} MB"
+    )
+
+
+@contextlib.contextmanager
+def _progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Shown from the first array on, so that a mistake found before it is the only line."""
+    interval = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES
+    with contextlib.ExitStack() as stack:
+        bars: list[tqdm.tqdm] = []
+
+        def advance(count: int, total: int) -> None:
+            if not bars:
+                bar = tqdm.tqdm(desc=label, total=total, unit="B", unit_scale=True, mininterval=interval)
+                bars.append(stack.enter_context(bar))
+            bars[0].update(count)
+
+        yield advance
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"([0-9]+)(KB|MB|GB)", text)
+    if not found or int(found[1]) == 0:
+        raise UserError(f"--max_shard_size={text}: must be a number and a unit, as 500MB; units: {', '.join(_UNITS)}")
+    return int(found[1]) * _UNITS[found[2]]
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse_flags)

@@ -1,0 +1,147 @@
+"""From a workdir to a Hugging Face directory: config.json, safetensors, tokenizer, generation_config.json."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from darkformer_jax.errors import UserError
+from darkformer_jax.pretrained.families import Family, fitting_family
+from darkformer_jax.pretrained.hf_config import read_json_object
+from darkformer_jax.pretrained.key_map import Place, places_of
+from darkformer_jax.pretrained.load import GENERATION_FILE, ORIGIN_FILE, whole_directory
+from darkformer_jax.pretrained.mechanism import STEM, exact_fields, mechanism_arrays, write_mechanism
+from darkformer_jax.pretrained.readme import mechanism_readme
+from darkformer_jax.pretrained.safetensors_files import ArrayToWrite, shard, write_safetensors
+from darkformer_jax.training.workdir import flat_fields
+from darkformer_jax.workdir_model import WorkdirModel, load_model
+
+_NO_LIMIT = 2**63
+
+
+def export_workdir(
+    workdir: str,
+    directory: str,
+    *,
+    step: int | None = None,
+    dtype: str | None = None,
+    shard_bytes: int = 5 * 10**9,
+    on_array: Callable[[int, int], None] = lambda done, total: None,
+) -> str:
+    """Writes the Hugging Face directory, all of it or nothing; returns a line that says what it holds.
+
+    A model with feature mechanisms becomes the same transformer with exact attention, and its mechanisms stand beside
+    it in files of our own, with a README.md.
+
+    Args:
+      step: the checkpoint; None = the newest undamaged one.
+      dtype: of the arrays written; None = as they are stored. Mechanisms keep theirs.
+      shard_bytes: size of a safetensors file, unless one array is larger.
+      on_array: called with the bytes of each array written and those of all.
+
+    Raises:
+      UserError: no usable checkpoint, a model that no family has, or a directory that is there already.
+    """
+    with whole_directory(directory) as temporary:
+        model = load_model(workdir, step)
+        origin = _read_origin(workdir)
+        fields = dict(flat_fields(model.config.model.to_dict()))
+        fields["vocab_size"] = model.network.spec.vocab_size
+        exact = exact_fields(fields)
+        family = fitting_family(exact, workdir, origin.get("model_type", ""))
+        config = family.write(exact) | _config_extras(model, family, origin)
+        arrays = _write_arrays(temporary, model, family, dtype, shard_bytes, on_array)
+        config["torch_dtype"] = config["dtype"] = str(np.result_type(*{array.dtype for array in arrays}))
+        _write_json(temporary / "config.json", config)
+        _write_json(temporary / GENERATION_FILE, _generation_config(config, origin))
+        model.tokenizer.save(str(temporary))
+        own = mechanism_arrays(model.network)
+        if own:
+            model.config.model.vocab_size = fields["vocab_size"]
+            write_mechanism(temporary, model.config)
+            _write_mechanism_arrays(temporary, model)
+            (temporary / "README.md").write_text(mechanism_readme(model.config, family.architecture))
+    size = sum(array.nbytes for array in arrays)
+    return f"{family.architecture}, step {model.step}, {len(arrays)} arrays, {size / 1e6:,.1f} MB" + (
+        f"; {len(own)} arrays of its mechanisms in {STEM}.safetensors" if own else ""
+    )
+
+
+def _write_arrays(
+    directory: Path,
+    model: WorkdirModel,
+    family: Family,
+    dtype: str | None,
+    shard_bytes: int,
+    on_array: Callable[[int, int], None],
+) -> list[ArrayToWrite]:
+    arrays, sources = [], {}
+    for place in places_of(model.network, family):
+        stored = _at(model.params, place.path)
+        for row, name in enumerate(place.names):
+            written = jnp.dtype(dtype) if dtype else np.dtype(stored.dtype)
+            arrays.append(ArrayToWrite(name, place.layout.hf_shape, written))
+            sources[name] = (place, stored, row)
+    shards = shard(arrays, shard_bytes)
+    total = sum(array.nbytes for array in arrays)
+
+    def values() -> Iterator[np.ndarray]:
+        for array in arrays:
+            yield _as_hf(*sources[array.name]).astype(array.dtype)
+            on_array(array.nbytes, total)
+
+    write_safetensors(directory, "model", shards, values())
+    return arrays
+
+
+def _as_hf(place: Place, stored: jax.Array, row: int) -> np.ndarray:
+    return place.layout.to_hf(np.asarray(stored[row] if place.stacked else stored))
+
+
+def _write_mechanism_arrays(directory: Path, model: WorkdirModel) -> None:
+    trees: Mapping[str, Any] = {"params": model.params, "projections": model.projections}
+    found = {array.name: _at(trees[array.tree], array.path) for array in mechanism_arrays(model.network)}
+    arrays = [ArrayToWrite(name, tuple(value.shape), np.dtype(value.dtype)) for name, value in found.items()]
+    write_safetensors(directory, STEM, shard(arrays, _NO_LIMIT), (np.asarray(value) for value in found.values()))
+
+
+def _config_extras(model: WorkdirModel, family: Family, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """What does not follow from the model's fields."""
+    ids = {"bos_token_id": model.tokenizer.bos_id, "eos_token_id": model.tokenizer.eos_id, "pad_token_id": None}
+    return {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "max_position_embeddings": model.config.sequence_length,
+        **ids,
+        **origin.get("config", {}),
+    }
+
+
+def _generation_config(config: Mapping[str, Any], origin: Mapping[str, Any]) -> dict[str, Any]:
+    made = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    generation: dict[str, Any] = origin.get("generation_config", made)
+    return generation
+
+
+def _read_origin(workdir: str) -> dict[str, Any]:
+    """What an import kept of its source; nothing for a model that was trained here."""
+    path = os.path.join(workdir, ORIGIN_FILE)
+    return read_json_object(path) if os.path.isfile(path) else {}
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _at(tree: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        tree = tree[name]
+    return tree

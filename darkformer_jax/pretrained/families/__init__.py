@@ -1,0 +1,73 @@
+"""The families, by the model_type of their config.json; and which of them has a given model."""
+
+from darkformer_jax.errors import UserError
+from darkformer_jax.pretrained.families.family import Family, Fields, kinds_of, layer_fields
+from darkformer_jax.pretrained.families.gemma import GEMMA
+from darkformer_jax.pretrained.families.gemma2 import GEMMA2
+from darkformer_jax.pretrained.families.gemma3 import GEMMA3
+from darkformer_jax.pretrained.families.llama import LLAMA
+from darkformer_jax.pretrained.families.mistral import MISTRAL
+from darkformer_jax.pretrained.families.qwen import QWEN2, QWEN3
+from darkformer_jax.pretrained.families.rope import canonical_rope
+from darkformer_jax.pretrained.hf_config import HFConfig
+
+__all__ = ["FAMILIES", "Family", "Fields", "canonical", "family_of", "fitting_family"]
+
+FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3)}
+
+_REFUSED = {
+    "gpt2": "its learned positions, LayerNorm and ungated MLP with biases are not this model's RoPE, RMSNorm and gate",
+    "gemma3": "only its text models (model_type gemma3_text) are read, not the ones with a vision tower",
+}
+
+
+def family_of(config: HFConfig) -> Family:
+    """The family that config.json names. Raises UserError for one that is not supported."""
+    model_type = config.values.get("model_type")
+    why = _REFUSED.get(str(model_type), f"allowed: {', '.join(FAMILIES)}")
+    if model_type not in FAMILIES:
+        raise config.error("model_type", f"unsupported architecture; {why}")
+    family = FAMILIES[str(model_type)]
+    architectures = config.strings("architectures")
+    if architectures and family.architecture not in architectures:
+        raise config.error("architectures", f"allowed for {model_type}: {family.architecture}")
+    return family
+
+
+def canonical(fields: Fields) -> Fields:
+    """The same model with every field that has no effect at its default, so that equal models have equal fields."""
+    scale = fields["attention.query_scale"]
+    return (
+        fields
+        | layer_fields(kinds_of(fields), fields["attention.local_window"])
+        | canonical_rope(fields)
+        | {"attention.query_scale": 0.0 if scale == fields["head_dim"] ** -0.5 else scale}
+    )
+
+
+def fitting_family(fields: Fields, where: str, preferred: str = "") -> Family:
+    """A family that has the exact-attention model of these fields: `preferred` where it does, else the first one.
+
+    Raises:
+      UserError: none has it; the message says what the nearest one lacks. `where` names the model.
+    """
+    wanted = canonical(fields)
+    lacks: dict[str, list[str]] = {}
+    for name in sorted(FAMILIES, key=lambda name: name != preferred):
+        family = FAMILIES[name]
+        try:
+            read = canonical(family.read(HFConfig(family.write(wanted), name)))
+        except UserError as error:
+            lacks[name] = [str(error)]
+            continue
+        lacks[name] = [
+            f"model.{field} = {wanted[field]!r} ({name}: {read[field]!r})"
+            for field in sorted(read)
+            if read[field] != wanted[field]
+        ]
+        if not lacks[name]:
+            return family
+    nearest = min(lacks, key=lambda name: len(lacks[name]))
+    raise UserError(
+        f"{where}: no Hugging Face family has this model; the nearest, {nearest}, lacks {', '.join(lacks[nearest])}"
+    )

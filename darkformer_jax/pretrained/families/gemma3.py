@@ -1,0 +1,58 @@
+"""Gemma 3, text: Gemma 2's blocks with QK-norm for soft-caps; windowed layers rotate with a theta of their own."""
+
+from typing import Any
+
+from darkformer_jax.pretrained.families.family import (
+    FULL,
+    LLAMA_NAMES,
+    LOCAL,
+    POST_NORM_NAMES,
+    QK_NORM_NAMES,
+    Family,
+    Fields,
+    read_layer_types,
+)
+from darkformer_jax.pretrained.families.gemma2 import read_gemma2_sizes, write_gemma2_sizes
+from darkformer_jax.pretrained.families.rope import canonical_rope, read_scaling, write_scaling
+from darkformer_jax.pretrained.hf_config import HFConfig
+
+_THETA, _LOCAL_THETA = 1_000_000.0, 10_000.0
+
+
+def _read(config: HFConfig) -> Fields:
+    fields = read_gemma2_sizes(config, attention_cap=0.0, final_cap=0.0) | {"qk_norm": True}
+    period = config.integer("sliding_window_pattern", config.integer("_sliding_window_pattern", 6))
+    kinds = [LOCAL if (layer + 1) % period else FULL for layer in range(fields["num_layers"])]
+    fields |= read_layer_types(config, kinds)
+    return fields | _read_rope(config, fields)
+
+
+def _read_rope(config: HFConfig, fields: Fields) -> Fields:
+    parameters = config.section("rope_parameters") or HFConfig({}, config.path)
+    full, local = parameters.section("full_attention"), parameters.section("sliding_attention")
+    positions = config.integer("max_position_embeddings", 0, smallest=0)
+    theta = config.number("rope_theta", _THETA)
+    section = full or config.section("rope_scaling") or HFConfig({}, config.path)
+    rope = read_scaling(section, theta, positions)
+    local_theta = config.number("rope_local_base_freq", _LOCAL_THETA)
+    if local is not None:
+        local.choice("rope_type", ("default",), "default")
+        local_theta = local.number("rope_theta", local_theta)
+    return canonical_rope(fields | rope | {"rope_local_theta": local_theta})
+
+
+def _write(fields: Fields) -> dict[str, Any]:
+    scaling = write_scaling(fields)
+    local_theta = fields["rope_local_theta"] or fields["rope_theta"]
+    return write_gemma2_sizes(fields) | {
+        "rope_theta": fields["rope_theta"],
+        "rope_local_base_freq": local_theta,
+        "rope_scaling": None if fields["rope_scaling"] == "none" else scaling,
+        "rope_parameters": {
+            "full_attention": scaling | {"rope_theta": fields["rope_theta"]},
+            "sliding_attention": {"rope_type": "default", "rope_theta": local_theta},
+        },
+    }
+
+
+GEMMA3 = Family("gemma3_text", "Gemma3ForCausalLM", {**LLAMA_NAMES, **POST_NORM_NAMES, **QK_NORM_NAMES}, _read, _write)

@@ -1,0 +1,122 @@
+"""Rotary positions: config.json's two forms (rope_parameters; before transformers 5 rope_scaling) <-> our fields."""
+
+import math
+from typing import Any
+
+from darkformer_jax.pretrained.families.family import LOCAL, Fields, kinds_of
+from darkformer_jax.pretrained.hf_config import HFConfig
+
+_TYPES = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
+
+NO_SCALING: Fields = {
+    "rope_local_theta": 0.0,
+    "rope_scaling": "none",
+    "rope_factor": 1.0,
+    "rope_low_freq_factor": 1.0,
+    "rope_high_freq_factor": 4.0,
+    "rope_original_length": 8192,
+    "rope_beta_fast": 32.0,
+    "rope_beta_slow": 1.0,
+    "rope_attention_factor": 0.0,
+}
+_USED = {
+    "none": (),
+    "linear": ("rope_factor",),
+    "llama3": ("rope_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_length"),
+    "yarn": ("rope_factor", "rope_original_length", "rope_beta_fast", "rope_beta_slow", "rope_attention_factor"),
+}
+
+
+def read_rope(config: HFConfig, default_theta: float = 10000.0) -> Fields:
+    """rope_theta and the scaling of a model whose layers all rotate alike."""
+    config.refuse("partial_rotary_factor", "only rotation of the whole head is supported", 1, 1.0)
+    section = config.section("rope_scaling") or config.section("rope_parameters")
+    theta = config.number("rope_theta", default_theta)
+    if section is None:
+        return NO_SCALING | {"rope_theta": theta}
+    return read_scaling(section, theta, config.integer("max_position_embeddings", 0, smallest=0))
+
+
+def read_scaling(section: HFConfig, theta: float, max_positions: int) -> Fields:
+    """The fields of one rope_parameters or rope_scaling object.
+
+    Args:
+      theta: where the object has none.
+      max_positions: the original context where the object does not say; 0 = unknown.
+    """
+    key = "rope_type" if section.values.get("rope_type") is not None else "type"
+    scaling = _TYPES[section.choice(key, tuple(_TYPES), "default")]
+    section.refuse("partial_rotary_factor", "only rotation of the whole head is supported", 1, 1.0)
+    fields = NO_SCALING | {"rope_theta": section.number("rope_theta", theta), "rope_scaling": scaling}
+    if scaling == "none":
+        return fields
+    fields["rope_factor"] = section.number("factor")
+    if scaling == "linear":
+        return fields
+    original = {} if not max_positions else {"default": max_positions}
+    fields["rope_original_length"] = section.integer("original_max_position_embeddings", **original)
+    if scaling == "llama3":
+        return fields | {
+            "rope_low_freq_factor": section.number("low_freq_factor"),
+            "rope_high_freq_factor": section.number("high_freq_factor"),
+        }
+    if section.values.get("truncate") is False:
+        raise section.error("truncate", "only yarn with rounded correction bounds is supported")
+    return fields | {
+        "rope_beta_fast": section.number("beta_fast", 32.0),
+        "rope_beta_slow": section.number("beta_slow", 1.0),
+        "rope_attention_factor": _yarn_attention_factor(section, fields["rope_factor"]),
+    }
+
+
+def write_rope(fields: Fields) -> dict[str, Any]:
+    """Both forms; transformers 5 reads either."""
+    scaling = write_scaling(fields)
+    return {
+        "rope_theta": fields["rope_theta"],
+        "rope_scaling": None if fields["rope_scaling"] == "none" else scaling,
+        "rope_parameters": scaling | {"rope_theta": fields["rope_theta"]},
+    }
+
+
+def write_scaling(fields: Fields) -> dict[str, Any]:
+    """The scaling as one object, without theta."""
+    scaling = fields["rope_scaling"]
+    written: dict[str, Any] = {"rope_type": next(name for name, ours in _TYPES.items() if ours == scaling)}
+    if scaling == "none":
+        return written
+    written["factor"] = fields["rope_factor"]
+    if scaling == "linear":
+        return written
+    written["original_max_position_embeddings"] = fields["rope_original_length"]
+    if scaling == "llama3":
+        return written | {
+            "low_freq_factor": fields["rope_low_freq_factor"],
+            "high_freq_factor": fields["rope_high_freq_factor"],
+        }
+    written |= {"beta_fast": fields["rope_beta_fast"], "beta_slow": fields["rope_beta_slow"]}
+    if fields["rope_attention_factor"]:
+        written["attention_factor"] = fields["rope_attention_factor"]
+    return written
+
+
+def canonical_rope(fields: Fields) -> Fields:
+    """The rotary fields, those without an effect set to their defaults."""
+    used = _USED[fields["rope_scaling"]]
+    kept = NO_SCALING | {name: fields[name] for name in used}
+    local, theta = fields["rope_local_theta"], fields["rope_theta"]
+    same = fields["rope_scaling"] == "none" and local == theta
+    if LOCAL in kinds_of(fields) and not same:
+        kept["rope_local_theta"] = local
+    return kept | {"rope_theta": theta, "rope_scaling": fields["rope_scaling"]}
+
+
+def _yarn_attention_factor(section: HFConfig, factor: float) -> float:
+    """0 where yarn's own formula holds. DeepSeek's mscale pair is a number by another name."""
+    if section.values.get("attention_factor") is not None:
+        return section.number("attention_factor")
+    if section.values.get("mscale") and section.values.get("mscale_all_dim"):
+        mscale, all_dim = section.number("mscale"), section.number("mscale_all_dim")
+        log = math.log(factor) if factor > 1 else 0.0
+        return (0.1 * mscale * log + 1.0) / (0.1 * all_dim * log + 1.0)
+    return 0.0

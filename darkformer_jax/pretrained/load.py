@@ -1,0 +1,302 @@
+"""From a checkpoint to a workdir: arrays stream one by one onto the devices, each of which reads its slice alone."""
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from darkformer_jax.config import model_spec, validate
+from darkformer_jax.errors import UserError
+from darkformer_jax.model import Network, logical_axes
+from darkformer_jax.pretrained.families import Family, family_of
+from darkformer_jax.pretrained.hf_config import read_json_object
+from darkformer_jax.pretrained.key_map import Layout, Place, places_of
+from darkformer_jax.pretrained.mechanism import (
+    MechanismArray,
+    check_mechanism,
+    check_shapes,
+    has_mechanism,
+    mechanism_arrays,
+    read_mechanism,
+)
+from darkformer_jax.pretrained.safetensors_files import DTYPES, SafetensorsFiles
+from darkformer_jax.pretrained.source import Source
+from darkformer_jax.sharding import make_mesh, sharding_of
+from darkformer_jax.training.checkpoints import Checkpoints
+from darkformer_jax.training.workdir import write_config
+
+OnArray = Callable[[int, int], None]  # called with the bytes of an array once it is there, and those of all arrays
+
+GENERATION_FILE = "generation_config.json"
+ORIGIN_FILE = "pretrained.json"
+
+_BLOCK_BYTES = 4 * 2**20  # read at once
+_ALIGNMENT = 64  # bytes; XLA's
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+# Buffers that old releases saved beside their weights.
+_IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+class Import(NamedTuple):
+    """A checkpoint whose names and shapes fit the model that its config.json describes. Nothing is loaded."""
+
+    source: Source
+    family: Family
+    config: ml_collections.ConfigDict
+    places: list[Place]
+    dtypes: list[np.dtype]  # of the places
+    mechanism: list[MechanismArray]
+    mechanism_files: SafetensorsFiles | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all arrays, as they are stored."""
+        variables = [place.variable for place in self.places] + [array.variable for array in self.mechanism]
+        dtypes = self.dtypes + [array.variable.dtype for array in self.mechanism]
+        return sum(math.prod(v.shape) * dtype.itemsize for v, dtype in zip(variables, dtypes, strict=True))
+
+
+def plan_import(source: Source, config: ml_collections.ConfigDict, dtype: str | None = None) -> Import:
+    """Checks everything that can be checked without reading an array.
+
+    Args:
+      config: the base config; its model becomes the checkpoint's.
+      dtype: to store the parameters in; None = their own, float16 excepted, which becomes float32.
+
+    Raises:
+      UserError: an unsupported architecture or option, or a name, shape or dtype that does not fit.
+    """
+    family = family_of(source.config)
+    fields = family.read(source.config)
+    config.update_from_flattened_dict({f"model.{name}": value for name, value in fields.items()})
+    own = read_mechanism(source.path, config, fields) if has_mechanism(source.path) else None
+    if own is None:
+        stored = {_stored_dtype(source, name, dtype) for name in source.arrays if not _IGNORED.fullmatch(name)}
+        config.model.dtype = "bfloat16" if stored == {_BFLOAT16} else "float32"  # computes in what it stores
+    config.sequence_length = source.config.integer("max_position_embeddings", config.sequence_length)
+    config.data.tokenizer = ""
+    validate(config)
+    source.check_tokenizer()
+    network = Network.of(model_spec(config, config.model.vocab_size))
+    places = places_of(network, family)
+    _check_arrays(source, places, config.model.tie_embeddings)
+    dtypes = [_place_dtype(source, place, dtype) for place in places]
+    mechanism = mechanism_arrays(network)
+    if own:
+        check_mechanism(own, mechanism)
+    return Import(source, family, config, places, dtypes, mechanism, own)
+
+
+def run_import(plan: Import, workdir: str, on_array: OnArray) -> None:
+    """Writes the workdir, all of it or nothing.
+
+    Raises:
+      UserError: the workdir is there and not empty, the disk is full, a file is damaged, or the tokenizer does not fit.
+    """
+    with whole_directory(workdir) as temporary:
+        write_config(temporary, plan.config.to_dict())
+        _save_arrays(plan, temporary, on_array)
+        # Only now: a large vocabulary takes memory that the arrays needed.
+        tokenizer = plan.source.tokenizer()
+        if tokenizer.vocab_size > plan.config.model.vocab_size:
+            raise UserError(
+                f"{plan.source.path}: its tokenizer has {tokenizer.vocab_size} ids; "
+                f"vocab_size = {plan.config.model.vocab_size} in {os.path.basename(plan.source.config.path)} is smaller"
+            )
+        tokenizer.save(str(temporary))
+        _write_origin(plan, temporary)
+
+
+def _save_arrays(plan: Import, directory: Path, on_array: OnArray) -> None:
+    mesh = _mesh(plan.config.model.embed_dim)
+    state = _load(plan, mesh, on_array)
+    state["step"] = jax.device_put(np.zeros((), np.int32), NamedSharding(mesh, P()))
+    with contextlib.closing(_UncompressedCheckpoints(directory)) as checkpoints:
+        checkpoints.save(0, state)
+
+
+class _UncompressedCheckpoints(Checkpoints):
+    """Compressed copies of arrays that are written at once would take as much memory again as the model."""
+
+    def __init__(self, workdir: Path) -> None:
+        super().__init__(workdir)
+        self._checkpointer.close()
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+
+
+@contextlib.contextmanager
+def whole_directory(path: str) -> Iterator[Path]:
+    """A directory beside `path` to fill, which takes its place at the end and vanishes on an error.
+
+    Raises:
+      UserError: `path` is a file or a directory that is not empty, or its parent cannot be written.
+    """
+    target = Path(path).absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{path} is there already; give a new or an empty directory")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+    try:
+        temporary.chmod(0o777 & ~_umask())
+        yield temporary
+        os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _stored_dtype(source: Source, name: str, dtype: str | None) -> np.dtype:
+    """What an array becomes. Raises UserError for one that is no float of 16 or 32 bits."""
+    array = source.arrays[name]
+    if array.dtype not in DTYPES:
+        raise UserError(f"{array.file}: array {name} is {array.dtype}; allowed: {', '.join(DTYPES)}")
+    if dtype is not None:
+        return jnp.dtype(dtype)
+    return _BFLOAT16 if array.dtype == "BF16" else np.dtype(np.float32)
+
+
+def _place_dtype(source: Source, place: Place, dtype: str | None) -> np.dtype:
+    """That of its layers where they agree; float32 holds every mixture."""
+    dtypes = {_stored_dtype(source, name, dtype) for name in place.names}
+    return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+
+
+def _check_arrays(source: Source, places: Sequence[Place], tied: bool) -> None:
+    wanted = {name: place.layout.hf_shape for place in places for name in place.names}
+    arrays = {name: array for name, array in source.arrays.items() if not _IGNORED.fullmatch(name)}
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if tied and head in arrays and arrays[head].shape == arrays.get(embedding, arrays[head]).shape:
+        # A tied head saved twice is the embedding again. Another matrix would be another model.
+        if not _equal(source, head, embedding):
+            raise UserError(
+                f"{arrays[head].file}: array {head} differs from {embedding}, but tie_word_embeddings says they are one"
+            )
+        del arrays[head]
+    check_shapes(arrays, wanted, source.path, os.path.basename(source.config.path))
+
+
+def _equal(source: Source, one: str, other: str) -> bool:
+    rows = source.arrays[one].shape[0]
+    slices = (slice(start, min(start + 4096, rows)) for start in range(0, rows, 4096))
+    return all(np.array_equal(source.read(one, (part,)), source.read(other, (part,))) for part in slices)
+
+
+def _load(plan: Import, mesh: Mesh, on_array: OnArray) -> dict[str, Any]:
+    """{"params": ..., "projections": ...} on the mesh."""
+    state: dict[str, Any] = {}
+    for place, dtype in zip(plan.places, plan.dtypes, strict=True):
+        array = _load_place(plan.source, place, dtype, mesh)
+        _insert(state, ("params", *place.path), array)
+        on_array(array.nbytes, plan.num_bytes)
+    for own in plan.mechanism:
+        assert plan.mechanism_files is not None
+        array = _load_mechanism(plan.mechanism_files, own, mesh)
+        _insert(state, (own.tree, *own.path), array)
+        on_array(array.nbytes, plan.num_bytes)
+    return state
+
+
+def _load_place(source: Source, place: Place, stored: np.dtype, mesh: Mesh) -> jax.Array:
+    def read(index: Sequence[slice], piece: np.ndarray) -> None:
+        if not place.stacked:
+            _read_blocks(source, place.names[0], place.layout, index, piece)
+            return
+        for name, row in zip(place.names[index[0]], piece, strict=True):
+            _read_blocks(source, name, place.layout, index[1:], row)
+
+    return _on_devices("/".join(place.path), place.variable, stored, mesh, read)
+
+
+def _read_blocks(source: Source, name: str, layout: Layout, index: Sequence[slice], piece: np.ndarray) -> None:
+    """Fills `piece` with `index` of an array, some rows of the checkpoint's array at a time."""
+    axis = layout.groups[0][0]
+    start, stop, _ = index[axis].indices(layout.shape[axis])
+    step = max(1, _BLOCK_BYTES * (stop - start) // max(piece.nbytes, 1))
+    for begin in range(start, stop, step):
+        rows = slice(begin, min(begin + step, stop))
+        part = (*index[:axis], rows, *index[axis + 1 :])
+        there = source.read(name, layout.hf_index(part))
+        piece[(slice(None),) * axis + (slice(rows.start - start, rows.stop - start),)] = layout.from_hf(there, part)
+
+
+def _load_mechanism(files: SafetensorsFiles, array: MechanismArray, mesh: Mesh) -> jax.Array:
+    def read(index: Sequence[slice], piece: np.ndarray) -> None:
+        piece[...] = files.read(array.name, index)
+
+    return _on_devices(array.name, array.variable, np.dtype(array.variable.dtype), mesh, read)
+
+
+def _on_devices(
+    name: str, variable: Any, dtype: np.dtype, mesh: Mesh, read: Callable[[Sequence[slice], np.ndarray], None]
+) -> jax.Array:
+    """The array on the mesh, a device's slice at a time: jax.make_array_from_callback would hold all slices at once."""
+    shape = tuple(variable.shape)
+    sharding = sharding_of(name, logical_axes(variable), shape, mesh)
+    pieces = []
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None  # only of a device that holds nothing
+        piece = _aligned_empty(sharding.shard_shape(shape), dtype)
+        read(index, piece)
+        pieces.append(jax.device_put(piece, device).block_until_ready())
+        del piece
+    return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
+
+
+def _aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Memory that a CPU device takes over as it is; what is not aligned, it copies."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    offset = -memory.ctypes.data % _ALIGNMENT
+    return memory[offset : offset + size].view(dtype).reshape(shape)
+
+
+def _mesh(embed_dim: int) -> Mesh:
+    """As many devices as divide the width share every array; others would hold copies, and stay out of it."""
+    count = math.gcd(embed_dim, len(jax.devices()))
+    return make_mesh({"data": 1, "fsdp": count, "tensor": 1}, jax.devices()[:count])
+
+
+def _insert(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[path[-1]] = value
+
+
+def _write_origin(plan: Import, directory: Path) -> None:
+    """What an export gives back and the model itself has no use for."""
+    values: Mapping[str, Any] = plan.source.config.values
+    kept = ("bos_token_id", "eos_token_id", "pad_token_id")
+    origin: dict[str, Any] = {
+        "model_type": plan.family.model_type,
+        "config": {name: values[name] for name in kept if name in values},
+    }
+    generation = os.path.join(plan.source.path, GENERATION_FILE)
+    if os.path.isfile(generation):
+        origin["generation_config"] = read_json_object(generation)
+    (directory / ORIGIN_FILE).write_text(json.dumps(origin, indent=2) + "\n")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,119 @@
+"""What a model with feature mechanisms has beyond a Hugging Face model: darkformer.json and darkformer.safetensors.
+
+The json holds every field of `model` and the seed; the arrays are M, learned and random projections, under our paths
+and in our layout. config.json and model.safetensors beside them are the same transformer with exact attention.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from darkformer_jax.errors import UserError
+from darkformer_jax.model import Network
+from darkformer_jax.pretrained.families import Fields, canonical
+from darkformer_jax.pretrained.families.family import FULL, LOCAL, kinds_of, layer_fields
+from darkformer_jax.pretrained.hf_config import read_json_object
+from darkformer_jax.pretrained.key_map import is_mechanism
+from darkformer_jax.pretrained.safetensors_files import SafetensorsFiles, StoredArray
+from darkformer_jax.training.workdir import flat_fields
+
+STEM = "darkformer"
+JSON_FILE = f"{STEM}.json"
+_FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class MechanismArray:
+    """An array of a mechanism: which tree it is in ("params" or "projections"), its path there, and the variable."""
+
+    tree: str
+    path: tuple[str, ...]
+    variable: Any
+
+    @property
+    def name(self) -> str:
+        return "/".join((self.tree, *self.path))
+
+
+def mechanism_arrays(network: Network) -> list[MechanismArray]:
+    """Every array of the model that a Hugging Face model has no place for."""
+    found: list[MechanismArray] = []
+
+    def collect(tree: str, path: tuple[str, ...], variable: Any) -> None:
+        if is_mechanism(path):
+            found.append(MechanismArray(tree, path, variable))
+
+    network.map_params(functools.partial(collect, "params"))
+    network.map_projections(functools.partial(collect, "projections"))
+    return found
+
+
+def exact_fields(fields: Fields) -> Fields:
+    """The same transformer with exact attention in place of every feature mechanism."""
+    kinds = [kind if kind in (FULL, LOCAL) else FULL for kind in kinds_of(fields)]
+    return canonical(fields | layer_fields(kinds, fields["attention.local_window"]))
+
+
+def write_mechanism(directory: Path, config: ml_collections.ConfigDict) -> None:
+    """Writes darkformer.json."""
+    content = {"format": _FORMAT, "seed": config.seed, "model": dict(flat_fields(config.model.to_dict()))}
+    (directory / JSON_FILE).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def has_mechanism(directory: str) -> bool:
+    """Whether a directory is the export of a model with feature mechanisms."""
+    return os.path.isfile(os.path.join(directory, JSON_FILE))
+
+
+def read_mechanism(directory: str, config: ml_collections.ConfigDict, exact: Fields) -> SafetensorsFiles:
+    """Sets the fields of darkformer.json in `config`; the files then hold the mechanisms' arrays.
+
+    Args:
+      exact: what config.json says.
+
+    Raises:
+      UserError: another format, fields that this version does not have, or another transformer than config.json's.
+    """
+    path = os.path.join(directory, JSON_FILE)
+    content = read_json_object(path)
+    if content.get("format") != _FORMAT or not isinstance(content.get("model"), dict):
+        raise UserError(f"{path}: format = {content.get('format')!r}: allowed: {_FORMAT}, with an object `model`")
+    try:
+        config.update_from_flattened_dict({f"model.{name}": value for name, value in content["model"].items()})
+        config.seed = content["seed"]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} does not fit this version: {' '.join(str(error).split())}") from error
+    said, exact = exact_fields(dict(flat_fields(config.model.to_dict()))), canonical(exact)
+    for name in exact:
+        if said[name] != exact[name]:
+            raise UserError(f"{path}: model.{name} = {said[name]!r}, but config.json beside it says {exact[name]!r}")
+    return SafetensorsFiles(directory, STEM)
+
+
+def check_mechanism(files: SafetensorsFiles, arrays: list[MechanismArray]) -> None:
+    """Raises UserError for an array of a mechanism that is missing, extra or of another shape."""
+    wanted = {array.name: tuple(array.variable.shape) for array in arrays}
+    check_shapes(files.arrays, wanted, os.path.join(files.directory, f"{STEM}.safetensors"), JSON_FILE)
+
+
+def check_shapes(arrays: dict[str, StoredArray], wanted: dict[str, tuple[int, ...]], where: str, config: str) -> None:
+    """Raises UserError for the first array that is missing, of another shape, or not wanted.
+
+    Args:
+      where: named for a missing array.
+      config: the file that the shapes follow from.
+    """
+    for name, shape in wanted.items():
+        if name not in arrays:
+            raise UserError(f"{where}: array {name} is missing")
+        if arrays[name].shape != shape:
+            found = list(arrays[name].shape)
+            raise UserError(f"{arrays[name].file}: array {name} has shape {found}; {config} makes it {list(shape)}")
+    for name in arrays:
+        if name not in wanted:
+            raise UserError(f"{arrays[name].file}: array {name} is not part of the model that {config} describes")

@@ -1,0 +1,60 @@
+"""What an import reads from: a Hugging Face directory or a GGUF file, under one interface."""
+
+import os
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from darkformer_jax.data.tokenizers import Tokenizer, has_tokenizer, read_tokenizer
+from darkformer_jax.errors import UserError
+from darkformer_jax.pretrained.hf_config import HFConfig
+from darkformer_jax.pretrained.safetensors_files import SafetensorsFiles, StoredArray
+
+
+class Source(Protocol):
+    """A checkpoint whose arrays have Hugging Face's names and layout."""
+
+    path: str
+    config: HFConfig
+    arrays: dict[str, StoredArray]
+
+    def read(self, name: str, index: Sequence[slice]) -> np.ndarray:
+        """A slice of an array."""
+
+    def check_tokenizer(self) -> None:
+        """Raises UserError where there is clearly none; takes no time or memory."""
+
+    def tokenizer(self) -> Tokenizer:
+        """Raises UserError where there is none, or none that can be read exactly."""
+
+
+class HFDirectory:
+    """config.json, safetensors and a tokenizer."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.config = HFConfig.read(os.path.join(path, "config.json"))
+        self.files = SafetensorsFiles(path)
+        self.arrays = self.files.arrays
+        self.read = self.files.read
+
+    def check_tokenizer(self) -> None:
+        if not has_tokenizer(self.path):
+            raise UserError(f"{self.path} holds no tokenizer: neither tokenizer.json nor tokenizer.model")
+
+    def tokenizer(self) -> Tokenizer:
+        return read_tokenizer(self.path)
+
+
+def open_source(path: str) -> Source:
+    """A directory, or a file whose name ends in .gguf. Raises UserError for anything else."""
+    if os.path.isdir(path):
+        return HFDirectory(path)
+    if os.path.isfile(path) and path.endswith(".gguf"):
+        from darkformer_jax.pretrained.gguf_file import GGUFFile  # an extra
+
+        return GGUFFile(path)
+    if os.path.exists(path):
+        raise UserError(f"--source={path}: allowed: a Hugging Face directory or a .gguf file")
+    raise UserError(f"--source={path}: no such file or directory (nothing is downloaded)")

@@ -1,0 +1,208 @@
+import json
+import math
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from darkformer_jax import evaluate
+from darkformer_jax.data.tokenizers import train_bpe
+from darkformer_jax.data.windows import ScoredDocument
+from darkformer_jax.training.evaluation import make_quarter_step
+from darkformer_jax.workdir_model import load_model
+from tests.tiny_runs import ROOT, random_batch, tiny_config, write_workdir
+
+pytestmark = pytest.mark.standard_promotion  # the state of a checkpoint is made with its optimizer
+
+TEXTS = ("def f(x):\n    return x  # ü骰\n" * 3, "one", "import os\n" * 7)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("run")
+    write_workdir(directory, tiny_config())
+    return directory
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("texts")
+    (directory / "a.txt").write_text(TEXTS[0])
+    (directory / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[1:]))
+    return directory
+
+
+def run(workdir, texts, *flags):
+    return evaluate.evaluate(evaluate._parse_flags(["evaluate", f"--workdir={workdir}", f"--text={texts}", *flags]))
+
+
+def scored_one_by_one(workdir, context, stride):
+    """(place in the window, nll, correct) of every token, each window alone."""
+    model = load_model(str(workdir))
+
+    @jax.jit
+    def log_probabilities(inputs, is_real):
+        places = jnp.arange(context)[None]
+        logits, _ = model.network.bind(model.params, model.projections)(inputs[None], is_real[None], places)
+        return jax.nn.log_softmax(logits[0])
+
+    rows = []
+    for text in TEXTS:
+        for window in ScoredDocument.of(text, model.tokenizer).windows(context, stride):
+            length = len(window.targets)
+            is_real = (np.arange(context) < length).astype(np.int32)
+            logp = np.asarray(log_probabilities(np.resize(window.inputs, context), is_real))
+            for place in range(window.num_skipped, length):
+                target = window.targets[place]
+                rows.append((place, -float(logp[place, target]), float(logp[place].argmax() == target)))
+    return np.array(rows)
+
+
+@pytest.mark.parametrize(("context", "stride"), [(16, 16), (18, 7)])
+def test_the_figures_are_those_of_the_tokens_one_by_one(workdir, texts, context, stride, capsys):
+    flags = (f"--context={context}", f"--stride={stride}")
+    result = run(workdir, texts, *flags, "--batch_size=3")
+    rows = scored_one_by_one(workdir, context, stride)
+    num_bytes = sum(len(text.encode()) for text in TEXTS)
+    assert result["tokens"] == result["bytes"] == num_bytes == len(rows)
+    assert result["documents"] == 3 and result["files"] == 2 and result["step"] == 3
+    assert result["loss"] == pytest.approx(rows[:, 1].mean(), rel=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(rows[:, 1].mean()), rel=1e-4)
+    assert result["bits_per_byte"] == pytest.approx(rows[:, 1].sum() / math.log(2) / num_bytes, rel=1e-5)
+    assert result["accuracy"] == pytest.approx(rows[:, 2].mean())
+    for quarter in result["quarters"]:
+        inside = rows[(quarter["first_position"] <= rows[:, 0]) & (rows[:, 0] <= quarter["last_position"])]
+        assert quarter["tokens"] == len(inside)
+        assert quarter["loss"] == pytest.approx(inside[:, 1].mean(), rel=1e-5)
+        assert quarter["accuracy"] == pytest.approx(inside[:, 2].mean())
+    assert sum(quarter["tokens"] for quarter in result["quarters"]) == len(rows)
+    assert result["quarters"][-1]["last_position"] == context - 1
+    table = capsys.readouterr().out
+    assert f"{num_bytes:,} bytes; windows of {context} tokens, stride {stride}" in table
+    assert f"{result['loss']:.4f}" in table and table.count("\n") == 7
+
+    again = run(workdir, texts, *flags, "--batch_size=100")
+    assert again["loss"] == pytest.approx(result["loss"], rel=1e-5)
+
+
+def test_some_tokens_from_the_first_file_on(workdir, texts):
+    result = run(workdir, f"{texts}/a.txt,{texts}/b.jsonl", "--context=8", "--max_tokens=30")
+    rows = scored_one_by_one(workdir, 8, 8)[:30]
+    assert result["tokens"] == 30 and result["documents"] == 1
+    assert result["loss"] == pytest.approx(rows[:, 1].mean(), rel=1e-5)
+    assert result["bytes"] == 28  # two of the next character's three bytes are scored, and not the character
+    all_of_it = run(workdir, texts, "--context=8", "--max_tokens=100000")
+    assert all_of_it["bytes"] == sum(len(text.encode()) for text in TEXTS)
+
+
+def test_quarters_that_no_token_falls_into(workdir, texts, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("abc")
+    result = run(workdir, tmp_path)  # the context is the run's sequence_length, 32
+    assert (result["context"], result["stride"], result["tokens"]) == (32, 32, 3)
+    assert result["quarters"][1] | {"tokens": 0, "loss": None, "accuracy": None} == result["quarters"][1]
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["24-31", "0", "-", "-", "-", "-"]
+    json.dumps(result, allow_nan=False)
+    five = run(workdir, tmp_path, "--context=5")
+    assert [quarter["tokens"] for quarter in five["quarters"]] == [2, 1, 0, 0]
+    assert len(capsys.readouterr().out.splitlines()) == 6  # no row for the places 6 and 7, which are not there
+
+
+def test_bits_per_byte_of_tokens_longer_than_a_byte(tmp_path, texts):
+    config = tiny_config(data__tokenizer="bpe:300", model__vocab_size=320)
+    write_workdir(tmp_path, config)
+    (tmp_path / "tokenizer.bytes").unlink()
+    train_bpe(300, TEXTS).save(str(tmp_path))
+    result = run(tmp_path, texts, "--context=16")
+    assert result["tokens"] < result["bytes"] == sum(len(text.encode()) for text in TEXTS)
+    bits = result["loss"] * result["tokens"] / math.log(2)
+    assert result["bits_per_byte"] == pytest.approx(bits / result["bytes"])
+    parts = [quarter["bits_per_byte"] * quarter["tokens"] for quarter in result["quarters"]]
+    assert sum(parts) / result["tokens"] == pytest.approx(result["bits_per_byte"])
+
+
+def test_the_sums_of_quarters_are_those_of_the_loss(workdir):
+    model = load_model(str(workdir))
+    batch = random_batch(0)
+    sums = make_quarter_step(model.network)(model.params, model.projections, batch)
+    from darkformer_jax.training.step import loss_sums
+
+    wanted = loss_sums(model.network, model.params, model.projections, batch)
+    for name in ("nll", "correct", "weight"):
+        assert sums[name].shape == (4,)
+        np.testing.assert_allclose(sums[name].sum(), wanted[name], rtol=1e-5)
+
+
+def test_one_program_for_all_batches(workdir, texts):
+    model = load_model(str(workdir))
+    calls = []
+
+    class Counting(type(model.network)):
+        def bind(self, params, projections):
+            calls.append(1)
+            return super().bind(params, projections)
+
+    fields = {name: getattr(model.network, name) for name in model.network.__dataclass_fields__}
+    corpus = evaluate.open_corpus("text", str(texts))
+    evaluate._score(model._replace(network=Counting(**fields)), corpus, 100, 8, 8, 3, None)
+    assert calls == [1]  # traced once
+
+
+def test_a_result_is_written_and_never_overwritten(workdir, texts, tmp_path, capsys):
+    path = tmp_path / "result.json"
+    result = run(workdir, texts, "--context=16", f"--json={path}")
+    assert json.loads(path.read_text()) == result
+    capsys.readouterr()
+    before = path.read_bytes()
+    with pytest.raises(SystemExit) as exit_:
+        evaluate.main(evaluate._parse_flags(["", f"--workdir={workdir}", f"--text={texts}", f"--json={path}"]))
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == f"error: --json={path}: the file exists, and results are not overwritten\n"
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--text={dir}/none/*.txt"], "no file matches '{dir}/none/*.txt'"),
+        (["--text={dir}/notes.md"], "{dir}/notes.md is not a file the text source reads"),
+        (["--text={dir}/empty.txt"], "{dir}/empty.txt is empty"),
+        (["--text={dir}/blank.jsonl"], "--text={dir}/blank.jsonl: no document has a token to score"),
+        (["--text={dir}/good.txt,{dir}/late.txt"], "{dir}/late.txt is not UTF-8 text: byte 0xff at offset 0"),
+        (["--text={dir}/bad.jsonl"], '{dir}/bad.jsonl:1: no "text" field that is a string'),
+        (["--context=3"], "--context=3: must be at least 4"),
+        (["--context=0"], "--context=0: must be at least 1"),
+        (["--context=x"], "argument --context: invalid int value: 'x'"),
+        (["--context=8", "--stride=9"], "--stride=9: must be at most --context=8"),
+        (["--stride=-1"], "--stride=-1: must be at least 1"),
+        (["--batch_size=0"], "--batch_size=0: must be at least 1"),
+        (["--max_tokens=0"], "--max_tokens=0: must be at least 1"),
+        (["--json={dir}/none/result.json"], "--json={dir}/none/result.json: its directory does not exist"),
+        (["--json={dir}"], "--json={dir}: the file exists"),
+        (["--step=4"], "no checkpoint step 4 in"),
+        (["--workdir={dir}/none"], "{dir}/none/config.json cannot be read: No such file"),
+        (["--sauce=1"], "unrecognized arguments: --sauce=1"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(workdir, tmp_path, flags, message, capsys):
+    for name, content in (("empty.txt", b""), ("blank.jsonl", b"\n"), ("bad.jsonl", b"{}"), ("late.txt", b"\xff")):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "good.txt").write_text("good")
+    (tmp_path / "notes.md").write_text("notes")
+    given = [flag.format(dir=tmp_path) for flag in flags]
+    with pytest.raises(SystemExit) as exit_:
+        evaluate.main(evaluate._parse_flags(["", f"--workdir={workdir}", f"--text={tmp_path}/good.txt", *given]))
+    assert exit_.value.code == 2
+    printed = capsys.readouterr()
+    errors = [line for line in printed.err.splitlines() if "it/s" not in line and "B/s" not in line]
+    assert errors[-1].startswith(f"error: {message.format(dir=tmp_path)}")
+    assert "Traceback" not in printed.err and printed.out == ""
+
+
+def test_the_command_itself(workdir, texts):
+    flags = [f"--workdir={workdir}", f"--text={texts}", "--context=8"]
+    command = [sys.executable, "-m", "darkformer_jax.evaluate", *flags]
+    shown = subprocess.run(command, capture_output=True, check=True, cwd=ROOT, text=True)
+    assert shown.stdout.startswith(f"{workdir} step 3: 3 documents, ") and "loss=" in shown.stderr

@@ -1,0 +1,157 @@
+import json
+
+import numpy as np
+import pytest
+
+from configs import finetune
+from darkformer_jax.config import validate
+from darkformer_jax.data.tokenizers import train_bpe
+from darkformer_jax.errors import UserError
+from darkformer_jax.training.inherit import inherit
+from darkformer_jax.training.workdir import write_config
+from tests.tiny_runs import (
+    TINY,
+    metrics_without_time,
+    run_commands,
+    saved_arrays,
+    tiny_config,
+    write_text,
+    write_workdir,
+)
+
+pytestmark = pytest.mark.standard_promotion
+
+LOCAL = {"model__attention__local_window": 8}
+
+
+def from_run(directory, arguments="dark", overrides=None, **changes):
+    """configs/finetune.py with what it inherits from a run of `tiny_config(**changes)`."""
+    write_config(directory / "source", tiny_config(**changes).to_dict())
+    config = finetune.get_config(arguments)
+    config.init_from = str(directory / "source")
+    config.update_from_flattened_dict(overrides or {})
+    return inherit(config, str(directory / "own"))
+
+
+def test_sizes_are_those_of_init_from_and_the_rest_is_not(tmp_path):
+    source = {"model__norm_eps": 1e-5, "model__tie_embeddings": False, "model__vocab_size": 300}
+    config = from_run(tmp_path, "dark,m=16,window=128,lr=1e-5,steps=70", **source)
+    validate(config)
+    wanted = tiny_config(**source).model.to_dict()
+    model = config.model.to_dict()
+    attention = model.pop("attention")
+    chosen = {"dtype": "bfloat16", "remat": "full", "attention": wanted["attention"]}
+    assert model | {"attention": wanted["attention"]} == wanted | chosen
+    assert (attention["num_features"], attention["window"], attention["num_sinks"]) == (16, 128, 4)
+    assert (config.num_steps, config.optimizer.learning_rate) == (70, 1e-5)
+    assert None not in attention.values()
+    assert finetune.get_config().model.num_layers is None  # and stays so
+
+
+def test_an_override_stands(tmp_path):
+    config = from_run(tmp_path, overrides={"model.logit_softcap": 30.0, "model.attention.pattern": "softmax,dark"})
+    assert (config.model.logit_softcap, config.model.attention.pattern) == (30.0, "softmax,dark")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "old", "new"),
+    [
+        ("dark", "softmax", "", ""),
+        ("dark", "dark", "softmax,dark", ""),
+        ("softmax", "softmax", "", ""),
+        ("softmax", "dark", "", ""),
+        ("dark", "softmax", "softmax_local, softmax", "softmax_local,dark"),
+        ("softmax", "softmax", "softmax_local,softmax", "softmax_local,softmax"),
+        ("performer", "softmax_local", "", ""),
+        ("softmax", "softmax_local", "", "softmax_local"),
+        ("softmax_local", "softmax", "softmax_local,softmax", ""),
+    ],
+)
+def test_the_mechanism_takes_the_place_of_all_but_local_layers(tmp_path, arguments, kind, old, new):
+    changes = {"model__attention__kind": kind, "model__attention__pattern": old, "model__num_layers": 2}
+    local = LOCAL | {"model__rope_local_theta": 500.0} if "softmax_local" in kind + old else {}
+    config = from_run(tmp_path, arguments, **changes, **local, model__attention__softcap=50.0)
+    validate(config)
+    attention = config.model.attention
+    assert (attention.kind, attention.pattern) == (arguments, new)
+    has_local = "softmax_local" in (new or arguments)
+    assert (attention.local_window, config.model.rope_local_theta) == ((8, 500.0) if has_local else (0, 0.0))
+    assert attention.softcap == (50.0 if has_local or arguments == "softmax" else 0.0)
+
+
+def test_a_run_that_has_begun_is_resumed_without_init_from(tmp_path):
+    config = from_run(tmp_path, "dark", model__attention__kind="softmax")
+    write_config(tmp_path / "own", config.to_dict())
+    (tmp_path / "source/config.json").unlink()
+    again = finetune.get_config("dark")
+    again.init_from = config.init_from
+    assert inherit(again, str(tmp_path / "own")).to_dict() == config.to_dict()
+
+
+def test_what_cannot_be_inherited(tmp_path):
+    config = finetune.get_config("dark")
+    with pytest.raises(UserError, match="--config.init_from=<workdir of a run or of an imported model>"):
+        inherit(config)
+    config.init_from = str(tmp_path / "none")
+    with pytest.raises(UserError, match=f"{tmp_path}/none/config.json cannot be read: No such file"):
+        inherit(config)
+    config.init_from = str(tmp_path)
+    saved = tiny_config().to_dict()
+    del saved["model"]["norm_plus_one"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(UserError, match=r"config.json has no model.norm_plus_one; it is of another version"):
+        inherit(config)
+    plain = tiny_config()
+    assert inherit(plain) is plain
+    for arguments, message in (("dark,sauce=1", "no argument 'sauce'; allowed: m, window"), ("dark,m=x", "m=<int>")):
+        with pytest.raises(UserError, match=message):
+            finetune.get_config(arguments)
+
+
+def test_the_whole_road(tmp_path):
+    """An exact model with its own tokenizer, fine-tuned with DARK attention, resumed, evaluated, continued."""
+    source, workdir, text = tmp_path / "source", tmp_path / "run", write_text(tmp_path / "text.txt")
+    write_workdir(source, tiny_config(model__attention__kind="softmax", model__vocab_size=300, data__tokenizer=""))
+    (source / "tokenizer.bytes").unlink()
+    tokenizer = train_bpe(280, [(tmp_path / "text.txt").read_text()])
+    tokenizer.save(str(source))
+    sizes = {
+        "batch_size": 4,
+        "sequence_length": 32,
+        "model.dtype": "float32",
+        "model.remat": "none",
+        "model.attention.projections": "iid",
+        "data.source": "text",
+        "data.files": text,
+        "optimizer.warmup_steps": 1,
+        "eval.batch_size": 4,
+        "log.every": 1,
+        "sample.max_new_tokens": 3,
+    }
+    arguments = "--config=configs/finetune.py:dark,m=8,chunk=16,window=16,steps=3"
+    flags = [arguments, *(f"--config.{name}={value}" for name, value in sizes.items())]
+    init_from, to = f"--config.init_from={source}", f"--workdir={workdir}"
+    nothing, described, trained, again, other = run_commands(
+        [
+            ("train.py", [*flags, to]),
+            ("train.py", [*flags, init_from, "--dry_run"]),
+            ("train.py", [*flags, init_from, to]),
+            ("train.py", [*flags, init_from, to]),
+            ("train.py", [*flags, init_from, to, "--config.model.mlp_dim=48"]),
+        ]
+    )
+    assert nothing.status == 2 and nothing.err.count("\n") == 1 and "--config.init_from=" in nothing.err
+    assert described.status == 0 and "vocabulary     300" in described.out, described.err
+    assert trained.status == 0, trained.err
+    assert "initialised 11 of 12 parameter arrays" in trained.err and "; new: attention/mechanism/M" in trained.err
+    assert "--- 'def '" in trained.out
+    assert again.status == 0 and f"resuming {workdir} from step 3" in again.err, again.err
+    assert other.status == 2 and "model.mlp_dim: 32 -> 48" in other.err
+    assert [line["step"] for line in metrics_without_time(workdir) if "loss" in line] == [1, 2, 3]
+    model = json.loads((workdir / "config.json").read_text())["model"]
+    assert (model["num_layers"], model["vocab_size"], model["mlp_dim"]) == (1, 300, TINY["model.mlp_dim"])
+    assert (workdir / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    weights = [
+        np.frombuffer(saved_arrays(directory)["['params']['embedding']"], np.float32) for directory in (source, workdir)
+    ]
+    assert 0 < np.abs(weights[0] - weights[1]).max() < 0.01  # small steps from the source's
