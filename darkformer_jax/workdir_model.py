@@ -42,21 +42,13 @@ def load_model(workdir: str, step: int | None = None) -> WorkdirModel:
         reason = " ".join(str(error).split())
         raise UserError(f"{workdir}/config.json is not the config of a run of this version: {reason}") from error
     checkpoints = Checkpoints(workdir)
-    step = checkpoints.latest_good_step() if step is None else step
+    step = checkpoints.good_step(step)
     params, projections = jax.eval_shape(lambda: network.init(jax.random.key(0)))
-    wanted = {"params": _with_dtypes(params, _saved_params(checkpoints, step))}
+    wanted = {"params": _with_dtypes(params, checkpoints.saved_shapes(step)["params"])}
     wanted |= {"projections": projections} if projections else {}
-    step, restored = checkpoints.restore(wanted, step, partial=True)
+    _, restored = checkpoints.restore(wanted, step, partial=True, verify=False)
     checkpoints.close()
     return WorkdirModel(network, restored["params"], restored.get("projections", {}), tokenizer, config, step)
-
-
-def _saved_params(checkpoints: Checkpoints, step: int | None) -> dict:
-    """The shapes and dtypes of a step's parameters; nothing where they cannot be read."""
-    try:
-        return {} if step is None else checkpoints.saved_shapes(step)["params"]
-    except Exception:  # of many kinds; `restore` finds the same mistake (absent, damaged) and names it
-        return {}
 
 
 def _with_dtypes(wanted: dict, saved: dict) -> dict:

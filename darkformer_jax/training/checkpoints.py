@@ -217,13 +217,27 @@ class Checkpoints:
         """The kept step with the lowest held-out loss; None if no step has one."""
         return self._best(self.committed_steps())
 
-    def restore(self, abstract_state: PyTree, step: int | None = None, *, partial: bool = False) -> tuple[int, PyTree]:
+    def good_step(self, step: int | None = None) -> int:
+        """`step`, or the newest undamaged one. Raises UserError: no checkpoint, or the asked one damaged or absent."""
+        self.wait()
+        if step is not None:
+            self._require_good(step)
+            return step
+        newest = self.latest_good_step()
+        if newest is None:
+            raise UserError(f"no checkpoint in {self.directory}")
+        return newest
+
+    def restore(
+        self, abstract_state: PyTree, step: int | None = None, *, partial: bool = False, verify: bool = True
+    ) -> tuple[int, PyTree]:
         """Reads a step back, bit for bit, onto the given shardings, which need not be those it was saved with.
 
         Args:
           abstract_state: nested dicts of jax.ShapeDtypeStruct with shardings (without one: the default device).
           step: None = the newest undamaged one; a warning names each damaged step passed over, and why.
           partial: `abstract_state` may leave out leaves of the checkpoint, which are then not read.
+          verify: compare the hashes; not needed for a step that comes from `good_step`.
 
         Returns:
           The step and its state.
@@ -231,13 +245,8 @@ class Checkpoints:
         Raises:
           UserError: no checkpoint, none undamaged, the asked one damaged or absent, or names, shapes or dtypes differ.
         """
-        self.wait()
-        if step is None:
-            step = self.latest_good_step()
-            if step is None:
-                raise UserError(f"no checkpoint in {self.directory}")
-        else:
-            self._require_good(step)
+        if step is None or verify:
+            step = self.good_step(step)
         self._require_fit(abstract_state, step, partial)
         abstract_state = jax.tree.map(_with_sharding, abstract_state)
         state = self._checkpointer.restore(
