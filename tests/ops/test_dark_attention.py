@@ -100,6 +100,7 @@ def assert_rows_close(got, want, limit):
     size = np.linalg.norm(want, axis=-1)
     error = np.linalg.norm(got - want, axis=-1)
     assert np.all(np.isfinite(got)) and np.all(np.linalg.norm(got, axis=-1) > 0)
+    print(f"outputs: {np.linalg.norm(error) / np.linalg.norm(size):.1e}, worst row {np.max(error / size):.1e}")
     assert np.linalg.norm(error) <= limit * np.linalg.norm(size)
     assert np.max(error / size) <= limit
 
@@ -118,8 +119,10 @@ def assert_gradients_close(got, want, limit, names="qkvwM"):
         if typical < 1e-9:
             assert np.max(error) < limit, name
             continue
+        worst = np.max(error / np.maximum(size, typical))
+        print(f"gradient of {name}: {np.linalg.norm(error) / np.linalg.norm(size):.1e}, worst row {worst:.1e}")
         assert np.linalg.norm(error) <= limit * np.linalg.norm(size), name
-        assert np.max(error / np.maximum(size, typical)) <= limit, name
+        assert worst <= limit, name
 
 
 @pytest.mark.parametrize(
@@ -184,6 +187,7 @@ def test_bfloat16_inputs(options):
     assert np.all(np.linalg.norm(np.asarray(out, np.float32), axis=-1) > 0)
     for got, reference in zip((out, *gradients), (want, *want_gradients), strict=True):
         error = np.linalg.norm(np.asarray(got, np.float64) - reference) / np.linalg.norm(reference)
+        print(f"bfloat16: {error:.1e}")
         assert error < 2e-2
 
 

@@ -27,7 +27,9 @@ def estimates(kind, num_features, q, k, geometry=None, scale=1.0):
 
 
 def standard_errors_off(sample, truth):
-    return (np.mean(sample) - truth) / (np.std(sample) / np.sqrt(len(sample)))
+    off = (np.mean(sample) - truth) / (np.std(sample) / np.sqrt(len(sample)))
+    print(f"mean over {len(sample)} draws: {np.mean(sample) / truth:.3f} of the kernel, {off:+.1f} standard errors off")
+    return off
 
 
 random = np.random.default_rng(0)
