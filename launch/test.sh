@@ -3,4 +3,4 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/install.sh test
-exec "${DARKFORMER_VENV:-.venv}/bin/python" -m pytest -n 2 "$@"
+exec "${DARKFORMER_VENV:-.venv}/bin/python" -m pytest -n 2 --dist worksteal "$@"
