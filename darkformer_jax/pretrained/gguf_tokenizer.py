@@ -1,4 +1,4 @@
-"""The vocabulary inside a GGUF file, where it can be rebuilt exactly: byte-level BPE with a known splitting of text."""
+"""The vocabulary inside a GGUF file: SentencePiece, or byte-level BPE with a known splitting of text."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -6,9 +6,11 @@ from typing import Any
 
 import tokenizers as hf
 
-from darkformer_jax.data.tokenizers import HuggingFaceTokenizer
+from darkformer_jax.data.tokenizers import HuggingFaceTokenizer, Tokenizer
 from darkformer_jax.errors import UserError
+from darkformer_jax.pretrained.gguf_sentencepiece import list_of, marking_token, read_gguf_sentencepiece
 
+_SENTENCEPIECE, _BYTE_LEVEL = "llama", "gpt2"  # as llama.cpp calls them
 _CONTROL, _USER_DEFINED = 3, 4  # token types
 
 _WORDS_LLAMA3 = (
@@ -44,51 +46,54 @@ _NFC = ("qwen2",)
 
 
 def check_gguf_tokenizer(path: str, metadata: Mapping[str, Any]) -> None:
-    """Raises UserError for a vocabulary that cannot be rebuilt.
-
-    It may be of another kind (SentencePiece: its normalisation is not in the file), or split text in an unknown way.
-    """
+    """Raises UserError for a vocabulary that cannot be rebuilt: of another kind, or split in an unknown way."""
     kind, pre = (metadata.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
-    if kind != "gpt2":
+    if kind not in (_SENTENCEPIECE, _BYTE_LEVEL):
         raise UserError(
-            f"{path}: tokenizer.ggml.model = {kind!r} cannot be rebuilt exactly; allowed: 'gpt2' (byte-level BPE); "
-            "convert the model's Hugging Face directory instead"
+            f"{path}: tokenizer.ggml.model = {kind!r} cannot be rebuilt exactly; allowed: {_SENTENCEPIECE} "
+            f"(SentencePiece), {_BYTE_LEVEL} (byte-level BPE); convert the model's Hugging Face directory instead"
         )
-    if pre not in _PRE_TOKENIZERS:
+    if kind == _BYTE_LEVEL and pre not in _PRE_TOKENIZERS:
         raise UserError(f"{path}: tokenizer.ggml.pre = {pre!r}: allowed: {', '.join(_PRE_TOKENIZERS)}")
     if metadata.get("tokenizer.ggml.eos_token_id") is None:
         raise UserError(f"{path}: tokenizer.ggml.eos_token_id is missing: no token ends a document")
 
 
-def read_gguf_tokenizer(path: str, metadata: Mapping[str, Any]) -> HuggingFaceTokenizer:
+def read_gguf_tokenizer(path: str, metadata: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer of a GGUF file. Raises UserError where it cannot be rebuilt exactly, or is damaged."""
     check_gguf_tokenizer(path, metadata)
+    if metadata["tokenizer.ggml.model"] == _SENTENCEPIECE:
+        return read_gguf_sentencepiece(path, metadata)
     pre = metadata["tokenizer.ggml.pre"]
-    tokens, merges = _strings(path, metadata, "tokens"), _strings(path, metadata, "merges")
-    types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    tokens, merges = list_of(path, metadata, "tokens", str), list_of(path, metadata, "merges", str)
     vocabulary = {token: number for number, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
         raise UserError(f"{path}: tokenizer.ggml.tokens has a token twice")
-    if len(types) != len(tokens):
-        raise UserError(f"{path}: tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens")
+    types = [1] * len(tokens)
+    if metadata.get("tokenizer.ggml.token_type"):
+        types = list_of(path, metadata, "token_type", int, len(tokens))
     adds_bos = metadata.get("tokenizer.ggml.add_bos_token", pre in _BEGINS_WITH_BOS)
-    bos = _token(path, metadata, "bos", tokens) if adds_bos else None
-    eos = _token(path, metadata, "eos", tokens)
+    bos = marking_token(path, metadata, "bos", tokens) if adds_bos else None
+    eos = marking_token(path, metadata, "eos", tokens)
     try:
-        return HuggingFaceTokenizer(_definition(vocabulary, merges, types, pre), bos, eos)
+        return HuggingFaceTokenizer(_definition(vocabulary, merges, types, pre, bos), bos, eos)
     except UserError:
         raise
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{path}: tokenizer.ggml.merges do not fit the vocabulary: {error}") from error
 
 
-def _definition(vocabulary: dict[str, int], merges: list[str], types: list[int], pre: str) -> bytes:
+def _definition(vocabulary: dict[str, int], merges: list[str], types: list[int], pre: str, bos: str | None) -> bytes:
     """The bytes of a tokenizer.json."""
     tokenizer = hf.Tokenizer(hf.models.BPE(ignore_merges=pre in _WHOLE_WORDS_FIRST))
     if pre in _NFC:
         tokenizer.normalizer = hf.normalizers.NFC()
     tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]()
     tokenizer.decoder = hf.decoders.ByteLevel()
+    if bos is not None:  # so that programs that read the tokenizer.json alone place it, too
+        tokenizer.post_processor = hf.processors.TemplateProcessing(
+            single=[bos, "$A"], pair=[bos, "$A", bos, "$B:1"], special_tokens=[(bos, vocabulary[bos])]
+        )
     # Vocabulary and merges join the text rather than the tokenizer, which would hold them a second time.
     definition = json.loads(tokenizer.to_str())
     definition["model"] |= {"vocab": vocabulary, "merges": merges}
@@ -99,17 +104,3 @@ def _definition(vocabulary: dict[str, int], merges: list[str], types: list[int],
         if kind in (_CONTROL, _USER_DEFINED)
     ]
     return json.dumps(definition, ensure_ascii=False).encode("utf-8")
-
-
-def _strings(path: str, metadata: Mapping[str, Any], name: str) -> list[str]:
-    values = metadata.get(f"tokenizer.ggml.{name}")
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise UserError(f"{path}: tokenizer.ggml.{name} must be a list of strings")
-    return values
-
-
-def _token(path: str, metadata: Mapping[str, Any], name: str, tokens: list[str]) -> str:
-    number = metadata.get(f"tokenizer.ggml.{name}_token_id")
-    if not isinstance(number, int) or not 0 <= number < len(tokens):
-        raise UserError(f"{path}: tokenizer.ggml.{name}_token_id = {number!r}: the vocabulary has {len(tokens)} ids")
-    return tokens[number]

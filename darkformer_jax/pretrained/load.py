@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import ml_collections
 import ml_dtypes
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -127,17 +126,8 @@ def _save_arrays(plan: Import, directory: Path, on_array: OnArray) -> None:
     mesh = _mesh(plan.config.model.embed_dim)
     state = _load(plan, mesh, on_array)
     state["step"] = jax.device_put(np.zeros((), np.int32), NamedSharding(mesh, P()))
-    with contextlib.closing(_UncompressedCheckpoints(directory)) as checkpoints:
+    with contextlib.closing(Checkpoints(directory, compress=False)) as checkpoints:
         checkpoints.save(0, state)
-
-
-class _UncompressedCheckpoints(Checkpoints):
-    """Compressed copies of arrays that are written at once would take as much memory again as the model."""
-
-    def __init__(self, workdir: Path) -> None:
-        super().__init__(workdir)
-        self._checkpointer.close()
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
 
 
 @contextlib.contextmanager

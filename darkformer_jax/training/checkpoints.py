@@ -56,9 +56,13 @@ class Checkpoints:
       workdir: the run's directory.
       keep: newest steps kept, at least 1. Only `save` uses it.
       save_every: steps between saves, for `due`; 0 = never due.
+      compress: False writes arrays as they are: `save` makes no compressed copies, which for arrays that are written
+        all at once would take as much memory again.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], keep: int = 1, save_every: int = 0) -> None:
+    def __init__(
+        self, workdir: str | os.PathLike[str], keep: int = 1, save_every: int = 0, compress: bool = True
+    ) -> None:
         if keep < 1:
             raise UserError(f"checkpoint.keep = {keep}: must be at least 1")
         if save_every < 0:
@@ -66,7 +70,7 @@ class Checkpoints:
         self.directory = Path(workdir).absolute() / "checkpoints"
         self._keep = keep
         self._save_every = save_every
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=compress))
         self._committer = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint_commit")
         self._pending: concurrent.futures.Future[None] | None = None
         self._held: int | None = None  # the step whose state this process holds and the disk has

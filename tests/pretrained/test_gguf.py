@@ -1,5 +1,7 @@
 """GGUF files: dequantised, rows of q and k put back in order, the vocabulary rebuilt; and what is refused."""
 
+import inspect
+import io
 import os
 
 import numpy as np
@@ -72,10 +74,11 @@ def write(path, *, arrays=None, architecture="llama", interleave=True, quantise=
     writer.add_tokenizer_model(metadata.pop("model", "gpt2"))
     writer.add_tokenizer_pre(metadata.pop("pre", "smollm"))
     writer.add_token_list(metadata.pop("tokens", tokens))
-    writer.add_token_types([3, 3] + [1] * (len(tokens) - 2))
+    writer.add_token_types(metadata.pop("token_types", [3, 3] + [1] * (len(tokens) - 2)))
+    writer.add_token_scores(metadata.pop("scores", [0.0] * len(tokens)))
     writer.add_token_merges(merges)
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
+    writer.add_bos_token_id(metadata.pop("bos", 0))
+    writer.add_eos_token_id(metadata.pop("eos", 1))
     for name, value in metadata.items():
         add = writer.add_string if isinstance(value, str) else writer.add_uint32
         add(name.replace("__", "."), value)
@@ -174,6 +177,67 @@ def test_bos_of_llama_3(tmp_path):
     assert tokenizer.encode("12") == [tokens.index("12")]
 
 
+def sentencepiece_model():
+    """A .model as Llama's: BPE, bytes for what has no piece, text left alone."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(inspect.getsource(inspect).splitlines()),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=600,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        user_defined_symbols=["<|tool|>"],
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def sentencepiece_fields(model):
+    """What llama.cpp's converter writes of a .model."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    pieces = [(piece.piece, piece.score, piece.type) for piece in proto.pieces]
+    tokens, scores, types = map(list, zip(*pieces, strict=True))
+    return {"model": "llama", "tokens": tokens, "scores": scores, "token_types": types, "bos": 1, "eos": 2}
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_sentencepiece_vocabulary(tmp_path, prefix):
+    """Token for token as the .model it was written from, on real text and on what has no piece."""
+    from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(sentencepiece_model())
+    proto.normalizer_spec.add_dummy_prefix = prefix
+    original = SentencePieceProcessor(model_proto=proto.SerializeToString())
+    fields = sentencepiece_fields(proto.SerializeToString())
+    path = write(
+        tmp_path / "m.gguf", change=lambda writer: writer.add_bool("tokenizer.ggml.add_space_prefix", prefix), **fields
+    )
+    tokenizer = open_source(str(path)).tokenizer()
+    assert (tokenizer.adds_bos, tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (True, 1, 2, 600)
+    for text in (
+        inspect.getsource(io),
+        "  two\n\n\tspaces ",
+        "caf\u00e9 \u4f60\u597d \U0001f600",
+        "<s> a <|tool|>b",
+        "",
+    ):
+        assert tokenizer.encode(text) == original.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_the_bos_of_a_tokenizer_json_is_in_its_post_processor(tmp_path):
+    """So that transformers, which reads it there, places the same BOS from an export."""
+    for pre, first in (("llama-bpe", [0]), ("smollm", [])):
+        open_source(str(write(tmp_path / "m.gguf", pre=pre))).tokenizer().save(str(tmp_path / pre))
+        read = hf.Tokenizer.from_file(str(tmp_path / pre / "tokenizer.json"))
+        assert read.encode("1").ids == first + read.encode("1", add_special_tokens=False).ids
+
+
 def test_the_scaling_of_llama_31(tmp_path):
     def factors(values):
         return lambda writer: writer.add_tensor("rope_freqs.weight", np.array(values, np.float32))
@@ -193,7 +257,14 @@ def test_the_scaling_of_llama_31(tmp_path):
     ("options", "message"),
     [
         ({"architecture": "mamba"}, 'general.architecture = "mamba": allowed: llama, qwen2, qwen3'),
-        ({"model": "llama"}, "tokenizer.ggml.model = 'llama' cannot be rebuilt exactly"),
+        (
+            {"model": "t5"},
+            "tokenizer.ggml.model = 't5' cannot be rebuilt exactly; allowed: llama (SentencePiece), gpt2",
+        ),
+        ({"model": "llama", "token_types": [2, 6, 6]}, "tokenizer.ggml.token_type has 3 entries for"),
+        ({"model": "llama", "token_types": [3, 6] + [1] * (VOCAB - 2)}, "tokenizer.ggml.token_type has 1 bytes"),
+        ({"model": "llama", "bos": 10_000}, "tokenizer.ggml.bos_token_id = 10000: the vocabulary has"),
+        ({"model": "llama"}, "tokenizer.ggml.tokens cannot be read: not a SentencePiece model"),
         ({"pre": "jina"}, "tokenizer.ggml.pre = 'jina': allowed: gpt-2, smollm"),
         ({"llama__expert_count": 8}, "mixtures of experts are not supported"),
         ({"llama__rope__dimension_count": 2}, "rope.dimension_count = 2: must equal the head size, 4"),
