@@ -15,9 +15,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import tqdm
-from absl import app, logging
+from absl import app
 
-from darkformer_jax.command_line import Parser
+from darkformer_jax.command_line import Parser, one_line_errors
 from darkformer_jax.errors import UserError
 from darkformer_jax.pretrained.export import export_workdir
 from darkformer_jax.pretrained.load import plan_import, run_import
@@ -28,12 +28,7 @@ _SECONDS_BETWEEN_LINES = 5.0  # of progress, where the output is no terminal
 
 
 def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m darkformer_jax.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("convert", __doc__)
     other = parser.add_mutually_exclusive_group(required=True)
     other.add_argument("--source", help="a Hugging Face directory, or a .gguf file, to bring into --workdir")
     other.add_argument("--export_hf", help="directory to write the model of --workdir to; must be empty or not exist")
@@ -51,15 +46,8 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Converts, prints what was written; on a UserError one line and exit status 2."""
-    logging.set_verbosity(logging.WARNING)
-    try:
+    with one_line_errors("what was written is removed"):
         convert(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("error: interrupted; what was written is removed", file=sys.stderr)
-        sys.exit(130)
 
 
 def convert(args: argparse.Namespace) -> None:

@@ -31,9 +31,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import tqdm
-from absl import app, logging
+from absl import app
 
-from darkformer_jax.command_line import Parser
+from darkformer_jax.command_line import Parser, one_line_errors
 from darkformer_jax.data.sources import Corpus, find_text_files, open_corpus
 from darkformer_jax.data.tokenizers import Tokenizer
 from darkformer_jax.data.windows import ScoredDocument, Window, window_batch
@@ -90,12 +90,7 @@ class _Row(NamedTuple):
 
 
 def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m darkformer_jax.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("evaluate", __doc__)
     parser.add_argument("--workdir", required=True, help="directory of the run or of the imported model")
     parser.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
     parser.add_argument(
@@ -117,15 +112,8 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Prints the table; on a UserError one line and exit status 2."""
-    logging.set_verbosity(logging.WARNING)
-    try:
+    with one_line_errors("nothing was written"):
         evaluate(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr)
-        sys.exit(130)
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:

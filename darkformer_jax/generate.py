@@ -8,12 +8,11 @@ exact attention excepted, whose cache grows). Prompts of a batch do not influenc
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 
-from absl import app, logging
+from absl import app
 
-from darkformer_jax.command_line import Parser
+from darkformer_jax.command_line import Parser, one_line_errors
 from darkformer_jax.data.tokenizers import decode_continuation, encode_prompt
 from darkformer_jax.errors import UserError
 from darkformer_jax.sampling import Sampler, continue_prompts
@@ -21,12 +20,7 @@ from darkformer_jax.workdir_model import load_model
 
 
 def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m darkformer_jax.generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("generate", __doc__)
     parser.add_argument("--workdir", required=True, help="directory of the run whose model writes")
     parser.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
     prompts = parser.add_mutually_exclusive_group(required=True)
@@ -50,15 +44,8 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Prints the continuations; on a UserError one line and exit status 2."""
-    logging.set_verbosity(logging.WARNING)
-    try:
+    with one_line_errors("what was shown is all there is"):
         generate(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print()
-        sys.exit(130)
 
 
 def generate(args: argparse.Namespace) -> None:

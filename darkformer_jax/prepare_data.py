@@ -12,33 +12,20 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
 
 import tqdm
 from absl import app
-from absl.flags import argparse_flags
 
+from darkformer_jax.command_line import Parser, one_line_errors
 from darkformer_jax.data.prepared import DEFAULT_SHARD_TOKENS, SPLITS, prepare
 from darkformer_jax.data.sources import CORPUS_SOURCES
 from darkformer_jax.data.text_files import OnRead
-from darkformer_jax.errors import UserError
 
 _SECONDS_BETWEEN_LINES = 30.0  # of progress, where the output is no terminal
 
 
-class _Parser(argparse_flags.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, as for every other mistake."""
-        self.exit(2, f"error: {message} (--help lists the flags)\n")
-
-
 def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
-        prog="python -m darkformer_jax.prepare_data",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("prepare_data", __doc__)
     parser.add_argument(
         "--source",
         required=True,
@@ -86,7 +73,7 @@ def _progress_bar(label: str, num_bytes: int) -> Iterator[OnRead]:
 
 def main(args: argparse.Namespace) -> None:
     """Prepares the data, prints what it holds; on a UserError one line and exit status 2."""
-    try:
+    with one_line_errors(f"what was written to {args.out} is removed"):
         manifest = prepare(
             args.out,
             source=args.source,
@@ -96,12 +83,6 @@ def main(args: argparse.Namespace) -> None:
             shard_tokens=args.shard_tokens,
             progress=_progress_bar,
         )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"error: interrupted; what was written to {args.out} is removed", file=sys.stderr)
-        sys.exit(130)
     tokenizer = manifest["tokenizer"]
     print(f"{args.out}: {tokenizer['vocab_size']} ids, tokenizer fingerprint {tokenizer['fingerprint'][:12]}")
     for name in SPLITS:

@@ -1,6 +1,8 @@
 """Small files, read whole and replaced at once."""
 
+import json
 import os
+from typing import Any
 
 from darkformer_jax.errors import UserError
 
@@ -12,6 +14,17 @@ def read_file(path: str) -> bytes:
             return file.read()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def read_json_object(path: str) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises UserError naming the file."""
+    try:
+        value = json.loads(read_file(path))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {' '.join(str(error).split())}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
 
 
 def write_file(path: str, data: bytes) -> None:

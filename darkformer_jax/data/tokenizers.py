@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import tokenizers as hf
 
-from darkformer_jax.data.files import make_directory, read_file, write_file
+from darkformer_jax.data.files import make_directory, read_file, read_json_object, write_file
 from darkformer_jax.errors import UserError
 
 DOCUMENT_SEPARATOR = "<|doc|>"
@@ -398,13 +398,7 @@ def _read_hf_config(directory: str) -> dict[str, Any] | None:
     path = os.path.join(directory, _HF_CONFIG_FILE)
     if not os.path.isfile(path):
         return None
-    try:
-        config = json.loads(read_file(path))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return config
+    return read_json_object(path)
 
 
 def _new_hf_config(bos_token: str | None, eos_token: str, spec: str) -> dict[str, Any]:

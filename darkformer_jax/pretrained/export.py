@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from darkformer_jax.data.files import read_json_object
 from darkformer_jax.errors import UserError
 from darkformer_jax.pretrained.families import Family, fitting_family
-from darkformer_jax.pretrained.hf_config import read_json_object
 from darkformer_jax.pretrained.key_map import Place, places_of
 from darkformer_jax.pretrained.load import GENERATION_FILE, ORIGIN_FILE, whole_directory
 from darkformer_jax.pretrained.mechanism import STEM, exact_fields, mechanism_arrays, write_mechanism

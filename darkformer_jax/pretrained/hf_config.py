@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from darkformer_jax.data.files import read_file
+from darkformer_jax.data.files import read_json_object
 from darkformer_jax.errors import UserError
 
 _REQUIRED: Any = object()
@@ -88,14 +88,3 @@ class HFConfig:
                 raise UserError(f"{self.path}: the field {name} is missing")
             return default
         return value
-
-
-def read_json_object(path: str) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises UserError naming the file."""
-    try:
-        value = json.loads(read_file(path))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {' '.join(str(error).split())}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object")
-    return value

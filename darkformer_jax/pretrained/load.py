@@ -20,10 +20,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from darkformer_jax.config import model_spec, validate
+from darkformer_jax.data.files import read_json_object
 from darkformer_jax.errors import UserError
 from darkformer_jax.model import Network, logical_axes
 from darkformer_jax.pretrained.families import Family, family_of
-from darkformer_jax.pretrained.hf_config import read_json_object
 from darkformer_jax.pretrained.key_map import Layout, Place, places_of
 from darkformer_jax.pretrained.mechanism import (
     MechanismArray,

@@ -13,8 +13,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from darkformer_jax.data.files import read_json_object
 from darkformer_jax.errors import UserError
-from darkformer_jax.pretrained.hf_config import read_json_object
 
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
