@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator
 from typing import NoReturn
@@ -30,8 +31,12 @@ class Parser(argparse_flags.ArgumentParser):
 
 @contextlib.contextmanager
 def one_line_errors(if_interrupted: str) -> Iterator[None]:
-    """Ends the program on a UserError with one line and exit status 2, on Ctrl-C with `if_interrupted` and 130."""
+    """Ends the program on a UserError with one line and exit status 2, on Ctrl-C with `if_interrupted` and 130.
+
+    SIGTERM is taken as an exception, too, so that what is half written is removed.
+    """
     logging.set_verbosity(logging.WARNING)
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         yield
     except UserError as error:
@@ -40,3 +45,5 @@ def one_line_errors(if_interrupted: str) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"\nerror: interrupted; {if_interrupted}", file=sys.stderr)
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -8,12 +8,13 @@ exact attention excepted, whose cache grows). Prompts of a batch do not influenc
 """
 
 import argparse
+import itertools
 from collections.abc import Sequence
 
 from absl import app
 
 from darkformer_jax.command_line import Parser, one_line_errors
-from darkformer_jax.data.tokenizers import decode_continuation, encode_prompt
+from darkformer_jax.data.tokenizers import decode_continuation, encode_prompt, stream_continuation
 from darkformer_jax.errors import UserError
 from darkformer_jax.sampling import Sampler, continue_prompts
 from darkformer_jax.workdir_model import load_model
@@ -72,19 +73,13 @@ def generate(args: argparse.Namespace) -> None:
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     if len(prompts) == 1:
         print(prompts[0], end="", flush=True)
-        new: list[int] = []
-        shown = ""
-        for token in sampler.stream(ids, args.max_new_tokens):
-            if token[0] == tokenizer.eos_id:
-                break
-            new.append(int(token[0]))
-            text = decode_continuation(tokenizer, ids[0], new)
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character: wait for the rest
-                print(text[len(shown) :], end="", flush=True)
-                shown = text
-        print(decode_continuation(tokenizer, ids[0], new)[len(shown) :])
+        tokens = (int(token[0]) for token in sampler.stream(ids, args.max_new_tokens))
+        until_end = itertools.takewhile(lambda token: token not in model.ends, tokens)
+        for text in stream_continuation(tokenizer, ids[0], until_end):
+            print(text, end="", flush=True)
+        print()
         return
-    continued = continue_prompts(sampler, ids, args.max_new_tokens, tokenizer.eos_id)
+    continued = continue_prompts(sampler, ids, args.max_new_tokens, model.ends)
     for prompt, prompt_ids, new in zip(prompts, ids, continued, strict=True):
         print(f"--- {prompt!r}\n{prompt}{decode_continuation(tokenizer, prompt_ids, new)}")
 

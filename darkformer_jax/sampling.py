@@ -1,7 +1,7 @@
 """Text from a model: prefill with the chunked form, then a token at a time from the state."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -129,14 +129,14 @@ def _prefill(
 
 
 def continue_prompts(
-    sampler: Sampler, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos_id: int
+    sampler: Sampler, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: Collection[int]
 ) -> list[list[int]]:
-    """The new tokens of each prompt, up to and without its end of document."""
+    """The new tokens of each prompt, up to and without the first of `ends`."""
     new: list[list[int]] = [[] for _ in prompts]
     running = [True] * len(prompts)
     for tokens in sampler.stream(prompts, max_new_tokens):
         for row, token in enumerate(tokens.tolist()):
-            running[row] = running[row] and token != eos_id
+            running[row] = running[row] and token not in ends
             if running[row]:
                 new[row].append(token)
         if not any(running):

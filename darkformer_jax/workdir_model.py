@@ -10,6 +10,7 @@ from darkformer_jax.config import from_json, model_spec
 from darkformer_jax.data.tokenizers import Tokenizer, load_tokenizer
 from darkformer_jax.errors import UserError
 from darkformer_jax.model import Network
+from darkformer_jax.pretrained.origin import ends_of_text
 from darkformer_jax.training.checkpoints import Checkpoints
 from darkformer_jax.training.workdir import read_config
 
@@ -21,6 +22,7 @@ class WorkdirModel(NamedTuple):
     params: dict
     projections: dict
     tokenizer: Tokenizer
+    ends: frozenset[int]  # ids that end a text
     config: ml_collections.ConfigDict
     step: int
 
@@ -48,7 +50,8 @@ def load_model(workdir: str, step: int | None = None) -> WorkdirModel:
     wanted |= {"projections": projections} if projections else {}
     _, restored = checkpoints.restore(wanted, step, partial=True, verify=False)
     checkpoints.close()
-    return WorkdirModel(network, restored["params"], restored.get("projections", {}), tokenizer, config, step)
+    ends = ends_of_text(workdir) | {tokenizer.eos_id}
+    return WorkdirModel(network, restored["params"], restored.get("projections", {}), tokenizer, ends, config, step)
 
 
 def _with_dtypes(wanted: dict, saved: dict) -> dict:

@@ -1,10 +1,17 @@
 """The verb: both directions from the command line, and one line for every mistake."""
 
 import json
+import os
+import shutil
+import signal
+from pathlib import Path
 
 import pytest
 
 from darkformer_jax import convert, generate
+from darkformer_jax.data.tokenizers import HuggingFaceTokenizer
+from darkformer_jax.pretrained.origin import hand_on_origin
+from darkformer_jax.workdir_model import load_model
 from tests.pretrained.tiny_sources import write_llama
 
 
@@ -67,6 +74,42 @@ def test_a_mistake_is_one_line_and_status_2(source, workdir, tmp_path, flags, me
     assert message.format(**names) in printed.err and printed.err.count("\n") == 1, printed.err
     assert printed.out == ""
     assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_a_workdir_behind_a_link_or_a_mount_point(source, tmp_path, monkeypatch, capsys):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    run(f"--source={source}", f"--workdir={tmp_path}/link")
+    assert (tmp_path / "there/config.json").is_file() and (tmp_path / "link").is_symlink()
+    capsys.readouterr()
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda self: self.name == "mounted")
+    with pytest.raises(SystemExit):
+        run(f"--source={source}", f"--workdir={tmp_path}/mounted")
+    assert "mounted is a mount point; give a directory inside it" in capsys.readouterr().err
+
+
+def test_a_terminated_import_leaves_nothing(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(HuggingFaceTokenizer, "save", lambda self, directory: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as exit_:
+        run(f"--source={source}", f"--workdir={tmp_path}/w")
+    assert exit_.value.code == 128 + signal.SIGTERM
+    assert not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_run_from_an_import_exports_what_the_source_said(source, workdir, tmp_path):
+    """The original's lengths and ends of text, however long the rows of the fine-tuning were."""
+    run_ = tmp_path / "run"
+    shutil.copytree(workdir, run_)
+    (run_ / "pretrained.json").unlink()
+    config = json.loads((run_ / "config.json").read_text())
+    (run_ / "config.json").write_text(json.dumps(config | {"sequence_length": 32}))
+    hand_on_origin(str(workdir), str(run_))
+    run(f"--workdir={run_}", f"--export_hf={tmp_path}/out")
+    exported = json.loads((tmp_path / "out/config.json").read_text())
+    assert (exported["max_position_embeddings"], exported["eos_token_id"]) == (64, [1, 2])
+    assert load_model(str(run_)).ends == {1, 2}
 
 
 def test_sources_are_required_to_be_there_before_anything_is_written(tmp_path):

@@ -113,6 +113,7 @@ def test_the_whole_road(tmp_path):
     source, workdir, text = tmp_path / "source", tmp_path / "run", write_text(tmp_path / "text.txt")
     write_workdir(source, tiny_config(model__attention__kind="softmax", model__vocab_size=300, data__tokenizer=""))
     (source / "tokenizer.bytes").unlink()
+    (source / "pretrained.json").write_text('{"model_type": "llama", "config": {}}')
     tokenizer = train_bpe(280, [(tmp_path / "text.txt").read_text()])
     tokenizer.save(str(source))
     sizes = {
@@ -151,6 +152,7 @@ def test_the_whole_road(tmp_path):
     model = json.loads((workdir / "config.json").read_text())["model"]
     assert (model["num_layers"], model["vocab_size"], model["mlp_dim"]) == (1, 300, TINY["model.mlp_dim"])
     assert (workdir / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    assert json.loads((workdir / "pretrained.json").read_text())["model_type"] == "llama"
     weights = [
         np.frombuffer(saved_arrays(directory)["['params']['embedding']"], np.float32) for directory in (source, workdir)
     ]

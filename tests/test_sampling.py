@@ -169,9 +169,9 @@ class Fixed:
 
 def test_a_document_ends_at_eos_and_the_batch_when_all_have_ended():
     sampler = Fixed([[1, 2], [9, 3], [4, 9], [5, 5]])
-    assert continue_prompts(sampler, [[0], [0]], 10, eos_id=9) == [[1], [2, 3]]
+    assert continue_prompts(sampler, [[0], [0]], 10, ends={9}) == [[1], [2, 3]]
     assert sampler.taken == 3
-    assert continue_prompts(Fixed([[1, 2], [9, 3], [4, 9]]), [[0], [0]], 2, eos_id=9) == [[1], [2, 3]]
+    assert continue_prompts(Fixed([[1, 2], [9, 3], [4, 9]]), [[0], [0]], 2, ends={9}) == [[1], [2, 3]]
 
 
 @pytest.mark.parametrize(

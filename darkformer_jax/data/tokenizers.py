@@ -4,14 +4,14 @@
 that mark documents (`bos_id`, `eos_id`) are placed by the token stream, and before a prompt by `encode_prompt`.
 
 Families differ in what a document begins with: Llama, Mistral and Gemma put a BOS there, Qwen2, GPT-2 and SmolLM2
-nothing. It is what the post-processor of the tokenizer.json puts first, as in transformers; where that puts nothing,
-or there is none, `add_bos_token` of the tokenizer_config.json decides.
+nothing. It is what the post-processor of the tokenizer.json puts first, as in transformers 5; of a SentencePiece model,
+`add_bos_token` of the tokenizer_config.json decides.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -26,8 +26,12 @@ _BYTES_FILE = "tokenizer.bytes"
 _JSON_FILE = "tokenizer.json"
 _MODEL_FILE = "tokenizer.model"
 _HF_CONFIG_FILE = "tokenizer_config.json"
+_SPECIAL_FILE = "special_tokens_map.json"
+_CHAT_FILE = "chat_template.jinja"
 _TOKENIZER_FILES = (_BYTES_FILE, _JSON_FILE, _MODEL_FILE)
 _ALLOWED_SPECS = "bytes, bpe:<vocabulary size>, or the path of a tokenizer.json, a .model or a directory with one"
+
+_CONTEXT_OF_TEXT = 8  # ids before new ones that tell how these are written: SentencePiece drops a first space
 
 # (begin, end) of document where a tokenizer.json stands alone: the names that published models use.
 _KNOWN_DOCUMENT_TOKENS = (
@@ -230,6 +234,18 @@ def decode_continuation(tokenizer: Tokenizer, prompt: Sequence[int], new: Sequen
     return tokenizer.decode([*prompt, *new])[len(tokenizer.decode(prompt)) :]
 
 
+def stream_continuation(tokenizer: Tokenizer, prompt: Sequence[int], new: Iterable[int]) -> Iterator[str]:
+    """`decode_continuation` piece by piece as the ids come, at a cost a token that does not depend on how many came."""
+    ids, begin, end = list(prompt), max(0, len(prompt) - _CONTEXT_OF_TEXT), len(prompt)
+    for token in new:
+        ids.append(token)
+        known, text = tokenizer.decode(ids[begin:end]), tokenizer.decode(ids[begin:])
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character: wait for the rest
+            yield text[len(known) :]
+            begin, end = max(0, end - _CONTEXT_OF_TEXT), len(ids)
+    yield tokenizer.decode(ids[begin:])[len(tokenizer.decode(ids[begin:end])) :]
+
+
 def make_tokenizer(spec: str, training_texts: Callable[[], Iterable[str]]) -> Tokenizer:
     """The tokenizer that `data.tokenizer` names.
 
@@ -346,9 +362,7 @@ def _read_hf_tokenizer(data: bytes, config: dict[str, Any] | None) -> HuggingFac
     bos, eos = _first_token(tokenizer), settings.eos_token
     if not eos:
         eos = _usual_eos(tokenizer.get_vocab(with_added_tokens=True), bos)
-        config = None
-    if bos is None and (settings.add_bos_token or settings.trained_as):
-        bos = settings.bos_token
+        config = config and {**config, "eos_token": eos}
     return HuggingFaceTokenizer(data, bos, eos, settings.trained_as, config)
 
 
@@ -394,11 +408,14 @@ def _read_settings(config: dict[str, Any]) -> _Settings:
 
 
 def _read_hf_config(directory: str) -> dict[str, Any] | None:
-    """The tokenizer_config.json in a directory; None without one."""
-    path = os.path.join(directory, _HF_CONFIG_FILE)
-    if not os.path.isfile(path):
-        return None
-    return read_json_object(path)
+    """The tokenizer_config.json in a directory, with what other releases keep in files beside it; None without any."""
+    special, own, template = (os.path.join(directory, name) for name in (_SPECIAL_FILE, _HF_CONFIG_FILE, _CHAT_FILE))
+    config = read_json_object(special) if os.path.isfile(special) else {}
+    if os.path.isfile(own):
+        config |= {name: value for name, value in read_json_object(own).items() if config.get(name) is None or value}
+    if os.path.isfile(template):
+        config["chat_template"] = read_file(template).decode("utf-8", errors="replace")
+    return config or None
 
 
 def _new_hf_config(bos_token: str | None, eos_token: str, spec: str) -> dict[str, Any]:

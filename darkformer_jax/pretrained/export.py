@@ -1,7 +1,6 @@
 """From a workdir to a Hugging Face directory: config.json, safetensors, tokenizer, generation_config.json."""
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from darkformer_jax.data.files import read_json_object
+from darkformer_jax.data.files import whole_directory
 from darkformer_jax.errors import UserError
 from darkformer_jax.pretrained.families import Family, fitting_family
 from darkformer_jax.pretrained.key_map import Place, places_of
-from darkformer_jax.pretrained.load import GENERATION_FILE, ORIGIN_FILE, whole_directory
 from darkformer_jax.pretrained.mechanism import STEM, exact_fields, mechanism_arrays, write_mechanism
+from darkformer_jax.pretrained.origin import GENERATION_FILE, read_origin
 from darkformer_jax.pretrained.readme import mechanism_readme
 from darkformer_jax.pretrained.safetensors_files import ArrayToWrite, shard, write_safetensors
 from darkformer_jax.training.workdir import flat_fields
@@ -49,7 +48,7 @@ def export_workdir(
     """
     with whole_directory(directory) as temporary:
         model = load_model(workdir, step)
-        origin = _read_origin(workdir)
+        origin = read_origin(workdir)
         fields = dict(flat_fields(model.config.model.to_dict()))
         fields["vocab_size"] = model.network.spec.vocab_size
         exact = exact_fields(fields)
@@ -113,25 +112,16 @@ def _write_mechanism_arrays(directory: Path, model: WorkdirModel) -> None:
 def _config_extras(model: WorkdirModel, family: Family, origin: Mapping[str, Any]) -> dict[str, Any]:
     """What does not follow from the model's fields."""
     ids = {"bos_token_id": model.tokenizer.bos_id, "eos_token_id": model.tokenizer.eos_id, "pad_token_id": None}
-    return {
-        "architectures": [family.architecture],
-        "model_type": family.model_type,
-        "max_position_embeddings": model.config.sequence_length,
-        **ids,
-        **origin.get("config", {}),
-    }
+    kept = origin.get("config", {})
+    longest = max(model.config.sequence_length, kept.get("max_position_embeddings", 0))
+    names = {"architectures": [family.architecture], "model_type": family.model_type}
+    return names | ids | kept | {"max_position_embeddings": longest}
 
 
 def _generation_config(config: Mapping[str, Any], origin: Mapping[str, Any]) -> dict[str, Any]:
     made = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     generation: dict[str, Any] = origin.get("generation_config", made)
     return generation
-
-
-def _read_origin(workdir: str) -> dict[str, Any]:
-    """What an import kept of its source; nothing for a model that was trained here."""
-    path = os.path.join(workdir, ORIGIN_FILE)
-    return read_json_object(path) if os.path.isfile(path) else {}
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

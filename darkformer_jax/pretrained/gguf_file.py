@@ -45,6 +45,13 @@ _BLOCK_NAMES = {
 _INTERLEAVED = re.compile(r".*self_attn\.[qk]_proj\.weight")  # of the llama architecture
 _ROPE_FREQS = "rope_freqs.weight"  # how Llama 3.1's scaling is written down
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_REFUSED = {
+    "expert_count": "mixtures of experts are",
+    "attention.sliding_window": "sliding windows are",
+    "attention.scale": "another scale of q.k is",
+    "rope.scaling.attn_factor": "a factor of attention is",
+    "rope.scaling.alpha": "NTK-aware scaling is",
+}
 _READ_ERRORS = (EOFError, KeyError, OSError, OverflowError, ValueError)
 
 
@@ -110,8 +117,8 @@ class GGUFFile:
         get = HFConfig(dict(_below(self._metadata, architecture)), f"{self.path}: {architecture}")
         heads, width = get.integer("attention.head_count"), get.integer("embedding_length")
         head_dim = get.integer("attention.key_length", width // heads)
-        for name, why in (("expert_count", "mixtures of experts"), ("attention.sliding_window", "sliding windows")):
-            get.refuse(name, f"{why} are not supported in GGUF files", 0)
+        for name, why in _REFUSED.items():
+            get.refuse(name, f"{why} not supported in GGUF files", 0)
         for name in ("attention.value_length", "rope.dimension_count"):
             if get.integer(name, head_dim) != head_dim:
                 raise get.error(name, f"must equal the head size, {head_dim}")
@@ -142,14 +149,13 @@ class GGUFFile:
         }
 
     def _rope_scaling(self, get: HFConfig, head_dim: int) -> dict[str, Any] | None:
-        kind = get.choice("rope.scaling.type", ("none", "linear"), "none")
+        kind = get.choice("rope.scaling.type", ("none", "linear"), "linear")  # llama.cpp's default
+        factor = get.number("rope.scaling.factor", get.number("rope.scale_linear", 1.0))
         if self._rope_freqs is not None:
             factors = self._rows(_ROPE_FREQS, self._rope_freqs, range(self._rope_freqs.shape[0]))
             theta = get.number("rope.freq_base", 10000.0)
             return _llama3_scaling(self.path, factors, theta, head_dim)
-        if kind == "none":
-            return None
-        return {"rope_type": "linear", "factor": _decimal(get.number("rope.scaling.factor"))}
+        return None if kind == "none" or factor == 1 else {"rope_type": "linear", "factor": _decimal(factor)}
 
 
 def _read_header(path: str) -> tuple[dict[str, Any], dict[str, _Tensor]]:

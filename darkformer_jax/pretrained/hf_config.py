@@ -29,19 +29,21 @@ class HFConfig:
         return cls(read_json_object(path), path)
 
     def section(self, name: str) -> "HFConfig | None":
-        """A nested object; None where it is absent."""
+        """A nested object; None where it is absent or empty."""
         value = self.values.get(name)
-        if value is None:
-            return None
-        if not isinstance(value, Mapping):
+        if value is not None and not isinstance(value, Mapping):
             raise self.error(name, "must be an object")
-        return HFConfig(value, f"{self.path}: {name}")
+        return HFConfig(value, f"{self.path}: {name}") if value else None
 
     def integer(self, name: str, default: int = _REQUIRED, smallest: int = 1) -> int:
         value = self._value(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
             raise self.error(name, f"must be a whole number of at least {smallest}")
         return value
+
+    def window(self, absent: int) -> int:
+        """sliding_window: 0 where it is null, which to transformers is another thing than its absence."""
+        return 0 if self.values.get("sliding_window", absent) is None else self.integer("sliding_window", absent)
 
     def number(self, name: str, default: float = _REQUIRED) -> float:
         """A positive finite number."""

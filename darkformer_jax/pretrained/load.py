@@ -1,13 +1,10 @@
 """From a checkpoint to a workdir: arrays stream one by one onto the devices, each of which reads its slice alone."""
 
 import contextlib
-import json
 import math
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from darkformer_jax.config import model_spec, validate
-from darkformer_jax.data.files import read_json_object
+from darkformer_jax.data.files import whole_directory
 from darkformer_jax.errors import UserError
 from darkformer_jax.model import Network, logical_axes
 from darkformer_jax.pretrained.families import Family, family_of
@@ -33,6 +30,7 @@ from darkformer_jax.pretrained.mechanism import (
     mechanism_arrays,
     read_mechanism,
 )
+from darkformer_jax.pretrained.origin import keep_origin
 from darkformer_jax.pretrained.safetensors_files import DTYPES, SafetensorsFiles
 from darkformer_jax.pretrained.source import Source
 from darkformer_jax.sharding import make_mesh, sharding_of
@@ -40,9 +38,6 @@ from darkformer_jax.training.checkpoints import Checkpoints
 from darkformer_jax.training.workdir import write_config
 
 OnArray = Callable[[int, int], None]  # called with the bytes of an array once it is there, and those of all arrays
-
-GENERATION_FILE = "generation_config.json"
-ORIGIN_FILE = "pretrained.json"
 
 _BLOCK_BYTES = 4 * 2**20  # read at once
 _ALIGNMENT = 64  # bytes; XLA's
@@ -119,7 +114,8 @@ def run_import(plan: Import, workdir: str, on_array: OnArray) -> None:
                 f"vocab_size = {plan.config.model.vocab_size} in {os.path.basename(plan.source.config.path)} is smaller"
             )
         tokenizer.save(str(temporary))
-        _write_origin(plan, temporary)
+        source = plan.source
+        keep_origin(str(temporary), plan.family.model_type, source.config.values, source.path)
 
 
 def _save_arrays(plan: Import, directory: Path, on_array: OnArray) -> None:
@@ -128,31 +124,6 @@ def _save_arrays(plan: Import, directory: Path, on_array: OnArray) -> None:
     state["step"] = jax.device_put(np.zeros((), np.int32), NamedSharding(mesh, P()))
     with contextlib.closing(Checkpoints(directory, compress=False)) as checkpoints:
         checkpoints.save(0, state)
-
-
-@contextlib.contextmanager
-def whole_directory(path: str) -> Iterator[Path]:
-    """A directory beside `path` to fill, which takes its place at the end and vanishes on an error.
-
-    Raises:
-      UserError: `path` is a file or a directory that is not empty, or its parent cannot be written.
-    """
-    target = Path(path).absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{path} is there already; give a new or an empty directory")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
-    try:
-        temporary.chmod(0o777 & ~_umask())
-        yield temporary
-        os.replace(temporary, target)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _stored_dtype(source: Source, name: str, dtype: str | None) -> np.dtype:
@@ -270,23 +241,3 @@ def _insert(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
     for name in path[:-1]:
         tree = tree.setdefault(name, {})
     tree[path[-1]] = value
-
-
-def _write_origin(plan: Import, directory: Path) -> None:
-    """What an export gives back and the model itself has no use for."""
-    values: Mapping[str, Any] = plan.source.config.values
-    kept = ("bos_token_id", "eos_token_id", "pad_token_id")
-    origin: dict[str, Any] = {
-        "model_type": plan.family.model_type,
-        "config": {name: values[name] for name in kept if name in values},
-    }
-    generation = os.path.join(plan.source.path, GENERATION_FILE)
-    if os.path.isfile(generation):
-        origin["generation_config"] = read_json_object(generation)
-    (directory / ORIGIN_FILE).write_text(json.dumps(origin, indent=2) + "\n")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -15,6 +15,7 @@ from darkformer_jax.data.tokenizers import (
     has_tokenizer,
     make_tokenizer,
 )
+from darkformer_jax.pretrained.origin import hand_on_origin
 from darkformer_jax.sampling import Sampler, continue_prompts
 from darkformer_jax.training.evaluation import Evaluation
 from darkformer_jax.training.inherit import inherit
@@ -55,8 +56,11 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     step, state = training.start(progress)
     write_config(workdir, config.to_dict())  # only now: a mistake in data or init_from must not claim the directory
     write_data(workdir, data.fingerprint)
-    if jax.process_index() == 0 and not has_tokenizer(workdir):
-        data.tokenizer.save(workdir)
+    if jax.process_index() == 0:
+        if not has_tokenizer(workdir):
+            data.tokenizer.save(workdir)
+        if config.init_from:
+            hand_on_origin(config.init_from, workdir)
     state, evaluation = training.train(step, state, progress)
     if jax.process_index() == 0:
         _report(experiment, data, workdir, state, evaluation, time.perf_counter() - started)
@@ -120,7 +124,7 @@ def sample(experiment: Experiment, data: Data, state: TrainState) -> str:
         vocab_size=tokenizer.vocab_size,
     )
     ids = [encode_prompt(tokenizer, prompt) for prompt in s.prompts]
-    continued = continue_prompts(sampler, ids, s.max_new_tokens, tokenizer.eos_id)
+    continued = continue_prompts(sampler, ids, s.max_new_tokens, {tokenizer.eos_id})
     blocks = (
         f"--- {prompt!r}\n{prompt}{decode_continuation(tokenizer, prompt_ids, new)}"
         for prompt, prompt_ids, new in zip(s.prompts, ids, continued, strict=True)

@@ -9,6 +9,7 @@ from darkformer_jax.pretrained.hf_config import HFConfig
 Fields = dict[str, Any]  # a model's fields by their names below `model.`: {"num_layers": 30, "attention.softcap": 50.0}
 
 LOCAL, FULL = "softmax_local", "softmax"
+SLIDING_WINDOW = 4096  # where a config.json of a family with windows does not name one
 _LAYER_TYPES = {"full_attention": FULL, "sliding_attention": LOCAL}
 
 # What a family has unless it says otherwise.
@@ -74,11 +75,19 @@ class Family:
     write: Callable[[Fields], dict[str, Any]]
 
 
-def read_sizes(config: HFConfig, *, tied: bool, head_dim: int | None = None, act: str = "hidden_act") -> Fields:
+def read_sizes(
+    config: HFConfig,
+    *,
+    tied: bool,
+    kv_heads: int | None,
+    head_dim: int | None = None,
+    act: str = "hidden_act",
+) -> Fields:
     """The fields that every family has.
 
     Args:
       tied: what an absent tie_word_embeddings means to the family.
+      kv_heads: likewise of num_key_value_heads; null, and None here, mean as many as there are heads.
       head_dim: likewise; None = hidden_size / num_attention_heads.
       act: the field that holds the activation.
     """
@@ -87,12 +96,13 @@ def read_sizes(config: HFConfig, *, tied: bool, head_dim: int | None = None, act
     heads, embed_dim = config.integer("num_attention_heads"), config.integer("hidden_size")
     if head_dim is None and config.values.get("head_dim") is None and embed_dim % heads:
         raise config.error("hidden_size", f"not a multiple of num_attention_heads = {heads}, and there is no head_dim")
+    stated = "num_key_value_heads" in config.values
     return PLAIN | {
         "vocab_size": config.integer("vocab_size"),
         "num_layers": config.integer("num_hidden_layers"),
         "embed_dim": embed_dim,
         "num_heads": heads,
-        "num_kv_heads": config.integer("num_key_value_heads", heads),
+        "num_kv_heads": config.integer("num_key_value_heads", heads if stated or kv_heads is None else kv_heads),
         "head_dim": config.integer("head_dim", head_dim or embed_dim // heads),
         "mlp_dim": config.integer("intermediate_size"),
         "activation": _ACTIVATIONS[config.choice(act, tuple(_ACTIVATIONS))],
@@ -115,6 +125,13 @@ def write_sizes(fields: Fields, act: str = "hidden_act") -> dict[str, Any]:
         "rms_norm_eps": fields["norm_eps"],
         "tie_word_embeddings": fields["tie_embeddings"],
     }
+
+
+def require_whole_heads(config: HFConfig) -> None:
+    """Raises unless hidden_size divides by the heads, which transformers asks of some families, head_dim or not."""
+    heads = config.integer("num_attention_heads")
+    if config.integer("hidden_size") % heads:
+        raise config.error("hidden_size", f"must be a multiple of num_attention_heads = {heads} in this family")
 
 
 def layer_fields(kinds: Sequence[str], window: int) -> Fields:
@@ -146,7 +163,10 @@ def read_layer_types(config: HFConfig, default: Sequence[str]) -> Fields:
         if len(names) != config.integer("num_hidden_layers"):
             raise config.error("layer_types", f"{len(names)} entries for {config.integer('num_hidden_layers')} layers")
         kinds = [_LAYER_TYPES[name] for name in names]
-    return layer_fields(kinds, config.integer("sliding_window") if LOCAL in kinds else 0)
+    window = config.window(SLIDING_WINDOW)
+    if LOCAL in kinds and not window:
+        raise config.error("sliding_window", "layers of sliding_attention need a whole number of at least 1")
+    return layer_fields(kinds, window)
 
 
 def write_layer_types(fields: Fields) -> list[str]:

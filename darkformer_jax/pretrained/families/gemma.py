@@ -20,10 +20,12 @@ GEMMA_FIELDS: Fields = {"norm_plus_one": True, "scale_embeddings": True}
 def _read(config: HFConfig) -> Fields:
     config.refuse("attention_bias", "biases of q, k, v and o are not supported")
     # Early releases say hidden_act = "gelu" and mean its tanh approximation; hidden_activation corrects them.
-    act = "hidden_activation" if config.values.get("hidden_activation") is not None else "hidden_act"
-    if act == "hidden_act" and config.values.get(act) in (None, "gelu"):
-        config = HFConfig({**config.values, act: "gelu_pytorch_tanh"}, config.path)
-    fields = read_sizes(config, tied=True, head_dim=256, act=act) | read_rope(config) | GEMMA_FIELDS
+    act = config.values.get("hidden_act")
+    act = "gelu_pytorch_tanh" if act in (None, "gelu") else act
+    if config.values.get("hidden_activation") not in (None, act):
+        raise config.error("hidden_activation", f"contradicts hidden_act = {act}")
+    config = HFConfig({**config.values, "hidden_act": act}, config.path)
+    fields = read_sizes(config, tied=True, kv_heads=16, head_dim=256) | read_rope(config) | GEMMA_FIELDS
     return fields | layer_fields([FULL] * fields["num_layers"], 0)
 
 

@@ -7,10 +7,12 @@ from darkformer_jax.pretrained.families.family import (
     LLAMA_NAMES,
     LOCAL,
     POST_NORM_NAMES,
+    SLIDING_WINDOW,
     Family,
     Fields,
     read_layer_types,
     read_sizes,
+    require_whole_heads,
     write_layer_types,
     write_sizes,
 )
@@ -28,7 +30,8 @@ def _read(config: HFConfig) -> Fields:
 def read_gemma2_sizes(config: HFConfig, *, attention_cap: float, final_cap: float) -> Fields:
     """What Gemma 2 and 3 have in common; the caps are those of a config.json that does not name them (null: none)."""
     config.refuse("attention_bias", "biases of q, k, v and o are not supported")
-    fields = read_sizes(config, tied=True, head_dim=256, act="hidden_activation") | GEMMA_FIELDS
+    require_whole_heads(config)
+    fields = read_sizes(config, tied=True, kv_heads=4, head_dim=256, act="hidden_activation") | GEMMA_FIELDS
     scalar = config.integer("query_pre_attn_scalar", 256)
     return fields | {
         "post_norms": True,
@@ -51,7 +54,8 @@ def write_gemma2_sizes(fields: Fields) -> dict[str, Any]:
         "query_pre_attn_scalar": max(1, round(scale**-2)) if scale else fields["head_dim"],
         "attn_logit_softcapping": fields["attention.softcap"] or None,
         "final_logit_softcapping": fields["logit_softcap"] or None,
-        "sliding_window": fields["attention.local_window"] or None,
+        # transformers builds the windows' mask for models of global layers, too
+        "sliding_window": fields["attention.local_window"] or SLIDING_WINDOW,
         "layer_types": write_layer_types(fields),
         "attention_bias": False,
     }

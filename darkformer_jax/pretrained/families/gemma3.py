@@ -20,6 +20,7 @@ _THETA, _LOCAL_THETA = 1_000_000.0, 10_000.0
 
 
 def _read(config: HFConfig) -> Fields:
+    config.refuse("attn_logit_softcapping", "transformers has the field, and no Gemma 3 model that applies it")
     fields = read_gemma2_sizes(config, attention_cap=0.0, final_cap=0.0) | {"qk_norm": True}
     period = config.integer("sliding_window_pattern", config.integer("_sliding_window_pattern", 6))
     kinds = [LOCAL if (layer + 1) % period else FULL for layer in range(fields["num_layers"])]
@@ -29,10 +30,13 @@ def _read(config: HFConfig) -> Fields:
 
 def _read_rope(config: HFConfig, fields: Fields) -> Fields:
     parameters = config.section("rope_parameters") or HFConfig({}, config.path)
-    full, local = parameters.section("full_attention"), parameters.section("sliding_attention")
+    full, local = (parameters.section(f"{name}_attention") for name in ("full", "sliding"))
+    scaling = config.section("rope_scaling")
+    if full and scaling:  # as transformers merges them
+        full = HFConfig({**full.values, **scaling.values}, full.path)
     positions = config.integer("max_position_embeddings", 0, smallest=0)
     theta = config.number("rope_theta", _THETA)
-    section = full or config.section("rope_scaling") or HFConfig({}, config.path)
+    section = full or scaling or HFConfig({}, config.path)
     rope = read_scaling(section, theta, positions)
     local_theta = config.number("rope_local_base_freq", _LOCAL_THETA)
     if local is not None:

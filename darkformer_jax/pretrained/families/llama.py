@@ -9,6 +9,7 @@ from darkformer_jax.pretrained.families.family import (
     Fields,
     layer_fields,
     read_sizes,
+    require_whole_heads,
     write_sizes,
 )
 from darkformer_jax.pretrained.families.rope import read_rope, write_rope
@@ -18,7 +19,8 @@ from darkformer_jax.pretrained.hf_config import HFConfig
 def _read(config: HFConfig) -> Fields:
     config.refuse("attention_bias", "biases of q, k, v and o are not supported")
     config.refuse("mlp_bias", "biases of the MLP are not supported")
-    fields = read_sizes(config, tied=False) | read_rope(config)
+    require_whole_heads(config)
+    fields = read_sizes(config, tied=False, kv_heads=None) | read_rope(config)
     return fields | layer_fields([FULL] * fields["num_layers"], 0)
 
 

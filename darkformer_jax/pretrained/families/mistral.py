@@ -6,6 +6,7 @@ from darkformer_jax.pretrained.families.family import (
     FULL,
     LLAMA_NAMES,
     LOCAL,
+    SLIDING_WINDOW,
     Family,
     Fields,
     kinds_of,
@@ -19,8 +20,8 @@ from darkformer_jax.pretrained.hf_config import HFConfig
 
 def _read(config: HFConfig) -> Fields:
     config.refuse("layer_types", "a Mistral model has one kind of layer, as its sliding_window says")
-    fields = read_sizes(config, tied=False) | read_rope(config)
-    window = config.integer("sliding_window", 0, smallest=0)
+    fields = read_sizes(config, tied=False, kv_heads=8) | read_rope(config)
+    window = config.window(SLIDING_WINDOW)
     return fields | layer_fields([LOCAL if window else FULL] * fields["num_layers"], window)
 
 

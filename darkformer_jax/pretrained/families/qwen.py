@@ -8,6 +8,7 @@ from darkformer_jax.pretrained.families.family import (
     LOCAL,
     QK_NORM_NAMES,
     QKV_BIAS_NAMES,
+    SLIDING_WINDOW,
     Family,
     Fields,
     kinds_of,
@@ -21,18 +22,19 @@ from darkformer_jax.pretrained.hf_config import HFConfig
 
 
 def _read_qwen2(config: HFConfig) -> Fields:
-    return read_sizes(config, tied=False) | read_rope(config) | _layers(config) | {"qkv_bias": True}
+    return read_sizes(config, tied=False, kv_heads=32) | read_rope(config) | _layers(config) | {"qkv_bias": True}
 
 
 def _read_qwen3(config: HFConfig) -> Fields:
     config.refuse("attention_bias", "biases of q, k, v and o are not supported")
-    return read_sizes(config, tied=False, head_dim=128) | read_rope(config) | _layers(config) | {"qk_norm": True}
+    fields = read_sizes(config, tied=False, kv_heads=32, head_dim=128) | read_rope(config)
+    return fields | _layers(config) | {"qk_norm": True}
 
 
 def _layers(config: HFConfig) -> Fields:
     """Without layer_types, use_sliding_window gives a window to the layers from max_window_layers on."""
     layers = config.integer("num_hidden_layers")
-    windowed = config.flag("use_sliding_window", False) and config.values.get("sliding_window") is not None
+    windowed = config.flag("use_sliding_window", False) and config.window(SLIDING_WINDOW) > 0
     first = config.integer("max_window_layers", 28, smallest=0) if windowed else layers
     fields = read_layer_types(config, [LOCAL if layer >= first else FULL for layer in range(layers)])
     if LOCAL in kinds_of(fields | {"num_layers": layers}) and not windowed:

@@ -26,6 +26,25 @@ _USED = {
     "yarn": ("rope_factor", "rope_original_length", "rope_beta_fast", "rope_beta_slow", "rope_attention_factor"),
 }
 
+# What a rope_parameters or rope_scaling object may hold; published ones have some that their type has no use for.
+_KEYS_OF_ALL = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+_KEYS: dict[str, set[str]] = {
+    "none": {"factor", "original_max_position_embeddings"},
+    "linear": {"factor", "original_max_position_embeddings"},
+    "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
+    "yarn": {
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+        "finetuned",
+    },
+}
+
 
 def read_rope(config: HFConfig, default_theta: float = 10000.0) -> Fields:
     """rope_theta and the scaling of a model whose layers all rotate alike."""
@@ -47,6 +66,9 @@ def read_scaling(section: HFConfig, theta: float, max_positions: int) -> Fields:
     key = "rope_type" if section.values.get("rope_type") is not None else "type"
     scaling = _TYPES[section.choice(key, tuple(_TYPES), "default")]
     section.refuse("partial_rotary_factor", "only rotation of the whole head is supported", 1, 1.0)
+    unknown = sorted(set(section.values) - _KEYS_OF_ALL - _KEYS[scaling])
+    if unknown:
+        raise section.error(unknown[0], f"not supported with {key} = {section.values.get(key, 'default')}")
     fields = NO_SCALING | {"rope_theta": section.number("rope_theta", theta), "rope_scaling": scaling}
     if scaling == "none":
         return fields
