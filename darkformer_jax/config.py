@@ -9,7 +9,7 @@ import ml_collections
 
 from darkformer_jax.attention import MECHANISMS
 from darkformer_jax.attention.positions import RopeScaling
-from darkformer_jax.attention.spec import AttentionSpec
+from darkformer_jax.attention.spec import AttentionSpec, pattern_kinds
 from darkformer_jax.errors import UserError
 from darkformer_jax.layers import ACTIVATIONS
 from darkformer_jax.model import REMAT_POLICIES, ModelSpec
@@ -110,7 +110,7 @@ def _validate_model(model: ml_collections.ConfigDict) -> None:
         f"model.num_heads = {model.num_heads} is not a multiple of model.num_kv_heads = {model.num_kv_heads}",
     )
     _require(model.head_dim % 2 == 0, f"model.head_dim = {model.head_dim}: must be even, for rotary positions")
-    kinds = pattern_of(model)
+    kinds = pattern_kinds(model.attention.pattern, model.attention.kind)
     for kind in kinds:
         _require(kind in MECHANISMS, f"model.attention.pattern has {kind!r}: allowed: {', '.join(MECHANISMS)}")
     _require(
@@ -215,12 +215,6 @@ def _validate_training(config: ml_collections.ConfigDict) -> None:
     _require(0 <= fraction < 1, f"data.heldout_fraction = {fraction}: must be at least 0 and below 1")
 
 
-def pattern_of(model: ml_collections.ConfigDict) -> tuple[str, ...]:
-    """The mechanisms of successive layers, repeated over the depth."""
-    pattern = model.attention.pattern
-    return tuple(kind.strip() for kind in pattern.split(",")) if pattern else (model.attention.kind,)
-
-
 def model_spec(config: ml_collections.ConfigDict, tokenizer_vocab: int) -> ModelSpec:
     """The model that a validated config and its tokenizer make.
 
@@ -248,7 +242,10 @@ def model_spec(config: ml_collections.ConfigDict, tokenizer_vocab: int) -> Model
         local_window=attention.local_window,
     )
     return ModelSpec(
-        vocab_size=model.vocab_size or tokenizer_vocab, pattern=pattern_of(model), attention=spec, **fields
+        vocab_size=model.vocab_size or tokenizer_vocab,
+        pattern=pattern_kinds(model.attention.pattern, model.attention.kind),
+        attention=spec,
+        **fields,
     )
 
 

@@ -3,3 +3,8 @@
 
 class UserError(Exception):
     """A mistake in a config, a file or a flag. The message names the thing, its value and what is allowed."""
+
+
+def one_line(error: Exception) -> str:
+    """A library's words, for the end of a message of ours."""
+    return " ".join(str(error).split())

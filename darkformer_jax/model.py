@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Float, Int
 
 from darkformer_jax.attention.attention import Attention
@@ -283,10 +284,4 @@ def _split(model: Transformer) -> tuple[Any, nnx.State, nnx.State]:
 
 
 def _map_variables(state: nnx.State, function: Any) -> dict:
-    tree: dict = {}
-    for path, variable in nnx.to_flat_state(state):
-        node = tree
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = function(path, variable)
-    return tree
+    return unflatten_dict({path: function(path, variable) for path, variable in nnx.to_flat_state(state)})

@@ -8,7 +8,7 @@ import ml_collections
 
 from darkformer_jax.config import from_json, model_spec
 from darkformer_jax.data.tokenizers import Tokenizer, load_tokenizer
-from darkformer_jax.errors import UserError
+from darkformer_jax.errors import UserError, one_line
 from darkformer_jax.model import Network
 from darkformer_jax.pretrained.origin import ends_of_text
 from darkformer_jax.training.checkpoints import Checkpoints
@@ -41,7 +41,7 @@ def load_model(workdir: str, step: int | None = None) -> WorkdirModel:
         config = from_json(saved)
         network = Network.of(model_spec(config, tokenizer.vocab_size))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"{workdir}/config.json is not the config of a run of this version: {reason}") from error
     checkpoints = Checkpoints(workdir)
     step = checkpoints.good_step(step)

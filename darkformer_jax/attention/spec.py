@@ -10,6 +10,11 @@ from jaxtyping import Array, Float, Int
 from darkformer_jax.ops.projections import ProjectionKind
 
 
+def pattern_kinds(pattern: str | None, kind: str) -> tuple[str, ...]:
+    """The mechanisms of successive layers, repeated over the depth; `kind` everywhere where there is no pattern."""
+    return tuple(name.strip() for name in (pattern or kind).split(","))
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
     """Sizes and options of one attention layer's mechanism; the fields are explained in configs/base.py."""

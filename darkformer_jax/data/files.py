@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from darkformer_jax.errors import UserError
+from darkformer_jax.errors import UserError, one_line
 
 
 def read_file(path: str) -> bytes:
@@ -26,7 +26,7 @@ def read_json_object(path: str) -> dict[str, Any]:
     try:
         value = json.loads(read_file(path))
     except ValueError as error:
-        raise UserError(f"{path} is not JSON: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} is not JSON: {one_line(error)}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object")
     return value

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from darkformer_jax.data.files import whole_directory
 from darkformer_jax.errors import UserError
@@ -79,9 +80,9 @@ def _write_arrays(
     shard_bytes: int,
     on_array: Callable[[int, int], None],
 ) -> list[ArrayToWrite]:
-    arrays, sources = [], {}
+    arrays, sources, params = [], {}, flatten_dict(model.params)
     for place in places_of(model.network, family):
-        stored = _at(model.params, place.path)
+        stored = params[place.path]
         for row, name in enumerate(place.names):
             written = jnp.dtype(dtype) if dtype else np.dtype(stored.dtype)
             arrays.append(ArrayToWrite(name, place.layout.hf_shape, written))
@@ -103,8 +104,8 @@ def _as_hf(place: Place, stored: jax.Array, row: int) -> np.ndarray:
 
 
 def _write_mechanism_arrays(directory: Path, model: WorkdirModel) -> None:
-    trees: Mapping[str, Any] = {"params": model.params, "projections": model.projections}
-    found = {array.name: _at(trees[array.tree], array.path) for array in mechanism_arrays(model.network)}
+    trees = {"params": flatten_dict(model.params), "projections": flatten_dict(model.projections)}
+    found = {array.name: trees[array.tree][array.path] for array in mechanism_arrays(model.network)}
     arrays = [ArrayToWrite(name, tuple(value.shape), np.dtype(value.dtype)) for name, value in found.items()]
     write_safetensors(directory, STEM, shard(arrays, _NO_LIMIT), (np.asarray(value) for value in found.values()))
 
@@ -129,9 +130,3 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
         path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
-
-
-def _at(tree: Any, path: tuple[str, ...]) -> Any:
-    for name in path:
-        tree = tree[name]
-    return tree

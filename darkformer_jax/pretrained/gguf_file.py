@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from darkformer_jax.data.tokenizers import Tokenizer
-from darkformer_jax.errors import UserError
+from darkformer_jax.errors import UserError, one_line
 from darkformer_jax.pretrained.gguf_header import TensorInfo, read_header
 from darkformer_jax.pretrained.gguf_tokenizer import check_gguf_tokenizer, read_gguf_tokenizer
 from darkformer_jax.pretrained.hf_config import HFConfig
@@ -168,7 +168,7 @@ def _read_header(path: str) -> tuple[dict[str, Any], dict[str, _Tensor]]:
         try:
             metadata, infos, start = read_header(file)
         except _READ_ERRORS as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise UserError(f"{path}: truncated, damaged or no GGUF file: {reason}") from error
     if metadata.get("split.count", 1) > 1:
         raise UserError(f"{path}: one of {metadata['split.count']} parts; merge them with llama.cpp's gguf-split first")

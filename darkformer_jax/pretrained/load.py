@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 import ml_dtypes
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -164,17 +165,17 @@ def _equal(source: Source, one: str, other: str) -> bool:
 
 def _load(plan: Import, mesh: Mesh, on_array: OnArray) -> dict[str, Any]:
     """{"params": ..., "projections": ...} on the mesh."""
-    state: dict[str, Any] = {}
+    state: dict[tuple[str, ...], jax.Array] = {}
     for place, dtype in zip(plan.places, plan.dtypes, strict=True):
         array = _load_place(plan.source, place, dtype, mesh)
-        _insert(state, ("params", *place.path), array)
+        state["params", *place.path] = array
         on_array(array.nbytes, plan.num_bytes)
     for own in plan.mechanism:
         assert plan.mechanism_files is not None
         array = _load_mechanism(plan.mechanism_files, own, mesh)
-        _insert(state, (own.tree, *own.path), array)
+        state[own.tree, *own.path] = array
         on_array(array.nbytes, plan.num_bytes)
-    return state
+    return unflatten_dict(state)
 
 
 def _load_place(source: Source, place: Place, stored: np.dtype, mesh: Mesh) -> jax.Array:
@@ -235,9 +236,3 @@ def _mesh(embed_dim: int) -> Mesh:
     """As many devices as divide the width share every array; others would hold copies, and stay out of it."""
     count = math.gcd(embed_dim, len(jax.devices()))
     return make_mesh({"data": 1, "fsdp": count, "tensor": 1}, jax.devices()[:count])
-
-
-def _insert(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
-    for name in path[:-1]:
-        tree = tree.setdefault(name, {})
-    tree[path[-1]] = value

@@ -14,7 +14,7 @@ from typing import Any
 import ml_collections
 
 from darkformer_jax.data.files import read_json_object
-from darkformer_jax.errors import UserError
+from darkformer_jax.errors import UserError, one_line
 from darkformer_jax.model import Network
 from darkformer_jax.pretrained.families import Fields, canonical
 from darkformer_jax.pretrained.families.family import FULL, LOCAL, kinds_of, layer_fields
@@ -87,7 +87,7 @@ def read_mechanism(directory: str, config: ml_collections.ConfigDict, exact: Fie
         config.update_from_flattened_dict({f"model.{name}": value for name, value in content["model"].items()})
         config.seed = content["seed"]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} does not fit this version: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} does not fit this version: {one_line(error)}") from error
     said, exact = exact_fields(dict(flat_fields(config.model.to_dict()))), canonical(exact)
     for name in exact:
         if said[name] != exact[name]:

@@ -14,7 +14,7 @@ import numpy as np
 import safetensors
 
 from darkformer_jax.data.files import read_json_object
-from darkformer_jax.errors import UserError
+from darkformer_jax.errors import UserError, one_line
 
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -71,7 +71,7 @@ class SafetensorsFiles:
                 piece = file.get_slice(name)
                 return piece[tuple(index)] if array.shape else file.get_tensor(name)
         except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(f"{array.file}: array {name} cannot be read: {_one_line(error)}") from error
+            raise UserError(f"{array.file}: array {name} cannot be read: {one_line(error)}") from error
 
     def _add(self, file: str) -> list[str]:
         names = []
@@ -212,7 +212,3 @@ def _pickles(directory: str) -> str:
     pickled = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
     found = [name for name in pickled if os.path.isfile(os.path.join(directory, name))]
     return f"; {found[0]} is pickled Python, which is never read" if found else ""
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

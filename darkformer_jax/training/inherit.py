@@ -1,16 +1,16 @@
 """Config fields that are another run's: sizes of a pretrained model are read from it, never retyped."""
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
 
-from darkformer_jax.config import EXACT_KINDS, pattern_of
+from darkformer_jax.attention.spec import pattern_kinds
+from darkformer_jax.config import EXACT_KINDS
 from darkformer_jax.errors import UserError
 from darkformer_jax.training.workdir import CONFIG_FILE, flat_fields, read_config
 
-_PATTERN = "model.attention.pattern"
+_PATTERN, _KIND = "model.attention.pattern", "model.attention.kind"
 _OF_LOCAL_LAYERS = {"model.attention.local_window": 0, "model.rope_local_theta": 0.0}
 _OF_EXACT_LAYERS = {"model.attention.softcap": 0.0}
 
@@ -45,18 +45,15 @@ def inherit(config: ml_collections.ConfigDict, workdir: str | None = None) -> ml
         raise UserError(f"{os.path.join(source, CONFIG_FILE)} has no {absent[0]}; it is of another version")
     filled = {name: saved[name] for name in missing}
     if not begun and _PATTERN in filled:
-        filled[_PATTERN] = _with_mechanism(config.model.attention.kind, _kinds(saved))
+        filled[_PATTERN] = _with_mechanism(
+            config.model.attention.kind, pattern_kinds(saved.get(_PATTERN), saved[_KIND])
+        )
     new = config.copy_and_resolve_references()
     new.update_from_flattened_dict(filled)
-    unused = _unused(pattern_of(new.model)).items()
+    attention = new.model.attention
+    unused = _unused(pattern_kinds(attention.pattern, attention.kind)).items()
     new.update_from_flattened_dict({name: none for name, none in unused if name in filled})
     return new
-
-
-def _kinds(saved: Mapping[str, Any]) -> tuple[str, ...]:
-    names = ("model.attention.pattern", "model.attention.kind")
-    pattern, kind = (str(saved.get(name) or "") for name in names)
-    return tuple(name.strip() for name in (pattern or kind).split(","))
 
 
 def _with_mechanism(kind: str, kinds: tuple[str, ...]) -> str:

@@ -1,8 +1,9 @@
 """Starting a run from another run's weights, its mechanism changed perhaps."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from darkformer_jax.data.tokenizers import has_tokenizer, load_tokenizer
 from darkformer_jax.errors import UserError
@@ -67,7 +68,7 @@ def _transfer(
     shardings: dict,
 ) -> dict:
     """`current` with arrays of the checkpoint's `tree` put from their places there to those here, in its own dtypes."""
-    saved, layout = _flat(checkpoints.saved_shapes(step)[tree]), _flat(shardings)
+    saved, layout = flatten_dict(checkpoints.saved_shapes(step)[tree]), flatten_dict(shardings)
     # Stacks of one parameter differ in their number of layers alone, an axis that is never split: a sharding fits both.
     abstract = {
         source.path: jax.ShapeDtypeStruct(
@@ -75,17 +76,17 @@ def _transfer(
         )
         for source, target in pairs.values()
     }
-    _, restored = checkpoints.restore({tree: _nested(abstract)}, step, partial=True)
+    _, restored = checkpoints.restore({tree: unflatten_dict(abstract)}, step, partial=True)
 
     def assemble(current: dict, loaded: dict) -> dict:
-        new, found = _flat(current), _flat(loaded)
+        new, found = flatten_dict(current), flatten_dict(loaded)
         for source, target in pairs.values():
             value = found[source.path].astype(new[target.path].dtype)
             if target.row is None:
                 new[target.path] = value
             else:
                 new[target.path] = new[target.path].at[target.row].set(value[source.row])
-        return _nested(new)
+        return unflatten_dict(new)
 
     assembled: dict = jax.jit(assemble, out_shardings=shardings)(current, restored[tree])
     return assembled
@@ -128,7 +129,7 @@ def _by_layer(tree: dict, num_stacks: int | None = None) -> dict[Path, _Place]:
     """
     num_stacks = _num_stacks(tree) if num_stacks is None else num_stacks
     places: dict[Path, _Place] = {}
-    for path, leaf in _flat(tree).items():
+    for path, leaf in flatten_dict(tree).items():
         if not path[0].startswith("blocks_"):
             places[path] = _Place(path, None, tuple(leaf.shape))
             continue
@@ -152,20 +153,3 @@ def _listed(title: str, names: set[Path]) -> str:
         for name, numbers in sorted(layers.items())
     ]
     return title + ", ".join(shown) if shown else ""
-
-
-def _flat(tree: dict, prefix: Path = ()) -> dict[Path, Any]:
-    flat: dict[Path, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, (*prefix, name)) if isinstance(value, dict) else {(*prefix, name): value}
-    return flat
-
-
-def _nested(flat: dict[Path, Any]) -> dict:
-    tree: dict = {}
-    for path, value in flat.items():
-        node = tree
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = value
-    return tree

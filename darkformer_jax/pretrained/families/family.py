@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from darkformer_jax.attention.spec import pattern_kinds
 from darkformer_jax.pretrained.hf_config import HFConfig
 
 Fields = dict[str, Any]  # a model's fields by their names below `model.`: {"num_layers": 30, "attention.softcap": 50.0}
@@ -146,8 +147,7 @@ def layer_fields(kinds: Sequence[str], window: int) -> Fields:
 
 def kinds_of(fields: Fields) -> list[str]:
     """The kind of every layer."""
-    pattern = fields["attention.pattern"]
-    kinds = [kind.strip() for kind in pattern.split(",")] if pattern else [fields["attention.kind"]]
+    kinds = pattern_kinds(fields["attention.pattern"], fields["attention.kind"])
     return [kinds[layer % len(kinds)] for layer in range(fields["num_layers"])]
 
 
