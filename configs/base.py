@@ -69,7 +69,7 @@ def get_config() -> ml_collections.ConfigDict:
     d = c.data = ml_collections.ConfigDict()
     d.source = "stdlib"  # stdlib | text | news | array_record
     d.files = (
-        ""  # text: comma-separated globs of .txt, .txt.gz, .jsonl, .jsonl.gz; array_record: prepare_data's directory
+        ""  # text: comma-separated globs of .txt, .md, .jsonl, plain or .gz; array_record: prepare_data's directory
     )
     d.tokenizer = (
         "bytes"  # bytes | bpe:<vocab> (trained on the training split) | a tokenizer.json | a SentencePiece .model

@@ -3,7 +3,7 @@
     python -m darkformer_jax.evaluate --workdir=runs/smollm2 --text='books/*.txt' --context=2048
     python -m darkformer_jax.evaluate --workdir=runs/smollm2 --text=a.txt,b.jsonl.gz --stride=512 --json=smollm2.json
 
-Each document (a .txt file, a line of a .jsonl file; a file longer than 4 MiB is several) is read in windows of
+Each document (a .txt or .md file, a line of a .jsonl file; a file longer than 4 MiB is several) is read in windows of
 `context` tokens that advance by `stride`. Every token of a document is scored once, from the tokens before it in its
 window; the document's first one from the tokenizer's BOS, with which then every window begins, or not at all where the
 model's family has no BOS. The end of a document is not scored. With the default stride = context the windows are
@@ -96,7 +96,7 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--text",
         required=True,
-        help="comma-separated globs of .txt, .txt.gz, .jsonl, .jsonl.gz, or directories searched recursively",
+        help="comma-separated globs of .txt, .md and .jsonl files, plain or .gz, or directories searched recursively",
     )
     parser.add_argument(
         "--context",

@@ -30,7 +30,7 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         "--source",
         required=True,
         choices=CORPUS_SOURCES,
-        help='text: .txt, .txt.gz (a file is a document), .jsonl, .jsonl.gz (a line\'s "text" is one); '
+        help='text: .txt, .md (a file is a document), .jsonl (a line\'s "text" is one); '
         "news: the One Billion Word release (a line is one); stdlib: the Python standard library",
     )
     parser.add_argument(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from darkformer_jax.data.text_files import OnRead, read_json_lines, read_lines, read_pieces
 from darkformer_jax.errors import UserError
 
-TEXT_SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
+TEXT_SUFFIXES = (".txt", ".txt.gz", ".md", ".md.gz", ".jsonl", ".jsonl.gz")
 NEWS_PATTERN = "news.en-?????-of-?????"
 CORPUS_SOURCES = ("stdlib", "text", "news")
 

@@ -39,6 +39,8 @@ def test_text_files(tmp_path):
     by_globs = documents("text", f"{tmp_path}/**/*.gz, {tmp_path}/*.jsonl*,{tmp_path}/a.txt")
     assert [text for _, text in by_globs] == expected
     assert by_globs[2].name.endswith("c.jsonl:4")
+    (tmp_path / "e.md.gz").write_bytes(gzip.compress(b"# title"))
+    assert [text for _, text in documents("text", tmp_path / "e.md.gz")] == ["# title"]
 
 
 def test_a_long_text_file_is_read_in_pieces_that_add_up(tmp_path, monkeypatch):
