@@ -101,9 +101,7 @@ def main() -> None:
     what.add_argument("--source", help="what `convert --source` takes")
     what.add_argument("--synthetic_gb", type=float, help="size of a checkpoint that is made for the measurement")
     parser.add_argument("--devices", type=int, default=1, help="emulated CPU devices to spread it over (default: 1)")
-    parser.add_argument(
-        "--scratch", type=Path, help="an existing directory for all that is written"
-    )
+    parser.add_argument("--scratch", type=Path, help="an existing directory for all that is written")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         source, workdir = args.source, os.path.join(scratch, "workdir")

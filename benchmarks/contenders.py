@@ -1,0 +1,210 @@
+"""What benchmarks/attention.py times: causal attention in JAX and in PyTorch, built for one problem, ready to run."""
+
+import functools
+import importlib.util
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU the peers need memory too
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from darkformer_jax import dark_attention, draw_projections
+
+BATCH, HEADS, HEAD_DIM, FEATURES = 1, 8, 64, 256
+CHUNK = 64  # the fastest of 32, 64, 128 and 256 on CPUs, for forward passes of both forms
+MEMORY_SHARE = 0.7  # of the free memory that one contender may take
+
+
+class Skipped(Exception):
+    """Why a contender is left out."""
+
+
+class Problem(NamedTuple):
+    """What is timed."""
+
+    length: int
+    backward: bool
+    dtype: str  # float32 or bfloat16
+
+
+Run = Callable[[], object]  # does it once and waits for the result
+Row = dict[str, Any]
+
+
+# ---- memory
+
+
+def free_bytes() -> float:
+    """Memory that is free on the device, or on the host where the device is the host; infinite where it is unknown."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return math.inf
+    return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def require_memory(needed: float) -> None:
+    """Raises Skipped where `needed` bytes are more than this run may take."""
+    free = free_bytes()
+    if needed > MEMORY_SHARE * free:
+        raise Skipped(f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
+
+
+# ---- contenders in JAX
+
+
+def jax_run(attend: Callable[..., Array], inputs: tuple[Array, ...], backward: bool) -> Run:
+    """Compiles attend(*inputs), with its gradients if asked, and checks what it will need before it runs."""
+    cotangent = jax.random.normal(jax.random.key(1), inputs[0].shape).astype(inputs[0].dtype)
+
+    def forward_backward(inputs: tuple[Array, ...], cotangent: Array) -> tuple[Array, tuple[Array, ...]]:
+        out, pull_back = jax.vjp(attend, *inputs)
+        return out, pull_back(cotangent)
+
+    if backward:
+        compiled = jax.jit(forward_backward).lower(inputs, cotangent).compile()
+        arguments: tuple[Any, ...] = (inputs, cotangent)
+    else:
+        compiled = jax.jit(attend).lower(*inputs).compile()
+        arguments = inputs
+    memory = compiled.memory_analysis()
+    if memory is not None:  # not every backend tells
+        require_memory(memory.temp_size_in_bytes + memory.output_size_in_bytes)
+    return lambda: jax.block_until_ready(compiled(*arguments))
+
+
+def jax_inputs(length: int, dtype: str) -> tuple[Array, Array, Array]:
+    """q, k and v, [B, L, H, d]."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    shape = (BATCH, length, HEADS, HEAD_DIM)
+    q, k, v = (jax.random.normal(key, shape).astype(dtype) for key in keys)
+    return q, k, v
+
+
+def kernel_parameters() -> tuple[Array, Array]:
+    """Projections [H, m, d] and a geometry [H, d, d] near the identity."""
+    projections = draw_projections(jax.random.key(2), FEATURES, HEAD_DIM, num_heads=HEADS)
+    noise = jax.random.normal(jax.random.key(3), (HEADS, HEAD_DIM, HEAD_DIM))
+    return projections, jnp.eye(HEAD_DIM)[None] + 0.02 * noise
+
+
+def ours_attend(window: int) -> Callable[..., Array]:
+    """(q, k, v, M) -> out."""
+    projections, _ = kernel_parameters()
+
+    def attend(q: Array, k: Array, v: Array, geometry: Array) -> Array:
+        return dark_attention(q, k, v, projections=projections, geometry=geometry, chunk_size=CHUNK, window=window)
+
+    return attend
+
+
+def build_ours(problem: Problem, window: int) -> Run:
+    """`dark_attention`."""
+    inputs = (*jax_inputs(problem.length, problem.dtype), kernel_parameters()[1])
+    return jax_run(ours_attend(window), inputs, problem.backward)
+
+
+def build_exact_jax(problem: Problem) -> Run:
+    """`jax.nn.dot_product_attention`; cuDNN's flash attention where that works, for half precision on a GPU."""
+    fused = problem.dtype != "float32" and jax.default_backend() == "gpu"
+    attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn" if fused else "xla")
+    return jax_run(attend, jax_inputs(problem.length, problem.dtype), problem.backward)
+
+
+# ---- contenders in PyTorch
+
+
+def torch_run(attend: Callable[..., Any], problem: Problem, parameters: Sequence[Any] = ()) -> Run:
+    """attend(q, k, v) on [B, H, L, d], with gradients of q, k, v and `parameters` if asked."""
+    import torch
+
+    device = torch_device()
+    generator = torch.Generator().manual_seed(0)
+    shape = (BATCH, HEADS, problem.length, HEAD_DIM)
+    dtype = getattr(torch, problem.dtype)
+    q, k, v, cotangent = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4))
+    for x in (q, k, v):
+        x.requires_grad_(problem.backward)
+
+    def run() -> object:
+        with torch.set_grad_enabled(problem.backward):
+            result = attend(q, k, v)
+            if problem.backward:
+                result = (result, torch.autograd.grad(result, (q, k, v, *parameters), cotangent))
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return result
+
+    return run
+
+
+def torch_device() -> str:
+    """Where JAX runs, torch runs."""
+    if importlib.util.find_spec("torch") is None:
+        raise Skipped("torch is not installed")
+    import torch
+
+    # XLA's CPU threads are as many as the process may use cores.
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    if jax.default_backend() == "cpu":
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise Skipped(f"this torch cannot use the device that JAX runs on ({jax.default_backend()})")
+    return "cuda"
+
+
+def build_sdpa(problem: Problem) -> Run:
+    """torch's fused exact attention."""
+    torch_device()
+    from torch.nn.functional import scaled_dot_product_attention
+
+    return torch_run(functools.partial(scaled_dot_product_attention, is_causal=True), problem)
+
+
+def build_darkformer_pytorch(problem: Problem) -> Run:
+    """Features everywhere, learned geometry per head, its default chunk of 256, no redraw."""
+    device = torch_device()
+    if importlib.util.find_spec("darkformer_pytorch") is None:
+        raise Skipped("darkformer-pytorch is not installed")
+    import torch
+    from darkformer_pytorch import DarkformerKernelAttention
+
+    module = DarkformerKernelAttention(
+        HEAD_DIM, HEADS, num_features=FEATURES, causal=True, attention_mode="linear", projection_seed=0
+    )
+    module = module.to(device, getattr(torch, problem.dtype)).eval()
+    return torch_run(module, problem, [module.geometry])
+
+
+def build_performer_pytorch(problem: Problem) -> Run:
+    """Its causal path without the extra CUDA extension, which is what `pip install performer-pytorch` gives."""
+    device = torch_device()
+    if importlib.util.find_spec("performer_pytorch") is None:
+        raise Skipped("performer-pytorch is not installed")
+    if problem.backward:  # it keeps a running [m, d] product per token for the backward pass, and its gradient
+        require_memory(2.0 * problem.length * BATCH * HEADS * FEATURES * HEAD_DIM * jnp.dtype(problem.dtype).itemsize)
+    import torch
+    from performer_pytorch import FastAttention
+
+    module = FastAttention(HEAD_DIM, nb_features=FEATURES, causal=True)
+    module = module.to(device, getattr(torch, problem.dtype)).eval()
+    return torch_run(module, problem)
+
+
+CONTENDERS: dict[str, Callable[[Problem], Run]] = {
+    "ours": functools.partial(build_ours, window=0),
+    "ours-hybrid": functools.partial(build_ours, window=CHUNK),
+    "exact-jax": build_exact_jax,
+    "exact-torch": build_sdpa,
+    "darkformer-pytorch": build_darkformer_pytorch,
+    "performer-pytorch": build_performer_pytorch,
+}
