@@ -7,10 +7,13 @@ import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
+import jax
 from absl import logging
 from absl.flags import argparse_flags
 
-from darkformer_jax.errors import UserError
+from darkformer_jax.errors import UserError, one_line
+
+_INTERRUPTING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Parser(argparse_flags.ArgumentParser):
@@ -33,17 +36,41 @@ class Parser(argparse_flags.ArgumentParser):
 def one_line_errors(if_interrupted: str) -> Iterator[None]:
     """Ends the program on a UserError with one line and exit status 2, on Ctrl-C with `if_interrupted` and 130.
 
-    SIGTERM is taken as an exception, too, so that what is half written is removed.
+    SIGTERM and a closed terminal are taken like Ctrl-C, so that what is half written is removed. Memory that ran out is
+    the user's to change, too: it takes fewer or shorter rows.
     """
     logging.set_verbosity(logging.WARNING)
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    before = {number: signal.signal(number, _interrupt) for number in _INTERRUPTING}
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\nerror: interrupted; {if_interrupted}", file=sys.stderr)
-        sys.exit(130)
+        _fail(str(error), 2)
+    except KeyboardInterrupt as error:
+        number = error.number if isinstance(error, _Interrupted) else signal.SIGINT
+        _fail(f"interrupted; {if_interrupted}", 128 + number)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        _fail(f"out of memory; use fewer or shorter rows: {one_line(error)[:200]}", 2)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Interrupted(KeyboardInterrupt):
+    """A signal that asks for the end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _interrupt(number: int, _: object) -> NoReturn:
+    raise _Interrupted(number)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    begin = "\n" if sys.stderr.isatty() else ""  # below a progress bar or half a text
+    print(f"{begin}error: {printable}", file=sys.stderr)
+    sys.exit(status)

@@ -40,7 +40,7 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         "A workdir takes no float16",
     )
     parser.add_argument("--step", type=int, help="checkpoint to export (default: the newest)")
-    parser.add_argument("--max_shard_size", default="5GB", help="of an exported file, in KB, MB or GB (default: 5GB)")
+    parser.add_argument("--max_shard_size", help="of an exported file, in KB, MB or GB (default: 5GB)")
     return parser.parse_args(argv[1:])
 
 
@@ -55,7 +55,7 @@ def convert(args: argparse.Namespace) -> None:
     if args.source is not None:
         _import(args)
         return
-    shard_bytes = _bytes(args.max_shard_size)
+    shard_bytes = _bytes("5GB" if args.max_shard_size is None else args.max_shard_size)
     with _progress_bar("export") as bar:
         written = export_workdir(
             args.workdir, args.export_hf, step=args.step, dtype=args.dtype, shard_bytes=shard_bytes, on_array=bar
@@ -66,6 +66,8 @@ def convert(args: argparse.Namespace) -> None:
 def _import(args: argparse.Namespace) -> None:
     if args.step is not None:
         raise UserError(f"--step={args.step}: only an export chooses a checkpoint")
+    if args.max_shard_size is not None:
+        raise UserError(f"--max_shard_size={args.max_shard_size}: only an export writes such files")
     if args.dtype == "float16":
         raise UserError("--dtype=float16: allowed for a workdir: float32, bfloat16")
     try:

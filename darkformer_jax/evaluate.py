@@ -39,7 +39,6 @@ from darkformer_jax.data.tokenizers import Tokenizer
 from darkformer_jax.data.windows import ScoredDocument, Window, window_batch
 from darkformer_jax.errors import UserError
 from darkformer_jax.training.evaluation import QUARTERS, make_quarter_step
-from darkformer_jax.training.workdir import write_atomically
 from darkformer_jax.workdir_model import WorkdirModel, load_model
 
 _DEFAULT_CONTEXT = 2048
@@ -127,6 +126,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     context = args.context or min(_DEFAULT_CONTEXT, model.config.sequence_length)
     stride = args.stride or context
     _check_window(context, stride)
+    if context > model.config.sequence_length:
+        longest = model.config.sequence_length
+        print(f"note: --context={context} is more than the {longest} tokens this model was made for", file=sys.stderr)
     started = time.perf_counter()
     totals = _score(model, corpus, num_bytes, context, stride, args.batch_size, args.max_tokens)
     if not totals.tokens.sum():
@@ -148,7 +150,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "seconds": time.perf_counter() - started,
     }
     print(_table(result))
-    if args.json:
+    if args.json is not None:
         _write_json(args.json, result)
     return result
 
@@ -156,9 +158,11 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 def _check_flags(args: argparse.Namespace) -> None:
     for name in ("context", "stride", "batch_size", "max_tokens"):
         value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name}={value}: must be at least 1")
-    if args.json:
+        if value is not None and not 1 <= value < 2**31:
+            raise UserError(f"--{name}={value}: must be from 1 to {2**31 - 1}")
+    if args.json is not None:
+        if not args.json:
+            raise UserError("--json=: give the name of a file")
         if os.path.lexists(args.json):
             raise UserError(f"--json={args.json}: the file exists, and results are not overwritten")
         if not os.path.isdir(os.path.dirname(args.json) or "."):
@@ -265,8 +269,11 @@ def _cells(name: str, figures: dict[str, Any]) -> tuple[str, ...]:
 
 def _write_json(path: str, result: dict[str, Any]) -> None:
     try:
-        write_atomically(Path(path), (json.dumps(result, indent=2) + "\n").encode())
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(json.dumps(result, indent=2) + "\n")
     except OSError as error:
+        if not isinstance(error, FileExistsError):
+            Path(path).unlink(missing_ok=True)
         raise UserError(f"--json={path} cannot be written: {error.strerror or error}") from error
 
 

@@ -51,8 +51,8 @@ def main(args: argparse.Namespace) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """Loads the model, and writes as it goes for one prompt, or prompt by prompt for several."""
-    if args.max_new_tokens < 1:
-        raise UserError(f"--max_new_tokens={args.max_new_tokens}: must be at least 1")
+    if not 1 <= args.max_new_tokens < 2**31:
+        raise UserError(f"--max_new_tokens={args.max_new_tokens}: must be from 1 to {2**31 - 1}")
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed={args.seed}: must be from 0 to {2**32 - 1}")
     if args.prompt is not None and not _is_utf8(args.prompt):

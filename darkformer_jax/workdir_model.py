@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from darkformer_jax.config import from_json, model_spec
+from darkformer_jax.config import from_json, model_spec, validate
 from darkformer_jax.data.tokenizers import Tokenizer, load_tokenizer
 from darkformer_jax.errors import UserError, one_line
 from darkformer_jax.model import Network
@@ -39,8 +39,9 @@ def load_model(workdir: str, step: int | None = None) -> WorkdirModel:
     tokenizer = load_tokenizer(workdir)
     try:
         config = from_json(saved)
+        validate(config)
         network = Network.of(model_spec(config, tokenizer.vocab_size))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         reason = one_line(error)
         raise UserError(f"{workdir}/config.json is not the config of a run of this version: {reason}") from error
     checkpoints = Checkpoints(workdir)

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -167,18 +168,21 @@ def test_a_result_is_written_and_never_overwritten(workdir, texts, tmp_path, cap
     ("flags", "message"),
     [
         (["--text={dir}/none/*.txt"], "no file matches '{dir}/none/*.txt'"),
-        (["--text={dir}/notes.md"], "{dir}/notes.md is not a file the text source reads"),
+        (["--text={dir}/notes.csv"], "{dir}/notes.csv is not a file the text source reads"),
+        (["--text={dir}/pipe.txt"], "{dir}/pipe.txt is not a regular file"),
+        (["--context=99999999999999999999999"], "--context=99999999999999999999999: must be from 1 to 2147483647"),
+        (["--json="], "--json=: give the name of a file"),
         (["--text={dir}/empty.txt"], "{dir}/empty.txt is empty"),
         (["--text={dir}/blank.jsonl"], "--text={dir}/blank.jsonl: no document has a token to score"),
         (["--text={dir}/good.txt,{dir}/late.txt"], "{dir}/late.txt is not UTF-8 text: byte 0xff at offset 0"),
         (["--text={dir}/bad.jsonl"], '{dir}/bad.jsonl:1: no "text" field that is a string'),
         (["--context=3"], "--context=3: must be at least 4"),
-        (["--context=0"], "--context=0: must be at least 1"),
+        (["--context=0"], "--context=0: must be from 1 to"),
         (["--context=x"], "argument --context: invalid int value: 'x'"),
         (["--context=8", "--stride=9"], "--stride=9: must be at most --context=8"),
-        (["--stride=-1"], "--stride=-1: must be at least 1"),
-        (["--batch_size=0"], "--batch_size=0: must be at least 1"),
-        (["--max_tokens=0"], "--max_tokens=0: must be at least 1"),
+        (["--stride=-1"], "--stride=-1: must be from 1 to"),
+        (["--batch_size=0"], "--batch_size=0: must be from 1 to"),
+        (["--max_tokens=0"], "--max_tokens=0: must be from 1 to"),
         (["--json={dir}/none/result.json"], "--json={dir}/none/result.json: its directory does not exist"),
         (["--json={dir}"], "--json={dir}: the file exists"),
         (["--step=4"], "no checkpoint step 4 in"),
@@ -190,7 +194,8 @@ def test_a_mistake_is_one_line_and_status_2(workdir, tmp_path, flags, message, c
     for name, content in (("empty.txt", b""), ("blank.jsonl", b"\n"), ("bad.jsonl", b"{}"), ("late.txt", b"\xff")):
         (tmp_path / name).write_bytes(content)
     (tmp_path / "good.txt").write_text("good")
-    (tmp_path / "notes.md").write_text("notes")
+    (tmp_path / "notes.csv").write_text("notes")
+    os.mkfifo(tmp_path / "pipe.txt")
     given = [flag.format(dir=tmp_path) for flag in flags]
     with pytest.raises(SystemExit) as exit_:
         evaluate.main(evaluate._parse_flags(["", f"--workdir={workdir}", f"--text={tmp_path}/good.txt", *given]))

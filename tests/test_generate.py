@@ -64,7 +64,7 @@ def test_an_empty_prompt_is_a_document_from_its_beginning(workdir, capsys):
         (["--prompts_file={dir}/empty.txt"], "--prompts_file={dir}/empty.txt: the file is empty"),
         (["--prompts_file={dir}/binary.txt"], "--prompts_file={dir}/binary.txt: not UTF-8 text"),
         (["--prompts_file={dir}"], "--prompts_file={dir}: Is a directory"),
-        (["--prompt=a", "--max_new_tokens=0"], "--max_new_tokens=0: must be at least 1"),
+        (["--prompt=a", "--max_new_tokens=0"], "--max_new_tokens=0: must be from 1 to"),
         (["--prompt=a", "--max_new_tokens=x"], "argument --max_new_tokens: invalid int value: 'x'"),
         (["--prompt=a", "--temperature=-1"], "temperature = -1.0"),
         (["--prompt=a", "--temperature=nan"], "temperature = nan"),
@@ -104,7 +104,7 @@ def test_a_workdir_without_a_checkpoint_or_with_another_ones_config(workdir, tmp
     with pytest.raises(UserError, match="belongs to another model: params/blocks_0/mlp/down/kernel"):
         load_model(str(tmp_path))
     (tmp_path / "config.json").write_text('{"another": "program"}')
-    with pytest.raises(UserError, match=r"config.json is not the config of a run of this version: .*model"):
+    with pytest.raises(UserError, match=r"config.json is not the config of a run of this version"):
         load_model(str(tmp_path))
     (tmp_path / "tokenizer.bytes").unlink()
     with pytest.raises(UserError, match="must hold exactly one of"):

@@ -105,6 +105,8 @@ def find_text_files(files: str) -> list[str]:
             raise UserError(kind)
         found.update(os.path.normpath(path) for path in matches)
     for path in sorted(found):
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise UserError(f"{path} is not a regular file")
         if not path.endswith(TEXT_SUFFIXES):
             raise UserError(f"{path} is not a file the text source reads; allowed: {', '.join(TEXT_SUFFIXES)}")
     return sorted(found)

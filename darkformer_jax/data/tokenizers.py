@@ -359,7 +359,10 @@ def _read_hf_tokenizer(data: bytes, config: dict[str, Any] | None) -> HuggingFac
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"not a tokenizer.json: {error}") from error
     settings = _read_settings(config or {})
-    bos, eos = _first_token(tokenizer), settings.eos_token
+    try:
+        bos, eos = _first_token(tokenizer), settings.eos_token
+    except Exception as error:  # likewise
+        raise UserError(f"a tokenizer.json that cannot encode: {error}") from error
     if not eos:
         eos = _usual_eos(tokenizer.get_vocab(with_added_tokens=True), bos)
         config = config and {**config, "eos_token": eos}
@@ -431,5 +434,5 @@ def _new_hf_config(bos_token: str | None, eos_token: str, spec: str) -> dict[str
 
 
 def _write_hf_config(directory: str, config: dict[str, Any]) -> None:
-    content = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    content = json.dumps(config, indent=2) + "\n"
     write_file(os.path.join(directory, _HF_CONFIG_FILE), content.encode("utf-8"))

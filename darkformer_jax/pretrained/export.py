@@ -92,7 +92,11 @@ def _write_arrays(
 
     def values() -> Iterator[np.ndarray]:
         for array in arrays:
-            yield _as_hf(*sources[array.name]).astype(array.dtype)
+            with np.errstate(over="ignore"):  # it is looked for below
+                value = _as_hf(*sources[array.name]).astype(array.dtype)
+            if not np.isfinite(value).all():
+                raise UserError(f"array {array.name} has a number that is not finite as {array.dtype}")
+            yield value
             on_array(array.nbytes, total)
 
     write_safetensors(directory, "model", shards, values())

@@ -52,7 +52,7 @@ _REFUSED = {
     "rope.scaling.attn_factor": "a factor of attention is",
     "rope.scaling.alpha": "NTK-aware scaling is",
 }
-_READ_ERRORS = (EOFError, KeyError, OSError, OverflowError, ValueError)
+_READ_ERRORS = (EOFError, KeyError, OSError, OverflowError, RecursionError, ValueError)
 
 
 class _Tensor(NamedTuple):
@@ -170,7 +170,7 @@ def _read_header(path: str) -> tuple[dict[str, Any], dict[str, _Tensor]]:
         except _READ_ERRORS as error:
             reason = one_line(error)
             raise UserError(f"{path}: truncated, damaged or no GGUF file: {reason}") from error
-    if metadata.get("split.count", 1) > 1:
+    if metadata.get("split.count", 1) not in (0, 1):
         raise UserError(f"{path}: one of {metadata['split.count']} parts; merge them with llama.cpp's gguf-split first")
     size = os.path.getsize(path)
     return metadata, {info.name: _place(path, info, start, size) for info in infos}
@@ -221,10 +221,10 @@ def _undo_interleaving(rows: np.ndarray, head_dim: int) -> np.ndarray:
 def _llama3_scaling(path: str, factors: np.ndarray, theta: float, head_dim: int) -> dict[str, Any]:
     """The llama3 scaling whose frequencies are slowed by `factors`; Meta has published it with one pair of bounds."""
     low, high, length = 1.0, 4.0, 8192
-    factor = float(factors.max())
+    factor = float(factors.max(initial=0.0))
     turns = length * theta ** (-np.arange(head_dim // 2) * 2 / head_dim) / (2 * np.pi)
     smooth = np.clip((turns - low) / (high - low), 0, 1)
-    expected = 1 / ((1 - smooth) / factor + smooth)
+    expected = 1 / ((1 - smooth) / max(factor, 1.0) + smooth)
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
         raise UserError(
             f"{path}: array {_ROPE_FREQS} is not the RoPE scaling of Llama 3.1 to 3.3; no other is supported"

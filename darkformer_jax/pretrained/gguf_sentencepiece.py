@@ -27,8 +27,8 @@ def read_gguf_sentencepiece(path: str, metadata: Mapping[str, Any]) -> SentenceP
     if "tokenizer.ggml.bos_token_id" in metadata:
         config["bos_token"] = marking_token(path, metadata, "bos", tokens)
     config["eos_token"] = marking_token(path, metadata, "eos", tokens)
-    config["add_bos_token"] = "bos_token" in config and metadata.get("tokenizer.ggml.add_bos_token", True)
-    config["add_prefix_space"] = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    config["add_bos_token"] = flag_of(path, metadata, "add_bos_token", True) and "bos_token" in config
+    config["add_prefix_space"] = flag_of(path, metadata, "add_space_prefix", True)
     try:
         return SentencePieceTokenizer(_model(tokens, scores, types, config), config)
     except (UserError, TypeError, ValueError) as error:
@@ -61,6 +61,14 @@ def list_of(path: str, metadata: Mapping[str, Any], name: str, kind: type, lengt
     if length is not None and len(values) != length:
         raise UserError(f"{path}: tokenizer.ggml.{name} has {len(values)} entries for {length} tokens")
     return values
+
+
+def flag_of(path: str, metadata: Mapping[str, Any], name: str, absent: bool) -> bool:
+    """tokenizer.ggml.<name>, true or false."""
+    value = metadata.get(f"tokenizer.ggml.{name}", absent)
+    if not isinstance(value, bool):
+        raise UserError(f"{path}: tokenizer.ggml.{name} = {value!r}: must be true or false")
+    return value
 
 
 def marking_token(path: str, metadata: Mapping[str, Any], name: str, tokens: list[str]) -> str:

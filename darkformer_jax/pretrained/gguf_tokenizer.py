@@ -8,7 +8,7 @@ import tokenizers as hf
 
 from darkformer_jax.data.tokenizers import HuggingFaceTokenizer, Tokenizer
 from darkformer_jax.errors import UserError
-from darkformer_jax.pretrained.gguf_sentencepiece import list_of, marking_token, read_gguf_sentencepiece
+from darkformer_jax.pretrained.gguf_sentencepiece import flag_of, list_of, marking_token, read_gguf_sentencepiece
 
 _SENTENCEPIECE, _BYTE_LEVEL = "llama", "gpt2"  # as llama.cpp calls them
 _CONTROL, _USER_DEFINED = 3, 4  # token types
@@ -72,7 +72,7 @@ def read_gguf_tokenizer(path: str, metadata: Mapping[str, Any]) -> Tokenizer:
     types = [1] * len(tokens)
     if metadata.get("tokenizer.ggml.token_type"):
         types = list_of(path, metadata, "token_type", int, len(tokens))
-    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", pre in _BEGINS_WITH_BOS)
+    adds_bos = flag_of(path, metadata, "add_bos_token", pre in _BEGINS_WITH_BOS)
     bos = marking_token(path, metadata, "bos", tokens) if adds_bos else None
     eos = marking_token(path, metadata, "eos", tokens)
     try:

@@ -1,7 +1,6 @@
 """Reading a config.json: every field checked, named where it is wrong."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ from darkformer_jax.data.files import read_json_object
 from darkformer_jax.errors import UserError
 
 _REQUIRED: Any = object()
+_LARGEST = 1e30  # of a positive number: all of them become float32
 
 
 class HFConfig:
@@ -35,10 +35,10 @@ class HFConfig:
             raise self.error(name, "must be an object")
         return HFConfig(value, f"{self.path}: {name}") if value else None
 
-    def integer(self, name: str, default: int = _REQUIRED, smallest: int = 1) -> int:
+    def integer(self, name: str, default: int = _REQUIRED, smallest: int = 1, largest: int = 2**31 - 1) -> int:
         value = self._value(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-            raise self.error(name, f"must be a whole number of at least {smallest}")
+        if isinstance(value, bool) or not isinstance(value, int) or not smallest <= value <= largest:
+            raise self.error(name, f"must be a whole number from {smallest} to {largest}")
         return value
 
     def window(self, absent: int) -> int:
@@ -48,7 +48,7 @@ class HFConfig:
     def number(self, name: str, default: float = _REQUIRED) -> float:
         """A positive finite number."""
         value = self._value(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < _LARGEST:
             raise self.error(name, "must be a positive number")
         return float(value)
 
@@ -63,6 +63,15 @@ class HFConfig:
         if value not in allowed:
             raise self.error(name, f"allowed: {', '.join(allowed)}")
         return str(value)
+
+    def token_ids(self, name: str, vocab_size: int) -> int | list[int] | None:
+        """An id, several, or none, which for padding is -1 in old files."""
+        value = self.values.get(name)
+        ids = value if isinstance(value, list) else [value] * (value is not None)
+        first = -1 if name == "pad_token_id" else 0
+        if not all(isinstance(i, int) and not isinstance(i, bool) and first <= i < vocab_size for i in ids):
+            raise self.error(name, f"must be an id from 0 to {vocab_size - 1}, or a list of such")
+        return value
 
     def strings(self, name: str) -> list[str] | None:
         value = self.values.get(name)

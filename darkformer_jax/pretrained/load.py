@@ -31,7 +31,7 @@ from darkformer_jax.pretrained.mechanism import (
     mechanism_arrays,
     read_mechanism,
 )
-from darkformer_jax.pretrained.origin import keep_origin
+from darkformer_jax.pretrained.origin import origin_of, write_origin
 from darkformer_jax.pretrained.safetensors_files import DTYPES, SafetensorsFiles
 from darkformer_jax.pretrained.source import Source
 from darkformer_jax.sharding import make_mesh, sharding_of
@@ -58,6 +58,7 @@ class Import(NamedTuple):
     dtypes: list[np.dtype]  # of the places
     mechanism: list[MechanismArray]
     mechanism_files: SafetensorsFiles | None
+    origin: dict[str, Any]
 
     @property
     def num_bytes(self) -> int:
@@ -95,7 +96,8 @@ def plan_import(source: Source, config: ml_collections.ConfigDict, dtype: str | 
     mechanism = mechanism_arrays(network)
     if own:
         check_mechanism(own, mechanism)
-    return Import(source, family, config, places, dtypes, mechanism, own)
+    origin = origin_of(family.model_type, source.config, source.path, config.model.vocab_size)
+    return Import(source, family, config, places, dtypes, mechanism, own, origin)
 
 
 def run_import(plan: Import, workdir: str, on_array: OnArray) -> None:
@@ -104,19 +106,20 @@ def run_import(plan: Import, workdir: str, on_array: OnArray) -> None:
     Raises:
       UserError: the workdir is there and not empty, the disk is full, a file is damaged, or the tokenizer does not fit.
     """
+    vocab_size = plan.config.model.vocab_size
     with whole_directory(workdir) as temporary:
         write_config(temporary, plan.config.to_dict())
         _save_arrays(plan, temporary, on_array)
         # Only now: a large vocabulary takes memory that the arrays needed.
         tokenizer = plan.source.tokenizer()
-        if tokenizer.vocab_size > plan.config.model.vocab_size:
+        # Fewer ids than rows is common: tables are padded. Less than half of them is another model's tokenizer.
+        if not vocab_size / 2 <= tokenizer.vocab_size <= vocab_size:
             raise UserError(
-                f"{plan.source.path}: its tokenizer has {tokenizer.vocab_size} ids; "
-                f"vocab_size = {plan.config.model.vocab_size} in {os.path.basename(plan.source.config.path)} is smaller"
+                f"{plan.source.path}: its tokenizer has {tokenizer.vocab_size} ids, which does not fit "
+                f"vocab_size = {vocab_size} in {os.path.basename(plan.source.config.path)}"
             )
         tokenizer.save(str(temporary))
-        source = plan.source
-        keep_origin(str(temporary), plan.family.model_type, source.config.values, source.path)
+        write_origin(str(temporary), plan.origin)
 
 
 def _save_arrays(plan: Import, directory: Path, on_array: OnArray) -> None:
@@ -147,7 +150,8 @@ def _check_arrays(source: Source, places: Sequence[Place], tied: bool) -> None:
     wanted = {name: place.layout.hf_shape for place in places for name in place.names}
     arrays = {name: array for name, array in source.arrays.items() if not _IGNORED.fullmatch(name)}
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if tied and head in arrays and arrays[head].shape == arrays.get(embedding, arrays[head]).shape:
+    shapes = {arrays[name].shape for name in (head, embedding) if name in arrays}
+    if tied and head in arrays and shapes == {wanted[embedding]}:
         # A tied head saved twice is the embedding again. Another matrix would be another model.
         if not _equal(source, head, embedding):
             raise UserError(
@@ -198,7 +202,12 @@ def _read_blocks(source: Source, name: str, layout: Layout, index: Sequence[slic
         rows = slice(begin, min(begin + step, stop))
         part = (*index[:axis], rows, *index[axis + 1 :])
         there = source.read(name, layout.hf_index(part))
-        piece[(slice(None),) * axis + (slice(rows.start - start, rows.stop - start),)] = layout.from_hf(there, part)
+        block = piece[(slice(None),) * axis + (slice(rows.start - start, rows.stop - start),)]
+        with np.errstate(over="ignore"):  # it is looked for below
+            block[...] = layout.from_hf(there, part)
+        if not np.isfinite(block).all():
+            file = source.arrays[name].file
+            raise UserError(f"{file}: array {name} has a number that is not finite as {block.dtype}")
 
 
 def _load_mechanism(files: SafetensorsFiles, array: MechanismArray, mesh: Mesh) -> jax.Array:

@@ -6,36 +6,55 @@ from collections.abc import Mapping
 from typing import Any
 
 from darkformer_jax.data.files import read_json_object, write_file
+from darkformer_jax.errors import UserError
+from darkformer_jax.pretrained.hf_config import HFConfig
 
 GENERATION_FILE = "generation_config.json"
 
 _FILE = "pretrained.json"
-_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_LENGTH = "max_position_embeddings"
 
 
-def keep_origin(workdir: str, model_type: str, config: Mapping[str, Any], source: str) -> None:
-    """Writes down what `source`'s config.json and generation_config.json say of generating and lengths."""
-    origin: dict[str, Any] = {
-        "model_type": model_type,
-        "config": {name: config[name] for name in _KEPT if name in config},
-    }
-    generation = os.path.join(source, GENERATION_FILE)
-    if os.path.isfile(generation):
-        origin["generation_config"] = read_json_object(generation)
-    _write(workdir, origin)
+def origin_of(model_type: str, config: HFConfig, directory: str, vocab_size: int) -> dict[str, Any]:
+    """What config.json and `directory`'s generation_config.json, if it has one, say of ids and lengths.
+
+    Raises UserError for ids that are none of the vocabulary.
+    """
+    kept = {name: config.token_ids(name, vocab_size) for name in _IDS if name in config.values}
+    if config.values.get(_LENGTH) is not None:
+        kept[_LENGTH] = config.integer(_LENGTH)
+    origin: dict[str, Any] = {"model_type": model_type, "config": kept}
+    path = os.path.join(directory, GENERATION_FILE)
+    if os.path.isfile(path):
+        generation = HFConfig.read(path)
+        for name in _IDS:
+            generation.token_ids(name, vocab_size)
+        origin["generation_config"] = dict(generation.values)
+    return origin
+
+
+def write_origin(workdir: str, origin: Mapping[str, Any]) -> None:
+    """Keeps it in the workdir."""
+    write_file(os.path.join(workdir, _FILE), (json.dumps(origin, indent=2) + "\n").encode())
 
 
 def read_origin(workdir: str) -> dict[str, Any]:
-    """What `keep_origin` wrote; nothing for a model that comes from no other."""
+    """What `write_origin` wrote; nothing for a model that comes from no other."""
     path = os.path.join(workdir, _FILE)
-    return read_json_object(path) if os.path.isfile(path) else {}
+    if not os.path.isfile(path):
+        return {}
+    origin = read_json_object(path)
+    if not isinstance(origin.get("config"), dict) or not isinstance(origin.get("generation_config", {}), dict):
+        raise UserError(f"{path}: config and generation_config must be objects")
+    return origin
 
 
 def hand_on_origin(source: str, workdir: str) -> None:
     """A run that starts from `source`'s weights has its origin."""
     origin = read_origin(source)
     if origin and not read_origin(workdir):
-        _write(workdir, origin)
+        write_origin(workdir, origin)
 
 
 def ends_of_text(workdir: str) -> frozenset[int]:
@@ -46,7 +65,3 @@ def ends_of_text(workdir: str) -> frozenset[int]:
         end = origin.get(section, {}).get("eos_token_id")
         ids |= set(end if isinstance(end, list) else [end])
     return frozenset(end for end in ids if isinstance(end, int))
-
-
-def _write(workdir: str, origin: Mapping[str, Any]) -> None:
-    write_file(os.path.join(workdir, _FILE), (json.dumps(origin, indent=2) + "\n").encode())

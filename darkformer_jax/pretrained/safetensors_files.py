@@ -107,11 +107,12 @@ def _read_header(path: str) -> Iterator[tuple[str, StoredArray]]:
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
             if length > min(size - 8, _MAX_HEADER):
                 raise UserError(f"{path}: truncated, or no safetensors file: its header does not fit its {size} bytes")
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=_without_repeats)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: damaged, or no safetensors file: its header is not JSON") from error
+    except (ValueError, RecursionError) as error:
+        reason = one_line(error)
+        raise UserError(f"{path}: damaged, or no safetensors file: its header is not JSON: {reason}") from error
     if not isinstance(header, dict):
         raise UserError(f"{path}: damaged, or no safetensors file: its header is no object")
     header.pop("__metadata__", None)
@@ -119,11 +120,18 @@ def _read_header(path: str) -> Iterator[tuple[str, StoredArray]]:
         yield name, _checked_entry(path, name, entry, size - 8 - length)
 
 
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a name is there twice")
+    return values
+
+
 def _checked_entry(path: str, name: str, entry: Any, data_bytes: int) -> StoredArray:
     try:
         shape, dtype = tuple(map(int, entry["shape"])), str(entry["dtype"])
         begin, end = map(int, entry["data_offsets"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: array {name} has no shape, dtype and data_offsets in the header") from error
     if end > data_bytes:
         raise UserError(f"{path}: truncated: array {name} ends at byte {end:,} of the data, which has {data_bytes:,}")

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from darkformer_jax.data.files import write_atomically
 from darkformer_jax.errors import UserError
 
 CONFIG_FILE = "config.json"
@@ -19,24 +20,6 @@ DATA_FILE = "data.json"
 # What a resumed run may change: how long it runs, what it prints and keeps, and how the same batch is laid out on the
 # devices. Everything else would continue another experiment under the old one's name.
 CHANGEABLE = ("num_steps", "accumulation_steps", "checkpoint", "eval", "log", "sample", "mesh", "data.num_workers")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces `path` by `content` so that a kill at any moment leaves the old file or the new one, never a part.
-
-    The bytes and the directory entry are on the disk when it returns. Raises OSError.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def write_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
@@ -86,10 +69,15 @@ def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:
         config = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}; is this the workdir of a run?") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} holds a {type(config).__name__}, not a config")
+    if "model_type" in config:
+        raise UserError(
+            f"{path} is a Hugging Face model's; bring it into a workdir first: python -m darkformer_jax.convert "
+            f"--source={os.fspath(workdir)} --workdir=<a new directory>"
+        )
     return config
 
 

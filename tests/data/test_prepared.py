@@ -160,7 +160,7 @@ import os, signal
 from darkformer_jax.data import files, prepared
 replace = os.replace
 def kill_before_manifest(source, target):
-    if target.endswith("manifest.json"):
+    if str(target).endswith("manifest.json"):
         os.kill(os.getpid(), signal.SIGKILL)
     replace(source, target)
 os.replace = kill_before_manifest

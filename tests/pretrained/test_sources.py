@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from darkformer_jax.errors import UserError
+from darkformer_jax.pretrained.export import export_workdir
 from tests.pretrained.tiny_sources import (
     BFLOAT16,
     LAYERS,
@@ -76,6 +77,10 @@ def test_layers_of_two_dtypes_become_float32(tmp_path):
         (lambda a: a.update({"lm_head.bias": np.zeros(3, np.float32)}), "array lm_head.bias is not part of the model"),
         (lambda a: a.update({Q: a[Q].T[:8].copy()}), f"array {Q} has shape [8, 16]; config.json makes it [16, 16]"),
         (
+            lambda a: a.update({Q: a[Q] * np.float32(np.nan)}),
+            f"model.safetensors: array {Q} has a number that is not finite",
+        ),
+        (
             lambda a: a.update({"lm_head.weight": a["model.embed_tokens.weight"] + 1}),
             "lm_head.weight differs from model.embed_tokens.weight, but tie_word_embeddings says they are one",
         ),
@@ -122,11 +127,14 @@ def test_truncated_and_damaged_files(tmp_path):
     path = write_llama(tmp_path / "hf") / "model.safetensors"
     whole = path.read_bytes()
     length = struct.unpack("<Q", whole[:8])[0]
+    endless = b'{"x":{"dtype":"F32","shape":[Infinity],"data_offsets":[0,4]}}'
     for damaged, message in (
         (whole[:-1], "truncated: array model.layers.1.mlp.down_proj.weight ends at byte"),
         (whole[: 8 + length // 2], "truncated, or no safetensors file: its header does not fit its"),
         (b"", "truncated, or no safetensors file"),
         (whole[:8] + b"?" + whole[9:], "its header is not JSON"),
+        (whole.replace(b"layers.1.mlp.up", b"layers.0.mlp.up"), "its header is not JSON: a name is there twice"),
+        (struct.pack("<Q", len(endless)) + endless, "array x has no shape, dtype and data_offsets in the header"),
         (whole.replace(b'"F32"', b'"I32"', 1), "array model.embed_tokens.weight is I32; allowed: F32, F16, BF16"),
         (
             whole.replace(b'"F32"', b'"F16"', 1),
@@ -143,7 +151,9 @@ def test_truncated_and_damaged_files(tmp_path):
 def test_a_tokenizer_that_does_not_fit(tmp_path):
     source = write_llama(tmp_path / "hf")
     write_tokenizer(source, VOCAB + 1)
-    refused(tmp_path, f"its tokenizer has {VOCAB + 1} ids; vocab_size = {VOCAB} in config.json is smaller")
+    refused(tmp_path, f"its tokenizer has {VOCAB + 1} ids, which does not fit vocab_size = {VOCAB} in config.json")
+    write_tokenizer(source, VOCAB // 2 - 1)
+    refused(tmp_path, f"its tokenizer has {VOCAB // 2 - 1} ids, which does not fit")
     (source / "tokenizer.json").unlink()
     refused(tmp_path, "holds no tokenizer")
 
@@ -156,6 +166,28 @@ def test_config_json_itself(tmp_path):
     refused(tmp_path, "config.json holds a JSON list, not an object")
     (source / "config.json").unlink()
     refused(tmp_path, "config.json: No such file")
+
+
+def test_ids_and_lengths_beside_the_model(tmp_path):
+    source = write_llama(tmp_path / "hf", eos_token_id=[1, VOCAB])
+    refused(tmp_path, f"eos_token_id = [1, {VOCAB}]: must be an id from 0 to {VOCAB - 1}, or a list of such")
+    write_llama(source, max_position_embeddings=None, pad_token_id=-1)
+    (source / "generation_config.json").write_text('{"eos_token_id": {"a": 1}}')
+    refused(tmp_path, 'generation_config.json: eos_token_id = {"a": 1}: must be an id')
+    (source / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
+    assert import_source(source, tmp_path / "workdir").ends == {1, 2, 3}
+    export_workdir(str(tmp_path / "workdir"), str(tmp_path / "out"))
+    assert json.loads((tmp_path / "out/config.json").read_text())["pad_token_id"] == -1
+
+
+def test_an_export_in_a_dtype_that_cannot_hold_it(tmp_path):
+    arrays = llama_arrays()
+    arrays[Q] = arrays[Q] * np.float32(1e6)
+    write_arrays(write_llama(tmp_path / "hf"), arrays)
+    import_source(tmp_path / "hf", tmp_path / "workdir")
+    with pytest.raises(UserError, match=f"array {Q} has a number that is not finite as float16"):
+        export_workdir(str(tmp_path / "workdir"), str(tmp_path / "out"), dtype="float16")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_workdir_that_is_there_is_not_touched(tmp_path):

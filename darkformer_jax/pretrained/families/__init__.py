@@ -25,9 +25,9 @@ def family_of(config: HFConfig) -> Family:
     """The family that config.json names. Raises UserError for one that is not supported."""
     model_type = config.values.get("model_type")
     why = _REFUSED.get(str(model_type), f"allowed: {', '.join(FAMILIES)}")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise config.error("model_type", f"unsupported architecture; {why}")
-    family = FAMILIES[str(model_type)]
+    family = FAMILIES[model_type]
     architectures = config.strings("architectures")
     if architectures and family.architecture not in architectures:
         raise config.error("architectures", f"allowed for {model_type}: {family.architecture}")

@@ -10,6 +10,7 @@ from darkformer_jax.pretrained.hf_config import HFConfig
 Fields = dict[str, Any]  # a model's fields by their names below `model.`: {"num_layers": 30, "attention.softcap": 50.0}
 
 LOCAL, FULL = "softmax_local", "softmax"
+MAX_LAYERS = 10_000
 SLIDING_WINDOW = 4096  # where a config.json of a family with windows does not name one
 _LAYER_TYPES = {"full_attention": FULL, "sliding_attention": LOCAL}
 
@@ -24,6 +25,9 @@ PLAIN: Fields = {
     "attention.query_scale": 0.0,
     "attention.softcap": 0.0,
 }
+
+# What relatives of Llama scale, under its model_type perhaps.
+_MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling", "logit_scale")
 
 # config.json's activation -> ours. Exact GELU is not the tanh approximation: it is not here.
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -94,13 +98,15 @@ def read_sizes(
     """
     config.refuse("quantization_config", "quantised safetensors are not read; use the unquantised model or a GGUF file")
     config.refuse("use_bidirectional_attention", "only causal attention is supported")
+    for name in _MULTIPLIERS:
+        config.refuse(name, "no such multiplier is supported", 1)
     heads, embed_dim = config.integer("num_attention_heads"), config.integer("hidden_size")
     if head_dim is None and config.values.get("head_dim") is None and embed_dim % heads:
         raise config.error("hidden_size", f"not a multiple of num_attention_heads = {heads}, and there is no head_dim")
     stated = "num_key_value_heads" in config.values
     return PLAIN | {
         "vocab_size": config.integer("vocab_size"),
-        "num_layers": config.integer("num_hidden_layers"),
+        "num_layers": config.integer("num_hidden_layers", largest=MAX_LAYERS),
         "embed_dim": embed_dim,
         "num_heads": heads,
         "num_kv_heads": config.integer("num_key_value_heads", heads if stated or kv_heads is None else kv_heads),

@@ -6,6 +6,7 @@ from darkformer_jax.pretrained.families.family import (
     FULL,
     LLAMA_NAMES,
     LOCAL,
+    MAX_LAYERS,
     QK_NORM_NAMES,
     QKV_BIAS_NAMES,
     SLIDING_WINDOW,
@@ -33,7 +34,7 @@ def _read_qwen3(config: HFConfig) -> Fields:
 
 def _layers(config: HFConfig) -> Fields:
     """Without layer_types, use_sliding_window gives a window to the layers from max_window_layers on."""
-    layers = config.integer("num_hidden_layers")
+    layers = config.integer("num_hidden_layers", largest=MAX_LAYERS)
     windowed = config.flag("use_sliding_window", False) and config.window(SLIDING_WINDOW) > 0
     first = config.integer("max_window_layers", 28, smallest=0) if windowed else layers
     fields = read_layer_types(config, [LOCAL if layer >= first else FULL for layer in range(layers)])

@@ -82,7 +82,7 @@ def read_scaling(section: HFConfig, theta: float, max_positions: int) -> Fields:
             "rope_low_freq_factor": section.number("low_freq_factor"),
             "rope_high_freq_factor": section.number("high_freq_factor"),
         }
-    if section.values.get("truncate") is False:
+    if not section.flag("truncate", True):
         raise section.error("truncate", "only yarn with rounded correction bounds is supported")
     return fields | {
         "rope_beta_fast": section.number("beta_fast", 32.0),
