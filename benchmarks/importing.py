@@ -71,8 +71,8 @@ def write_synthetic(directory: Path, num_bytes: float) -> None:
         "rope_theta": 10000.0,
     }
     (directory / "config.json").write_text(json.dumps(config))
-    words = {"</s>": 0} | {f"w{i}": i for i in range(1, VOCAB)}
-    hf.Tokenizer(hf.models.WordLevel(words, unk_token="w1")).save(str(directory / "tokenizer.json"))
+    words = {"<s>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, VOCAB)}
+    hf.Tokenizer(hf.models.WordLevel(words, unk_token="w2")).save(str(directory / "tokenizer.json"))
     arrays = [ArrayToWrite(name, shape, BFLOAT16) for name, shape in shapes.items()]
 
     def values() -> Iterator[np.ndarray]:

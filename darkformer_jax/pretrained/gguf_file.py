@@ -65,7 +65,7 @@ class _Tensor(NamedTuple):
 
 
 class GGUFFile:
-    """One .gguf file. Nothing of it stays mapped or in memory but its header and vocabulary.
+    """One .gguf file. Nothing of it stays mapped or in memory but its header.
 
     Raises:
       UserError: the package is missing; the file is truncated, damaged, split, of another architecture or quantised
@@ -74,7 +74,9 @@ class GGUFFile:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._metadata, tensors = _read_header(path)
+        metadata, tensors = _read_header(path)
+        # The vocabulary is read again when it is wanted: until then its strings would take memory that arrays need.
+        self._metadata = {name: value for name, value in metadata.items() if not isinstance(value, list)}
         self._rope_freqs = tensors.pop(_ROPE_FREQS, None)
         self._tensors = {_hf_name(path, name): tensor for name, tensor in tensors.items()}
         self.arrays = {name: StoredArray(path, tensor.shape, "F32") for name, tensor in self._tensors.items()}
@@ -94,7 +96,7 @@ class GGUFFile:
         check_gguf_tokenizer(self.path, self._metadata)
 
     def tokenizer(self) -> Tokenizer:
-        return read_gguf_tokenizer(self.path, self._metadata)
+        return read_gguf_tokenizer(self.path, _read_header(self.path)[0])
 
     def _rows(self, name: str, tensor: _Tensor, rows: range) -> np.ndarray:
         import gguf
