@@ -167,10 +167,7 @@ class Transformer(nnx.Module):
         self, tokens: Int[Array, "b n"], segment_ids: Int[Array, "b n"], positions: Int[Array, "b n"], state: Any = None
     ) -> tuple[Float[Array, "b n embed"], Any]:
         """What `logits` maps to logits: the final norm's output."""
-        x = self.embedding[...].astype(self.spec.dtype)[tokens]
-        if self.spec.scale_embeddings:
-            x = x * jnp.asarray(self.spec.embed_dim**0.5, x.dtype)
-        x = constrain(x, "batch", None, None)
+        x = self.embed(tokens)
         split = [nnx.split(getattr(self, f"blocks_{place}")) for place in range(len(self.spec.pattern))]
 
         def layers(x: Array, stacks: Any) -> tuple[Array, Any]:
@@ -197,6 +194,19 @@ class Transformer(nnx.Module):
         x, new_last_states = behind(x, (last, last_states))
         return self.final_norm(x), None if state is None else (new_states, new_last_states)
 
+    def embed(self, tokens: Int[Array, "b n"]) -> Float[Array, "b n embed"]:
+        """What the first layer reads."""
+        x = self.embedding[...].astype(self.spec.dtype)[tokens]
+        if self.spec.scale_embeddings:
+            x = x * jnp.asarray(self.spec.embed_dim**0.5, x.dtype)
+        return constrain(x, "batch", None, None)
+
+    def layer(self, index: int) -> Block:
+        """One layer by itself, its arrays cut out of their stack."""
+        row, place = divmod(index, len(self.spec.pattern))
+        graphdef, arrays = nnx.split(getattr(self, f"blocks_{place}"))
+        return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[row], arrays))
+
     def logits(self, x: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:
         """x E^T in float32, capped if the model says so."""
         table = self.embedding if self.spec.tie_embeddings else self.head
@@ -211,9 +221,8 @@ class Transformer(nnx.Module):
         periods, tail = divmod(self.spec.num_layers, len(self.spec.pattern))
         states = []
         for place in range(len(self.spec.pattern)):
-            graphdef, arrays = nnx.split(getattr(self, f"blocks_{place}"))
-            block = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[0], arrays))
-            state = block.attention.mechanism.init_state(batch, max_length, self.spec.dtype)
+            mechanism: Any = self.layer(place).attention.mechanism
+            state = mechanism.init_state(batch, max_length, self.spec.dtype)
             states.append(state)
         repeated = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (periods, *leaf.shape)), tuple(states))
         return repeated, tuple(states[:tail])

@@ -1,0 +1,212 @@
+"""Puts feature attention in the place of a pretrained model's exact attention, and fits it to the model's own text.
+
+    python -m darkformer_jax.calibrate --workdir=runs/smollm2 --text='books/*.txt' --out=runs/smollm2-dark
+    python train.py --config=configs/finetune.py:dark --config.init_from=runs/smollm2-dark --workdir=runs/smollm2-tuned
+
+Layer by layer, the geometry M (of `lfk`: the projections) learns to give what exact attention gives from the same q, k
+and v (attention transfer); nothing else of the model changes. The new workdir serves generate, evaluate and init_from
+like any other. A fifth of the passages is not trained on; on it the relative error of attention is reported,
+|out - exact| / |exact|, mean over heads: of the window alone, before and after. calibration.json in the new workdir
+has every head's.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import tqdm
+from absl import app
+from flax import nnx
+
+from darkformer_jax.attention import MECHANISMS
+from darkformer_jax.calibration.transfer import LayerTensors, Mechanism, errors, fit, teacher_layers
+from darkformer_jax.command_line import Parser, one_line_errors
+from darkformer_jax.config import EXACT_KINDS, validate
+from darkformer_jax.data.files import whole_directory
+from darkformer_jax.data.sources import open_corpus
+from darkformer_jax.data.tokenizers import Tokenizer, encode_prompt
+from darkformer_jax.errors import UserError
+from darkformer_jax.pretrained.origin import hand_on_origin
+from darkformer_jax.training.checkpoints import Checkpoints
+from darkformer_jax.training.inherit import inherit
+from darkformer_jax.training.init_from import initialize_from
+from darkformer_jax.training.setup import Experiment
+from darkformer_jax.training.step import TrainState
+from darkformer_jax.training.workdir import write_config
+from darkformer_jax.workdir_model import WorkdirModel, load_model
+
+KINDS = ("dark", "lfk", "performer", "window_only")
+REPORT_FILE = "calibration.json"
+
+_HELDOUT_SHARE = 0.2
+_PASSAGES_A_STEP = 4
+
+
+def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser("calibrate", __doc__)
+    parser.add_argument("--workdir", required=True, help="of the exact model: an import, or a run with kind=softmax")
+    parser.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
+    parser.add_argument("--text", required=True, help="globs of .txt, .md, .jsonl files, or directories; see evaluate")
+    parser.add_argument("--out", required=True, help="workdir to write; must be empty or not exist")
+    parser.add_argument("--mechanism", default="dark", choices=KINDS, help="that takes the exact one's place")
+    parser.add_argument("--transfer_steps", type=int, default=200, help="of each layer; 0 = fit nothing (default: 200)")
+    parser.add_argument("--learning_rate", type=float, default=3e-3, help="of transfer (default: 3e-3)")
+    parser.add_argument("--passages", type=int, default=20, help="of --context tokens that are read (default: 20)")
+    parser.add_argument("--context", type=int, default=1024, help="tokens a passage (default: 1024)")
+    parser.add_argument("--num_features", type=int, default=64, help="m, a head (default: 64)")
+    parser.add_argument("--window", type=int, default=64, help="tokens before a query's chunk seen exactly; 0 = none")
+    parser.add_argument("--num_sinks", type=int, default=4, help="first tokens seen exactly (default: 4)")
+    parser.add_argument("--seed", type=int, default=0, help="of projections and passages (default: 0)")
+    return parser.parse_args(argv[1:])
+
+
+def main(args: argparse.Namespace) -> None:
+    """Writes the workdir and prints the errors; on a UserError one line and exit status 2."""
+    with one_line_errors("what was written is removed"):
+        calibrate(args)
+
+
+def calibrate(args: argparse.Namespace) -> dict[str, Any]:
+    """Fits every layer, writes --out, and returns what its calibration.json holds."""
+    _check_flags(args)
+    with whole_directory(args.out) as directory:
+        teacher = load_model(args.workdir, args.step)
+        _require_exact(args.workdir, teacher)
+        config = _config(args)
+        tokens = read_passages(args.text, teacher.tokenizer, args.passages, args.context, args.seed)
+        experiment = Experiment.of(config, teacher.tokenizer.vocab_size)
+        params, projections = jax.jit(experiment.network.init)(jax.random.key(args.seed))
+        state = TrainState(jnp.zeros((), jnp.int32), params, projections, ())
+        state, _ = initialize_from(args.workdir, experiment, state)
+        params, layers = _fit_layers(args, teacher, experiment, state, tokens)
+        report = {name: value for name, value in vars(args).items() if name != "out"} | {"layers": layers}
+        write_config(directory, config.to_dict())
+        teacher.tokenizer.save(str(directory))
+        hand_on_origin(args.workdir, str(directory))
+        with contextlib.closing(Checkpoints(directory)) as checkpoints:
+            saved = {"step": state.step, "params": params, "projections": state.projections}
+            checkpoints.save(0, {name: tree for name, tree in saved.items() if not isinstance(tree, dict) or tree})
+        (directory / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
+    print(_summary(args.out, layers))
+    return report
+
+
+def read_passages(text: str, tokenizer: Tokenizer, count: int, context: int, seed: int) -> np.ndarray:
+    """[count, context] ids: stretches of different places of the documents, each as a document's beginning.
+
+    Raises UserError where the text has fewer.
+    """
+    begin = [tokenizer.bos_id] if tokenizer.adds_bos else []
+    size = context - len(begin)
+    passages = []
+    for document in open_corpus("text", text).documents(lambda _: None):
+        ids = encode_prompt(tokenizer, document.text)[len(begin) :]
+        passages += [begin + ids[start : start + size] for start in range(0, len(ids) - size + 1, size)]
+    if len(passages) < count:
+        raise UserError(
+            f"--text={text}: {len(passages)} passages of --context={context} tokens; --passages={count} are needed"
+        )
+    chosen = np.random.default_rng(seed).choice(len(passages), count, replace=False)
+    return np.array([passages[i] for i in chosen], np.int32)
+
+
+def _fit_layers(
+    args: argparse.Namespace, teacher: WorkdirModel, experiment: Experiment, state: TrainState, tokens: np.ndarray
+) -> tuple[dict, list[dict[str, Any]]]:
+    """(parameters with what was fitted, errors of every layer)."""
+    params = state.params
+    spec = experiment.network.spec
+    heldout = max(1, round(_HELDOUT_SHARE * len(tokens)))
+    keys = jax.random.split(jax.random.key(args.seed), spec.num_layers)
+    rows = []
+    teaching = teacher_layers(teacher.network.bind(teacher.params, teacher.projections), jnp.asarray(tokens))
+    student = experiment.network.bind(params, state.projections)
+    with tqdm.tqdm(total=spec.num_layers, unit="layer", mininterval=0.1 if sys.stderr.isatty() else 30.0) as bar:
+        for index, (kind, tensors) in enumerate(zip(spec.layer_kinds, teaching, strict=True)):
+            if kind not in EXACT_KINDS:
+                started = time.perf_counter()
+                mechanism = Mechanism.of(student.layer(index).attention.mechanism)
+                train, test = (
+                    jax.tree.map(lambda leaf, part=part: leaf[part], tensors)
+                    for part in (slice(heldout, None), slice(0, heldout))
+                )
+                trained = mechanism.trained
+                if args.transfer_steps and jax.tree.leaves(trained):
+                    options = {"steps": args.transfer_steps, "learning_rate": args.learning_rate}
+                    passages = min(_PASSAGES_A_STEP, len(train.q))
+                    trained = fit(mechanism, train, keys[index], passages=passages, **options)
+                    params = _with_layer(params, index, len(spec.pattern), nnx.to_pure_dict(trained))
+                rows.append(_errors(args, index, mechanism, trained, test, spec.attention))
+                rows[-1]["seconds"] = time.perf_counter() - started
+                bar.set_postfix(error=f"{np.mean(rows[-1]['after']):.3f}", refresh=False)
+            bar.update()
+    return params, rows
+
+
+def _errors(
+    args: argparse.Namespace, index: int, mechanism: Mechanism, trained: Any, test: LayerTensors, spec: Any
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"layer": index}
+    if args.window:
+        alone = Mechanism.of(MECHANISMS["window_only"](spec, index))
+        row["window_only"] = errors(alone, alone.trained, test).tolist()
+    row["before"] = errors(mechanism, mechanism.trained, test).tolist()
+    row["after"] = errors(mechanism, trained, test).tolist()
+    return row
+
+
+def _with_layer(params: dict, index: int, num_stacks: int, trained: dict) -> dict:
+    """`params` with one layer's mechanism replaced."""
+    row, place = divmod(index, num_stacks)
+    block = params[f"blocks_{place}"]
+    own = block["attention"]["mechanism"]
+    new = own | {name: own[name].at[row].set(value) for name, value in trained.items()}
+    return params | {f"blocks_{place}": block | {"attention": block["attention"] | {"mechanism": new}}}
+
+
+def _config(args: argparse.Namespace) -> ml_collections.ConfigDict:
+    try:
+        from configs import finetune
+    except ImportError as error:
+        raise UserError("configs/finetune.py is not there; start the command in a clone of the repository") from error
+    config = finetune.get_config(args.mechanism)
+    attention = config.model.attention
+    attention.num_features, attention.window, attention.num_sinks = args.num_features, args.window, args.num_sinks
+    config.init_from, config.sequence_length, config.seed = args.workdir, args.context, args.seed
+    config = inherit(config)
+    validate(config)
+    return config
+
+
+def _require_exact(workdir: str, teacher: WorkdirModel) -> None:
+    others = sorted(set(teacher.network.spec.layer_kinds) - set(EXACT_KINDS))
+    if others:
+        raise UserError(f"--workdir={workdir}: its layers are {', '.join(others)}; allowed: {', '.join(EXACT_KINDS)}")
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    for name, smallest in (("transfer_steps", 0), ("passages", 2), ("context", 2), ("num_features", 1), ("seed", 0)):
+        value = getattr(args, name)
+        if not smallest <= value < 2**31:
+            raise UserError(f"--{name}={value}: must be from {smallest} to {2**31 - 1}")
+    if not 0 < args.learning_rate < 1:
+        raise UserError(f"--learning_rate={args.learning_rate}: must be between 0 and 1")
+
+
+def _summary(out: str, layers: Sequence[dict[str, Any]]) -> str:
+    names = [name for name in ("window_only", "before", "after") if layers and name in layers[0]]
+    means = {name: np.mean([row[name] for row in layers]) for name in names}
+    shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in means.items())
+    return f"{out}: relative error of attention over {len(layers)} layers: {shown}"
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse_flags)

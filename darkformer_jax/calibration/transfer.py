@@ -1,0 +1,117 @@
+"""Attention transfer: a layer's mechanism learns to give what exact attention gives, from the same q, k and v."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from darkformer_jax.attention.spec import Geometry
+from darkformer_jax.model import Block, Transformer
+
+
+class LayerTensors(NamedTuple):
+    """What one layer's attention reads and gives on n passages of L tokens, one document each."""
+
+    q: Float[Array, "n l hq d"]
+    k: Float[Array, "n l hkv d"]
+    v: Float[Array, "n l hkv d"]
+    exact: Float[Array, "n l hq d"]
+
+
+class Mechanism(NamedTuple):
+    """A mechanism in parts: its structure, what transfer trains of it (M, learned projections), and the rest."""
+
+    graphdef: Any
+    trained: nnx.State
+    fixed: nnx.State
+
+    @classmethod
+    def of(cls, module: nnx.Module) -> "Mechanism":
+        parts: Any = nnx.split(module, Geometry, ...)
+        return cls(*parts)
+
+    def attend(self, trained: nnx.State, tensors: LayerTensors) -> Float[Array, "n l hq d"]:
+        """Its output for the passages, with `trained` in place of its own."""
+        module = nnx.merge(self.graphdef, trained, self.fixed)
+        segment_ids, positions = _one_document_each(tensors.q)
+        out, _ = module(tensors.q, tensors.k, tensors.v, segment_ids=segment_ids, positions=positions)
+        return out
+
+
+def teacher_layers(model: Transformer, tokens: Int[Array, "n l"]) -> Iterator[LayerTensors]:
+    """The exact model's attention on `tokens`, layer by layer; only one layer's tensors are made at a time."""
+    x = [model.embed(row[None]) for row in tokens]
+    for index in range(model.spec.num_layers):
+        graphdef, arrays = nnx.split(model.layer(index))
+        made = [_run_layer(graphdef, arrays, row) for row in x]
+        x = [after for _, after in made]
+        yield jax.tree.map(lambda *rows: jnp.concatenate(rows), *(tensors for tensors, _ in made))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_layer(graphdef: Any, arrays: nnx.State, x: Array) -> tuple[LayerTensors, Array]:
+    block: Block = nnx.merge(graphdef, arrays)
+    segment_ids, positions = _one_document_each(x)
+    q, k, v = block.attention.project(block.attention_norm(x), positions)
+    exact, _ = block.attention.mechanism(q, k, v, segment_ids=segment_ids, positions=positions)
+    after, _ = block(x, segment_ids, positions, None)
+    wide = (leaf.astype(jnp.float32) for leaf in (q, k, v, exact))
+    return LayerTensors(*wide), after
+
+
+@functools.partial(jax.jit, static_argnames=("steps", "passages", "learning_rate"))
+def fit(
+    mechanism: Mechanism, tensors: LayerTensors, key: Array, *, steps: int, passages: int, learning_rate: float
+) -> nnx.State:
+    """`trained` after `steps` of Adam on the mean over heads of |out - exact|^2 / |exact|^2.
+
+    Args:
+      mechanism: its `trained` is the start.
+      key: of the `passages` that each step draws.
+      learning_rate: at the first step; it falls to zero along a cosine.
+    """
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(learning_rate, max(steps, 1)))
+    )
+
+    def loss(trained: nnx.State, drawn: LayerTensors) -> Array:
+        return jnp.mean(_squared_errors(mechanism.attend(trained, drawn), drawn.exact))
+
+    def step(carry: tuple[nnx.State, Any], key: Array) -> tuple[tuple[nnx.State, Any], None]:
+        trained, state = carry
+        rows = jax.random.choice(key, tensors.q.shape[0], (passages,), replace=False)
+        gradients = jax.grad(loss)(trained, jax.tree.map(lambda leaf: leaf[rows], tensors))
+        updates, state = optimizer.update(gradients, state, trained)
+        return (optax.apply_updates(trained, updates), state), None
+
+    start = (mechanism.trained, optimizer.init(mechanism.trained))
+    (trained, _), _ = jax.lax.scan(step, start, jax.random.split(key, steps))
+    return trained
+
+
+@jax.jit
+def errors(mechanism: Mechanism, trained: nnx.State, tensors: LayerTensors) -> Float[Array, "hq"]:
+    """|out - exact| / |exact| of every head, norms over all passages, tokens and values."""
+    squared = [
+        _squared_errors(mechanism.attend(trained, passage), passage.exact, relative=False)
+        for passage in (jax.tree.map(lambda leaf, row=row: leaf[row][None], tensors) for row in range(len(tensors.q)))
+    ]
+    total = jnp.einsum("nlhd,nlhd->h", tensors.exact, tensors.exact)
+    return jnp.sqrt(jnp.sum(jnp.stack(squared), axis=0) / total)
+
+
+def _squared_errors(out: Array, exact: Array, relative: bool = True) -> Float[Array, "hq"]:
+    difference = out - exact
+    squared = jnp.einsum("nlhd,nlhd->h", difference, difference)
+    return squared / jnp.einsum("nlhd,nlhd->h", exact, exact) if relative else squared
+
+
+def _one_document_each(x: Array) -> tuple[Int[Array, "n l"], Int[Array, "n l"]]:
+    """(segment_ids, positions) of rows of x [n, l, ...]."""
+    shape = x.shape[:2]
+    return jnp.ones(shape, jnp.int32), jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)

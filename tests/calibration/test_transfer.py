@@ -1,0 +1,77 @@
+"""Attention transfer on tensors small enough to check by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from darkformer_jax.attention import MECHANISMS
+from darkformer_jax.calibration.transfer import LayerTensors, Mechanism, errors, fit, teacher_layers
+from darkformer_jax.config import model_spec
+from darkformer_jax.model import Network
+from tests.tiny_runs import tiny_config
+
+pytestmark = pytest.mark.standard_promotion  # optax
+
+
+def exact_network(**changes):
+    config = tiny_config(model__attention__kind="softmax", model__num_layers=3, **changes)
+    return Network.of(model_spec(config, 257))
+
+
+def test_the_teacher_runs_layer_by_layer_as_the_model_does():
+    network = exact_network(
+        model__attention__pattern="softmax_local,softmax",
+        model__attention__local_window=5,
+        model__post_norms=True,
+        model__num_kv_heads=1,
+        model__qk_norm=True,
+    )
+    model = network.bind(*network.init(jax.random.key(0)))
+    tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 257)
+    ones, positions = jnp.ones((2, 12), jnp.int32), jnp.tile(jnp.arange(12), (2, 1))
+    x = model.embed(tokens)
+    count = 0
+    for index, tensors in enumerate(teacher_layers(model, tokens)):
+        block = model.layer(index)
+        wanted = block.attention.project(block.attention_norm(x), positions)
+        for found, part in zip(tensors[:3], wanted, strict=True):
+            np.testing.assert_allclose(found, part, atol=1e-5)
+        itself = Mechanism.of(block.attention.mechanism)
+        assert np.max(errors(itself, itself.trained, tensors)) < 1e-6
+        x, _ = block(x, ones, positions, None)
+        count += 1
+    assert count == 3
+    np.testing.assert_allclose(model.final_norm(x), model.hidden(tokens, ones, positions)[0], atol=1e-5)
+
+
+def sharp_tensors(passages=6, length=48, heads=2):
+    """q and k of which a few directions are large, as in pretrained models, and what exact attention makes of them."""
+    keys = jax.random.split(jax.random.key(2), 3)
+    size = jnp.where(jnp.arange(8) < 2, 3.0, 0.3)
+    q, k, v = (jax.random.normal(key, (passages, length, heads, 8)) for key in keys)
+    network = exact_network()
+    exact = Mechanism.of(MECHANISMS["softmax"](network.spec.attention, 0))
+    tensors = LayerTensors(q * size[None, None, None], k * size[None, None, None], v, v)
+    return network.spec.attention, tensors._replace(exact=exact.attend(exact.trained, tensors))
+
+
+@pytest.mark.parametrize("kind", ["dark", "lfk"])
+def test_fitting_brings_attention_closer_on_passages_it_has_not_seen(kind):
+    spec, tensors = sharp_tensors()
+    train, test = (jax.tree.map(lambda leaf, part=part: leaf[part], tensors) for part in (slice(2, 6), slice(0, 2)))
+    mechanism = Mechanism.of(MECHANISMS[kind](spec, 0))
+    trained = fit(mechanism, train, jax.random.key(0), steps=60, passages=2, learning_rate=0.03)
+    before, after = (np.mean(errors(mechanism, state, test)) for state in (mechanism.trained, trained))
+    assert after < 0.95 * before
+    again = fit(mechanism, train, jax.random.key(0), steps=60, passages=2, learning_rate=0.03)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), trained, again))
+
+
+def test_the_error_is_relative_and_a_heads_own():
+    spec, tensors = sharp_tensors()
+    mechanism = Mechanism.of(MECHANISMS["performer"](spec, 0))
+    out = np.asarray(mechanism.attend(mechanism.trained, tensors), np.float64)
+    exact = np.asarray(tensors.exact, np.float64)
+    wanted = [np.linalg.norm((out - exact)[:, :, h]) / np.linalg.norm(exact[:, :, h]) for h in range(2)]
+    np.testing.assert_allclose(errors(mechanism, mechanism.trained, tensors), wanted, rtol=1e-5)

@@ -1,0 +1,113 @@
+"""The verb: an exact model in, the same model with fitted feature attention out, and one line for every mistake."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from darkformer_jax import calibrate, generate
+from darkformer_jax.workdir_model import load_model
+from tests.tiny_runs import run_commands, saved_arrays, tiny_config, write_text, write_workdir
+
+pytestmark = pytest.mark.standard_promotion  # the state of a checkpoint is made with its optimizer
+
+SMALL = ("--context=32", "--passages=10", "--transfer_steps=4", "--num_features=8", "--num_sinks=2")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("exact")
+    write_workdir(directory, tiny_config(model__attention__kind="softmax", model__num_layers=2))
+    (directory / "pretrained.json").write_text('{"model_type": "llama", "config": {"eos_token_id": 7}}')
+    return directory
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+def run(workdir, text, out, *flags):
+    given = ["calibrate", f"--workdir={workdir}", f"--text={text}", f"--out={out}", *SMALL, *flags]
+    return calibrate.main(calibrate._parse_flags(given))
+
+
+@pytest.fixture(scope="module")
+def fitted(workdir, text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("fitted") / "dark"
+    run(workdir, text, out)
+    return out
+
+
+def test_only_the_mechanisms_are_new(workdir, fitted):
+    before, after = saved_arrays(workdir), saved_arrays(fitted)
+    params = {name for name in before if name.startswith("['params']")}
+    assert all(before[name] == after[name] for name in params)
+    new = {name for name in after if name not in before}
+    assert new == {"['params']['blocks_0']['attention']['mechanism']['M']"} | {
+        name for name in after if name.startswith("['projections']")
+    }
+    assert not any("optimizer" in name for name in after)
+
+
+def test_the_new_workdir_is_one_like_any_other(fitted, capsys):
+    model = load_model(str(fitted))
+    assert model.network.spec.layer_kinds == ("dark", "dark") and model.ends == {7, 256}
+    attention = model.network.spec.attention
+    assert (attention.num_features, attention.window, attention.chunk_size, attention.num_sinks) == (8, 64, 64, 2)
+    m = np.asarray(model.params["blocks_0"]["attention"]["mechanism"]["M"])
+    assert m.shape == (2, 2, 8, 8) and np.isfinite(m).all()
+    generate.main(generate._parse_flags(["generate", f"--workdir={fitted}", "--prompt=def ", "--max_new_tokens=3"]))
+    assert capsys.readouterr().out.startswith("def ")
+
+
+def test_features_everywhere_are_fitted_and_reported(workdir, text, tmp_path, capsys):
+    """Without a window the passages are longer than what is exact: M has something to learn."""
+    run(workdir, text, tmp_path / "out", "--window=0", "--num_sinks=0", "--transfer_steps=40", "--learning_rate=0.03")
+    report = json.loads((tmp_path / "out/calibration.json").read_text())
+    assert [row["layer"] for row in report["layers"]] == [0, 1]
+    before, after = (np.mean([row[name] for row in report["layers"]]) for name in ("before", "after"))
+    assert after < before and len(report["layers"][0]["after"]) == 2
+    printed = capsys.readouterr().out
+    assert f"relative error of attention over 2 layers: before {before:.3f}, after {after:.3f}" in printed
+    m = np.asarray(load_model(str(tmp_path / "out")).params["blocks_0"]["attention"]["mechanism"]["M"])
+    assert (np.abs(m - np.eye(8)).max(axis=(1, 2, 3)) > 1e-3).all()  # both layers'
+
+
+def test_fine_tuning_goes_on_from_it(fitted, text, tmp_path):
+    sizes = {"batch_size": 4, "sequence_length": 32, "data.source": "text", "data.files": text, "eval.batch_size": 4}
+    flags = [f"--config.{name}={value}" for name, value in (sizes | {"optimizer.warmup_steps": 1}).items()]
+    arguments = "--config=configs/finetune.py:dark,m=8,sinks=2,steps=2"
+    (trained,) = run_commands(
+        [("train.py", [arguments, *flags, f"--config.init_from={fitted}", f"--workdir={tmp_path}/run"])]
+    )
+    assert trained.status == 0, trained.err
+    assert re.search(r"initialised (\d+) of \1 parameter arrays", trained.err), trained.err
+    assert re.search(r"and (\d+) of \1 arrays of projections", trained.err), trained.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--workdir={fitted}"], "its layers are dark; allowed: softmax, softmax_local"),
+        (["--passages=1000"], "passages of --context=32 tokens; --passages=1000 are needed"),
+        (["--window=7"], "model.attention.window = 7"),
+        (["--window=0"], "model.attention.num_sinks = 2"),
+        (["--passages=1"], "--passages=1: must be from 2 to"),
+        (["--learning_rate=0"], "--learning_rate=0.0: must be between 0 and 1"),
+        (["--mechanism=softmax"], "argument --mechanism: invalid choice: 'softmax'"),
+        (["--text={dir}/none.txt"], "no file matches"),
+        (["--out={dir}"], "{dir} is there already"),
+        (["--step=9"], "no checkpoint step 9 in"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(workdir, fitted, text, tmp_path, flags, message, capsys):
+    (tmp_path / "there").touch()
+    names = {"dir": tmp_path, "fitted": fitted}
+    with pytest.raises(SystemExit) as exit_:
+        run(workdir, text, tmp_path / "out", *(flag.format(**names) for flag in flags))
+    assert exit_.value.code == 2
+    printed = capsys.readouterr()
+    assert message.format(**names) in printed.err and printed.err.count("\n") == 1, printed.err
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
