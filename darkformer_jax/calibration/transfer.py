@@ -80,7 +80,8 @@ def fit(
     )
 
     def loss(trained: nnx.State, drawn: LayerTensors) -> Array:
-        return jnp.mean(_squared_errors(mechanism.attend(trained, drawn), drawn.exact))
+        difference = mechanism.attend(trained, drawn) - drawn.exact
+        return jnp.mean(_squared_norms(difference) / _squared_norms(drawn.exact))
 
     def step(carry: tuple[nnx.State, Any], key: Array) -> tuple[tuple[nnx.State, Any], None]:
         trained, state = carry
@@ -97,18 +98,17 @@ def fit(
 @jax.jit
 def errors(mechanism: Mechanism, trained: nnx.State, tensors: LayerTensors) -> Float[Array, "hq"]:
     """|out - exact| / |exact| of every head, norms over all passages, tokens and values."""
-    squared = [
-        _squared_errors(mechanism.attend(trained, passage), passage.exact, relative=False)
-        for passage in (jax.tree.map(lambda leaf, row=row: leaf[row][None], tensors) for row in range(len(tensors.q)))
-    ]
-    total = jnp.einsum("nlhd,nlhd->h", tensors.exact, tensors.exact)
-    return jnp.sqrt(jnp.sum(jnp.stack(squared), axis=0) / total)
+
+    def one_passage(passage: LayerTensors) -> Array:  # one at a time: exact windows of many would take much memory
+        passage = jax.tree.map(lambda leaf: leaf[None], passage)
+        return _squared_norms(mechanism.attend(trained, passage) - passage.exact)
+
+    squared = jnp.sum(jax.lax.map(one_passage, tensors), axis=0)
+    return jnp.sqrt(squared / _squared_norms(tensors.exact))
 
 
-def _squared_errors(out: Array, exact: Array, relative: bool = True) -> Float[Array, "hq"]:
-    difference = out - exact
-    squared = jnp.einsum("nlhd,nlhd->h", difference, difference)
-    return squared / jnp.einsum("nlhd,nlhd->h", exact, exact) if relative else squared
+def _squared_norms(x: Float[Array, "n l hq d"]) -> Float[Array, "hq"]:
+    return jnp.einsum("nlhd,nlhd->h", x, x)
 
 
 def _one_document_each(x: Array) -> tuple[Int[Array, "n l"], Int[Array, "n l"]]:
