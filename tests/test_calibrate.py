@@ -6,9 +6,13 @@ import re
 import numpy as np
 import pytest
 
+from configs import finetune
 from darkformer_jax import calibrate, generate
+from darkformer_jax.training.inherit import inherit
+from darkformer_jax.training.init_from import initialize_from
+from darkformer_jax.training.setup import Experiment
 from darkformer_jax.workdir_model import load_model
-from tests.tiny_runs import run_commands, saved_arrays, tiny_config, write_text, write_workdir
+from tests.tiny_runs import fresh_state, saved_arrays, tiny_config, write_text, write_workdir
 
 pytestmark = pytest.mark.standard_promotion  # the state of a checkpoint is made with its optimizer
 
@@ -75,16 +79,15 @@ def test_features_everywhere_are_fitted_and_reported(workdir, text, tmp_path, ca
     assert (np.abs(m - np.eye(8)).max(axis=(1, 2, 3)) > 1e-3).all()  # both layers'
 
 
-def test_fine_tuning_goes_on_from_it(fitted, text, tmp_path):
-    sizes = {"batch_size": 4, "sequence_length": 32, "data.source": "text", "data.files": text, "eval.batch_size": 4}
-    flags = [f"--config.{name}={value}" for name, value in (sizes | {"optimizer.warmup_steps": 1}).items()]
-    arguments = "--config=configs/finetune.py:dark,m=8,sinks=2,steps=2"
-    (trained,) = run_commands(
-        [("train.py", [arguments, *flags, f"--config.init_from={fitted}", f"--workdir={tmp_path}/run"])]
-    )
-    assert trained.status == 0, trained.err
-    assert re.search(r"initialised (\d+) of \1 parameter arrays", trained.err), trained.err
-    assert re.search(r"and (\d+) of \1 arrays of projections", trained.err), trained.err
+def test_fine_tuning_goes_on_from_it(fitted):
+    config = finetune.get_config("dark,m=8,sinks=2,context=32")
+    config.init_from = str(fitted)
+    experiment = Experiment.of(inherit(config), 257)
+    state, report = initialize_from(str(fitted), experiment, fresh_state(experiment))
+    assert re.search(r"initialised (\d+) of \1 parameter arrays", report) and "; new" not in report, report
+    assert re.search(r"and (\d+) of \1 arrays of projections", report), report
+    wanted = load_model(str(fitted)).params["blocks_0"]["attention"]["mechanism"]["M"]
+    np.testing.assert_array_equal(state.params["blocks_0"]["attention"]["mechanism"]["M"], wanted)
 
 
 @pytest.mark.parametrize(
