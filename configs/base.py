@@ -65,6 +65,8 @@ def get_config() -> ml_collections.ConfigDict:
     a.chunk_size = 128  # tokens a chunk of the linear scan
     a.window = 0  # tokens before the own chunk that are seen exactly; a multiple of chunk_size; 0 = features everywhere
     a.num_sinks = 0  # first tokens of a document that every query sees exactly; needs a window
+    a.window_kernel = "dark"  # of what is seen exactly: dark (what features estimate) | softmax (M left out)
+    a.far_gain = False  # a learned log gain a query head on all that is seen through features; needs a window
 
     d = c.data = ml_collections.ConfigDict()
     d.source = "stdlib"  # stdlib | text | news | array_record

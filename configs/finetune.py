@@ -14,9 +14,11 @@ models which alternate local and global layers keep the local ones; where all la
 all. Fields that then no layer has (model.attention.local_window, say) are set to none.
 
 Every query sees its own chunk of 64 tokens, the chunk before it and the first 4 tokens exactly, and the rest through
-64 random features: pretrained queries and keys are too large for features to estimate their products alone. M starts
-at the identity, so that what is seen exactly is seen as before, and learns faster than the weights, which need little
-change.
+64 random features: pretrained queries and keys are too large for features to estimate their products alone. What is
+seen exactly keeps the pretrained kernel, without M. M starts at half the identity, where the features' variance is
+small, and learns faster than the weights, which need little change. Fit it first with darkformer_jax.calibrate.
+
+window=0 leaves window and sinks out: features everywhere, the paper's form.
 """
 
 import ml_collections
@@ -57,6 +59,8 @@ def get_config(arguments: str = "dark") -> ml_collections.ConfigDict:
         a.chunk_size = 64
         a.window = 64
         a.num_sinks = 4
+        a.window_kernel = "softmax"
+        a.geometry_init = 0.5
     c.model.remat = "full"  # pretrained models are deep
 
     c.num_steps = 500
@@ -77,6 +81,10 @@ def get_config(arguments: str = "dark") -> ml_collections.ConfigDict:
     c.checkpoint.every = 100
     c.checkpoint.keep = 1  # of three times the model's float32 size each
     set_arguments(c, others, FIELDS, "configs/finetune.py")
+    if kind in WITH_WINDOW and not a.window:
+        a.window_kernel = "dark"
+        if not any(argument.startswith("sinks=") for argument in others):
+            a.num_sinks = 0
     return c
 
 

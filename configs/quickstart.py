@@ -16,13 +16,13 @@ def get_config() -> ml_collections.ConfigDict:
     """See above."""
     c = base.get_config()
     c.model.dtype = "float32"  # CPUs have no bfloat16 units
-    c.num_steps = 500
-    c.batch_size = 16
+    c.num_steps = 750
+    c.batch_size = 8
     c.sequence_length = 256
     c.data.tokenizer = "bpe:2048"
     c.model.attention.window = 32
     c.model.attention.chunk_size = 32
-    c.eval.every = 125
+    c.eval.every = 150
     c.eval.batches = 8
-    c.checkpoint.every = 125
+    c.checkpoint.every = 150
     return c

@@ -13,12 +13,14 @@ from darkformer_jax.attention.spec import AttentionSpec, pattern_kinds
 from darkformer_jax.errors import UserError
 from darkformer_jax.layers import ACTIVATIONS
 from darkformer_jax.model import REMAT_POLICIES, ModelSpec
+from darkformer_jax.ops.linear import WindowKernel
 from darkformer_jax.ops.projections import ProjectionKind
 from darkformer_jax.training.workdir import flat_fields
 
 SCHEDULES = ("cosine", "rsqrt", "constant")
 DTYPES = ("bfloat16", "float32")
-WINDOW_KINDS = ("performer", "dark", "lfk", "window_only")
+FEATURE_KINDS = ("performer", "dark", "lfk")
+WINDOW_KINDS = (*FEATURE_KINDS, "window_only")
 EXACT_KINDS = ("softmax", "softmax_local")
 
 _AT_LEAST_ONE = (
@@ -83,6 +85,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "model.rope_scaling": get_args(RopeScaling),
     "model.attention.kind": tuple(MECHANISMS),
     "model.attention.projections": get_args(ProjectionKind),
+    "model.attention.window_kernel": get_args(WindowKernel),
     "optimizer.schedule": SCHEDULES,
 }
 
@@ -130,6 +133,15 @@ def _validate_model(model: ml_collections.ConfigDict) -> None:
     _require(
         not attention.window or bool({*WINDOW_KINDS} & set(kinds)),
         f"model.attention.window = {attention.window}: none of {', '.join(kinds)} has a window; allowed: 0",
+    )
+    _require(
+        attention.window > 0 or attention.window_kernel == "dark",
+        f"model.attention.window_kernel = {attention.window_kernel!r} needs a window; model.attention.window = 0",
+    )
+    _require(
+        not attention.far_gain or (attention.window > 0 and bool({*FEATURE_KINDS} & set(kinds))),
+        f"model.attention.far_gain = {attention.far_gain} needs a window and one of {', '.join(FEATURE_KINDS)}; "
+        f"model.attention.window = {attention.window}, layers are {', '.join(kinds)}",
     )
     for kind in kinds:
         if kind in ("random", "constant"):
@@ -240,6 +252,8 @@ def model_spec(config: ml_collections.ConfigDict, tokenizer_vocab: int) -> Model
         query_scale=attention.query_scale,
         softcap=attention.softcap,
         local_window=attention.local_window,
+        window_kernel=attention.window_kernel,
+        far_gain=attention.far_gain,
     )
     return ModelSpec(
         vocab_size=model.vocab_size or tokenizer_vocab,

@@ -44,6 +44,7 @@ CHOICES = {
     "model.rope_scaling": "none, linear, llama3, yarn",
     "model.attention.kind": "softmax, softmax_local, performer, dark, lfk, random, constant, window_only",
     "model.attention.projections": "iid, orthogonal, orthogonal_unsigned",
+    "model.attention.window_kernel": "dark, softmax",
     "optimizer.schedule": "cosine, rsqrt, constant",
 }
 RULES = [
@@ -96,6 +97,12 @@ RULES = [
     ({"model.attention.window": 128, "model.attention.kind": "softmax"}, "window = 128: none of softmax has a window"),
     ({"model.attention.window": 128, "model.attention.kind": "constant"}, "window = 128"),
     ({"model.attention.window": 128, "model.attention.pattern": "dark,random"}, "128: 'random' does not look at q"),
+    ({"model.attention.window_kernel": "softmax"}, "model.attention.window_kernel = 'softmax' needs a window"),
+    ({"model.attention.far_gain": True}, "far_gain = True needs a window and one of performer"),
+    (
+        {"model.attention.far_gain": True, "model.attention.window": 128, "model.attention.kind": "window_only"},
+        "far_gain = True .*; model.attention.window = 128, layers are window_only",
+    ),
     ({"model.attention.kind": "window_only"}, "model.attention.window = 0: 'window_only' needs a window"),
     (
         {"model.attention.redraw_every": 5, "model.attention.kind": "lfk"},

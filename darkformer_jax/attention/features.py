@@ -1,5 +1,6 @@
 """The mechanisms that are one call of `dark_attention`: they differ in w, in M, and in what they show it of q and k."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +40,7 @@ class FeatureAttention(nnx.Module):
         self.spec = spec
         self.key_dim = spec.head_dim
         self.num_features = spec.num_features
+        self.log_gain = Geometry(jnp.zeros(spec.num_heads), axes=("heads",)) if spec.far_gain else None
 
     def inputs(self, q: Array, k: Array, positions: Array) -> Inputs:
         raise NotImplementedError
@@ -63,6 +65,8 @@ class FeatureAttention(nnx.Module):
             chunk_size=self.spec.chunk_size,
             window=self.spec.window,
             num_sinks=self.spec.num_sinks,
+            window_kernel=self.spec.window_kernel,
+            log_gain=None if self.log_gain is None else self.log_gain[...].astype(jnp.float32),
             state=state,
             return_state=state is not None,
         )
@@ -110,7 +114,7 @@ class WindowOnly(FeatureAttention):
     def __init__(self, spec: AttentionSpec, layer: int | Array) -> None:
         if not spec.window:
             raise UserError("model.attention.kind = 'window_only' needs model.attention.window > 0")
-        super().__init__(spec, layer)
+        super().__init__(dataclasses.replace(spec, far_gain=False), layer)
         self.num_features = 0
 
     def inputs(self, q: Array, k: Array, positions: Array) -> Inputs:

@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from darkformer_jax.ops.linear import WindowKernel
 from darkformer_jax.ops.projections import ProjectionKind
 
 
@@ -32,6 +33,8 @@ class AttentionSpec:
     query_scale: float = 0.0
     softcap: float = 0.0
     local_window: int = 0
+    window_kernel: WindowKernel = "dark"
+    far_gain: bool = False
 
 
 class Projection(nnx.Variable):
@@ -39,7 +42,7 @@ class Projection(nnx.Variable):
 
 
 class Geometry(nnx.Param):
-    """What shapes the kernel (M, or learned projections): trained at its own learning rate, without weight decay."""
+    """What shapes the kernel (M, learned projections, gains): trained at its own learning rate, without weight decay."""
 
 
 class Mechanism(Protocol):

@@ -1,14 +1,22 @@
 """`dark_attention`: random-feature linear attention with a learned geometry, for use in any JAX model."""
 
 import functools
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from darkformer_jax.errors import UserError
-from darkformer_jax.ops.linear import Tokens, last_nonzero, shift_window, step_features, step_window
+from darkformer_jax.ops.linear import (
+    KernelArrays,
+    Tokens,
+    WindowKernel,
+    last_nonzero,
+    shift_window,
+    step_features,
+    step_window,
+)
 from darkformer_jax.ops.scan import SUM_AXES, TOKEN_AXES, Heads, scan_features, scan_window
 from darkformer_jax.ops.state import HEAD_AXES, AttentionState, empty_state
 
@@ -26,6 +34,8 @@ def dark_attention(
     chunk_size: int = 128,
     window: int = 0,
     num_sinks: int = 0,
+    window_kernel: WindowKernel = "dark",
+    log_gain: Float[Array, "hq"] | None = None,
     state: AttentionState | None = None,
     return_state: bool = False,
 ) -> Any:
@@ -52,6 +62,9 @@ def dark_attention(
       chunk_size: tokens that are treated at once. With a window it also defines what is exact.
       window: 0 for features everywhere, else a multiple of chunk_size.
       num_sinks: needs a window.
+      window_kernel: what the window and the sinks are seen through: "dark", the kernel that the features estimate, or
+        "softmax", exp(scale q^T k), which pretrained weights expect; it needs a window.
+      log_gain: per query head, added to the logarithm of everything that is seen through features; needs a window.
       state: continues the sequences that `state` has seen; the options must be those it was made with.
       return_state: also returns the state after the last token. Padding at the end leaves no trace in it.
 
@@ -65,7 +78,9 @@ def dark_attention(
         scale = q.shape[-1] ** -0.5
     _check_shapes(q, k, v, segment_ids)
     _check_options(q, causal, chunk_size, window, num_sinks, state, return_state)
-    projections, geometry = _per_head(projections, geometry, k, window)
+    _check_window_options(q, window, window_kernel, log_gain)
+    arrays = _per_head(projections, geometry, log_gain, k, window)
+    num_features = arrays.projections.shape[-2]
     batch, length, num_heads, dim = q.shape
     num_kv_heads, value_dim = v.shape[2:]
     if segment_ids is not None:
@@ -75,13 +90,11 @@ def dark_attention(
         q, k, v = (jnp.where(real, x, 0) for x in (q, k, v))
     resumed = state is not None
     if state is None:
-        state = init_state(
-            batch, num_kv_heads, dim, value_dim, projections.shape[-2], q.dtype, chunk_size, window, num_sinks
-        )
-    elif state.far.values.shape[1:] != (num_kv_heads, projections.shape[-2], value_dim):
+        state = init_state(batch, num_kv_heads, dim, value_dim, num_features, q.dtype, chunk_size, window, num_sinks)
+    elif state.far.values.shape[1:] != (num_kv_heads, num_features, value_dim):
         raise UserError(
             f"the state was made for [kv heads, features, value size] = {state.far.values.shape[1:]}; "
-            f"these inputs have {(num_kv_heads, projections.shape[-2], value_dim)}"
+            f"these inputs have {(num_kv_heads, num_features, value_dim)}"
         )
     if segment_ids is None:  # all in the document that the state is in
         last_segment = jnp.maximum(state.last_segment, 1)
@@ -95,7 +108,7 @@ def dark_attention(
     state = state._replace(last_segment=last_segment, document_length=document_length)
     grouped = q.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, dim)
     tokens = Tokens(grouped, k, v, segment_ids, positions)
-    heads = Heads(projections, geometry, scale)
+    heads = Heads(arrays, scale, window_kernel)
 
     if resumed and length == 1:
         step = functools.partial(step_window, chunk_size=chunk_size) if window else step_features
@@ -213,9 +226,22 @@ def _check_options(
         raise UserError(f"the state was made for another batch or num_sinks than {q.shape[0]} and {num_sinks}")
 
 
-def _per_head(projections: Array | None, geometry: Array | None, k: Array, window: int) -> tuple[Array, Array | None]:
-    """Projections [Hkv, m, r] (m = 0 for None) and geometry [Hkv, r, d] or None."""
+def _check_window_options(q: Array, window: int, window_kernel: str, log_gain: Array | None) -> None:
+    if window_kernel not in get_args(WindowKernel):
+        raise UserError(f"window_kernel = {window_kernel!r}: allowed: {', '.join(get_args(WindowKernel))}")
+    if not window and (window_kernel != "dark" or log_gain is not None):
+        raise UserError("window_kernel and log_gain set what is seen exactly off from the rest: they need window > 0")
+    if log_gain is not None and log_gain.shape != q.shape[2:3]:
+        raise UserError(f"log_gain has shape {log_gain.shape}; expected one number a query head, {q.shape[2:3]}")
+
+
+def _per_head(
+    projections: Array | None, geometry: Array | None, log_gain: Array | None, k: Array, window: int
+) -> KernelArrays:
+    """Projections [Hkv, m, r] (m = 0 for None), geometry [Hkv, r, d] and gains [Hkv, g] or None."""
     num_kv_heads, dim = k.shape[2:]
+    if log_gain is not None:
+        log_gain = log_gain.reshape(num_kv_heads, -1)
     if geometry is not None:
         if geometry.shape[-1] != dim or geometry.ndim not in (2, 3):
             raise UserError(f"geometry has shape {geometry.shape}; expected [r, {dim}] or [{num_kv_heads}, r, {dim}]")
@@ -226,11 +252,12 @@ def _per_head(projections: Array | None, geometry: Array | None, k: Array, windo
     if projections is None:
         if not window:
             raise UserError("projections=None leaves only the window to attend to: it needs window > 0")
-        return jnp.zeros((num_kv_heads, 0, rank), jnp.float32), geometry
+        return KernelArrays(jnp.zeros((num_kv_heads, 0, rank), jnp.float32), geometry, log_gain)
     if projections.shape[-1] != rank or projections.ndim not in (2, 3) or not projections.shape[-2]:
         raise UserError(
             f"projections have shape {projections.shape}; expected [m, {rank}] or [{num_kv_heads}, m, {rank}]"
         )
     if projections.ndim == 3 and projections.shape[0] not in (1, num_kv_heads):
         raise UserError(f"projections are for {projections.shape[0]} heads; there are {num_kv_heads} key/value heads")
-    return jnp.broadcast_to(projections, (num_kv_heads, *projections.shape[-2:])), geometry
+    projections = jnp.broadcast_to(projections, (num_kv_heads, *projections.shape[-2:]))
+    return KernelArrays(projections, geometry, log_gain)

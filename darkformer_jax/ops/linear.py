@@ -12,7 +12,7 @@ estimator everywhere); with one it is the exact log kernel + log m, which meets 
 """
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,25 +30,35 @@ from darkformer_jax.ops.state import NEG, AttentionState, FarState, Recent, Sink
 HEADROOM = 36.0
 LOG_FLOOR = -45.0
 
+WindowKernel = Literal["dark", "softmax"]
+
+
+class KernelArrays(NamedTuple):
+    """The arrays of an estimator; those of all key/value heads have the heads in front."""
+
+    projections: Float[Array, "*hkv m r"]  # w; m = 0: nothing but the window is seen
+    geometry: Float[Array, "*hkv r d"] | None = None  # M; None is the identity
+    log_gain: Float[Array, "*hkv g"] | None = None  # of each query head, on everything that is seen through features
+
 
 class Kernel(NamedTuple):
-    """What defines one head's estimator: w [m, r] (m = 0: nothing but the window is seen), M [r, d] and the scale."""
+    """One head's estimator."""
 
-    projections: Float[Array, "m r"]
-    geometry: Float[Array, "r d"] | None
+    arrays: KernelArrays
     scale: float
+    window_kernel: WindowKernel = "dark"
 
     def log_features(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch m"]:
         """l_i(x)."""
-        return log_positive_features(x, self.projections, self.geometry, self.scale)
+        return log_positive_features(x, self.arrays.projections, self.arrays.geometry, self.scale)
 
     def log_kernel(self, q: Float[Array, "n g d"], k: Float[Array, "t d"]) -> Float[Array, "n g t"]:
-        """scale q^T M^T M k + log m."""
-        point = apply_geometry(q, self.geometry)
-        if self.geometry is not None:
-            point = apply_geometry(point, self.geometry.T)
+        """scale q^T M^T M k + log m; `window_kernel` "softmax" has the identity in the place of M."""
+        point, geometry = q, self.arrays.geometry if self.window_kernel == "dark" else None
+        if geometry is not None:
+            point = apply_geometry(apply_geometry(q, geometry), geometry.T)
         dots = matmul("ngd,td->ngt", point, k, q.dtype)
-        return self.scale * dots + math.log(max(self.projections.shape[0], 1))
+        return self.scale * dots + math.log(max(self.arrays.projections.shape[0], 1))
 
 
 class Sums(NamedTuple):
@@ -159,8 +169,10 @@ def last_nonzero(segments: Int[Array, "n"]) -> Int[Array, ""]:
 def read_far(
     kernel: Kernel, queries: Array, segments: Array, far: FarState, log_q: Array | None = None
 ) -> Float[Array, "n g m"]:
-    """a_i = l_i(q) + c_i, invisible to queries of another segment."""
+    """a_i = l_i(q) + c_i (+ the head's log gain), invisible to queries of another segment."""
     log_q = kernel.log_features(queries) if log_q is None else log_q
+    if kernel.arrays.log_gain is not None:
+        log_q = log_q + kernel.arrays.log_gain.astype(log_q.dtype)[None, :, None]
     reads = (segments == far.segment) & (segments != 0)
     return jnp.where(reads[:, None, None], log_q + far.key_max[None, None, :], NEG)
 

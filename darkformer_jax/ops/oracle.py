@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from darkformer_jax.ops.features import log_positive_features
+from darkformer_jax.ops.linear import WindowKernel
 
 
 def exact_mask(segment_ids: Int[Array, "n"], *, chunk_size: int, window: int, num_sinks: int) -> Bool[Array, "n n"]:
@@ -30,6 +31,8 @@ def dark_attention_oracle(
     chunk_size: int = 128,
     window: int = 0,
     num_sinks: int = 0,
+    window_kernel: WindowKernel = "dark",
+    log_gain: Float[Array, "hq"] | None = None,
 ) -> Float[Array, "b n hq dv"]:
     """What `dark_attention` computes, from its definition: logsumexp over features, softmax over keys.
 
@@ -39,8 +42,8 @@ def dark_attention_oracle(
     length, group = q.shape[1], q.shape[2] // k.shape[2]
     ids = jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
 
-    def one_head(q: Array, k: Array, v: Array, w: Array | None, m: Array | None, ids: Array) -> Array:
-        point_q, point_k = (q, k) if m is None else (q @ m.T, k @ m.T)
+    def one_head(q: Array, k: Array, v: Array, gain: Array, w: Array | None, m: Array | None, ids: Array) -> Array:
+        point_q, point_k = (q, k) if m is None or window_kernel == "softmax" else (q @ m.T, k @ m.T)
         exact = scale * point_q @ point_k.T
         visible = (ids[:, None] == ids[None, :]) & (ids != 0)[None, :]
         if causal:
@@ -56,13 +59,15 @@ def dark_attention_oracle(
             def row(log_query: Array) -> Array:
                 return jax.nn.logsumexp(log_query[None, :] + log_k, axis=-1) - jnp.log(w.shape[0])
 
-            logits = jnp.where(near, exact, jax.lax.map(row, log_q))
+            logits = jnp.where(near, exact, gain + jax.lax.map(row, log_q))
         any_visible = jnp.any(visible, axis=1, keepdims=True)
         weights = jax.nn.softmax(jnp.where(visible | ~any_visible, logits, -jnp.inf), axis=-1)
         return jnp.where(any_visible, weights @ v, 0)
 
-    over_heads = jax.vmap(one_head, in_axes=(1, 1, 1, 0, 0, None), out_axes=1)
-    over_group = jax.vmap(over_heads, in_axes=(2, None, None, None, None, None), out_axes=2)
+    over_heads = jax.vmap(one_head, in_axes=(1, 1, 1, 0, 0, 0, None), out_axes=1)
+    over_group = jax.vmap(over_heads, in_axes=(2, None, None, 1, None, None, None), out_axes=2)
     grouped = q.reshape(*q.shape[:2], k.shape[2], group, q.shape[3])
-    out = jax.vmap(over_group, in_axes=(0, 0, 0, None, None, 0))(grouped, k, v, projections, geometry, ids)
+    gain = (jnp.zeros(q.shape[2], q.dtype) if log_gain is None else log_gain).reshape(k.shape[2], group)
+    over_batch = jax.vmap(over_group, in_axes=(0, 0, 0, None, None, None, 0))
+    out = over_batch(grouped, k, v, gain, projections, geometry, ids)
     return out.reshape(*q.shape[:3], v.shape[-1])

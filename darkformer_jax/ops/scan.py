@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from darkformer_jax.ops.linear import (
     Kernel,
+    KernelArrays,
     Sums,
     Tokens,
+    WindowKernel,
     chunk_features,
     chunk_window,
     fold,
@@ -43,19 +45,19 @@ _recompute = functools.partial(jax.checkpoint, prevent_cse=False)
 class Heads(NamedTuple):
     """The kernels of all key/value heads."""
 
-    projections: Float[Array, "hkv m r"]
-    geometry: Float[Array, "hkv r d"] | None
+    arrays: KernelArrays
     scale: float
+    window_kernel: WindowKernel = "dark"
 
     def map(self, function: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: Any) -> Callable[..., Any]:
         """`function(kernel, *args)` of one head and sequence, over heads at the given axes and the batch in front."""
 
-        def one_head(projections: Array, geometry: Array | None, *args: Any) -> Any:
-            return function(Kernel(projections, geometry, self.scale), *args)
+        def one_head(arrays: KernelArrays, *args: Any) -> Any:
+            return function(Kernel(arrays, self.scale, self.window_kernel), *args)
 
-        heads = jax.vmap(one_head, in_axes=(0, 0, *in_axes), out_axes=out_axes)
-        batch = jax.vmap(heads, in_axes=(None, None, *(0 for _ in in_axes)))
-        return lambda *args: batch(self.projections, self.geometry, *args)
+        heads = jax.vmap(one_head, in_axes=(0, *in_axes), out_axes=out_axes)
+        batch = jax.vmap(heads, in_axes=(None, *(0 for _ in in_axes)))
+        return lambda *args: batch(self.arrays, *args)
 
 
 def scan_features(

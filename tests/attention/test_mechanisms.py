@@ -27,12 +27,14 @@ SPEC = AttentionSpec(
     seed=3,
 )
 HYBRID = dataclasses.replace(SPEC, window=8, num_sinks=2)
+CONVERTED = dataclasses.replace(HYBRID, window_kernel="softmax", far_gain=True)
 LOCAL = dataclasses.replace(SPEC, local_window=7, softcap=2.0, query_scale=0.6)
 PURE = ("softmax", "performer", "dark", "lfk", "random", "constant")
 ALL = (
     [(kind, SPEC) for kind in PURE]
     + [("softmax_local", LOCAL)]
     + [(kind, HYBRID) for kind in ("performer", "dark", "lfk", "window_only")]
+    + [("dark", CONVERTED)]
 )
 LENGTH = 40
 
@@ -225,6 +227,20 @@ def test_window_only_is_masked_softmax():
     q, k, v = (x[0].astype(np.float64).transpose(1, 0, 2) for x in (Q, K.repeat(2, axis=2), V.repeat(2, axis=2)))
     weights = np.exp(q @ k.transpose(0, 2, 1) / np.sqrt(8)) * seen
     assert_close(out[0].transpose(1, 0, 2), weights @ v / weights.sum(-1, keepdims=True))
+
+
+def test_a_far_part_without_gain_leaves_the_pretrained_window():
+    alone, _ = make("window_only", HYBRID)[1](Q, K, V, ONE, POSITIONS)
+    mechanism, _ = make("dark", CONVERTED)
+    assert isinstance(mechanism.log_gain, Geometry) and mechanism.log_gain.shape == (4,)
+
+    def difference(gain):
+        mechanism.log_gain[...] = jnp.full(4, gain)
+        out, _ = mechanism(Q, K, V, segment_ids=ONE, positions=POSITIONS)
+        return np.max(np.abs(out - alone))
+
+    assert difference(-1e4) < 1e-5
+    assert difference(0.0) > 1e-2
 
 
 @pytest.mark.parametrize("kind", ["random", "constant"])
