@@ -42,7 +42,7 @@ class Projection(nnx.Variable):
 
 
 class Geometry(nnx.Param):
-    """What shapes the kernel (M, learned projections, gains): trained at its own learning rate, without weight decay."""
+    """What shapes the kernel (M, learned projections, gain): trained at its own learning rate, without weight decay."""
 
 
 class Mechanism(Protocol):
