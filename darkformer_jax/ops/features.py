@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from darkformer_jax.errors import UserError
+
 
 def accumulator_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     """What sums, logits and states of inputs of `dtype` are kept in: float32, or float64 for float64."""
@@ -34,6 +36,7 @@ def log_positive_features(
     projections: Float[Array, "m r"],
     geometry: Float[Array, "r d"] | None = None,
     scale: float = 1.0,
+    log_weights: Float[Array, "m"] | None = None,
 ) -> Float[Array, "*batch m"]:
     """l_i(x) = sqrt(scale) w_i . M x - scale |M x|^2 / 2, so that E_w[exp(l_i(q) + l_i(k))] = exp(scale q^T M^T M k).
 
@@ -45,9 +48,14 @@ def log_positive_features(
       projections: w, rows drawn from N(0, I_r); see `draw_projections`.
       geometry: M, or None for the identity (the softmax kernel: Performer).
       scale: of the logits; softmax attention has d^-0.5.
+      log_weights: added to l_i(x), where w is not drawn from N(0, I): half the log importance weight of each w_i; see
+        `proposals.transform_projections`.
 
     Returns:
       float32 (float64 for float64 x). The matmul operands have x's dtype.
+
+    Raises:
+      UserError: where log_weights are not one for each row of projections.
     """
     point = apply_geometry(x, geometry)
     projected = matmul("...r,mr->...m", point, projections, x.dtype)
@@ -55,4 +63,9 @@ def log_positive_features(
     # (einsum, because XLA's CPU backend is several times slower on the sum of a product.)
     point = point.astype(accumulator_dtype(x.dtype))
     squared_norm = jnp.einsum("...r,...r->...", point, point, precision=jax.lax.Precision.HIGHEST)[..., None]
-    return scale**0.5 * projected - 0.5 * scale * squared_norm
+    log_features = scale**0.5 * projected - 0.5 * scale * squared_norm
+    if log_weights is None:
+        return log_features
+    if log_weights.shape != projections.shape[:1]:
+        raise UserError(f"log_weights have shape {log_weights.shape}; expected {projections.shape[:1]}")
+    return log_features + jnp.expand_dims(log_weights.astype(log_features.dtype), tuple(range(log_features.ndim - 1)))
