@@ -62,6 +62,7 @@ def get_config() -> ml_collections.ConfigDict:
     a.projections = "orthogonal"  # iid | orthogonal | orthogonal_unsigned (biased; reproduces public Performer codes)
     a.redraw_every = 0  # optimizer steps between redraws of the projections; 0 = never
     a.geometry_init = 1.0  # M starts as this times the identity; 1 is Performer
+    a.learn_projections = False  # dark: w is trained beside M (lfk: in its place), and then estimates no kernel
     a.chunk_size = 128  # tokens a chunk of the linear scan
     a.window = 0  # tokens before the own chunk that are seen exactly; a multiple of chunk_size; 0 = features everywhere
     a.num_sinks = 0  # first tokens of a document that every query sees exactly; needs a window

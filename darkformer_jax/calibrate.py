@@ -5,9 +5,10 @@
 
 Layer by layer, the geometry M (of `lfk`: the projections) learns to give what exact attention gives from the same q, k
 and v (attention transfer); nothing else of the model changes. The new workdir serves generate, evaluate and init_from
-like any other. A fifth of the passages is not trained on; on it the relative error of attention is reported,
-|out - exact| / |exact|, mean over heads: of the window alone, before and after. calibration.json in the new workdir
-has every head's.
+like any other. What is seen exactly keeps the pretrained kernel. The relative error of attention is reported,
+|out - exact| / |exact|, mean over heads: of the window alone, before and after, on passages that are not trained on: a
+fifth, or those of --test_text. calibration.json in the new workdir has every head's, moments.npz the first and second
+moments of every layer's q and k.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from absl import app
 from flax import nnx
 
 from darkformer_jax.attention import MECHANISMS
+from darkformer_jax.calibration.moments import Moments
 from darkformer_jax.calibration.transfer import LayerTensors, Mechanism, errors, fit, teacher_layers
 from darkformer_jax.command_line import Parser, one_line_errors
 from darkformer_jax.config import EXACT_KINDS, validate
@@ -45,6 +47,7 @@ from darkformer_jax.workdir_model import WorkdirModel, load_model
 
 KINDS = ("dark", "lfk", "performer", "window_only")
 REPORT_FILE = "calibration.json"
+MOMENTS_FILE = "moments.npz"
 
 _HELDOUT_SHARE = 0.2
 _PASSAGES_A_STEP = 4
@@ -57,13 +60,17 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--text", required=True, help="globs of .txt, .md, .jsonl files, or directories; see evaluate")
     parser.add_argument("--out", required=True, help="workdir to write; must be empty or not exist")
     parser.add_argument("--mechanism", default="dark", choices=KINDS, help="that takes the exact one's place")
+    parser.add_argument("--test_text", default="", help="like --text; the errors are then of passages of this text")
     parser.add_argument("--transfer_steps", type=int, default=200, help="of each layer; 0 = fit nothing (default: 200)")
-    parser.add_argument("--learning_rate", type=float, default=3e-3, help="of transfer (default: 3e-3)")
+    parser.add_argument("--learning_rate", type=float, default=1e-2, help="of transfer (default: 1e-2)")
     parser.add_argument("--passages", type=int, default=20, help="of --context tokens that are read (default: 20)")
     parser.add_argument("--context", type=int, default=1024, help="tokens a passage (default: 1024)")
     parser.add_argument("--num_features", type=int, default=64, help="m, a head (default: 64)")
     parser.add_argument("--window", type=int, default=64, help="tokens before a query's chunk seen exactly; 0 = none")
     parser.add_argument("--num_sinks", type=int, default=4, help="first tokens seen exactly (default: 4)")
+    parser.add_argument("--geometry_init", type=float, default=0.5, help="M starts as this times I (default: 0.5)")
+    parser.add_argument("--far_gain", action="store_true", help="learn a gain a head on what features see")
+    parser.add_argument("--learn_projections", action="store_true", help="of dark: learn w beside M")
     parser.add_argument("--seed", type=int, default=0, help="of projections and passages (default: 0)")
     return parser.parse_args(argv[1:])
 
@@ -81,12 +88,12 @@ def calibrate(args: argparse.Namespace) -> dict[str, Any]:
         teacher = load_model(args.workdir, args.step)
         _require_exact(args.workdir, teacher)
         config = _config(args)
-        tokens = read_passages(args.text, teacher.tokenizer, args.passages, args.context, args.seed)
+        tokens, num_test = _passages(args, teacher.tokenizer)
         experiment = Experiment.of(config, teacher.tokenizer.vocab_size)
         params, projections = jax.jit(experiment.network.init)(jax.random.key(args.seed))
         state = TrainState(jnp.zeros((), jnp.int32), params, projections, ())
         state, _ = initialize_from(args.workdir, experiment, state)
-        params, layers = _fit_layers(args, teacher, experiment, state, tokens)
+        params, layers, moments = _fit_layers(args, teacher, experiment, state, tokens, num_test)
         report = {name: value for name, value in vars(args).items() if name != "out"} | {"layers": layers}
         write_config(directory, config.to_dict())
         teacher.tokenizer.save(str(directory))
@@ -94,9 +101,20 @@ def calibrate(args: argparse.Namespace) -> dict[str, Any]:
         with contextlib.closing(Checkpoints(directory)) as checkpoints:
             saved = {"step": state.step, "params": params, "projections": state.projections}
             checkpoints.save(0, {name: tree for name, tree in saved.items() if not isinstance(tree, dict) or tree})
+        moments.save(directory / MOMENTS_FILE)
         (directory / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
     print(_summary(args.out, layers))
     return report
+
+
+def _passages(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
+    """All passages, and how many in front are for the errors alone."""
+    num_test = max(1, round(_HELDOUT_SHARE * args.passages))
+    passages = read_passages(args.text, tokenizer, args.passages, args.context, args.seed)
+    if not args.test_text:
+        return passages, num_test
+    test = read_passages(args.test_text, tokenizer, num_test, args.context, args.seed)
+    return np.concatenate([test, passages]), num_test
 
 
 def read_passages(text: str, tokenizer: Tokenizer, count: int, context: int, seed: int) -> np.ndarray:
@@ -112,31 +130,36 @@ def read_passages(text: str, tokenizer: Tokenizer, count: int, context: int, see
         passages += [begin + ids[start : start + size] for start in range(0, len(ids) - size + 1, size)]
     if len(passages) < count:
         raise UserError(
-            f"--text={text}: {len(passages)} passages of --context={context} tokens; --passages={count} are needed"
+            f"{text}: {len(passages)} passages of --context={context} tokens; {count} are needed (--passages)"
         )
     chosen = np.random.default_rng(seed).choice(len(passages), count, replace=False)
     return np.array([passages[i] for i in chosen], np.int32)
 
 
 def _fit_layers(
-    args: argparse.Namespace, teacher: WorkdirModel, experiment: Experiment, state: TrainState, tokens: np.ndarray
-) -> tuple[dict, list[dict[str, Any]]]:
-    """(parameters with what was fitted, errors of every layer)."""
+    args: argparse.Namespace,
+    teacher: WorkdirModel,
+    experiment: Experiment,
+    state: TrainState,
+    tokens: np.ndarray,
+    num_test: int,
+) -> tuple[dict, list[dict[str, Any]], Moments]:
+    """(parameters with what was fitted, errors of every layer that was replaced, moments of every layer)."""
     params = state.params
     spec = experiment.network.spec
-    heldout = max(1, round(_HELDOUT_SHARE * len(tokens)))
     keys = jax.random.split(jax.random.key(args.seed), spec.num_layers)
-    rows = []
+    rows, moments = [], []
     teaching = teacher_layers(teacher.network.bind(teacher.params, teacher.projections), jnp.asarray(tokens))
     student = experiment.network.bind(params, state.projections)
     with tqdm.tqdm(total=spec.num_layers, unit="layer", mininterval=0.1 if sys.stderr.isatty() else 30.0) as bar:
         for index, (kind, tensors) in enumerate(zip(spec.layer_kinds, teaching, strict=True)):
+            moments.append(Moments.of(tensors.q, tensors.k))
             if kind not in EXACT_KINDS:
                 started = time.perf_counter()
                 mechanism = Mechanism.of(student.layer(index).attention.mechanism)
                 train, test = (
                     jax.tree.map(lambda leaf, part=part: leaf[part], tensors)
-                    for part in (slice(heldout, None), slice(0, heldout))
+                    for part in (slice(num_test, None), slice(0, num_test))
                 )
                 trained = mechanism.trained
                 if args.transfer_steps and jax.tree.leaves(trained):
@@ -148,7 +171,7 @@ def _fit_layers(
                 rows[-1]["seconds"] = time.perf_counter() - started
                 bar.set_postfix(error=f"{np.mean(rows[-1]['after']):.3f}", refresh=False)
             bar.update()
-    return params, rows
+    return params, rows, Moments.stack(moments)
 
 
 def _errors(
@@ -180,6 +203,9 @@ def _config(args: argparse.Namespace) -> ml_collections.ConfigDict:
     config = finetune.get_config(args.mechanism)
     attention = config.model.attention
     attention.num_features, attention.window, attention.num_sinks = args.num_features, args.window, args.num_sinks
+    attention.window_kernel = "softmax" if args.window else "dark"
+    attention.geometry_init = args.geometry_init
+    attention.far_gain, attention.learn_projections = args.far_gain, args.learn_projections
     config.init_from, config.sequence_length, config.seed = args.workdir, args.context, args.seed
     config = inherit(config)
     validate(config)

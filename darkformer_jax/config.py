@@ -154,6 +154,14 @@ def _validate_model(model: ml_collections.ConfigDict) -> None:
         not attention.redraw_every or bool({"performer", "dark", "random"} & set(kinds)),
         f"model.attention.redraw_every = {attention.redraw_every}, but {', '.join(kinds)} has no random projections",
     )
+    _require(
+        not attention.learn_projections or "dark" in kinds,
+        f"model.attention.learn_projections = True: none of {', '.join(kinds)} is dark; allowed: False",
+    )
+    _require(
+        not (attention.learn_projections and attention.redraw_every),
+        f"model.attention.redraw_every = {attention.redraw_every} with learn_projections = True; allowed: 0",
+    )
 
 
 def _validate_rope(model: ml_collections.ConfigDict, kinds: tuple[str, ...]) -> None:
@@ -254,6 +262,7 @@ def model_spec(config: ml_collections.ConfigDict, tokenizer_vocab: int) -> Model
         local_window=attention.local_window,
         window_kernel=attention.window_kernel,
         far_gain=attention.far_gain,
+        learn_projections=attention.learn_projections,
     )
     return ModelSpec(
         vocab_size=model.vocab_size or tokenizer_vocab,

@@ -8,6 +8,7 @@ import pytest
 
 from configs import finetune
 from darkformer_jax import calibrate, generate
+from darkformer_jax.calibration.moments import Moments
 from darkformer_jax.training.inherit import inherit
 from darkformer_jax.training.init_from import initialize_from
 from darkformer_jax.training.setup import Experiment
@@ -76,7 +77,24 @@ def test_features_everywhere_are_fitted_and_reported(workdir, text, tmp_path, ca
     printed = capsys.readouterr().out
     assert f"relative error of attention over 2 layers: before {before:.3f}, after {after:.3f}" in printed
     m = np.asarray(load_model(str(tmp_path / "out")).params["blocks_0"]["attention"]["mechanism"]["M"])
-    assert (np.abs(m - np.eye(8)).max(axis=(1, 2, 3)) > 1e-3).all()  # both layers'
+    assert (np.abs(m - 0.5 * np.eye(8)).max(axis=(1, 2, 3)) > 1e-3).all()  # both layers'
+
+
+def test_errors_of_another_text_and_moments_of_both(workdir, text, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("".join(f"{i} is not {i * i}. " for i in range(200)))
+    options = ("--transfer_steps=2", "--learn_projections", "--far_gain", "--window=64")
+    run(workdir, text, tmp_path / "own", *options)
+    run(workdir, text, tmp_path / "other", f"--test_text={other}", *options)
+    (own, moments), (others, both) = (
+        (json.loads((tmp_path / name / "calibration.json").read_text()), Moments.load(tmp_path / name / "moments.npz"))
+        for name in ("own", "other")
+    )
+    assert moments.tokens.tolist() == [10 * 32] * 2 and both.tokens.tolist() == [12 * 32] * 2
+    assert moments.second_k.shape == (2, 2, 8, 8)
+    assert own["layers"][0]["before"] != others["layers"][0]["before"]
+    mechanism = load_model(str(tmp_path / "other")).params["blocks_0"]["attention"]["mechanism"]
+    assert set(mechanism) == {"M", "projections", "log_gain"}
 
 
 def test_fine_tuning_goes_on_from_it(fitted):
@@ -94,7 +112,10 @@ def test_fine_tuning_goes_on_from_it(fitted):
     ("flags", "message"),
     [
         (["--workdir={fitted}"], "its layers are dark; allowed: softmax, softmax_local"),
-        (["--passages=1000"], "passages of --context=32 tokens; --passages=1000 are needed"),
+        (["--passages=1000"], "passages of --context=32 tokens; 1000 are needed (--passages)"),
+        (["--test_text={dir}/none.txt"], "no file matches"),
+        (["--learn_projections", "--mechanism=lfk"], "none of lfk is dark; allowed: False"),
+        (["--far_gain", "--window=0", "--num_sinks=0"], "far_gain = True needs a window"),
         (["--window=7"], "model.attention.window = 7"),
         (["--window=0"], "model.attention.num_sinks = 2"),
         (["--passages=1"], "--passages=1: must be from 2 to"),

@@ -103,6 +103,11 @@ RULES = [
         {"model.attention.far_gain": True, "model.attention.window": 128, "model.attention.kind": "window_only"},
         "far_gain = True .*; model.attention.window = 128, layers are window_only",
     ),
+    ({"model.attention.learn_projections": True, "model.attention.kind": "lfk"}, "none of lfk is dark; allowed: False"),
+    (
+        {"model.attention.learn_projections": True, "model.attention.redraw_every": 5},
+        "redraw_every = 5 with learn_projections = True; allowed: 0",
+    ),
     ({"model.attention.kind": "window_only"}, "model.attention.window = 0: 'window_only' needs a window"),
     (
         {"model.attention.redraw_every": 5, "model.attention.kind": "lfk"},

@@ -85,10 +85,15 @@ class Performer(FeatureAttention):
 
 
 class Dark(Performer):
-    """exp(q^T M^T M k), M learned per key/value head and shared by its queries (Farzam et al., arXiv 2603.04127)."""
+    """exp(q^T M^T M k), M learned per key/value head and shared by its queries (Farzam et al., arXiv 2603.04127).
+
+    With `learn_projections` w is trained as well, and the features estimate no kernel any more.
+    """
 
     def __init__(self, spec: AttentionSpec, layer: int | Array) -> None:
         super().__init__(spec, layer)
+        if spec.learn_projections:
+            self.projections = Geometry(self.projections[...], axes=("kv_heads", None, None))
         identity = jnp.eye(spec.head_dim, dtype=jnp.float32)
         start = jnp.tile(spec.geometry_init * identity, (spec.num_kv_heads, 1, 1))
         self.M = Geometry(start, axes=("kv_heads", None, None))

@@ -35,6 +35,7 @@ class AttentionSpec:
     local_window: int = 0
     window_kernel: WindowKernel = "dark"
     far_gain: bool = False
+    learn_projections: bool = False
 
 
 class Projection(nnx.Variable):

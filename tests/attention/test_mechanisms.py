@@ -208,11 +208,12 @@ def test_lfk_starts_as_performer_and_learns_its_projections():
 
 
 def test_what_is_learned_and_what_is_only_stored():
-    def variables(kind):
-        mechanism = MECHANISMS[kind](HYBRID if kind == "window_only" else SPEC, 0)
+    def variables(kind, **changes):
+        mechanism = MECHANISMS[kind](dataclasses.replace(HYBRID if kind == "window_only" else SPEC, **changes), 0)
         return {path[-1]: type(leaf) for path, leaf in nnx.to_flat_state(nnx.state(mechanism))}
 
     assert variables("dark") == {"projections": Projection, "M": Geometry}
+    assert variables("dark", learn_projections=True) == {"projections": Geometry, "M": Geometry}
     assert variables("performer") == {"projections": Projection}
     assert variables("lfk") == {"projections": Geometry}
     assert all(issubclass(kind, Projection) for kind in variables("random").values())
