@@ -5,8 +5,8 @@
     python train.py --config=configs/finetune.py:softmax --config.init_from=runs/smollm2 --workdir=runs/smollm2-exact
 
 The first argument is the mechanism (default: dark); others follow it: m (random features a head), window, chunk and
-context (tokens), sinks, batch (sequences a step), lr and geometry_lr (peak learning rates), steps, seed. As in
-configs/ablation.py any other field is overridden by its name.
+context (tokens), sinks, init (M starts as this times the identity), batch (sequences a step), lr and geometry_lr (peak
+learning rates), steps, seed. As in configs/ablation.py any other field is overridden by its name.
 
 Sizes, positions, norms and the tokenizer are those of `init_from`: fields that are None here are filled from its
 config.json, and stand in this run's own. The mechanism takes the place of every layer's but `softmax_local`'s, so that
@@ -31,6 +31,7 @@ FIELDS = {
     "m": ("model.attention.num_features", int),
     "window": ("model.attention.window", int),
     "chunk": ("model.attention.chunk_size", int),
+    "init": ("model.attention.geometry_init", float),
     "sinks": ("model.attention.num_sinks", int),
     "context": ("sequence_length", int),
     "batch": ("batch_size", int),

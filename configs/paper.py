@@ -1,0 +1,36 @@
+"""The paper's experiments at a size that two CPU cores can do: from scratch, and from exactly pretrained weights.
+
+    python train.py --config=configs/paper.py:pretrain --workdir=runs/paper/pretrained
+    python train.py --config=configs/paper.py:dark --config.init_from=runs/paper/pretrained --workdir=runs/paper/dark
+    python train.py --config=configs/paper.py:dark,window=32 --config.init_from=runs/paper/pretrained --workdir=...
+
+1.1 M parameters, rows of 256 tokens of the Python standard library (a BPE of 2,048). `pretrain` is the exact model. Any
+other first argument is the mechanism that goes on from `init_from`, with the arguments of configs/finetune.py after it:
+window=0 (the default here) is the paper's form, features everywhere; window=32 the hybrid. See benchmarks/paper.py.
+"""
+
+import ml_collections
+
+from configs import finetune, quickstart
+from configs.arguments import set_arguments
+
+PRETRAIN_FIELDS = {"steps": finetune.FIELDS["steps"], "lr": finetune.FIELDS["lr"], "seed": finetune.FIELDS["seed"]}
+FINE_TUNING = ("window=0", "chunk=32", "context=256", "batch=8", "steps=150", "lr=1e-3", "geometry_lr=3e-3")
+
+
+def get_config(arguments: str = "dark") -> ml_collections.ConfigDict:
+    """`arguments`: pretrain or a mechanism, then comma-separated name=value."""
+    kind, *others = arguments.split(",")
+    if kind == "pretrain":
+        c = quickstart.get_config()
+        c.model.attention.kind = "softmax"
+        c.model.attention.window = 0
+        set_arguments(c, others, PRETRAIN_FIELDS, "configs/paper.py:pretrain")
+        return c
+    c = finetune.get_config(",".join([kind, *FINE_TUNING, *others]))
+    c.model.dtype = "float32"
+    c.model.remat = "none"
+    c.optimizer.warmup_steps = min(20, c.num_steps // 4)
+    c.eval.every = 50
+    c.checkpoint.every = 0
+    return c
