@@ -78,7 +78,7 @@ class Performer(FeatureAttention):
 
     def __init__(self, spec: AttentionSpec, layer: int | Array) -> None:
         super().__init__(spec, layer)
-        self.projections = Projection(draw_layer(spec, layer, 0), axes=("kv_heads", None, None))
+        self.projections: Projection | Geometry = Projection(draw_layer(spec, layer, 0), axes=("kv_heads", None, None))
 
     def inputs(self, q: Array, k: Array, positions: Array) -> Inputs:
         return Inputs(q, k, self.projections[...].astype(jnp.float32), None)

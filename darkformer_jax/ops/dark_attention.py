@@ -35,6 +35,7 @@ def dark_attention(
     window: int = 0,
     num_sinks: int = 0,
     window_kernel: WindowKernel = "dark",
+    log_weights: Float[Array, "*hkv m"] | None = None,
     log_gain: Float[Array, "hq"] | None = None,
     state: AttentionState | None = None,
     return_state: bool = False,
@@ -64,6 +65,8 @@ def dark_attention(
       num_sinks: needs a window.
       window_kernel: what the window and the sinks are seen through: "dark", the kernel that the features estimate, or
         "softmax", exp(scale q^T k), which pretrained weights expect; it needs a window.
+      log_weights: half of the importance weight of each projection that was not drawn from N(0, I); see
+        `ops.proposals.transform_projections`.
       log_gain: per query head, added to the logarithm of everything that is seen through features; needs a window.
       state: continues the sequences that `state` has seen; the options must be those it was made with.
       return_state: also returns the state after the last token. Padding at the end leaves no trace in it.
@@ -79,7 +82,7 @@ def dark_attention(
     _check_shapes(q, k, v, segment_ids)
     _check_options(q, causal, chunk_size, window, num_sinks, state, return_state)
     _check_window_options(q, window, window_kernel, log_gain)
-    arrays = _per_head(projections, geometry, log_gain, k, window)
+    arrays = _per_head(projections, geometry, log_weights, log_gain, k, window)
     num_features = arrays.projections.shape[-2]
     batch, length, num_heads, dim = q.shape
     num_kv_heads, value_dim = v.shape[2:]
@@ -236,9 +239,14 @@ def _check_window_options(q: Array, window: int, window_kernel: str, log_gain: A
 
 
 def _per_head(
-    projections: Array | None, geometry: Array | None, log_gain: Array | None, k: Array, window: int
+    projections: Array | None,
+    geometry: Array | None,
+    log_weights: Array | None,
+    log_gain: Array | None,
+    k: Array,
+    window: int,
 ) -> KernelArrays:
-    """Projections [Hkv, m, r] (m = 0 for None), geometry [Hkv, r, d] and gains [Hkv, g] or None."""
+    """Projections [Hkv, m, r] (m = 0 for None), and geometry [Hkv, r, d], weights [Hkv, m], gains [Hkv, g] or None."""
     num_kv_heads, dim = k.shape[2:]
     if log_gain is not None:
         log_gain = log_gain.reshape(num_kv_heads, -1)
@@ -252,12 +260,18 @@ def _per_head(
     if projections is None:
         if not window:
             raise UserError("projections=None leaves only the window to attend to: it needs window > 0")
-        return KernelArrays(jnp.zeros((num_kv_heads, 0, rank), jnp.float32), geometry, log_gain)
+        if log_weights is not None:
+            raise UserError("log_weights are of projections; projections=None")
+        return KernelArrays(jnp.zeros((num_kv_heads, 0, rank), jnp.float32), geometry, None, log_gain)
     if projections.shape[-1] != rank or projections.ndim not in (2, 3) or not projections.shape[-2]:
         raise UserError(
             f"projections have shape {projections.shape}; expected [m, {rank}] or [{num_kv_heads}, m, {rank}]"
         )
     if projections.ndim == 3 and projections.shape[0] not in (1, num_kv_heads):
         raise UserError(f"projections are for {projections.shape[0]} heads; there are {num_kv_heads} key/value heads")
+    if log_weights is not None:
+        if log_weights.shape != projections.shape[:-1]:
+            raise UserError(f"log_weights have shape {log_weights.shape}; expected {projections.shape[:-1]}")
+        log_weights = jnp.broadcast_to(log_weights, (num_kv_heads, log_weights.shape[-1]))
     projections = jnp.broadcast_to(projections, (num_kv_heads, *projections.shape[-2:]))
-    return KernelArrays(projections, geometry, log_gain)
+    return KernelArrays(projections, geometry, log_weights, log_gain)

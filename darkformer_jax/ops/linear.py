@@ -38,6 +38,7 @@ class KernelArrays(NamedTuple):
 
     projections: Float[Array, "*hkv m r"]  # w; m = 0: nothing but the window is seen
     geometry: Float[Array, "*hkv r d"] | None = None  # M; None is the identity
+    log_weights: Float[Array, "*hkv m"] | None = None  # of w that was not drawn from N(0, I)
     log_gain: Float[Array, "*hkv g"] | None = None  # of each query head, on everything that is seen through features
 
 
@@ -50,7 +51,8 @@ class Kernel(NamedTuple):
 
     def log_features(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch m"]:
         """l_i(x)."""
-        return log_positive_features(x, self.arrays.projections, self.arrays.geometry, self.scale)
+        w, geometry, log_weights, _ = self.arrays
+        return log_positive_features(x, w, geometry, self.scale, log_weights)
 
     def log_kernel(self, q: Float[Array, "n g d"], k: Float[Array, "t d"]) -> Float[Array, "n g t"]:
         """scale q^T M^T M k + log m; `window_kernel` "softmax" has the identity in the place of M."""

@@ -7,6 +7,8 @@ from jaxtyping import Array, Bool, Float, Int
 from darkformer_jax.ops.features import log_positive_features
 from darkformer_jax.ops.linear import WindowKernel
 
+_Kernel = tuple[Array | None, Array | None, Array | None]  # w, M, log_weights
+
 
 def exact_mask(segment_ids: Int[Array, "n"], *, chunk_size: int, window: int, num_sinks: int) -> Bool[Array, "n n"]:
     """Which keys a query sees through the exact kernel: own chunk, `window` tokens before it, sinks of its document."""
@@ -32,6 +34,7 @@ def dark_attention_oracle(
     window: int = 0,
     num_sinks: int = 0,
     window_kernel: WindowKernel = "dark",
+    log_weights: Float[Array, "hkv m"] | None = None,
     log_gain: Float[Array, "hq"] | None = None,
 ) -> Float[Array, "b n hq dv"]:
     """What `dark_attention` computes, from its definition: logsumexp over features, softmax over keys.
@@ -42,7 +45,8 @@ def dark_attention_oracle(
     length, group = q.shape[1], q.shape[2] // k.shape[2]
     ids = jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
 
-    def one_head(q: Array, k: Array, v: Array, gain: Array, w: Array | None, m: Array | None, ids: Array) -> Array:
+    def one_head(q: Array, k: Array, v: Array, gain: Array, kernel: _Kernel, ids: Array) -> Array:
+        w, m, log_weights = kernel
         point_q, point_k = (q, k) if m is None or window_kernel == "softmax" else (q @ m.T, k @ m.T)
         exact = scale * point_q @ point_k.T
         visible = (ids[:, None] == ids[None, :]) & (ids != 0)[None, :]
@@ -53,8 +57,8 @@ def dark_attention_oracle(
         if w is None:
             logits = jnp.where(near, exact, -jnp.inf)
         else:
-            log_q = log_positive_features(q, w, m, scale)
-            log_k = log_positive_features(k, w, m, scale)
+            log_q = log_positive_features(q, w, m, scale, log_weights)
+            log_k = log_positive_features(k, w, m, scale, log_weights)
 
             def row(log_query: Array) -> Array:
                 return jax.nn.logsumexp(log_query[None, :] + log_k, axis=-1) - jnp.log(w.shape[0])
@@ -64,10 +68,10 @@ def dark_attention_oracle(
         weights = jax.nn.softmax(jnp.where(visible | ~any_visible, logits, -jnp.inf), axis=-1)
         return jnp.where(any_visible, weights @ v, 0)
 
-    over_heads = jax.vmap(one_head, in_axes=(1, 1, 1, 0, 0, 0, None), out_axes=1)
-    over_group = jax.vmap(over_heads, in_axes=(2, None, None, 1, None, None, None), out_axes=2)
+    over_heads = jax.vmap(one_head, in_axes=(1, 1, 1, 0, 0, None), out_axes=1)
+    over_group = jax.vmap(over_heads, in_axes=(2, None, None, 1, None, None), out_axes=2)
     grouped = q.reshape(*q.shape[:2], k.shape[2], group, q.shape[3])
     gain = (jnp.zeros(q.shape[2], q.dtype) if log_gain is None else log_gain).reshape(k.shape[2], group)
-    over_batch = jax.vmap(over_group, in_axes=(0, 0, 0, None, None, None, 0))
-    out = over_batch(grouped, k, v, gain, projections, geometry, ids)
+    over_batch = jax.vmap(over_group, in_axes=(0, 0, 0, None, None, 0))
+    out = over_batch(grouped, k, v, gain, (projections, geometry, log_weights), ids)
     return out.reshape(*q.shape[:3], v.shape[-1])

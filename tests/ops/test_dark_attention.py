@@ -14,6 +14,7 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.ops.dark_attention import init_state
 from darkformer_jax.ops.features import log_positive_features
 from darkformer_jax.ops.oracle import dark_attention_oracle
+from darkformer_jax.ops.proposals import transform_projections
 
 PURE = {"chunk_size": 16}
 HYBRID = {"chunk_size": 16, "window": 16, "num_sinks": 3}
@@ -187,6 +188,21 @@ def test_scale_low_rank_geometry_and_shared_projections():
     assert_rows_close(attend(low, chunk_size=16, scale=0.4), want, 1e-4)
     identity = x._replace(M=np.stack([np.eye(16, dtype=np.float32)] * 2))
     assert_rows_close(attend(x._replace(M=None), chunk_size=16), oracle(identity, chunk_size=16, scale=0.25), 1e-4)
+
+
+@pytest.mark.parametrize("options", [PURE, HYBRID])
+def test_projections_of_another_law_with_their_weights(options):
+    x = draw(60, heads=(4, 2))
+    covariance = np.stack([np.diag(np.linspace(0.7, 2.0, 16, dtype=np.float32))] * 2)
+    w, log_weights = transform_projections(x.w, covariance)
+    x = x._replace(w=np.asarray(w))
+    weighted = functools.partial(dark_attention, log_weights=log_weights)
+    with jax.enable_x64(True):
+        wide = np.asarray(log_weights, np.float64)
+        definition = functools.partial(dark_attention_oracle, log_weights=wide)
+        want = np.asarray(_jitted(definition, False, tuple(options.items()))(widen(x), None))
+    assert_rows_close(_jitted(weighted, False, tuple(options.items()))(x, None), want, 1e-4)
+    assert np.max(np.abs(attend(x, **options) - want)) > 1e-2
 
 
 def test_without_projections_only_window_and_sinks_are_seen():
@@ -471,6 +487,7 @@ BAD_INPUTS = [
     ({"window_kernel": "softmax"}, "they need window > 0"),
     ({"log_gain": np.zeros(4, np.float32)}, "they need window > 0"),
     ({"log_gain": np.zeros(2, np.float32), **HYBRID}, r"log_gain has shape \(2,\); expected .* \(4,\)"),
+    ({"log_weights": np.zeros((2, 31), np.float32)}, r"log_weights have shape \(2, 31\); expected \(2, 32\)"),
     ({"window_kernel": "exact", **HYBRID}, "window_kernel = 'exact': allowed: dark, softmax"),
     ({"causal": False, **HYBRID}, "causal=False works with features everywhere"),
     ({"causal": False, "return_state": True}, "causal=False works with features everywhere"),
