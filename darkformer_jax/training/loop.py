@@ -225,6 +225,7 @@ class _Log:
         metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
         for name in ("loss", "grad_norm"):
             if not math.isfinite(metrics[name]):
+                self._writer.write(step, metrics)  # as null: without it, the file is that of a run that was stopped
                 raise self._run.diverged(step, f"{name} is {metrics[name]}")
         self._steps += 1
         config = self._run.experiment.config

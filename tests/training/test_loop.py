@@ -225,7 +225,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(
         run(config, str(tmp_path / "run"))
     assert Checkpoints(tmp_path / "run").latest_good_step() == 3
     assert Checkpoints(tmp_path / "run").committed_steps() == [3]
-    assert [line["step"] for line in metrics_without_time(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    lines = metrics_without_time(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["loss"] is None for line in lines] == [False] * 5 + [True]  # what tells it from a run that was stopped
 
 
 def test_a_step_between_saves_that_is_not_finite_is_named_too(tmp_path, text, monkeypatch):

@@ -1,0 +1,365 @@
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from configs import ablation
+from darkformer_jax import report
+from darkformer_jax.errors import UserError
+from darkformer_jax.reporting.comparison import closed_share
+from darkformer_jax.reporting.page import Bullets, Page, Paragraph, Section, Table, as_html, as_markdown
+from darkformer_jax.reporting.rows import Mean
+from darkformer_jax.reporting.settings import settings_of
+from tests.tiny_runs import tiny_config, write_workdir
+
+STEPS = 20
+FINGERPRINT = "f" * 64
+
+
+def write_run(workdir, loss, arguments="", last_step=STEPS, fingerprint=FINGERPRINT, broken=None, init_from=""):
+    """A workdir as training leaves it, with a held-out loss of our choice and made-up curves before it."""
+    config = ablation.get_config(f"steps={STEPS},{arguments}".rstrip(","))
+    config.init_from = init_from
+    workdir.mkdir(parents=True)
+    (workdir / "config.json").write_text(json.dumps(config.to_dict()))
+    (workdir / "data.json").write_text(json.dumps({"fingerprint": fingerprint}))
+    lines = [{"step": step, "loss": loss + 2 / step, "grad_norm": 1.0} for step in range(1, last_step + 1)]
+    lines.append({"step": STEPS // 2, "heldout_loss": loss + 1, "heldout_bits_per_byte": 1.0, "heldout_accuracy": 0.1})
+    if last_step == STEPS:
+        figures = {"heldout_bits_per_byte": loss / math.log(2), "heldout_accuracy": 1 - loss / 8}
+        lines.append({"step": STEPS, "heldout_loss": loss, **figures, "heldout_tokens": 12345})
+    if broken:
+        lines.append({"step": last_step + 1, "loss": None, "grad_norm": 1.0})
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def run_report(runs, out):
+    return report.report(report._parse_flags(["report", f"--runs={runs}", f"--out={out}"]))
+
+
+# Losses by seed, and what must come of them, worked out by hand.
+EXACT, PERFORMER, DARK = {0: 2.0, 1: 2.1, 2: 2.2}, {0: 3.0, 1: 3.3, 2: 3.0}, {0: 2.5, 1: 2.6, 2: 2.7}
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    for kind, losses in (("softmax", EXACT), ("performer", PERFORMER), ("dark", DARK)):
+        for seed, loss in losses.items():
+            write_run(root / f"{kind}-{seed}", loss, f"attention={kind},seed={seed}")
+    write_run(root / "constant", 3.5, "attention=constant")
+    write_run(root / "dark-fast", 2.9, "attention=dark,lr=0.01")
+    write_run(root / "dark-m", 2.45, "attention=dark,m=128")
+    write_run(root / "dark-hot", 4.0, "attention=dark,lr=0.1", last_step=12, broken=True)
+    write_run(root / "dark-nan", 2.5, "attention=dark,seed=5", last_step=7, broken=True)
+    write_run(root / "stopped", 2.4, "attention=dark,seed=3", last_step=15)
+    write_run(root / "<b>_&|_", 2.8, "attention=dark,seed=4", last_step=14)
+    out = root.parent / "out" / "page"
+    return run_report(f"{root}/*", out), out, root
+
+
+def test_rows_hold_hand_computed_means_and_standard_errors(reported):
+    result, out, _ = reported
+    rows = {
+        (row["settings"]["mechanism"], row["settings"].get("optimizer.learning_rate")): row
+        for row in result["rows"][:3]
+    }
+    assert len(result["rows"]) == 6
+    softmax = rows["softmax", 0.003]
+    assert [run["seed"] for run in softmax["runs"]] == [0, 1, 2]
+    assert softmax["heldout_loss"]["mean"] == pytest.approx(2.1)
+    assert softmax["heldout_loss"]["standard_error"] == pytest.approx(0.1 / math.sqrt(3))
+    assert softmax["heldout_bits_per_byte"]["mean"] == pytest.approx(2.1 / math.log(2))
+    assert softmax["heldout_accuracy"]["mean"] == pytest.approx(1 - 2.1 / 8)
+    text = (out / "report.md").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("| softmax (exact) |"))
+    assert line.endswith("| 3 | 0 | 2.1000 ± 0.0577 | 3.0297 ± 0.0833 | (73.75 ± 0.72)% |")
+    assert re.search(r"\| constant \(control\) \|.*\| 1 \| 0 \| 3\.5000 \| 5\.0494 \| 56\.25% \|", text)
+    assert (
+        "All rows, where their mechanism has it: window 0, learning rate of M 0.0003, steps 20, tokens 81,920." in text
+    )
+    dark = next(row for row in result["rows"] if row["diverged"])
+    assert dark["settings"]["mechanism"] == "dark" and dark["diverged"] == 1 and len(dark["runs"]) == 3
+
+
+def test_the_share_of_the_gap_and_its_paired_standard_error(reported):
+    result, out, _ = reported
+    same, *_ = [c for c in result["comparisons"] if c["with"] == "performer" and not c["each_at_best_learning_rate"]]
+    # p - e = 1.0, 1.2, 0.8; p - d = 0.5, 0.7, 0.3: share 0.5; p - d - 0.5 (p - e) = 0, 0.1, -0.1: sd 0.1
+    assert same["share"] == {
+        "mean": pytest.approx(0.5),
+        "standard_error": pytest.approx(0.1 / math.sqrt(3)),
+        "shared_seeds": 3,
+    }
+    assert same["difference"]["mean"] == pytest.approx(-0.5)
+    assert same["difference"]["standard_error"] == pytest.approx(0.2 / math.sqrt(3))
+    assert same["gap"]["mean"] == pytest.approx(1.0)
+    text = (out / "report.md").read_text()
+    assert "DARK is better than Performer (-0.5000 ± 0.1155 in held-out loss, 3 shared seeds)" in text
+    assert "that it closes: (50 ± 6)%" in text
+
+
+def test_the_share_without_shared_seeds_and_without_a_gap():
+    share = closed_share({0: 2.0, 1: 2.2}, {2: 3.0, 3: 3.2}, {4: 2.5, 5: 2.9})
+    # means 2.1, 3.1, 2.7: share 0.4 of a gap of 1; standard errors 0.1, 0.1, 0.2
+    assert share.num_shared == 0 and share.value.mean == pytest.approx(0.4)
+    assert share.value.error == pytest.approx(math.sqrt(0.04**2 + 0.06**2 + 0.2**2))
+    assert closed_share({0: 2.0}, {0: 3.0}, {0: 2.5}).value == Mean(0.5, None)
+    assert closed_share({0: 3.0}, {0: 3.0}, {0: 2.5}) is None
+
+
+def test_a_dark_that_is_not_better_is_called_that(tmp_path):
+    for kind, loss in (("softmax", 2.0), ("performer", 3.0), ("dark", 3.1)):
+        write_run(tmp_path / kind, loss, f"attention={kind}")
+    write_run(tmp_path / "another-budget", 1.0, "attention=performer,m=8")
+    result = run_report(f"{tmp_path}/*", tmp_path / "out")
+    assert len(result["comparisons"]) == 1  # not with other m
+    assert result["comparisons"][0]["share"] == {"mean": pytest.approx(-0.1), "standard_error": None, "shared_seeds": 1}
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "DARK is not better than Performer (+0.1000 in held-out loss, 1 shared seed)" in text
+
+
+def test_hybrids_are_compared_with_the_window_alone_at_the_same_window(tmp_path):
+    for kind, loss, window in (("window_only", 2.0, 64), ("window_only", 1.0, 128), ("dark", 2.2, 64)):
+        write_run(tmp_path / f"{kind}-{window}", loss, f"attention={kind},window={window}")
+    result = run_report(f"{tmp_path}/*", tmp_path / "out")
+    (c,) = result["comparisons"]
+    assert c["with"] == "window_only" and c["difference"]["mean"] == pytest.approx(0.2)
+    assert "DARK is not better than the window alone" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_unfinished_and_diverged_runs_are_named_with_the_reason(reported):
+    result, out, root = reported
+    left_out = {entry["workdir"]: entry["reason"] for entry in result["left_out"]}
+    assert left_out == {
+        f"{root}/dark-nan": f"diverged: loss was not finite at step 8 of {STEPS}",
+        f"{root}/dark-hot": f"diverged: loss was not finite at step 13 of {STEPS}",
+        f"{root}/stopped": f"unfinished: step 15 of {STEPS}, no last evaluation",
+        f"{root}/<b>_&|_": f"unfinished: step 14 of {STEPS}, no last evaluation",
+    }
+    text = (out / "report.md").read_text()
+    assert "Crosses: learning rates at which a run diverged." in text
+    assert "16 workdirs: 12 reached their last step, 2 diverged, 2 did not" in text
+
+
+def test_pictures_are_there_and_drawn(reported):
+    from matplotlib.image import imread
+
+    _, out, _ = reported
+    files = {path.name for path in out.iterdir()}
+    pictures = {"loss_curves_1.png", "learning_rates.png", "features.png"}
+    assert files == {*pictures, "report.md", "report.html", "results.json"}
+    for name in pictures:
+        assert len(np.unique(imread(out / name)[::4, ::4, :3].sum(axis=-1))) > 20
+        assert f"]({name})" in (out / "report.md").read_text()
+
+
+class Links(HTMLParser):
+    """Every address that a page asks for, and every element."""
+
+    def __init__(self):
+        super().__init__()
+        self.addresses, self.tags, self.text = [], [], ""
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href", "srcset", "data", "action")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_asks_for_nothing_and_escapes_names(reported):
+    _, out, root = reported
+    html = (out / "report.html").read_text()
+    links = Links()
+    links.feed(html)
+    assert links.addresses and all(address.startswith("data:") for address in links.addresses)
+    assert links.tags.count("img") == 3 and "script" not in links.tags and "b" not in links.tags
+    assert f"{root}/<b>_&|_: unfinished" in links.text
+    assert "@import" not in html and "url(" not in html and "prefers-color-scheme: dark" in html
+    assert "default-src 'none'" in html
+
+
+def test_markdown_and_html_of_every_block():
+    page = Page(
+        "a_b *c*", [Section("", [Paragraph("x|y\n"), Bullets(["_z_", "<i>"]), Table(["h", "n"], [["a|b", "1"]])])]
+    )
+    assert as_markdown(page) == (
+        "# a_b \\*c\\*\n\nx\\|y\\\\n\n\n* \\_z\\_\n* \\<i\\>\n\n| h | n |\n| --- | ---: |\n| a\\|b | 1 |\n"
+    )
+    html = as_html(page, lambda file: b"")
+    assert "<li>&lt;i&gt;</li>" in html and '<td class="number">1</td>' in html and "<p>x|y\\n</p>" in html
+
+
+def test_settings_are_the_fields_that_the_mechanism_uses():
+    def settings(arguments, **changes):
+        config = ablation.get_config(arguments)
+        config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+        return settings_of(config.to_dict(), "run")
+
+    assert settings("attention=dark,seed=1") == settings("attention=dark", log__every=5, mesh__data=2, data__files="x")
+    assert settings("attention=performer,geometry_lr=1") == settings("attention=performer")
+    assert settings("attention=softmax,m=8,sinks=3") == settings("attention=softmax")
+    assert settings("attention=dark", model__attention__pattern="softmax,dark")["mechanism"] == "softmax,dark"
+    for other in ("attention=dark,lr=1", "attention=dark,m=8", "attention=dark,steps=9", "attention=dark,window=64"):
+        assert settings(other) != settings("attention=dark")
+
+
+def test_starts_that_differ_in_the_seed_alone_are_the_same_row(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / f"base-{seed}", 3.0, f"attention=softmax,seed={seed}")
+        write_run(
+            tmp_path / f"ft-{seed}", 2.0 + seed, f"attention=dark,seed={seed}", init_from=f"{tmp_path}/base-{seed}"
+        )
+    write_run(tmp_path / "ft-scratch", 2.0, "attention=dark")
+    result = run_report(f"{tmp_path}/ft-*", tmp_path / "out")
+    assert sorted(len(row["runs"]) for row in result["rows"]) == [1, 2]
+
+
+def write_calibration(workdir, scale, num_features):
+    rows = [
+        {
+            "layer": layer,
+            **{name: [scale * (layer + 1), scale] for name in ("window_only", "before", "after")},
+            "seconds": 1,
+        }
+        for layer in range(2)
+    ]
+    report = {"mechanism": "dark", "num_features": num_features, "window": 64, "seed": 0, "layers": rows}
+    (workdir / "calibration.json").write_text(json.dumps(report))
+
+
+@pytest.mark.standard_promotion
+def test_errors_of_calibration_and_spectra_of_the_newest_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, scale, m in (("calibrated", 0.1, 64), ("more", 0.05, 128)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(ablation.get_config().to_dict()))
+        write_calibration(tmp_path / name, scale, m)
+    write_run(tmp_path / "run", 2.0, init_from="calibrated")
+    trained = write_workdir(tmp_path / "model", tiny_config(model__attention__geometry_init=0.5))
+    for name in ("data.json", "metrics.jsonl"):
+        (tmp_path / "model" / name).write_bytes((tmp_path / "run" / name).read_bytes())
+    config = json.loads((tmp_path / "model" / "config.json").read_text()) | {"num_steps": STEPS}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+
+    result = run_report("run,more,model", "out")
+    assert [(c["workdir"], c["num_features"], c["mean_errors"]["after"]) for c in result["calibrations"]] == [
+        ("calibrated", 64, pytest.approx(0.125)),
+        ("more", 128, pytest.approx(0.0625)),
+    ]
+    (spectra,) = result["spectra"]
+    M = np.asarray(trained.params["blocks_0"]["attention"]["mechanism"]["M"], np.float64)[0]
+    eigenvalues = np.linalg.eigvalsh(np.swapaxes(M, -1, -2) @ M)
+    assert spectra["workdir"] == "model" and spectra["initial"] == 0.25
+    assert spectra["largest"] == [pytest.approx(eigenvalues.max())] == [pytest.approx(0.25)]
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "not shown: 'run' must hold" in text  # its weights are not there
+    names = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert names >= {"attention_error_1.png", "attention_error_2.png", "calibration_features.png", "spectra_1.png"}
+
+
+def bad(change):
+    """A name for a case, and what it does to two good runs."""
+    return pytest.param(change, id=change.__name__)
+
+
+def other_data(a, b):
+    (b / "data.json").write_text(json.dumps({"fingerprint": "0" * 64}))
+    return r"/a and .*/b have other training or held-out tokens \(the files changed\)"
+
+
+def other_tokenizer(a, b):
+    other_data(a, b)
+    config = json.loads((b / "config.json").read_text())
+    config["data"]["tokenizer"] = "bpe:512"
+    (b / "config.json").write_text(json.dumps(config))
+    return r"data.tokenizer: 'bytes' and 'bpe:512'"
+
+
+def no_data(a, b):
+    (b / "data.json").unlink()
+    return r"/b has metrics.jsonl but no data.json"
+
+
+def an_unreadable_line(a, b):
+    lines = (b / "metrics.jsonl").read_text().splitlines()
+    (b / "metrics.jsonl").write_text("\n".join([*lines[:3], '{"step": 4, "lo', *lines[4:]]) + "\n")
+    return r"/b/metrics.jsonl: line 4 is not a line of metrics"
+
+
+def a_loss_that_is_text(a, b):
+    with (b / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20, "heldout_loss": "2.0"}\n')
+    return r"heldout_loss = '2.0' is not a number"
+
+
+def the_same_seed_twice(a, b):
+    (b / "config.json").write_bytes((a / "config.json").read_bytes())
+    return r"/a and .*/b are the same experiment with seed 0; leave one out"
+
+
+def a_config_that_is_none(a, b):
+    (b / "config.json").write_text("{}")
+    return r"/b/config.json is not the config of a run of this version"
+
+
+def a_calibration_that_is_none(a, b):
+    (b / "calibration.json").write_text('{"layers": []}')
+    return r"/b/calibration.json is not a report of calibrate"
+
+
+def nothing_trained(a, b):
+    for workdir in (a, b):
+        (workdir / "metrics.jsonl").unlink()
+    return r"none of the 2 workdirs has been trained or calibrated"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        bad(change)
+        for change in (
+            other_data,
+            other_tokenizer,
+            no_data,
+            an_unreadable_line,
+            a_loss_that_is_text,
+            the_same_seed_twice,
+            a_config_that_is_none,
+            a_calibration_that_is_none,
+            nothing_trained,
+        )
+    ],
+)
+def test_bad_runs_are_refused_and_nothing_is_written(tmp_path, change):
+    write_run(tmp_path / "runs" / "a", 2.0)
+    write_run(tmp_path / "runs" / "b", 2.0, "seed=1")
+    message = change(tmp_path / "runs" / "a", tmp_path / "runs" / "b")
+    with pytest.raises(UserError, match=message):
+        run_report(f"{tmp_path}/runs/*", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_bad_flags_are_refused(tmp_path):
+    write_run(tmp_path / "a", 2.0)
+    for runs in (f"{tmp_path}/none-*", f"{tmp_path}/a,{tmp_path}/none", "", ","):
+        with pytest.raises(UserError, match="--runs="):
+            run_report(runs, tmp_path / "out")
+    with pytest.raises(UserError, match="is there already"):
+        run_report(f"{tmp_path}/a", tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_torn_last_line_is_no_mistake(tmp_path):
+    write_run(tmp_path / "a", 2.0, last_step=12)
+    write_run(tmp_path / "b", 2.0)
+    with (tmp_path / "a" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "lo')
+    assert run_report(f"{tmp_path}/a,{tmp_path}/*", tmp_path / "out")["left_out"][0]["reason"].startswith(
+        "unfinished: step 12"
+    )
