@@ -13,7 +13,7 @@ import argparse
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import tqdm
 
 from configs import ablation
 from darkformer_jax.config import validate
-from darkformer_jax.data import Data, TokenStream, heldout_batches, load_data, train_batches
+from darkformer_jax.data import Batch, Data, TokenStream, heldout_batches, load_data, train_batches
 from darkformer_jax.training.evaluation import put_batch
 from darkformer_jax.training.setup import Experiment, tokens_per_byte
 from darkformer_jax.training.step import make_state_init, make_train_step
@@ -74,9 +74,11 @@ class Result:
     others: float
 
 
-def train(config: ml_collections.ConfigDict, data: Data, tick: Callable[[], object]) -> tuple[Experiment, Any, float]:
+def train(
+    config: ml_collections.ConfigDict, vocab_size: int, batches: Iterator[Batch], tick: Callable[[], object]
+) -> tuple[Experiment, Any, float]:
     """Trains to the last step without a workdir; returns the experiment, its state and the last losses' mean."""
-    experiment = Experiment.of(config, data.tokenizer.vocab_size)
+    experiment = Experiment.of(config, vocab_size)
     state = jax.jit(make_state_init(experiment.network, experiment.optimizer, config.seed))()
     step = jax.jit(
         make_train_step(
@@ -88,9 +90,6 @@ def train(config: ml_collections.ConfigDict, data: Data, tick: Callable[[], obje
             redraw_every=config.model.attention.redraw_every,
         ),
         donate_argnums=0,
-    )
-    batches = train_batches(
-        data.train, seed=config.seed, batch_size=config.batch_size, sequence_length=config.sequence_length
     )
     losses = []
     for _ in range(config.num_steps):
@@ -280,7 +279,10 @@ def main() -> None:
     with tqdm.tqdm(total=len(missing) * args.steps, unit="step") as bar:
         for run in missing:
             bar.set_description(f"{run.variant} lr {run.learning_rate:g} seed {run.seed}")
-            experiment, state, loss = train(configs[run], data, bar.update)
+            config = configs[run]
+            sizes = {"batch_size": config.batch_size, "sequence_length": config.sequence_length}
+            batches = train_batches(data.train, seed=config.seed, **sizes)
+            experiment, state, loss = train(config, data.tokenizer.vocab_size, batches, bar.update)
             results[run] = measure(experiment, state, data, loss, args.batches)
             tqdm.tqdm.write(table({run: results[run]}).splitlines()[-1])
             if log:

@@ -1,5 +1,6 @@
 import numpy as np
 
+from benchmarks import paper, recall
 from benchmarks.learning import FAR, REPEATED, Result, Run, ngram_bits, repeat_distance, table
 from darkformer_jax.data import Data
 from darkformer_jax.data.stream import memory_stream
@@ -40,3 +41,40 @@ def test_ngram_bits_of_a_text_that_its_last_byte_decides():
     data = Data(train, heldout, BytesTokenizer(), None)
     assert 0.9 < ngram_bits(data, 0) < 1.3
     assert ngram_bits(data, 1) < 0.2
+
+
+def test_recall_asks_for_every_key_once_and_its_answer_was_named():
+    rows = recall.make_rows(0, 3, 4)
+    again, other = recall.make_rows(0, 3, 4), recall.make_rows(0, 4, 4)
+    assert all(np.array_equal(rows[name], again[name]) for name in rows)
+    assert not np.array_equal(rows["inputs"], other["inputs"])
+    for row in range(4):
+        inputs, targets = rows["inputs"][row], rows["targets"][row]
+        named = dict(zip(inputs[: 2 * recall.PAIRS : 2], inputs[1 : 2 * recall.PAIRS : 2], strict=True))
+        asked = np.flatnonzero(rows["weights"][row])
+        assert sorted(inputs[asked]) == sorted(named) and len(named) == recall.PAIRS
+        for place in asked:
+            assert targets[place] == named[inputs[place]]
+            assert inputs[place - rows["distance"][row, place]] == targets[place]
+
+
+def test_paper_runs_differ_and_a_run_is_done_with_its_last_checkpoint(tmp_path):
+    args = paper._arguments(
+        [f"--out={tmp_path}", "--seeds=2", "--num_features=8,16", "--variants=softmax;dark, window"]
+    )
+    runs = paper.plan(args)
+    assert list(runs) == [
+        "softmax-lr0.001-s0", "softmax-lr0.001-s1", "dark-window-m8-lr0.001-s0", "dark-window-m8-lr0.001-s1",
+        "dark-window-m16-lr0.001-s0", "dark-window-m16-lr0.001-s1",
+    ]  # fmt: skip
+    assert runs["dark-window-m16-lr0.001-s1"][0].endswith(
+        "dark,window=32,m=16,lr=0.001,geometry_lr=0.003,seed=1,steps=150"
+    )
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    assert not paper.is_done(workdir)
+    (workdir / "config.json").write_text('{"num_steps": 3}')
+    (workdir / "metrics.jsonl").write_text('{"step": 3, "heldout_loss": 2.0}\n')
+    assert not paper.is_done(workdir)
+    (workdir / "checkpoints/3").mkdir(parents=True)
+    assert paper.is_done(workdir)

@@ -1,0 +1,165 @@
+"""Who remembers: multi-query associative recall, where averages over text hide what linear attention forgets.
+
+    python -m benchmarks.recall --out=docs/results/recall
+    python -m benchmarks.recall --variants='softmax;dark, window' --steps=500
+
+A row names PAIRS keys and their values, then asks for each key once, at a random place, among filler (after Arora et
+al., Zoology, arXiv 2312.04927). The loss is that of the answers alone. Trains every variant from scratch on rows that are
+a function of (seed, step), and prints the share of right answers on rows it has not seen, by how many tokens lie between
+a value and its question. Chance is one in VALUES. Windows are 16 tokens and the own chunk of 16: no window reaches what
+is further back than 31 tokens.
+"""
+
+import argparse
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+import tqdm
+
+from benchmarks.learning import VARIANTS, train
+from configs import ablation
+from darkformer_jax.config import validate
+from darkformer_jax.data import Batch
+from darkformer_jax.training.evaluation import put_batch
+
+PAIRS = 8
+KEYS = VALUES = 32
+FILLER = KEYS + VALUES  # the id behind keys (0 ..) and values (KEYS ..)
+LENGTH = 128
+WINDOW = 16
+DISTANCES = (0, 32, 64, LENGTH)  # edges of the table's columns: tokens from a value to its question
+_TEST = 2**31  # steps of the held-out rows
+
+
+def make_rows(seed: int, step: int, count: int) -> Batch:
+    """`count` rows, a function of (seed, step); `distance` [count, LENGTH] of each question, 0 elsewhere."""
+    random = np.random.default_rng([seed, step])
+    rows = np.full((count, LENGTH + 1), FILLER, np.int32)
+    weights = np.zeros((count, LENGTH), np.float32)
+    distance = np.zeros((count, LENGTH), np.int32)
+    for row in range(count):
+        keys = random.choice(KEYS, PAIRS, replace=False)
+        values = KEYS + random.integers(VALUES, size=PAIRS)
+        rows[row, : 2 * PAIRS] = np.stack([keys, values], axis=1).reshape(-1)
+        places = 2 * PAIRS + 2 * random.choice((LENGTH - 2 * PAIRS) // 2, PAIRS, replace=False)
+        rows[row, places], rows[row, places + 1] = keys, values
+        weights[row, places] = 1
+        distance[row, places] = places - (2 * np.arange(PAIRS) + 1)
+    positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), weights.shape)
+    ones = np.ones(weights.shape, np.int32)
+    tokens = {"inputs": rows[:, :-1], "targets": rows[:, 1:]}
+    return tokens | {"segment_ids": ones, "positions": positions, "weights": weights, "distance": distance}
+
+
+def training_rows(config: ml_collections.ConfigDict) -> Iterator[Batch]:
+    """The batches of steps 0, 1, ..."""
+    for step in range(config.num_steps):
+        batch = make_rows(config.seed, step, config.batch_size)
+        del batch["distance"]
+        yield batch
+
+
+def config_of(variant: str, learning_rate: float, steps: int, seed: int) -> ml_collections.ConfigDict:
+    """Two small layers of the variant."""
+    config = ablation.get_config()
+    config.update_from_flattened_dict(
+        {
+            "num_steps": steps,
+            "seed": seed,
+            "batch_size": 32,
+            "sequence_length": LENGTH,
+            "model.num_layers": 2,
+            "model.embed_dim": 64,
+            "model.num_heads": 2,
+            "model.num_kv_heads": 2,
+            "model.mlp_dim": 128,
+            "model.attention.chunk_size": WINDOW,
+            "optimizer.learning_rate": learning_rate,
+            "optimizer.geometry_learning_rate": learning_rate,
+            "optimizer.warmup_steps": min(50, steps // 4),
+            **VARIANTS[variant],
+        }
+    )
+    if config.model.attention.window:
+        config.model.attention.window = WINDOW
+    validate(config)
+    return config
+
+
+def recall(config: ml_collections.ConfigDict, bar: tqdm.tqdm) -> list[float]:
+    """Trains, and returns the share of right answers between successive DISTANCES."""
+    experiment, state, _ = train(config, FILLER + 1, training_rows(config), bar.update)
+
+    @jax.jit
+    def answers(params: dict, projections: dict, batch: dict) -> jax.Array:
+        model = experiment.network.bind(params, projections)
+        logits, _ = model(batch["inputs"], batch["segment_ids"], batch["positions"])
+        return logits.argmax(-1)
+
+    right, asked = np.zeros(len(DISTANCES) - 1), np.zeros(len(DISTANCES) - 1)
+    for step in range(8):
+        batch = make_rows(config.seed, _TEST + step, config.eval.batch_size)
+        distance = batch.pop("distance")
+        found = answers(state.params, state.projections, put_batch(batch, experiment.batch_sharding))
+        place = np.digitize(distance, DISTANCES[1:-1])
+        for column in range(len(right)):
+            here = (place == column) & (batch["weights"] > 0)
+            right[column] += np.sum(here & (np.asarray(found) == batch["targets"]))
+            asked[column] += np.sum(here)
+    return list(right / asked)
+
+
+def table(results: list[dict]) -> str:
+    """Markdown: a row for each variant, the best of its learning rates by the mean over its columns and seeds."""
+    columns = [f"{first + (not first)} to {last - 1}" for first, last in itertools.pairwise(DISTANCES)]
+    lines = [f"| variant | learning rate | {' | '.join(columns)} tokens back |", "|---" * (len(columns) + 2) + "|"]
+    for variant in dict.fromkeys(result["variant"] for result in results):
+        own = [result for result in results if result["variant"] == variant]
+        shares = {
+            rate: np.array([result["share"] for result in own if result["learning_rate"] == rate])
+            for rate in {result["learning_rate"] for result in own}
+        }
+        rate = max(shares, key=lambda rate: shares[rate].mean())
+        spread = shares[rate].std(axis=0, ddof=1) if len(shares[rate]) > 1 else None
+        cells = [f"{100 * mean:.0f}%" for mean in shares[rate].mean(axis=0)]
+        if spread is not None:
+            cells = [f"{cell} ± {100 * width:.0f}" for cell, width in zip(cells, spread, strict=True)]
+        lines.append(f"| {variant} | {rate:g} of {', '.join(f'{r:g}' for r in sorted(shares))} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Trains, prints the table, and writes it and every run to --out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", default=";".join(VARIANTS), help="separated by a semicolon (default: all)")
+    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps of each run (default: 1500)")
+    parser.add_argument("--seeds", type=int, default=1, help="seeds 0 .. n-1 of each run (default: 1)")
+    parser.add_argument("--learning_rates", default="3e-3", help="comma-separated peaks (default: 3e-3)")
+    parser.add_argument("--out", type=Path, help="writes <out>.md and <out>.jsonl")
+    args = parser.parse_args()
+    variants = [name.strip() for name in args.variants.split(";")]
+    if unknown := set(variants) - VARIANTS.keys():
+        parser.error(f"--variants: {min(unknown)!r} is unknown; allowed: {'; '.join(VARIANTS)}")
+    rates = [float(rate) for rate in args.learning_rates.split(",")]
+    runs = [(variant, rate, seed) for variant in variants for rate in rates for seed in range(args.seeds)]
+    results: list[dict] = []
+    with tqdm.tqdm(total=len(runs) * args.steps, unit="step") as bar:
+        for variant, rate, seed in runs:
+            bar.set_description(f"{variant} lr {rate:g} seed {seed}")
+            share = recall(config_of(variant, rate, args.steps, seed), bar)
+            results.append({"variant": variant, "learning_rate": rate, "seed": seed, "share": share})
+            tqdm.tqdm.write(table(results[-1:]).splitlines()[-1])
+            if args.out:
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.with_suffix(".jsonl").write_text("".join(json.dumps(result) + "\n" for result in results))
+                args.out.with_suffix(".md").write_text(table(results) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
