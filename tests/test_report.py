@@ -258,7 +258,7 @@ def test_errors_of_calibration_and_spectra_of_the_newest_checkpoint(tmp_path, mo
     assert spectra["workdir"] == "model" and spectra["initial"] == 0.25
     assert spectra["largest"] == [pytest.approx(eigenvalues.max())] == [pytest.approx(0.25)]
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "not shown: 'run' must hold" in text  # its weights are not there
+    assert "not shown: run: 'run' must hold" in text  # its weights are not there
     names = {path.name for path in (tmp_path / "out").glob("*.png")}
     assert names >= {"attention_error_1.png", "attention_error_2.png", "calibration_features.png", "spectra_1.png"}
 

@@ -11,6 +11,7 @@ from darkformer_jax.reporting.rows import LOSS, Mean, Row
 from darkformer_jax.reporting.runs import Run
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 ROWS_A_FIGURE = 7  # as many as there are colours that stand out from white
@@ -81,8 +82,9 @@ def draw_against(series: Sequence[Series], name: str, base: int, path: Path) -> 
         axes.plot(crosses, [height] * len(crosses), "x", color=look["color"], markersize=10 - i % 3, markeredgewidth=2)
     if any(one.diverged for one in series):
         axes.axhline(height, color="0.7", linewidth=0.8, linestyle=":")
-        axes.annotate("diverged", (0.01, height), xycoords=("axes fraction", "data"), va="bottom", fontsize=9)
+        axes.annotate(" diverged", (1, height), xycoords=("axes fraction", "data"), va="center", annotation_clip=False)
     axes.set_xscale("log", base=base)
+    _tick_values(axes, {x for one in series for x in (*one.points, *one.diverged)})
     axes.set(xlabel=name, ylabel="held-out loss [nats a token]")
     axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
@@ -100,6 +102,7 @@ def draw_errors_against_features(calibrations: Sequence[Calibration], path: Path
         label = f"{kind[0]}, window {kind[1]}"
         axes.plot([m for m, _ in own], [error for _, error in own], label=label, **_look(place), marker=_MARKERS[place])
     axes.set_xscale("log", base=2)
+    _tick_values(axes, {calibration.num_features for calibration in calibrations})
     axes.set(xlabel="m, random features a head", ylabel="relative error of attention")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)
@@ -144,6 +147,12 @@ def draw_spectra(spectra: Spectra, path: Path) -> None:
     axes.legend(fontsize=9)
     figure.colorbar(matplotlib.cm.ScalarMappable(scale, colours), ax=axes, label="layer")
     _save(figure, path)
+
+
+def _tick_values(axes: "Axes", values: set[float]) -> None:
+    """Ticks at the values that were run, as they were given, not at powers of ten."""
+    axes.minorticks_off()
+    axes.set_xticks(sorted(values), [f"{value:g}" for value in sorted(values)])
 
 
 def _aligned(row: Row, name: str) -> tuple[np.ndarray, np.ndarray]:
