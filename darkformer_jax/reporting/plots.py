@@ -46,6 +46,7 @@ def draw_curves(rows: Sequence[Row], labels: Sequence[str], diverged: Sequence[R
             training.plot(max(curve), curve[max(curve)], "x", color="#D55E00", markersize=9, markeredgewidth=2)
     for axes, title in ((training, "training, running mean"), (heldout, "held out")):
         axes.set(xlabel="step", ylabel="loss [nats a token]", title=title)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     figure.legend(*heldout.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
     _save(figure, path)
@@ -119,7 +120,7 @@ def draw_error_map(calibration: Calibration, path: Path) -> None:
     for axes, (stage, values) in zip(panels, errors.items(), strict=True):
         picture = axes.imshow(values, vmin=0, vmax=largest, cmap="cividis", aspect="auto", interpolation="nearest")
         axes.set(title=f"{stage.replace('_', ' ')}: {values.mean():.3f}", xlabel="head")
-        shown = np.unique(np.linspace(0, rows - 1, min(rows, 12)).astype(int))
+        shown = range(0, rows, -(-rows // 12))
         axes.set_yticks(shown, [str(calibration.layers[row]) for row in shown])
         axes.xaxis.get_major_locator().set_params(integer=True)
     panels[0].set_ylabel("layer")
@@ -130,6 +131,7 @@ def draw_error_map(calibration: Calibration, path: Path) -> None:
 def draw_spectra(spectra: Spectra, path: Path) -> None:
     """Eigenvalues of Sigma by rank: the mean over heads (of the logarithm) of every layer, and where M = init * I."""
     import matplotlib
+    from matplotlib.ticker import MaxNLocator
 
     figure = _figure(8, 4.8)
     axes = figure.subplots()
@@ -145,7 +147,9 @@ def draw_spectra(spectra: Spectra, path: Path) -> None:
     axes.set(xlabel="rank of the eigenvalue", ylabel="eigenvalue of Σ = MᵀM")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)
-    figure.colorbar(matplotlib.cm.ScalarMappable(scale, colours), ax=axes, label="layer")
+    figure.colorbar(
+        matplotlib.cm.ScalarMappable(scale, colours), ax=axes, label="layer", ticks=MaxNLocator(integer=True)
+    )
     _save(figure, path)
 
 
