@@ -63,7 +63,7 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
             sections.left_out(runs),
             sections.curves(rows, runs, directory),
             sections.learning_rates(rows, runs, directory),
-            sections.features(rows, runs, calibrations, directory),
+            sections.features(rows, calibrations, directory),
             sections.calibration(calibrations, directory),
             sections.spectra(spectra, missing, directory),
         ]
@@ -86,7 +86,7 @@ def _spectra(rows: Sequence[Row]) -> tuple[list[Spectra], list[str]]:
         try:
             found.append(read_spectra(workdir))
         except UserError as error:  # the figures do not need the checkpoint, which may have been removed
-            missing.append(str(error))
+            missing.append(f"{workdir}: {error}")
     return found, missing
 
 

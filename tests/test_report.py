@@ -12,7 +12,7 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.reporting.comparison import closed_share
 from darkformer_jax.reporting.page import Bullets, Page, Paragraph, Section, Table, as_html, as_markdown
 from darkformer_jax.reporting.rows import Mean
-from darkformer_jax.reporting.settings import settings_of
+from darkformer_jax.reporting.settings import is_comparable, settings_of
 from tests.tiny_runs import tiny_config, write_workdir
 
 STEPS = 20
@@ -220,6 +220,34 @@ def test_starts_that_differ_in_the_seed_alone_are_the_same_row(tmp_path):
     assert sorted(len(row["runs"]) for row in result["rows"]) == [1, 2]
 
 
+def test_dark_is_compared_layer_by_layer_and_from_the_same_start():
+    def settings(pattern, **changes):
+        config = ablation.get_config()
+        fields = {"model.attention.pattern": pattern, "model.attention.local_window": 8, **changes}
+        config.update_from_flattened_dict(fields)
+        return settings_of(config.to_dict(), "run")
+
+    dark = settings("softmax_local,dark")
+    assert is_comparable(dark, settings("softmax_local,performer"), ("performer",))
+    assert is_comparable(dark, settings("softmax_local,softmax"), ("softmax", "softmax_local"))
+    assert is_comparable(dark, settings("softmax_local"), ("softmax", "softmax_local"))
+    for other in ("performer", "softmax_local,performer,softmax_local,dark", "softmax,performer"):
+        assert not is_comparable(dark, settings(other), ("performer",))
+    for change in ({"optimizer.learning_rate": 1.0}, {"init_from": "runs/other"}, {"model.attention.num_features": 8}):
+        assert not is_comparable(dark, settings("softmax_local,performer", **change), ("performer",))
+    other_rate = settings("softmax_local,performer", **{"optimizer.learning_rate": 1.0})
+    assert is_comparable(dark, other_rate, ("performer",), ("optimizer.learning_rate",))
+
+
+def test_a_held_out_loss_that_is_not_finite_is_a_divergence_too(tmp_path):
+    write_run(tmp_path / "a", 2.0)
+    with (tmp_path / "a" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": STEPS, "heldout_loss": None}) + "\n")
+    result = run_report(f"{tmp_path}/a", tmp_path / "out")
+    assert not result["rows"] and "heldout_loss was not finite at step 20" in result["left_out"][0]["reason"]
+    assert "there is no table" in (tmp_path / "out" / "report.html").read_text()
+
+
 def write_calibration(workdir, scale, num_features):
     rows = [
         {
@@ -258,7 +286,7 @@ def test_errors_of_calibration_and_spectra_of_the_newest_checkpoint(tmp_path, mo
     assert spectra["workdir"] == "model" and spectra["initial"] == 0.25
     assert spectra["largest"] == [pytest.approx(eigenvalues.max())] == [pytest.approx(0.25)]
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "not shown: 'run' must hold" in text  # its weights are not there
+    assert "not shown: run: 'run' must hold" in text  # its weights are not there
     names = {path.name for path in (tmp_path / "out").glob("*.png")}
     assert names >= {"attention_error_1.png", "attention_error_2.png", "calibration_features.png", "spectra_1.png"}
 
@@ -313,6 +341,13 @@ def a_calibration_that_is_none(a, b):
     return r"/b/calibration.json is not a report of calibrate"
 
 
+def a_circle(a, b):
+    for workdir, other in ((a, b), (b, a)):
+        config = json.loads((workdir / "config.json").read_text()) | {"init_from": str(other)}
+        (workdir / "config.json").write_text(json.dumps(config))
+    return r"began from itself by init_from"
+
+
 def nothing_trained(a, b):
     for workdir in (a, b):
         (workdir / "metrics.jsonl").unlink()
@@ -332,6 +367,7 @@ def nothing_trained(a, b):
             the_same_seed_twice,
             a_config_that_is_none,
             a_calibration_that_is_none,
+            a_circle,
             nothing_trained,
         )
     ],

@@ -11,6 +11,7 @@ from darkformer_jax.reporting.rows import LOSS, Mean, Row
 from darkformer_jax.reporting.runs import Run
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 ROWS_A_FIGURE = 7  # as many as there are colours that stand out from white
@@ -45,6 +46,7 @@ def draw_curves(rows: Sequence[Row], labels: Sequence[str], diverged: Sequence[R
             training.plot(max(curve), curve[max(curve)], "x", color="#D55E00", markersize=9, markeredgewidth=2)
     for axes, title in ((training, "training, running mean"), (heldout, "held out")):
         axes.set(xlabel="step", ylabel="loss [nats a token]", title=title)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     figure.legend(*heldout.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
     _save(figure, path)
@@ -81,8 +83,9 @@ def draw_against(series: Sequence[Series], name: str, base: int, path: Path) -> 
         axes.plot(crosses, [height] * len(crosses), "x", color=look["color"], markersize=10 - i % 3, markeredgewidth=2)
     if any(one.diverged for one in series):
         axes.axhline(height, color="0.7", linewidth=0.8, linestyle=":")
-        axes.annotate("diverged", (0.01, height), xycoords=("axes fraction", "data"), va="bottom", fontsize=9)
+        axes.annotate(" diverged", (1, height), xycoords=("axes fraction", "data"), va="center", annotation_clip=False)
     axes.set_xscale("log", base=base)
+    _tick_values(axes, {x for one in series for x in (*one.points, *one.diverged)})
     axes.set(xlabel=name, ylabel="held-out loss [nats a token]")
     axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
@@ -100,6 +103,7 @@ def draw_errors_against_features(calibrations: Sequence[Calibration], path: Path
         label = f"{kind[0]}, window {kind[1]}"
         axes.plot([m for m, _ in own], [error for _, error in own], label=label, **_look(place), marker=_MARKERS[place])
     axes.set_xscale("log", base=2)
+    _tick_values(axes, {calibration.num_features for calibration in calibrations})
     axes.set(xlabel="m, random features a head", ylabel="relative error of attention")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)
@@ -116,7 +120,7 @@ def draw_error_map(calibration: Calibration, path: Path) -> None:
     for axes, (stage, values) in zip(panels, errors.items(), strict=True):
         picture = axes.imshow(values, vmin=0, vmax=largest, cmap="cividis", aspect="auto", interpolation="nearest")
         axes.set(title=f"{stage.replace('_', ' ')}: {values.mean():.3f}", xlabel="head")
-        shown = np.unique(np.linspace(0, rows - 1, min(rows, 12)).astype(int))
+        shown = range(0, rows, -(-rows // 12))
         axes.set_yticks(shown, [str(calibration.layers[row]) for row in shown])
         axes.xaxis.get_major_locator().set_params(integer=True)
     panels[0].set_ylabel("layer")
@@ -127,6 +131,7 @@ def draw_error_map(calibration: Calibration, path: Path) -> None:
 def draw_spectra(spectra: Spectra, path: Path) -> None:
     """Eigenvalues of Sigma by rank: the mean over heads (of the logarithm) of every layer, and where M = init * I."""
     import matplotlib
+    from matplotlib.ticker import MaxNLocator
 
     figure = _figure(8, 4.8)
     axes = figure.subplots()
@@ -142,8 +147,16 @@ def draw_spectra(spectra: Spectra, path: Path) -> None:
     axes.set(xlabel="rank of the eigenvalue", ylabel="eigenvalue of Σ = MᵀM")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)
-    figure.colorbar(matplotlib.cm.ScalarMappable(scale, colours), ax=axes, label="layer")
+    figure.colorbar(
+        matplotlib.cm.ScalarMappable(scale, colours), ax=axes, label="layer", ticks=MaxNLocator(integer=True)
+    )
     _save(figure, path)
+
+
+def _tick_values(axes: "Axes", values: set[float]) -> None:
+    """Ticks at the values that were run, as they were given, not at powers of ten."""
+    axes.minorticks_off()
+    axes.set_xticks(sorted(values), [f"{value:g}" for value in sorted(values)])
 
 
 def _aligned(row: Row, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -104,7 +104,7 @@ def _evaluations(lines: list[dict[str, Any]], step: int) -> list[dict[str, Any]]
 
 def _state(lines: list[dict[str, Any]], num_steps: int) -> tuple[str, str]:
     if not lines:
-        return UNTRAINED, f"no lines in {METRICS_FILE}"
+        return UNTRAINED, f"not trained: no lines in {METRICS_FILE}"
     for line in lines:
         broken = [name for name in _CHECKED if name in line and line[name] is None]
         if broken:

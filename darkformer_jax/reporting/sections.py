@@ -99,7 +99,7 @@ def curves(rows: Sequence[Row], runs: Sequence[Run], directory: Path) -> Section
         caption = "Loss against the step; bands go from the least to the largest seed. "
         caption += _BEST if len(chosen) < len(rows) else ""
         crosses = " Grey lines that end in a cross: runs that diverged." if diverged else ""
-        whole = " The last held-out point is of the whole split, earlier ones of eval.batches batches."
+        whole = " The last held-out point is of the whole split, earlier ones of eval.batches batches of it."
         pictures.append(Picture(file, (caption + whole + crosses).replace("  ", " ")))
     return Section("Loss curves", pictures)
 
@@ -118,13 +118,11 @@ def learning_rates(rows: Sequence[Row], runs: Sequence[Run], directory: Path) ->
     return Section("Learning rates", [Picture("learning_rates.png", caption)])
 
 
-def features(
-    rows: Sequence[Row], runs: Sequence[Run], calibrations: Sequence[Calibration], directory: Path
-) -> Section | None:
+def features(rows: Sequence[Row], calibrations: Sequence[Calibration], directory: Path) -> Section | None:
     """Loss, and error of calibration, against m; None where all have the same."""
-    pictures = []
-    series = _series(rows, runs, M_FEATURES, (M_FEATURES, *LEARNING_RATES))
-    if len({m for one in series for m in (*one.points, *one.diverged)}) > 1:
+    pictures: list[Block] = []
+    series = _series(rows, [], M_FEATURES, (M_FEATURES, *LEARNING_RATES))
+    if len({m for one in series for m in one.points}) > 1:
         plots.draw_against(series, "m, random features a head", 2, directory / "features.png")
         caption = "Held-out loss after the last step against m, each at the best of its learning rates; bars are"
         caption += " standard errors over seeds, horizontal lines mechanisms without features."
@@ -172,6 +170,7 @@ def spectra(found: Sequence[Spectra], missing: Sequence[str], directory: Path) -
 
 def _series(rows: Sequence[Row], runs: Sequence[Run], field: str, without: tuple[str, ...]) -> list[plots.Series]:
     """A series for all that is equal but for `without`; of several rows at one value of `field`, the best."""
+    # Rows of their own, of which nothing but the settings is used.
     diverged = [Row(run.settings, (run,), 1) for run in runs if run.state == DIVERGED]
     everything = [*rows, *diverged]
     groups: dict[str, list[Row]] = {}

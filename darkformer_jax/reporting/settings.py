@@ -77,9 +77,14 @@ def key_of(settings: Mapping[str, Any], without: tuple[str, ...] = ()) -> str:
 
 
 def ancestors(workdir: str) -> list[str]:
-    """The workdir and those that it began from, as far as they are there; relative paths are of this directory."""
+    """The workdir and those that it began from, as far as they are there; relative paths are of this directory.
+
+    Raises UserError where one began from itself.
+    """
     chain: list[str] = []
-    while workdir and os.path.isfile(os.path.join(workdir, CONFIG_FILE)) and workdir not in chain:
+    while workdir and os.path.isfile(os.path.join(workdir, CONFIG_FILE)):
+        if os.path.realpath(workdir) in map(os.path.realpath, chain):
+            raise UserError(f"{workdir} began from itself by init_from: {' <- '.join([*chain, workdir])}")
         chain.append(workdir)
         workdir = read_config(workdir).get("init_from") or ""
     return chain
@@ -95,8 +100,7 @@ def origin_of(init_from: str) -> Any:
     made_here = [os.path.isfile(os.path.join(init_from, name)) for name in (METRICS_FILE, CALIBRATION_FILE)]
     if not any(made_here):
         return os.path.realpath(init_from)
-    if os.path.realpath(init_from) in map(os.path.realpath, ancestors(init_from)[1:]):
-        raise UserError(f"init_from = {init_from} began from itself: {' <- '.join(ancestors(init_from))}")
+    ancestors(init_from)  # raises before a circle is followed
     origin = settings_of(read_config(init_from), init_from)
     if made_here[1]:
         calibration = read_json_object(os.path.join(init_from, CALIBRATION_FILE))

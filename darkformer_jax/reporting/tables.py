@@ -10,7 +10,7 @@ from darkformer_jax.reporting.geometry import Calibration
 from darkformer_jax.reporting.page import Table
 from darkformer_jax.reporting.rows import Row
 from darkformer_jax.reporting.runs import FIGURES
-from darkformer_jax.reporting.settings import LEARNING_RATE, LEARNING_RATES, MECHANISM, ORIGIN, TOKENS, role
+from darkformer_jax.reporting.settings import LEARNING_RATE, MECHANISM, ORIGIN, TOKENS, role
 
 # What every report says, in a column or once above the table; other fields have a column where rows differ in them.
 _TOLD = {
@@ -65,12 +65,12 @@ def results_table(rows: Sequence[Row]) -> Table:
 
 def comparison_table(found: Sequence[Comparison], rows: Sequence[Row], name: str) -> Table:
     """DARK rows beside their counterparts."""
-    head = ["DARK row", "learning rates", "exact", name, "DARK", f"DARK − {name}", "seeds", "share of the gap closed"]
+    head = ["DARK row", "learning rates", "exact", name, "DARK", f"DARK − {name}", "seeds", "share of gap closed"]
     lines = []
     for c in found:
         lines.append(
             [
-                label(c.dark, rows, without=LEARNING_RATES),
+                label(c.dark, rows, without=(LEARNING_RATE,)),
                 "each at its best" if c.best else _shown(c.dark, LEARNING_RATE),
                 _NONE if c.exact is None else c.exact.mean().text(),
                 c.other.mean().text(),
