@@ -4,10 +4,10 @@
     python -m benchmarks.recall --variants='softmax;dark, window' --steps=500
 
 A row names PAIRS keys and their values, then asks for each key once, at a random place, among filler (after Arora et
-al., Zoology, arXiv 2312.04927). The loss is that of the answers alone. Trains every variant from scratch on rows that are
-a function of (seed, step), and prints the share of right answers on rows it has not seen, by how many tokens lie between
-a value and its question. Chance is one in VALUES. Windows are 16 tokens and the own chunk of 16: no window reaches what
-is further back than 31 tokens.
+al., Zoology, arXiv 2312.04927). The loss is that of the answers alone. Trains every variant from scratch on rows that
+are a function of (seed, step), and prints the share of right answers on rows it has not seen, by how many tokens lie
+between a value and its question. Chance is one in VALUES. Windows are 16 tokens and the own chunk of 16: no window
+reaches what is further back than 31 tokens.
 """
 
 import argparse
