@@ -79,6 +79,7 @@ def get_config() -> ml_collections.ConfigDict:
     d.num_workers = 0  # grain worker processes; 0 = threads in this process
 
     o = c.optimizer = ml_collections.ConfigDict()  # AdamW
+    o.train = "all"  # all | qkv_geometry (q, k, v projections and M) | geometry (M, learned projections); others frozen
     o.learning_rate = 3e-3  # peak
     o.geometry_learning_rate = 3e-4  # peak, of M and of learned projections: a tenth, they set the scale of exponents
     o.warmup_steps = 50

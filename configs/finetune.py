@@ -5,8 +5,8 @@
     python train.py --config=configs/finetune.py:softmax --config.init_from=runs/smollm2 --workdir=runs/smollm2-exact
 
 The first argument is the mechanism (default: dark); others follow it: m (random features a head), window, chunk and
-context (tokens), sinks, batch (sequences a step), lr and geometry_lr (peak learning rates), steps, seed. As in
-configs/ablation.py any other field is overridden by its name.
+context (tokens), sinks, batch (sequences a step), lr and geometry_lr (peak learning rates), train (what is trained: all,
+qkv_geometry, geometry), steps, seed. As in configs/ablation.py any other field is overridden by its name.
 
 Sizes, positions, norms and the tokenizer are those of `init_from`: fields that are None here are filled from its
 config.json, and stand in this run's own. The mechanism takes the place of every layer's but `softmax_local`'s, so that
@@ -34,6 +34,7 @@ FIELDS = {
     "batch": ("batch_size", int),
     "lr": ("optimizer.learning_rate", float),
     "geometry_lr": ("optimizer.geometry_learning_rate", float),
+    "train": ("optimizer.train", str),
     "steps": ("num_steps", int),
     "seed": ("seed", int),
 }

@@ -14,6 +14,7 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.layers import ACTIVATIONS
 from darkformer_jax.model import REMAT_POLICIES, ModelSpec
 from darkformer_jax.ops.projections import ProjectionKind
+from darkformer_jax.training.regimes import REGIMES
 from darkformer_jax.training.workdir import flat_fields
 
 SCHEDULES = ("cosine", "rsqrt", "constant")
@@ -84,6 +85,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "model.attention.kind": tuple(MECHANISMS),
     "model.attention.projections": get_args(ProjectionKind),
     "optimizer.schedule": SCHEDULES,
+    "optimizer.train": tuple(REGIMES),
 }
 
 
@@ -205,6 +207,10 @@ def _validate_training(config: ml_collections.ConfigDict) -> None:
         _require(0 <= value < 1, f"optimizer.{name} = {value}: must be in [0, 1)")
     _require(
         0 <= optimizer.final_fraction <= 1, f"optimizer.final_fraction = {optimizer.final_fraction}: must be in [0, 1]"
+    )
+    _require(
+        optimizer.train != "geometry" or optimizer.geometry_learning_rate > 0,
+        "optimizer.geometry_learning_rate = 0.0 with optimizer.train = 'geometry': nothing would be trained",
     )
     _require(0 < sample.top_p <= 1, f"sample.top_p = {sample.top_p}: must be in (0, 1]")
     _require(

@@ -45,6 +45,7 @@ CHOICES = {
     "model.attention.kind": "softmax, softmax_local, performer, dark, lfk, random, constant, window_only",
     "model.attention.projections": "iid, orthogonal, orthogonal_unsigned",
     "optimizer.schedule": "cosine, rsqrt, constant",
+    "optimizer.train": "all, qkv_geometry, geometry",
 }
 RULES = [
     *[({name: 0}, f"{name} = 0(.0)?: must be at least 1") for name in AT_LEAST_ONE],
@@ -103,6 +104,10 @@ RULES = [
     ),
     ({"seed": 2**32}, r"seed = 4294967296: must be below 2\*\*32"),
     ({"batch_size": 6, "accumulation_steps": 4}, "batch_size = 6 is not a multiple of accumulation_steps = 4"),
+    (
+        {"optimizer.train": "geometry", "optimizer.geometry_learning_rate": 0.0},
+        "optimizer.geometry_learning_rate = 0.0 with optimizer.train = 'geometry': nothing would be trained",
+    ),
     ({"num_steps": 50}, "optimizer.warmup_steps = 50 is not shorter than num_steps = 50"),
     ({"optimizer.b1": 1.0}, r"optimizer.b1 = 1.0: must be in \[0, 1\)"),
     ({"optimizer.b2": -0.1}, r"optimizer.b2 = -0.1: must be in \[0, 1\)"),

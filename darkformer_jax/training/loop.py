@@ -68,6 +68,7 @@ class Run:
                 accumulation_steps=config.accumulation_steps,
                 z_loss=config.optimizer.z_loss,
                 redraw_every=config.model.attention.redraw_every,
+                trained=experiment.trained,
             ),
             donate_argnums=0,
             out_shardings=(experiment.shardings, None),
@@ -90,7 +91,7 @@ class Run:
             progress.note(f"resuming {self.workdir} from step {step}")
             return step, from_saved(saved, experiment.abstract)
         self._require_new()
-        init = make_state_init(experiment.network, experiment.optimizer, config.seed)
+        init = make_state_init(experiment.network, experiment.optimizer, config.seed, experiment.trained)
         state = jax.jit(init, out_shardings=experiment.shardings)()
         if config.init_from:
             state, report = initialize_from(config.init_from, experiment, state)

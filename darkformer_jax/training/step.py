@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from darkformer_jax.model import Network, logical_axes
 from darkformer_jax.sharding import sharding_of
+from darkformer_jax.training.regimes import Paths, join_params, split_params
 
 Batch = dict[str, Array]  # see darkformer_jax.data.batches
 Metrics = dict[str, Array]
@@ -30,18 +31,26 @@ class TrainState(NamedTuple):
     optimizer: Any
 
 
-def make_state_init(network: Network, optimizer: optax.GradientTransformation, seed: int) -> Callable[[], TrainState]:
-    """() -> the state before the first step."""
+def make_state_init(
+    network: Network, optimizer: optax.GradientTransformation, seed: int, trained: Paths | None = None
+) -> Callable[[], TrainState]:
+    """() -> the state before the first step. trained: the parameters that the optimizer is of; None = all."""
 
     def init() -> TrainState:
         params, projections = network.init(jax.random.key(seed))
-        return TrainState(jnp.zeros((), jnp.int32), params, projections, optimizer.init(params))
+        return TrainState(
+            jnp.zeros((), jnp.int32), params, projections, optimizer.init(split_params(params, trained)[0])
+        )
 
     return init
 
 
 def state_shardings(
-    network: Network, optimizer: optax.GradientTransformation, abstract: TrainState, mesh: Mesh
+    network: Network,
+    optimizer: optax.GradientTransformation,
+    abstract: TrainState,
+    mesh: Mesh,
+    trained: Paths | None = None,
 ) -> TrainState:
     """The sharding of every array: parameters by their logical axes, Adam's moments like their parameter.
 
@@ -58,7 +67,7 @@ def state_shardings(
         optimizer,
         lambda _, spec: spec,
         abstract.optimizer,
-        params,
+        split_params(params, trained)[0],
         transform_non_params=lambda _: everywhere,
     )
     return TrainState(everywhere, params, network.map_projections(sharding), moments)
@@ -120,27 +129,31 @@ def make_train_step(
     accumulation_steps: int,
     z_loss: float,
     redraw_every: int,
+    trained: Paths | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """(state, batch) -> (state, metrics). Loss and gradients: sums over micro-batches over the total of real tokens."""
+    """(state, batch) -> (state, metrics). Loss and gradients: sums over micro-batches over the total of real tokens.
 
-    def objective(params: dict, projections: dict, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
-        sums = loss_sums(network, params, projections, batch)
+    trained: the parameters that the optimizer is of (None = all). Of the others no gradient is computed.
+    """
+
+    def objective(learned: dict, frozen: dict, projections: dict, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
+        sums = loss_sums(network, join_params(learned, frozen), projections, batch)
         return sums["nll"] + z_loss * sums["z"], sums
 
     gradient = jax.grad(objective, has_aux=True)
 
-    def gradient_sums(params: dict, projections: dict, batch: Batch) -> tuple[dict, Metrics]:
+    def gradient_sums(learned: dict, frozen: dict, projections: dict, batch: Batch) -> tuple[dict, Metrics]:
         if accumulation_steps == 1:
-            return gradient(params, projections, batch)
+            return gradient(learned, frozen, projections, batch)
         # Rows a, a + A, a + 2A, ... are micro-batch a: each device keeps the rows it has.
         micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulation_steps, *x.shape[1:]), 1, 0), batch)
         zeros = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype),
-            jax.eval_shape(gradient, params, projections, jax.tree.map(lambda x: x[0], micro)),
+            jax.eval_shape(gradient, learned, frozen, projections, jax.tree.map(lambda x: x[0], micro)),
         )
 
         def add(total: tuple[dict, Metrics], part: Batch) -> tuple[tuple[dict, Metrics], None]:
-            return jax.tree.map(jnp.add, total, gradient(params, projections, part)), None
+            return jax.tree.map(jnp.add, total, gradient(learned, frozen, projections, part)), None
 
         return jax.lax.scan(add, zeros, micro)[0]
 
@@ -153,10 +166,11 @@ def make_train_step(
                 lambda old: old,
                 projections,
             )
-        gradients, sums = gradient_sums(state.params, projections, batch)
+        learned, frozen = split_params(state.params, trained)
+        gradients, sums = gradient_sums(learned, frozen, projections, batch)
         total = jnp.maximum(sums["weight"], 1.0)  # a batch of padding alone has no gradient, and no NaN
         gradients = jax.tree.map(lambda g: g / total, gradients)
-        updates, moments = optimizer.update(gradients, state.optimizer, state.params)
+        updates, moments = optimizer.update(gradients, state.optimizer, learned)
         metrics = {
             "loss": sums["nll"] / total,
             "accuracy": sums["correct"] / total,
@@ -165,7 +179,7 @@ def make_train_step(
             "learning_rate": schedule(state.step),
             "tokens": sums["weight"],
         }
-        params = optax.apply_updates(state.params, updates)
+        params = join_params(optax.apply_updates(learned, updates), frozen)
         return TrainState(state.step + 1, params, projections, moments), metrics
 
     return train_step
