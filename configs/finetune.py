@@ -5,8 +5,9 @@
     python train.py --config=configs/finetune.py:softmax --config.init_from=runs/smollm2 --workdir=runs/smollm2-exact
 
 The first argument is the mechanism (default: dark); others follow it: m (random features a head), window, chunk and
-context (tokens), sinks, batch (sequences a step), lr and geometry_lr (peak learning rates), train (what is trained: all,
-qkv_geometry, geometry), steps, seed. As in configs/ablation.py any other field is overridden by its name.
+context (tokens), sinks, batch (sequences a step), lr and geometry_lr (peak learning rates), steps, seed, train (what is
+trained: all, qkv_geometry, geometry, lora) and lora (the rank that train=lora needs: `dark,train=lora,lora=16`). As in
+configs/ablation.py any other field is overridden by its name.
 
 Sizes, positions, norms and the tokenizer are those of `init_from`: fields that are None here are filled from its
 config.json, and stand in this run's own. The mechanism takes the place of every layer's but `softmax_local`'s, so that
@@ -35,10 +36,11 @@ FIELDS = {
     "lr": ("optimizer.learning_rate", float),
     "geometry_lr": ("optimizer.geometry_learning_rate", float),
     "train": ("optimizer.train", str),
+    "lora": ("model.lora_rank", int),
     "steps": ("num_steps", int),
     "seed": ("seed", int),
 }
-CHOSEN_HERE = ("dtype", "remat")  # of model: how it is computed, not what it is
+CHOSEN_HERE = ("dtype", "remat", "lora_rank")  # of model: how it is computed and trained, not what it is
 INHERITED_BY_ATTENTION = ("pattern", "query_scale", "softcap", "local_window")
 WITH_WINDOW = ("performer", "dark", "lfk", "window_only")
 

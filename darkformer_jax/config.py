@@ -45,6 +45,7 @@ _AT_LEAST_ONE = (
 _AT_LEAST_ZERO = (
     "seed",
     "model.vocab_size",
+    "model.lora_rank",
     "model.rope_local_theta",
     "model.rope_attention_factor",
     "model.attention.query_scale",
@@ -207,6 +208,14 @@ def _validate_training(config: ml_collections.ConfigDict) -> None:
         _require(0 <= value < 1, f"optimizer.{name} = {value}: must be in [0, 1)")
     _require(
         0 <= optimizer.final_fraction <= 1, f"optimizer.final_fraction = {optimizer.final_fraction}: must be in [0, 1]"
+    )
+    rank = config.model.lora_rank
+    _require(
+        optimizer.train != "lora" or rank > 0, "model.lora_rank = 0 with optimizer.train = 'lora': must be at least 1"
+    )
+    _require(
+        optimizer.train == "lora" or not rank,
+        f"model.lora_rank = {rank} with optimizer.train = {optimizer.train!r}; allowed: 0, or optimizer.train = 'lora'",
     )
     _require(
         optimizer.train != "geometry" or optimizer.geometry_learning_rate > 0,

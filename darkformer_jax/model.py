@@ -57,6 +57,7 @@ class ModelSpec:
     qkv_bias: bool = False
     norm_plus_one: bool = False
     post_norms: bool = False
+    lora_rank: int = 0
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:
@@ -99,6 +100,7 @@ class Block(nnx.Module):
             qkv_bias=spec.qkv_bias,
             norm_eps=spec.norm_eps,
             norm_plus_one=spec.norm_plus_one,
+            lora_rank=spec.lora_rank,
             dtype=spec.dtype,
             layer=layer,
             rngs=rngs,

@@ -1,5 +1,6 @@
 """The model of a finished or running run, for the verbs that use one: generate and evaluate."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ import ml_collections
 from darkformer_jax.config import from_json, model_spec, validate
 from darkformer_jax.data.tokenizers import Tokenizer, load_tokenizer
 from darkformer_jax.errors import UserError, one_line
+from darkformer_jax.lora import merge_lora
 from darkformer_jax.model import Network
 from darkformer_jax.pretrained.origin import ends_of_text
 from darkformer_jax.training.checkpoints import Checkpoints
@@ -30,7 +32,8 @@ class WorkdirModel(NamedTuple):
 def load_model(workdir: str, step: int | None = None) -> WorkdirModel:
     """Reads the newest undamaged checkpoint of a workdir, or the one of `step`, onto the default device.
 
-    Parameters have the dtypes that they have in the checkpoint, float32 after training.
+    Parameters have the dtypes that they have in the checkpoint, float32 after training. Low-rank updates are merged
+    into the weights: what comes back, its config included, is a model without them.
 
     Raises:
       UserError: no config, no checkpoint, a damaged one, or one that does not fit the config.
@@ -52,7 +55,12 @@ def load_model(workdir: str, step: int | None = None) -> WorkdirModel:
     _, restored = checkpoints.restore(wanted, step, partial=True, verify=False)
     checkpoints.close()
     ends = ends_of_text(workdir) | {tokenizer.eos_id}
-    return WorkdirModel(network, restored["params"], restored.get("projections", {}), tokenizer, ends, config, step)
+    params, projections = restored["params"], restored.get("projections", {})
+    if config.model.lora_rank:
+        params = merge_lora(params)
+        config.model.lora_rank, config.optimizer.train = 0, "all"
+        network = Network.of(dataclasses.replace(network.spec, lora_rank=0))
+    return WorkdirModel(network, params, projections, tokenizer, ends, config, step)
 
 
 def _with_dtypes(wanted: dict, saved: dict) -> dict:

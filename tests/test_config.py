@@ -31,7 +31,7 @@ AT_LEAST_ZERO = [
     "data.num_workers", "optimizer.warmup_steps", "eval.every", "eval.batches", "checkpoint.every", "sample.top_k",
     "model.logit_softcap", "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.z_loss",
     "optimizer.geometry_learning_rate", "sample.temperature", "model.rope_local_theta", "model.rope_attention_factor",
-    "model.attention.query_scale", "model.attention.softcap", "model.attention.local_window",
+    "model.attention.query_scale", "model.attention.softcap", "model.attention.local_window", "model.lora_rank",
 ]  # fmt: skip
 POSITIVE = [
     "model.norm_eps", "model.rope_theta", "model.attention.geometry_init", "optimizer.learning_rate", "optimizer.eps",
@@ -45,7 +45,7 @@ CHOICES = {
     "model.attention.kind": "softmax, softmax_local, performer, dark, lfk, random, constant, window_only",
     "model.attention.projections": "iid, orthogonal, orthogonal_unsigned",
     "optimizer.schedule": "cosine, rsqrt, constant",
-    "optimizer.train": "all, qkv_geometry, geometry",
+    "optimizer.train": "all, qkv_geometry, geometry, lora",
 }
 RULES = [
     *[({name: 0}, f"{name} = 0(.0)?: must be at least 1") for name in AT_LEAST_ONE],
@@ -108,6 +108,11 @@ RULES = [
         {"optimizer.train": "geometry", "optimizer.geometry_learning_rate": 0.0},
         "optimizer.geometry_learning_rate = 0.0 with optimizer.train = 'geometry': nothing would be trained",
     ),
+    ({"optimizer.train": "lora"}, "model.lora_rank = 0 with optimizer.train = 'lora': must be at least 1"),
+    (
+        {"model.lora_rank": 4},
+        "model.lora_rank = 4 with optimizer.train = 'all'; allowed: 0, or optimizer.train = 'lora",
+    ),
     ({"num_steps": 50}, "optimizer.warmup_steps = 50 is not shorter than num_steps = 50"),
     ({"optimizer.b1": 1.0}, r"optimizer.b1 = 1.0: must be in \[0, 1\)"),
     ({"optimizer.b2": -0.1}, r"optimizer.b2 = -0.1: must be in \[0, 1\)"),
@@ -131,6 +136,7 @@ def test_a_rule_names_its_field_and_what_is_allowed(changes, message):
     [
         {},
         {"num_steps": 1},
+        {"optimizer.train": "lora", "model.lora_rank": 4},
         {"model.num_kv_heads": 1},
         {"model.attention.pattern": "softmax, dark"},
         {"model.attention.window": 256, "model.attention.num_sinks": 4},

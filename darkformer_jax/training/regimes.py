@@ -6,6 +6,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from darkformer_jax.errors import UserError
+from darkformer_jax.lora import is_lora
 from darkformer_jax.model import Network, is_geometry
 
 Path = tuple[str, ...]
@@ -21,6 +22,7 @@ REGIMES: Mapping[str, Callable[[Path, Any], bool]] = {
     "all": lambda path, variable: True,
     "qkv_geometry": lambda path, variable: _is_qkv(path) or is_geometry(variable),
     "geometry": lambda path, variable: is_geometry(variable),
+    "lora": lambda path, variable: is_lora(path) or is_geometry(variable),
 }
 
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from darkformer_jax.config import model_spec
 from darkformer_jax.data import TokenStream
+from darkformer_jax.lora import is_lora
 from darkformer_jax.model import Network
 from darkformer_jax.sharding import make_mesh, sharding_of
 from darkformer_jax.training.flops import train_step_flops
@@ -75,30 +76,29 @@ class Experiment:
 
     @property
     def step_flops(self) -> float:
-        """Model FLOPs an optimizer step: `train_step_flops`, less the unneeded gradients of frozen matrices."""
+        """Model FLOPs an optimizer step: `train_step_flops`, less frozen matrices' gradients, plus low-rank updates."""
         spec, sizes = self.network.spec, self.network.spec.attention
         output = "embedding" if spec.tie_embeddings else "head"
         frozen = flatten_dict(split_params(self.abstract.params, self.trained)[1])
+        low_rank = sum(leaf.size for path, leaf in flatten_dict(self.abstract.params).items() if is_lora(path))
         multiplied = sum(leaf.size for path, leaf in frozen.items() if path[-1] in ("kernel", output))
-        return (
-            train_step_flops(
-                tokens=self.tokens_per_step,
-                sequence_length=self.config.sequence_length,
-                attention_kinds=spec.layer_kinds,
-                embed_dim=spec.embed_dim,
-                num_heads=sizes.num_heads,
-                num_kv_heads=sizes.num_kv_heads,
-                head_dim=sizes.head_dim,
-                mlp_dim=spec.mlp_dim,
-                vocab_size=spec.vocab_size,
-                num_features=sizes.num_features,
-                chunk_size=sizes.chunk_size,
-                window=sizes.window,
-                num_sinks=sizes.num_sinks,
-                local_window=sizes.local_window,
-            )
-            - 2.0 * multiplied * self.tokens_per_step
+        whole = train_step_flops(
+            tokens=self.tokens_per_step,
+            sequence_length=self.config.sequence_length,
+            attention_kinds=spec.layer_kinds,
+            embed_dim=spec.embed_dim,
+            num_heads=sizes.num_heads,
+            num_kv_heads=sizes.num_kv_heads,
+            head_dim=sizes.head_dim,
+            mlp_dim=spec.mlp_dim,
+            vocab_size=spec.vocab_size,
+            num_features=sizes.num_features,
+            chunk_size=sizes.chunk_size,
+            window=sizes.window,
+            num_sinks=sizes.num_sinks,
+            local_window=sizes.local_window,
         )
+        return whole + (6.0 * low_rank - 2.0 * multiplied) * self.tokens_per_step
 
     def describe(self) -> str:
         """What --dry_run prints."""

@@ -21,8 +21,19 @@ def qkv(num_stacks):
     return {f"blocks_{i}/attention/{name}/{part}" for name, part in parts for i in range(num_stacks)}
 
 
-MIXED = {"geometry": MIXED_GEOMETRY, "qkv_geometry": MIXED_GEOMETRY | qkv(3)}
-TRAINED = {"geometry": GEOMETRY, "qkv_geometry": GEOMETRY | qkv(1)}
+def lora(num_stacks):
+    parts = ((name, part) for name in ("q", "k", "v", "out") for part in ("lora_A", "lora_B"))
+    return {f"blocks_{i}/attention/{name}/{part}" for name, part in parts for i in range(num_stacks)}
+
+
+MIXED = {
+    "geometry": MIXED_GEOMETRY,
+    "qkv_geometry": MIXED_GEOMETRY | qkv(3),
+    "lora": MIXED_GEOMETRY | lora(3),
+}
+TRAINED = {"geometry": GEOMETRY, "qkv_geometry": GEOMETRY | qkv(1), "lora": GEOMETRY | lora(1)}
+CUT_OUT = ("geometry", "qkv_geometry")  # of a model that is otherwise the same
+RANK = 2
 
 
 @functools.cache
@@ -31,6 +42,7 @@ def experiment(regime, pattern="dark"):
         model__num_layers=len(pattern.split(",")),
         model__attention__pattern=pattern,
         model__qkv_bias=True,
+        model__lora_rank=RANK if regime == "lora" else 0,
         optimizer__train=regime,
         optimizer__weight_decay=0.5,
         optimizer__warmup_steps=0,
@@ -77,7 +89,7 @@ def test_what_is_frozen_stays_bit_for_bit_and_takes_no_optimizer_state(regime):
     assert sum(leaf.size for leaf in moments) == 2 * e.num_trained
 
 
-@pytest.mark.parametrize("regime", TRAINED)
+@pytest.mark.parametrize("regime", CUT_OUT)
 def test_gradients_and_their_norm_are_those_of_the_whole_model_cut_out(regime):
     _, _, (whole, whole_metrics) = one_step("all")
     _, _, (state, metrics) = one_step(regime)
@@ -88,12 +100,25 @@ def test_gradients_and_their_norm_are_those_of_the_whole_model_cut_out(regime):
     assert metrics["grad_norm"] < 0.9 * whole_metrics["grad_norm"]
 
 
+def test_the_gradient_of_low_rank_updates_is_that_of_the_matrix_through_their_product():
+    _, _, (whole, _) = one_step("all")
+    start, _, (state, _) = one_step("lora")
+    found, wanted = (s.optimizer[0].trace["blocks_0"]["attention"]["out"] for s in (state, whole))
+    np.testing.assert_array_equal(found["lora_A"], 0)  # B = 0
+    A = np.float64(start.params["blocks_0"]["attention"]["out"]["lora_A"][0])
+    product = np.einsum("hdr,hde->re", A, np.float64(wanted["kernel"][0]))
+    np.testing.assert_allclose(found["lora_B"][0], product, rtol=1e-4, atol=1e-6)
+    assert np.abs(product).max() > 1e-3
+
+
 def test_gradients_of_frozen_matrices_are_not_computed():
-    counted = {regime: one_step(regime)[1].cost_analysis()["flops"] for regime in ("all", *TRAINED)}
+    counted = {regime: one_step(regime)[1].cost_analysis()["flops"] for regime in ("all", *CUT_OUT)}
     e, whole = experiment("geometry"), experiment("all")
     matrices = 257 * 32 + 4 * 32 * 16 + 3 * 32 * 32
     assert whole.step_flops - e.step_flops == 2 * e.tokens_per_step * matrices
     assert counted["geometry"] < counted["qkv_geometry"] < counted["all"]
+    factors = RANK * 4 * (32 + 16)
+    assert experiment("lora").step_flops - e.step_flops == 6 * e.tokens_per_step * factors
     saved = whole.step_flops - e.step_flops  # beside it AdamW's own
     assert counted["all"] - counted["geometry"] > saved
 
@@ -118,7 +143,7 @@ def test_the_whole_model_is_the_default():
 
 
 def test_the_learning_rate_that_metrics_show_is_that_of_what_is_trained():
-    rates = {regime: float(one_step(regime)[2][1]["learning_rate"]) for regime in TRAINED}
+    rates = {regime: float(one_step(regime)[2][1]["learning_rate"]) for regime in CUT_OUT}
     np.testing.assert_allclose(rates["geometry"], rates["qkv_geometry"] / 10, rtol=1e-6)
 
 
