@@ -94,6 +94,10 @@ def get_config() -> ml_collections.ConfigDict:
     o.clip_norm = 1.0  # global gradient norm; 0 = no clipping
     o.z_loss = 1e-4  # weight of mean(logsumexp(logits)^2); 0 = none
 
+    t = c.distill = ml_collections.ConfigDict()  # learning from a teacher; its arrays take memory, it is not saved
+    t.workdir = ""  # whose newest weights teach; same tokenizer and number of ids: the exact model of init_from, say
+    t.weight = 0.0  # w in (1 - w) cross-entropy + w KL(teacher || student), to 1; 0 = none. `loss` stays cross-entropy
+
     e = c.eval = ml_collections.ConfigDict()
     e.every = 100  # steps; 0 = only at the end
     e.batches = 0  # held-out batches an evaluation; 0 = the whole split, as always after the last step

@@ -226,6 +226,12 @@ def _validate_training(config: ml_collections.ConfigDict) -> None:
         all(isinstance(prompt, str) for prompt in sample.prompts),
         f"sample.prompts = {sample.prompts}: must be strings",
     )
+    distill = config.distill
+    _require(0 <= distill.weight <= 1, f"distill.weight = {distill.weight}: must be in [0, 1]")
+    _require(
+        bool(distill.workdir) == (distill.weight > 0),
+        f"distill.weight = {distill.weight} with distill.workdir = {distill.workdir!r}; allowed: both or neither",
+    )
     fraction = config.data.heldout_fraction
     _require(0 <= fraction < 1, f"data.heldout_fraction = {fraction}: must be at least 0 and below 1")
 

@@ -117,6 +117,9 @@ RULES = [
     ({"optimizer.b1": 1.0}, r"optimizer.b1 = 1.0: must be in \[0, 1\)"),
     ({"optimizer.b2": -0.1}, r"optimizer.b2 = -0.1: must be in \[0, 1\)"),
     ({"optimizer.final_fraction": 1.5}, r"optimizer.final_fraction = 1.5: must be in \[0, 1\]"),
+    ({"distill.weight": 1.5}, r"distill.weight = 1.5: must be in \[0, 1\]"),
+    ({"distill.weight": 0.5}, "distill.weight = 0.5 with distill.workdir = ''; allowed: both or neither"),
+    ({"distill.workdir": "runs/a"}, "distill.weight = 0.0 with distill.workdir = 'runs/a'; allowed: both or neither"),
     ({"sample.top_p": 0.0}, r"sample.top_p = 0.0: must be in \(0, 1\]"),
     ({"sample.prompts": ("def ", 1)}, r"sample.prompts = \('def ', 1\): must be strings"),
     ({"data.heldout_fraction": -0.1}, "data.heldout_fraction = -0.1: must be at least 0 and below 1"),
@@ -136,6 +139,7 @@ def test_a_rule_names_its_field_and_what_is_allowed(changes, message):
     [
         {},
         {"num_steps": 1},
+        {"distill.workdir": "runs/a", "distill.weight": 1.0},
         {"optimizer.train": "lora", "model.lora_rank": 4},
         {"model.num_kv_heads": 1},
         {"model.attention.pattern": "softmax, dark"},

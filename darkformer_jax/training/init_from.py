@@ -108,14 +108,16 @@ def _transfer(
     return assembled
 
 
-def check_same_tokenizer(workdir: str, fingerprint: str) -> None:
-    """Raises UserError where `workdir` was trained with another tokenizer: its embeddings would mean other tokens."""
+def check_same_tokenizer(workdir: str, fingerprint: str, field: str = "init_from") -> None:
+    """Raises UserError where `workdir` was trained with another tokenizer: its embeddings would mean other tokens.
+
+    field: of the config, that names the workdir.
+    """
     if has_tokenizer(workdir):
         saved = load_tokenizer(workdir).fingerprint
         if saved != fingerprint:
             raise UserError(
-                f"init_from = {workdir}: its tokenizer (fingerprint {saved[:12]}) is not the data's "
-                f"({fingerprint[:12]})"
+                f"{field} = {workdir}: its tokenizer (fingerprint {saved[:12]}) is not the data's ({fingerprint[:12]})"
             )
 
 
