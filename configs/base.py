@@ -48,6 +48,7 @@ def get_config() -> ml_collections.ConfigDict:
     m.tie_embeddings = True
     m.scale_embeddings = False  # multiply embeddings by sqrt(embed_dim) (Gemma)
     m.logit_softcap = 0.0  # cap * tanh(logits / cap); 0 = none (Gemma 2: 30)
+    m.lora_rank = 0  # of low-rank updates of q, k, v and out, x W + (x A) B; optimizer.train = lora needs it, 0 = none
     m.dtype = "bfloat16"  # of activations and matmul operands: bfloat16 | float32; weights and logits are float32
     m.remat = "none"  # what the backward pass recomputes, per block: none | dots (keep matmul outputs) | full
 
@@ -82,6 +83,8 @@ def get_config() -> ml_collections.ConfigDict:
     d.num_workers = 0  # grain worker processes; 0 = threads in this process
 
     o = c.optimizer = ml_collections.ConfigDict()  # AdamW
+    o.train = "all"  # all | qkv_geometry (q, k, v projections and M) | geometry (M, learned projections)
+    # | lora (low-rank updates of rank model.lora_rank, and M); what is not trained is frozen and takes no moments
     o.learning_rate = 3e-3  # peak
     o.geometry_learning_rate = 3e-4  # peak, of M and of learned projections: a tenth, they set the scale of exponents
     o.warmup_steps = 50
@@ -93,6 +96,10 @@ def get_config() -> ml_collections.ConfigDict:
     o.weight_decay = 0.1  # of matrices; never of M, norms or biases
     o.clip_norm = 1.0  # global gradient norm; 0 = no clipping
     o.z_loss = 1e-4  # weight of mean(logsumexp(logits)^2); 0 = none
+
+    t = c.distill = ml_collections.ConfigDict()  # learning from a teacher; its arrays take memory, it is not saved
+    t.workdir = ""  # whose newest weights teach; same tokenizer and number of ids: the exact model of init_from, say
+    t.weight = 0.0  # w in (1 - w) cross-entropy + w KL(teacher || student), to 1; 0 = none. `loss` stays cross-entropy
 
     e = c.eval = ml_collections.ConfigDict()
     e.every = 100  # steps; 0 = only at the end

@@ -6,12 +6,16 @@
 
 The first argument is the mechanism (default: dark); others follow it: m (random features a head), window, chunk and
 context (tokens), sinks, init (M starts as this times the identity), batch (sequences a step), lr and geometry_lr (peak
-learning rates), steps, seed. As in configs/ablation.py any other field is overridden by its name.
+learning rates), steps, seed, train (what is trained: all, qkv_geometry, geometry, lora) and lora (the rank that
+train=lora needs: `dark,train=lora,lora=16`). As in configs/ablation.py any other field is overridden by its name.
 
 Sizes, positions, norms and the tokenizer are those of `init_from`: fields that are None here are filled from its
 config.json, and stand in this run's own. The mechanism takes the place of every layer's but `softmax_local`'s, so that
 models which alternate local and global layers keep the local ones; where all layers are local it takes the place of
 all. Fields that then no layer has (model.attention.local_window, say) are set to none.
+
+`--config.distill.workdir=runs/smollm2 --config.distill.weight=0.5` lets the run learn from the exact model's
+predictions beside the text.
 
 Every query sees its own chunk of 64 tokens, the chunk before it and the first 4 tokens exactly, and the rest through
 64 random features: pretrained queries and keys are too large for features to estimate their products alone. What is
@@ -37,10 +41,12 @@ FIELDS = {
     "batch": ("batch_size", int),
     "lr": ("optimizer.learning_rate", float),
     "geometry_lr": ("optimizer.geometry_learning_rate", float),
+    "train": ("optimizer.train", str),
+    "lora": ("model.lora_rank", int),
     "steps": ("num_steps", int),
     "seed": ("seed", int),
 }
-CHOSEN_HERE = ("dtype", "remat")  # of model: how it is computed, not what it is
+CHOSEN_HERE = ("dtype", "remat", "lora_rank")  # of model: how it is computed and trained, not what it is
 INHERITED_BY_ATTENTION = ("pattern", "query_scale", "softcap", "local_window")
 WITH_WINDOW = ("performer", "dark", "lfk", "window_only")
 

@@ -15,6 +15,7 @@ from darkformer_jax.layers import ACTIVATIONS
 from darkformer_jax.model import REMAT_POLICIES, ModelSpec
 from darkformer_jax.ops.linear import WindowKernel
 from darkformer_jax.ops.projections import ProjectionKind
+from darkformer_jax.training.regimes import REGIMES
 from darkformer_jax.training.workdir import flat_fields
 
 SCHEDULES = ("cosine", "rsqrt", "constant")
@@ -46,6 +47,7 @@ _AT_LEAST_ONE = (
 _AT_LEAST_ZERO = (
     "seed",
     "model.vocab_size",
+    "model.lora_rank",
     "model.rope_local_theta",
     "model.rope_attention_factor",
     "model.attention.query_scale",
@@ -87,6 +89,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "model.attention.projections": get_args(ProjectionKind),
     "model.attention.window_kernel": get_args(WindowKernel),
     "optimizer.schedule": SCHEDULES,
+    "optimizer.train": tuple(REGIMES),
 }
 
 
@@ -226,10 +229,28 @@ def _validate_training(config: ml_collections.ConfigDict) -> None:
     _require(
         0 <= optimizer.final_fraction <= 1, f"optimizer.final_fraction = {optimizer.final_fraction}: must be in [0, 1]"
     )
+    rank = config.model.lora_rank
+    _require(
+        optimizer.train != "lora" or rank > 0, "model.lora_rank = 0 with optimizer.train = 'lora': must be at least 1"
+    )
+    _require(
+        optimizer.train == "lora" or not rank,
+        f"model.lora_rank = {rank} with optimizer.train = {optimizer.train!r}; allowed: 0, or optimizer.train = 'lora'",
+    )
+    _require(
+        optimizer.train != "geometry" or optimizer.geometry_learning_rate > 0,
+        "optimizer.geometry_learning_rate = 0.0 with optimizer.train = 'geometry': nothing would be trained",
+    )
     _require(0 < sample.top_p <= 1, f"sample.top_p = {sample.top_p}: must be in (0, 1]")
     _require(
         all(isinstance(prompt, str) for prompt in sample.prompts),
         f"sample.prompts = {sample.prompts}: must be strings",
+    )
+    distill = config.distill
+    _require(0 <= distill.weight <= 1, f"distill.weight = {distill.weight}: must be in [0, 1]")
+    _require(
+        bool(distill.workdir) == (distill.weight > 0),
+        f"distill.weight = {distill.weight} with distill.workdir = {distill.workdir!r}; allowed: both or neither",
     )
     fraction = config.data.heldout_fraction
     _require(0 <= fraction < 1, f"data.heldout_fraction = {fraction}: must be at least 0 and below 1")

@@ -1,5 +1,6 @@
 """The small parts of a transformer that are not attention."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -14,7 +15,10 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class Linear(nnx.Module):
-    """Contracts the last `num_inputs` axes of x with the first ones of a kernel, in `dtype`; adds a bias if asked."""
+    """Contracts the last `num_inputs` axes of x with the first ones of a kernel, in `dtype`; adds a bias if asked.
+
+    rank: of a low-rank update beside the kernel, see darkformer_jax/lora.py; 0 = none.
+    """
 
     def __init__(
         self,
@@ -23,6 +27,7 @@ class Linear(nnx.Module):
         *,
         num_inputs: int = 1,
         use_bias: bool = False,
+        rank: int = 0,
         rngs: nnx.Rngs,
         dtype: jax.typing.DTypeLike,
     ) -> None:
@@ -31,15 +36,25 @@ class Linear(nnx.Module):
         inputs = tuple(range(num_inputs))
         outputs = tuple(range(num_inputs, len(shape)))
         init = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=inputs, out_axis=outputs)
-        self.kernel = nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
+        key = rngs.params()
+        self.kernel = nnx.Param(init(key, shape, jnp.float32), axes=axes)
         zeros = jnp.zeros(shape[num_inputs:], jnp.float32)
         self.bias = nnx.Param(zeros, axes=axes[num_inputs:]) if use_bias else None
+        # A has a key of its own: the kernels are the same with any rank.
+        sizes, std = (*shape[:num_inputs], rank), math.prod(shape[:num_inputs]) ** -0.5
+        low = (jax.random.fold_in(key, 1), sizes, jnp.float32)
+        self.lora_A = nnx.Param(std * jax.random.normal(*low), axes=(*axes[:num_inputs], None)) if rank else None
+        out = jnp.zeros((rank, *shape[num_inputs:]), jnp.float32)
+        self.lora_B = nnx.Param(out, axes=(None, *axes[num_inputs:])) if rank else None
 
     def __call__(self, x: Array) -> Array:
         kernel = self.kernel[...].astype(self.dtype)
         x_axes = tuple(range(x.ndim - self.num_inputs, x.ndim))
         contraction = ((x_axes, tuple(range(self.num_inputs))), ((), ()))
         y = jax.lax.dot_general(x.astype(self.dtype), kernel, contraction)
+        if self.lora_A is not None and self.lora_B is not None:
+            low = jax.lax.dot_general(x.astype(self.dtype), self.lora_A[...].astype(self.dtype), contraction)
+            y = y + jnp.tensordot(low, self.lora_B[...].astype(self.dtype), axes=1)
         if self.bias is None:
             return y
         bias = self.bias[...].astype(self.dtype)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from darkformer_jax.attention.attention import Attention
@@ -18,7 +19,7 @@ from darkformer_jax.attention.features import draw_layer
 from darkformer_jax.attention.positions import RopeSpec
 from darkformer_jax.attention.spec import AttentionSpec, Geometry, Projection
 from darkformer_jax.layers import GatedMLP, RMSNorm
-from darkformer_jax.sharding import constrain
+from darkformer_jax.sharding import constrain, sharding_of
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -57,6 +58,7 @@ class ModelSpec:
     qkv_bias: bool = False
     norm_plus_one: bool = False
     post_norms: bool = False
+    lora_rank: int = 0
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:
@@ -99,6 +101,7 @@ class Block(nnx.Module):
             qkv_bias=spec.qkv_bias,
             norm_eps=spec.norm_eps,
             norm_plus_one=spec.norm_plus_one,
+            lora_rank=spec.lora_rank,
             dtype=spec.dtype,
             layer=layer,
             rngs=rngs,
@@ -279,6 +282,11 @@ def logical_axes(variable: nnx.Variable) -> tuple[str | None, ...]:
     """Names of a variable's dimensions; a stacked one has an unnamed axis of layers in front."""
     axes = tuple(variable.get_metadata()["axes"])
     return (None,) * (len(variable.shape) - len(axes)) + axes
+
+
+def variable_sharding(path: tuple, variable: nnx.Variable, mesh: Mesh) -> NamedSharding:
+    """How a mesh holds a variable, by its logical axes. Raises UserError for one that the mesh does not divide."""
+    return sharding_of("/".join(map(str, path)), logical_axes(variable), variable.shape, mesh)
 
 
 def is_geometry(variable: nnx.Variable) -> bool:

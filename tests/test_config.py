@@ -31,7 +31,7 @@ AT_LEAST_ZERO = [
     "data.num_workers", "optimizer.warmup_steps", "eval.every", "eval.batches", "checkpoint.every", "sample.top_k",
     "model.logit_softcap", "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.z_loss",
     "optimizer.geometry_learning_rate", "sample.temperature", "model.rope_local_theta", "model.rope_attention_factor",
-    "model.attention.query_scale", "model.attention.softcap", "model.attention.local_window",
+    "model.attention.query_scale", "model.attention.softcap", "model.attention.local_window", "model.lora_rank",
 ]  # fmt: skip
 POSITIVE = [
     "model.norm_eps", "model.rope_theta", "model.attention.geometry_init", "optimizer.learning_rate", "optimizer.eps",
@@ -46,6 +46,7 @@ CHOICES = {
     "model.attention.projections": "iid, orthogonal, orthogonal_unsigned",
     "model.attention.window_kernel": "dark, softmax",
     "optimizer.schedule": "cosine, rsqrt, constant",
+    "optimizer.train": "all, qkv_geometry, geometry, lora",
 }
 RULES = [
     *[({name: 0}, f"{name} = 0(.0)?: must be at least 1") for name in AT_LEAST_ONE],
@@ -115,10 +116,22 @@ RULES = [
     ),
     ({"seed": 2**32}, r"seed = 4294967296: must be below 2\*\*32"),
     ({"batch_size": 6, "accumulation_steps": 4}, "batch_size = 6 is not a multiple of accumulation_steps = 4"),
+    (
+        {"optimizer.train": "geometry", "optimizer.geometry_learning_rate": 0.0},
+        "optimizer.geometry_learning_rate = 0.0 with optimizer.train = 'geometry': nothing would be trained",
+    ),
+    ({"optimizer.train": "lora"}, "model.lora_rank = 0 with optimizer.train = 'lora': must be at least 1"),
+    (
+        {"model.lora_rank": 4},
+        "model.lora_rank = 4 with optimizer.train = 'all'; allowed: 0, or optimizer.train = 'lora",
+    ),
     ({"num_steps": 50}, "optimizer.warmup_steps = 50 is not shorter than num_steps = 50"),
     ({"optimizer.b1": 1.0}, r"optimizer.b1 = 1.0: must be in \[0, 1\)"),
     ({"optimizer.b2": -0.1}, r"optimizer.b2 = -0.1: must be in \[0, 1\)"),
     ({"optimizer.final_fraction": 1.5}, r"optimizer.final_fraction = 1.5: must be in \[0, 1\]"),
+    ({"distill.weight": 1.5}, r"distill.weight = 1.5: must be in \[0, 1\]"),
+    ({"distill.weight": 0.5}, "distill.weight = 0.5 with distill.workdir = ''; allowed: both or neither"),
+    ({"distill.workdir": "runs/a"}, "distill.weight = 0.0 with distill.workdir = 'runs/a'; allowed: both or neither"),
     ({"sample.top_p": 0.0}, r"sample.top_p = 0.0: must be in \(0, 1\]"),
     ({"sample.prompts": ("def ", 1)}, r"sample.prompts = \('def ', 1\): must be strings"),
     ({"data.heldout_fraction": -0.1}, "data.heldout_fraction = -0.1: must be at least 0 and below 1"),
@@ -138,6 +151,8 @@ def test_a_rule_names_its_field_and_what_is_allowed(changes, message):
     [
         {},
         {"num_steps": 1},
+        {"distill.workdir": "runs/a", "distill.weight": 1.0},
+        {"optimizer.train": "lora", "model.lora_rank": 4},
         {"model.num_kv_heads": 1},
         {"model.attention.pattern": "softmax, dark"},
         {"model.attention.window": 256, "model.attention.num_sinks": 4},

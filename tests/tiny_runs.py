@@ -69,7 +69,8 @@ def write_text(path: Path, num_bytes: int = 6000) -> str:
 
 def fresh_state(experiment: Experiment) -> TrainState:
     """The state before the first step."""
-    return jax.jit(make_state_init(experiment.network, experiment.optimizer, experiment.config.seed))()
+    init = make_state_init(experiment.network, experiment.optimizer, experiment.config.seed, experiment.trained)
+    return jax.jit(init)()
 
 
 def write_workdir(

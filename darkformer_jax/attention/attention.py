@@ -1,5 +1,6 @@
 """One attention layer: projections, grouped heads, QK-norm and RoPE around a mechanism."""
 
+import functools
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ class Attention(nnx.Module):
         qkv_bias: bool,
         norm_eps: float,
         norm_plus_one: bool,
+        lora_rank: int = 0,
         dtype: jax.typing.DTypeLike,
         layer: int | Array,
         rngs: nnx.Rngs,
@@ -35,12 +37,11 @@ class Attention(nnx.Module):
         self.rope = rope
         shape = (embed_dim, spec.num_heads, spec.head_dim)
         kv_shape = (embed_dim, spec.num_kv_heads, spec.head_dim)
-        self.q = Linear(shape, ("embed", "heads", None), use_bias=qkv_bias, rngs=rngs, dtype=dtype)
-        self.k = Linear(kv_shape, ("embed", "kv_heads", None), use_bias=qkv_bias, rngs=rngs, dtype=dtype)
-        self.v = Linear(kv_shape, ("embed", "kv_heads", None), use_bias=qkv_bias, rngs=rngs, dtype=dtype)
-        self.out = Linear(
-            (spec.num_heads, spec.head_dim, embed_dim), ("heads", None, "embed"), num_inputs=2, rngs=rngs, dtype=dtype
-        )
+        linear = functools.partial(Linear, rank=lora_rank, rngs=rngs, dtype=dtype)
+        self.q = linear(shape, ("embed", "heads", None), use_bias=qkv_bias)
+        self.k = linear(kv_shape, ("embed", "kv_heads", None), use_bias=qkv_bias)
+        self.v = linear(kv_shape, ("embed", "kv_heads", None), use_bias=qkv_bias)
+        self.out = linear((spec.num_heads, spec.head_dim, embed_dim), ("heads", None, "embed"), num_inputs=2)
         self.q_norm = RMSNorm(spec.head_dim, norm_eps, norm_plus_one, axis=None) if qk_norm else None
         self.k_norm = RMSNorm(spec.head_dim, norm_eps, norm_plus_one, axis=None) if qk_norm else None
         self.mechanism = MECHANISMS[kind](spec, layer)

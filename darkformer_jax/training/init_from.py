@@ -1,12 +1,16 @@
 """Starting a run from another run's weights, its mechanism changed perhaps."""
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from darkformer_jax.data.tokenizers import has_tokenizer, load_tokenizer
 from darkformer_jax.errors import UserError
+from darkformer_jax.lora import is_lora, merge_lora
 from darkformer_jax.training.checkpoints import Checkpoints
 from darkformer_jax.training.setup import Experiment
 from darkformer_jax.training.step import TrainState
@@ -25,7 +29,8 @@ class _Place(NamedTuple):
 def initialize_from(workdir: str, experiment: Experiment, state: TrainState) -> tuple[TrainState, str]:
     """`state` with every parameter that `workdir`'s newest checkpoint has too, and a report of what it has not.
 
-    Layers are matched by their number, whatever the two models' patterns. Projections of the same shape come along,
+    Layers are matched by their number, whatever the two models' patterns. Low-rank updates that this model has not are
+    merged into the weights. Projections of the same shape come along,
     unless the run redraws them. Optimizer moments, step and data order start anew.
 
     Raises:
@@ -40,8 +45,11 @@ def initialize_from(workdir: str, experiment: Experiment, state: TrainState) -> 
     common = sorted(wanted.keys() & saved.keys())
     _require_fit(workdir, saved, wanted, common)
     pairs = {name: (saved[name], wanted[name]) for name in common}
-    params = _transfer(checkpoints, step, "params", pairs, state.params, experiment.shardings.params)
+    merged = set() if any(map(is_lora, wanted)) else {name for name in saved if is_lora(name)}
+    factors = {saved[name].path for name in merged}
+    params = _transfer(checkpoints, step, "params", pairs, state.params, experiment.shardings.params, factors)
     report = f"initialised {len(common)} of {len(wanted)} parameter arrays from step {step} of {workdir}"
+    report += ", its low-rank updates merged" if merged else ""
 
     # M was fitted to its projections: they come along, unless the new run draws others by its own config.
     projections = state.projections
@@ -55,7 +63,9 @@ def initialize_from(workdir: str, experiment: Experiment, state: TrainState) -> 
             projections = _transfer(checkpoints, step, "projections", pairs, projections, shardings)
             report += f", and {len(same)} of {len(new)} arrays of projections"
     checkpoints.close()
-    report += _listed("; new: ", wanted.keys() - saved.keys()) + _listed("; not used: ", saved.keys() - wanted.keys())
+    report += _listed("; new: ", wanted.keys() - saved.keys()) + _listed(
+        "; not used: ", saved.keys() - wanted.keys() - merged
+    )
     return state._replace(params=params, projections=projections), report
 
 
@@ -66,8 +76,12 @@ def _transfer(
     pairs: dict[Path, tuple[_Place, _Place]],
     current: dict,
     shardings: dict,
+    factors: Collection[Path] = (),
 ) -> dict:
-    """`current` with arrays of the checkpoint's `tree` put from their places there to those here, in its own dtypes."""
+    """`current` with arrays of the checkpoint's `tree` put from their places there to those here, in its own dtypes.
+
+    factors: the paths there of low-rank updates to merge first.
+    """
     saved, layout = flatten_dict(checkpoints.saved_shapes(step)[tree]), flatten_dict(shardings)
     # Stacks of one parameter differ in their number of layers alone, an axis that is never split: a sharding fits both.
     abstract = {
@@ -76,10 +90,12 @@ def _transfer(
         )
         for source, target in pairs.values()
     }
+    everywhere = NamedSharding(next(iter(layout.values())).mesh, P())
+    abstract |= {path: saved[path].update(sharding=everywhere) for path in factors}
     _, restored = checkpoints.restore({tree: unflatten_dict(abstract)}, step, partial=True)
 
     def assemble(current: dict, loaded: dict) -> dict:
-        new, found = flatten_dict(current), flatten_dict(loaded)
+        new, found = flatten_dict(current), flatten_dict(merge_lora(loaded) if factors else loaded)
         for source, target in pairs.values():
             value = found[source.path].astype(new[target.path].dtype)
             if target.row is None:
@@ -92,14 +108,16 @@ def _transfer(
     return assembled
 
 
-def check_same_tokenizer(workdir: str, fingerprint: str) -> None:
-    """Raises UserError where `workdir` was trained with another tokenizer: its embeddings would mean other tokens."""
+def check_same_tokenizer(workdir: str, fingerprint: str, field: str = "init_from") -> None:
+    """Raises UserError where `workdir` was trained with another tokenizer: its embeddings would mean other tokens.
+
+    field: of the config, that names the workdir.
+    """
     if has_tokenizer(workdir):
         saved = load_tokenizer(workdir).fingerprint
         if saved != fingerprint:
             raise UserError(
-                f"init_from = {workdir}: its tokenizer (fingerprint {saved[:12]}) is not the data's "
-                f"({fingerprint[:12]})"
+                f"{field} = {workdir}: its tokenizer (fingerprint {saved[:12]}) is not the data's ({fingerprint[:12]})"
             )
 
 

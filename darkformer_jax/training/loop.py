@@ -13,13 +13,22 @@ import jax
 from darkformer_jax.data import Data, heldout_batches, train_batches
 from darkformer_jax.errors import UserError
 from darkformer_jax.training.checkpoints import Checkpoints
+from darkformer_jax.training.distill import load_teacher
 from darkformer_jax.training.evaluation import Evaluation, evaluate, make_eval_step, put_batch
 from darkformer_jax.training.flops import device_peak_flops
 from darkformer_jax.training.init_from import initialize_from
 from darkformer_jax.training.metrics import METRICS_FILE, MetricWriter, read_metrics
 from darkformer_jax.training.progress import Progress, device_memory_bytes, host_memory_bytes
 from darkformer_jax.training.setup import Experiment, tokens_per_byte
-from darkformer_jax.training.step import Metrics, TrainState, from_saved, make_state_init, make_train_step, to_saved
+from darkformer_jax.training.step import (
+    Distillation,
+    Metrics,
+    TrainState,
+    from_saved,
+    make_state_init,
+    make_train_step,
+    to_saved,
+)
 
 
 class Stopped(Exception):
@@ -59,6 +68,8 @@ class Run:
         config = experiment.config
         self.experiment, self.data, self.workdir = experiment, data, workdir
         self.checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, save_every=config.checkpoint.every)
+        weight = config.distill.weight
+        self.teacher = load_teacher(config.distill.workdir, experiment, data.tokenizer.fingerprint) if weight else None
         self._eval_step = make_eval_step(experiment.network)
         self._train_step = jax.jit(
             make_train_step(
@@ -68,6 +79,8 @@ class Run:
                 accumulation_steps=config.accumulation_steps,
                 z_loss=config.optimizer.z_loss,
                 redraw_every=config.model.attention.redraw_every,
+                trained=experiment.trained,
+                distillation=Distillation(self.teacher.network, weight) if self.teacher else None,
             ),
             donate_argnums=0,
             out_shardings=(experiment.shardings, None),
@@ -78,6 +91,8 @@ class Run:
     def start(self, progress: Progress) -> tuple[int, TrainState]:
         """The step to go on from and its state: own workdir, then init_from, then scratch."""
         experiment, config = self.experiment, self.experiment.config
+        if self.teacher:
+            progress.note(f"the teacher is step {self.teacher.step} of {config.distill.workdir}")
         if self.checkpoints.committed_steps():
             wanted = jax.tree.map(
                 lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -90,7 +105,7 @@ class Run:
             progress.note(f"resuming {self.workdir} from step {step}")
             return step, from_saved(saved, experiment.abstract)
         self._require_new()
-        init = make_state_init(experiment.network, experiment.optimizer, config.seed)
+        init = make_state_init(experiment.network, experiment.optimizer, config.seed, experiment.trained)
         state = jax.jit(init, out_shardings=experiment.shardings)()
         if config.init_from:
             state, report = initialize_from(config.init_from, experiment, state)
@@ -125,11 +140,12 @@ class Run:
         writer = MetricWriter(self.workdir, step if self.checkpoints.committed_steps() else None)
         log = _Log(self, writer, progress)
         evaluation: Evaluation | None = None
+        teacher = self.teacher.arrays if self.teacher else None
         try:
             with StopSignals() as signals, jax.set_mesh(self.experiment.mesh):
                 batches = self._batches(step)
                 while step < config.num_steps:
-                    state, metrics = self._train_step(state, next(batches))
+                    state, metrics = self._train_step(state, next(batches), teacher)
                     step += 1
                     log.finished(step, metrics)
                     evaluate_now = config.eval.every and step % config.eval.every == 0

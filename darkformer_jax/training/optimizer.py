@@ -7,6 +7,7 @@ import optax
 from flax import nnx
 
 from darkformer_jax.model import Network, is_geometry
+from darkformer_jax.training.regimes import split_params, trained_paths
 
 MODEL, GEOMETRY = "model", "geometry"
 
@@ -40,14 +41,21 @@ def make_optimizer(
     """Clipping by the global norm, Adam, decoupled weight decay of matrices, one learning rate for M and one for the
     rest.
 
-    M and learned projections, norms and biases are never decayed.
+    M and learned projections, norms and biases are never decayed. The transformation is of the parameters that
+    `optimizer.train` names, as `split_params` cuts them out: frozen ones have no moments, no part in the norm that is
+    clipped, and no decay.
+
+    Raises:
+      UserError: the model has nothing that `optimizer.train` trains.
     """
+    trained = trained_paths(network, optimizer.train)
     labels = network.map_params(lambda _, variable: GEOMETRY if is_geometry(variable) else MODEL)
 
     def is_matrix(path: tuple, variable: nnx.Variable) -> bool:
         return path[-1] != "bias" and len(variable.get_metadata()["axes"]) > 1 and not is_geometry(variable)
 
-    decayed = network.map_params(is_matrix)
+    labels, _ = split_params(labels, trained)
+    decayed, _ = split_params(network.map_params(is_matrix), trained)
     rates = {
         MODEL: optax.scale_by_learning_rate(make_schedule(optimizer, num_steps, optimizer.learning_rate)),
         GEOMETRY: optax.scale_by_learning_rate(make_schedule(optimizer, num_steps, optimizer.geometry_learning_rate)),

@@ -50,7 +50,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     experiment = Experiment.of(config, data.tokenizer.vocab_size)
     progress.note(
         f"{data.train.num_tokens:,} training tokens, {data.heldout.num_tokens:,} held out; "
-        f"{experiment.num_params:,} parameters; {len(jax.devices())} x {jax.devices()[0].device_kind}"
+        f"training {experiment.num_trained:,} of {experiment.num_params:,} parameters; "
+        f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
     )
     training = Run(experiment, data, workdir)
     step, state = training.start(progress)

@@ -6,23 +6,30 @@ import math
 import jax
 import ml_collections
 import optax
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding
 
 from darkformer_jax.config import model_spec
 from darkformer_jax.data import TokenStream
+from darkformer_jax.lora import is_lora
 from darkformer_jax.model import Network
 from darkformer_jax.sharding import make_mesh, sharding_of
 from darkformer_jax.training.flops import train_step_flops
 from darkformer_jax.training.optimizer import make_optimizer, make_schedule
+from darkformer_jax.training.regimes import Paths, split_params, trained_paths
 from darkformer_jax.training.step import TrainState, make_state_init, state_shardings
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """The parts of a training run. `abstract` is the state's shapes, `shardings` its layout on `mesh`."""
+    """The parts of a training run. `abstract` is the state's shapes, `shardings` its layout on `mesh`.
+
+    `trained` are the parameters that `optimizer` is of, and `schedule` is the learning rate that metrics show.
+    """
 
     config: ml_collections.ConfigDict
     network: Network
+    trained: Paths
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     mesh: Mesh
@@ -35,19 +42,27 @@ class Experiment:
         """Raises UserError where the config, the tokenizer and the devices do not fit together."""
         network = Network.of(model_spec(config, tokenizer_vocab))
         mesh = make_mesh(config.mesh.to_dict())
-        optimizer = make_optimizer(config.optimizer, config.num_steps, network)
-        schedule = make_schedule(config.optimizer, config.num_steps, config.optimizer.learning_rate)
-        abstract = jax.eval_shape(make_state_init(network, optimizer, config.seed))
-        shardings = state_shardings(network, optimizer, abstract, mesh)
+        o = config.optimizer
+        trained = trained_paths(network, o.train)
+        optimizer = make_optimizer(o, config.num_steps, network)
+        peak = o.geometry_learning_rate if o.train == "geometry" else o.learning_rate
+        schedule = make_schedule(o, config.num_steps, peak)
+        abstract = jax.eval_shape(make_state_init(network, optimizer, config.seed, trained))
+        shardings = state_shardings(network, optimizer, abstract, mesh, trained)
         micro_batch = config.batch_size // config.accumulation_steps
         batch_sharding = sharding_of("a micro-batch", ("batch", None), (micro_batch, config.sequence_length), mesh)
         sharding_of("an evaluation batch", ("batch", None), (config.eval.batch_size, config.sequence_length), mesh)
-        return cls(config, network, optimizer, schedule, mesh, abstract, shardings, batch_sharding)
+        return cls(config, network, trained, optimizer, schedule, mesh, abstract, shardings, batch_sharding)
 
     @property
     def num_params(self) -> int:
-        """Trained parameters."""
-        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.abstract.params))
+        """Parameters, trained or not."""
+        return _size(self.abstract.params)
+
+    @property
+    def num_trained(self) -> int:
+        """Parameters that `optimizer.train` names."""
+        return _size(split_params(self.abstract.params, self.trained)[0])
 
     @property
     def state_bytes(self) -> int:
@@ -61,9 +76,13 @@ class Experiment:
 
     @property
     def step_flops(self) -> float:
-        """Model FLOPs an optimizer step; see `train_step_flops`."""
+        """Model FLOPs an optimizer step: `train_step_flops`, less frozen matrices' gradients, plus low-rank updates."""
         spec, sizes = self.network.spec, self.network.spec.attention
-        return train_step_flops(
+        output = "embedding" if spec.tie_embeddings else "head"
+        frozen = flatten_dict(split_params(self.abstract.params, self.trained)[1])
+        low_rank = sum(leaf.size for path, leaf in flatten_dict(self.abstract.params).items() if is_lora(path))
+        multiplied = sum(leaf.size for path, leaf in frozen.items() if path[-1] in ("kernel", output))
+        whole = train_step_flops(
             tokens=self.tokens_per_step,
             sequence_length=self.config.sequence_length,
             attention_kinds=spec.layer_kinds,
@@ -79,6 +98,7 @@ class Experiment:
             num_sinks=sizes.num_sinks,
             local_window=sizes.local_window,
         )
+        return whole + (6.0 * low_rank - 2.0 * multiplied) * self.tokens_per_step
 
     def describe(self) -> str:
         """What --dry_run prints."""
@@ -89,6 +109,7 @@ class Experiment:
         )
         rows = (
             ("parameters", f"{self.num_params:,}"),
+            ("trained", f"{self.num_trained:,} (optimizer.train = {self.config.optimizer.train!r})"),
             ("state", f"{self.state_bytes / 2**20:,.1f} MiB, of which {per_device / 2**20:,.1f} MiB a device"),
             ("tokens a step", f"{self.tokens_per_step:,} = {self.config.batch_size} x {self.config.sequence_length}"),
             ("FLOPs a step", f"{self.step_flops:.3e}"),
@@ -98,6 +119,10 @@ class Experiment:
             ("steps", f"{self.config.num_steps:,}"),
         )
         return "\n".join(f"{name:14s} {value}" for name, value in rows)
+
+
+def _size(tree: dict) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def tokens_per_byte(stream: TokenStream) -> float:

@@ -1,5 +1,6 @@
 """The state of a run, and the pure functions that advance and measure it."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from darkformer_jax.model import Network, logical_axes
-from darkformer_jax.sharding import sharding_of
+from darkformer_jax.model import Network, variable_sharding
+from darkformer_jax.training.regimes import Paths, join_params, split_params
 
 Batch = dict[str, Array]  # see darkformer_jax.data.batches
 Metrics = dict[str, Array]
@@ -30,35 +31,40 @@ class TrainState(NamedTuple):
     optimizer: Any
 
 
-def make_state_init(network: Network, optimizer: optax.GradientTransformation, seed: int) -> Callable[[], TrainState]:
-    """() -> the state before the first step."""
+def make_state_init(
+    network: Network, optimizer: optax.GradientTransformation, seed: int, trained: Paths | None = None
+) -> Callable[[], TrainState]:
+    """() -> the state before the first step. trained: the parameters that the optimizer is of; None = all."""
 
     def init() -> TrainState:
         params, projections = network.init(jax.random.key(seed))
-        return TrainState(jnp.zeros((), jnp.int32), params, projections, optimizer.init(params))
+        return TrainState(
+            jnp.zeros((), jnp.int32), params, projections, optimizer.init(split_params(params, trained)[0])
+        )
 
     return init
 
 
 def state_shardings(
-    network: Network, optimizer: optax.GradientTransformation, abstract: TrainState, mesh: Mesh
+    network: Network,
+    optimizer: optax.GradientTransformation,
+    abstract: TrainState,
+    mesh: Mesh,
+    trained: Paths | None = None,
 ) -> TrainState:
     """The sharding of every array: parameters by their logical axes, Adam's moments like their parameter.
 
     Raises:
       UserError: an array that the mesh does not divide.
     """
-
-    def sharding(path: tuple, variable: Any) -> NamedSharding:
-        return sharding_of("/".join(map(str, path)), logical_axes(variable), variable.shape, mesh)
-
+    sharding = functools.partial(variable_sharding, mesh=mesh)
     everywhere = NamedSharding(mesh, P())
     params = network.map_params(sharding)
     moments = optax.tree_utils.tree_map_params(
         optimizer,
         lambda _, spec: spec,
         abstract.optimizer,
-        params,
+        split_params(params, trained)[0],
         transform_non_params=lambda _: everywhere,
     )
     return TrainState(everywhere, params, network.map_projections(sharding), moments)
@@ -99,7 +105,17 @@ def _with_empty(saved: Any, like: Any) -> Any:
 
 def loss_sums(network: Network, params: dict, projections: dict, batch: Batch) -> Metrics:
     """Sums over a batch's real tokens: `nll` (nats), `z` (squared log normaliser), `correct`, and their `weight`."""
+    return token_sums(predict(network, params, projections, batch), batch)
+
+
+def predict(network: Network, params: dict, projections: dict, batch: Batch) -> Float[Array, "b n vocab"]:
+    """The logits of a batch."""
     logits, _ = network.bind(params, projections)(batch["inputs"], batch["segment_ids"], batch["positions"])
+    return logits
+
+
+def token_sums(logits: Float[Array, "b n vocab"], batch: Batch) -> Metrics:
+    """What `loss_sums` returns, of given logits."""
     log_normalizer = jax.nn.logsumexp(logits, axis=-1)
     target_logits = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
     weights = batch["weights"]
@@ -112,6 +128,36 @@ def loss_sums(network: Network, params: dict, projections: dict, batch: Batch) -
     }
 
 
+def kl_divergence(teacher: Float[Array, "... vocab"], student: Float[Array, "... vocab"]) -> Float[Array, "..."]:
+    """KL(teacher || student) = sum_v p_v (log p_v - log q_v) of two arrays of logits, in nats."""
+    log_p, log_q = jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+class Distillation(NamedTuple):
+    """What makes the loss (1 - weight) cross-entropy + weight KL(teacher || student), means over real tokens."""
+
+    teacher: Network
+    weight: float
+
+
+def _make_objective(network: Network, z_loss: float, distillation: Distillation | None) -> Callable[..., Any]:
+    """(trained, (frozen, projections, the teacher's arrays), batch) -> (the sum to minimise, sums to report)."""
+
+    def objective(learned: dict, fixed: tuple[dict, dict, Any], batch: Batch) -> tuple[Float[Array, ""], Metrics]:
+        frozen, projections, teacher = fixed
+        logits = predict(network, join_params(learned, frozen), projections, batch)
+        sums = token_sums(logits, batch)
+        loss = sums["nll"]
+        if distillation is not None:
+            wanted = jax.lax.stop_gradient(predict(distillation.teacher, teacher[0], teacher[1], batch))
+            sums["distill"] = jnp.sum(batch["weights"] * kl_divergence(wanted, logits))
+            loss = (1.0 - distillation.weight) * loss + distillation.weight * sums["distill"]
+        return loss + z_loss * sums["z"], sums
+
+    return objective
+
+
 def make_train_step(
     network: Network,
     optimizer: optax.GradientTransformation,
@@ -120,31 +166,34 @@ def make_train_step(
     accumulation_steps: int,
     z_loss: float,
     redraw_every: int,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """(state, batch) -> (state, metrics). Loss and gradients: sums over micro-batches over the total of real tokens."""
+    trained: Paths | None = None,
+    distillation: Distillation | None = None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """(state, batch) -> (state, metrics); with a distillation (state, batch, (params, projections) of the teacher).
 
-    def objective(params: dict, projections: dict, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
-        sums = loss_sums(network, params, projections, batch)
-        return sums["nll"] + z_loss * sums["z"], sums
+    Loss and gradients are sums over micro-batches over the total of real tokens. The `loss` of metrics is the
+    cross-entropy, distilled or not, so that runs compare; `distill` is the divergence.
 
-    gradient = jax.grad(objective, has_aux=True)
+    trained: the parameters that the optimizer is of (None = all). Of the others no gradient is computed.
+    """
+    gradient = jax.grad(_make_objective(network, z_loss, distillation), has_aux=True)
 
-    def gradient_sums(params: dict, projections: dict, batch: Batch) -> tuple[dict, Metrics]:
+    def gradient_sums(learned: dict, fixed: tuple[dict, dict, Any], batch: Batch) -> tuple[dict, Metrics]:
         if accumulation_steps == 1:
-            return gradient(params, projections, batch)
+            return gradient(learned, fixed, batch)
         # Rows a, a + A, a + 2A, ... are micro-batch a: each device keeps the rows it has.
         micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulation_steps, *x.shape[1:]), 1, 0), batch)
         zeros = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype),
-            jax.eval_shape(gradient, params, projections, jax.tree.map(lambda x: x[0], micro)),
+            jax.eval_shape(gradient, learned, fixed, jax.tree.map(lambda x: x[0], micro)),
         )
 
         def add(total: tuple[dict, Metrics], part: Batch) -> tuple[tuple[dict, Metrics], None]:
-            return jax.tree.map(jnp.add, total, gradient(params, projections, part)), None
+            return jax.tree.map(jnp.add, total, gradient(learned, fixed, part)), None
 
         return jax.lax.scan(add, zeros, micro)[0]
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch, teacher: Any = None) -> tuple[TrainState, Metrics]:
         projections = state.projections
         if redraw_every:
             projections = jax.lax.cond(
@@ -153,10 +202,11 @@ def make_train_step(
                 lambda old: old,
                 projections,
             )
-        gradients, sums = gradient_sums(state.params, projections, batch)
+        learned, frozen = split_params(state.params, trained)
+        gradients, sums = gradient_sums(learned, (frozen, projections, teacher), batch)
         total = jnp.maximum(sums["weight"], 1.0)  # a batch of padding alone has no gradient, and no NaN
         gradients = jax.tree.map(lambda g: g / total, gradients)
-        updates, moments = optimizer.update(gradients, state.optimizer, state.params)
+        updates, moments = optimizer.update(gradients, state.optimizer, learned)
         metrics = {
             "loss": sums["nll"] / total,
             "accuracy": sums["correct"] / total,
@@ -165,7 +215,9 @@ def make_train_step(
             "learning_rate": schedule(state.step),
             "tokens": sums["weight"],
         }
-        params = optax.apply_updates(state.params, updates)
+        if distillation is not None:
+            metrics["distill"] = sums["distill"] / total
+        params = join_params(optax.apply_updates(learned, updates), frozen)
         return TrainState(state.step + 1, params, projections, moments), metrics
 
     return train_step
