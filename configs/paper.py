@@ -18,7 +18,7 @@ PRETRAIN_FIELDS = {"steps": finetune.FIELDS["steps"], "lr": finetune.FIELDS["lr"
 FINE_TUNING = ("window=0", "chunk=32", "context=256", "batch=8", "steps=150", "lr=1e-3", "geometry_lr=3e-3")
 
 
-def get_config(arguments: str = "dark") -> ml_collections.ConfigDict:
+def get_config(arguments: str = "pretrain") -> ml_collections.ConfigDict:
     """`arguments`: pretrain or a mechanism, then comma-separated name=value."""
     kind, *others = arguments.split(",")
     if kind == "pretrain":
