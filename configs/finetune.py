@@ -14,8 +14,8 @@ config.json, and stand in this run's own. The mechanism takes the place of every
 models which alternate local and global layers keep the local ones; where all layers are local it takes the place of
 all. Fields that then no layer has (model.attention.local_window, say) are set to none.
 
-`--config.distill.workdir=runs/smollm2 --config.distill.weight=0.5` lets the run learn from the exact model's predictions
-beside the text.
+`--config.distill.workdir=runs/smollm2 --config.distill.weight=0.5` lets the run learn from the exact model's
+predictions beside the text.
 
 Every query sees its own chunk of 64 tokens, the chunk before it and the first 4 tokens exactly, and the rest through
 64 random features: pretrained queries and keys are too large for features to estimate their products alone. M starts
