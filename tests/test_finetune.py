@@ -48,6 +48,16 @@ def test_sizes_are_those_of_init_from_and_the_rest_is_not(tmp_path):
     assert finetune.get_config().model.num_layers is None  # and stays so
 
 
+def test_what_is_trained_is_the_runs_own_choice(tmp_path):
+    source = {"model__lora_rank": 8, "optimizer__train": "lora"}
+    config = from_run(tmp_path, "dark,train=lora,lora=4", **source)
+    validate(config)
+    assert (config.optimizer.train, config.model.lora_rank) == ("lora", 4)
+    config = from_run(tmp_path / "other", "dark", **source)
+    validate(config)
+    assert (config.optimizer.train, config.model.lora_rank) == ("all", 0)
+
+
 def test_an_override_stands(tmp_path):
     config = from_run(tmp_path, overrides={"model.logit_softcap": 30.0, "model.attention.pattern": "softmax,dark"})
     assert (config.model.logit_softcap, config.model.attention.pattern) == (30.0, "softmax,dark")
