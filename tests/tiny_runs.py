@@ -128,8 +128,8 @@ class Finished(NamedTuple):
     err: str
 
 
-# Imports once, which takes longer than what most commands do, and forks for each. It starts no jax backend, so it has no
-# threads that a fork would lose.
+# Imports once, which takes longer than what most commands do, and forks for each. It starts no jax backend, so it has
+# no threads that a fork would lose.
 _DRIVER = """
 import gc, json, os, runpy, sys
 import darkformer_jax.evaluate, darkformer_jax.generate, darkformer_jax.prepare_data, darkformer_jax.training.run

@@ -19,7 +19,7 @@ from darkformer_jax.training.init_from import initialize_from
 from darkformer_jax.training.metrics import METRICS_FILE, MetricWriter, read_metrics
 from darkformer_jax.training.progress import Progress, device_memory_bytes, host_memory_bytes
 from darkformer_jax.training.setup import Experiment, tokens_per_byte
-from darkformer_jax.training.step import Metrics, TrainState, from_saved, make_state_init, make_train_step, to_saved
+from darkformer_jax.training.step import Metrics, TrainState, from_saved, make_train_step, to_saved
 
 
 class Stopped(Exception):
@@ -90,8 +90,7 @@ class Run:
             progress.note(f"resuming {self.workdir} from step {step}")
             return step, from_saved(saved, experiment.abstract)
         self._require_new()
-        init = make_state_init(experiment.network, experiment.optimizer, config.seed)
-        state = jax.jit(init, out_shardings=experiment.shardings)()
+        state = experiment.initial_state()
         if config.init_from:
             state, report = initialize_from(config.init_from, experiment, state)
             progress.note(report)
