@@ -192,7 +192,7 @@ class Command:
       argv: the arguments.
       streams: a directory for what it prints; other commands must not use it.
       cwd: where it runs.
-      environment, jax_config: changes to this process's; JAX_* variables have been read when it begins.
+      environment, jax_config: changes to those of this process; when it begins, jax has read its own variables.
     """
 
     def __init__(
@@ -228,6 +228,12 @@ class Command:
         if self._status is None:
             self._status = _ask(pid=self.pid, options=0)
         return Finished(self._status, self.out.read_text(), self.err.read_text())
+
+
+def on_eight_devices(program: Path, streams: Path) -> Command:
+    """`python program` where jax sees eight CPU devices."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    return Command(str(program), [], streams, environment={"XLA_FLAGS": flags}, jax_config={"jax_platforms": "cpu"})
 
 
 def run_commands(commands: Sequence[tuple[str, Sequence[str]]], cwd: Path = ROOT) -> list[Finished]:

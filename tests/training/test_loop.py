@@ -3,8 +3,6 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -16,7 +14,7 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.training import loop
 from darkformer_jax.training.checkpoints import Checkpoints
 from darkformer_jax.training.run import run
-from tests.tiny_runs import ROOT, Command, metrics_without_time, saved_arrays, tiny_config, tiny_flags, write_text
+from tests.tiny_runs import Command, metrics_without_time, saved_arrays, tiny_config, tiny_flags, write_text
 
 NUM_STEPS = 160
 SURVIVAL = {
@@ -141,8 +139,8 @@ def test_sigterm_and_ctrl_c_save_say_so_and_resume_to_the_unbroken_run(tmp_path,
     assert_equal_runs(workdir, unbroken)
 
 
-def test_a_second_signal_ends_the_process_at_once():
-    code = """
+def test_a_second_signal_ends_the_process_at_once(tmp_path):
+    (tmp_path / "program.py").write_text("""
 import os, signal, threading, time
 from darkformer_jax.training.loop import StopSignals
 with StopSignals() as signals:
@@ -151,10 +149,10 @@ with StopSignals() as signals:
     print("remembered", flush=True)
     os.kill(os.getpid(), signal.SIGINT)
     print("still there", flush=True)
-"""
-    child = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=False, cwd=ROOT)
-    assert child.stdout == "remembered\n"
-    assert child.returncode == -signal.SIGINT
+""")
+    ended = Command(str(tmp_path / "program.py"), [], tmp_path).wait()
+    assert ended.out == "remembered\n"
+    assert ended.status == -signal.SIGINT
 
 
 def test_signal_handlers_are_put_back():
