@@ -132,6 +132,7 @@ class Finished(NamedTuple):
 # no threads that a fork would lose.
 _DRIVER = """
 import gc, json, os, runpy, sys
+sys.modules["torch"] = None  # only tests have it; tensorboardX would import it, and each command free it again
 import darkformer_jax.evaluate, darkformer_jax.generate, darkformer_jax.prepare_data, darkformer_jax.training.run
 import configs.base, jax
 
