@@ -1,8 +1,6 @@
 import json
 import math
 import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +12,7 @@ from darkformer_jax.data.tokenizers import train_bpe
 from darkformer_jax.data.windows import ScoredDocument
 from darkformer_jax.training.evaluation import make_quarter_step
 from darkformer_jax.workdir_model import load_model
-from tests.tiny_runs import ROOT, random_batch, tiny_config, write_workdir
+from tests.tiny_runs import random_batch, run_commands, tiny_config, write_workdir
 
 pytestmark = pytest.mark.standard_promotion  # the state of a checkpoint is made with its optimizer
 
@@ -208,6 +206,5 @@ def test_a_mistake_is_one_line_and_status_2(workdir, tmp_path, flags, message, c
 
 def test_the_command_itself(workdir, texts):
     flags = [f"--workdir={workdir}", f"--text={texts}", "--context=8"]
-    command = [sys.executable, "-m", "darkformer_jax.evaluate", *flags]
-    shown = subprocess.run(command, capture_output=True, check=True, cwd=ROOT, text=True)
-    assert shown.stdout.startswith(f"{workdir} step 3: 3 documents, ") and "loss=" in shown.stderr
+    (shown,) = run_commands([("darkformer_jax.evaluate", flags)])
+    assert shown.status == 0 and shown.out.startswith(f"{workdir} step 3: 3 documents, ") and "loss=" in shown.err

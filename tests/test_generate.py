@@ -1,7 +1,5 @@
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ from darkformer_jax.data.tokenizers import BytesTokenizer
 from darkformer_jax.errors import UserError
 from darkformer_jax.sampling import Sampler
 from darkformer_jax.workdir_model import load_model
-from tests.tiny_runs import ROOT, tiny_config, write_workdir
+from tests.tiny_runs import run_commands, tiny_config, write_workdir
 
 pytestmark = pytest.mark.standard_promotion  # the state of a checkpoint is made with its optimizer
 
@@ -145,6 +143,6 @@ def test_bytes_that_are_no_character_do_not_stop_the_text(workdir, monkeypatch, 
 
 
 def test_the_command_itself(workdir):
-    command = [sys.executable, "-m", "darkformer_jax.generate", f"--workdir={workdir}", "--max_new_tokens=3"]
-    shown = subprocess.run([*command, "--prompt=ab"], capture_output=True, check=True, cwd=ROOT)
-    assert shown.stdout.startswith(b"ab") and shown.stdout.endswith(b"\n") and shown.stderr == b""
+    flags = [f"--workdir={workdir}", "--max_new_tokens=3", "--prompt=ab"]
+    (shown,) = run_commands([("darkformer_jax.generate", flags)])
+    assert shown.status == 0 and shown.out.startswith("ab") and shown.out.endswith("\n") and shown.err == ""

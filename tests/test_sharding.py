@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -10,6 +7,7 @@ from jax.sharding import PartitionSpec as P
 
 from darkformer_jax.errors import UserError
 from darkformer_jax.sharding import MESH_AXES, constrain, make_mesh, spec_of
+from tests.tiny_runs import on_eight_devices
 
 
 class Sizes:
@@ -127,17 +125,11 @@ print(json.dumps(results))
 """
 
 
-def test_eight_devices_compute_what_one_does():
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd()},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout.splitlines()[-1])
+def test_eight_devices_compute_what_one_does(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    ended = on_eight_devices(tmp_path / "program.py", tmp_path).wait()
+    assert ended.status == 0, ended.err
+    results = json.loads(ended.out.splitlines()[-1])
     one = results["one"]
     for name in ("data", "fsdp", "all"):
         assert results[name]["loss"] == pytest.approx(one["loss"], rel=1e-6)

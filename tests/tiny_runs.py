@@ -1,12 +1,14 @@
 """Models, text and commands small enough that a test can train."""
 
+import atexit
+import functools
 import json
 import os
 import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,43 +129,119 @@ class Finished(NamedTuple):
     err: str
 
 
-# Imports once and forks for each command: importing takes longer than what most of them do. The parent starts no jax
-# backend, so it has no threads that a fork would lose.
+# Imports once, which takes longer than what most commands do, and forks for each. It starts no jax backend, so it has
+# no threads that a fork would lose.
 _DRIVER = """
-import json, os, runpy, sys
-import darkformer_jax.generate, darkformer_jax.prepare_data, darkformer_jax.training.run, configs.base
-for number, (script, argv) in enumerate(json.load(open(sys.argv[1]))):
-    pid = os.fork()
-    if not pid:
-        for stream, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(f"{sys.argv[1]}.{number}.{name}", os.O_WRONLY | os.O_CREAT), stream)
-        sys.argv = [script, *argv]
-        if script.endswith(".py"):
-            runpy.run_path(script, run_name="__main__")
-        else:
-            sys.modules.pop(script)
-            runpy.run_module(script, run_name="__main__", alter_sys=True)
-        raise AssertionError("app.run always exits")
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+import gc, json, os, runpy, sys
+sys.modules["torch"] = None  # only tests have it; tensorboardX would import it, and each command free it again
+import darkformer_jax.evaluate, darkformer_jax.generate, darkformer_jax.prepare_data, darkformer_jax.training.run
+import configs.base, jax
+
+def become(script, argv, cwd, streams, environment, jax_config):
+    for stream, path in enumerate(streams):
+        os.dup2(os.open(path, os.O_RDWR), stream)
+    os.chdir(cwd)
+    os.environ.update(environment)
+    for name, value in jax_config.items():
+        jax.config.update(name, value)
+    sys.argv = [script, *argv]
+    if script.endswith(".py"):
+        runpy.run_path(script, run_name="__main__")
+    else:
+        sys.modules.pop(script)
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
+    sys.exit()
+
+gc.freeze()  # else each command, as it exits, frees what was imported: a second
+for request in map(json.loads, sys.stdin):
+    if "script" in request:
+        answer = os.fork() or become(**request)
+    else:
+        pid, status = os.waitpid(request["pid"], request["options"])
+        answer = os.waitstatus_to_exitcode(status) if pid else None
+    print(json.dumps(answer), flush=True)
 """
+
+
+@functools.cache
+def _driver() -> subprocess.Popen[str]:
+    """The process that forks; it ends with this one."""
+    driver = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", _DRIVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    atexit.register(driver.communicate)
+    return driver
+
+
+def _ask(**request: Any) -> Any:
+    driver = _driver()
+    assert driver.stdin and driver.stdout
+    driver.stdin.write(json.dumps(request) + "\n")
+    driver.stdin.flush()
+    return json.loads(driver.stdout.readline())
+
+
+class Command:
+    """`python <script or -m module> <arguments>` in a process of its own.
+
+    Args:
+      script: a path that ends in .py, or the name of one of the verbs' modules.
+      argv: the arguments.
+      streams: a directory for what it prints; other commands must not use it.
+      cwd: where it runs.
+      environment, jax_config: changes to those of this process; when it begins, jax has read its own variables.
+    """
+
+    def __init__(
+        self,
+        script: str,
+        argv: Sequence[str],
+        streams: Path,
+        cwd: Path = ROOT,
+        environment: Mapping[str, str] | None = None,
+        jax_config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.out, self.err = streams / "out", streams / "err"
+        self.out.touch()
+        self.err.touch()
+        self.pid: int = _ask(
+            script=script,
+            argv=list(argv),
+            cwd=str(cwd),
+            streams=[os.devnull, str(self.out), str(self.err)],
+            environment=dict(environment or {}),
+            jax_config=dict(jax_config or {}),
+        )
+        self._status: int | None = None
+
+    def poll(self) -> int | None:
+        """Its exit status, minus the signal that ended it; None while it runs."""
+        if self._status is None:
+            self._status = _ask(pid=self.pid, options=os.WNOHANG)
+        return self._status
+
+    def wait(self) -> Finished:
+        """Returns when it has ended."""
+        if self._status is None:
+            self._status = _ask(pid=self.pid, options=0)
+        return Finished(self._status, self.out.read_text(), self.err.read_text())
+
+
+def on_eight_devices(program: Path, streams: Path) -> Command:
+    """`python program` where jax sees eight CPU devices."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    return Command(str(program), [], streams, environment={"XLA_FLAGS": flags}, jax_config={"jax_platforms": "cpu"})
 
 
 def run_commands(commands: Sequence[tuple[str, Sequence[str]]], cwd: Path = ROOT) -> list[Finished]:
     """Runs (script or module, arguments) one after another, each in a process of its own."""
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "commands"
-        path.write_text(json.dumps(commands))
-        statuses = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", _DRIVER, str(path)],
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-            cwd=cwd,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-        ).stdout.split()
-        return [
-            Finished(
-                int(status), *((path.with_name(f"commands.{number}.{name}")).read_text() for name in ("out", "err"))
-            )
-            for number, status in enumerate(statuses)
-        ]
+    finished = []
+    for script, argv in commands:
+        with tempfile.TemporaryDirectory() as streams:
+            finished.append(Command(script, argv, Path(streams), cwd).wait())
+    return finished

@@ -25,7 +25,6 @@ from darkformer_jax.training.step import (
     Metrics,
     TrainState,
     from_saved,
-    make_state_init,
     make_train_step,
     to_saved,
 )
@@ -105,8 +104,7 @@ class Run:
             progress.note(f"resuming {self.workdir} from step {step}")
             return step, from_saved(saved, experiment.abstract)
         self._require_new()
-        init = make_state_init(experiment.network, experiment.optimizer, config.seed, experiment.trained)
-        state = jax.jit(init, out_shardings=experiment.shardings)()
+        state = experiment.initial_state()
         if config.init_from:
             state, report = initialize_from(config.init_from, experiment, state)
             progress.note(report)

@@ -1,10 +1,11 @@
 import json
 import os
 import random
+import re
 import signal
-import subprocess
-import sys
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +14,11 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.training import loop
 from darkformer_jax.training.checkpoints import Checkpoints
 from darkformer_jax.training.run import run
-from tests.tiny_runs import ROOT, metrics_without_time, saved_arrays, tiny_config, tiny_flags, write_text
+from tests.tiny_runs import Command, metrics_without_time, saved_arrays, tiny_config, tiny_flags, write_text
 
+NUM_STEPS = 160
 SURVIVAL = {
-    "num_steps": 240,
+    "num_steps": NUM_STEPS,
     "checkpoint__every": 7,
     "checkpoint__keep": 2,
     "eval__every": 20,
@@ -25,51 +27,52 @@ SURVIVAL = {
     "accumulation_steps": 2,
     "model__attention__redraw_every": 10,
 }
-QUICK_COMPILE = "--xla_backend_optimization_level=0"  # half the time; what is compared is what the trainer does
+# A process killed while it writes to the cache of compiled programs would leave a broken entry to all tests.
+READS_COMPILED = {"jax_persistent_cache_min_compile_time_secs": 1e9, "jax_compilation_cache_max_size": -1}
+COMPILES = {"jax_enable_compilation_cache": False}
 
 
-class Child:
+class Child(Command):
     """`python train.py` in a process of its own, and what it says."""
 
-    def __init__(self, workdir, text, xla_flags=""):
+    def __init__(self, workdir, text, jax_config=None):
         self.workdir = workdir
         flags = tiny_flags(**SURVIVAL | {"data__files": text})
-        self.process = subprocess.Popen(
-            [sys.executable, "train.py", f"--workdir={workdir}", *flags],
-            cwd=ROOT,
-            # A process killed while it writes the cache leaves a broken entry to all tests.
-            env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false", "XLA_FLAGS": xla_flags},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.said = []
+        streams = Path(tempfile.mkdtemp(dir=workdir.parent))
+        super().__init__("train.py", [f"--workdir={workdir}", *flags], streams, jax_config=jax_config)
+
+    @property
+    def said(self):
+        return self.err.read_text().splitlines()
+
+    def resumed_from(self):
+        """The step of `resuming <workdir> from step 7`, if it says so."""
+        return [int(line.split()[-1]) for line in self.said if line.startswith("resuming ")]
 
     def until(self, step):
         """Returns when the progress lines have come to `step`."""
-        for line in self.process.stderr:
-            self.said.append(line)
-            if line.startswith("step ") and int(line.split()[1].partition("/")[0]) >= step:
-                return
-        raise AssertionError("".join(self.said))
+        while max(map(int, re.findall("^step ([0-9]+)", self.err.read_text(), re.MULTILINE)), default=0) < step:
+            self.assert_runs()
+            time.sleep(0.01)
 
     def until_saving(self):
         """Returns when a checkpoint is being written, and is not complete."""
         directory = self.workdir / "checkpoints"
-        while self.process.poll() is None:
-            names = os.listdir(directory) if directory.exists() else []
-            if any("orbax-checkpoint-tmp" in name for name in names):
-                return
-        raise AssertionError("the run ended")
+        while not (directory.exists() and any("orbax-checkpoint-tmp" in name for name in os.listdir(directory))):
+            self.assert_runs()
+            time.sleep(0.001)
 
-    def end(self):
-        """Its exit status, once it has ended."""
-        self.said += self.process.communicate()[1].splitlines(keepends=True)
-        return self.process.returncode
+    def assert_runs(self):
+        assert self.poll() is None, self.wait().err
+
+    def assert_ends_well(self):
+        ended = self.wait()
+        assert ended.status == 0, ended.err
 
     def stop(self, signum):
-        self.process.send_signal(signum)
-        return self.end()
+        """Its exit status after the signal."""
+        os.kill(self.pid, signum)
+        return self.wait().status
 
 
 @pytest.fixture
@@ -77,59 +80,67 @@ def text(tmp_path):
     return write_text(tmp_path / "text.txt")
 
 
+@pytest.fixture(scope="module")
+def survival_text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def unbroken(survival_text, tmp_path_factory):
+    """The workdir of a run that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("runs") / "unbroken"
+    Child(workdir, survival_text).assert_ends_well()
+    return workdir
+
+
 def assert_equal_runs(workdir, unbroken):
     lines, wanted = metrics_without_time(workdir), metrics_without_time(unbroken)
     assert lines == wanted
-    assert [line["step"] for line in lines if "loss" in line] == list(range(3, 241, 3))
-    assert [line["step"] for line in lines if "heldout_loss" in line] == list(range(20, 241, 20))
-    arrays, wanted_arrays = saved_arrays(workdir, 240), saved_arrays(unbroken, 240)
+    assert [line["step"] for line in lines if "loss" in line] == [*range(3, NUM_STEPS, 3), NUM_STEPS]
+    assert [line["step"] for line in lines if "heldout_loss" in line] == list(range(20, NUM_STEPS + 1, 20))
+    arrays, wanted_arrays = saved_arrays(workdir, NUM_STEPS), saved_arrays(unbroken, NUM_STEPS)
     assert len(wanted_arrays) > 30
     assert arrays == wanted_arrays
     assert json.loads((workdir / "config.json").read_text()) == json.loads((unbroken / "config.json").read_text())
 
 
-def test_kill_9_at_five_random_moments_and_resume_equals_the_unbroken_run(tmp_path, text):
-    unbroken = Child(tmp_path / "unbroken", text)
-    assert unbroken.end() == 0, "".join(unbroken.said)
-    moments = random.Random(17)
+def test_kill_9_at_five_random_moments_and_resume_equals_the_unbroken_run(tmp_path, survival_text, unbroken):
+    workdir, moments = tmp_path / "killed", random.Random(17)
     resumed_from = []
-    for first, last in ((1, 6), (20, 60), (70, 110), (120, 160), (170, 220)):
-        child = Child(tmp_path / "killed", text)
+    for first, last in ((1, 6), (15, 35), (50, 70), (85, 105), (120, 135)):
+        child = Child(workdir, survival_text, READS_COMPILED)
         child.until(moments.randint(first, last))
-        if last == 110:
+        if first == 50:
             child.until_saving()
         else:
             time.sleep(moments.uniform(0, 0.03))
         assert child.stop(signal.SIGKILL) == -signal.SIGKILL
-        resumed_from += [line.split()[-1] for line in child.said if line.startswith("resuming ")]
-    child = Child(tmp_path / "killed", text)
-    assert child.end() == 0, "".join(child.said)
-    resumed_from += [line.split()[-1] for line in child.said if line.startswith("resuming ")]
-    assert len(resumed_from) >= 4 and len(set(resumed_from)) >= 4  # the first kill may come before a checkpoint
-    assert_equal_runs(tmp_path / "killed", tmp_path / "unbroken")
+        resumed_from += child.resumed_from()
+    child = Child(workdir, survival_text, COMPILES)  # the same bits from programs compiled anew
+    child.assert_ends_well()
+    resumed_from += child.resumed_from()
+    assert len(set(resumed_from)) >= 4  # of five: the first kill may come before a checkpoint
+    assert_equal_runs(workdir, unbroken)
 
 
-def test_sigterm_and_ctrl_c_save_say_so_and_resume_to_the_unbroken_run(tmp_path, text):
-    unbroken = Child(tmp_path / "unbroken", text, QUICK_COMPILE)
-    workdir = tmp_path / "stopped"
-    moments = random.Random(18)
-    for signum, status, first, last in ((signal.SIGTERM, 143, 10, 90), (signal.SIGINT, 130, 120, 200)):
-        child = Child(workdir, text, QUICK_COMPILE)
+def test_sigterm_and_ctrl_c_save_say_so_and_resume_to_the_unbroken_run(tmp_path, survival_text, unbroken):
+    workdir, moments = tmp_path / "stopped", random.Random(18)
+    for signum, status, first, last in ((signal.SIGTERM, 143, 10, 50), (signal.SIGINT, 130, 70, 120)):
+        child = Child(workdir, survival_text)
         child.until(moments.randint(first, last))
         time.sleep(moments.uniform(0, 0.03))
-        assert child.stop(signum) == status, "".join(child.said)
+        assert child.stop(signum) == status, child.said
         step = Checkpoints(workdir).latest_good_step()
-        assert child.said[-1] == f"{signal.Signals(signum).name}: saved step {step}; the same command resumes there\n"
-        assert first <= step < 240
-    child = Child(workdir, text, QUICK_COMPILE)
-    assert child.end() == 0, "".join(child.said)
-    assert any(line.endswith(f"from step {step}\n") for line in child.said)
-    assert unbroken.end() == 0
-    assert_equal_runs(workdir, tmp_path / "unbroken")
+        assert child.said[-1] == f"{signal.Signals(signum).name}: saved step {step}; the same command resumes there"
+        assert first <= step < NUM_STEPS
+    child = Child(workdir, survival_text)
+    child.assert_ends_well()
+    assert child.resumed_from() == [step]
+    assert_equal_runs(workdir, unbroken)
 
 
-def test_a_second_signal_ends_the_process_at_once():
-    code = """
+def test_a_second_signal_ends_the_process_at_once(tmp_path):
+    (tmp_path / "program.py").write_text("""
 import os, signal, threading, time
 from darkformer_jax.training.loop import StopSignals
 with StopSignals() as signals:
@@ -138,10 +149,10 @@ with StopSignals() as signals:
     print("remembered", flush=True)
     os.kill(os.getpid(), signal.SIGINT)
     print("still there", flush=True)
-"""
-    child = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=False, cwd=ROOT)
-    assert child.stdout == "remembered\n"
-    assert child.returncode == -signal.SIGINT
+""")
+    ended = Command(str(tmp_path / "program.py"), [], tmp_path).wait()
+    assert ended.out == "remembered\n"
+    assert ended.status == -signal.SIGINT
 
 
 def test_signal_handlers_are_put_back():

@@ -1,8 +1,5 @@
 import json
 import math
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -11,7 +8,7 @@ import pytest
 from darkformer_jax.errors import UserError
 from darkformer_jax.training.setup import Experiment
 from darkformer_jax.training.step import make_train_step
-from tests.tiny_runs import ROOT, fresh_state, random_batch, tiny_config
+from tests.tiny_runs import fresh_state, on_eight_devices, random_batch, tiny_config
 
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
 STEPS = 5
@@ -48,18 +45,13 @@ def losses(config):
     return {"losses": result, "split": split, "devices": len(jax.devices())}
 
 
-def test_one_device_equals_eight():
+def test_one_device_equals_eight(tmp_path):
     code = "import json; from tests.training.test_setup import *\n"
     code += "print(json.dumps({name: losses(mesh_config(mesh)) for name, mesh in MESHES.items()}))"
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    printed = subprocess.run(
-        [sys.executable, "-c", code],
-        stdout=subprocess.PIPE,
-        check=True,
-        cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-    ).stdout
-    on_eight = json.loads(printed.splitlines()[-1])
+    (tmp_path / "program.py").write_text(code)
+    ended = on_eight_devices(tmp_path / "program.py", tmp_path).wait()
+    assert ended.status == 0, ended.err
+    on_eight = json.loads(ended.out.splitlines()[-1])
     on_one = losses(mesh_config())
     assert on_one["losses"][0][0] - on_one["losses"][-1][0] > 0.05  # it learns, so a wrong gradient shows
     for name, measured in on_eight.items():
