@@ -50,7 +50,7 @@ REPORT_FILE = "calibration.json"
 MOMENTS_FILE = "moments.npz"
 
 _HELDOUT_SHARE = 0.2
-_PASSAGES_A_STEP = 4
+_TOKENS_A_STEP = 4096
 
 
 def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
@@ -164,7 +164,7 @@ def _fit_layers(
                 trained = mechanism.trained
                 if args.transfer_steps and jax.tree.leaves(trained):
                     options = {"steps": args.transfer_steps, "learning_rate": args.learning_rate}
-                    passages = min(_PASSAGES_A_STEP, len(train.q))
+                    passages = min(max(1, _TOKENS_A_STEP // args.context), len(train.q))
                     trained = fit(mechanism, train, keys[index], passages=passages, **options)
                     params = _with_layer(params, index, len(spec.pattern), nnx.to_pure_dict(trained))
                 rows.append(_errors(args, index, mechanism, trained, test, spec.attention))
