@@ -28,6 +28,8 @@ from absl import app
 from flax import nnx
 
 from darkformer_jax.attention import MECHANISMS
+from darkformer_jax.attention.spec import AttentionSpec
+from darkformer_jax.calibration.geometry import whitening_geometry
 from darkformer_jax.calibration.moments import Moments
 from darkformer_jax.calibration.transfer import LayerTensors, Mechanism, errors, fit, teacher_layers
 from darkformer_jax.command_line import Parser, one_line_errors
@@ -46,6 +48,7 @@ from darkformer_jax.training.workdir import write_config
 from darkformer_jax.workdir_model import WorkdirModel, load_model
 
 KINDS = ("dark", "lfk", "performer", "window_only")
+GEOMETRIES = ("identity", "whitening")
 REPORT_FILE = "calibration.json"
 MOMENTS_FILE = "moments.npz"
 
@@ -68,7 +71,9 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--num_features", type=int, default=64, help="m, a head (default: 64)")
     parser.add_argument("--window", type=int, default=64, help="tokens before a query's chunk seen exactly; 0 = none")
     parser.add_argument("--num_sinks", type=int, default=4, help="first tokens seen exactly (default: 4)")
-    parser.add_argument("--geometry_init", type=float, default=0.5, help="M starts as this times I (default: 0.5)")
+    parser.add_argument("--geometry", default="identity", choices=GEOMETRIES, help="what M starts as (dark)")
+    parser.add_argument("--geometry_init", type=float, default=0.5, help="... times this (default: 0.5)")
+    parser.add_argument("--shrinkage", type=float, default=0.0, help="of whitened moments towards isotropic, 0 to 1")
     parser.add_argument("--far_gain", action="store_true", help="learn a gain a head on what features see")
     parser.add_argument("--learn_projections", action="store_true", help="of dark: learn w beside M")
     parser.add_argument("--seed", type=int, default=0, help="of projections and passages (default: 0)")
@@ -153,25 +158,35 @@ def _fit_layers(
     student = experiment.network.bind(params, state.projections)
     with tqdm.tqdm(total=spec.num_layers, unit="layer", mininterval=0.1 if sys.stderr.isatty() else 30.0) as bar:
         for index, (kind, tensors) in enumerate(zip(spec.layer_kinds, teaching, strict=True)):
-            moments.append(Moments.of(tensors.q, tensors.k))
+            test, train = (
+                jax.tree.map(lambda leaf, part=part: leaf[part], tensors)
+                for part in (slice(0, num_test), slice(num_test, None))
+            )
+            moments.append(Moments.of(train.q, train.k))
             if kind not in EXACT_KINDS:
                 started = time.perf_counter()
-                mechanism = Mechanism.of(student.layer(index).attention.mechanism)
-                train, test = (
-                    jax.tree.map(lambda leaf, part=part: leaf[part], tensors)
-                    for part in (slice(num_test, None), slice(0, num_test))
-                )
+                module: Any = student.layer(index).attention.mechanism
+                if args.geometry == "whitening":
+                    module.M[...] = _whitening(args, moments[-1], spec.attention, index)
+                mechanism = Mechanism.of(module)
                 trained = mechanism.trained
                 if args.transfer_steps and jax.tree.leaves(trained):
                     options = {"steps": args.transfer_steps, "learning_rate": args.learning_rate}
                     passages = min(max(1, _TOKENS_A_STEP // args.context), len(train.q))
                     trained = fit(mechanism, train, keys[index], passages=passages, **options)
-                    params = _with_layer(params, index, len(spec.pattern), nnx.to_pure_dict(trained))
+                params = _with_layer(params, index, len(spec.pattern), nnx.to_pure_dict(trained))
                 rows.append(_errors(args, index, mechanism, trained, test, spec.attention))
                 rows[-1]["seconds"] = time.perf_counter() - started
                 bar.set_postfix(error=f"{np.mean(rows[-1]['after']):.3f}", refresh=False)
             bar.update()
     return params, rows, Moments.stack(moments)
+
+
+def _whitening(args: argparse.Namespace, moments: Moments, spec: AttentionSpec, layer: int) -> jax.Array:
+    """M [Hkv, d, d] to start from: geometry_init times the whitening that keeps E|M x|^2."""
+    scale = spec.query_scale or spec.head_dim**-0.5
+    options = {"policy": "temperature", "shrinkage": args.shrinkage, "where": f"layer {layer}"}
+    return jnp.asarray(args.geometry_init * whitening_geometry(moments, scale=scale, **options), jnp.float32)
 
 
 def _errors(
@@ -223,6 +238,12 @@ def _check_flags(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if not smallest <= value < 2**31:
             raise UserError(f"--{name}={value}: must be from {smallest} to {2**31 - 1}")
+    if args.geometry == "whitening" and args.mechanism != "dark":
+        raise UserError(f"--geometry=whitening: {args.mechanism} has no M; allowed: --mechanism=dark")
+    if not 0 <= args.shrinkage <= 1:
+        raise UserError(f"--shrinkage={args.shrinkage}: must be from 0 to 1")
+    if args.shrinkage and args.geometry != "whitening":
+        raise UserError(f"--shrinkage={args.shrinkage}: allowed: 0, or --geometry=whitening")
     if not 0 < args.learning_rate < 1:
         raise UserError(f"--learning_rate={args.learning_rate}: must be between 0 and 1")
 

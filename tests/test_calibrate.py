@@ -90,11 +90,30 @@ def test_errors_of_another_text_and_moments_of_both(workdir, text, tmp_path):
         (json.loads((tmp_path / name / "calibration.json").read_text()), Moments.load(tmp_path / name / "moments.npz"))
         for name in ("own", "other")
     )
-    assert moments.tokens.tolist() == [10 * 32] * 2 and both.tokens.tolist() == [12 * 32] * 2
+    assert moments.tokens.tolist() == [8 * 32] * 2 and both.tokens.tolist() == [10 * 32] * 2
     assert moments.second_k.shape == (2, 2, 8, 8)
     assert own["layers"][0]["before"] != others["layers"][0]["before"]
     mechanism = load_model(str(tmp_path / "other")).params["blocks_0"]["attention"]["mechanism"]
     assert set(mechanism) == {"M", "projections", "log_gain"}
+
+
+def test_a_whitening_start(workdir, text, tmp_path):
+    options = ("--transfer_steps=0", "--geometry=whitening", "--geometry_init=1.0")
+    run(workdir, text, tmp_path / "out", *options)
+    m = np.asarray(load_model(str(tmp_path / "out")).params["blocks_0"]["attention"]["mechanism"]["M"], np.float64)
+    moments = Moments.load(tmp_path / "out/moments.npz")
+    whitened = m @ moments.pooled_second @ np.swapaxes(m, -1, -2)
+    size = np.trace(moments.pooled_second, axis1=-2, axis2=-1)[..., None, None] / 8
+    np.testing.assert_allclose(whitened, size * np.eye(8), rtol=1e-3, atol=1e-3 * size.max())
+
+
+def test_too_little_text_to_whiten_with(workdir, text, tmp_path, capsys):
+    few = ("--context=4", "--passages=2", "--window=0", "--num_sinks=0")
+    with pytest.raises(SystemExit) as exit_:
+        run(workdir, text, tmp_path / "out", "--geometry=whitening", *few)
+    assert exit_.value.code == 2 and not any(tmp_path.iterdir())
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "layer 0: moments of 4 tokens; second moments of full rank in 8 dimensions need at least 9" in last
 
 
 def test_fine_tuning_goes_on_from_it(fitted):
@@ -114,6 +133,9 @@ def test_fine_tuning_goes_on_from_it(fitted):
         (["--workdir={fitted}"], "its layers are dark; allowed: softmax, softmax_local"),
         (["--passages=1000"], "passages of --context=32 tokens; 1000 are needed (--passages)"),
         (["--test_text={dir}/none.txt"], "no file matches"),
+        (["--geometry=whitening", "--mechanism=lfk"], "--geometry=whitening: lfk has no M"),
+        (["--geometry=whitening", "--shrinkage=2"], "--shrinkage=2.0: must be from 0 to 1"),
+        (["--shrinkage=0.1"], "--shrinkage=0.1: allowed: 0, or --geometry=whitening"),
         (["--learn_projections", "--mechanism=lfk"], "none of lfk is dark; allowed: False"),
         (["--far_gain", "--window=0", "--num_sinks=0"], "far_gain = True needs a window"),
         (["--window=7"], "model.attention.window = 7"),
