@@ -170,11 +170,12 @@ def _fit_layers(
                     module.M[...] = _whitening(args, moments[-1], spec.attention, index)
                 mechanism = Mechanism.of(module)
                 trained = mechanism.trained
-                if args.transfer_steps and jax.tree.leaves(trained):
+                if args.transfer_steps and trained:
                     options = {"steps": args.transfer_steps, "learning_rate": args.learning_rate}
                     passages = min(max(1, _TOKENS_A_STEP // args.context), len(train.q))
                     trained = fit(mechanism, train, keys[index], passages=passages, **options)
-                params = _with_layer(params, index, len(spec.pattern), nnx.to_pure_dict(trained))
+                if trained:
+                    params = _with_layer(params, index, len(spec.pattern), nnx.to_pure_dict(trained))
                 rows.append(_errors(args, index, mechanism, trained, test, spec.attention))
                 rows[-1]["seconds"] = time.perf_counter() - started
                 bar.set_postfix(error=f"{np.mean(rows[-1]['after']):.3f}", refresh=False)

@@ -107,6 +107,14 @@ def test_a_whitening_start(workdir, text, tmp_path):
     np.testing.assert_allclose(whitened, size * np.eye(8), rtol=1e-3, atol=1e-3 * size.max())
 
 
+@pytest.mark.parametrize("mechanism", ["performer", "window_only"])
+def test_controls_have_nothing_to_fit(workdir, text, tmp_path, mechanism):
+    run(workdir, text, tmp_path / "out", f"--mechanism={mechanism}")
+    report = json.loads((tmp_path / "out/calibration.json").read_text())
+    assert all(row["before"] == row["after"] for row in report["layers"])
+    assert load_model(str(tmp_path / "out")).network.spec.layer_kinds == (mechanism, mechanism)
+
+
 def test_too_little_text_to_whiten_with(workdir, text, tmp_path, capsys):
     few = ("--context=4", "--passages=2", "--window=0", "--num_sinks=0")
     with pytest.raises(SystemExit) as exit_:
