@@ -25,9 +25,10 @@ import tqdm
 from configs import ablation
 from darkformer_jax.config import validate
 from darkformer_jax.data import Batch, Data, TokenStream, heldout_batches, load_data, train_batches
+from darkformer_jax.errors import UserError
 from darkformer_jax.training.evaluation import put_batch
 from darkformer_jax.training.setup import Experiment, tokens_per_byte
-from darkformer_jax.training.step import make_state_init, make_train_step
+from darkformer_jax.training.step import make_train_step
 
 QUARTERS = 4
 REPEATED = 8  # tokens that have to be seen before for a target to count as a repeat
@@ -79,7 +80,7 @@ def train(
 ) -> tuple[Experiment, Any, float]:
     """Trains to the last step without a workdir; returns the experiment, its state and the last losses' mean."""
     experiment = Experiment.of(config, vocab_size)
-    state = jax.jit(make_state_init(experiment.network, experiment.optimizer, config.seed))()
+    state = experiment.initial_state()
     step = jax.jit(
         make_train_step(
             experiment.network,
@@ -88,6 +89,7 @@ def train(
             accumulation_steps=1,
             z_loss=config.optimizer.z_loss,
             redraw_every=config.model.attention.redraw_every,
+            trained=experiment.trained,
         ),
         donate_argnums=0,
     )
@@ -171,6 +173,8 @@ def config_of(run: Run) -> ml_collections.ConfigDict:
         }
     )
     validate(config)
+    if config.distill.weight:
+        raise UserError(f"distill.weight = {config.distill.weight}: this benchmark has no teacher; allowed: 0")
     return config
 
 

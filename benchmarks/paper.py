@@ -7,7 +7,7 @@
 
 Trains the exact model of configs/paper.py:pretrain once (<out>/pretrained), then continues it with every variant,
 learning rate, m and seed, each in a workdir of its own. What --out holds is not repeated; a run
-that was cut short goes on. A run that diverges is a result; the others go on. From scratch: benchmarks/learning.py.
+that was cut short goes on. A run that diverges is a result: the others go on. From scratch: benchmarks/learning.py.
 """
 
 import argparse
@@ -20,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import tqdm
+
+from configs.paper import get_config
+from darkformer_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 PRETRAINED = "pretrained"
@@ -38,8 +41,8 @@ VARIANTS = {
 WITHOUT_FEATURES = ("softmax", "constant", "window only")
 
 
-def plan(args: argparse.Namespace) -> dict[str, list[str]]:
-    """Name of a workdir -> the flags of train.py that fill it."""
+def plan(args: argparse.Namespace) -> dict[str, str]:
+    """Name of a workdir -> the arguments of configs/paper.py that fill it."""
     runs = {}
     for variant, rate, features, seed in itertools.product(
         args.variants, args.learning_rates, args.num_features, range(args.seeds)
@@ -48,25 +51,36 @@ def plan(args: argparse.Namespace) -> dict[str, list[str]]:
         if variant not in WITHOUT_FEATURES:
             name, arguments = f"{name}-m{features}", f"{arguments},m={features}"
         arguments += f",lr={rate:g},geometry_lr={rate * args.geometry_ratio:g},seed={seed},steps={args.steps}"
-        flags = [f"--config=configs/paper.py:{arguments}", f"--config.init_from={args.out / PRETRAINED}"]
-        runs[f"{name}-lr{rate:g}-s{seed}"] = flags
+        runs[f"{name}-lr{rate:g}-s{seed}"] = arguments
     return runs
 
 
-def is_done(workdir: Path) -> bool:
-    """Whether the run got to its last step, whose weights were measured and saved."""
+def is_done(workdir: Path, arguments: str) -> bool:
+    """Whether the run got to its last step, whose weights were measured and saved.
+
+    Raises UserError where the workdir is of another number of steps or other learning rates than `arguments`.
+    """
     try:
-        num_steps = json.loads((workdir / "config.json").read_text())["num_steps"]
-        last = (workdir / "metrics.jsonl").read_text().splitlines()[-1]
-    except (FileNotFoundError, IndexError):
+        saved = json.loads((workdir / "config.json").read_text())
+    except FileNotFoundError:
         return False
-    row = json.loads(last)
-    return row["step"] == num_steps and "heldout_loss" in row and (workdir / "checkpoints" / str(num_steps)).is_dir()
+    wanted = get_config(arguments)
+    for asked, found in ((wanted, saved), (wanted.optimizer, saved["optimizer"])):
+        for name in ("num_steps", "learning_rate", "geometry_learning_rate"):
+            if name in asked and asked[name] != found[name]:
+                raise UserError(f"{workdir} has {name} = {found[name]}, not {asked[name]}: choose another --out")
+    try:
+        row = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    except (FileNotFoundError, IndexError, ValueError):  # not begun, or cut short in the middle of a line
+        return False
+    last = saved["num_steps"]
+    return row["step"] == last and "heldout_loss" in row and (workdir / "checkpoints" / str(last)).is_dir()
 
 
-def train(workdir: Path, flags: Sequence[str]) -> bool:
+def train(workdir: Path, arguments: str, *flags: str) -> bool:
     """Runs train.py, its output in <workdir>.log; whether it got to its end."""
-    command = [sys.executable, str(ROOT / "train.py"), f"--workdir={workdir}", *flags]
+    config = f"--config=configs/paper.py:{arguments}"
+    command = [sys.executable, str(ROOT / "train.py"), f"--workdir={workdir}", config, *flags]
     with workdir.with_name(f"{workdir.name}.log").open("w") as log:
         return subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode == 0
 
@@ -98,15 +112,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     exact = args.out / PRETRAINED
-    if not is_done(exact) and not train(exact, [f"--config=configs/paper.py:pretrain,steps={args.pretrain_steps}"]):
+    pretraining = f"pretrain,steps={args.pretrain_steps}"
+    runs = {args.out / name: arguments for name, arguments in plan(args).items()}
+    try:
+        begun = is_done(exact, pretraining)
+        missing = [workdir for workdir, arguments in runs.items() if not is_done(workdir, arguments)]
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from error
+    if not begun and not train(exact, pretraining):
         raise SystemExit(f"{exact}: pretraining failed; see {exact}.log")
-    runs = {args.out / name: flags for name, flags in plan(args).items()}
-    missing = [workdir for workdir in runs if not is_done(workdir)]
     failed = []
     with tqdm.tqdm(missing, unit="run") as bar:
         for workdir in bar:
             bar.set_description(workdir.name)
-            if not train(workdir, runs[workdir]):
+            if not train(workdir, runs[workdir], f"--config.init_from={exact}"):
                 failed.append(workdir.name)
     if failed:
         raise SystemExit(f"did not get to their end (diverged?), see their .log: {', '.join(failed)}")

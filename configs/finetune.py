@@ -47,7 +47,7 @@ FIELDS = {
     "seed": ("seed", int),
 }
 CHOSEN_HERE = ("dtype", "remat", "lora_rank")  # of model: how it is computed and trained, not what it is
-INHERITED_BY_ATTENTION = ("pattern", "query_scale", "softcap", "local_window")
+INHERITED_BY_ATTENTION = ("pattern", "query_scale", "softcap", "local_window", "far_gain", "learn_projections")
 WITH_WINDOW = ("performer", "dark", "lfk", "window_only")
 
 

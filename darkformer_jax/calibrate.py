@@ -3,12 +3,12 @@
     python -m darkformer_jax.calibrate --workdir=runs/smollm2 --text='books/*.txt' --out=runs/smollm2-dark
     python train.py --config=configs/finetune.py:dark --config.init_from=runs/smollm2-dark --workdir=runs/smollm2-tuned
 
-Layer by layer, the geometry M (of `lfk`: the projections) learns to give what exact attention gives from the same q, k
-and v (attention transfer); nothing else of the model changes. The new workdir serves generate, evaluate and init_from
-like any other. What is seen exactly keeps the pretrained kernel. The relative error of attention is reported,
-|out - exact| / |exact|, mean over heads: of the window alone, before and after, on passages that are not trained on: a
-fifth, or those of --test_text. calibration.json in the new workdir has every head's, moments.npz the first and second
-moments of every layer's q and k.
+Layer by layer, the geometry M (of `lfk`: the projections) learns to give what exact attention gives from the same q,
+k and v (attention transfer); nothing else of the model changes. The new workdir serves generate, evaluate and
+init_from like any other. What is seen exactly keeps the pretrained kernel (but no soft-cap). The relative error of
+attention is reported, |out - exact| / |exact|, mean over heads: of the window alone, before and after, on passages
+that are not trained on: a fifth, or those of --test_text. calibration.json in the new workdir has every head's,
+moments.npz the first and second moments of every layer's q and k.
 """
 
 import argparse
@@ -70,14 +70,17 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=1024, help="tokens a passage (default: 1024)")
     parser.add_argument("--num_features", type=int, default=64, help="m, a head (default: 64)")
     parser.add_argument("--window", type=int, default=64, help="tokens before a query's chunk seen exactly; 0 = none")
-    parser.add_argument("--num_sinks", type=int, default=4, help="first tokens seen exactly (default: 4)")
+    parser.add_argument("--num_sinks", type=int, help="first tokens seen exactly (default: 4, without a window 0)")
     parser.add_argument("--geometry", default="identity", choices=GEOMETRIES, help="what M starts as (dark)")
     parser.add_argument("--geometry_init", type=float, default=0.5, help="... times this (default: 0.5)")
     parser.add_argument("--shrinkage", type=float, default=0.0, help="of whitened moments towards isotropic, 0 to 1")
     parser.add_argument("--far_gain", action="store_true", help="learn a gain a head on what features see")
     parser.add_argument("--learn_projections", action="store_true", help="of dark: learn w beside M")
     parser.add_argument("--seed", type=int, default=0, help="of projections and passages (default: 0)")
-    return parser.parse_args(argv[1:])
+    args = parser.parse_args(argv[1:])
+    if args.num_sinks is None:
+        args.num_sinks = 4 if args.window else 0
+    return args
 
 
 def main(args: argparse.Namespace) -> None:
@@ -97,7 +100,7 @@ def calibrate(args: argparse.Namespace) -> dict[str, Any]:
         experiment = Experiment.of(config, teacher.tokenizer.vocab_size)
         params, projections = jax.jit(experiment.network.init)(jax.random.key(args.seed))
         state = TrainState(jnp.zeros((), jnp.int32), params, projections, ())
-        state, _ = initialize_from(args.workdir, experiment, state)
+        state, _ = initialize_from(args.workdir, experiment, state, teacher.step)
         params, layers, moments = _fit_layers(args, teacher, experiment, state, tokens, num_test)
         report = {name: value for name, value in vars(args).items() if name != "out"} | {"layers": layers}
         write_config(directory, config.to_dict())
@@ -119,6 +122,8 @@ def _passages(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[np.ndarra
     if not args.test_text:
         return passages, num_test
     test = read_passages(args.test_text, tokenizer, num_test, args.context, args.seed)
+    if {row.tobytes() for row in test} & {row.tobytes() for row in passages}:
+        raise UserError(f"--test_text={args.test_text}: has passages of --text={args.text}; allowed: other text")
     return np.concatenate([test, passages]), num_test
 
 

@@ -290,7 +290,7 @@ def variable_sharding(path: tuple, variable: nnx.Variable, mesh: Mesh) -> NamedS
 
 
 def is_geometry(variable: nnx.Variable) -> bool:
-    """Whether a parameter is M or a learned projection."""
+    """Whether a parameter is M, a learned projection or a gain."""
     return issubclass(variable.type if hasattr(variable, "type") else type(variable), Geometry)
 
 

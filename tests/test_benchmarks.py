@@ -1,10 +1,14 @@
+import json
+
 import numpy as np
+import pytest
 
 from benchmarks import paper, recall
 from benchmarks.learning import FAR, REPEATED, Result, Run, ngram_bits, repeat_distance, table
 from darkformer_jax.data import Data
 from darkformer_jax.data.stream import memory_stream
 from darkformer_jax.data.tokenizers import BytesTokenizer
+from darkformer_jax.errors import UserError
 
 
 def test_a_repeat_is_found_in_its_own_document_only():
@@ -67,14 +71,19 @@ def test_paper_runs_differ_and_a_run_is_done_with_its_last_checkpoint(tmp_path):
         "softmax-lr0.001-s0", "softmax-lr0.001-s1", "dark-window-m8-lr0.001-s0", "dark-window-m8-lr0.001-s1",
         "dark-window-m16-lr0.001-s0", "dark-window-m16-lr0.001-s1",
     ]  # fmt: skip
-    assert runs["dark-window-m16-lr0.001-s1"][0].endswith(
-        "dark,window=32,m=16,lr=0.001,geometry_lr=0.003,seed=1,steps=150"
-    )
+    arguments = runs["dark-window-m16-lr0.001-s1"]
+    assert arguments == "dark,window=32,m=16,lr=0.001,geometry_lr=0.003,seed=1,steps=150"
     workdir = tmp_path / "run"
     workdir.mkdir()
-    assert not paper.is_done(workdir)
-    (workdir / "config.json").write_text('{"num_steps": 3}')
-    (workdir / "metrics.jsonl").write_text('{"step": 3, "heldout_loss": 2.0}\n')
-    assert not paper.is_done(workdir)
-    (workdir / "checkpoints/3").mkdir(parents=True)
-    assert paper.is_done(workdir)
+    assert not paper.is_done(workdir, arguments)
+    config = {"num_steps": 150, "optimizer": {"learning_rate": 0.001, "geometry_learning_rate": 0.003}}
+    (workdir / "config.json").write_text(json.dumps(config))
+    (workdir / "metrics.jsonl").write_text('{"step": 150, "heldout_loss": 2.0}\n')
+    assert not paper.is_done(workdir, arguments)
+    (workdir / "checkpoints/150").mkdir(parents=True)
+    assert paper.is_done(workdir, arguments)
+    for other, message in (("steps=3", "num_steps = 150, not 3"), ("lr=0.1", "learning_rate = 0.001, not 0.1")):
+        with pytest.raises(UserError, match=message):
+            paper.is_done(workdir, f"{arguments},{other}")
+    (workdir / "metrics.jsonl").write_text('{"step": 150, "heldo')
+    assert not paper.is_done(workdir, arguments)

@@ -115,6 +115,15 @@ def test_controls_have_nothing_to_fit(workdir, text, tmp_path, mechanism):
     assert load_model(str(tmp_path / "out")).network.spec.layer_kinds == (mechanism, mechanism)
 
 
+def test_passages_that_were_trained_on_are_no_test(workdir, tmp_path, capsys):
+    few = tmp_path / "few.txt"
+    few.write_text("".join(f"{i} is not {i * i}. " for i in range(200))[:340])  # ten passages and no more
+    with pytest.raises(SystemExit) as exit_:
+        run(workdir, few, tmp_path / "out", f"--test_text={few}")
+    assert exit_.value.code == 2 and not (tmp_path / "out").exists()
+    assert f"--test_text={few}: has passages of --text={few}; allowed: other text" in capsys.readouterr().err
+
+
 def test_too_little_text_to_whiten_with(workdir, text, tmp_path, capsys):
     few = ("--context=4", "--passages=2", "--window=0", "--num_sinks=0")
     with pytest.raises(SystemExit) as exit_:

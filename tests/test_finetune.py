@@ -48,6 +48,22 @@ def test_sizes_are_those_of_init_from_and_the_rest_is_not(tmp_path):
     assert finetune.get_config().model.num_layers is None  # and stays so
 
 
+@pytest.mark.parametrize(
+    ("arguments", "inherited"),
+    [
+        ("dark", (True, True)),
+        ("performer", (True, False)),
+        ("window_only", (False, False)),
+        ("dark,window=0", (False, True)),
+    ],
+)
+def test_what_calibration_made_learnable_stays_so_where_the_mechanism_has_it(tmp_path, arguments, inherited):
+    source = {"model__attention__far_gain": True, "model__attention__learn_projections": True}
+    config = from_run(tmp_path, arguments, **source)
+    validate(config)
+    assert (config.model.attention.far_gain, config.model.attention.learn_projections) == inherited
+
+
 def test_what_is_trained_is_the_runs_own_choice(tmp_path):
     source = {"model__lora_rank": 8, "optimizer__train": "lora"}
     config = from_run(tmp_path, "dark,train=lora,lora=4", **source)

@@ -1,4 +1,7 @@
-"""Exact rewritings of q . k with smaller norms: the kernel stays, the variance of its random features falls."""
+"""Exact rewritings of q . k with smaller norms: the kernel stays, the variance of its random features falls.
+
+For estimators of your own: `dark_attention` takes no biases, and without them q' and k' have another kernel.
+"""
 
 from typing import NamedTuple
 

@@ -1,7 +1,7 @@
 """What a model with feature mechanisms has beyond a Hugging Face model: darkformer.json and darkformer.safetensors.
 
-The json holds every field of `model` and the seed; the arrays are M, learned and random projections, under our paths
-and in our layout. config.json and model.safetensors beside them are the same transformer with exact attention.
+The json holds every field of `model` and the seed; the arrays are M, gains, learned and random projections, under our
+paths and in our layout. config.json and model.safetensors beside them are the same transformer with exact attention.
 """
 
 import dataclasses

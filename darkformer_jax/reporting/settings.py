@@ -29,16 +29,17 @@ _ATTENTION = "model.attention."
 # How the same batch is computed, when it is measured and saved; the data is compared by its fingerprint.
 _NO_SETTINGS = ("seed", "data", "model.remat", *(name for name in CHANGEABLE if name != "num_steps"))
 
-_FEATURES = {_ATTENTION + name for name in ("num_features", "projections", "redraw_every")}
+_FAR_GAIN = _ATTENTION + "far_gain"
+_FEATURES = {_FAR_GAIN, *(_ATTENTION + name for name in ("num_features", "projections", "redraw_every"))}
 _WINDOW = {_ATTENTION + name for name in ("window", "num_sinks", "chunk_size")}
-_GEOMETRY = {_ATTENTION + "geometry_init", GEOMETRY_RATE}
+_GEOMETRY = {GEOMETRY_RATE, *(_ATTENTION + name for name in ("geometry_init", "learn_projections", "window_kernel"))}
 _EXACT = {_ATTENTION + name for name in ("softcap", "local_window")}
 _UNUSED_BY = {
     "softmax": _FEATURES | _WINDOW | _GEOMETRY | {_ATTENTION + "local_window"},
     "softmax_local": _FEATURES | _WINDOW | _GEOMETRY,
     "performer": _GEOMETRY | _EXACT,
     "dark": _EXACT,
-    "lfk": _EXACT | {_ATTENTION + "geometry_init"},
+    "lfk": _EXACT | _GEOMETRY - {GEOMETRY_RATE},
     "random": _WINDOW | _GEOMETRY | _EXACT,
     "constant": _FEATURES | _WINDOW | _GEOMETRY | _EXACT,
     "window_only": _FEATURES | _GEOMETRY | _EXACT,
@@ -62,7 +63,10 @@ def settings_of(config: Mapping[str, Any], where: str) -> Settings:
         kinds = pattern_kinds(flat.pop(_ATTENTION + "pattern"), flat.pop(_ATTENTION + "kind"))
         unused = set.intersection(*(_UNUSED_BY.get(kind, set()) for kind in kinds))
         if not flat[_ATTENTION + "window"]:
-            unused |= {_ATTENTION + "chunk_size", _ATTENTION + "num_sinks"}  # the chunk then only orders the sums
+            unused |= _WINDOW - {_ATTENTION + "window"}  # the chunk then only orders the sums
+            unused |= {_FAR_GAIN, _ATTENTION + "window_kernel"}
+        if _FAR_GAIN not in unused and flat[_FAR_GAIN]:
+            unused = unused - {GEOMETRY_RATE}  # a gain learns at M's rate
         tokens = flat["num_steps"] * flat["batch_size"] * flat["sequence_length"]
         origin = origin_of(flat[ORIGIN])
     except (AttributeError, KeyError, TypeError) as error:

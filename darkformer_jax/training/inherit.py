@@ -6,7 +6,7 @@ from typing import Any
 import ml_collections
 
 from darkformer_jax.attention.spec import pattern_kinds
-from darkformer_jax.config import EXACT_KINDS
+from darkformer_jax.config import EXACT_KINDS, FEATURE_KINDS
 from darkformer_jax.errors import UserError
 from darkformer_jax.training.workdir import CONFIG_FILE, flat_fields, read_config
 
@@ -51,7 +51,7 @@ def inherit(config: ml_collections.ConfigDict, workdir: str | None = None) -> ml
     new = config.copy_and_resolve_references()
     new.update_from_flattened_dict(filled)
     attention = new.model.attention
-    unused = _unused(pattern_kinds(attention.pattern, attention.kind)).items()
+    unused = _unused(pattern_kinds(attention.pattern, attention.kind), attention.window).items()
     new.update_from_flattened_dict({name: none for name, none in unused if name in filled})
     return new
 
@@ -64,7 +64,11 @@ def _with_mechanism(kind: str, kinds: tuple[str, ...]) -> str:
     return "" if set(new) == {kind} else ",".join(new)
 
 
-def _unused(kinds: tuple[str, ...]) -> dict[str, Any]:
+def _unused(kinds: tuple[str, ...], window: int) -> dict[str, Any]:
     """Fields that no layer of `kinds` has, and their value for none."""
     unused: dict[str, Any] = {} if "softmax_local" in kinds else dict(_OF_LOCAL_LAYERS)
+    if not window or not {*FEATURE_KINDS} & set(kinds):
+        unused["model.attention.far_gain"] = False
+    if "dark" not in kinds:
+        unused["model.attention.learn_projections"] = False
     return unused if {*EXACT_KINDS} & set(kinds) else unused | _OF_EXACT_LAYERS

@@ -26,18 +26,23 @@ class _Place(NamedTuple):
     shape: tuple[int, ...]
 
 
-def initialize_from(workdir: str, experiment: Experiment, state: TrainState) -> tuple[TrainState, str]:
-    """`state` with every parameter that `workdir`'s newest checkpoint has too, and a report of what it has not.
+def initialize_from(
+    workdir: str, experiment: Experiment, state: TrainState, step: int | None = None
+) -> tuple[TrainState, str]:
+    """`state` with every parameter that `workdir`'s checkpoint `step` has too, and a report of what it has not.
 
     Layers are matched by their number, whatever the two models' patterns. Low-rank updates that this model has not are
-    merged into the weights. Projections of the same shape come along,
-    unless the run redraws them. Optimizer moments, step and data order start anew.
+    merged into the weights. Projections of the same shape come along, unless the run redraws them. Optimizer moments,
+    step and data order start anew.
+
+    Args:
+      step: of the checkpoint; None = the newest.
 
     Raises:
       UserError: no usable checkpoint, another number of layers, a parameter of another shape, or nothing in common.
     """
     checkpoints = Checkpoints(workdir)
-    step = checkpoints.latest_good_step()
+    step = checkpoints.latest_good_step() if step is None else step
     if step is None:
         raise UserError(f"init_from = {workdir}: there is no checkpoint in {checkpoints.directory}")
     shapes = checkpoints.saved_shapes(step)

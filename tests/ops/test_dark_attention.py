@@ -280,7 +280,7 @@ def test_padding_with_nan_is_no_padding(options, before):
     assert_rows_close(out[:, inside], want, 1e-5)
     outside = np.delete(out, np.arange(before, before + 53), axis=1)
     np.testing.assert_array_equal(outside, 0)
-    assert all(np.all(np.isfinite(g)) for g in gradients)
+    assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(gradients))
     gradients = gradients._replace(**{name: getattr(gradients, name)[:, inside] for name in "qkv"})
     assert_gradients_close(gradients, want_gradients, 1e-5)
 
