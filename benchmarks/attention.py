@@ -54,7 +54,8 @@ from darkformer_jax import dark_attention
 
 LENGTHS = (1024, 4096, 16384)
 CROSSOVER_LENGTHS = (256, 512, 1024, 2048, 4096)
-DECODE_CONTEXTS = (4096, 65536)
+DECODE_CONTEXTS = (1024, 4096, 16384, 65536)
+DECODE_BASE = 4096  # ratios are to this context
 DECODE_TURNS = 4  # these runs are short: this many times --repeats
 EXACT_TOKENS = 4  # at 64k a token takes long
 MEMORY_LENGTH, MEMORY_LIMIT_GIB = 65536, 3.0
@@ -218,7 +219,7 @@ def decode_exact_run(context: int, dtype: str) -> Run:
 
 
 def time_decode(repeats: int, dtype: str) -> list[Row]:
-    """Milliseconds a token after a short and a long context."""
+    """Milliseconds a token after short and long contexts."""
     names = {"ours": CHUNK, "ours-hybrid": CHUNK, "exact-jax": EXACT_TOKENS}  # tokens of one run
     runs: dict[str, Run] = {}
     for context in DECODE_CONTEXTS:
@@ -229,16 +230,19 @@ def time_decode(repeats: int, dtype: str) -> list[Row]:
     with tqdm(total=len(runs) * (repeats + 1), desc="decode", disable=None, leave=False) as bar:
         seconds = interleave(runs, repeats, bar)
     rows = []
-    short, long = DECODE_CONTEXTS
-    print(f"\ntime a token, ms  after {short:>6}  after {long:>6}   ratio  min ratio")
+    titles = "  ".join(f"{context:>8}" for context in DECODE_CONTEXTS)
+    print(f"\ntime a token, ms, after   {titles}  tokens; ratios to {DECODE_BASE}")
     for name, tokens in names.items():
-        first, second = (seconds[f"{name} {context}"] for context in DECODE_CONTEXTS)
-        ratio = statistics.median(b / a for a, b in zip(first, second, strict=False))
-        min_ratio = min(second) / min(first)
-        medians = [1e3 * statistics.median(times) / tokens for times in (first, second)]
+        times = {context: seconds[f"{name} {context}"] for context in DECODE_CONTEXTS}
+        base = times[DECODE_BASE]
+        medians = [1e3 * statistics.median(of) / tokens for of in times.values()]
+        ratios = [statistics.median(b / a for a, b in zip(base, of, strict=True)) for of in times.values()]
+        min_ratios = [min(of) / min(base) for of in times.values()]
         row: Row = {"contender": name, "contexts": DECODE_CONTEXTS, "ms_a_token": medians}
-        rows.append(row | {"ratio": ratio, "min_ratio": min_ratio})
-        print(f"  {name:14}  {medians[0]:12.3f}  {medians[1]:12.3f}  {ratio:6.2f}  {min_ratio:9.2f}")
+        rows.append(row | {"ratios": ratios, "min_ratios": min_ratios})
+        print(f"  {name:24}" + "  ".join(f"{median:8.3f}" for median in medians))
+        for title, values in (("ratio", ratios), ("ratio of the fastest", min_ratios)):
+            print(f"    {title:22}" + "  ".join(f"{value:8.2f}" for value in values))
     return rows
 
 
@@ -316,7 +320,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--only", default=",".join(CONTENDERS), help="contenders, comma-separated (default %(default)s)"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default %(default)s)")
-    parser.add_argument("--decode", action="store_true", help="time a token after 4k and after 64k tokens of context")
+    parser.add_argument("--decode", action="store_true", help="time a token after 1k to 64k tokens of context")
     parser.add_argument("--memory", action="store_true", help="peak memory growth of forward+backward at L = 65,536")
     parser.add_argument("--crossover", action="store_true", help="the length from which ours is faster than exact")
     parser.add_argument("--out", type=Path, help="also write everything to this JSON file")

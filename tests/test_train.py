@@ -151,6 +151,7 @@ def test_the_whole_road_of_lm_1b(tmp_path):
         "model.mlp_dim": 64,
         "model.attention.num_features": 8,
         "model.attention.chunk_size": 32,
+        "model.attention.projections": "iid",
         "data.files": data,
         "optimizer.warmup_steps": 1,
         "eval.batch_size": 8,

@@ -87,7 +87,10 @@ def train_batches(
     if not 0 <= seed < 2**32:
         raise UserError(f"seed={seed} is out of range; allowed: 0 to {2**32 - 1}")
     rows = _row_order(stream, seed, sequence_length)
-    batches = rows.batch(_local_size(batch_size, process_count))[process_index::process_count][start_step:]
+    # drop_remainder: there is none, and without it grain rounds the length of endless rows up to more than sys.maxsize
+    # where a batch is one row.
+    batches = rows.batch(_local_size(batch_size, process_count), drop_remainder=True)
+    batches = batches[process_index::process_count][start_step:]
     read_options = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=_PREFETCHED_BATCHES)
     dataset = batches.map(functools.partial(make_batch, stream, sequence_length)).to_iter_dataset(read_options)
     if num_workers:

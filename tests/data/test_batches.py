@@ -133,6 +133,15 @@ def test_any_number_of_processes_gives_the_same_global_batch(process_count):
         assert_same(concatenated(parts), one)
 
 
+def test_batches_of_one_row_are_the_rows_of_larger_ones():
+    stream, arguments = counting_stream(1000), {"seed": 1, "sequence_length": 16}
+    rows = take(train_batches(stream, batch_size=1, **arguments), 8)
+    assert_same(
+        [{name: np.concatenate([row[name] for row in rows]) for name in rows[0]}],
+        take(train_batches(stream, batch_size=8, **arguments), 1),
+    )
+
+
 def test_worker_processes_change_nothing():
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()

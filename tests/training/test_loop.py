@@ -29,7 +29,6 @@ SURVIVAL = {
 }
 # A process killed while it writes to the cache of compiled programs would leave a broken entry to all tests.
 READS_COMPILED = {"jax_persistent_cache_min_compile_time_secs": 1e9, "jax_compilation_cache_max_size": -1}
-COMPILES = {"jax_enable_compilation_cache": False}
 
 
 class Child(Command):
@@ -116,7 +115,7 @@ def test_kill_9_at_five_random_moments_and_resume_equals_the_unbroken_run(tmp_pa
             time.sleep(moments.uniform(0, 0.03))
         assert child.stop(signal.SIGKILL) == -signal.SIGKILL
         resumed_from += child.resumed_from()
-    child = Child(workdir, survival_text, COMPILES)  # the same bits from programs compiled anew
+    child = Child(workdir, survival_text)
     child.assert_ends_well()
     resumed_from += child.resumed_from()
     assert len(set(resumed_from)) >= 4  # of five: the first kill may come before a checkpoint

@@ -97,9 +97,6 @@ def test_accumulation_of_dark_is_the_sum_of_its_micro_batches():
         part, metrics = step_function("dark")(start("dark"), {name: rows[a::4] for name, rows in batch.items()})
         of_parts.append(jax.tree.map(lambda g, tokens=float(metrics["tokens"]): g * tokens / total, gradients_of(part)))
     assert relative_difference(accumulated, jax.tree.map(lambda *parts: sum(parts), *of_parts)) < 1e-6
-    # Against one batch the features' exponentials, compiled for another shape, round differently.
-    whole, _ = step_function("dark")(start("dark"), batch)
-    assert relative_difference(accumulated, gradients_of(whole)) < 5e-6
 
 
 def test_a_micro_batch_of_padding_alone_changes_nothing():
