@@ -92,11 +92,11 @@ need_number() { # need_number FLAG...: positive whole numbers
     done
 }
 
-need_plain_name() { # clouds allow lower case letters, digits and - in names, a letter first
-    case "$name" in
-        [!a-z]* | *[!a-z0-9-]* | *-) fail "--name=$name: lower case letters, digits and -, a letter first, no - at the end" ;;
+need_plain_name() { # need_plain_name NAME: clouds allow lower case letters, digits and -, a letter first
+    case "$1" in
+        [!a-z]* | *[!a-z0-9-]* | *-) fail "--name=$1: lower case letters, digits and -, a letter first, no - at the end" ;;
     esac
-    [ "${#name}" -le 40 ] || fail "--name=$name: ${#name} characters, at most 40"
+    [ "${#1}" -le 40 ] || fail "--name=$1: ${#1} characters, at most 40"
 }
 
 # Sets workdir to the --workdir of train_flags. Every process writes there, and a restart resumes from there: a default
@@ -131,12 +131,12 @@ take_command() {
     command="$2"
 }
 
-confirm_name() { # confirm_name WHAT: goes on only if the name was given twice, by --confirm or by hand
-    [ -z "$dry_run" ] && [ "$confirm" != "$name" ] || return 0
-    [ -z "$confirm" ] || fail "--confirm=$confirm is not the name $name; nothing was deleted"
-    [ -t 0 ] || fail "delete needs --confirm=$name where nobody can be asked"
-    read -r -p "Type $name to delete $1: " confirm
-    [ "$confirm" = "$name" ] || fail "'$confirm' is not $name; nothing was deleted"
+confirm_name() { # confirm_name NAME WHAT: goes on only if the name was given twice, by --confirm or by hand
+    [ -z "$dry_run" ] && [ "$confirm" != "$1" ] || return 0
+    [ -z "$confirm" ] || fail "--confirm=$confirm is not the name $1; nothing was deleted"
+    [ -t 0 ] || fail "delete needs --confirm=$1 where nobody can be asked"
+    read -r -p "Type $1 to delete $2: " confirm
+    [ "$confirm" = "$1" ] || fail "'$confirm' is not $1; nothing was deleted"
 }
 
 run() { # with --dry-run, prints the command instead

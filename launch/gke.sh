@@ -184,7 +184,7 @@ create() {
 }
 
 delete() {
-    confirm_name "its pods"
+    confirm_name "$name" "its pods"
     kubectl_run delete jobset "$name"
 }
 
@@ -200,7 +200,7 @@ case "$command" in
 esac
 parse_flags "name namespace $values" "$switches dry_run" "$@"
 need name
-need_plain_name
+need_plain_name "$name"
 [ "$command" = run ] || [ ${#train_flags[@]} = 0 ] || fail "$command takes no flags of train.py; 'run' does"
 
 case "$command" in

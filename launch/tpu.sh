@@ -102,6 +102,7 @@ setup() {
         scratch="$(mktemp -d)"
         archive="$scratch/darkformer_jax.tar.gz"
         pack "$archive"
+        say "this clone packed: $(wc -c <"$archive") bytes"
     fi
     gcloud_tpu scp "$archive" "$name:" "${everywhere[@]}"
     [ -z "$scratch" ] || rm -r "$scratch"
@@ -147,7 +148,7 @@ retry() {
 }
 
 delete() {
-    confirm_name "its machines and their disks"
+    confirm_name "$name" "its machines and their disks"
     gcloud_tpu delete "$name" --force --quiet
 }
 
@@ -165,7 +166,7 @@ case "$command" in
 esac
 parse_flags "name zone project $values" "$switches dry_run" "$@"
 need name zone
-need_plain_name
+need_plain_name "$name"
 case "$command" in
     run | retry) check_train ;;
     *) [ ${#train_flags[@]} = 0 ] || fail "$command takes no flags of train.py; 'run' and 'retry' do" ;;

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 NASTY = [  # flags that a careless shell would change
-    "--config.data.files=it's \"a\" $HOME $(b) `c` \\ *.txt & ü",
+    '--config.data.files=it\'s "a" $HOME $(b) `c` \\ *.txt & ü',
     "--config.sample.prompt=two\nlines",
     "--config.log.note=",
 ]

@@ -32,7 +32,7 @@ def expanded(text: str) -> str:
 
 
 def test_tpu_manifest():
-    job_set, job, pod = rendered(*RUN, *TPU, "--slices=2", "--spot", "--env=NOTE=$(x) \"q\"", *TRAIN)
+    job_set, job, pod = rendered(*RUN, *TPU, "--slices=2", "--spot", '--env=NOTE=$(x) "q"', *TRAIN)
     assert job_set["apiVersion"] == "jobset.x-k8s.io/v1alpha2" and job_set["metadata"]["name"] == "lm"
     assert job_set["metadata"]["annotations"] == {
         "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"

@@ -24,7 +24,7 @@ def test_create_prints_the_request():
         f"{TPUS} list '--filter=name~(^|/)lm$' '--format=value(state.state)' --zone=us-east5-b --project=p",
     ]
     slices = dry_run("tpu.sh", "create", *NAMED, "--type=v6e-256", "--slices=2", "--runtime=mine")
-    assert f"{TPUS} create lm --node-count=2 --node-prefix=lm --accelerator-type=v6e-256 --runtime-version=mine" in slices
+    assert " --node-count=2 --node-prefix=lm --accelerator-type=v6e-256 --runtime-version=mine " in slices
 
 
 def test_setup_run_and_the_rest_reach_all_workers():
@@ -35,8 +35,8 @@ def test_setup_run_and_the_rest_reach_all_workers():
         f"{TPUS} ssh lm {everywhere} '--command=cd darkformer_jax && bash launch/worker.sh install' --zone=us-east5-b"
     )
     assert "bash -ec" in lines[-2] and "/mnt/my runs" in lines[-2]
-    assert dry_run("tpu.sh", "run", *NAMED, "--env=LIBTPU_INIT_ARGS=--a", *TRAIN) == (
-        f"{TPUS} ssh lm {everywhere} '--command=cd darkformer_jax && bash launch/worker.sh start LIBTPU_INIT_ARGS=--a --"
+    assert dry_run("tpu.sh", "run", *NAMED, "--env=N=--a", *TRAIN) == (
+        f"{TPUS} ssh lm {everywhere} '--command=cd darkformer_jax && bash launch/worker.sh start N=--a --"
         " --config=configs/lm_1b.py --workdir=/mnt/runs/lm' --zone=us-east5-b\n"
     )
     assert dry_run("tpu.sh", "follow", *NAMED, "--slice=1", "--worker=3") == (
@@ -90,7 +90,7 @@ def test_refused_flags():
         assert expected in refusal("tpu.sh", *arguments)
 
 
-# --- a whole life ------------------------------------------------------------------------------------------------------
+# --- a whole life ----------------------------------------------------------------------------------------------------
 
 GCLOUD = """
 shift 3
@@ -118,7 +118,7 @@ while :; do sleep 0.02; done
 
 @pytest.fixture
 def cloud(tmp_path: Path):
-    """A clone with a tracked, a deleted, a new and an ignored file; a cloud with one worker; the function that calls."""
+    """A clone with a tracked, a deleted, a new and an ignored file; a cloud with one worker; and tpu.sh itself."""
     clone = tmp_path / "my clone"
     shutil.copytree(ROOT / "launch", clone / "launch")
     for name, text in {"train.py": "# committed", "gone.py": "", ".gitignore": "/ignored\n", "ignored": ""}.items():
@@ -156,8 +156,8 @@ def test_from_create_through_a_preemption_to_delete(cloud):
     train = ("--env=NOTE=a 'b' $c", "--", "--workdir=/mnt/my runs", *NASTY)
 
     call("create", *NAMED, "--type=v5litepod-16")
-    call("setup", *NAMED, "--prepare=echo 'it''s' >prepared; false; echo too far >prepared", code=1)  # stops at an error
-    assert (worker / "prepared").read_text() == "its\n"
+    call("setup", *NAMED, "--prepare=echo 'it''s' >prepared; false; echo no >prepared", code=1)
+    assert (worker / "prepared").read_text() == "its\n"  # the first error ends it
     call("setup", *NAMED)
     assert (worker / "train.py").read_text() == "# changed since"
     assert (worker / "my config.py").exists() and not (worker / "ignored").exists()
@@ -178,7 +178,8 @@ def test_from_create_through_a_preemption_to_delete(cloud):
     (there / "calls").unlink()
     (worker / "arguments").unlink()
     call(*retry)
-    assert (there / "calls").read_text().split() == "list delete list create list scp ssh ssh ssh".split()
+    assert (there / "calls").read_text().split("\n")[:5] == ["list", "delete", "list", "create", "list"]
+    assert (there / "calls").read_text().split("\n")[5:-1] == ["scp", "ssh", "ssh", "ssh"]
     wait_for(worker / "arguments", "/mnt/my runs")
     assert "killed" in call("kill", *NAMED)
     assert (worker / "train.log").read_text().count("saved") == 1  # the first time; SIGKILL saves nothing
@@ -187,3 +188,21 @@ def test_from_create_through_a_preemption_to_delete(cloud):
     assert (there / "state").exists()
     call("delete", *NAMED, "--confirm=lm")
     assert not (there / "state").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="launch/worker.sh is for TPU VMs, which run Linux")
+def test_a_worker_with_an_old_python_gets_one_from_uv(tmp_path):
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    write_program(tmp_path / "launch" / "install.sh", 'echo "$1 with ${PYTHON:-the default}"\n')
+    for name in ("python3", "python3.11", "python3.12"):
+        write_program(tmp_path / "bin" / name, f'echo "$*" >>"{tmp_path}/calls"\necho Python 3.10.12\n')
+    write_program(tmp_path / ".local" / "bin" / "uv", 'echo "$*" >&2\n[ "$2" = install ] || echo /there/python3.12\n')
+
+    done = launch("worker.sh", "install", root=tmp_path, stand_ins=tmp_path / "bin", HOME=str(tmp_path))
+    assert done.stdout.splitlines()[-1] == "tpu with /there/python3.12"
+    assert done.stderr.splitlines()[-2:] == ["python install --quiet 3.12", "python find 3.12"]
+    assert "-m pip install --user --quiet uv" in (tmp_path / "calls").read_text()
+
+    write_program(tmp_path / "bin" / "python3.12", "echo Python 3.12.3\n")
+    done = launch("worker.sh", "install", root=tmp_path, stand_ins=tmp_path / "bin", HOME=str(tmp_path))
+    assert (done.stdout, done.stderr) == ("tpu with the default\n", "")
