@@ -45,9 +45,12 @@ query_state() { # prints the state of the request; nothing where there is none
 
 wait_while() { # wait_while STATE...: sets now to the first other state
     while true; do
-        now="$(query_state 2>/dev/null)" || fail "gcloud cannot tell the state of $name: try gcloud compute tpus queued-resources list --zone=$zone"
+        now="$(query_state 2>/dev/null)" || { # once is no reason to give up what waited for hours
+            sleep 30
+            now="$(query_state)" || fail "gcloud cannot tell the state of $name (above)"
+        }
         case " $* " in *" ${now:-absent} "*) ;; *) return ;; esac
-        [ "$now" = "${said:-}" ] || say "$name is $now; waiting. Ctrl-C leaves the request in the queue"
+        [ "$now" = "${said-none}" ] || say "$name is ${now:-not there yet}; waiting. Ctrl-C leaves the request in the queue"
         said="$now"
         sleep 30
     done

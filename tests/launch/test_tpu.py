@@ -190,6 +190,26 @@ def test_from_create_through_a_preemption_to_delete(cloud):
     assert not (there / "state").exists()
 
 
+def test_create_waits_through_a_failed_question_until_active_or_failed(tmp_path):
+    write_program(tmp_path / "sleep", "exit 0\n")
+    answer = f"cd '{tmp_path}'\nset -e\nstate=\"$(head -n 1 states)\"\nsed -i.old 1d states\n"
+    write_program(
+        tmp_path / "gcloud",
+        f'[ "$4" = list ] || exit 0\n{answer}[ "$state" != broken ] || exit 1\necho "$state"\n',
+    )
+    create = ("create", *NAMED, "--type=v6e-8")
+    (tmp_path / "states").write_text("\nWAITING_FOR_RESOURCES\nbroken\nWAITING_FOR_RESOURCES\nPROVISIONING\nACTIVE\n")
+    done = launch("tpu.sh", *create, stand_ins=tmp_path)
+    assert done.returncode == 0
+    said = [line.partition("lm is ")[2].partition(";")[0] for line in done.stderr.splitlines() if "lm is" in line]
+    assert said == ["not there yet", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
+
+    for states, message in [("FAILED", "lm is FAILED, not ACTIVE"), ("broken\nbroken", "cannot tell the state of lm")]:
+        (tmp_path / "states").write_text(states + "\n")
+        done = launch("tpu.sh", *create, stand_ins=tmp_path)
+        assert done.returncode == 2 and message in done.stderr.splitlines()[-1]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="launch/worker.sh is for TPU VMs, which run Linux")
 def test_a_worker_with_an_old_python_gets_one_from_uv(tmp_path):
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
