@@ -16,12 +16,16 @@ NASTY = [  # flags that a careless shell would change
 
 
 @functools.cache
+def _bare_directory() -> "tempfile.TemporaryDirectory[str]":
+    directory = tempfile.TemporaryDirectory(prefix="launch-tests-")
+    for program in ("bash", "cat", "dirname"):
+        (Path(directory.name) / program).symlink_to(shutil.which(program) or program)
+    return directory
+
+
 def bare_path() -> str:
     """A PATH with nothing but what a dry run needs."""
-    directory = Path(tempfile.mkdtemp(prefix="launch-tests-"))
-    for program in ("bash", "cat", "dirname"):
-        (directory / program).symlink_to(shutil.which(program) or program)
-    return str(directory)
+    return _bare_directory().name
 
 
 def launch(
