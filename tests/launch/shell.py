@@ -1,5 +1,6 @@
 """Starts the scripts of launch/ as a user would, out of reach of a real gcloud, kubectl or sbatch."""
 
+import atexit
 import functools
 import os
 import shutil
@@ -16,16 +17,13 @@ NASTY = [  # flags that a careless shell would change
 
 
 @functools.cache
-def _bare_directory() -> "tempfile.TemporaryDirectory[str]":
-    directory = tempfile.TemporaryDirectory(prefix="launch-tests-")
-    for program in ("bash", "cat", "dirname"):
-        (Path(directory.name) / program).symlink_to(shutil.which(program) or program)
-    return directory
-
-
 def bare_path() -> str:
     """A PATH with nothing but what a dry run needs."""
-    return _bare_directory().name
+    directory = Path(tempfile.mkdtemp(prefix="launch-tests-"))
+    atexit.register(shutil.rmtree, directory)
+    for program in ("bash", "cat", "dirname"):
+        (directory / program).symlink_to(shutil.which(program) or program)
+    return str(directory)
 
 
 def launch(
