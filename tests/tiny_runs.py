@@ -148,7 +148,7 @@ def become(script, argv, cwd, streams, environment, jax_config):
     if script.endswith(".py"):
         runpy.run_path(script, run_name="__main__")
     else:
-        sys.modules.pop(script)
+        sys.modules.pop(script, None)
         runpy.run_module(script, run_name="__main__", alter_sys=True)
     sys.exit()
 

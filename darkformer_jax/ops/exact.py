@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from darkformer_jax.ops.features import matmul
+from darkformer_jax.ops.lowering import target_platform
 from darkformer_jax.ops.state import NEG
 
 Backend = Literal["cudnn", "xla", "plain"]
@@ -63,7 +64,7 @@ def choose_backend(q: Float[Array, "b n hq d"], k: Float[Array, "b t hkv d"], so
     """
     if softcap:
         return "plain"
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or jax.default_backend() not in ("gpu", "cuda"):
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or target_platform() not in ("gpu", "cuda"):
         return "xla"
     capability = float(getattr(jax.devices()[0], "compute_capability", 0))
     heads_fit = q.shape[3] % 8 == 0 and q.shape[3] <= (256 if capability >= 9 else 128)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from darkformer_jax.errors import UserError
+from darkformer_jax.ops.lowering import target_platform
 
 
 def accumulator_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
@@ -18,7 +19,7 @@ def matmul(spec: str, a: Array, b: Array, dtype: jax.typing.DTypeLike) -> Array:
     float32 operands are multiplied in full: accelerators would round them to bfloat16 or tf32.
     """
     a, b, wide = a.astype(dtype), b.astype(dtype), accumulator_dtype(dtype)
-    if dtype != wide and jax.default_backend() == "cpu":
+    if dtype != wide and target_platform() == "cpu":
         a, b = a.astype(wide), b.astype(wide)  # the CPU backend lacks some products of bfloat16 with a float32 result
     precision = jax.lax.Precision.HIGHEST if a.dtype == wide else jax.lax.Precision.DEFAULT
     return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=wide)

@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-import jax
-
 # Dense bf16 FLOP/s of one jax device, by what its `device_kind` starts with; the first match counts.
 _PEAK_FLOPS = (
     ("TPU v4 lite", None),
@@ -122,9 +120,9 @@ def mean_exact_keys(sequence_length: int, chunk_size: int, window: int, num_sink
     return total / sequence_length
 
 
-def device_peak_flops(device: jax.Device) -> float | None:
+def peak_flops(device_kind: str) -> float | None:
     """Dense bf16 FLOP/s of one jax device; None where the kind is not known or has none (CPU): MFU is not reported."""
     for kind, peak in _PEAK_FLOPS:
-        if device.device_kind.startswith(kind):
+        if device_kind.startswith(kind):
             return peak
     return None

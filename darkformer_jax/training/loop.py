@@ -15,7 +15,7 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.training.checkpoints import Checkpoints
 from darkformer_jax.training.distill import load_teacher
 from darkformer_jax.training.evaluation import Evaluation, evaluate, make_eval_step, put_batch
-from darkformer_jax.training.flops import device_peak_flops
+from darkformer_jax.training.flops import peak_flops
 from darkformer_jax.training.init_from import initialize_from
 from darkformer_jax.training.metrics import METRICS_FILE, MetricWriter, read_metrics
 from darkformer_jax.training.progress import Progress, device_memory_bytes, host_memory_bytes
@@ -25,7 +25,6 @@ from darkformer_jax.training.step import (
     Metrics,
     TrainState,
     from_saved,
-    make_train_step,
     to_saved,
 )
 
@@ -70,21 +69,8 @@ class Run:
         weight = config.distill.weight
         self.teacher = load_teacher(config.distill.workdir, experiment, data.tokenizer.fingerprint) if weight else None
         self._eval_step = make_eval_step(experiment.network)
-        self._train_step = jax.jit(
-            make_train_step(
-                experiment.network,
-                experiment.optimizer,
-                experiment.schedule,
-                accumulation_steps=config.accumulation_steps,
-                z_loss=config.optimizer.z_loss,
-                redraw_every=config.model.attention.redraw_every,
-                trained=experiment.trained,
-                distillation=Distillation(self.teacher.network, weight) if self.teacher else None,
-            ),
-            donate_argnums=0,
-            out_shardings=(experiment.shardings, None),
-        )
-        peak = device_peak_flops(jax.devices()[0])
+        self._train_step = experiment.train_step(Distillation(self.teacher.network, weight) if self.teacher else None)
+        peak = peak_flops(jax.devices()[0].device_kind)
         self._peak_flops = None if peak is None else peak * len(jax.devices())
 
     def start(self, progress: Progress) -> tuple[int, TrainState]:

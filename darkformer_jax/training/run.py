@@ -32,7 +32,7 @@ def dry_run(config: ml_collections.ConfigDict) -> None:
     """Prints the experiment's sizes. Reads the tokenizer, allocates nothing on a device."""
     config = inherit(config)
     validate(config)
-    print(Experiment.of(config, _vocab_size(config)).describe())
+    print(Experiment.of(config, vocab_size_of(config)).describe())
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -81,7 +81,7 @@ def _tokenizer(config: ml_collections.ConfigDict, tokenizer_dir: str | None) -> 
     return tokenizer_dir or config.init_from
 
 
-def _vocab_size(config: ml_collections.ConfigDict) -> int:
+def vocab_size_of(config: ml_collections.ConfigDict) -> int:
     """Of the model, without reading the text: a dry run of lm_1b must not need the corpus."""
     d = config.data
     if config.model.vocab_size:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import ml_collections
@@ -17,7 +18,7 @@ from darkformer_jax.sharding import make_mesh, sharding_of
 from darkformer_jax.training.flops import train_step_flops
 from darkformer_jax.training.optimizer import make_optimizer, make_schedule
 from darkformer_jax.training.regimes import Paths, split_params, trained_paths
-from darkformer_jax.training.step import TrainState, make_state_init, state_shardings
+from darkformer_jax.training.step import Distillation, TrainState, make_state_init, make_train_step, state_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +39,15 @@ class Experiment:
     batch_sharding: NamedSharding
 
     @classmethod
-    def of(cls, config: ml_collections.ConfigDict, tokenizer_vocab: int) -> "Experiment":
-        """Raises UserError where the config, the tokenizer and the devices do not fit together."""
+    def of(
+        cls, config: ml_collections.ConfigDict, tokenizer_vocab: int, devices: Sequence[jax.Device] | None = None
+    ) -> "Experiment":
+        """On all devices there are, or on `devices`.
+
+        Raises UserError where the config, the tokenizer and the devices do not fit together.
+        """
         network = Network.of(model_spec(config, tokenizer_vocab))
-        mesh = make_mesh(config.mesh.to_dict())
+        mesh = make_mesh(config.mesh.to_dict(), devices)
         o = config.optimizer
         trained = trained_paths(network, o.train)
         optimizer = make_optimizer(o, config.num_steps, network)
@@ -61,6 +67,20 @@ class Experiment:
         # the training step, and 4 s at this one; the bits are the same.
         options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
         return jax.jit(init, out_shardings=self.shardings, compiler_options=options)()
+
+    def train_step(self, distillation: Distillation | None = None) -> jax.stages.Wrapped:
+        """The jitted (state, batch, teacher's arrays or None) -> (state, metrics); it takes over the state's memory."""
+        step = make_train_step(
+            self.network,
+            self.optimizer,
+            self.schedule,
+            accumulation_steps=self.config.accumulation_steps,
+            z_loss=self.config.optimizer.z_loss,
+            redraw_every=self.config.model.attention.redraw_every,
+            trained=self.trained,
+            distillation=distillation,
+        )
+        return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
 
     @property
     def num_params(self) -> int:

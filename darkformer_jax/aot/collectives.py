@@ -1,0 +1,163 @@
+"""What a compiled program sends between devices, read from its HLO text."""
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
+_COLLECTIVE = re.compile(rf" ({'|'.join(KINDS)})(-start)?\(")
+_CALLED = re.compile(r"(?:calls|body|to_apply|called_computations|branch_computations)=\{?((?:%[\w.-]+(?:, )?)+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONDITION = re.compile(r"condition=%([\w.-]+)")
+_CONSTANT = re.compile(r" constant\((\d+)\)")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_SHAPE = re.compile(r"\b(pred|[a-z]+[0-9]+(?:e[0-9]+m[0-9]+\w*)?)\[([0-9,]*)\]")
+_IOTA = re.compile(r"replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?")
+_LISTED = re.compile(r"replica_groups=\{\{([0-9,]*)\}")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+_AXIS = re.compile(r"'(\w+)'(?::\((\d+)\)(\d+))?")
+_PAIRS = re.compile(r"source_target_pairs=\{([0-9,{}]*)\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One kind of message: `num_bytes` of whole data among `group_size` devices (see `wire_bytes`)."""
+
+    kind: str
+    num_bytes: int
+    group_size: int
+    across_slices: bool
+
+    @property
+    def wire_bytes(self) -> float:
+        """What one device sends around a ring. num_bytes are those gathered, or those that are reduced."""
+        if self.kind == "collective-permute":
+            return self.num_bytes
+        share = (self.group_size - 1) / self.group_size
+        return (2 if self.kind == "all-reduce" else 1) * share * self.num_bytes
+
+
+def collectives(hlo: str, slices: Sequence[int]) -> tuple[Counter[Collective], int]:
+    """How often each collective runs in one execution of the program, and its loops whose length is not known.
+
+    Loop bodies count as often as they run; those of loops without a known length count once.
+
+    Args:
+      hlo: `compiled.as_text()` of a program for len(slices) devices.
+      slices: of each device, in the order of the mesh: the slice (pod) it belongs to.
+    """
+    bodies, entry = _computations(hlo)
+    found: dict[str, tuple[Collective, int]] = {}
+    unknown_loops = 0
+    pending = [(entry, 1)]
+    while pending:
+        name, times = pending.pop()
+        for line in bodies[name]:
+            if match := _COLLECTIVE.search(line):
+                # TPUs cut one collective into fusions that run beside other work; each repeats it with its channel.
+                channel = _CHANNEL.search(line)
+                key = channel[1] if channel else line
+                most = max(times, found[key][1] if key in found else 0)
+                found[key] = _parse(line, match, slices, name.startswith("all-reduce-scatter")), most
+            calls = [call.strip(" %") for group in _CALLED.findall(line) for call in group.split(",") if call.strip()]
+            trips = _trips(line, bodies) if " while(" in line else 1
+            unknown_loops += trips is None
+            pending += [(call, times * (trips or 1)) for call in calls if call in bodies]
+    counts: Counter[Collective] = Counter()
+    for collective, times in found.values():
+        counts[collective] += times
+    return counts, unknown_loops
+
+
+def _trips(line: str, bodies: dict[str, list[str]]) -> int | None:
+    """How often a loop's body runs: as the compiler noted it, or the constant that a scan's counter stays under."""
+    if known := _TRIPS.search(line):
+        return int(known[1])
+    condition = _CONDITION.search(line)
+    lines = bodies.get(condition[1], []) if condition else []
+    constants = [found[1] for other in lines if (found := _CONSTANT.search(other))]
+    is_scan = any(" compare(" in other and "direction=LT" in other for other in lines)
+    return int(constants[0]) if is_scan and len(constants) == 1 else None
+
+
+def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+    """The instructions of every computation, and the entry's name."""
+    bodies: dict[str, list[str]] = {}
+    entry, lines = "", []
+    for line in hlo.splitlines():
+        if found := _COMPUTATION.match(line):
+            lines = bodies[found[1]] = []
+            entry = found[1] if line.startswith("ENTRY") else entry
+        elif line.startswith(" "):
+            lines.append(line)
+    return bodies, entry
+
+
+def _parse(line: str, found: re.Match[str], slices: Sequence[int], scattered: bool) -> Collective:
+    """scattered: an all-reduce of which each device keeps its part, as TPUs write a reduce-scatter."""
+    kind, start = found[1], bool(found[2])
+    arrays = [
+        int(np.prod([int(n) for n in dims.split(",") if n])) * _itemsize(dtype)
+        for dtype, dims in _SHAPE.findall(line[line.index(" = ") : found.start()])
+        if not (start and not dims)  # the context scalars of an asynchronous start
+    ]
+    if start and len(arrays) > 1 and kind != "all-reduce":  # (operands, results)
+        arrays = arrays[len(arrays) // 2 :]
+    groups = _groups(line, len(slices))
+    size = len(groups[0])
+    total = sum(arrays) * (size if kind == "reduce-scatter" else 1)
+    across = any(len({slices[device] for device in group}) > 1 for group in groups)
+    return Collective("reduce-scatter" if scattered else kind, total, size, across)
+
+
+def _itemsize(dtype: str) -> int:
+    if dtype == "pred":
+        return 1
+    bits = int(re.sub(r"^[a-z]+([0-9]+).*", r"\1", dtype))
+    return max(1, bits // 8)
+
+
+def _groups(line: str, num_devices: int) -> list[list[int]]:
+    """The devices that talk to each other; of a permutation its pairs."""
+    if pairs := _PAIRS.search(line):
+        ends = [int(n) for n in re.findall(r"\d+", pairs[1])]
+        return [ends[i : i + 2] for i in range(0, len(ends), 2)] or [[0]]
+    if mesh := _MESH.search(line):
+        return mesh_groups(mesh[1], mesh[2])
+    if iota := _IOTA.search(line):
+        shape, dims, order = ([int(n) for n in part.split(",")] if part else None for part in iota.groups())
+        assert shape and dims
+        ids = np.arange(np.prod(dims)).reshape(dims)
+        return np.transpose(ids, order).reshape(shape).tolist()
+    if (listed := _LISTED.search(line)) and listed[1]:
+        begin = line.index("replica_groups=")
+        groups = re.findall(r"\{([0-9,]+)\}", line[begin : line.index("}}", begin) + 1])
+        return [[int(n) for n in group.split(",")] for group in groups]
+    return [list(range(num_devices))]
+
+
+def mesh_groups(mesh: str, axes: str) -> list[list[int]]:
+    """Of mesh "'a'=2,'b'=4" and axes "'b'": the devices that differ in b alone, for every a.
+
+    "'b':(2)2" is the part of b of size 2 behind its first part, which has size 2.
+    """
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
+    shape: list[int] = []
+    grouped: list[bool] = []
+    wanted = {name: (int(before or 1), int(size or 0)) for name, before, size in _AXIS.findall(axes)}
+    for name, size in sizes.items():
+        before, part = wanted.get(name, (1, 1))
+        part = part or size
+        shape += [before, part, size // (before * part)]
+        grouped += [False, name in wanted, False]
+    ids = np.arange(np.prod(shape)).reshape(shape)
+    order = [axis for axis, inside in enumerate(grouped) if not inside] + [
+        axis for axis, inside in enumerate(grouped) if inside
+    ]
+    members = int(np.prod([size for size, inside in zip(shape, grouped, strict=True) if inside]))
+    return ids.transpose(order).reshape(-1, members).tolist()

@@ -1,0 +1,197 @@
+"""Compiles a config's training step for TPUs that are not there: does it fit, and how fast can it be at best?
+
+python -m darkformer_jax.compile --config=configs/lm_1b.py --topology=v5e:4x4
+python -m darkformer_jax.compile --config=configs/lm_1b.py --topology=v5e:16x16 --num_slices=2 --config.mesh.fsdp=16
+
+The very program that train.py would run there, on the config's mesh. Prints the memory that one device needs at most
+beside what it has and where it goes, the collectives of one step, and the least time that the step can take: of
+computing, of memory traffic, of the links within a slice and of the network between slices, each as if it were alone.
+Exit status 1 where the program does not fit. Needs libtpu, and neither TPUs nor data. No figure of it was measured on
+a TPU: bounds are from the chips' published figures.
+"""
+
+import math
+import re
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from absl import app, flags
+
+from darkformer_jax.aot.collectives import Collective, collectives
+from darkformer_jax.aot.roofline import GIB, Roofline, chip_of, roofline
+from darkformer_jax.aot.topology import topology_devices
+from darkformer_jax.command_line import one_line_errors
+from darkformer_jax.config import validate
+from darkformer_jax.errors import UserError, one_line
+from darkformer_jax.experiment_flags import parse_experiment_flags
+from darkformer_jax.training.inherit import inherit
+from darkformer_jax.training.run import vocab_size_of
+from darkformer_jax.training.setup import Experiment
+
+DEFAULT_CONFIG = str(Path(__file__).parents[1] / "configs" / "lm_1b.py")
+FLAGS = flags.FLAGS
+
+
+class DoesNotFit(Exception):
+    """The compiler found no way to run the program in a device's memory."""
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Defines and parses the flags; a mistake is one line and exit status 2."""
+    return parse_experiment_flags(argv, DEFAULT_CONFIG, define_flags)
+
+
+def define_flags() -> None:
+    """Those beside --config."""
+    flags.DEFINE_string("topology", "v5e:4x4", "Generation and shape in chips of one slice: v5e:16x16, v5p:4x4x4.")
+    flags.DEFINE_integer("num_slices", 1, "Slices of that shape, with the data center's network between them.")
+
+
+def main(argv: list[str]) -> None:
+    """Prints the plan; exit status 1 where it does not fit, 2 on a mistake."""
+    del argv
+    with one_line_errors("nothing was written"):
+        devices = topology_devices(FLAGS.topology, FLAGS.num_slices)
+        try:
+            print(plan(FLAGS.config, devices, FLAGS.topology))
+        except DoesNotFit as error:
+            print(f"does not fit: {error}")
+            sys.exit(1)
+
+
+def plan(config: ml_collections.ConfigDict, devices: list[jax.Device], topology: str) -> str:
+    """What `main` prints.
+
+    Raises:
+      DoesNotFit: with what the compiler says of it.
+      UserError: a config and devices that do not go together.
+    """
+    config = inherit(config)
+    validate(config)
+    if config.distill.weight:
+        raise UserError(f"distill.weight = {config.distill.weight}: a teacher cannot be planned for; allowed: 0")
+    experiment = Experiment.of(config, vocab_size_of(config), devices)
+    kind = devices[0].device_kind
+    print(f"compiling for {len(devices)} x {kind} ({topology}) ...", file=sys.stderr)
+    started = time.perf_counter()
+    compiled = compile_step(experiment)
+    seconds = time.perf_counter() - started
+    slices = [int(getattr(device, "slice_index", 0) or 0) for device in experiment.mesh.devices.flat]
+    messages, unknown_loops = collectives(compiled.as_text() or "", slices)
+    bound = _bound(experiment, kind, messages, compiled.memory_analysis())
+    parts = [
+        experiment.describe(),
+        f"compiled       in {seconds:.0f} s for {len(devices)} x {kind}, {len(set(slices))} slice(s)",
+        _memory(experiment, compiled.memory_analysis(), kind),
+        _messages(messages, unknown_loops),
+        _times(experiment, bound),
+    ]
+    return "\n\n".join(parts)
+
+
+def compile_step(experiment: Experiment) -> jax.stages.Compiled:
+    """The training step, compiled for the devices of the experiment's mesh.
+
+    Raises DoesNotFit.
+    """
+    c = experiment.config
+    shape = (c.batch_size, c.sequence_length)
+    dtypes = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), jnp.int32) | {"weights": jnp.float32}
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=experiment.batch_sharding) for name, dtype in dtypes.items()
+    }
+    state = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        experiment.abstract,
+        experiment.shardings,
+    )
+    cached = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)  # programs for absent devices cannot be read back
+    try:
+        with jax.set_mesh(experiment.mesh):
+            return experiment.train_step().lower(state, batch, None).compile()
+    except jax.errors.JaxRuntimeError as error:
+        message = one_line(error)
+        if "RESOURCE_EXHAUSTED" not in message:
+            raise
+        said = message.partition("RESOURCE_EXHAUSTED: ")[2]
+        raise DoesNotFit(re.split(r"(?<=[a-z)])\. ", said)[0].rstrip(".")) from error
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
+
+
+def _bound(experiment: Experiment, kind: str, messages: Counter[Collective], memory: Any) -> Roofline:
+    again = experiment.step_flops / 3 if experiment.config.model.remat == "full" else 0.0
+    return roofline(
+        kind,
+        experiment.mesh.size,
+        model_flops=experiment.step_flops,
+        recomputed_flops=again,
+        # The state is read and written, and what lives at the peak was written and is read.
+        hbm_traffic=2 * memory.argument_size_in_bytes + 2 * _temporary(memory),
+        messages=messages,
+    )
+
+
+def _temporary(memory: Any) -> int:
+    """Of the peak, what is neither state nor batch."""
+    return max(0, memory.peak_memory_in_bytes - memory.argument_size_in_bytes)
+
+
+def _memory(experiment: Experiment, memory: Any, kind: str) -> str:
+    has, peak = chip_of(kind).hbm_bytes, memory.peak_memory_in_bytes
+    state, shardings = experiment.abstract, experiment.shardings
+    parts = {
+        "parameters": _bytes(state.params, shardings.params),
+        "optimizer": _bytes(state.optimizer, shardings.optimizer),
+        "projections": _bytes(state.projections, shardings.projections),
+        "activations, gradients, copies": _temporary(memory),
+    }
+    lines = [
+        f"memory         {peak / GIB:.2f} GiB a device at the peak, {peak / has:.0%} of {has / GIB:.0f} GiB: it fits"
+    ]
+    lines += [f"  {name:30s} {size / GIB:8.3f} GiB" for name, size in parts.items()]
+    return "\n".join(lines)
+
+
+def _bytes(abstract: Any, shardings: Any) -> int:
+    """Of the arrays' part on one device."""
+    pairs = zip(jax.tree.leaves(abstract), jax.tree.leaves(shardings), strict=True)
+    return sum(math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, sharding in pairs)
+
+
+def _messages(messages: Counter[Collective], unknown_loops: int) -> str:
+    if not messages:
+        return "collectives    none"
+    lines = ["collectives    of one step, and what each device sends for them"]
+    ordered = sorted(messages.items(), key=lambda item: -item[0].wire_bytes * item[1])
+    for message, times in ordered:
+        where = "network" if message.across_slices else "slice"
+        size = f"{message.num_bytes / 2**20:10.3f} MiB among {message.group_size:4d} ({where})"
+        lines.append(f"  {times:5d} x {message.kind:18s} {size} {times * message.wire_bytes / GIB:9.3f} GiB")
+    if unknown_loops:
+        lines.append(f"  {unknown_loops} loop(s) of unknown length count once")
+    return "\n".join(lines)
+
+
+def _times(experiment: Experiment, bound: Roofline) -> str:
+    tokens = experiment.tokens_per_step / bound.step
+    rows = {
+        "computing": bound.compute,
+        "memory traffic, at least": bound.memory,
+        "links within a slice": bound.interconnect,
+        "network between slices": bound.network,
+    }
+    speed = f"{tokens:,.0f} tokens/s, model FLOP/s utilisation up to {bound.mfu:.0%}"
+    lines = [f"step time      {1e3 * bound.step:.1f} ms at least: {speed}"]
+    return "\n".join(lines + [f"  {name:30s} {1e3 * seconds:8.1f} ms" for name, seconds in rows.items()])
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,93 @@
+"""Programs for TPUs, compiled without one: the compiler is libtpu's own."""
+
+import importlib.util
+
+import pytest
+
+from darkformer_jax.aot.topology import topology_devices
+from darkformer_jax.compile import DoesNotFit, plan
+from darkformer_jax.errors import UserError
+from tests.tiny_runs import run_commands, tiny_config, tiny_flags
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: bash launch/install.sh aot"
+)
+pytestmark = pytest.mark.standard_promotion
+SIZES = {
+    "model__vocab_size": 512,
+    "model__num_layers": 3,
+    "model__embed_dim": 256,
+    "model__num_heads": 2,
+    "model__num_kv_heads": 2,
+    "model__head_dim": 128,
+    "model__mlp_dim": 512,
+    "model__remat": "full",
+    "model__attention__num_features": 128,
+    "model__attention__chunk_size": 128,
+    "batch_size": 8,
+    "eval__batch_size": 8,
+    "sequence_length": 128,
+}
+
+
+@needs_libtpu
+def test_the_plan_of_a_small_step_on_four_chips(capsys):
+    config = tiny_config(**SIZES, mesh__data=1, mesh__fsdp=4)
+    text = plan(config, topology_devices("v5e:2x2"), "v5e:2x2")
+    assert "compiling for 4 x TPU v5 lite (v5e:2x2)" in capsys.readouterr().err
+    lines = {line.split()[0]: line for line in text.splitlines() if line and not line.startswith(" ")}
+    assert "mesh           data=1, fsdp=4" in text
+    assert "GiB a device at the peak" in lines["memory"] and lines["memory"].endswith("of 16 GiB: it fits")
+    assert "utilisation up to" in lines["step"]
+    assert "loop(s) of unknown length" not in text
+    # The seven matrices of each of three layers are gathered for the forward pass and again for the backward one.
+    gathers = [int(line.split()[0]) for line in text.splitlines() if " x all-gather " in line]
+    assert sum(gathers) >= 2 * 7 * 3
+    assert " x reduce-scatter " in text or " x all-reduce " in text
+
+
+@needs_libtpu
+def test_what_does_not_fit_says_so():
+    config = tiny_config(**SIZES | {"model__attention__kind": "softmax", "model__vocab_size": 2**21}, mesh__data=4)
+    config.model.embed_dim = 2048  # 16 GiB of a table, and twice that of moments
+    with pytest.raises(DoesNotFit, match=r"[0-9]{2,3}\.[0-9]+G\) exceeds available HBM \(15.75G\)$"):
+        plan(config, topology_devices("v5e:2x2"), "v5e:2x2")
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v9:2x2", "--topology=v9:2x2: INVALID_ARGUMENT: Invalid TPU external name"),
+        ("v5e:3x5", "--topology=v5e:3x5: .*not divisible"),
+    ],
+)
+def test_topologies_that_libtpu_does_not_know(name, message):
+    with pytest.raises(UserError, match=message):
+        topology_devices(name)
+
+
+def test_mistakes_are_one_line(monkeypatch):
+    with pytest.raises(UserError, match="--topology=v5e-8: expected a TPU's generation and shape .* v5e:16x16"):
+        topology_devices("v5e-8")
+    with pytest.raises(UserError, match="--topology=cuda-h100: .* GPUs cannot be compiled for without one"):
+        topology_devices("cuda-h100")
+    with pytest.raises(UserError, match="--num_slices=0: must be at least 1"):
+        topology_devices("v5e:2x2", 0)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--topology=v5e:2x2 needs libtpu, .* bash launch/install.sh aot"):
+        topology_devices("v5e:2x2")
+
+
+def test_the_command_line():
+    flags = tiny_flags(**SIZES)
+    wrong_field, wrong_topology = run_commands(
+        [
+            ("darkformer_jax.compile", [*flags, "--config.mesh.tensors=2"]),
+            ("darkformer_jax.compile", [*flags, "--topology=v5e-8"]),
+        ]
+    )
+    assert (wrong_field.status, wrong_topology.status) == (2, 2)
+    assert wrong_field.err.count("\n") == wrong_topology.err.count("\n") == 1
+    assert "did you mean --config.mesh.tensor?" in wrong_field.err
+    assert wrong_topology.err.startswith("error: --topology=v5e-8: expected")
