@@ -1,7 +1,9 @@
 import json
+import logging
 import os
 import random
 import re
+import shutil
 import signal
 import tempfile
 import time
@@ -14,6 +16,7 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.training import loop
 from darkformer_jax.training.checkpoints import Checkpoints
 from darkformer_jax.training.run import run
+from darkformer_jax.training.workdir import WorkdirLock
 from tests.tiny_runs import Command, metrics_without_time, saved_arrays, tiny_config, tiny_flags, write_text
 
 NUM_STEPS = 160
@@ -263,25 +266,47 @@ def test_weights_that_overflow_are_not_saved_though_their_step_had_a_finite_loss
     assert [line["step"] for line in metrics_without_time(tmp_path / "run")] == [1]
 
 
-def test_lost_checkpoints_or_other_data_are_refused_and_nothing_is_overwritten(tmp_path, text):
+def test_damaged_or_lost_checkpoints_and_other_data(tmp_path, text, caplog):
     config = tiny_config(data__files=text, num_steps=9, checkpoint__every=3, log__every=1)
     workdir = tmp_path / "run"
     run(config, str(workdir))
+    metrics, arrays, root = metrics_without_time(workdir), saved_arrays(workdir, 9), workdir / "checkpoints"
+
+    # The newest good step is used, what is damaged named and kept, and the run ends as it did.
+    (root / "6.sha256.json").unlink()
+    (root / "9" / "_METADATA").write_bytes(b"")
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        run(config, str(workdir))
+    said = [record.getMessage() for record in caplog.records]
+    assert [line for line in said if "damaged" in line] == [
+        f"checkpoint step 9 in {root} is damaged and not used: file _METADATA has 0 bytes, "
+        f"{(root / '9' / '_METADATA').stat().st_size} were written",
+        f"checkpoint step 6 in {root} is damaged and not used: 6.sha256.json is missing",
+        f"what is left of the damaged step 6 is now {root}/6.damaged; remove it when you like",
+        f"what is left of the damaged step 9 is now {root}/9.damaged; remove it when you like",
+    ]
+    assert metrics_without_time(workdir) == metrics and saved_arrays(workdir, 9) == arrays
+    assert Checkpoints(workdir).committed_steps() == [3, 6, 9]
 
     def files():
         return {path: path.read_bytes() for path in sorted(workdir.rglob("*")) if path.is_file()}
 
     config.num_steps = 6
     before = files()
+    with WorkdirLock(workdir), pytest.raises(UserError, match="is in use by another run"):
+        run(config, str(workdir))
     with pytest.raises(UserError, match=r"num_steps = 6, but .* is at step 9 already"):
         run(config, str(workdir))
     config.num_steps = 9
-    for manifest in (workdir / "checkpoints").glob("*.json"):
-        manifest.unlink()
-        del before[manifest]
-    with pytest.raises(
-        UserError, match=r"metrics up to step 9, but no checkpoint in .*; steps .*9 have no .sha256.json"
-    ):
+    for step in (3, 6, 9):
+        (root / f"{step}.sha256.json").unlink()
+        del before[root / f"{step}.sha256.json"]
+    with pytest.raises(UserError, match=f"every checkpoint in {root} is damaged: step 9: 9.sha256.json is missing; "):
+        run(config, str(workdir))
+    assert files() == before
+    shutil.rmtree(root)
+    before = files()
+    with pytest.raises(UserError, match=f"metrics up to step 9, but no checkpoint in {root}; bring"):
         run(config, str(workdir))
     assert files() == before
     with open(text, "a") as file:
