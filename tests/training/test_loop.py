@@ -2,12 +2,9 @@ import json
 import logging
 import os
 import random
-import re
 import shutil
 import signal
-import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +14,17 @@ from darkformer_jax.training import loop
 from darkformer_jax.training.checkpoints import Checkpoints
 from darkformer_jax.training.run import run
 from darkformer_jax.training.workdir import WorkdirLock
-from tests.tiny_runs import Command, metrics_without_time, saved_arrays, tiny_config, tiny_flags, write_text
+from tests.tiny_runs import (
+    COMPILES,
+    READS_COMPILED,
+    Command,
+    Training,
+    metrics_without_time,
+    saved_arrays,
+    tiny_config,
+    tiny_flags,
+    write_text,
+)
 
 NUM_STEPS = 160
 SURVIVAL = {
@@ -30,52 +37,10 @@ SURVIVAL = {
     "accumulation_steps": 2,
     "model__attention__redraw_every": 10,
 }
-# A process killed while it writes to the cache of compiled programs would leave a broken entry to all tests.
-READS_COMPILED = {"jax_persistent_cache_min_compile_time_secs": 1e9, "jax_compilation_cache_max_size": -1}
-COMPILES = {"jax_enable_compilation_cache": False}
 
 
-class Child(Command):
-    """`python train.py` in a process of its own, and what it says."""
-
-    def __init__(self, workdir, text, jax_config=None):
-        self.workdir = workdir
-        flags = tiny_flags(**SURVIVAL | {"data__files": text})
-        streams = Path(tempfile.mkdtemp(dir=workdir.parent))
-        super().__init__("train.py", [f"--workdir={workdir}", *flags], streams, jax_config=jax_config)
-
-    @property
-    def said(self):
-        return self.err.read_text().splitlines()
-
-    def resumed_from(self):
-        """The step of `resuming <workdir> from step 7`, if it says so."""
-        return [int(line.split()[-1]) for line in self.said if line.startswith("resuming ")]
-
-    def until(self, step):
-        """Returns when the progress lines have come to `step`."""
-        while max(map(int, re.findall("^step ([0-9]+)", self.err.read_text(), re.MULTILINE)), default=0) < step:
-            self.assert_runs()
-            time.sleep(0.01)
-
-    def until_saving(self):
-        """Returns when a checkpoint is being written, and is not complete."""
-        directory = self.workdir / "checkpoints"
-        while not (directory.exists() and any("orbax-checkpoint-tmp" in name for name in os.listdir(directory))):
-            self.assert_runs()
-            time.sleep(0.001)
-
-    def assert_runs(self):
-        assert self.poll() is None, self.wait().err
-
-    def assert_ends_well(self):
-        ended = self.wait()
-        assert ended.status == 0, ended.err
-
-    def stop(self, signum):
-        """Its exit status after the signal."""
-        os.kill(self.pid, signum)
-        return self.wait().status
+def training(workdir, text, jax_config=None):
+    return Training(workdir, tiny_flags(**SURVIVAL | {"data__files": text}), jax_config)
 
 
 @pytest.fixture
@@ -92,7 +57,7 @@ def survival_text(tmp_path_factory):
 def unbroken(survival_text, tmp_path_factory):
     """The workdir of a run that nothing disturbed."""
     workdir = tmp_path_factory.mktemp("runs") / "unbroken"
-    Child(workdir, survival_text).assert_ends_well()
+    training(workdir, survival_text).assert_ends_well()
     return workdir
 
 
@@ -111,7 +76,7 @@ def test_kill_9_at_five_random_moments_and_resume_equals_the_unbroken_run(tmp_pa
     workdir, moments = tmp_path / "killed", random.Random(17)
     resumed_from = []
     for first, last in ((1, 6), (15, 35), (50, 70), (85, 105), (120, 135)):
-        child = Child(workdir, survival_text, READS_COMPILED)
+        child = training(workdir, survival_text, READS_COMPILED)
         child.until(moments.randint(first, last))
         if first == 50:
             child.until_saving()
@@ -119,7 +84,7 @@ def test_kill_9_at_five_random_moments_and_resume_equals_the_unbroken_run(tmp_pa
             time.sleep(moments.uniform(0, 0.03))
         assert child.stop(signal.SIGKILL) == -signal.SIGKILL
         resumed_from += child.resumed_from()
-    child = Child(workdir, survival_text, COMPILES)  # the same bits from programs compiled anew
+    child = training(workdir, survival_text, COMPILES)  # the same bits from programs compiled anew
     child.assert_ends_well()
     resumed_from += child.resumed_from()
     assert len(set(resumed_from)) >= 4  # of five: the first kill may come before a checkpoint
@@ -129,14 +94,14 @@ def test_kill_9_at_five_random_moments_and_resume_equals_the_unbroken_run(tmp_pa
 def test_sigterm_and_ctrl_c_save_say_so_and_resume_to_the_unbroken_run(tmp_path, survival_text, unbroken):
     workdir, moments = tmp_path / "stopped", random.Random(18)
     for signum, status, first, last in ((signal.SIGTERM, 143, 10, 50), (signal.SIGINT, 130, 70, 120)):
-        child = Child(workdir, survival_text)
+        child = training(workdir, survival_text)
         child.until(moments.randint(first, last))
         time.sleep(moments.uniform(0, 0.03))
         assert child.stop(signum) == status, child.said
         step = Checkpoints(workdir).latest_good_step()
         assert child.said[-1] == f"{signal.Signals(signum).name}: saved step {step}; the same command resumes there"
         assert first <= step < NUM_STEPS
-    child = Child(workdir, survival_text)
+    child = training(workdir, survival_text)
     child.assert_ends_well()
     assert child.resumed_from() == [step]
     assert_equal_runs(workdir, unbroken)
