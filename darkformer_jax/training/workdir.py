@@ -1,6 +1,6 @@
 """The run's directory: config.json is written once, compared on every later start, and nothing foreign is overwritten.
 
-It holds config.json, data.json, checkpoints/, metrics.jsonl, tensorboard/, samples.txt and the plots.
+It holds config.json, data.json, checkpoints/, metrics.jsonl, tensorboard/, samples.txt, the plots and .lock.
 """
 
 import contextlib
