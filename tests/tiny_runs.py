@@ -5,9 +5,11 @@ import functools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -230,6 +232,58 @@ class Command:
         if self._status is None:
             self._status = _ask(pid=self.pid, options=0)
         return Finished(self._status, self.out.read_text(), self.err.read_text())
+
+
+# A process killed while it writes to the cache of compiled programs would leave a broken entry to all others.
+READS_COMPILED = {"jax_persistent_cache_min_compile_time_secs": 1e9, "jax_compilation_cache_max_size": -1}
+COMPILES = {"jax_enable_compilation_cache": False}
+
+
+class Training(Command):
+    """`python train.py --workdir=<workdir> <flags>` in a process of its own, and what it says."""
+
+    def __init__(self, workdir: Path, flags: Sequence[str], jax_config: Mapping[str, Any] | None = None) -> None:
+        self.workdir = workdir
+        streams = Path(tempfile.mkdtemp(dir=workdir.parent))
+        super().__init__("train.py", [f"--workdir={workdir}", *flags], streams, jax_config=jax_config)
+
+    @property
+    def said(self) -> list[str]:
+        """The lines so far."""
+        return self.err.read_text().splitlines()
+
+    def resumed_from(self) -> list[int]:
+        """The step of `resuming <workdir> from step 7`, if it says so."""
+        return [int(line.split()[-1]) for line in self.said if line.startswith("resuming ")]
+
+    def step(self) -> int:
+        """The last one of the progress lines; 0 before the first."""
+        return max(map(int, re.findall("^step ([0-9]+)/", self.err.read_text(), re.MULTILINE)), default=0)
+
+    def until(self, step: int) -> None:
+        """Returns when the progress lines have come to `step`."""
+        while self.step() < step:
+            self.assert_runs()
+            time.sleep(0.01)
+
+    def until_saving(self) -> None:
+        """Returns when a checkpoint is being written, and is not complete."""
+        directory = self.workdir / "checkpoints"
+        while not (directory.exists() and any("orbax-checkpoint-tmp" in name for name in os.listdir(directory))):
+            self.assert_runs()
+            time.sleep(0.001)
+
+    def assert_runs(self) -> None:
+        assert self.poll() is None, self.wait().err
+
+    def assert_ends_well(self) -> None:
+        ended = self.wait()
+        assert ended.status == 0, ended.err
+
+    def stop(self, signum: int) -> int:
+        """Its exit status after the signal."""
+        os.kill(self.pid, signum)
+        return self.wait().status
 
 
 def on_eight_devices(program: Path, streams: Path) -> Command:

@@ -1,18 +1,21 @@
 """Checkpoints that survive kill -9 and notice damaged bytes: Orbax's asynchronous writer and one hash manifest a step.
 
     workdir/checkpoints/<step>/              what Orbax wrote
-    workdir/checkpoints/<step>.sha256.json   size and sha256 of each of its files, and the step's metrics
+    workdir/checkpoints/<step>.sha256.json   size and sha256 of each of its files, and the step's metrics: manifest.py
+    workdir/checkpoints/<step>.unfinished    there while the step is written or removed
+    workdir/checkpoints/<step>.damaged       a damaged step that a new one took the place of; yours to remove
 
 Orbax reads a flipped bit, or a hole of zeros, as if nothing had happened. So a step exists when its manifest does: the
-manifest is written after Orbax's commit, and checked before anything is read back. Every decision (which steps exist,
-which are the newest and the best) is read from the manifests on disk, never from memory, so a killed run leaves nothing
-to repair. Orbax's CheckpointManager is not used because it counts stray directories as steps and, once a step is
-committed, removes older ones on its own: before the new step has its manifest, or though the new step is damaged.
+manifest is written after Orbax's commit, and checked before anything is read back. A step without one is what a kill
+left where it is marked as unfinished, and is removed by the next save; elsewhere its manifest was lost, which is damage
+like any other: its bytes cannot be checked. Every decision (which steps exist, which are the newest and the best) is
+read from the disk, never from memory, so a killed run leaves nothing to repair. Orbax's CheckpointManager is not used
+because it counts stray directories as steps and, once a step is committed, removes older ones on its own: before the
+new step has its manifest, or though the new step is damaged.
 """
 
 import concurrent.futures
-import hashlib
-import json
+import itertools
 import math
 import os
 import re
@@ -30,20 +33,25 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from darkformer_jax.errors import UserError
-from darkformer_jax.training.workdir import write_atomically
+from darkformer_jax.training.manifest import (
+    FORMAT,
+    Damaged,
+    check_files,
+    hash_files,
+    read_manifest,
+    write_manifest,
+)
+from darkformer_jax.training.workdir import local_path
 
 PyTree = Any
 
 BEST_METRIC = "heldout_loss"  # smaller is better
 
-_MANIFEST = re.compile(r"(0|[1-9][0-9]*)\.sha256\.json")
-# Names that only this class and Orbax make; what has no manifest is left over from a killed save or deletion.
-_LEFTOVER = re.compile(r"([0-9]+)(\.orbax-checkpoint-tmp.*|\.sha256\.json\.tmp)?")
+_MANIFEST, _UNFINISHED = ".sha256.json", ".unfinished"
+_ENTRY = re.compile(r"(0|[1-9][0-9]*)(|\.sha256\.json|\.unfinished)")
+_TEMPORARY = re.compile(r"(0|[1-9][0-9]*)\.(orbax-checkpoint-tmp.*|sha256\.json\.tmp)")
+_OF_ORBAX = ("_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt", "d")  # tell a checkpoint from another directory
 _NO_STEP, _ONLY_DAMAGED = -1, -2  # instead of a step, when process 0 tells the others
-
-
-class _Damaged(Exception):
-    """Why a step must not be restored, in words that follow `step 100: `."""
 
 
 class Checkpoints:
@@ -67,7 +75,7 @@ class Checkpoints:
             raise UserError(f"checkpoint.keep = {keep}: must be at least 1")
         if save_every < 0:
             raise UserError(f"checkpoint.every = {save_every}: must be at least 0")
-        self.directory = Path(workdir).absolute() / "checkpoints"
+        self.directory = local_path(workdir).absolute() / "checkpoints"
         self._keep = keep
         self._save_every = save_every
         self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=compress))
@@ -86,8 +94,9 @@ class Checkpoints:
         """Starts saving `state` and returns once it is copied to host memory; the caller may donate it right away.
 
         A save still under way is waited for first. The step counts from the moment its manifest is on disk; only then
-        are older steps removed. Steps newer than `step` (a continuation that was given up) go with them. Saving the
-        step that was just saved or restored writes nothing but its metrics: the state is a function of the step.
+        are older steps removed. Steps newer than `step` (a continuation that was given up) go with them; damaged ones
+        are kept beside as `<step>.damaged`, and a warning says so. Saving the step that was just saved or restored
+        writes nothing but its metrics: the state is a function of the step.
 
         Args:
           step: at least 0.
@@ -143,28 +152,27 @@ class Checkpoints:
                 raise UserError(
                     f"checkpoint step {step}: {self.directory} has {_megabytes(free)} free, {_megabytes(size)} needed"
                 )
-            self._manifest_path(step).unlink(missing_ok=True)  # from here on an old <step> is a leftover, too
-            self._remove_leftovers()
+            self._set_aside_damaged(step)
+            self._entry(step, _UNFINISHED).touch()
+            self._entry(step, _MANIFEST).unlink(missing_ok=True)  # from here on an old <step> is a leftover, too
+            self._remove_leftovers(step)
         except OSError as error:
             raise self._not_written(step, error) from error
 
     def _commit(self, step: int, metrics: dict[str, float | None]) -> None:
         self._checkpointer.wait_until_finished()  # Orbax has renamed its temporary directory to <step>
         if jax.process_index() == 0:
-            self._write_manifest(step, _hash_files(self._path(step)), metrics)
+            write_manifest(self._entry(step, _MANIFEST), step, hash_files(self._path(step)), metrics)
+            self._entry(step, _UNFINISHED).unlink()
             self._damage.pop(step, None)
             self._prune(step)
 
-    def _write_manifest(self, step: int, files: Mapping[str, Any], metrics: Mapping[str, float | None]) -> None:
-        content = {"step": step, "metrics": metrics, "files": files}
-        content["digest"] = _digest(content)
-        write_atomically(self._manifest_path(step), (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
-
     def _update_metrics(self, step: int, metrics: dict[str, float | None]) -> None:
+        path = self._entry(step, _MANIFEST)
         try:
-            manifest = self._read_manifest(step)
-            self._write_manifest(step, manifest["files"], {**manifest["metrics"], **metrics})
-        except (OSError, _Damaged) as error:
+            manifest = read_manifest(path, step)
+            write_manifest(path, step, manifest["files"], {**manifest["metrics"], **metrics})
+        except (OSError, Damaged) as error:
             raise self._not_written(step, error) from error
 
     def _prune(self, newest: int) -> None:
@@ -172,18 +180,48 @@ class Checkpoints:
         live = [step for step in steps if step <= newest and step not in self._damage]
         keep = {*live[-self._keep :], self._best(live)}
         for step in steps:
-            if step not in keep:
-                self._manifest_path(step).unlink()  # first: a step half deleted must not count
-                shutil.rmtree(self._path(step), ignore_errors=True)
+            if step not in keep and step not in self._damage:  # those are set aside before the next save
+                self._entry(step, _UNFINISHED).touch()
+                self._entry(step, _MANIFEST).unlink()  # before the files: a step half deleted must not count
+                self._remove_unfinished(step)
 
-    def _remove_leftovers(self) -> None:
-        committed = self.committed_steps()
+    def _remove_unfinished(self, step: int) -> None:
+        shutil.rmtree(self._path(step), ignore_errors=True)
+        if not self._path(step).exists():
+            self._entry(step, _UNFINISHED).unlink()
+
+    def _remove_leftovers(self, step: int) -> None:
+        """All that killed saves and removals left, but for the mark of `step`, which is about to be written."""
         for entry in self.directory.iterdir():
-            name = _LEFTOVER.fullmatch(entry.name)
-            if name and name[2] is not None and entry.is_file():
-                entry.unlink()
-            elif name and entry.is_dir() and (name[2] is not None or int(name[1]) not in committed):
-                shutil.rmtree(entry)
+            if _TEMPORARY.fullmatch(entry.name):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        found = self._found()
+        for unfinished in found[_UNFINISHED] - {step}:
+            if unfinished in found[_MANIFEST]:
+                self._entry(unfinished, _UNFINISHED).unlink()
+            else:
+                self._remove_unfinished(unfinished)
+
+    def _set_aside_damaged(self, step: int) -> None:
+        """Renames what must not be in the way of `step` and those after it, and is not ours to delete."""
+        damaged = {*self._damage, *(lost for lost in self.steps_without_manifest() if lost >= step)}
+        found = self._found()
+        path = self._path(step)
+        if step not in found[_MANIFEST] | found[_UNFINISHED] and path.is_dir() and any(path.iterdir()):
+            damaged.add(step)  # whatever it is
+        for number in sorted(damaged):
+            self._set_aside(number)
+
+    def _set_aside(self, step: int) -> None:
+        names = (f"{step}.damaged" + (f"-{count}" if count > 1 else "") for count in itertools.count(1))
+        name = next(n for n in names if not any((self.directory / f"{n}{end}").exists() for end in ("", _MANIFEST)))
+        there = [end for end in (_MANIFEST, "") if self._entry(step, end).exists()]
+        for end in there:
+            self._entry(step, end).rename(self.directory / f"{name}{end}")
+        self._damage.pop(step, None)
+        if there:
+            where = f"{self.directory}/{name}"
+            logging.warning("what is left of the damaged step %d is now %s; remove it when you like", step, where)
 
     def _not_written(self, step: int | None, error: Exception) -> UserError:
         reason = (error.strerror if isinstance(error, OSError) else None) or f"{type(error).__name__}: {error}"
@@ -194,28 +232,43 @@ class Checkpoints:
 
     def committed_steps(self) -> list[int]:
         """All steps that have a manifest, ascending. Their bytes are not checked. Empty for a run without any."""
-        if not self.directory.is_dir():
-            return []
-        names = (_MANIFEST.fullmatch(entry.name) for entry in self.directory.iterdir())
-        return sorted(int(name[1]) for name in names if name)
+        return sorted(self._found()[_MANIFEST])
 
     def steps_without_manifest(self) -> list[int]:
-        """Step directories that Orbax finished and that do not count, ascending."""
-        if not self.directory.is_dir():
-            return []
-        names = {entry.name for entry in self.directory.iterdir() if entry.is_dir() and entry.name.isdecimal()}
-        return sorted({int(name) for name in names} - set(self.committed_steps()))
+        """Checkpoints that were finished once and have lost their manifest, ascending. They count as damaged."""
+        lost, found = [], self._found()
+        for step in sorted(found[""] - found[_MANIFEST]):
+            # Looked at one by one, and the mark twice, because a run may be writing or removing the step just now.
+            ends = (_UNFINISHED, _MANIFEST, _UNFINISHED)
+            if not any(self._entry(step, end).exists() for end in ends) and self._is_orbax(step):
+                lost.append(step)
+        return lost
+
+    def _found(self) -> dict[str, set[int]]:
+        """The steps of which there is `<step><end>`, by end."""
+        found: dict[str, set[int]] = {"": set(), _MANIFEST: set(), _UNFINISHED: set()}
+        for entry in self.directory.iterdir() if self.directory.is_dir() else ():
+            if name := _ENTRY.fullmatch(entry.name):
+                found[name[2]].add(int(name[1]))
+        return found
+
+    def _is_orbax(self, step: int) -> bool:
+        return any((self._path(step) / name).exists() for name in _OF_ORBAX)
 
     def latest_good_step(self) -> int | None:
         """The newest step whose bytes match its manifest; None if no step was ever committed.
 
-        Says in a warning which newer steps are damaged, and how. Raises UserError if all are.
+        Says in a warning which newer steps are damaged, and how. Raises UserError if all are, or if the step was saved
+        by a newer version.
         """
         self.wait()
         step = _from_process_0(self._newest_good() if jax.process_index() == 0 else _NO_STEP)
         if step == _ONLY_DAMAGED:
             raise UserError(f"every checkpoint in {self.directory} is damaged: {self._reasons()}")
-        return None if step == _NO_STEP else step
+        if step == _NO_STEP:
+            return None
+        self._refuse_newer(step)
+        return step
 
     def best_step(self) -> int | None:
         """The kept step with the lowest held-out loss; None if no step has one."""
@@ -271,7 +324,7 @@ class Checkpoints:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)
 
     def _newest_good(self) -> int:
-        steps = self.committed_steps()
+        steps = sorted({*self.committed_steps(), *self.steps_without_manifest()})
         for step in reversed(steps):
             if self._is_good(step):
                 return step
@@ -279,10 +332,10 @@ class Checkpoints:
 
     def _is_good(self, step: int) -> bool:
         try:
-            files = self._read_manifest(step)["files"]
-            with concurrent.futures.ThreadPoolExecutor() as pool:
-                list(pool.map(lambda name: _check_file(self._path(step), name, files[name]), files))
-        except _Damaged as damage:
+            manifest = read_manifest(self._entry(step, _MANIFEST), step)
+            if manifest["format"] <= FORMAT:  # what a newer one means, `_refuse_newer` says on every process
+                check_files(self._path(step), manifest["files"])
+        except Damaged as damage:
             self._damage[step] = str(damage)
             logging.warning("checkpoint step %d in %s is damaged and not used: %s", step, self.directory, damage)
             return False
@@ -291,7 +344,7 @@ class Checkpoints:
 
     def _require_good(self, step: int) -> None:
         answer = _NO_STEP
-        if jax.process_index() == 0 and step in self.committed_steps():
+        if jax.process_index() == 0 and step in (*self.committed_steps(), *self.steps_without_manifest()):
             answer = step if self._is_good(step) else _ONLY_DAMAGED
         answer = _from_process_0(answer)
         if answer == _NO_STEP:
@@ -299,6 +352,15 @@ class Checkpoints:
             raise UserError(f"no checkpoint step {step} in {self.directory}; there are: {there}")
         if answer == _ONLY_DAMAGED:
             raise UserError(f"checkpoint step {step} in {self.directory} is damaged: {self._reasons()}")
+        self._refuse_newer(step)
+
+    def _refuse_newer(self, step: int) -> None:
+        saved = read_manifest(self._entry(step, _MANIFEST), step)["format"]
+        if saved > FORMAT:
+            raise UserError(
+                f"checkpoint step {step} in {self.directory} was saved by a newer version of darkformer_jax (format "
+                f"{saved}, this version reads up to {FORMAT}); update darkformer_jax"
+            )
 
     def _require_fit(self, abstract_state: PyTree, step: int, partial: bool) -> None:
         saved, wanted = _leaves(self.saved_shapes(step)), _leaves(abstract_state)
@@ -315,23 +377,13 @@ class Checkpoints:
                 + more
             )
 
-    def _read_manifest(self, step: int) -> dict[str, Any]:
-        path = self._manifest_path(step)
-        try:
-            manifest = json.loads(path.read_bytes())
-            digest = manifest.pop("digest")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _Damaged(f"{path.name} cannot be read") from error
-        if digest != _digest(manifest) or manifest["step"] != step:
-            raise _Damaged(f"{path.name} has changed")
-        return manifest
-
     def _best(self, steps: list[int]) -> int | None:
         losses = {}
         for step in steps:
             try:
-                loss = self._read_manifest(step)["metrics"].get(BEST_METRIC)
-            except _Damaged:
+                loss = read_manifest(self._entry(step, _MANIFEST), step)["metrics"].get(BEST_METRIC)
+            except Damaged as damage:
+                self._damage[step] = str(damage)
                 continue
             if loss is not None:
                 losses[step] = loss
@@ -344,8 +396,8 @@ class Checkpoints:
     def _path(self, step: int) -> Path:
         return self.directory / str(step)
 
-    def _manifest_path(self, step: int) -> Path:
-        return self.directory / f"{step}.sha256.json"
+    def _entry(self, step: int, end: str) -> Path:
+        return self.directory / f"{step}{end}"
 
 
 def _from_process_0(value: int) -> int:
@@ -353,39 +405,6 @@ def _from_process_0(value: int) -> int:
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
-
-
-def _hash_files(directory: Path) -> dict[str, dict[str, Any]]:
-    """Each file below `directory` by its relative name: {"bytes": size, "sha256": hex}."""
-    paths = sorted(path for path in directory.rglob("*") if path.is_file())
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        hashes = pool.map(_sha256, paths)
-        return {
-            path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256}
-            for path, sha256 in zip(paths, hashes, strict=True)
-        }
-
-
-def _check_file(directory: Path, name: str, expected: Mapping[str, Any]) -> None:
-    try:
-        size = (directory / name).stat().st_size
-        if size != expected["bytes"]:
-            raise _Damaged(f"file {name} has {size} bytes, {expected['bytes']} were written")
-        if _sha256(directory / name) != expected["sha256"]:
-            raise _Damaged(f"file {name} does not match its sha256")
-    except FileNotFoundError as error:
-        raise _Damaged(f"file {name} is missing") from error
-    except OSError as error:
-        raise _Damaged(f"file {name} cannot be read: {error.strerror}") from error
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:

@@ -42,7 +42,7 @@ def initialize_from(
       UserError: no usable checkpoint, another number of layers, a parameter of another shape, or nothing in common.
     """
     checkpoints = Checkpoints(workdir)
-    step = checkpoints.latest_good_step() if step is None else step
+    step = checkpoints.latest_good_step() if step is None else checkpoints.good_step(step)
     if step is None:
         raise UserError(f"init_from = {workdir}: there is no checkpoint in {checkpoints.directory}")
     shapes = checkpoints.saved_shapes(step)
@@ -97,7 +97,7 @@ def _transfer(
     }
     everywhere = NamedSharding(next(iter(layout.values())).mesh, P())
     abstract |= {path: saved[path].update(sharding=everywhere) for path in factors}
-    _, restored = checkpoints.restore({tree: unflatten_dict(abstract)}, step, partial=True)
+    _, restored = checkpoints.restore({tree: unflatten_dict(abstract)}, step, partial=True, verify=False)
 
     def assemble(current: dict, loaded: dict) -> dict:
         new, found = flatten_dict(current), flatten_dict(merge_lora(loaded) if factors else loaded)

@@ -78,13 +78,14 @@ class Run:
         experiment, config = self.experiment, self.experiment.config
         if self.teacher:
             progress.note(f"the teacher is step {self.teacher.step} of {config.distill.workdir}")
-        if self.checkpoints.committed_steps():
+        step = self.checkpoints.latest_good_step()
+        if step is not None:
             wanted = jax.tree.map(
                 lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
                 to_saved(experiment.abstract),
                 to_saved(experiment.shardings),
             )
-            step, saved = self.checkpoints.restore(wanted)
+            _, saved = self.checkpoints.restore(wanted, step, verify=False)
             if step > config.num_steps:
                 raise UserError(f"num_steps = {config.num_steps}, but {self.workdir} is at step {step} already")
             progress.note(f"resuming {self.workdir} from step {step}")
@@ -99,18 +100,17 @@ class Run:
     def _require_new(self) -> None:
         """Raises UserError where checkpoints must have been lost: starting again would overwrite what is left.
 
-        A kill during the first save leaves at most one finished step without its manifest, and no line of metrics
-        that comes after the second save began, which had waited for the first.
+        A kill during the first save leaves no line of metrics that comes after the second save began, which had waited
+        for the first.
         """
         if not (Path(self.workdir) / METRICS_FILE).exists():
             return
         reached = max((line["step"] for line in read_metrics(self.workdir)), default=0)
-        stray, every = self.checkpoints.steps_without_manifest(), self.experiment.config.checkpoint.every
-        if len(stray) > 1 or (every and reached > 2 * every):
-            found = f"; steps {', '.join(map(str, stray))} have no .sha256.json" if stray else ""
+        every = self.experiment.config.checkpoint.every
+        if every and reached > 2 * every:
             raise UserError(
                 f"workdir {self.workdir} has metrics up to step {reached}, but no checkpoint in "
-                f"{self.checkpoints.directory}{found}; bring the checkpoints back or use a new workdir"
+                f"{self.checkpoints.directory}; bring the checkpoints back or use a new workdir"
             )
 
     def train(self, step: int, state: TrainState, progress: Progress) -> tuple[TrainState, Evaluation]:

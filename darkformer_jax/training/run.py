@@ -25,7 +25,14 @@ from darkformer_jax.training.progress import Progress
 from darkformer_jax.training.report import compressors, loss_curve
 from darkformer_jax.training.setup import Experiment
 from darkformer_jax.training.step import TrainState
-from darkformer_jax.training.workdir import check_config, check_data, write_atomically, write_config, write_data
+from darkformer_jax.training.workdir import (
+    WorkdirLock,
+    check_config,
+    check_data,
+    write_atomically,
+    write_config,
+    write_data,
+)
 
 
 def dry_run(config: ml_collections.ConfigDict) -> None:
@@ -40,6 +47,11 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     config = inherit(config, workdir)
     validate(config)
     check_config(workdir, config.to_dict())
+    with WorkdirLock(workdir) as lock:
+        _run(config, workdir, lock)
+
+
+def _run(config: ml_collections.ConfigDict, workdir: str, lock: WorkdirLock) -> None:
     progress = Progress(config.num_steps, config.log.every)
     started = time.perf_counter()
     progress.note(f"workdir {workdir}; reading {config.data.source} {config.data.files}".rstrip())
@@ -56,6 +68,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     training = Run(experiment, data, workdir)
     step, state = training.start(progress)
     write_config(workdir, config.to_dict())  # only now: a mistake in data or init_from must not claim the directory
+    lock.take()
     write_data(workdir, data.fingerprint)
     if jax.process_index() == 0:
         if not has_tokenizer(workdir):

@@ -1,21 +1,26 @@
 """The run's directory: config.json is written once, compared on every later start, and nothing foreign is overwritten.
 
-It holds config.json, data.json, checkpoints/, metrics.jsonl, tensorboard/, samples.txt and the plots.
+It holds config.json, data.json, checkpoints/, metrics.jsonl, tensorboard/, samples.txt, the plots and .lock.
 """
 
+import contextlib
+import fcntl
 import json
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
+from absl import logging
 
 from darkformer_jax.data.files import write_atomically
 from darkformer_jax.errors import UserError
 
 CONFIG_FILE = "config.json"
 DATA_FILE = "data.json"
+LOCK_FILE = ".lock"
 
 # What a resumed run may change: how long it runs, what it prints and keeps, and how the same batch is laid out on the
 # devices. Everything else would continue another experiment under the old one's name.
@@ -37,7 +42,7 @@ def write_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> 
         no config.json, or cannot be written.
     """
     check_config(workdir, config)
-    directory = _local(workdir)
+    directory = local_path(workdir)
     path = directory / CONFIG_FILE
     new = _as_read_back(config)
     try:
@@ -52,7 +57,7 @@ def write_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> 
 
 def check_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
     """Raises what `write_config` would raise for a directory that is not this experiment's, and writes nothing."""
-    directory = _local(workdir)
+    directory = local_path(workdir)
     try:
         if (directory / CONFIG_FILE).exists():
             _refuse_changes(directory, read_config(directory), _as_read_back(config))
@@ -64,7 +69,7 @@ def check_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> 
 
 def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """The config.json of a run, as nested dicts. Raises UserError if there is none or it is not JSON."""
-    path = _local(workdir) / CONFIG_FILE
+    path = local_path(workdir) / CONFIG_FILE
     try:
         config = json.loads(path.read_bytes())
     except OSError as error:
@@ -83,7 +88,7 @@ def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:
 
 def check_data(workdir: str | os.PathLike[str], fingerprint: str) -> None:
     """Raises UserError where a run of `workdir` trained on other tokens than those of `fingerprint`."""
-    path = _local(workdir) / DATA_FILE
+    path = local_path(workdir) / DATA_FILE
     if not path.exists():
         return
     try:
@@ -99,8 +104,60 @@ def check_data(workdir: str | os.PathLike[str], fingerprint: str) -> None:
 
 def write_data(workdir: str | os.PathLike[str], fingerprint: str) -> None:
     """Notes what `check_data` compares. On a pod process 0 writes."""
-    if jax.process_index() == 0 and not (_local(workdir) / DATA_FILE).exists():
-        write_atomically(_local(workdir) / DATA_FILE, (json.dumps({"fingerprint": fingerprint}) + "\n").encode())
+    if jax.process_index() == 0 and not (local_path(workdir) / DATA_FILE).exists():
+        write_atomically(local_path(workdir) / DATA_FILE, (json.dumps({"fingerprint": fingerprint}) + "\n").encode())
+
+
+class WorkdirLock(contextlib.AbstractContextManager["WorkdirLock"]):
+    """Keeps a second run out of a workdir. The lock is the kernel's: it ends with the process, however that ends.
+
+    Entering takes it where the workdir has begun (has a config.json); a new run calls `take` when it has written that.
+    On a pod, process 0 holds it.
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str]) -> None:
+        self._directory = local_path(workdir)
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> "WorkdirLock":
+        if (self._directory / CONFIG_FILE).exists():
+            self.take()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def take(self) -> None:
+        """Does nothing where it is held already. Raises UserError: another run has it, or it cannot be written."""
+        if self._file is not None or jax.process_index() != 0:
+            return
+        file: IO[str] | None = None
+        try:
+            file = open(self._directory / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
+            self._lock(file)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            self._file, file = file, None
+        except OSError as error:
+            raise UserError(f"workdir {self._directory} cannot be written: {error.strerror or error}") from error
+        finally:
+            if file is not None:
+                file.close()
+
+    def _lock(self, file: IO[str]) -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read() or "another process"
+            raise UserError(
+                f"workdir {self._directory} is in use by another run ({holder}); wait for it or use another workdir"
+            ) from error
+        except OSError as error:  # some network file systems have no locks
+            logging.warning("workdir %s cannot be locked: %s; start one run at a time", self._directory, error.strerror)
 
 
 def _as_read_back(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,7 +165,8 @@ def _as_read_back(config: Mapping[str, Any]) -> dict[str, Any]:
     return as_json
 
 
-def _local(workdir: str | os.PathLike[str]) -> Path:
+def local_path(workdir: str | os.PathLike[str]) -> Path:
+    """Raises UserError for a URL such as gs://bucket/run: a workdir is renamed, locked and appended to in place."""
     if "://" in os.fspath(workdir):
         raise UserError(f"workdir {os.fspath(workdir)}: not a local path; mount the bucket and pass the mount point")
     return Path(workdir)

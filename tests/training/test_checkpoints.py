@@ -1,3 +1,4 @@
+import hashlib
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ import pytest
 
 from darkformer_jax.errors import UserError
 from darkformer_jax.training import checkpoints as checkpoints_module
+from darkformer_jax.training import manifest as manifest_module
 from darkformer_jax.training.checkpoints import Checkpoints
 
 # Also run in subprocesses: the state of a step is a function of the step, as in training.
@@ -204,9 +206,8 @@ def test_damage_to_any_file_is_noticed(two_steps: Path, tmp_path: Path, how: str
     wanted = abstract(state_of(0))
     root = two_steps / "checkpoints"
     files = [path.relative_to(root) for path in sorted((root / "2").rglob("*")) if path.is_file()]
-    if how != "deleted":  # without a manifest, there is no step: see the test of leftovers
-        files.append(Path("2.sha256.json"))
-    assert len(files) > 5
+    files.append(Path("2.sha256.json"))
+    assert len(files) > 6
     for number, file in enumerate(files):
         workdir = tmp_path / str(number)
         shutil.copytree(two_steps, workdir)
@@ -227,28 +228,69 @@ def test_damage_to_any_file_is_noticed(two_steps: Path, tmp_path: Path, how: str
 
 def test_a_run_goes_on_from_the_older_step_and_replaces_the_damaged_one(two_steps: Path, tmp_path: Path) -> None:
     shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "checkpoints" / "2" / "_METADATA").unlink()
+    root = tmp_path / "checkpoints"
+    (root / "2" / "_METADATA").unlink()
+    files = {path.relative_to(root / "2"): path.read_bytes() for path in (root / "2").rglob("*") if path.is_file()}
     opened = Checkpoints(tmp_path, keep=1)
     assert opened.latest_good_step() == 1
     assert opened.restore(abstract(state_of(0)))[0] == 1
+    assert sorted(os.listdir(root)) == ["1", "1.sha256.json", "2", "2.sha256.json"]  # reading moves nothing
     opened.save(2, state_of(2))
     step, restored = opened.restore(abstract(state_of(0)))
     assert step == 2 and opened.committed_steps() == [2]
     assert_identical(restored, state_of(2))
     opened.close()
+    # What was damaged is the user's to delete.
+    assert sorted(os.listdir(root)) == ["2", "2.damaged", "2.damaged.sha256.json", "2.sha256.json"]
+    aside = root / "2.damaged"
+    assert {path.relative_to(aside): path.read_bytes() for path in aside.rglob("*") if path.is_file()} == files
 
 
-def test_a_damaged_step_is_not_counted_among_the_newest(tmp_path: Path) -> None:
-    opened = Checkpoints(tmp_path, keep=2)
-    for step in (1, 2):
-        opened.save(step, state_of(step))
+def test_damaged_steps_are_not_counted_among_the_newest_and_kept_aside(tmp_path: Path, caplog: Any) -> None:
+    opened = Checkpoints(tmp_path, keep=4)
+    for step in (1, 2, 3, 4):
+        opened.save(step, state_of(step), {"heldout_loss": float(step)})
     opened.close()
-    (tmp_path / "checkpoints" / "2" / "_METADATA").unlink()
-    resumed = Checkpoints(tmp_path, keep=2)
-    resumed.restore(abstract(state_of(0)))
-    resumed.save(3, state_of(3))
+    root = tmp_path / "checkpoints"
+    (root / "1.sha256.json").write_text("{}")  # the best one
+    (root / "3.sha256.json").unlink()
+    (root / "4" / "_METADATA").unlink()
+    resumed = Checkpoints(tmp_path, keep=1)
+    assert resumed.restore(abstract(state_of(0)))[0] == 2
+    resumed.save(5, state_of(5))
+    assert resumed.latest_good_step() == 5 and resumed.committed_steps() == [1, 2, 5]
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        resumed.save(6, state_of(6))
     resumed.close()
-    assert resumed.committed_steps() == [1, 3]
+    assert resumed.committed_steps() == [2, 6]  # of those that have a loss and can be read, 2 is the best
+    names = sorted(name for name in os.listdir(root) if "sha256" not in name)
+    assert names == ["1.damaged", "2", "3.damaged", "4.damaged", "6"]
+    assert f"what is left of the damaged step 1 is now {root}/1.damaged; remove it when you like" in caplog.text
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused_though_there_are_older_ones(
+    two_steps: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "checkpoints" / "2.sha256.json"
+    monkeypatch.setattr(manifest_module, "FORMAT", 2)
+    manifest_module.write_manifest(path, 2, {"what": "this version cannot know"}, {})
+    monkeypatch.undo()
+    opened = Checkpoints(tmp_path)
+    message = r"checkpoint step 2 in .* was saved by a newer version of darkformer_jax \(format 2, .* up to 1\)"
+    for read in (opened.latest_good_step, opened.good_step, lambda: opened.good_step(2)):
+        with pytest.raises(UserError, match=message):
+            read()
+    assert opened.good_step(1) == 1
+    # A manifest that claims so by damage is damaged; one without the field is of the first version.
+    path.write_text(path.read_text().replace('"format": 2', '"format": 3'))
+    assert opened.latest_good_step() == 1
+    manifest = json.loads((tmp_path / "checkpoints" / "1.sha256.json").read_text())
+    del manifest["format"], manifest["digest"]
+    manifest["digest"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (tmp_path / "checkpoints" / "1.sha256.json").write_text(json.dumps(manifest))
+    assert opened.latest_good_step() == 1
+    opened.close()
 
 
 def test_only_damaged_checkpoints_are_an_error_and_nothing_starts_from_scratch(two_steps: Path, tmp_path: Path) -> None:
@@ -261,7 +303,13 @@ def test_only_damaged_checkpoints_are_an_error_and_nothing_starts_from_scratch(t
             read()
     with pytest.raises(UserError, match="checkpoint step 1 .* is damaged: .*_METADATA is missing"):
         opened.restore(abstract(state_of(0)), 1)
+    for step in (1, 2):
+        (tmp_path / "checkpoints" / f"{step}.sha256.json").unlink()
+    with pytest.raises(UserError, match="damaged: step 2: 2.sha256.json is missing; step 1: 1.sha256.json is missing"):
+        opened.latest_good_step()
     opened.close()
+    with pytest.raises(UserError, match="workdir gs://bucket/run: not a local path; mount the bucket"):
+        Checkpoints("gs://bucket/run")
 
 
 def test_no_checkpoint_is_an_error_that_names_the_directory_and_creates_nothing(tmp_path: Path) -> None:
@@ -275,23 +323,35 @@ def test_no_checkpoint_is_an_error_that_names_the_directory_and_creates_nothing(
     assert not (tmp_path / "absent").exists()
 
 
-def test_stray_and_left_over_directories_are_not_steps(two_steps: Path, tmp_path: Path) -> None:
+def test_stray_and_left_over_directories_are_not_steps(two_steps: Path, tmp_path: Path, caplog: Any) -> None:
     shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
     root = tmp_path / "checkpoints"
-    for name in ("3", "foo", "4.orbax-checkpoint-tmp", "007"):
+    for name in ("3", "foo", "4.orbax-checkpoint-tmp", "007", "8"):
         (root / name).mkdir()
-    shutil.copytree(root / "2", root / "5")  # committed by Orbax, killed before its manifest
+    for name in ("5", "1"):  # 5: committed by Orbax, killed before its manifest; 1: killed when its files were to go
+        shutil.copytree(root / "2", root / name, dirs_exist_ok=True)
+        (root / f"{name}.unfinished").touch()
+    (root / "1.sha256.json").unlink()
+    (root / "2.unfinished").touch()  # killed between its manifest and the end of its save
     (root / "6.sha256.json.tmp").write_text("{")
+    (root / "2020").mkdir()
+    (root / "2020" / "holiday.jpg").write_text("no checkpoint")
+    before = sorted(root.rglob("*"))
     opened = Checkpoints(tmp_path, keep=3)
-    assert opened.committed_steps() == [1, 2]
-    assert opened.restore(abstract(state_of(0)))[0] == 2
-    assert len(list(root.iterdir())) == 4 + 6  # reading removes nothing
-    opened.save(3, state_of(3))
-    opened.wait()
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        assert opened.committed_steps() == [2] and opened.steps_without_manifest() == []
+        assert opened.restore(abstract(state_of(0)))[0] == 2
+        assert sorted(root.rglob("*")) == before  # reading removes nothing
+        opened.save(3, state_of(3))
+        opened.wait()
+    assert not [record for record in caplog.records if record.name == "absl" and record.levelno >= logging.WARNING]
     assert_identical(opened.restore(abstract(state_of(0)))[1], state_of(3))
     opened.save(5, state_of(5))
+    opened.save(2020, state_of(2020))
     opened.close()
-    assert sorted(entry.name for entry in root.iterdir() if "sha256" not in entry.name) == ["2", "3", "5", "foo"]
+    names = sorted(entry.name for entry in root.iterdir() if "sha256" not in entry.name)
+    assert names == ["007", "2020", "2020.damaged", "3", "5", "8", "foo"]
+    assert (root / "2020.damaged" / "holiday.jpg").read_text() == "no checkpoint"
 
 
 def test_another_models_checkpoint_is_refused_by_name_and_shape(checkpoints: Checkpoints) -> None:

@@ -1,11 +1,10 @@
 import json
+import logging
 import os
 import random
-import re
+import shutil
 import signal
-import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +13,17 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.training import loop
 from darkformer_jax.training.checkpoints import Checkpoints
 from darkformer_jax.training.run import run
-from tests.tiny_runs import Command, metrics_without_time, saved_arrays, tiny_config, tiny_flags, write_text
+from darkformer_jax.training.workdir import WorkdirLock
+from tests.tiny_runs import (
+    READS_COMPILED,
+    Command,
+    Training,
+    metrics_without_time,
+    saved_arrays,
+    tiny_config,
+    tiny_flags,
+    write_text,
+)
 
 NUM_STEPS = 160
 SURVIVAL = {
@@ -27,51 +36,10 @@ SURVIVAL = {
     "accumulation_steps": 2,
     "model__attention__redraw_every": 10,
 }
-# A process killed while it writes to the cache of compiled programs would leave a broken entry to all tests.
-READS_COMPILED = {"jax_persistent_cache_min_compile_time_secs": 1e9, "jax_compilation_cache_max_size": -1}
 
 
-class Child(Command):
-    """`python train.py` in a process of its own, and what it says."""
-
-    def __init__(self, workdir, text, jax_config=None):
-        self.workdir = workdir
-        flags = tiny_flags(**SURVIVAL | {"data__files": text})
-        streams = Path(tempfile.mkdtemp(dir=workdir.parent))
-        super().__init__("train.py", [f"--workdir={workdir}", *flags], streams, jax_config=jax_config)
-
-    @property
-    def said(self):
-        return self.err.read_text().splitlines()
-
-    def resumed_from(self):
-        """The step of `resuming <workdir> from step 7`, if it says so."""
-        return [int(line.split()[-1]) for line in self.said if line.startswith("resuming ")]
-
-    def until(self, step):
-        """Returns when the progress lines have come to `step`."""
-        while max(map(int, re.findall("^step ([0-9]+)", self.err.read_text(), re.MULTILINE)), default=0) < step:
-            self.assert_runs()
-            time.sleep(0.01)
-
-    def until_saving(self):
-        """Returns when a checkpoint is being written, and is not complete."""
-        directory = self.workdir / "checkpoints"
-        while not (directory.exists() and any("orbax-checkpoint-tmp" in name for name in os.listdir(directory))):
-            self.assert_runs()
-            time.sleep(0.001)
-
-    def assert_runs(self):
-        assert self.poll() is None, self.wait().err
-
-    def assert_ends_well(self):
-        ended = self.wait()
-        assert ended.status == 0, ended.err
-
-    def stop(self, signum):
-        """Its exit status after the signal."""
-        os.kill(self.pid, signum)
-        return self.wait().status
+def training(workdir, text, jax_config=None):
+    return Training(workdir, tiny_flags(**SURVIVAL | {"data__files": text}), jax_config)
 
 
 @pytest.fixture
@@ -88,7 +56,7 @@ def survival_text(tmp_path_factory):
 def unbroken(survival_text, tmp_path_factory):
     """The workdir of a run that nothing disturbed."""
     workdir = tmp_path_factory.mktemp("runs") / "unbroken"
-    Child(workdir, survival_text).assert_ends_well()
+    training(workdir, survival_text).assert_ends_well()
     return workdir
 
 
@@ -107,7 +75,7 @@ def test_kill_9_at_five_random_moments_and_resume_equals_the_unbroken_run(tmp_pa
     workdir, moments = tmp_path / "killed", random.Random(17)
     resumed_from = []
     for first, last in ((1, 6), (15, 35), (50, 70), (85, 105), (120, 135)):
-        child = Child(workdir, survival_text, READS_COMPILED)
+        child = training(workdir, survival_text, READS_COMPILED)
         child.until(moments.randint(first, last))
         if first == 50:
             child.until_saving()
@@ -115,7 +83,7 @@ def test_kill_9_at_five_random_moments_and_resume_equals_the_unbroken_run(tmp_pa
             time.sleep(moments.uniform(0, 0.03))
         assert child.stop(signal.SIGKILL) == -signal.SIGKILL
         resumed_from += child.resumed_from()
-    child = Child(workdir, survival_text)
+    child = training(workdir, survival_text)
     child.assert_ends_well()
     resumed_from += child.resumed_from()
     assert len(set(resumed_from)) >= 4  # of five: the first kill may come before a checkpoint
@@ -125,14 +93,14 @@ def test_kill_9_at_five_random_moments_and_resume_equals_the_unbroken_run(tmp_pa
 def test_sigterm_and_ctrl_c_save_say_so_and_resume_to_the_unbroken_run(tmp_path, survival_text, unbroken):
     workdir, moments = tmp_path / "stopped", random.Random(18)
     for signum, status, first, last in ((signal.SIGTERM, 143, 10, 50), (signal.SIGINT, 130, 70, 120)):
-        child = Child(workdir, survival_text)
+        child = training(workdir, survival_text)
         child.until(moments.randint(first, last))
         time.sleep(moments.uniform(0, 0.03))
         assert child.stop(signum) == status, child.said
         step = Checkpoints(workdir).latest_good_step()
         assert child.said[-1] == f"{signal.Signals(signum).name}: saved step {step}; the same command resumes there"
         assert first <= step < NUM_STEPS
-    child = Child(workdir, survival_text)
+    child = training(workdir, survival_text)
     child.assert_ends_well()
     assert child.resumed_from() == [step]
     assert_equal_runs(workdir, unbroken)
@@ -262,25 +230,47 @@ def test_weights_that_overflow_are_not_saved_though_their_step_had_a_finite_loss
     assert [line["step"] for line in metrics_without_time(tmp_path / "run")] == [1]
 
 
-def test_lost_checkpoints_or_other_data_are_refused_and_nothing_is_overwritten(tmp_path, text):
+def test_damaged_or_lost_checkpoints_and_other_data(tmp_path, text, caplog):
     config = tiny_config(data__files=text, num_steps=9, checkpoint__every=3, log__every=1)
     workdir = tmp_path / "run"
     run(config, str(workdir))
+    metrics, arrays, root = metrics_without_time(workdir), saved_arrays(workdir, 9), workdir / "checkpoints"
+
+    # The newest good step is used, what is damaged named and kept, and the run ends as it did.
+    (root / "6.sha256.json").unlink()
+    (root / "9" / "_METADATA").write_bytes(b"")
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        run(config, str(workdir))
+    said = [record.getMessage() for record in caplog.records]
+    assert [line for line in said if "damaged" in line] == [
+        f"checkpoint step 9 in {root} is damaged and not used: file _METADATA has 0 bytes, "
+        f"{(root / '9' / '_METADATA').stat().st_size} were written",
+        f"checkpoint step 6 in {root} is damaged and not used: 6.sha256.json is missing",
+        f"what is left of the damaged step 6 is now {root}/6.damaged; remove it when you like",
+        f"what is left of the damaged step 9 is now {root}/9.damaged; remove it when you like",
+    ]
+    assert metrics_without_time(workdir) == metrics and saved_arrays(workdir, 9) == arrays
+    assert Checkpoints(workdir).committed_steps() == [3, 6, 9]
 
     def files():
         return {path: path.read_bytes() for path in sorted(workdir.rglob("*")) if path.is_file()}
 
     config.num_steps = 6
     before = files()
+    with WorkdirLock(workdir), pytest.raises(UserError, match="is in use by another run"):
+        run(config, str(workdir))
     with pytest.raises(UserError, match=r"num_steps = 6, but .* is at step 9 already"):
         run(config, str(workdir))
     config.num_steps = 9
-    for manifest in (workdir / "checkpoints").glob("*.json"):
-        manifest.unlink()
-        del before[manifest]
-    with pytest.raises(
-        UserError, match=r"metrics up to step 9, but no checkpoint in .*; steps .*9 have no .sha256.json"
-    ):
+    for step in (3, 6, 9):
+        (root / f"{step}.sha256.json").unlink()
+        del before[root / f"{step}.sha256.json"]
+    with pytest.raises(UserError, match=f"every checkpoint in {root} is damaged: step 9: 9.sha256.json is missing; "):
+        run(config, str(workdir))
+    assert files() == before
+    shutil.rmtree(root)
+    before = files()
+    with pytest.raises(UserError, match=f"metrics up to step 9, but no checkpoint in {root}; bring"):
         run(config, str(workdir))
     assert files() == before
     with open(text, "a") as file:

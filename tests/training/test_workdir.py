@@ -1,11 +1,17 @@
+import errno
+import fcntl
 import json
+import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from darkformer_jax.errors import UserError
-from darkformer_jax.training.workdir import read_config, write_atomically, write_config
+from darkformer_jax.training.workdir import WorkdirLock, read_config, write_atomically, write_config
 
 
 def config(**changes: Any) -> dict[str, Any]:
@@ -107,3 +113,43 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
     with pytest.raises(OSError, match="No space"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
+
+
+def test_two_runs_refuse_each_other_and_a_killed_one_is_in_nobodys_way(tmp_path: Path) -> None:
+    with WorkdirLock(tmp_path / "new") as lock:  # nothing to lock yet, and nothing is made
+        assert not (tmp_path / "new").exists()
+        write_config(tmp_path / "new", config())
+        lock.take()
+        lock.take()
+        with (
+            pytest.raises(UserError, match=rf"new is in use by another run \(process {os.getpid()} on .+\); wait"),
+            WorkdirLock(tmp_path / "new"),
+        ):
+            raise AssertionError
+    holder = """
+import fcntl, sys
+file = open(sys.argv[1], "a")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+    command = [sys.executable, "-c", holder, tmp_path / "new" / ".lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"locked\n"
+        with pytest.raises(UserError, match="in use by another run"):
+            WorkdirLock(tmp_path / "new").take()
+        other.kill()
+        other.wait()
+        with WorkdirLock(tmp_path / "new"):
+            pass
+    assert (tmp_path / "new" / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    write_config(tmp_path, config())
+    with caplog.at_level(logging.WARNING, logger="absl"), WorkdirLock(tmp_path):
+        assert f"workdir {tmp_path} cannot be locked: Operation not supported; start one run" in caplog.text
