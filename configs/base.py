@@ -120,6 +120,10 @@ def get_config() -> ml_collections.ConfigDict:
     s.top_k = 0  # 0 = all
     s.top_p = 1.0
 
+    p = c.profile = ml_collections.ConfigDict()  # a profiler's recording in <workdir>/profile, for TensorBoard or xprof
+    p.first_step = 0  # 0 = none; 1 holds the compilation
+    p.steps = 3
+
     h = c.mesh = ml_collections.ConfigDict()  # devices an axis; at most one -1 = what is left
     h.data = -1
     h.fsdp = 1

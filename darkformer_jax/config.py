@@ -42,6 +42,7 @@ _AT_LEAST_ONE = (
     "eval.batch_size",
     "checkpoint.keep",
     "log.every",
+    "profile.steps",
     "sample.max_new_tokens",
 )
 _AT_LEAST_ZERO = (
@@ -66,6 +67,7 @@ _AT_LEAST_ZERO = (
     "eval.every",
     "eval.batches",
     "checkpoint.every",
+    "profile.first_step",
     "sample.temperature",
     "sample.top_k",
 )

@@ -25,6 +25,7 @@ AT_LEAST_ONE = [
     "model.num_heads", "model.num_kv_heads", "model.head_dim", "model.mlp_dim", "model.attention.num_features",
     "model.rope_factor", "model.rope_original_length",
     "model.attention.chunk_size", "eval.batch_size", "checkpoint.keep", "log.every", "sample.max_new_tokens",
+    "profile.steps",
 ]  # fmt: skip
 AT_LEAST_ZERO = [
     "seed", "model.vocab_size", "model.attention.redraw_every", "model.attention.window", "model.attention.num_sinks",
@@ -32,6 +33,7 @@ AT_LEAST_ZERO = [
     "model.logit_softcap", "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.z_loss",
     "optimizer.geometry_learning_rate", "sample.temperature", "model.rope_local_theta", "model.rope_attention_factor",
     "model.attention.query_scale", "model.attention.softcap", "model.attention.local_window", "model.lora_rank",
+    "profile.first_step",
 ]  # fmt: skip
 POSITIVE = [
     "model.norm_eps", "model.rope_theta", "model.attention.geometry_init", "optimizer.learning_rate", "optimizer.eps",

@@ -1,5 +1,6 @@
 """The training loop: restore, step, measure, save, and stop well whatever happens."""
 
+import contextlib
 import math
 import signal
 import time
@@ -16,6 +17,7 @@ from darkformer_jax.training.checkpoints import Checkpoints
 from darkformer_jax.training.distill import load_teacher
 from darkformer_jax.training.evaluation import Evaluation, evaluate, make_eval_step, put_batch
 from darkformer_jax.training.flops import peak_flops
+from darkformer_jax.training.goodput import Stopwatch
 from darkformer_jax.training.init_from import initialize_from
 from darkformer_jax.training.metrics import METRICS_FILE, MetricWriter, read_metrics
 from darkformer_jax.training.progress import Progress, device_memory_bytes, host_memory_bytes
@@ -27,6 +29,7 @@ from darkformer_jax.training.step import (
     from_saved,
     to_saved,
 )
+from darkformer_jax.training.trace import TraceWindow
 
 
 class Stopped(Exception):
@@ -62,8 +65,9 @@ class StopSignals:
 class Run:
     """One training run in a workdir. `train` brings it to `num_steps`, from wherever it is."""
 
-    def __init__(self, experiment: Experiment, data: Data, workdir: str) -> None:
+    def __init__(self, experiment: Experiment, data: Data, workdir: str, watch: Stopwatch) -> None:
         config = experiment.config
+        self.watch = watch
         self.experiment, self.data, self.workdir = experiment, data, workdir
         self.checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, save_every=config.checkpoint.every)
         weight = config.distill.weight
@@ -123,14 +127,18 @@ class Run:
         config = self.experiment.config
         writer = MetricWriter(self.workdir, step if self.checkpoints.committed_steps() else None)
         log = _Log(self, writer, progress)
+        trace = TraceWindow(self.workdir, config.profile.first_step, config.profile.steps)
+        self.watch.begin(step)
         evaluation: Evaluation | None = None
         teacher = self.teacher.arrays if self.teacher else None
         try:
             with StopSignals() as signals, jax.set_mesh(self.experiment.mesh):
                 batches = self._batches(step)
                 while step < config.num_steps:
+                    trace.before(step + 1)
                     state, metrics = self._train_step(state, next(batches), teacher)
                     step += 1
+                    trace.after(step, state)
                     log.finished(step, metrics)
                     evaluate_now = config.eval.every and step % config.eval.every == 0
                     signum = signals.received
@@ -147,12 +155,16 @@ class Run:
                         # Step N's loss is that of the weights before its update: those after it are what is saved.
                         self._require_finite(step, evaluation or self.evaluate(state, 1))
                         self.checkpoints.save(step, to_saved(state), regular.as_metrics() if regular else None)
+                        self.watch.lap("saves", step)
                     if signum is not None:
                         self.checkpoints.wait()
                         raise Stopped(signum, step)
                 evaluation = evaluation or self.evaluate(state, 0)
             return state, evaluation
         finally:
+            trace.close()
+            with contextlib.suppress(OSError):  # a full disk has an error of its own under way
+                self.watch.write(step)
             writer.close()
             progress.close()
             self.checkpoints.close()
@@ -210,6 +222,7 @@ class _Log:
         self._pending: tuple[int, Metrics] | None = None
         self._clock = time.perf_counter()
         self._steps = 0  # since the clock
+        self._first = True
 
     def finished(self, step: int, metrics: Metrics) -> None:
         """A step was dispatched."""
@@ -228,6 +241,8 @@ class _Log:
                 self._writer.write(step, metrics)  # as null: without it, the file is that of a run that was stopped
                 raise self._run.diverged(step, f"{name} is {metrics[name]}")
         self._steps += 1
+        self._run.watch.lap("starting" if self._first else "steps", step)
+        self._first = False
         config = self._run.experiment.config
         elapsed = time.perf_counter() - self._clock
         speed = self._steps / elapsed
@@ -251,4 +266,5 @@ class _Log:
         """Writes an evaluation; the time it took does not count as training."""
         self._writer.write(step, evaluation.as_metrics())
         self._progress.note(f"step {step}  held out: {evaluation}")
+        self._run.watch.lap("evaluation", step)
         self._clock, self._steps = time.perf_counter(), 0

@@ -18,6 +18,7 @@ from darkformer_jax.data.tokenizers import (
 from darkformer_jax.pretrained.origin import hand_on_origin
 from darkformer_jax.sampling import Sampler, continue_prompts
 from darkformer_jax.training.evaluation import Evaluation
+from darkformer_jax.training.goodput import Stopwatch, describe, read_sessions
 from darkformer_jax.training.inherit import inherit
 from darkformer_jax.training.init_from import check_same_tokenizer
 from darkformer_jax.training.loop import Run
@@ -53,7 +54,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
 
 def _run(config: ml_collections.ConfigDict, workdir: str, lock: WorkdirLock) -> None:
     progress = Progress(config.num_steps, config.log.every)
-    started = time.perf_counter()
+    started, watch = time.perf_counter(), Stopwatch(workdir)
     progress.note(f"workdir {workdir}; reading {config.data.source} {config.data.files}".rstrip())
     data = _load_data(config, workdir)
     check_data(workdir, data.fingerprint)
@@ -65,7 +66,7 @@ def _run(config: ml_collections.ConfigDict, workdir: str, lock: WorkdirLock) -> 
         f"training {experiment.num_trained:,} of {experiment.num_params:,} parameters; "
         f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
     )
-    training = Run(experiment, data, workdir)
+    training = Run(experiment, data, workdir, watch)
     step, state = training.start(progress)
     write_config(workdir, config.to_dict())  # only now: a mistake in data or init_from must not claim the directory
     lock.take()
@@ -112,6 +113,7 @@ def _report(
 ) -> None:
     print(f"\n{workdir}: step {int(state.step)} after {seconds:.0f} s")
     print(f"held out ({evaluation.tokens:,} tokens): {evaluation}")
+    print(describe(read_sessions(Path(workdir))))
     text = data.heldout_text()
     if text:
         others = "  ".join(f"{name} {bits:.3f}" for name, bits in compressors(text).items())

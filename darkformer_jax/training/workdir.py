@@ -24,7 +24,17 @@ LOCK_FILE = ".lock"
 
 # What a resumed run may change: how long it runs, what it prints and keeps, and how the same batch is laid out on the
 # devices. Everything else would continue another experiment under the old one's name.
-CHANGEABLE = ("num_steps", "accumulation_steps", "checkpoint", "eval", "log", "sample", "mesh", "data.num_workers")
+CHANGEABLE = (
+    "num_steps",
+    "accumulation_steps",
+    "checkpoint",
+    "eval",
+    "log",
+    "sample",
+    "profile",
+    "mesh",
+    "data.num_workers",
+)
 
 
 def write_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> None:

@@ -169,6 +169,7 @@ def test_what_a_run_leaves_behind(tmp_path, text, capsys):
     assert samples.startswith("--- 'def '\ndef ") and "--- 'é'\né" in samples
     printed = capsys.readouterr()
     assert samples in printed.out
+    assert "\ngoodput " in printed.out and " in 1 start: starting " in printed.out
     assert "gzip -9" in printed.out and "xz -9" in printed.out
     bits = lines[-1]["heldout_bits_per_byte"]
     assert f"bits per byte {bits:.4f}" in printed.out and f"this model {bits:.3f}" in printed.out

@@ -1,0 +1,118 @@
+"""Where a run's time went: steps that count, and what was spent on everything else, over all its restarts."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from darkformer_jax.data.files import write_atomically
+from darkformer_jax.errors import UserError, one_line
+
+SESSIONS_FILE = "sessions.jsonl"
+PARTS = (
+    "starting",
+    "steps",
+    "evaluation",
+    "saves",
+)  # "starting": to the end of the first step
+
+_SECONDS_BETWEEN_WRITES = 10.0  # a kill loses the account of as much
+
+
+class Stopwatch:
+    """Keeps one process's account of its time in <workdir>/sessions.jsonl, a line for every start of the run.
+
+    Every `lap` gives the time since the one before to a part. On a pod, only process 0 writes.
+
+    Args:
+      workdir: the run's directory.
+      clock: seconds since the epoch; tests pass their own.
+    """
+
+    def __init__(self, workdir: str, clock: Callable[[], float] = time.time) -> None:
+        self._path, self._clock = Path(workdir) / SESSIONS_FILE, clock
+        self._began = self._last = self._written = clock()
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._earlier: list[dict[str, Any]] | None = None
+        self._first_step = 0
+
+    def begin(self, step: int) -> None:
+        """The session starts with the weights after `step`. Reads the account of earlier ones."""
+        self._earlier, self._first_step = read_sessions(self._path.parent), step
+
+    def lap(self, part: str, step: int) -> None:
+        """What was done since the last lap was `part`, and the last finished step is `step`."""
+        now = self._clock()
+        # A clock that was set back must not make time negative.
+        self._seconds[part] += max(0.0, now - self._last)
+        self._last = now
+        if now - self._written >= _SECONDS_BETWEEN_WRITES or now < self._written:
+            self.write(step)
+
+    def write(self, step: int) -> None:
+        """Brings the file up to date. A session without a step is none: the same command again changes nothing."""
+        if self._earlier is None or step == self._first_step or jax.process_index() != 0:
+            return
+        self._written = self._last
+        session = {
+            "began": self._began,
+            "ended": max(self._last, self._began),
+            "first_step": self._first_step,
+            "last_step": step,
+            "seconds": self._seconds,
+        }
+        lines = [json.dumps(line) + "\n" for line in (*self._earlier, session)]
+        write_atomically(self._path, "".join(lines).encode())
+
+
+def read_sessions(workdir: Path) -> list[dict[str, Any]]:
+    """The accounts of all sessions so far; none where there is no file.
+
+    Raises UserError where the file is damaged.
+    """
+    path = workdir / SESSIONS_FILE
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}; remove it to begin a new account") from error
+
+
+def goodput(sessions: list[dict[str, Any]]) -> dict[str, float]:
+    """Shares of the time from the first start to the last end, which sum to one.
+
+    steps: those whose result was kept. repeated: steps behind the checkpoint that the next session started from.
+    stopped: between two sessions. other: everything that no lap named. The rest as in PARTS.
+    """
+    total = sessions[-1]["ended"] - sessions[0]["began"]
+    shares = dict.fromkeys((*PARTS, "repeated", "stopped"), 0.0)
+    for session, following in zip(sessions, [*sessions[1:], None], strict=True):
+        seconds = session["seconds"]
+        for part in PARTS:
+            shares[part] += seconds[part]
+        if following:
+            shares["stopped"] += max(0.0, following["began"] - session["ended"])
+            made = session["last_step"] - session["first_step"]
+            lost = max(0, session["last_step"] - following["first_step"])
+            repeated = seconds["steps"] * min(1.0, lost / made) if made else 0.0
+            shares["steps"] -= repeated
+            shares["repeated"] += repeated
+    shares["other"] = max(0.0, total - sum(shares.values()))
+    whole = max(total, sum(shares.values()))
+    return {name: value / whole if whole else 0.0 for name, value in shares.items()}
+
+
+def describe(sessions: list[dict[str, Any]]) -> str:
+    """One line: goodput, and what took the rest, the largest first."""
+    shares = goodput(sessions)
+    steps = shares.pop("steps")
+    rest = sorted(((share, name) for name, share in shares.items() if share >= 5e-4), reverse=True)
+    hours = (sessions[-1]["ended"] - sessions[0]["began"]) / 3600
+    starts = f"{len(sessions)} start" + "s" * (len(sessions) > 1)
+    return f"goodput {steps:.1%} of {hours:.2f} h in {starts}: " + ", ".join(
+        f"{name} {share:.1%}" for share, name in rest
+    )

@@ -1,0 +1,38 @@
+"""A profiler's window on some steps of a run."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+PROFILE_DIRECTORY = "profile"
+
+
+class TraceWindow:
+    """Records steps first .. first + count - 1 with jax's profiler, into <workdir>/profile; first = 0 records nothing.
+
+    TensorBoard's profile plugin and xprof read it.
+    """
+
+    def __init__(self, workdir: str, first: int, count: int) -> None:
+        self._directory = str(Path(workdir) / PROFILE_DIRECTORY)
+        self._first, self._last = first, first + count - 1
+        self._runs = False
+
+    def before(self, step: int) -> None:
+        """Step `step` is about to be dispatched."""
+        if self._first and step == self._first:
+            jax.profiler.start_trace(self._directory)
+            self._runs = True
+
+    def after(self, step: int, state: Any) -> None:
+        """It was dispatched, and will make `state`."""
+        if self._runs and step >= self._last:
+            jax.block_until_ready(state)
+            self.close()
+
+    def close(self) -> None:
+        """Ends a recording that is under way: a signal or an error may come within the window."""
+        if self._runs:
+            self._runs = False
+            jax.profiler.stop_trace()
