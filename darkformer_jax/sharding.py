@@ -1,35 +1,51 @@
 """Which mesh axis each named dimension of an array is split over. The only place that knows mesh axis names."""
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from darkformer_jax.errors import UserError
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "tensor", "context")
+CONTEXT = "context"
+
+# Axes that may span slices, whose network is slow, in the order in which slices are given to them. `tensor` may not:
+# its messages are activations, several a layer.
+SLOW_AXES = ("data", "fsdp", "context")
 
 # logical name of a dimension -> mesh axes
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    "sequence": (CONTEXT,),
     "vocab": ("tensor",),
     "embed": ("fsdp",),
     "mlp": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
+    "features": ("tensor",),
 }
+
+# Where the mesh does not divide the first, an array that has the second splits that in its place; else the second
+# stays whole. Grouped queries: one key/value head cannot be split, its random features can.
+INSTEAD = {"kv_heads": "features"}
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The device mesh with the given number of devices an axis; one of them may be -1, what the others leave.
 
+    Axes that `sizes` does not name have size 1.
+
     Raises:
-      UserError: where the sizes do not multiply to the number of devices.
+      UserError: where the sizes do not multiply to the number of devices, or do not fit the slices (`device_array`).
     """
     devices = jax.devices() if devices is None else devices
-    shape = [sizes[name] for name in MESH_AXES]
+    shape = [sizes.get(name, 1) for name in MESH_AXES]
     known = int(np.prod([size for size in shape if size != -1]))
     if shape.count(-1) > 1 or min(shape) < -1 or 0 in shape:
         raise UserError(f"mesh {dict(sizes)}: sizes must be at least 1, and at most one may be -1")
@@ -37,15 +53,39 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         shape[shape.index(-1)] = len(devices) // known
     if int(np.prod(shape)) != len(devices):
         raise UserError(f"mesh {dict(sizes)} does not fit the {len(devices)} devices there are")
-    array = np.asarray(devices).reshape(shape)
+    return Mesh(device_array(shape, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def device_array(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices as an array of the mesh's shape, so that what talks most is joined by the fastest network.
+
+    Devices of several slices (TPU pods, hosts of GPUs: their `slice_index` differs) are joined by a slow network; as
+    much of `data` as the number of slices allows goes over it, then of `fsdp`, then of `context`.
+
+    Raises:
+      UserError: slices of different sizes, or a number of them that these three axes do not make up.
+    """
+    slices = Counter(getattr(device, "slice_index", 0) for device in devices)
+    if len(slices) > 1:
+        left, over_slices = len(slices), [1] * len(shape)
+        for name in SLOW_AXES:
+            axis = MESH_AXES.index(name)
+            over_slices[axis] = math.gcd(shape[axis], left)
+            left //= over_slices[axis]
+        if left > 1 or len(set(slices.values())) > 1:
+            raise UserError(
+                f"mesh {dict(zip(MESH_AXES, shape, strict=True))} does not fit {len(slices)} slices of "
+                f"{', '.join(map(str, sorted(set(slices.values()))))} devices: the slices must be equal, and "
+                f"{' x '.join(SLOW_AXES)} a multiple of their number"
+            )
+        within = [size // count for size, count in zip(shape, over_slices, strict=True)]
+        return mesh_utils.create_hybrid_device_mesh(within, over_slices, devices, allow_split_physical_axes=True)
     if len(devices) > 1 and devices[0].platform == "tpu":  # neighbours in the mesh are neighbours in the torus
-        from jax.experimental import mesh_utils
-
-        array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return np.asarray(devices).reshape(shape)
 
 
-def spec_of(name: str, axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> P:
+def spec_of(name: str, axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
     """The partition of array `name`, whose dimensions have the logical names `axes`.
 
     Raises:
@@ -55,10 +95,11 @@ def spec_of(name: str, axes: Sequence[str | None], shape: Sequence[int], mesh: M
         raise UserError(f"{name} has shape {tuple(shape)} and axes {tuple(axes)}: their lengths differ")
     entries: list[tuple[str, ...] | None] = []
     used: set[str] = set()
+    whole = _kept_whole(axes, shape, mesh)
     for axis, size in zip(axes, shape, strict=True):
         mesh_axes = RULES.get(axis, ()) if axis is not None else ()
         ways = int(np.prod([mesh.shape[a] for a in mesh_axes]))
-        if ways == 1:
+        if ways == 1 or axis in whole:
             entries.append(None)
             continue
         if size % ways:
@@ -70,6 +111,16 @@ def spec_of(name: str, axes: Sequence[str | None], shape: Sequence[int], mesh: M
         used |= set(mesh_axes)
         entries.append(mesh_axes)
     return P(*entries)
+
+
+def _kept_whole(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> set[str]:
+    """Of the pairs in `INSTEAD`, the dimension that is not the one to split."""
+    whole = set()
+    for first, second in INSTEAD.items():
+        if first in axes:
+            fits = shape[list(axes).index(first)] % _ways(first, mesh) == 0
+            whole.add(second if fits else first)
+    return whole
 
 
 def sharding_of(name: str, axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
@@ -86,5 +137,11 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*(RULES[axis] if axis else None for axis in known)))
 
 
-def _ways(axis: str, mesh: jax.sharding.AbstractMesh) -> int:
+def context_size(mesh: Mesh | AbstractMesh | None = None) -> int:
+    """Over how many devices a mesh (the current one; 1 where there is none) splits each sequence."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    return int(mesh.shape.get(CONTEXT, 1))
+
+
+def _ways(axis: str, mesh: Mesh | AbstractMesh) -> int:
     return int(np.prod([mesh.shape[a] for a in RULES[axis]]))

@@ -51,7 +51,15 @@ class FeatureAttention(nnx.Module):
         return init_state(batch, *sizes, jnp.dtype(dtype), s.chunk_size, s.window, s.num_sinks)
 
     def __call__(
-        self, q: Array, k: Array, v: Array, *, segment_ids: Array, positions: Array, state: AttentionState | None = None
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        segment_ids: Array,
+        positions: Array,
+        state: AttentionState | None = None,
+        sequence_axis: str | None = None,
     ) -> tuple[Array, Any]:
         queries, keys, projections, geometry = self.inputs(q, k, positions)
         result = dark_attention(
@@ -69,6 +77,7 @@ class FeatureAttention(nnx.Module):
             log_gain=None if self.log_gain is None else self.log_gain[...].astype(jnp.float32),
             state=state,
             return_state=state is not None,
+            sequence_axis=sequence_axis,
         )
         return result if state is not None else (result, None)
 
@@ -78,7 +87,7 @@ class Performer(FeatureAttention):
 
     def __init__(self, spec: AttentionSpec, layer: int | Array) -> None:
         super().__init__(spec, layer)
-        self.projections: Projection | Geometry = Projection(draw_layer(spec, layer, 0), axes=("kv_heads", None, None))
+        self.projections: Projection | Geometry = Projection(draw_layer(spec, layer, 0), axes=("kv_heads", "features", None))
 
     def inputs(self, q: Array, k: Array, positions: Array) -> Inputs:
         return Inputs(q, k, self.projections[...].astype(jnp.float32), None)
@@ -93,7 +102,7 @@ class Dark(Performer):
     def __init__(self, spec: AttentionSpec, layer: int | Array) -> None:
         super().__init__(spec, layer)
         if spec.learn_projections:
-            self.projections = Geometry(self.projections[...], axes=("kv_heads", None, None))
+            self.projections = Geometry(self.projections[...], axes=("kv_heads", "features", None))
         identity = jnp.eye(spec.head_dim, dtype=jnp.float32)
         start = jnp.tile(spec.geometry_init * identity, (spec.num_kv_heads, 1, 1))
         self.M = Geometry(start, axes=("kv_heads", None, None))
@@ -107,7 +116,7 @@ class LearnedFeatures(FeatureAttention):
 
     def __init__(self, spec: AttentionSpec, layer: int | Array) -> None:
         super().__init__(spec, layer)
-        self.projections = Geometry(draw_layer(spec, layer, 0), axes=("kv_heads", None, None))
+        self.projections = Geometry(draw_layer(spec, layer, 0), axes=("kv_heads", "features", None))
 
     def inputs(self, q: Array, k: Array, positions: Array) -> Inputs:
         return Inputs(q, k, self.projections[...].astype(jnp.float32), None)

@@ -23,7 +23,11 @@ class KeyValueCache(NamedTuple):
 
 
 class Softmax(nnx.Module):
-    """softmax(cap(scale q k^T)) v: quadratic in the length, and a state that grows with it."""
+    """softmax(cap(scale q k^T)) v: quadratic in the length, and a state that grows with it.
+
+    Where sequences are split over devices, each of them gathers the keys and values of all: a message and a memory that
+    grow with the length, unlike those of linear attention.
+    """
 
     local_window = 0
 
@@ -38,10 +42,20 @@ class Softmax(nnx.Module):
         )
 
     def __call__(
-        self, q: Array, k: Array, v: Array, *, segment_ids: Array, positions: Array, state: KeyValueCache | None = None
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        segment_ids: Array,
+        positions: Array,
+        state: KeyValueCache | None = None,
+        sequence_axis: str | None = None,
     ) -> tuple[Array, KeyValueCache | None]:
         new = KeyValueCache(k, v, segment_ids, positions, jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32))
         seen, state = (new, None) if state is None else self.update(state, new)
+        if sequence_axis is not None:
+            seen = KeyValueCache(*(jax.lax.all_gather(x, sequence_axis, axis=1, tiled=True) for x in new[:4]), new.length)
         out = exact_attention(
             q,
             seen.keys,
