@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -135,6 +135,34 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
         return x
     known = [axis if axis is None or x.shape[i] % _ways(axis, mesh) == 0 else None for i, axis in enumerate(axes)]
     return jax.lax.with_sharding_constraint(x, P(*(RULES[axis] if axis else None for axis in known)))
+
+
+def map_shards(
+    function: Callable[..., jax.Array],
+    arrays: Sequence[jax.Array],
+    in_axes: Sequence[Sequence[str | None]],
+    out_axes: Sequence[str | None],
+) -> jax.Array:
+    """`function(*arrays)` of every device's own part of the arrays (`jax.shard_map`) on the current mesh.
+
+    Where `tensor` does not divide the key/value heads, what runs over it is left to the compiler.
+
+    Raises:
+      UserError: an array that the mesh does not divide.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    dimensions = [pair for axes, x in zip(in_axes, arrays, strict=True) for pair in zip(axes, x.shape, strict=True)]
+    by_heads = all(size % _ways("kv_heads", mesh) == 0 for axis, size in dimensions if axis == "kv_heads")
+    manual = set(MESH_AXES) - (set() if by_heads else set(RULES["kv_heads"]))
+
+    def spec(axes: Sequence[str | None]) -> P:
+        names = ([name for name in RULES[axis] if name in manual] if axis else [] for axis in axes)
+        return P(*(tuple(entry) or None for entry in names))
+
+    for axes, x in zip(in_axes, arrays, strict=True):
+        spec_of("an array of attention", axes, x.shape, mesh)
+    in_specs = tuple(spec(axes) for axes in in_axes)
+    return jax.shard_map(function, in_specs=in_specs, out_specs=spec(out_axes), axis_names=manual)(*arrays)
 
 
 def context_size(mesh: Mesh | AbstractMesh | None = None) -> int:

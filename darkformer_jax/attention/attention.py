@@ -5,16 +5,14 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from darkformer_jax.attention import MECHANISMS
 from darkformer_jax.attention.positions import RopeSpec
 from darkformer_jax.attention.positions import rope as rotate
 from darkformer_jax.attention.spec import AttentionSpec
-from darkformer_jax.errors import UserError
 from darkformer_jax.layers import Linear, RMSNorm
-from darkformer_jax.sharding import CONTEXT, constrain, context_size
+from darkformer_jax.sharding import constrain
 
 
 class Attention(nnx.Module):
@@ -51,31 +49,8 @@ class Attention(nnx.Module):
     def __call__(self, x: Array, segment_ids: Array, positions: Array, state: Any = None) -> tuple[Array, Any]:
         """x [b, n, embed_dim]; segment_ids and positions [b, n]. Returns the same shape and the mechanism's state."""
         q, k, v = self.project(x, positions)
-        if context_size() > 1:
-            mixed = self._mix_stretches(q, k, v, segment_ids, positions, state)
-        else:
-            mixed, state = self.mechanism(q, k, v, segment_ids=segment_ids, positions=positions, state=state)
+        mixed, state = self.mechanism(q, k, v, segment_ids=segment_ids, positions=positions, state=state)
         return self.out(constrain(mixed, "batch", "sequence", "heads", None)), state
-
-    def _mix_stretches(
-        self, q: Array, k: Array, v: Array, segment_ids: Array, positions: Array, state: Any
-    ) -> Array:
-        """The mechanism on a sequence that the mesh splits: each device calls it with its own stretch."""
-        ways = context_size()
-        if state is not None or q.shape[1] % ways:
-            raise UserError(
-                f"mesh.context = {ways} splits whole sequences of a multiple of {ways} tokens, without a state: these "
-                f"have {q.shape[1]} tokens and {'no' if state is None else 'a'} state"
-            )
-        graphdef, arrays = nnx.split(self.mechanism)
-
-        def stretch(arrays: Any, q: Array, k: Array, v: Array, segment_ids: Array, positions: Array) -> Array:
-            mechanism = nnx.merge(graphdef, arrays)
-            return mechanism(q, k, v, segment_ids=segment_ids, positions=positions, sequence_axis=CONTEXT)[0]
-
-        split = P(None, CONTEXT)
-        run = jax.shard_map(stretch, in_specs=(P(), *(split,) * 5), out_specs=split, axis_names={CONTEXT})
-        return run(arrays, q, k, v, segment_ids, positions)
 
     def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
         """q [b, n, hq, d], k and v [b, n, hkv, d] as the mechanism sees them: normed, rotated, not yet scaled."""

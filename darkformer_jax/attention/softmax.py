@@ -8,8 +8,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from darkformer_jax.attention.spec import AttentionSpec
+from darkformer_jax.attention.stretches import on_stretches
 from darkformer_jax.errors import UserError
 from darkformer_jax.ops.exact import exact_attention
+from darkformer_jax.sharding import context_size
 
 
 class KeyValueCache(NamedTuple):
@@ -25,7 +27,7 @@ class KeyValueCache(NamedTuple):
 class Softmax(nnx.Module):
     """softmax(cap(scale q k^T)) v: quadratic in the length, and a state that grows with it.
 
-    Where sequences are split over devices, each of them gathers the keys and values of all: a message and a memory that
+    Where the mesh splits sequences over devices, each of them gathers all keys and values: a message and a memory that
     grow with the length, unlike those of linear attention.
     """
 
@@ -42,21 +44,17 @@ class Softmax(nnx.Module):
         )
 
     def __call__(
-        self,
-        q: Array,
-        k: Array,
-        v: Array,
-        *,
-        segment_ids: Array,
-        positions: Array,
-        state: KeyValueCache | None = None,
-        sequence_axis: str | None = None,
+        self, q: Array, k: Array, v: Array, *, segment_ids: Array, positions: Array, state: KeyValueCache | None = None
     ) -> tuple[Array, KeyValueCache | None]:
+        if context_size() > 1:
+            arrays = {"segment_ids": segment_ids, "positions": positions}
+            return on_stretches(self._attend_to_all, q, k, v, state=state, **arrays), None
         new = KeyValueCache(k, v, segment_ids, positions, jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32))
         seen, state = (new, None) if state is None else self.update(state, new)
-        if sequence_axis is not None:
-            seen = KeyValueCache(*(jax.lax.all_gather(x, sequence_axis, axis=1, tiled=True) for x in new[:4]), new.length)
-        out = exact_attention(
+        return self._attend(q, segment_ids, positions, seen), state
+
+    def _attend(self, q: Array, segment_ids: Array, positions: Array, seen: KeyValueCache) -> Array:
+        return exact_attention(
             q,
             seen.keys,
             seen.values,
@@ -68,7 +66,14 @@ class Softmax(nnx.Module):
             softcap=self.spec.softcap,
             local_window=self.local_window,
         )
-        return out, state
+
+    def _attend_to_all(
+        self, q: Array, k: Array, v: Array, segment_ids: Array, positions: Array, sequence_axis: str
+    ) -> Array:
+        """The queries of this device's stretch, and the keys of every device's."""
+        own = (k, v, segment_ids, positions)
+        whole = (jax.lax.all_gather(x, sequence_axis, axis=1, tiled=True) for x in own)
+        return self._attend(q, segment_ids, positions, KeyValueCache(*whole, jnp.sum(segment_ids != 0, axis=1)))
 
     def update(self, state: KeyValueCache, new: KeyValueCache) -> tuple[KeyValueCache, KeyValueCache]:
         """(what the new tokens attend to, the state behind them). What exceeds the slots is not kept."""

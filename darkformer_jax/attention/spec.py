@@ -64,10 +64,6 @@ class Mechanism(Protocol):
         segment_ids: Int[Array, "b n"],
         positions: Int[Array, "b n"],
         state: Any = None,
-        sequence_axis: str | None = None,
     ) -> tuple[Float[Array, "b n hq d"], Any]:
-        """Causal attention within segments. The returned state is None when none was given.
-
-        sequence_axis: the axis of a `jax.shard_map` over which sequences are split; without a state.
-        """
+        """Causal attention within segments. The returned state is None when none was given."""
         ...

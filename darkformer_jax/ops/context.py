@@ -8,6 +8,8 @@ so stretches are summarised without their last `window` tokens, and with those o
 Everything runs inside `jax.shard_map`, manual over the axis `axis`. Arrays have the batch in front.
 """
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
@@ -17,6 +19,8 @@ from darkformer_jax.ops.linear import Tokens, document_places, fold
 from darkformer_jax.ops.scan import FAR_AXES, SINK_AXES, TOKEN_AXES, Heads, heads_first, split_chunks
 from darkformer_jax.ops.state import NEG, AttentionState, FarState, Recent, Sinks, merge_far
 
+Tree = TypeVar("Tree")
+
 
 def check_stretch(length: int, chunk_size: int, window: int) -> None:
     """Raises UserError where a stretch of `length` tokens a device cannot have the chunks or the window."""
@@ -25,6 +29,16 @@ def check_stretch(length: int, chunk_size: int, window: int) -> None:
             f"each device has {length} tokens of a sequence: with a window that must be a multiple of chunk_size = "
             f"{chunk_size} and at least window = {window}"
         )
+
+
+def vary_like(x: Array, tree: Tree) -> Tree:
+    """`tree`, in the eyes of shard_map different on each device wherever x is.
+
+    What a loop carries must have that type from its start. What a loop reads must have it too: gradients of arrays that
+    all devices share are else summed over the devices at every turn of the loop, and not once behind it.
+    """
+    some = x.ravel()[0] == 0
+    return jax.tree.map(lambda leaf: jax.lax.select(some, leaf, leaf), tree)
 
 
 def place_stretch(
@@ -52,7 +66,7 @@ def state_before(
       axis: the mesh axis; the device's place on it is the stretch's place in the sequence.
       chunk_size, window: as in `dark_attention`.
     """
-    far, sinks = jax.tree.map(lambda leaf: jax.lax.pcast(leaf, axis, to="varying"), (state.far, state.sinks))
+    far, sinks = vary_like(tokens.keys, (state.far, state.sinks))
     state = state._replace(far=far, sinks=sinks)
     keys = tokens.recent()
     if window:

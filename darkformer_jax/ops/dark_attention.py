@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from darkformer_jax.errors import UserError
-from darkformer_jax.ops.context import check_stretch, place_stretch, state_before
+from darkformer_jax.ops.context import check_stretch, place_stretch, state_before, vary_like
 from darkformer_jax.ops.linear import (
     KernelArrays,
     Tokens,
@@ -110,6 +110,7 @@ def dark_attention(
         )
     if sequence_axis is not None:
         state = place_stretch(state, segment_ids, length, sequence_axis)
+        arrays = vary_like(k, arrays)
     if segment_ids is None:  # all in the document that the state is in
         last_segment = jnp.maximum(state.last_segment, 1)
         segment_ids = jnp.broadcast_to(last_segment[:, None], (batch, length))
