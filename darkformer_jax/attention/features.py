@@ -65,7 +65,7 @@ class FeatureAttention(nnx.Module):
             num_sinks=self.spec.num_sinks,
             window_kernel=self.spec.window_kernel,
         )
-        arrays = {
+        arrays: dict[str, Any] = {
             "projections": projections,
             "geometry": geometry,
             "log_gain": None if self.log_gain is None else self.log_gain[...].astype(jnp.float32),

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from darkformer_jax.attention.spec import AttentionSpec
 from darkformer_jax.attention.stretches import on_stretches
 from darkformer_jax.errors import UserError
+from darkformer_jax.ops.context import gather_sequence
 from darkformer_jax.ops.exact import exact_attention
 from darkformer_jax.sharding import context_size
 
@@ -72,8 +73,9 @@ class Softmax(nnx.Module):
     ) -> Array:
         """The queries of this device's stretch, and the keys of every device's."""
         own = (k, v, segment_ids, positions)
-        whole = (jax.lax.all_gather(x, sequence_axis, axis=1, tiled=True) for x in own)
-        return self._attend(q, segment_ids, positions, KeyValueCache(*whole, jnp.sum(segment_ids != 0, axis=1)))
+        keys, values, segments, places = (gather_sequence(x, sequence_axis) for x in own)
+        count = jnp.sum(segments != 0, axis=1, dtype=jnp.int32)
+        return self._attend(q, segment_ids, positions, KeyValueCache(keys, values, segments, places, count))
 
     def update(self, state: KeyValueCache, new: KeyValueCache) -> tuple[KeyValueCache, KeyValueCache]:
         """(what the new tokens attend to, the state behind them). What exceeds the slots is not kept."""

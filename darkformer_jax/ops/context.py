@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Shaped
 
 from darkformer_jax.errors import UserError
 from darkformer_jax.ops.linear import Tokens, document_places, fold
@@ -107,18 +107,21 @@ def _merge_sinks(first: Sinks, second: Sinks, first_segment: Array, second_segme
 def _merge_before(far: FarState, sinks: Sinks, axis: str) -> tuple[FarState, Sinks]:
     """`merge_far` of the summaries of all devices before this one, and the same of their sinks."""
     sums = jnp.concatenate([far.key_max[..., None], far.normalizer[..., None], far.values], axis=-1)
-    sums, segments, sinks = jax.lax.all_gather((sums, far.segment, sinks), axis)  # [devices, b, ...]
+    # Sinks in float32: so is then their gradients' sum over the devices.
+    wide = (sinks.keys.astype(sums.dtype), sinks.values.astype(sums.dtype), sinks.filled)
+    sums, segments, (keys, values, filled) = jax.lax.all_gather((sums, far.segment, wide), axis)  # [devices, b, ...]
     segment, member = _open_before(segments, axis)
     is_member = member[:, :, None, None]
     key_max = jax.lax.stop_gradient(jnp.where(is_member, sums[..., 0], NEG))
     largest = jnp.max(key_max, axis=0)
     weights = jnp.where(is_member, jnp.exp(key_max - largest[None]), 0)
     normalizer = jnp.sum(weights * sums[..., 1], axis=0)
-    values = jnp.sum(weights[..., None] * sums[..., 2:], axis=0)
-    filled = sinks.filled & member[:, :, None]
-    mine = filled[:, :, None, :, None]  # a slot's token is on one device
-    keys, value_sinks = (jnp.sum(jnp.where(mine, x, 0), axis=0, dtype=x.dtype) for x in (sinks.keys, sinks.values))
-    return FarState(largest, normalizer, values, segment), Sinks(keys, value_sinks, jnp.any(filled, axis=0))
+    summed_values = jnp.sum(weights[..., None] * sums[..., 2:], axis=0)
+    filled &= member[:, :, None]
+    found = filled[:, :, None, :, None]  # a slot's token is on one device
+    keys, values = (jnp.sum(jnp.where(found, x, 0), axis=0) for x in (keys, values))
+    merged = Sinks(keys.astype(sinks.keys.dtype), values.astype(sinks.values.dtype), jnp.any(filled, axis=0))
+    return FarState(largest, normalizer, summed_values, segment), merged
 
 
 def _open_before(segments: Int[Array, "p b"], axis: str) -> tuple[Int[Array, "b"], Bool[Array, "p b"]]:
@@ -128,6 +131,13 @@ def _open_before(segments: Int[Array, "p b"], axis: str) -> tuple[Int[Array, "b"
     last = jnp.max(jnp.where(earlier, index, -1), axis=0)
     segment = jnp.sum(jnp.where(index == last[None], segments, 0), axis=0, dtype=segments.dtype)
     return segment, earlier & (segments == segment[None])
+
+
+def gather_sequence(x: Shaped[Array, "b n *rest"], axis: str) -> Shaped[Array, "b t *rest"]:
+    """The stretches of all devices, in their order."""
+    # XLA's CPU backend aborts on the gradient's sum over devices in bfloat16.
+    wide = jnp.float32 if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu" else x.dtype
+    return jax.lax.all_gather(x.astype(wide), axis, axis=1, tiled=True).astype(x.dtype)
 
 
 def _from_left(recent: Recent, axis: str) -> Recent:

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from darkformer_jax import dark_attention
-from darkformer_jax.attention import MECHANISMS
+from darkformer_jax.attention import MECHANISMS, stretches
 from darkformer_jax.attention.spec import AttentionSpec
 from darkformer_jax.errors import UserError
 from darkformer_jax.ops.context import check_stretch
@@ -127,10 +127,9 @@ def mechanisms(mesh):
         window=0,
         num_sinks=0,
         seed=0,
-        local_window=7,
     )
     hybrid = dataclasses.replace(spec, window=8, num_sinks=3)
-    kinds = {"random": spec, "constant": spec, "softmax_local": spec, "window_only": hybrid}
+    kinds = {"random": spec, "constant": spec, "window_only": hybrid}
 
     def run():
         made = [MECHANISMS[kind](own_spec, 0) for kind, own_spec in kinds.items()]
@@ -156,7 +155,7 @@ def test_eight_stretches_are_one_sequence(tmp_path):
     assert short["collective-permute"] >= 2 * 3 * 8 * (2 * (8 + 8) + 1) * 4
 
 
-def test_what_cannot_be_split_is_refused():
+def test_what_cannot_be_split_is_refused(monkeypatch):
     q, k, v, w = arrays(8)[:4]
     state = init_state(3, 2, 8, 8, 16, jnp.float32)
     for options in ({"causal": False}, {"state": state}, {"return_state": True}):
@@ -168,3 +167,9 @@ def test_what_cannot_be_split_is_refused():
         message = f"each device has {length} tokens of a sequence: .* multiple of chunk_size = 4 .* window = {window}"
         with pytest.raises(UserError, match=message):
             check_stretch(length, 4, window)
+
+    monkeypatch.setattr(stretches, "context_size", lambda: 8)
+    with pytest.raises(UserError, match="mesh.context = 8 splits whole .* a multiple of 8; decoding .* context = 1"):
+        stretches.on_stretches(dark_attention, q, k, v, state=state, projections=w)
+    with pytest.raises(UserError, match="mesh.context = 8 splits whole .* a multiple of 8; these have 7 tokens"):
+        stretches.on_stretches(dark_attention, q[:, :7], k[:, :7], v[:, :7], projections=w)
