@@ -11,7 +11,7 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.sharding import MESH_AXES
 from darkformer_jax.training.setup import Experiment
 from darkformer_jax.training.step import make_train_step
-from tests.tiny_runs import fresh_state, on_eight_devices, random_batch, tiny_config
+from tests.tiny_runs import on_eight_devices, random_batch, tiny_config
 
 STEPS = 20
 
@@ -26,6 +26,7 @@ MODELS = {
         "model__attention__window": 4,
         "model__attention__num_sinks": 3,
         "model__attention__far_gain": True,
+        "model__attention__redraw_every": 3,
     },
 }
 # data, fsdp, tensor, context. Each mesh with the model that asks most of it; `python -m tests.training.test_setup`
@@ -41,6 +42,21 @@ def mesh_config(model, mesh=(1, 1, 1, 1)):
     return tiny_config(**COMMON, **MODELS[model], **sizes)
 
 
+def first_state(experiment):
+    """What a run starts with; of the pure model, drawn by numpy, which compiles nothing."""
+    if experiment.config.model.attention.window:
+        state = experiment.initial_state()
+        for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(experiment.shardings), strict=True):
+            assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+        return state
+    random = np.random.default_rng(0)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), experiment.abstract)
+    params, projections = jax.tree.map(
+        lambda leaf: (0.3 * random.normal(size=leaf.shape)).astype(leaf.dtype), (zeros.params, zeros.projections)
+    )
+    return zeros._replace(params=params, projections=projections)
+
+
 def losses(experiment, state):
     """Loss and gradient norm of a few steps, the whole state and the batches laid out as the config says."""
     step = jax.jit(
@@ -50,7 +66,7 @@ def losses(experiment, state):
             experiment.schedule,
             accumulation_steps=1,
             z_loss=1e-4,
-            redraw_every=3,
+            redraw_every=experiment.config.model.attention.redraw_every,
         ),
         out_shardings=(experiment.shardings, None),
     )
@@ -73,9 +89,7 @@ def on_eight(meshes):
             experiment = Experiment.of(mesh_config(model, mesh), 257)
             assert experiment.mesh.devices.size == 8
             if state is None:
-                state = experiment.initial_state()
-                for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(experiment.shardings), strict=True):
-                    assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+                state = first_state(experiment)
             split = sum(not sharding.is_fully_replicated for sharding in jax.tree.leaves(experiment.shardings))
             assert (split > 0) == (mesh[1] * mesh[2] > 1)
             result[f"{model} {mesh}"] = losses(experiment, state)
@@ -84,7 +98,7 @@ def on_eight(meshes):
 
 def on_one(model):
     experiment = Experiment.of(mesh_config(model), 257)
-    return losses(experiment, fresh_state(experiment))
+    return losses(experiment, first_state(experiment))
 
 
 def compare(tmp_path, meshes):
@@ -137,6 +151,12 @@ def test_sizes_are_those_of_the_arrays():
 def test_what_does_not_fit_together_is_refused(changes, message):
     with pytest.raises(UserError, match=message):
         Experiment.of(tiny_config(**changes), 257)
+
+
+def test_rows_that_processes_share_are_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="of a batch's 4 rows of 32 tokens, process 0 of 2 holds 4 rows and 32 tokens"):
+        Experiment.of(tiny_config(), 257)
 
 
 if __name__ == "__main__":  # every mesh with every model
