@@ -126,7 +126,8 @@ def get_config() -> ml_collections.ConfigDict:
 
     h = c.mesh = ml_collections.ConfigDict()  # devices an axis; at most one -1 = what is left
     h.data = -1
-    h.fsdp = 1
-    h.tensor = 1
+    h.fsdp = 1  # splits the batch, as data does, and parameters and optimizer state by their width
+    h.tensor = 1  # splits heads, the MLP and the vocabulary; random features where it does not divide num_kv_heads
+    h.context = 1  # splits sequence_length, and with it the memory of activations; see docs/attention.md
 
     return c.lock()

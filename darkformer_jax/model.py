@@ -180,7 +180,7 @@ class Transformer(nnx.Module):
             for (graphdef, _), block_arrays, block_state in zip(split, arrays, states, strict=False):
                 block = nnx.merge(graphdef, block_arrays)
                 x, new_state = block(x, segment_ids, positions, block_state)
-                x = constrain(x, "batch", None, None)
+                x = constrain(x, "batch", "sequence", None)
                 new_states.append(new_state)
             return x, tuple(new_states)
 
@@ -199,10 +199,12 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens: Int[Array, "b n"]) -> Float[Array, "b n embed"]:
         """What the first layer reads."""
-        x = self.embedding[...].astype(self.spec.dtype)[tokens]
+        # Gathered over the width first, as every layer's weights are: looked up in a table split both ways, XLA would
+        # make the activations of the whole batch on each device.
+        x = constrain(self.embedding[...].astype(self.spec.dtype), "vocab", None)[tokens]
         if self.spec.scale_embeddings:
             x = x * jnp.asarray(self.spec.embed_dim**0.5, x.dtype)
-        return constrain(x, "batch", None, None)
+        return constrain(x, "batch", "sequence", None)
 
     def layer(self, index: int) -> Block:
         """One layer by itself, its arrays cut out of their stack."""

@@ -1,35 +1,51 @@
 """Which mesh axis each named dimension of an array is split over. The only place that knows mesh axis names."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from darkformer_jax.errors import UserError
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "tensor", "context")
+CONTEXT = "context"
+
+# Axes that may span slices, whose network is slow, in the order in which slices are given to them. `tensor` may not:
+# its messages are activations, several a layer.
+SLOW_AXES = ("data", "fsdp", "context")
 
 # logical name of a dimension -> mesh axes
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    "sequence": (CONTEXT,),
     "vocab": ("tensor",),
     "embed": ("fsdp",),
     "mlp": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
+    "features": ("tensor",),
 }
+
+# Where the mesh does not divide the first, an array that has the second splits that in its place; else the second
+# stays whole. Grouped queries: one key/value head cannot be split, its random features can.
+INSTEAD = {"kv_heads": "features"}
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The device mesh with the given number of devices an axis; one of them may be -1, what the others leave.
 
+    Axes that `sizes` does not name have size 1.
+
     Raises:
-      UserError: where the sizes do not multiply to the number of devices.
+      UserError: where the sizes do not multiply to the number of devices, or do not fit the slices (`device_array`).
     """
     devices = jax.devices() if devices is None else devices
-    shape = [sizes[name] for name in MESH_AXES]
+    shape = [sizes.get(name, 1) for name in MESH_AXES]
     known = int(np.prod([size for size in shape if size != -1]))
     if shape.count(-1) > 1 or min(shape) < -1 or 0 in shape:
         raise UserError(f"mesh {dict(sizes)}: sizes must be at least 1, and at most one may be -1")
@@ -37,15 +53,39 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         shape[shape.index(-1)] = len(devices) // known
     if int(np.prod(shape)) != len(devices):
         raise UserError(f"mesh {dict(sizes)} does not fit the {len(devices)} devices there are")
-    array = np.asarray(devices).reshape(shape)
+    return Mesh(device_array(shape, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def device_array(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices as an array of the mesh's shape, so that what talks most is joined by the fastest network.
+
+    Devices of several slices (TPU pods, hosts of GPUs: their `slice_index` differs) are joined by a slow network; as
+    much of `data` as the number of slices allows goes over it, then of `fsdp`, then of `context`.
+
+    Raises:
+      UserError: slices of different sizes, or a number of them that these three axes do not make up.
+    """
+    slices = Counter(getattr(device, "slice_index", 0) for device in devices)
+    if len(slices) > 1:
+        left, over_slices = len(slices), [1] * len(shape)
+        for name in SLOW_AXES:
+            axis = MESH_AXES.index(name)
+            over_slices[axis] = math.gcd(shape[axis], left)
+            left //= over_slices[axis]
+        if left > 1 or len(set(slices.values())) > 1:
+            raise UserError(
+                f"mesh {dict(zip(MESH_AXES, shape, strict=True))} does not fit {len(slices)} slices of "
+                f"{', '.join(map(str, sorted(set(slices.values()))))} devices: the slices must be equal, and "
+                f"{' x '.join(SLOW_AXES)} a multiple of their number"
+            )
+        within = [size // count for size, count in zip(shape, over_slices, strict=True)]
+        return mesh_utils.create_hybrid_device_mesh(within, over_slices, devices, allow_split_physical_axes=True)
     if len(devices) > 1 and devices[0].platform == "tpu":  # neighbours in the mesh are neighbours in the torus
-        from jax.experimental import mesh_utils
-
-        array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return np.asarray(devices).reshape(shape)
 
 
-def spec_of(name: str, axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> P:
+def spec_of(name: str, axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
     """The partition of array `name`, whose dimensions have the logical names `axes`.
 
     Raises:
@@ -55,10 +95,11 @@ def spec_of(name: str, axes: Sequence[str | None], shape: Sequence[int], mesh: M
         raise UserError(f"{name} has shape {tuple(shape)} and axes {tuple(axes)}: their lengths differ")
     entries: list[tuple[str, ...] | None] = []
     used: set[str] = set()
+    whole = _kept_whole(axes, shape, mesh)
     for axis, size in zip(axes, shape, strict=True):
         mesh_axes = RULES.get(axis, ()) if axis is not None else ()
         ways = int(np.prod([mesh.shape[a] for a in mesh_axes]))
-        if ways == 1:
+        if ways == 1 or axis in whole:
             entries.append(None)
             continue
         if size % ways:
@@ -72,9 +113,39 @@ def spec_of(name: str, axes: Sequence[str | None], shape: Sequence[int], mesh: M
     return P(*entries)
 
 
+def _kept_whole(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> set[str]:
+    """Of the pairs in `INSTEAD`, the dimension that is not the one to split."""
+    whole = set()
+    for first, second in INSTEAD.items():
+        if first in axes:
+            fits = shape[list(axes).index(first)] % _ways(first, mesh) == 0
+            whole.add(second if fits else first)
+    return whole
+
+
 def sharding_of(name: str, axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
     """`spec_of` on its mesh."""
     return NamedSharding(mesh, spec_of(name, axes, shape, mesh))
+
+
+def check_processes(batch_sharding: NamedSharding, shape: tuple[int, int]) -> None:
+    """Raises UserError where this process's devices do not hold an equal part of a batch's rows, whole.
+
+    Each process reads as many rows as every other and lays them on its own devices (`put_batch`).
+    """
+    batch, length = shape
+    places = set()
+    for index in batch_sharding.addressable_devices_indices_map(shape).values():
+        of_rows, of_tokens = index or (slice(None), slice(None))
+        places |= {(row, of_tokens.indices(length)[:2]) for row in range(*of_rows.indices(batch))}
+    rows, count = {row for row, _ in places}, jax.process_count()
+    tokens = sum(stop - start for start, stop in {place for _, place in places})
+    if len(rows) * count != batch or tokens != length:
+        raise UserError(
+            f"mesh {dict(batch_sharding.mesh.shape)}: of a batch's {batch} rows of {length} tokens, process "
+            f"{jax.process_index()} of {count} holds {len(rows)} rows and {tokens} tokens of each; allowed: {batch} / "
+            f"{count} whole rows (data x fsdp is a multiple of the processes, tensor x context stays within one)"
+        )
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -86,5 +157,39 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*(RULES[axis] if axis else None for axis in known)))
 
 
-def _ways(axis: str, mesh: jax.sharding.AbstractMesh) -> int:
+def map_shards(
+    function: Callable[..., jax.Array],
+    arrays: Sequence[jax.Array],
+    in_axes: Sequence[Sequence[str | None]],
+    out_axes: Sequence[str | None],
+) -> jax.Array:
+    """`function(*arrays)` of every device's own part of the arrays (`jax.shard_map`) on the current mesh.
+
+    Where `tensor` does not divide the key/value heads, what runs over it is left to the compiler.
+
+    Raises:
+      UserError: an array that the mesh does not divide.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    dimensions = [pair for axes, x in zip(in_axes, arrays, strict=True) for pair in zip(axes, x.shape, strict=True)]
+    by_heads = all(size % _ways("kv_heads", mesh) == 0 for axis, size in dimensions if axis == "kv_heads")
+    manual = set(MESH_AXES) - (set() if by_heads else set(RULES["kv_heads"]))
+
+    def spec(axes: Sequence[str | None]) -> P:
+        names = ([name for name in RULES[axis] if name in manual] if axis else [] for axis in axes)
+        return P(*(tuple(entry) or None for entry in names))
+
+    for axes, x in zip(in_axes, arrays, strict=True):
+        spec_of("an array of attention", axes, x.shape, mesh)
+    in_specs = tuple(spec(axes) for axes in in_axes)
+    return jax.shard_map(function, in_specs=in_specs, out_specs=spec(out_axes), axis_names=manual)(*arrays)
+
+
+def context_size(mesh: Mesh | AbstractMesh | None = None) -> int:
+    """Over how many devices a mesh (the current one; 1 where there is none) splits each sequence."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    return int(mesh.shape.get(CONTEXT, 1))
+
+
+def _ways(axis: str, mesh: Mesh | AbstractMesh) -> int:
     return int(np.prod([mesh.shape[a] for a in RULES[axis]]))

@@ -8,6 +8,7 @@ from configs import base
 from darkformer_jax.attention.positions import RopeSpec
 from darkformer_jax.config import from_json, model_spec, validate
 from darkformer_jax.errors import UserError
+from darkformer_jax.sharding import MESH_AXES
 from darkformer_jax.training.run import dry_run
 
 NOT_ALONE = ("arguments", "finetune")  # no config; one whose sizes are those of another run
@@ -182,7 +183,7 @@ def test_what_is_allowed(changes):
 
 def test_every_field_with_a_number_has_a_rule():
     ruled = {name for changes, _ in RULES for name in changes}
-    ruled |= {"mesh.data", "mesh.fsdp", "mesh.tensor"}  # make_mesh checks them against the devices
+    ruled |= {f"mesh.{axis}" for axis in MESH_AXES}  # make_mesh checks them against the devices
     fields = base.get_config().to_dict()
 
     def numbers(tree, prefix=""):

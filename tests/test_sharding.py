@@ -1,20 +1,26 @@
+import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from darkformer_jax.config import model_spec
 from darkformer_jax.errors import UserError
-from darkformer_jax.sharding import MESH_AXES, constrain, make_mesh, spec_of
-from tests.tiny_runs import on_eight_devices
+from darkformer_jax.model import Network, logical_axes
+from darkformer_jax.sharding import MESH_AXES, RULES, constrain, device_array, make_mesh, spec_of
+from tests.tiny_runs import tiny_config
+
+GOLDEN = Path(__file__).parent / "golden" / "shardings.json"
 
 
 class Sizes:
     """As much of a mesh as `spec_of` looks at."""
 
-    def __init__(self, data, fsdp, tensor):
-        self.shape = dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True))
+    def __init__(self, data, fsdp, tensor, context=1):
+        self.shape = dict(zip(MESH_AXES, (data, fsdp, tensor, context), strict=True))
 
 
 def test_dimensions_go_to_their_mesh_axes():
@@ -23,17 +29,25 @@ def test_dimensions_go_to_their_mesh_axes():
     assert spec_of("w", (None, "embed", "mlp"), (3, 4, 6), mesh) == P(None, ("fsdp",), ("tensor",))
     assert spec_of("w", (None, "embed", "mlp"), (3, 5, 6), Sizes(8, 1, 1)) == P(None, None, None)
     assert spec_of("e", ("vocab", "embed"), (6, 3), Sizes(1, 1, 2)) == P(("tensor",), None)
+    assert spec_of("x", ("batch", "sequence"), (8, 6), Sizes(2, 2, 1, 2)) == P(("data", "fsdp"), ("context",))
+    assert len(RULES) <= 15
+
+
+def test_features_are_split_where_heads_cannot_be():
+    mesh, axes = Sizes(1, 1, 2), ("kv_heads", "features", None)
+    assert spec_of("w", axes, (4, 6, 3), mesh) == P(("tensor",), None, None)
+    assert spec_of("w", axes, (4, 5, 3), mesh) == P(("tensor",), None, None)
+    assert spec_of("w", axes, (1, 6, 3), mesh) == P(None, ("tensor",), None)
+    assert spec_of("k", ("embed", "kv_heads", None), (4, 3, 8), mesh) == P(None, None, None)
+    with pytest.raises(UserError, match="w: dimension 'features' of size 5 is not divisible by 2"):
+        spec_of("w", axes, (1, 5, 3), mesh)
 
 
 @pytest.mark.parametrize(
     ("axes", "shape", "message"),
     [
         (("batch",), (6,), r"thing: dimension 'batch' of size 6 is not divisible by 4 = mesh axes \('data', 'fsdp'\)"),
-        (
-            ("embed", "kv_heads"),
-            (4, 3),
-            r"dimension 'kv_heads' of size 3 is not divisible by 2 = mesh axes \('tensor',\)",
-        ),
+        (("embed", "heads"), (4, 3), r"dimension 'heads' of size 3 is not divisible by 2 = mesh axes \('tensor',\)"),
         (("heads", "mlp"), (4, 4), r"thing: two of its dimensions \('heads', 'mlp'\) are split over mesh axes"),
         (("batch", "embed"), (4, 4), r"thing: two of its dimensions \('batch', 'embed'\) are split"),
         (("embed",), (4, 4), r"thing has shape \(4, 4\) and axes \('embed',\): their lengths differ"),
@@ -46,20 +60,62 @@ def test_what_cannot_be_split_is_refused(axes, shape, message):
 
 def test_mesh_sizes():
     devices = jax.devices()[:1] * 8
-    for sizes, shape in (((-1, 2, 2), (2, 2, 2)), ((8, 1, 1), (8, 1, 1)), ((1, -1, 4), (1, 2, 4))):
+    for sizes, shape in (((-1, 2, 2, 1), (2, 2, 2, 1)), ((8, 1, 1, 1), (8, 1, 1, 1)), ((1, 1, 4, -1), (1, 1, 4, 2))):
         named = dict(zip(MESH_AXES, sizes, strict=True))
         mesh = make_mesh(named, devices)
         assert tuple(mesh.shape.values()) == shape
+    assert tuple(make_mesh({"fsdp": 8}, devices).shape.values()) == (1, 8, 1, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """As much of a device as laying out a mesh looks at."""
+
+    id: int
+    slice_index: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+    process_index: int = 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "across"),
+    [((4, 2, 1, 1), "data"), ((1, 8, 1, 1), "fsdp"), ((1, 2, 2, 2), "fsdp"), ((1, 1, 1, 8), "context")],
+)
+def test_slices_are_joined_by_one_axis(shape, across):
+    mixed = [Device(i, slice_index=i % 2) for i in range(8)]
+    array = device_array(shape, mixed)
+    assert array.shape == shape
+    assert {device.id for device in array.flat} == set(range(8))
+    slices = np.vectorize(lambda device: device.slice_index)(array)
+    halves = np.split(slices, 2, axis=MESH_AXES.index(across))
+    assert [set(half.flat) for half in halves] == [{0}, {1}]
+
+
+def test_four_slices_are_joined_by_two_axes():
+    array = device_array((2, 4, 1, 1), [Device(i, slice_index=i // 2) for i in range(8)])
+    assert [[device.slice_index for device in row[:, 0, 0]] for row in array] == [[0, 0, 1, 1], [2, 2, 3, 3]]
+
+
+def test_slices_that_do_not_fit_are_named():
+    devices = [Device(i, slice_index=i % 2) for i in range(8)]
+    with pytest.raises(
+        UserError, match=r"mesh .*'tensor': 8.* does not fit 2 slices of 4 devices: .*data x fsdp x con"
+    ):
+        device_array((1, 1, 8, 1), devices)
+    with pytest.raises(UserError, match=r"does not fit 2 slices of 2, 4 devices: the slices must be equal"):
+        device_array((6, 1, 1, 1), [device for device in devices if device.id not in (0, 2)])
 
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((3, 1, 1), "does not fit the 8 devices"),
-        ((-1, 3, 1), "does not fit the 8 devices"),
-        ((-1, -1, 1), "at most one may be -1"),
-        ((0, 8, 1), "sizes must be at least 1"),
-        ((-2, 4, 1), "sizes must be at least 1"),
+        ((3, 1, 1, 1), "does not fit the 8 devices"),
+        ((-1, 3, 1, 1), "does not fit the 8 devices"),
+        ((4, 1, 1, 4), "does not fit the 8 devices"),
+        ((-1, 1, 1, -1), "at most one may be -1"),
+        ((0, 8, 1, 1), "sizes must be at least 1"),
+        ((-2, 4, 1, 1), "sizes must be at least 1"),
     ],
 )
 def test_bad_mesh_sizes_are_named(sizes, message):
@@ -74,70 +130,44 @@ def test_constrain_is_nothing_without_a_mesh():
     assert constrain(x, "batch", None) is x
 
 
-PROGRAM = """
-import dataclasses, json
-import jax, jax.numpy as jnp, numpy as np
-from darkformer_jax.attention.spec import AttentionSpec
-from darkformer_jax.model import ModelSpec, Network, logical_axes
-from darkformer_jax.sharding import make_mesh, sharding_of
+def shardings():
+    """{model: {array: its dimensions, each with the mesh axes that split it}} of models that have every kind of array.
 
-attention = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=8, num_features=16, projections="orthogonal",
-    geometry_init=0.9, chunk_size=8, window=8, num_sinks=2, seed=0)
-network = Network.of(ModelSpec(vocab_size=40, num_layers=2, embed_dim=32, mlp_dim=48, activation="silu", norm_eps=1e-6,
-    rope_theta=1e4, qk_norm=True, tie_embeddings=True, scale_embeddings=False, logit_softcap=0.0, dtype="float32",
-    remat="none", pattern=("softmax", "dark"), attention=attention))
-random = np.random.default_rng(0)
-tokens = random.integers(0, 40, (8, 33)).astype(np.int32)
-ids = np.where(np.arange(32) < 20, 1, 2)[None].repeat(8, 0).astype(np.int32)
-positions = np.where(np.arange(32) < 20, np.arange(32), np.arange(32) - 20)[None].repeat(8, 0).astype(np.int32)
-arrays = network.init(jax.random.key(0))
-
-def run(params, projections, tokens, ids, positions):
-    def loss(params):
-        logits, _ = network.bind(params, projections)(tokens[:, :-1], ids, positions)
-        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1))
-    return jax.value_and_grad(loss)(params)
-
-results = {}
-for name, sizes in {"one": (1, 1, 1), "data": (8, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2)}.items():
-    count = int(np.prod(sizes))
-    mesh = make_mesh(dict(zip(("data", "fsdp", "tensor"), sizes)), jax.devices()[:count])
-    place = lambda path, variable: sharding_of("/".join(path), logical_axes(variable), variable.shape, mesh)
-    shardings = (network.map_params(place), network.map_projections(place))
-    batch = [sharding_of("batch", ("batch", None), x.shape, mesh) for x in (tokens, ids, positions)]
-    with jax.set_mesh(mesh):
-        placed = jax.device_put((*arrays, tokens, ids, positions), (*shardings, *batch))
-        loss, gradients = jax.jit(run, out_shardings=(None, shardings[0]))(*placed)
-    if name == "one":
-        reference = jax.device_get(gradients)
-    errors = jax.tree.map(
-        lambda a, b: float(np.linalg.norm(np.asarray(a) - b) / np.linalg.norm(b)), jax.device_get(gradients), reference)
-    q, table = placed[0]["blocks_1"]["attention"]["q"]["kernel"], placed[0]["embedding"]
-    M, w = (tree["blocks_1"]["attention"]["mechanism"] for tree in placed[:2])
-    results[name] = {
-        "loss": float(loss),
-        "error": max(jax.tree.leaves(errors)),
-        "shards": [list(x.addressable_shards[0].data.shape) for x in (q, table, M["M"], w["projections"])],
-        "gradient_shard": list(gradients["embedding"].addressable_shards[0].data.shape),
-        "devices": len(q.sharding.device_set),
+    Every axis of the mesh has two devices.
+    """
+    changes = {
+        "num_layers": 3,
+        "num_heads": 4,
+        "qk_norm": True,
+        "qkv_bias": True,
+        "tie_embeddings": False,
+        "lora_rank": 2,
+        "attention__pattern": "softmax,dark,lfk",
+        "attention__window": 16,
+        "attention__far_gain": True,
     }
-print(json.dumps(results))
-"""
+    mesh, result = Sizes(2, 2, 2, 2), {}
+    for kv_heads in (1, 2):
+        fields = {f"model__{name}": value for name, value in (changes | {"num_kv_heads": kv_heads}).items()}
+        network = Network.of(model_spec(tiny_config(**fields), 264))
+        arrays = result[f"{kv_heads} key/value heads"] = {}
+
+        def note(path, variable, arrays=arrays):
+            name = "/".join(path)
+            spec = spec_of(name, logical_axes(variable), variable.shape, mesh)
+            split = [((axes,) if isinstance(axes, str) else axes) or () for axes in spec]
+            pairs = zip(variable.shape, split, strict=True)
+            arrays[name] = ", ".join(f"{size} {'*'.join(axes)}".strip() for size, axes in pairs)
+
+        network.map_params(note)
+        network.map_projections(note)
+    return result
 
 
-def test_eight_devices_compute_what_one_does(tmp_path):
-    (tmp_path / "program.py").write_text(PROGRAM)
-    ended = on_eight_devices(tmp_path / "program.py", tmp_path).wait()
-    assert ended.status == 0, ended.err
-    results = json.loads(ended.out.splitlines()[-1])
-    one = results["one"]
-    for name in ("data", "fsdp", "all"):
-        assert results[name]["loss"] == pytest.approx(one["loss"], rel=1e-6)
-        assert results[name]["error"] < 1e-5
-        assert results[name]["devices"] == 8
-    # q [layers, embed, heads, size], the table [vocab, embed], M [layers, kv heads, r, d], w [layers, kv heads, m, r]
-    whole = [[1, 32, 4, 8], [40, 32], [1, 2, 8, 8], [1, 2, 16, 8]]
-    assert one["shards"] == results["data"]["shards"] == whole
-    assert results["fsdp"]["shards"] == [[1, 4, 4, 8], [40, 4], *whole[2:]]
-    assert results["all"]["shards"] == [[1, 16, 2, 8], [20, 16], [1, 1, 8, 8], [1, 1, 16, 8]]
-    assert results["all"]["gradient_shard"] == [20, 16]
+def test_every_array_is_split_as_noted():
+    """`python -m tests.test_sharding` notes the present shardings in tests/golden/shardings.json: read what changed."""
+    assert shardings() == json.loads(GOLDEN.read_text())
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(json.dumps(shardings(), indent=1, sort_keys=True) + "\n")

@@ -59,11 +59,12 @@ def collectives(hlo: str, slices: Sequence[int]) -> tuple[Counter[Collective], i
         name, times = pending.pop()
         for line in bodies[name]:
             if match := _COLLECTIVE.search(line):
-                # TPUs cut one collective into fusions that run beside other work; each repeats it with its channel.
+                # TPUs cut one collective into fusions that run beside other work, each of which repeats it with its
+                # channel. That work may be a loop's body; the collective itself runs as often as its start.
                 channel = _CHANNEL.search(line)
                 key = channel[1] if channel else line
-                most = max(times, found[key][1] if key in found else 0)
-                found[key] = _parse(line, match, slices, name.startswith("all-reduce-scatter")), most
+                least = min(times, found[key][1] if key in found else times)
+                found[key] = _parse(line, match, slices, name.startswith("all-reduce-scatter")), least
             calls = [call.strip(" %") for group in _CALLED.findall(line) for call in group.split(",") if call.strip()]
             trips = _trips(line, bodies) if " while(" in line else 1
             unknown_loops += trips is None

@@ -50,7 +50,7 @@ class Attention(nnx.Module):
         """x [b, n, embed_dim]; segment_ids and positions [b, n]. Returns the same shape and the mechanism's state."""
         q, k, v = self.project(x, positions)
         mixed, state = self.mechanism(q, k, v, segment_ids=segment_ids, positions=positions, state=state)
-        return self.out(constrain(mixed, "batch", None, "heads", None)), state
+        return self.out(constrain(mixed, "batch", "sequence", "heads", None)), state
 
     def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
         """q [b, n, hq, d], k and v [b, n, hkv, d] as the mechanism sees them: normed, rotated, not yet scaled."""
@@ -58,6 +58,6 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, positions, self.rope), rotate(k, positions, self.rope)
-        q = constrain(q, "batch", None, "heads", None)
-        k = constrain(k, "batch", None, "kv_heads", None)
-        return q, k, constrain(v, "batch", None, "kv_heads", None)
+        q = constrain(q, "batch", "sequence", "heads", None)
+        k = constrain(k, "batch", "sequence", "kv_heads", None)
+        return q, k, constrain(v, "batch", "sequence", "kv_heads", None)

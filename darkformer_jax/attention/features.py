@@ -1,6 +1,7 @@
 """The mechanisms that are one call of `dark_attention`: they differ in w, in M, and in what they show it of q and k."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -9,10 +10,12 @@ from flax import nnx
 from jaxtyping import Array
 
 from darkformer_jax.attention.spec import AttentionSpec, Geometry, Projection
+from darkformer_jax.attention.stretches import on_stretches
 from darkformer_jax.errors import UserError
 from darkformer_jax.ops.dark_attention import dark_attention, init_state
 from darkformer_jax.ops.projections import draw_projections, projection_key
 from darkformer_jax.ops.state import AttentionState
+from darkformer_jax.sharding import context_size
 
 
 def draw_layer(spec: AttentionSpec, layer: int | Array, epoch: int | Array) -> Array:
@@ -54,22 +57,23 @@ class FeatureAttention(nnx.Module):
         self, q: Array, k: Array, v: Array, *, segment_ids: Array, positions: Array, state: AttentionState | None = None
     ) -> tuple[Array, Any]:
         queries, keys, projections, geometry = self.inputs(q, k, positions)
-        result = dark_attention(
-            queries,
-            keys,
-            v,
-            projections=projections,
-            geometry=geometry,
-            segment_ids=segment_ids,
+        attend = functools.partial(
+            dark_attention,
             scale=self.spec.query_scale or None,
             chunk_size=self.spec.chunk_size,
             window=self.spec.window,
             num_sinks=self.spec.num_sinks,
             window_kernel=self.spec.window_kernel,
-            log_gain=None if self.log_gain is None else self.log_gain[...].astype(jnp.float32),
-            state=state,
-            return_state=state is not None,
         )
+        arrays: dict[str, Any] = {
+            "projections": projections,
+            "geometry": geometry,
+            "log_gain": None if self.log_gain is None else self.log_gain[...].astype(jnp.float32),
+            "segment_ids": segment_ids,
+        }
+        if context_size() > 1:
+            return on_stretches(attend, queries, keys, v, state=state, **arrays), None
+        result = attend(queries, keys, v, **arrays, state=state, return_state=state is not None)
         return result if state is not None else (result, None)
 
 
@@ -78,7 +82,9 @@ class Performer(FeatureAttention):
 
     def __init__(self, spec: AttentionSpec, layer: int | Array) -> None:
         super().__init__(spec, layer)
-        self.projections: Projection | Geometry = Projection(draw_layer(spec, layer, 0), axes=("kv_heads", None, None))
+        self.projections: Projection | Geometry = Projection(
+            draw_layer(spec, layer, 0), axes=("kv_heads", "features", None)
+        )
 
     def inputs(self, q: Array, k: Array, positions: Array) -> Inputs:
         return Inputs(q, k, self.projections[...].astype(jnp.float32), None)
@@ -93,7 +99,7 @@ class Dark(Performer):
     def __init__(self, spec: AttentionSpec, layer: int | Array) -> None:
         super().__init__(spec, layer)
         if spec.learn_projections:
-            self.projections = Geometry(self.projections[...], axes=("kv_heads", None, None))
+            self.projections = Geometry(self.projections[...], axes=("kv_heads", "features", None))
         identity = jnp.eye(spec.head_dim, dtype=jnp.float32)
         start = jnp.tile(spec.geometry_init * identity, (spec.num_kv_heads, 1, 1))
         self.M = Geometry(start, axes=("kv_heads", None, None))
@@ -107,7 +113,7 @@ class LearnedFeatures(FeatureAttention):
 
     def __init__(self, spec: AttentionSpec, layer: int | Array) -> None:
         super().__init__(spec, layer)
-        self.projections = Geometry(draw_layer(spec, layer, 0), axes=("kv_heads", None, None))
+        self.projections = Geometry(draw_layer(spec, layer, 0), axes=("kv_heads", "features", None))
 
     def inputs(self, q: Array, k: Array, positions: Array) -> Inputs:
         return Inputs(q, k, self.projections[...].astype(jnp.float32), None)

@@ -8,8 +8,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from darkformer_jax.attention.spec import AttentionSpec
+from darkformer_jax.attention.stretches import on_stretches
 from darkformer_jax.errors import UserError
+from darkformer_jax.ops.context import gather_sequence
 from darkformer_jax.ops.exact import exact_attention
+from darkformer_jax.sharding import context_size
 
 
 class KeyValueCache(NamedTuple):
@@ -23,7 +26,11 @@ class KeyValueCache(NamedTuple):
 
 
 class Softmax(nnx.Module):
-    """softmax(cap(scale q k^T)) v: quadratic in the length, and a state that grows with it."""
+    """softmax(cap(scale q k^T)) v: quadratic in the length, and a state that grows with it.
+
+    Where the mesh splits sequences over devices, each of them gathers all keys and values: a message and a memory that
+    grow with the length, unlike those of linear attention.
+    """
 
     local_window = 0
 
@@ -40,9 +47,15 @@ class Softmax(nnx.Module):
     def __call__(
         self, q: Array, k: Array, v: Array, *, segment_ids: Array, positions: Array, state: KeyValueCache | None = None
     ) -> tuple[Array, KeyValueCache | None]:
+        if context_size() > 1:
+            arrays = {"segment_ids": segment_ids, "positions": positions}
+            return on_stretches(self._attend_to_all, q, k, v, state=state, **arrays), None
         new = KeyValueCache(k, v, segment_ids, positions, jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32))
         seen, state = (new, None) if state is None else self.update(state, new)
-        out = exact_attention(
+        return self._attend(q, segment_ids, positions, seen), state
+
+    def _attend(self, q: Array, segment_ids: Array, positions: Array, seen: KeyValueCache) -> Array:
+        return exact_attention(
             q,
             seen.keys,
             seen.values,
@@ -54,7 +67,15 @@ class Softmax(nnx.Module):
             softcap=self.spec.softcap,
             local_window=self.local_window,
         )
-        return out, state
+
+    def _attend_to_all(
+        self, q: Array, k: Array, v: Array, segment_ids: Array, positions: Array, sequence_axis: str
+    ) -> Array:
+        """The queries of this device's stretch, and the keys of every device's."""
+        own = (k, v, segment_ids, positions)
+        keys, values, segments, places = (gather_sequence(x, sequence_axis) for x in own)
+        count = jnp.sum(segments != 0, axis=1, dtype=jnp.int32)
+        return self._attend(q, segment_ids, positions, KeyValueCache(keys, values, segments, places, count))
 
     def update(self, state: KeyValueCache, new: KeyValueCache) -> tuple[KeyValueCache, KeyValueCache]:
         """(what the new tokens attend to, the state behind them). What exceeds the slots is not kept."""

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from darkformer_jax.errors import UserError
+from darkformer_jax.ops.context import check_stretch, place_stretch, state_before, vary_like
 from darkformer_jax.ops.linear import (
     KernelArrays,
     Tokens,
     WindowKernel,
-    last_nonzero,
+    document_places,
     shift_window,
     step_features,
     step_window,
@@ -39,6 +40,7 @@ def dark_attention(
     log_gain: Float[Array, "hq"] | None = None,
     state: AttentionState | None = None,
     return_state: bool = False,
+    sequence_axis: str | None = None,
 ) -> Any:
     """Attention with the kernel exp(scale q^T M^T M k), estimated by m positive random features in O(n m) time.
 
@@ -70,6 +72,9 @@ def dark_attention(
       log_gain: per query head, added to the logarithm of everything that is seen through features; needs a window.
       state: continues the sequences that `state` has seen; the options must be those it was made with.
       return_state: also returns the state after the last token. Padding at the end leaves no trace in it.
+      sequence_axis: within `jax.shard_map`, the mesh axis over which the sequence is split: q, k, v and segment_ids are
+        this device's stretch, and out its part of what a single device computes of the whole. The devices exchange
+        their far states, windows and sinks, whose size does not depend on the length, and nothing else.
 
     Returns:
       out [b, n, hq, dv] in v's dtype, or (out, state).
@@ -82,6 +87,10 @@ def dark_attention(
     _check_shapes(q, k, v, segment_ids)
     _check_options(q, causal, chunk_size, window, num_sinks, state, return_state)
     _check_window_options(q, window, window_kernel, log_gain)
+    if sequence_axis is not None:
+        if not causal or state is not None or return_state:
+            raise UserError("sequence_axis needs causal=True, and neither takes nor returns a state")
+        check_stretch(q.shape[1], chunk_size, window)
     arrays = _per_head(projections, geometry, log_weights, log_gain, k, window)
     num_features = arrays.projections.shape[-2]
     batch, length, num_heads, dim = q.shape
@@ -99,19 +108,24 @@ def dark_attention(
             f"the state was made for [kv heads, features, value size] = {state.far.values.shape[1:]}; "
             f"these inputs have {(num_kv_heads, num_features, value_dim)}"
         )
+    if sequence_axis is not None:
+        state = place_stretch(state, segment_ids, length, sequence_axis)
+        arrays = vary_like(k, arrays)
     if segment_ids is None:  # all in the document that the state is in
         last_segment = jnp.maximum(state.last_segment, 1)
         segment_ids = jnp.broadcast_to(last_segment[:, None], (batch, length))
         positions = state.document_length[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
         document_length = state.document_length + length
     else:
-        positions, last_segment, document_length = jax.vmap(_positions)(
+        positions, last_segment, document_length = jax.vmap(document_places)(
             segment_ids, state.last_segment, state.document_length
         )
     state = state._replace(last_segment=last_segment, document_length=document_length)
     grouped = q.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, dim)
     tokens = Tokens(grouped, k, v, segment_ids, positions)
     heads = Heads(arrays, scale, window_kernel)
+    if sequence_axis is not None:
+        state = state_before(heads, state, tokens, axis=sequence_axis, chunk_size=chunk_size, window=window)
 
     if resumed and length == 1:
         step = functools.partial(step_window, chunk_size=chunk_size) if window else step_features
@@ -150,26 +164,6 @@ def init_state(
     )
     heads = jax.vmap(lambda _: head, out_axes=HEAD_AXES, axis_size=num_kv_heads, in_axes=None)(None)
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (batch, *leaf.shape)), heads)
-
-
-def _positions(
-    segment_ids: Int[Array, "n"], last_segment: Int[Array, ""], document_length: Int[Array, ""]
-) -> tuple[Int[Array, "n"], Int[Array, ""], Int[Array, ""]]:
-    """Each token's place in its document, and the last document's id and length so far. Padding takes no place."""
-    real = segment_ids != 0
-    latest = jax.lax.cummax(jnp.where(real, jnp.arange(segment_ids.shape[0]), -1))
-    latest = jnp.concatenate([jnp.full(1, -1, latest.dtype), latest[:-1]])  # the real token before each
-    before = jnp.where(latest >= 0, segment_ids[latest], last_segment)
-    ones = real.astype(jnp.int32)
-    count = jnp.cumsum(ones) - ones  # real tokens before each
-    starts = jnp.where(real & (segment_ids != before), count, -document_length)
-    positions = count - jax.lax.cummax(starts)
-    last = last_nonzero(segment_ids)
-    return (
-        positions,
-        jnp.where(last >= 0, segment_ids[last], last_segment),
-        jnp.where(last >= 0, positions[last] + 1, document_length),
-    )
 
 
 def _shift_full_windows(heads: Heads, state: AttentionState, chunk_size: int) -> AttentionState:

@@ -168,6 +168,26 @@ def last_nonzero(segments: Int[Array, "n"]) -> Int[Array, ""]:
     return jnp.max(jnp.where(segments != 0, jnp.arange(segments.shape[0]), -1), initial=-1)
 
 
+def document_places(
+    segment_ids: Int[Array, "n"], last_segment: Int[Array, ""], document_length: Int[Array, ""]
+) -> tuple[Int[Array, "n"], Int[Array, ""], Int[Array, ""]]:
+    """Each token's place in its document, and the last document's id and length so far. Padding takes no place."""
+    real = segment_ids != 0
+    latest = jax.lax.cummax(jnp.where(real, jnp.arange(segment_ids.shape[0]), -1))
+    latest = jnp.concatenate([jnp.full(1, -1, latest.dtype), latest[:-1]])  # the real token before each
+    before = jnp.where(latest >= 0, segment_ids[latest], last_segment)
+    ones = real.astype(jnp.int32)
+    count = jnp.cumsum(ones) - ones  # real tokens before each
+    starts = jnp.where(real & (segment_ids != before), count, -document_length)
+    positions = count - jax.lax.cummax(starts)
+    last = last_nonzero(segment_ids)
+    return (
+        positions,
+        jnp.where(last >= 0, segment_ids[last], last_segment),
+        jnp.where(last >= 0, positions[last] + 1, document_length),
+    )
+
+
 def read_far(
     kernel: Kernel, queries: Array, segments: Array, far: FarState, log_q: Array | None = None
 ) -> Float[Array, "n g m"]:

@@ -5,7 +5,7 @@ The backward pass keeps the states between chunks, (L / chunk_size) m (dv + 2) n
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,8 @@ RECENT_AXES: Any = HEAD_AXES.recent
 TOKEN_AXES: Any = Tokens(1, 1, 1, None, None)  # type: ignore[arg-type]
 SUM_AXES: Any = Sums(1, 1, 1)  # type: ignore[arg-type]
 
+TokenTree = TypeVar("TokenTree", Tokens, Recent)
+
 # The scan's loop already keeps XLA from merging the recomputation with the forward pass.
 _recompute = functools.partial(jax.checkpoint, prevent_cse=False)
 
@@ -68,7 +70,7 @@ def scan_features(
     Leaves of `state` and `tokens` have the batch in front, as in `dark_attention`.
     """
     length = tokens.segments.shape[1]
-    chunks = _split(tokens, min(chunk_size, length))
+    chunks = split_chunks(tokens, min(chunk_size, length))
     visible = same_segment(chunks.segments, chunks.segments)
     if causal:
         visible &= jnp.tri(visible.shape[-1], dtype=bool)[None, None]
@@ -113,7 +115,7 @@ def scan_window(
     recent = _recent_tokens(state.recent, 0, window)
     if resumed:
         tokens = _realign(tokens, _recent_tokens(state.recent, window, None), offset)
-    chunks = _split(tokens, chunk_size)
+    chunks = split_chunks(tokens, chunk_size)
     num_chunks = chunks.segments.shape[0]
     num_complete = end // chunk_size
     one_chunk = heads.map(
@@ -190,12 +192,17 @@ def _partial_chunk(tokens: Tokens, room: int, start: Int[Array, "b"], chunk_size
     return jax.vmap(one_sequence)(tokens.recent(), start)
 
 
+def heads_first(recent: Recent) -> Recent:
+    """[b, tokens, heads, d] of sequences -> [b, heads, tokens, d] of their states."""
+    return recent._replace(keys=jnp.swapaxes(recent.keys, 1, 2), values=jnp.swapaxes(recent.values, 1, 2))
+
+
 def _heads_last(recent: Recent) -> Recent:
     """[heads, tokens, d] of a state -> [tokens, heads, d] of a sequence."""
     return recent._replace(keys=jnp.swapaxes(recent.keys, 0, 1), values=jnp.swapaxes(recent.values, 0, 1))
 
 
-def _split(tokens: Tokens, size: int) -> Tokens:
+def split_chunks(tokens: TokenTree, size: int) -> TokenTree:
     """[b, n, ...] -> [chunks, b, size, ...], with padding (segment 0) at the end."""
     missing = -tokens.segments.shape[1] % size
 

@@ -14,6 +14,11 @@ HloModule jit_step, num_partitions=8
 
 %inner (p: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
   %all-reduce.1 = (f32[4,8]{1,0:T(8,128)S(1)}, f32[]{:T(128)}) all-reduce(%a, %b), channel_id=1, replica_groups=[2,4]<=[8], to_apply=%add
+  %beside = bf16[4,64] fusion(%q), kind=kOutput, calls=%piece.3
+}
+
+%piece.3 (q: bf16[1,64]) -> bf16[4,64] {
+  ROOT %all-gather.7 = bf16[4,64]{1,0:T(8,128)(2,1)} all-gather(%q), channel_id=7, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}
 }
 
 %inner_condition (p: (s32[], f32[4,8])) -> pred[] {
@@ -72,7 +77,9 @@ def test_every_collective_counts_as_often_as_it_runs(slices):
     assert unknown_loops == 1
     assert counts == {
         Collective("all-reduce", 4 * 8 * 4 + 4, 4, False): 36,
-        Collective("all-gather", 4 * 64 * 2, 4, False): 3,  # two pieces of one
+        Collective(
+            "all-gather", 4 * 64 * 2, 4, False
+        ): 3,  # three pieces of one, the third beside the inner loop's work
         Collective("reduce-scatter", 16 * 8 * 4, 8, two): 3,
         Collective("collective-permute", 2 * 4, 2, two): 1,
         Collective("all-gather", 16 * 8 * 4, 8, two): 1,

@@ -1,0 +1,175 @@
+"""A sequence that eight devices share: outputs, gradients, and what the devices tell each other."""
+
+import dataclasses
+import functools
+import json
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from darkformer_jax import dark_attention
+from darkformer_jax.attention import MECHANISMS, stretches
+from darkformer_jax.attention.spec import AttentionSpec
+from darkformer_jax.errors import UserError
+from darkformer_jax.ops.context import check_stretch
+from darkformer_jax.ops.dark_attention import init_state
+from darkformer_jax.sharding import make_mesh
+from tests.tiny_runs import on_eight_devices
+
+# 13 tokens a device: neither they nor the whole are multiples of the chunk.
+FEATURES = {"length": 104, "chunk_size": 4}
+HYBRID = {"length": 96, "chunk_size": 4, "window": 8, "num_sinks": 3}
+LONG = 96 * 170
+
+
+def packed(length):
+    """Documents that begin and end anywhere, one through all devices and an odd end, and one with padding before it."""
+    place = np.arange(length)
+    ids = [np.searchsorted((5, 11, 70), place, side="right") + 1, 1 + (place > 50), 1 + 0 * place]
+    ids = np.stack([ids[0] * (place < 91), ids[1], ids[2] * (place > 30) * (place < length - 1)])
+    return jnp.asarray(ids, jnp.int32)
+
+
+def arrays(length):
+    """q, k, v, projections, geometry, log gains, and a cotangent of the output."""
+    shapes = [(3, length, 4, 8), (3, length, 2, 8), (3, length, 2, 8), (2, 16, 8), (2, 8, 8), (4,), (3, length, 4, 8)]
+    random = np.random.default_rng(0)
+    drawn = [jnp.asarray(random.normal(size=shape), jnp.float32) for shape in shapes]
+    drawn[4] = 0.5 * drawn[4]
+    return drawn
+
+
+def attention(*, length, split, segments=True, **options):
+    """(q, k, v, w, M, gain, ids) -> out, on one device or split over the eight of the current mesh."""
+
+    def attend(q, k, v, w, M, gain, ids, sequence_axis=None):
+        kernel = {"projections": w, "geometry": M, "log_gain": gain if "window" in options else None}
+        ids = ids if segments else None
+        return dark_attention(q, k, v, **kernel, segment_ids=ids, sequence_axis=sequence_axis, **options)
+
+    if not split:
+        return attend
+    tokens = P(None, "context")
+    split_attend = functools.partial(attend, sequence_axis="context")
+    in_specs = (tokens, tokens, tokens, P(), P(), P(), tokens)
+    return jax.shard_map(split_attend, in_specs=in_specs, out_specs=tokens, axis_names={"context"})
+
+
+def compile_gradients(inputs, ids, **options):
+    """The compiled function (q, k, v, w, M, gain, cotangent), ids -> (out, gradients)."""
+    function = attention(**options)
+
+    def run(args, ids):
+        out, pull = jax.vjp(lambda *learned: function(*learned, ids), *args[:-1])
+        return out, pull(args[-1])
+
+    return jax.jit(run).lower(inputs, ids).compile()
+
+
+def error(got, expected):
+    """The largest relative error of any of the arrays."""
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
+    return max(float(np.linalg.norm(a - b) / (np.linalg.norm(b) or 1)) for a, b in pairs)
+
+
+def messages(text):
+    """Bytes of the results of each kind of collective in a compiled program, and how many of them loops repeat."""
+    total, in_loops = {}, 0
+    for computation in re.split(r"\n(?=\S)", text):
+        for types, kind in re.findall(
+            r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", computation
+        ):
+            shapes = re.findall(r"[a-z]+(\d+)\[([\d,]*)\]", types)
+            size = sum(int(bits) // 8 * math.prod(map(int, filter(None, dims.split(",")))) for bits, dims in shapes)
+            total[kind] = total.get(kind, 0) + size
+            in_loops += not computation.startswith("ENTRY")
+    return total, in_loops
+
+
+def compare():
+    """What the test reads, of a program with eight devices."""
+    result = {}
+    with jax.set_mesh(make_mesh({"context": 8})):
+        for name, options in (("features", FEATURES), ("hybrid", HYBRID)):
+            inputs, ids = arrays(options["length"]), packed(options["length"])
+            one = compile_gradients(inputs, ids, split=False, **options)
+            eight = compile_gradients(inputs, ids, split=True, **options)
+            result[name] = error(eight(inputs, ids), one(inputs, ids))
+        result["messages"] = messages(eight.as_text())
+        shapes = jax.eval_shape(lambda: (arrays(LONG), packed(LONG)))
+        long = compile_gradients(*shapes, split=True, **HYBRID | {"length": LONG})
+        result["long messages"] = messages(long.as_text())
+        whole = jnp.ones_like(ids)
+        undivided = jax.jit(attention(split=True, segments=False, **HYBRID))(*inputs[:-1], whole)
+        result["one document"] = error(undivided, one(inputs, whole)[0])
+    result["mechanisms"] = error(*(mechanisms(make_mesh({"context": size}, jax.devices()[:size])) for size in (8, 1)))
+    return result
+
+
+def mechanisms(mesh):
+    """Outputs of those that look at nothing, and of those that see a window and no more."""
+    q, k, v = arrays(96)[:3]
+    ids = packed(96)
+    places = jnp.broadcast_to(jnp.arange(96), ids.shape)
+    spec = AttentionSpec(
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        num_features=16,
+        projections="iid",
+        geometry_init=1.0,
+        chunk_size=4,
+        window=0,
+        num_sinks=0,
+        seed=0,
+    )
+    hybrid = dataclasses.replace(spec, window=8, num_sinks=3)
+    kinds = {"constant": spec, "window_only": hybrid}
+
+    def run():
+        made = [MECHANISMS[kind](own_spec, 0) for kind, own_spec in kinds.items()]
+        return [mechanism(q, k, v, segment_ids=ids, positions=places)[0] for mechanism in made]
+
+    with jax.set_mesh(mesh):
+        return jax.device_get(jax.jit(run)())
+
+
+def test_eight_stretches_are_one_sequence(tmp_path):
+    code = "import json; from tests.ops.test_context import compare; print(json.dumps(compare()))"
+    (tmp_path / "program.py").write_text(code)
+    ended = on_eight_devices(tmp_path / "program.py", tmp_path).wait()
+    assert ended.status == 0, ended.err
+    result = json.loads(ended.out.splitlines()[-1])
+    for name in ("features", "hybrid", "one document", "mechanisms"):
+        assert result[name] < 3e-6, (name, result)
+    short, in_loops = result["messages"]
+    assert in_loops == 0
+    assert result["long messages"] == [short, 0]  # of a sequence 170 times as long
+    # The states (c, z, S) of eight devices forwards; the window's keys, values, segments and positions.
+    assert short["all-gather"] >= 8 * 3 * 2 * 16 * (8 + 2) * 4
+    assert short["collective-permute"] >= 2 * 3 * 8 * (2 * (8 + 8) + 1) * 4
+
+
+def test_what_cannot_be_split_is_refused(monkeypatch):
+    q, k, v, w = arrays(8)[:4]
+    state = init_state(3, 2, 8, 8, 16, jnp.float32)
+    for options in ({"causal": False}, {"state": state}, {"return_state": True}):
+        with pytest.raises(UserError, match="sequence_axis needs causal=True, and neither takes nor returns a state"):
+            dark_attention(q, k, v, projections=w, sequence_axis="context", **options)
+    check_stretch(13, 4, 0)
+    check_stretch(8, 4, 8)
+    for length, window in ((13, 4), (8, 12)):
+        message = f"each device has {length} tokens of a sequence: .* multiple of chunk_size = 4 .* window = {window}"
+        with pytest.raises(UserError, match=message):
+            check_stretch(length, 4, window)
+
+    monkeypatch.setattr(stretches, "context_size", lambda: 8)
+    with pytest.raises(UserError, match="mesh.context = 8 splits whole .* a multiple of 8; decoding .* context = 1"):
+        stretches.on_stretches(dark_attention, q, k, v, state=state, projections=w)
+    with pytest.raises(UserError, match="mesh.context = 8 splits whole .* a multiple of 8; these have 7 tokens"):
+        stretches.on_stretches(dark_attention, q[:, :7], k[:, :7], v[:, :7], projections=w)
