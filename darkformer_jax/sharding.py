@@ -128,26 +128,6 @@ def sharding_of(name: str, axes: Sequence[str | None], shape: Sequence[int], mes
     return NamedSharding(mesh, spec_of(name, axes, shape, mesh))
 
 
-def check_processes(batch_sharding: NamedSharding, shape: tuple[int, int]) -> None:
-    """Raises UserError where this process's devices do not hold an equal part of a batch's rows, whole.
-
-    Each process reads as many rows as every other and lays them on its own devices (`put_batch`).
-    """
-    batch, length = shape
-    places = set()
-    for index in batch_sharding.addressable_devices_indices_map(shape).values():
-        of_rows, of_tokens = index or (slice(None), slice(None))
-        places |= {(row, of_tokens.indices(length)[:2]) for row in range(*of_rows.indices(batch))}
-    rows, count = {row for row, _ in places}, jax.process_count()
-    tokens = sum(stop - start for start, stop in {place for _, place in places})
-    if len(rows) * count != batch or tokens != length:
-        raise UserError(
-            f"mesh {dict(batch_sharding.mesh.shape)}: of a batch's {batch} rows of {length} tokens, process "
-            f"{jax.process_index()} of {count} holds {len(rows)} rows and {tokens} tokens of each; allowed: {batch} / "
-            f"{count} whole rows (data x fsdp is a multiple of the processes, tensor x context stays within one)"
-        )
-
-
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Tells the compiler how an activation is split over the current mesh (`jax.set_mesh`); nothing without one."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -77,9 +77,7 @@ def test_every_collective_counts_as_often_as_it_runs(slices):
     assert unknown_loops == 1
     assert counts == {
         Collective("all-reduce", 4 * 8 * 4 + 4, 4, False): 36,
-        Collective(
-            "all-gather", 4 * 64 * 2, 4, False
-        ): 3,  # three pieces of one
+        Collective("all-gather", 4 * 64 * 2, 4, False): 3,  # three pieces of one
         Collective("reduce-scatter", 16 * 8 * 4, 8, two): 3,
         Collective("collective-permute", 2 * 4, 2, two): 1,
         Collective("all-gather", 16 * 8 * 4, 8, two): 1,
