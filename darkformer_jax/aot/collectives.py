@@ -11,11 +11,13 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 _COLLECTIVE = re.compile(rf" ({'|'.join(KINDS)})(-start)?\(")
-_CALLED = re.compile(r"(?:calls|body|to_apply|called_computations|branch_computations)=\{?((?:%[\w.-]+(?:, )?)+)")
+_CALLING = "calls|body|to_apply|called_computations|branch_computations|true_computation|false_computation"
+_CALLED = re.compile(rf"(?:{_CALLING})=\{{?((?:%[\w.-]+(?:, )?)+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = re.compile(r"condition=%([\w.-]+)")
 _CONSTANT = re.compile(r" constant\((\d+)\)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
+_CHAIN = re.compile(r'chain_id="(\d+)"')
 _SHAPE = re.compile(r"\b(pred|[a-z]+[0-9]+(?:e[0-9]+m[0-9]+\w*)?)\[([0-9,]*)\]")
 _IOTA = re.compile(r"replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?")
 _LISTED = re.compile(r"replica_groups=\{\{([0-9,]*)\}")
@@ -26,20 +28,32 @@ _PAIRS = re.compile(r"source_target_pairs=\{([0-9,{}]*)\}")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One kind of message: `num_bytes` of whole data among `group_size` devices (see `wire_bytes`)."""
+    """One kind of message: `num_bytes` gathered or reduced among `group_size` devices, of `num_slices` slices."""
 
     kind: str
     num_bytes: int
     group_size: int
-    across_slices: bool
+    num_slices: int = 1
 
     @property
-    def wire_bytes(self) -> float:
-        """What one device sends around a ring. num_bytes are those gathered, or those that are reduced."""
+    def slice_bytes(self) -> float:
+        """What one device sends within its slice: its part of a ring there."""
         if self.kind == "collective-permute":
-            return self.num_bytes
-        share = (self.group_size - 1) / self.group_size
-        return (2 if self.kind == "all-reduce" else 1) * share * self.num_bytes
+            return self.num_bytes if self.num_slices == 1 else 0
+        inside = self.group_size / self.num_slices
+        return self._passes * (inside - 1) / inside * self.num_bytes
+
+    @property
+    def network_bytes(self) -> float:
+        """What one device sends to other slices, where the devices of a slice share that work."""
+        if self.kind == "collective-permute":
+            return self.num_bytes if self.num_slices > 1 else 0
+        return self._passes * (self.num_slices - 1) / self.group_size * self.num_bytes
+
+    @property
+    def _passes(self) -> int:
+        """An all-reduce scatters sums, then gathers them."""
+        return 2 if self.kind == "all-reduce" else 1
 
 
 def collectives(hlo: str, slices: Sequence[int]) -> tuple[Counter[Collective], int]:
@@ -52,17 +66,14 @@ def collectives(hlo: str, slices: Sequence[int]) -> tuple[Counter[Collective], i
       slices: of each device, in the order of the mesh: the slice (pod) it belongs to.
     """
     bodies, entry = _computations(hlo)
-    found: dict[str, tuple[Collective, int]] = {}
+    found: dict[tuple[str, ...], tuple[Collective, int]] = {}
     unknown_loops = 0
     pending = [(entry, 1)]
     while pending:
         name, times = pending.pop()
         for line in bodies[name]:
             if match := _COLLECTIVE.search(line):
-                # TPUs cut one collective into fusions that run beside other work, each of which repeats it with its
-                # channel. That work may be a loop's body; the collective itself runs as often as its start.
-                channel = _CHANNEL.search(line)
-                key = channel[1] if channel else line
+                key = _identity(name, line)
                 least = min(times, found[key][1] if key in found else times)
                 found[key] = _parse(line, match, slices, name.startswith("all-reduce-scatter")), least
             calls = [call.strip(" %") for group in _CALLED.findall(line) for call in group.split(",") if call.strip()]
@@ -73,6 +84,19 @@ def collectives(hlo: str, slices: Sequence[int]) -> tuple[Counter[Collective], i
     for collective, times in found.values():
         counts[collective] += times
     return counts, unknown_loops
+
+
+def _identity(computation: str, line: str) -> tuple[str, ...]:
+    """What tells one collective from another.
+
+    TPUs cut one into a chain of fusions that run beside other work, each of which repeats it. That work may be a
+    loop's body; the collective itself runs as often as the least repeated of them.
+    """
+    chain = _CHAIN.search(line)
+    if not chain:
+        return computation, line
+    channel, groups = _CHANNEL.search(line), line.find("replica_groups=")
+    return chain[1], channel[1] if channel else "", line[groups : line.find("}", groups)]
 
 
 def _trips(line: str, bodies: dict[str, list[str]]) -> int | None:
@@ -112,8 +136,8 @@ def _parse(line: str, found: re.Match[str], slices: Sequence[int], scattered: bo
     groups = _groups(line, len(slices))
     size = len(groups[0])
     total = sum(arrays) * (size if kind == "reduce-scatter" else 1)
-    across = any(len({slices[device] for device in group}) > 1 for group in groups)
-    return Collective("reduce-scatter" if scattered else kind, total, size, across)
+    num_slices = max(len({slices[device] for device in group}) for group in groups)
+    return Collective("reduce-scatter" if scattered else kind, total, size, num_slices)
 
 
 def _itemsize(dtype: str) -> int:

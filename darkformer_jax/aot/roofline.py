@@ -4,6 +4,7 @@ import dataclasses
 from collections import Counter
 
 from darkformer_jax.aot.collectives import Collective
+from darkformer_jax.errors import UserError
 from darkformer_jax.training.flops import peak_flops
 
 GIB = 2**30
@@ -11,10 +12,9 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One jax device. Bandwidths are of one direction, in bytes a second, as Google's documentation gives them.
+    """One jax device. Bandwidths are in bytes a second; those of links count what a device sends, over all of them.
 
-    `ici_bandwidth` is that of one axis of the torus: two links of a ring. `dcn_bandwidth` is a device's share of its
-    host's network.
+    `dcn_bandwidth` is a device's share of its host's network.
     """
 
     hbm_bytes: float
@@ -23,20 +23,23 @@ class Chip:
     dcn_bandwidth: float
 
 
-# By what device_kind starts with; the first match counts.
+# By what device_kind starts with; the first match counts. From Google Cloud's pages on each TPU.
 _CHIPS = (
-    ("TPU v4", Chip(32 * GIB, 1228e9, 100e9, 6.25e9)),
-    ("TPU v5 lite", Chip(16 * GIB, 819e9, 100e9, 3.125e9)),
-    ("TPU v5e", Chip(16 * GIB, 819e9, 100e9, 3.125e9)),
-    ("TPU v5", Chip(95 * GIB, 2765e9, 200e9, 6.25e9)),
-    ("TPU v6", Chip(32 * GIB, 1640e9, 200e9, 12.5e9)),
-    ("TPU7x", Chip(96 * GIB, 3690e9, 200e9, 12.5e9)),  # half a chip: a chip is two jax devices
+    ("TPU v4", Chip(32 * GIB, 1228e9, 300e9, 6.25e9)),
+    ("TPU v5 lite", Chip(16 * GIB, 819e9, 200e9, 3.125e9)),
+    ("TPU v5e", Chip(16 * GIB, 819e9, 200e9, 3.125e9)),
+    ("TPU v5", Chip(95 * GIB, 2765e9, 600e9, 6.25e9)),
+    ("TPU v6", Chip(32 * GIB, 1640e9, 448e9, 12.5e9)),
+    ("TPU7x", Chip(96 * GIB, 3690e9, 600e9, 12.5e9)),  # half a chip: a chip is two jax devices
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Seconds of one step if nothing else were in the way; `mfu` is what is left of the peak by the slowest."""
+    """Seconds of one step if nothing else were in the way, and the model FLOP/s utilisation that the longest leaves.
+
+    Estimates from published figures: all links of a chip are taken to be busy with every message.
+    """
 
     compute: float
     memory: float
@@ -46,16 +49,16 @@ class Roofline:
 
     @property
     def step(self) -> float:
-        """All four at once: no step is faster."""
+        """All four at once."""
         return max(self.compute, self.memory, self.interconnect, self.network)
 
 
 def chip_of(device_kind: str) -> Chip:
-    """Raises KeyError for a kind that is not in the table."""
+    """Raises UserError for a kind that is not in the table."""
     for kind, chip in _CHIPS:
-        if device_kind.startswith(kind):
+        if device_kind.startswith(kind) and peak_flops(device_kind) is not None:
             return chip
-    raise KeyError(device_kind)
+    raise UserError(f"figures of {device_kind!r} are not known; known: {', '.join(kind for kind, _ in _CHIPS)}")
 
 
 def roofline(
@@ -67,7 +70,7 @@ def roofline(
     hbm_traffic: float,
     messages: Counter[Collective],
 ) -> Roofline:
-    """Bounds of one step.
+    """The estimate of one step.
 
     Args:
       model_flops: of the step, on all devices; see `training.flops.train_step_flops`.
@@ -78,14 +81,10 @@ def roofline(
     chip, peak = chip_of(device_kind), peak_flops(device_kind)
     assert peak is not None
     peak *= num_devices
-    sent = {
-        across: sum(m.wire_bytes * times for m, times in messages.items() if m.across_slices == across)
-        for across in (False, True)
-    }
     bounds = {
         "compute": (model_flops + recomputed_flops) / peak,
         "memory": hbm_traffic / chip.hbm_bandwidth,
-        "interconnect": sent[False] / chip.ici_bandwidth,
-        "network": sent[True] / chip.dcn_bandwidth,
+        "interconnect": sum(m.slice_bytes * times for m, times in messages.items()) / chip.ici_bandwidth,
+        "network": sum(m.network_bytes * times for m, times in messages.items()) / chip.dcn_bandwidth,
     }
     return Roofline(**bounds, mfu=model_flops / peak / max(bounds.values()))

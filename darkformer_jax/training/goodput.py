@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from absl import logging
 
 from darkformer_jax.data.files import write_atomically
 from darkformer_jax.errors import UserError, one_line
@@ -40,8 +41,14 @@ class Stopwatch:
         self._first_step = 0
 
     def begin(self, step: int) -> None:
-        """The session starts with the weights after `step`. Reads the account of earlier ones."""
-        self._earlier, self._first_step = read_sessions(self._path.parent), step
+        """The session starts with the weights after `step`. An account that cannot be read is put aside."""
+        try:
+            self._earlier = read_sessions(self._path.parent)
+        except UserError as error:
+            logging.warning("%s; a new account begins", error)
+            self._path.replace(self._path.with_suffix(".damaged"))
+            self._earlier = []
+        self._first_step = step
 
     def lap(self, part: str, step: int) -> None:
         """What was done since the last lap was `part`, and the last finished step is `step`."""
@@ -53,7 +60,10 @@ class Stopwatch:
             self.write(step)
 
     def write(self, step: int) -> None:
-        """Brings the file up to date. A session without a step is none: the same command again changes nothing."""
+        """Brings the file up to date; where it cannot be written, training goes on without.
+
+        A session without a step is none: the same command again changes nothing.
+        """
         if self._earlier is None or step == self._first_step or jax.process_index() != 0:
             return
         self._written = self._last
@@ -65,7 +75,10 @@ class Stopwatch:
             "seconds": self._seconds,
         }
         lines = [json.dumps(line) + "\n" for line in (*self._earlier, session)]
-        write_atomically(self._path, "".join(lines).encode())
+        try:
+            write_atomically(self._path, "".join(lines).encode())
+        except OSError as error:
+            logging.warning("%s cannot be written: %s", self._path, error)
 
 
 def read_sessions(workdir: Path) -> list[dict[str, Any]]:
@@ -79,7 +92,7 @@ def read_sessions(workdir: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {one_line(error)}; remove it to begin a new account") from error
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from error
 
 
 def goodput(sessions: list[dict[str, Any]]) -> dict[str, float]:
@@ -90,14 +103,16 @@ def goodput(sessions: list[dict[str, Any]]) -> dict[str, float]:
     """
     total = sessions[-1]["ended"] - sessions[0]["began"]
     shares = dict.fromkeys((*PARTS, "repeated", "stopped"), 0.0)
-    for session, following in zip(sessions, [*sessions[1:], None], strict=True):
+    for index, session in enumerate(sessions):
+        later = sessions[index + 1 :]
         seconds = session["seconds"]
         for part in PARTS:
             shares[part] += seconds[part]
-        if following:
-            shares["stopped"] += max(0.0, following["began"] - session["ended"])
+        if later:
+            shares["stopped"] += max(0.0, later[0]["began"] - session["ended"])
             made = session["last_step"] - session["first_step"]
-            lost = max(0, session["last_step"] - following["first_step"])
+            # A session may go back behind the one before, when that one's checkpoints turn out to be damaged.
+            lost = max(0, session["last_step"] - min(other["first_step"] for other in later))
             repeated = seconds["steps"] * min(1.0, lost / made) if made else 0.0
             shares["steps"] -= repeated
             shares["repeated"] += repeated
@@ -107,7 +122,7 @@ def goodput(sessions: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def describe(sessions: list[dict[str, Any]]) -> str:
-    """One line: goodput, and what took the rest, the largest first."""
+    """One line: goodput, and what took the rest, the largest first. There is at least one session."""
     shares = goodput(sessions)
     steps = shares.pop("steps")
     rest = sorted(((share, name) for name, share in shares.items() if share >= 5e-4), reverse=True)

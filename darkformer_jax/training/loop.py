@@ -30,6 +30,7 @@ from darkformer_jax.training.step import (
     to_saved,
 )
 from darkformer_jax.training.trace import TraceWindow
+from darkformer_jax.training.workdir import read_config
 
 
 class Stopped(Exception):
@@ -110,8 +111,10 @@ class Run:
         if not (Path(self.workdir) / METRICS_FILE).exists():
             return
         reached = max((line["step"] for line in read_metrics(self.workdir)), default=0)
-        every = self.experiment.config.checkpoint.every
-        if every and reached > 2 * every:
+        # config.json is still that of the start before, which may have saved less often.
+        saved = read_config(self.workdir)["checkpoint"]["every"]
+        intervals = (self.experiment.config.checkpoint.every, saved)
+        if all(intervals) and reached > 2 * max(intervals):
             raise UserError(
                 f"workdir {self.workdir} has metrics up to step {reached}, but no checkpoint in "
                 f"{self.checkpoints.directory}; bring the checkpoints back or use a new workdir"
@@ -129,6 +132,7 @@ class Run:
         log = _Log(self, writer, progress)
         trace = TraceWindow(self.workdir, config.profile.first_step, config.profile.steps)
         self.watch.begin(step)
+        trace.begin(step, config.num_steps)
         evaluation: Evaluation | None = None
         teacher = self.teacher.arrays if self.teacher else None
         try:
@@ -162,12 +166,13 @@ class Run:
                 evaluation = evaluation or self.evaluate(state, 0)
             return state, evaluation
         finally:
-            trace.close()
-            with contextlib.suppress(OSError):  # a full disk has an error of its own under way
-                self.watch.write(step)
-            writer.close()
-            progress.close()
-            self.checkpoints.close()
+            with contextlib.ExitStack() as ending:  # all of it, whatever of it fails; the last is done first
+                ending.callback(self.watch.write, step)
+                ending.callback(self.watch.lap, "saves", step)
+                ending.callback(self.checkpoints.close)
+                ending.callback(progress.close)
+                ending.callback(writer.close)
+                ending.callback(trace.close)
 
     def evaluate(self, state: TrainState, num_batches: int) -> Evaluation:
         """On `num_batches` batches from all over the held-out split; 0 = all of it."""

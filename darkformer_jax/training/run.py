@@ -113,7 +113,8 @@ def _report(
 ) -> None:
     print(f"\n{workdir}: step {int(state.step)} after {seconds:.0f} s")
     print(f"held out ({evaluation.tokens:,} tokens): {evaluation}")
-    print(describe(read_sessions(Path(workdir))))
+    if sessions := read_sessions(Path(workdir)):  # none of a run that an earlier version finished
+        print(describe(sessions))
     text = data.heldout_text()
     if text:
         others = "  ".join(f"{name} {bits:.3f}" for name, bits in compressors(text).items())

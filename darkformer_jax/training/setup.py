@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import ml_collections
@@ -136,10 +137,7 @@ class Experiment:
     def describe(self) -> str:
         """What --dry_run prints."""
         spec = self.network.spec
-        per_device = sum(
-            math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-            for leaf, sharding in zip(jax.tree.leaves(self.abstract), jax.tree.leaves(self.shardings), strict=True)
-        )
+        per_device = bytes_a_device(self.abstract, self.shardings)
         rows = (
             ("parameters", f"{self.num_params:,}"),
             ("trained", f"{self.num_trained:,} (optimizer.train = {self.config.optimizer.train!r})"),
@@ -152,6 +150,12 @@ class Experiment:
             ("steps", f"{self.config.num_steps:,}"),
         )
         return "\n".join(f"{name:14s} {value}" for name, value in rows)
+
+
+def bytes_a_device(abstract: Any, shardings: Any) -> int:
+    """Of the arrays' part on one device."""
+    pairs = zip(jax.tree.leaves(abstract), jax.tree.leaves(shardings), strict=True)
+    return sum(math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, sharding in pairs)
 
 
 def _size(tree: dict) -> int:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from absl import logging
 
 PROFILE_DIRECTORY = "profile"
 
@@ -18,6 +19,16 @@ class TraceWindow:
         self._directory = str(Path(workdir) / PROFILE_DIRECTORY)
         self._first, self._last = first, first + count - 1
         self._runs = False
+
+    def begin(self, step: int, last_step: int) -> None:
+        """The session goes from the weights after `step` to `last_step`."""
+        if self._first and not step < self._first <= last_step:
+            logging.warning(
+                "profile.first_step = %d records nothing: this session's steps are %d to %d",
+                self._first,
+                step + 1,
+                last_step,
+            )
 
     def before(self, step: int) -> None:
         """Step `step` is about to be dispatched."""

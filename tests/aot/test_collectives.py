@@ -2,6 +2,7 @@ import pytest
 
 from darkformer_jax.aot.collectives import Collective, collectives, mesh_groups
 from darkformer_jax.aot.roofline import chip_of, roofline
+from darkformer_jax.errors import UserError
 from darkformer_jax.training.flops import peak_flops
 
 # In the manner of XLA: a scan of 12 steps within one of 3, a conditional, an asynchronous pair, a fused one in pieces.
@@ -18,7 +19,7 @@ HloModule jit_step, num_partitions=8
 }
 
 %piece.3 (q: bf16[1,64]) -> bf16[4,64] {
-  ROOT %all-gather.7 = bf16[4,64]{1,0:T(8,128)(2,1)} all-gather(%q), channel_id=7, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}
+  ROOT %all-gather.7 = bf16[4,64]{1,0:T(8,128)(2,1)} all-gather(%q), channel_id=7, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}, frontend_attributes={chain_id="2"}
 }
 
 %inner_condition (p: (s32[], f32[4,8])) -> pred[] {
@@ -28,11 +29,11 @@ HloModule jit_step, num_partitions=8
 }
 
 %piece.1 (q: bf16[1,64]) -> bf16[4,64] {
-  ROOT %all-gather.5 = bf16[4,64]{1,0:T(8,128)(2,1)} all-gather(%q), channel_id=7, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}
+  ROOT %all-gather.5 = bf16[4,64]{1,0:T(8,128)(2,1)} all-gather(%q), channel_id=7, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}, frontend_attributes={chain_id="2"}
 }
 
 %piece.2 (q: bf16[1,64]) -> bf16[4,64] {
-  ROOT %all-gather.6 = bf16[4,64]{1,0:T(8,128)(2,1)} all-gather(%q), channel_id=7, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}
+  ROOT %all-gather.6 = bf16[4,64]{1,0:T(8,128)(2,1)} all-gather(%q), channel_id=7, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}, frontend_attributes={chain_id="2"}
 }
 
 %all-reduce-scatter.2 (input: f32[16,8]) -> f32[2,8] {
@@ -43,6 +44,8 @@ HloModule jit_step, num_partitions=8
   %while.1 = (s32[], f32[4,8]) while(%p), condition=%inner_condition, body=%inner
   %fusion.1 = bf16[4,64] fusion(%q), kind=kLoop, calls=%piece.1
   %fusion.2 = bf16[4,64] fusion(%q), kind=kLoop, calls=%piece.2
+  %manual.1 = f32[4]{0} all-gather(%x), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+  %manual.2 = f32[4]{0} all-gather(%y), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
   %scattered = f32[2,8] fusion(%x), kind=kCustom, calls=%all-reduce-scatter.2
 }
 
@@ -73,15 +76,16 @@ ONE_SLICE, TWO_SLICES = [0] * 8, [0] * 4 + [1] * 4
 @pytest.mark.parametrize("slices", [ONE_SLICE, TWO_SLICES])
 def test_every_collective_counts_as_often_as_it_runs(slices):
     counts, unknown_loops = collectives(PROGRAM, slices)
-    two = slices is TWO_SLICES
+    two = 2 if slices is TWO_SLICES else 1
     assert unknown_loops == 1
     assert counts == {
-        Collective("all-reduce", 4 * 8 * 4 + 4, 4, False): 36,
-        Collective("all-gather", 4 * 64 * 2, 4, False): 3,  # three pieces of one
+        Collective("all-reduce", 4 * 8 * 4 + 4, 4): 36,
+        Collective("all-gather", 4 * 64 * 2, 4): 3,  # three pieces of one
+        Collective("all-gather", 4 * 4, 4): 6,  # two, though shard_map gives all the same channel
         Collective("reduce-scatter", 16 * 8 * 4, 8, two): 3,
         Collective("collective-permute", 2 * 4, 2, two): 1,
         Collective("all-gather", 16 * 8 * 4, 8, two): 1,
-        Collective("reduce-scatter", 2 * 8 * 4, 2, False): 1,
+        Collective("reduce-scatter", 2 * 8 * 4, 2): 1,
     }
 
 
@@ -99,10 +103,16 @@ def test_groups_along_axes_of_a_named_mesh(axes, groups):
 
 
 def test_bytes_on_the_wire():
-    assert Collective("all-reduce", 800, 8, False).wire_bytes == 1400
-    assert Collective("all-gather", 800, 8, False).wire_bytes == 700
-    assert Collective("reduce-scatter", 800, 8, False).wire_bytes == 700
-    assert Collective("collective-permute", 800, 2, False).wire_bytes == 800
+    assert Collective("all-reduce", 800, 8).slice_bytes == 1400
+    assert Collective("all-gather", 800, 8).slice_bytes == 700
+    assert Collective("reduce-scatter", 800, 8).slice_bytes == 700
+    assert Collective("collective-permute", 800, 2).slice_bytes == 800
+    assert Collective("all-gather", 800, 8).network_bytes == 0
+    # Of 4 devices in each of 2 slices, each fetches a fourth of the other slice's half and passes it on.
+    two = Collective("all-gather", 800, 8, 2)
+    assert (two.network_bytes, two.slice_bytes) == (100, 600)
+    pair = Collective("collective-permute", 800, 2, 2)
+    assert (pair.network_bytes, pair.slice_bytes) == (800, 0)
 
 
 def test_the_slowest_part_bounds_the_step():
@@ -112,13 +122,13 @@ def test_the_slowest_part_bounds_the_step():
         "TPU v5 lite", 8, model_flops=3 * peak, recomputed_flops=peak, hbm_traffic=chip.hbm_bandwidth, messages=counts
     )
     assert (bound.compute, bound.memory, bound.step, bound.mfu) == (4, 1, 4, 0.75)
-    inside = 36 * 1.5 * 132 + 3 * 0.75 * 512 + 0.5 * 64
-    across = 3 * 7 / 8 * 512 + 8 + 7 / 8 * 512
+    inside = 36 * 1.5 * 132 + 6 * 0.75 * 16 + 3 * 0.75 * 512 + 3 * 0.75 * 512 + 0.75 * 512 + 0.5 * 64
+    across = 3 * 512 / 8 + 8 + 512 / 8
     assert bound.interconnect == pytest.approx(inside / chip.ici_bandwidth)
     assert bound.network == pytest.approx(across / chip.dcn_bandwidth)
     slow = roofline(
         "TPU v5 lite", 8, model_flops=peak, recomputed_flops=0, hbm_traffic=2 * chip.hbm_bandwidth, messages=counts
     )
     assert (slow.step, slow.mfu) == (2, 0.5)
-    with pytest.raises(KeyError, match="abacus"):
+    with pytest.raises(UserError, match="figures of 'abacus' are not known; known: TPU v4, TPU v5 lite"):
         chip_of("abacus")

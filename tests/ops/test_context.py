@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import json
-import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from darkformer_jax import dark_attention
+from darkformer_jax.aot.collectives import KINDS, collectives
 from darkformer_jax.attention import MECHANISMS, stretches
 from darkformer_jax.attention.spec import AttentionSpec
 from darkformer_jax.errors import UserError
@@ -78,17 +77,14 @@ def error(got, expected):
 
 
 def messages(text):
-    """Bytes of the results of each kind of collective in a compiled program, and how many of them loops repeat."""
-    total, in_loops = {}, 0
-    for computation in re.split(r"\n(?=\S)", text):
-        for types, kind in re.findall(
-            r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", computation
-        ):
-            shapes = re.findall(r"[a-z]+(\d+)\[([\d,]*)\]", types)
-            size = sum(int(bits) // 8 * math.prod(map(int, filter(None, dims.split(",")))) for bits, dims in shapes)
-            total[kind] = total.get(kind, 0) + size
-            in_loops += not computation.startswith("ENTRY")
-    return total, in_loops
+    """Bytes of each kind of collective in one run of a program, and how many of them loops repeat."""
+    counts, unknown_loops = collectives(text, [0] * 8)
+    assert not unknown_loops
+    total = {}
+    for message, times in counts.items():
+        total[message.kind] = total.get(message.kind, 0) + times * message.num_bytes
+    repeated = sum(text.count(f" {kind}(") + text.count(f" {kind}-start(") for kind in KINDS) < sum(counts.values())
+    return total, int(repeated)
 
 
 def compare():

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import darkformer_jax.training.goodput
 from darkformer_jax.errors import UserError
 from darkformer_jax.training.goodput import SESSIONS_FILE, Stopwatch, describe, goodput, read_sessions
 from darkformer_jax.training.trace import PROFILE_DIRECTORY, TraceWindow
@@ -93,10 +94,30 @@ def test_a_clock_that_jumps_back_makes_no_time_negative(tmp_path, clock):
     assert min(shares.values()) >= 0 and shares["steps"] == 1
 
 
-def test_a_damaged_account_is_named(tmp_path):
+def test_steps_behind_an_older_checkpoint_are_repeated_by_whichever_session_goes_back():
+    def session(first, last):
+        seconds = {"starting": 0, "steps": last - first, "evaluation": 0, "saves": 0}
+        return {"began": 0, "ended": last - first, "first_step": first, "last_step": last, "seconds": seconds}
+
+    shares = goodput([session(0, 100), session(80, 85), session(60, 100)])
+    assert (shares["steps"], shares["repeated"]) == pytest.approx((100 / 145, 45 / 145))
+
+
+def test_a_damaged_account_is_put_aside_and_one_that_cannot_be_written_stops_nothing(tmp_path, clock, monkeypatch):
     (tmp_path / SESSIONS_FILE).write_text('{"began": 1\n')
-    with pytest.raises(UserError, match=f"{tmp_path}/{SESSIONS_FILE} cannot be read: .*; remove it"):
+    with pytest.raises(UserError, match=f"{tmp_path}/{SESSIONS_FILE} cannot be read: "):
         read_sessions(tmp_path)
+    watch = Stopwatch(tmp_path, clock)
+    watch.begin(0)
+    clock.spend(watch, 20, "steps", 10)
+    assert len(read_sessions(tmp_path)) == 1
+    assert (tmp_path / SESSIONS_FILE).with_suffix(".damaged").read_text() == '{"began": 1\n'
+
+    def full(path, content):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(darkformer_jax.training.goodput, "write_atomically", full)
+    clock.spend(watch, 20, "steps", 20)
 
 
 def test_only_the_steps_of_the_window_are_recorded(tmp_path, monkeypatch):
