@@ -109,8 +109,10 @@ setup() {
     fi
     gcloud_tpu scp "$archive" "$name:" "${everywhere[@]}"
     [ -z "$scratch" ] || rm -r "$scratch"
-    gcloud_tpu ssh "$name" "${everywhere[@]}" \
-        "--command=mkdir -p darkformer_jax && tar -xzf darkformer_jax.tar.gz -C darkformer_jax"
+    # What was sent before goes first: a file that was deleted or renamed here must not stay there.
+    gcloud_tpu ssh "$name" "${everywhere[@]}" "--command=mkdir -p darkformer_jax && cd darkformer_jax && \
+if [ -e .sent ]; then xargs -d '\\n' -a .sent rm -f; fi && \
+tar -xzf ../darkformer_jax.tar.gz && tar -tzf ../darkformer_jax.tar.gz >.sent"
     [ -z "$prepare" ] || on_workers "bash -ec $(quoted "$prepare")"
     on_workers "bash launch/worker.sh install"
 }

@@ -161,6 +161,11 @@ def test_from_create_through_a_preemption_to_delete(cloud):
     call("setup", *NAMED)
     assert (worker / "train.py").read_text() == "# changed since"
     assert (worker / "my config.py").exists() and not (worker / "ignored").exists()
+    (there / "my clone" / "my config.py").rename(there / "my clone" / "renamed.py")
+    (worker / "mine").touch()
+    call("setup", *NAMED)  # what was sent before is gone, what was made there stays
+    assert {"renamed.py", "mine"} <= {path.name for path in worker.iterdir()}
+    assert not (worker / "my config.py").exists()
 
     call("run", *NAMED, *train)
     wait_for(worker / "train.log", "started")
