@@ -56,7 +56,8 @@ def main(argv: list[str]) -> None:
         _train()
         distributed.leave()
     except UserError as error:
-        distributed.fail(str(error), 2)
+        # 1: the same command may work the next time. What starts the processes again should do so (launch/gke.sh).
+        distributed.fail(str(error), 1 if isinstance(error, distributed.Missing) else 2)
     except OSError as error:  # a full disk, where nothing more can be said about it
         distributed.fail(one_line(error), 2)
     except Stopped as stop:

@@ -54,7 +54,9 @@ def compare(checks: Checks, unbroken: Path, workdir: Path, what: str) -> None:
     expected, found = losses(unbroken), losses(workdir)
     same = expected.keys() == found.keys()
     difference = max((abs(expected[key] - found[key]) for key in expected.keys() & found.keys()), default=float("nan"))
-    checks.check(same and difference < 1e-5, f"{what}: {len(found)} losses, at most {difference:.1e} from one process's")
+    checks.check(
+        same and difference < 1e-5, f"{what}: {len(found)} losses, at most {difference:.1e} from one process's"
+    )
 
 
 def kill(checks: Checks, processes: Processes, victim: int, step: int) -> None:
@@ -94,13 +96,15 @@ def finish(checks: Checks, processes: Processes) -> None:
         print(f"        {last_lines(ended)}")
 
 
-def refused(checks: Checks, what: str, words: str, processes: Processes) -> None:
-    """Every process must say so in one line and end with status 2."""
+def refused(checks: Checks, what: str, words: str, processes: Processes, status: int = 2) -> None:
+    """Every process must say so in one line and end with the status."""
     started = time.monotonic()
     ended = processes.wait()
     seconds = time.monotonic() - started
     errors = [[line for line in end.err.splitlines() if line.startswith("error: ")] for end in ended]
-    holds = all(end.status == 2 for end in ended) and all(len(lines) == 1 and words in lines[0] for lines in errors)
+    holds = all(end.status == status for end in ended) and all(
+        len(lines) == 1 and words in lines[0] for lines in errors
+    )
     checks.check(holds, f"{what}: {[end.status for end in ended]} after {seconds:.1f} s")
     print(f"        {last_lines(ended)}")
 
@@ -112,7 +116,14 @@ def two_one_two(checks: Checks, scratch: Path, begin: Callable[..., Processes], 
     alone = Training(workdir, flags, READS_COMPILED)
     alone.until(3 * SAVE_EVERY + 3)
     checks.check(alone.stop(signal.SIGTERM) == 143, f"one process goes on from {alone.resumed_from()} and is stopped")
-    finish(checks, begin(2, workdir))
+    checkpoints = workdir / "checkpoints"
+    newest = max(int(path.name.split(".")[0]) for path in checkpoints.glob("*.sha256.json"))
+    damaged = max((path for path in (checkpoints / str(newest)).rglob("*") if path.is_file()), key=os.path.getsize)
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    last = begin(2, workdir)
+    finish(checks, last)
+    (resumed,) = last.all[0].resumed_from()
+    checks.check(resumed < newest, f"step {newest} was damaged: both went on from step {resumed}")
     compare(checks, scratch / "unbroken", workdir, "2 -> 1 -> 2 processes")
 
 
@@ -140,8 +151,8 @@ def refusals(checks: Checks, scratch: Path, begin: Callable[..., Processes]) -> 
     each = {1: ["--config.optimizer.learning_rate=0.5"]}
     refused(checks, "another learning rate in one", "optimizer.learning_rate: 0.5 here", begin(4, new, each=each))
     refused(checks, "not one workdir", "process 1 cannot see", begin(2, [scratch / "here", scratch / "there"]))
-    refused(checks, "one missing", "process 1 of 3 did not come within 3 s", begin(3, new, short, start=(0, 2)))
-    refused(checks, "no coordinator", "cannot be reached within 3 s", begin(2, new, short, start=(1,)))
+    refused(checks, "one missing", "process 1 of 3 did not come within 3 s", begin(3, new, short, start=(0, 2)), 1)
+    refused(checks, "no coordinator", "cannot be reached within 3 s", begin(2, new, short, start=(1,)), 1)
     cwds = [scratch / name for name in ("with", "shorter", "without")]
     for cwd in cwds:
         cwd.mkdir()
@@ -162,10 +173,14 @@ def main() -> int:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(scratch / "compiled")
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         files: dict[str, object] = {"data__files": write_text(scratch / "text.txt")}
-        files["model__vocab_size"] = 258  # even, for mesh.tensor = 2
-        flags = tiny_flags(num_steps=STEPS, checkpoint__every=SAVE_EVERY, eval__every=SAVE_EVERY, **files)
+        files["model__vocab_size"] = 290  # even, for mesh.tensor = 2
+        flags = tiny_flags(
+            num_steps=STEPS, checkpoint__keep=2, checkpoint__every=SAVE_EVERY, eval__every=SAVE_EVERY, **files
+        )
 
-        def begin(count: int, workdirs: Path | Sequence[Path], more: Sequence[str] = (), **options: object) -> Processes:
+        def begin(
+            count: int, workdirs: Path | Sequence[Path], more: Sequence[str] = (), **options: object
+        ) -> Processes:
             return Processes(count, workdirs, [*flags, *more], jax_config=READS_COMPILED, **options)  # type: ignore[arg-type]
 
         Training(scratch / "unbroken", flags).assert_ends_well()

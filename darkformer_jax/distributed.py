@@ -25,14 +25,14 @@ import jax
 from jax.experimental import multihost_utils
 
 from darkformer_jax.errors import UserError, one_line
-from darkformer_jax.roll_call import named, roll_call
+from darkformer_jax.roll_call import Missing, named, roll_call
 
 HEARTBEAT_SECONDS = 20
 _CONNECT_SECONDS = 60  # after the roll call, all are there
 _START_SECONDS = 300.0  # for all to come to the same point where nobody has much to do
 _WORK_SECONDS = 6 * 3600.0  # where one may read, write or hash a lot; that it has died is noticed otherwise
-_SEES_FILE_SECONDS = 10.0  # NFS shows a new file late
-_LAST_WORDS_SECONDS = 5.0  # for the others to read why a process ended
+_SEES_FILE_SECONDS = 5.0  # NFS shows a new file late
+_LAST_WORDS_SECONDS = 3.0  # for the others to read why a process ended
 _POLL_SECONDS = 0.5
 _TOKEN = ".shared-"
 
@@ -79,16 +79,17 @@ def cluster_of_environment(timeout: float) -> Cluster | None:
     from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize itself asks, too late for the roll call
 
     for environment in ClusterEnv._cluster_types:
-        on_tpu = environment.name.endswith("tpu")
-        if environment.name not in _ENVIRONMENTS or on_tpu and jax.config.jax_platforms == "cpu":
-            continue
-        if environment.is_env_present():
+        # On one worker of a TPU slice, JAX_PLATFORMS=cpu is a run without the TPU, and without the other workers.
+        without_tpu = environment.name.endswith("tpu") and jax.config.values["jax_platforms"] == "cpu"
+        if environment.name in _ENVIRONMENTS and not without_tpu and environment.is_env_present():
             try:
-                found = ClusterEnv.auto_detect_unset_distributed_params(
+                found: Any = ClusterEnv.auto_detect_unset_distributed_params(
                     None, None, None, None, environment.name, int(timeout)
                 )
             except (RuntimeError, OSError, ValueError, LookupError) as error:
-                raise UserError(f"{environment.name}: the other processes cannot be found: {one_line(error)}") from error
+                raise UserError(
+                    f"{environment.name}: the other processes cannot be found: {one_line(error)}"
+                ) from error
             return Cluster(*found)
     return None
 
@@ -101,7 +102,8 @@ def join(cluster: Cluster | None, timeout: float = 300.0) -> None:
       timeout: seconds for all to come.
 
     Raises:
-      UserError: in all that came: some did not, or do not fit together; or the coordinator cannot be reached.
+      Missing: in all that came: some did not, or the coordinator cannot be reached.
+      UserError: in all that came: they do not fit together.
     """
     if cluster is None:
         return
@@ -135,7 +137,7 @@ def process_index() -> int:
 
 
 def barrier(name: str, timeout: float = _WORK_SECONDS) -> None:
-    """Returns when all processes have come here. Raises UserError, which names those that have not in time."""
+    """Returns when all processes have come here. Raises Missing, which names those that have not in time."""
     if not is_distributed():
         return
     client, prefix = _state().client, f"darkformer/at/{name}"
@@ -147,7 +149,7 @@ def barrier(name: str, timeout: float = _WORK_SECONDS) -> None:
         came = {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get(prefix)}
         missing = [number for number in range(_state().num_processes) if number not in came]
         what = f"{named(missing)} did not" if missing else one_line(error)
-        raise UserError(f"waited {timeout:.0f} s for all processes at {name!r}: {what}") from error
+        raise Missing(f"waited {timeout:.0f} s for all processes at {name!r}: {what}") from error
     client.key_value_delete(mine)
 
 
@@ -166,7 +168,7 @@ def require_same(what: str, fields: Mapping[str, Any]) -> None:
         try:
             theirs = json.loads(client.blocking_key_value_get(key, int(_WORK_SECONDS * 1000)))
         except jax.errors.JaxRuntimeError as error:
-            raise UserError(f"process 0 did not tell its {what}: {one_line(error)}") from error
+            raise Missing(f"process 0 did not tell its {what}: {one_line(error)}") from error
         differing = [
             f"{name}: {mine.get(name, '(absent)')} here, {theirs.get(name, '(absent)')} in process 0"
             for name in sorted(mine.keys() | theirs.keys())

@@ -12,6 +12,11 @@ from typing import Any
 
 from darkformer_jax.errors import UserError, one_line
 
+
+class Missing(UserError):
+    """A process did not come or cannot be reached. Unlike other mistakes, it may come the next time."""
+
+
 _HELLO_SECONDS = 5.0  # for a few bytes from whoever has connected
 _RETRY_SECONDS = 0.2
 _LONGEST_LINE = 10_000
@@ -26,8 +31,8 @@ def roll_call(host: str, port: int, num_processes: int, process_id: int, timeout
       timeout: seconds from this process's start of the call.
 
     Raises:
-      UserError: in every process that is there: which are missing, or which do not fit together; or the coordinator
-        cannot be reached.
+      Missing: in every process that is there: which are missing; or the coordinator cannot be reached.
+      UserError: in every process that is there: which do not fit together.
     """
     deadline = time.monotonic() + timeout
     if process_id == 0:
@@ -40,18 +45,18 @@ def _call(port: int, num_processes: int, deadline: float, timeout: float) -> Non
     with contextlib.ExitStack() as stack:
         here: set[int] = set()
         connections: list[socket.socket] = []
-        error = ""
+        error: UserError | None = None
         try:
             server = stack.enter_context(_listen(port))
         except OSError as failure:
-            raise UserError(f"process 0 cannot listen on port {port}: {failure.strerror or failure}") from failure
+            raise Missing(f"process 0 cannot listen on port {port}: {failure.strerror or failure}") from failure
         while not error and len(here) < num_processes - 1:
             server.settimeout(max(deadline - time.monotonic(), 0.001))
             try:
                 connection = stack.enter_context(server.accept()[0])
             except TimeoutError:
                 missing = [number for number in range(1, num_processes) if number not in here]
-                error = f"{named(missing)} of {num_processes} did not come within {timeout:.0f} s"
+                error = Missing(f"{named(missing)} of {num_processes} did not come within {timeout:.0f} s")
                 break
             hello = _read(connection, _HELLO_SECONDS)
             if hello is None or not isinstance(hello.get("process"), int):  # a port scanner, or a process that died
@@ -61,9 +66,11 @@ def _call(port: int, num_processes: int, deadline: float, timeout: float) -> Non
             connections.append(connection)
         for connection in connections:
             with contextlib.suppress(OSError):
-                connection.sendall(json.dumps({"error": error}).encode() + b"\n")
+                connection.sendall(
+                    json.dumps({"error": str(error or ""), "again": isinstance(error, Missing)}).encode() + b"\n"
+                )
         if error:
-            raise UserError(error)
+            raise error
 
 
 def _answer(host: str, port: int, num_processes: int, process_id: int, deadline: float, timeout: float) -> None:
@@ -77,13 +84,13 @@ def _answer(host: str, port: int, num_processes: int, process_id: int, deadline:
                 answer = _read(connection, timeout + _HELLO_SECONDS)
             if answer is not None and "error" in answer:
                 if answer["error"]:
-                    raise UserError(answer["error"])
+                    raise (Missing if answer["again"] else UserError)(answer["error"])
                 return
             reason = "it gave no answer"
         except OSError as failure:
             reason = one_line(failure)
         if time.monotonic() + _RETRY_SECONDS > deadline:
-            raise UserError(
+            raise Missing(
                 f"process {process_id} of {num_processes}: coordinator {host}:{port} cannot be reached within "
                 f"{timeout:.0f} s: {reason}"
             )
@@ -107,12 +114,12 @@ def _read(connection: socket.socket, seconds: float) -> dict[str, Any] | None:
     return line if isinstance(line, dict) else None
 
 
-def _misfit(number: int, of: Any, here: set[int], num_processes: int) -> str:
+def _misfit(number: int, of: Any, here: set[int], num_processes: int) -> UserError | None:
     if of != num_processes:
-        return f"process {number} was started as one of {of} processes, process 0 as one of {num_processes}"
+        return UserError(f"process {number} was started as one of {of} processes, process 0 as one of {num_processes}")
     if number in here:
-        return f"two processes were started as process {number} of {num_processes}"
-    return ""
+        return UserError(f"two processes were started as process {number} of {num_processes}")
+    return None
 
 
 def named(numbers: list[int]) -> str:

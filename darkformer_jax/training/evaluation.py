@@ -2,8 +2,8 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +107,8 @@ def rows_of_process(sharding: NamedSharding) -> tuple[int, int]:
         return 0, 1
     rows: dict[int, set[int]] = {}
     # What any shape that all axes divide tells: which of the rows each device holds, by their first one.
-    for device, index in sharding.devices_indices_map((sharding.num_devices,) * 2).items():
+    indices: Mapping[Any, Any] = sharding.devices_indices_map((sharding.num_devices,) * 2)
+    for device, index in indices.items():
         rows.setdefault(device.process_index, set()).add(index[0].start or 0)
     parts = sorted({tuple(sorted(part)) for part in rows.values()})
     if sum(map(len, parts)) != len(set().union(*rows.values())):
