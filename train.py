@@ -36,7 +36,9 @@ def define_flags() -> None:
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where nothing else tells the processes of it.")
     flags.DEFINE_integer("num_processes", None, "How many processes train together; with --coordinator.")
     flags.DEFINE_integer("process_id", None, "Which of them this is, from 0; with --coordinator.")
-    flags.DEFINE_float("coordinator_timeout", 300.0, "Seconds to wait for all processes at the start.", lower_bound=0.0)
+    flags.DEFINE_integer(
+        "coordinator_timeout", 300, "Seconds to wait for all processes at the start.", lower_bound=1, upper_bound=86400
+    )
 
 
 def default_workdir() -> str:

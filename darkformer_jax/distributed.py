@@ -94,7 +94,7 @@ def cluster_of_environment(timeout: float) -> Cluster | None:
     return None
 
 
-def join(cluster: Cluster | None, timeout: float = 300.0) -> None:
+def join(cluster: Cluster | None, timeout: float = 300) -> None:
     """Connects this process with the others and prints `process i of n`. Call it before anything looks at devices.
 
     Args:

@@ -111,8 +111,8 @@ distributed.leave()
 """
 
 
-@pytest.mark.parametrize(("signum", "again"), [(signal.SIGINT, []), (signal.SIGTERM, ["again"])])
-def test_a_signal_to_one_stops_all_after_the_same_step_and_a_second_one_at_once(tmp_path, signum, again):
+@pytest.mark.parametrize(("signum", "to", "again"), [(signal.SIGINT, [1], []), (signal.SIGTERM, [0, 1], ["again"])])
+def test_a_signal_to_one_or_all_stops_all_after_the_same_step_and_a_second_one_at_once(tmp_path, signum, to, again):
     (tmp_path / "program.py").write_text(STEPS_WITHOUT_WORK)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -131,8 +131,9 @@ def test_a_signal_to_one_stops_all_after_the_same_step_and_a_second_one_at_once(
             said[:] = [command.out.read_text().split() for command in commands]
 
     read(lambda words: "5" in words)
-    os.kill(commands[1].pid, signum)
-    read(lambda words: "stop" in words)
+    for number in to:
+        os.kill(commands[number].pid, signum)
+    read(lambda words: words.count("stop") and words[-1] != "stop")
     stops = [words[words.index("stop") - 1 : words.index("stop") + 2] for words in said]
     assert stops[0] == stops[1] and stops[0][2] == str(signum.value)
     if again:
