@@ -5,9 +5,13 @@ python train.py --config=configs/lm_1b.py --workdir=runs/lm_1b           another
 python train.py --config=configs/ablation.py:attention=performer,m=128   an ablation
 python train.py --config=configs/finetune.py:dark --config.init_from=runs/smollm2   a pretrained model, fine-tuned
 python train.py --config.optimizer.learning_rate=1e-3 --dry_run          override any field; print sizes and stop
+
+On several machines, the same command on each: TPU VMs and srun tell the processes of each other. Elsewhere flags do:
+--coordinator=HOST:PORT --num_processes=N --process_id=I, where HOST is that of process 0. launch/ has scripts.
 """
 
 import sys
+import traceback
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -29,6 +33,12 @@ def define_flags() -> None:
     """Those beside --config."""
     flags.DEFINE_string("workdir", None, "Directory of the run (default: runs/<name of the config file>).")
     flags.DEFINE_bool("dry_run", False, "Print parameters, state size and tokens a step, without training.")
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where nothing else tells the processes of it.")
+    flags.DEFINE_integer("num_processes", None, "How many processes train together; with --coordinator.")
+    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0; with --coordinator.")
+    flags.DEFINE_integer(
+        "coordinator_timeout", 300, "Seconds to wait for all processes at the start.", lower_bound=1, upper_bound=86400
+    )
 
 
 def default_workdir() -> str:
@@ -39,28 +49,45 @@ def default_workdir() -> str:
 
 def main(argv: list[str]) -> None:
     """Hands the config over; a UserError is one line and exit status 2, a signal 128 + its number."""
-    from darkformer_jax.training.loop import Stopped  # in here because --help needs no jax
-    from darkformer_jax.training.run import dry_run, run
+    from darkformer_jax import distributed  # in here because --help needs no jax
+    from darkformer_jax.training.loop import Stopped
 
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save
     try:
-        if FLAGS.dry_run:
-            dry_run(FLAGS.config)
-        else:
-            run(FLAGS.config, FLAGS.workdir or default_workdir())
+        _train()
+        distributed.leave()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        # 1: the same command may work the next time. What starts the processes again should do so (launch/gke.sh).
+        distributed.fail(str(error), 1 if isinstance(error, distributed.Missing) else 2)
     except OSError as error:  # a full disk, where nothing more can be said about it
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        distributed.fail(one_line(error), 2)
     except Stopped as stop:
         print(stop, file=sys.stderr)
+        distributed.leave()
         sys.exit(stop.exit_status)
     except KeyboardInterrupt:
-        print("error: interrupted while no step was under way", file=sys.stderr)
-        sys.exit(130)
+        distributed.fail("interrupted while no step was under way", 130)
+    except Exception as error:
+        if not distributed.is_distributed():
+            raise
+        traceback.print_exc()
+        hint = "; if a connection was lost, another process has died" if "onnection" in str(error) else ""
+        distributed.fail(f"{type(error).__name__}: {one_line(error)[:300]}{hint}", 1)
+
+
+def _train() -> None:
+    from darkformer_jax import distributed
+    from darkformer_jax.training.run import dry_run, run
+
+    cluster = distributed.cluster_of_flags(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+    timeout = FLAGS.coordinator_timeout
+    distributed.join(cluster or distributed.cluster_of_environment(timeout), timeout)
+    distributed.require_same("command", {"--dry_run": FLAGS.dry_run})
+    if FLAGS.dry_run:
+        dry_run(FLAGS.config)
+    else:
+        run(FLAGS.config, FLAGS.workdir or default_workdir())
 
 
 if __name__ == "__main__":

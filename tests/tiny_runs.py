@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -242,10 +243,13 @@ COMPILES = {"jax_enable_compilation_cache": False}
 class Training(Command):
     """`python train.py --workdir=<workdir> <flags>` in a process of its own, and what it says."""
 
-    def __init__(self, workdir: Path, flags: Sequence[str], jax_config: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, workdir: Path, flags: Sequence[str], jax_config: Mapping[str, Any] | None = None, cwd: Path = ROOT
+    ) -> None:
         self.workdir = workdir
         streams = Path(tempfile.mkdtemp(dir=workdir.parent))
-        super().__init__("train.py", [f"--workdir={workdir}", *flags], streams, jax_config=jax_config)
+        arguments = [f"--workdir={workdir}", *flags]
+        super().__init__(str(ROOT / "train.py"), arguments, streams, cwd, jax_config=jax_config)
 
     @property
     def said(self) -> list[str]:
@@ -284,6 +288,44 @@ class Training(Command):
         """Its exit status after the signal."""
         os.kill(self.pid, signum)
         return self.wait().status
+
+
+class Processes:
+    """`python train.py` in `count` processes of one run.
+
+    Args:
+      workdirs: one for all, or one each.
+      flags: of all; `each` has those of some processes alone.
+      start: which of them to start; None = all.
+      cwds: where each runs; None = all in the repository's root.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        workdirs: Path | Sequence[Path],
+        flags: Sequence[str],
+        each: Mapping[int, Sequence[str]] | None = None,
+        start: Sequence[int] | None = None,
+        cwds: Sequence[Path] | None = None,
+        jax_config: Mapping[str, Any] | None = None,
+    ) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            together = [f"--coordinator=127.0.0.1:{free.getsockname()[1]}", f"--num_processes={count}", *flags]
+        self.all = [
+            Training(
+                workdirs if isinstance(workdirs, Path) else workdirs[number],
+                [*together, f"--process_id={number}", *(each or {}).get(number, ())],
+                jax_config,
+                cwds[number] if cwds else ROOT,
+            )
+            for number in (range(count) if start is None else start)
+        ]
+
+    def wait(self) -> list[Finished]:
+        """Returns when all have ended."""
+        return [process.wait() for process in self.all]
 
 
 def on_eight_devices(program: Path, streams: Path) -> Command:

@@ -32,6 +32,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
+from darkformer_jax import distributed
 from darkformer_jax.errors import UserError
 from darkformer_jax.training.manifest import (
     FORMAT,
@@ -166,6 +167,7 @@ class Checkpoints:
             self._entry(step, _UNFINISHED).unlink()
             self._damage.pop(step, None)
             self._prune(step)
+        distributed.barrier("checkpoint")  # no process may end the run before the manifest is there
 
     def _update_metrics(self, step: int, metrics: dict[str, float | None]) -> None:
         path = self._entry(step, _MANIFEST)

@@ -1,14 +1,16 @@
 """Loss, bits per byte and next-token accuracy: of the held-out split, and by place in a window of any text."""
 
+import functools
 import math
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from darkformer_jax.errors import UserError
 from darkformer_jax.model import Network
 from darkformer_jax.training.step import Batch, Metrics, loss_sums
 
@@ -94,8 +96,28 @@ def evaluate(
     return Evaluation(loss, loss / math.log(2) * tokens_per_byte, totals["correct"] / tokens, int(totals["weight"]))
 
 
+@functools.cache
+def rows_of_process(sharding: NamedSharding) -> tuple[int, int]:
+    """(p, P): of P equal parts of a batch's rows, this process has to read the p-th.
+
+    P is the number of processes where the mesh splits rows over all of them. Processes that share rows, because the
+    mesh splits something else between them, have the same p.
+    """
+    if sharding.is_fully_addressable:
+        return 0, 1
+    rows: dict[int, set[int]] = {}
+    # What any shape that all axes divide tells: which of the rows each device holds, by their first one.
+    indices: Mapping[Any, Any] = sharding.devices_indices_map((sharding.num_devices,) * 2)
+    for device, index in indices.items():
+        rows.setdefault(device.process_index, set()).add(index[0].start or 0)
+    parts = sorted({tuple(sorted(part)) for part in rows.values()})
+    if sum(map(len, parts)) != len(set().union(*rows.values())):
+        raise UserError("mesh: its data and fsdp axes must split a batch into as many rows for every process")
+    return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
+
+
 def put_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> Batch:
-    """The global batch of which every process holds its own rows."""
+    """The global batch of which every process holds the rows that `rows_of_process` gives it."""
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 

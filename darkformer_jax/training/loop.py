@@ -11,11 +11,12 @@ from typing import Any
 
 import jax
 
+from darkformer_jax import distributed
 from darkformer_jax.data import Data, heldout_batches, train_batches
 from darkformer_jax.errors import UserError
 from darkformer_jax.training.checkpoints import Checkpoints
 from darkformer_jax.training.distill import load_teacher
-from darkformer_jax.training.evaluation import Evaluation, evaluate, make_eval_step, put_batch
+from darkformer_jax.training.evaluation import Evaluation, evaluate, make_eval_step, put_batch, rows_of_process
 from darkformer_jax.training.flops import peak_flops
 from darkformer_jax.training.goodput import Stopwatch
 from darkformer_jax.training.init_from import initialize_from
@@ -42,10 +43,14 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """While active, remembers the first SIGTERM or Ctrl-C; a second one ends the process at once."""
+    """While active, remembers the first SIGTERM or Ctrl-C; a second one ends the process at once.
+
+    Of several processes, a signal to any one stops all after the same step.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._announced = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -55,6 +60,15 @@ class StopSignals:
     def __exit__(self, *exception: object) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
+
+    def to_stop(self, step: int) -> int | None:
+        """The signal to stop for after `step`, if there is one. To be called at every step."""
+        if not distributed.is_distributed():
+            return self.received
+        if self.received is not None and not self._announced:
+            self._announced = True
+            distributed.announce_stop(self.received)
+        return distributed.stop_agreed(step)
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:
         self.received = signum
@@ -145,7 +159,7 @@ class Run:
                     trace.after(step, state)
                     log.finished(step, metrics)
                     evaluate_now = config.eval.every and step % config.eval.every == 0
-                    signum = signals.received
+                    signum = signals.to_stop(step)
                     last = step == config.num_steps
                     save_now = signum is not None or last or self.checkpoints.due(step)
                     if evaluate_now or save_now:
@@ -177,13 +191,14 @@ class Run:
     def evaluate(self, state: TrainState, num_batches: int) -> Evaluation:
         """On `num_batches` batches from all over the held-out split; 0 = all of it."""
         config = self.experiment.config
+        part, num_parts = rows_of_process(self.experiment.batch_sharding)
         batches = heldout_batches(
             self.data.heldout,
             batch_size=config.eval.batch_size,
             sequence_length=config.sequence_length,
             max_batches=num_batches,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=part,
+            process_count=num_parts,
         )
         ratio = tokens_per_byte(self.data.heldout)
         sharding = self.experiment.batch_sharding
@@ -205,6 +220,7 @@ class Run:
 
     def _batches(self, start_step: int) -> Iterator[dict[str, jax.Array]]:
         config = self.experiment.config
+        part, num_parts = rows_of_process(self.experiment.batch_sharding)
         batches = train_batches(
             self.data.train,
             seed=config.seed,
@@ -212,8 +228,8 @@ class Run:
             sequence_length=config.sequence_length,
             start_step=start_step,
             num_workers=config.data.num_workers,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=part,
+            process_count=num_parts,
         )
         for batch in batches:
             yield put_batch(batch, self.experiment.batch_sharding)

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import ml_collections
 
+from darkformer_jax import distributed
 from darkformer_jax.config import validate
 from darkformer_jax.data import PREPARED_SOURCE, Data, load_data, load_tokenizer
 from darkformer_jax.data.tokenizers import (
@@ -30,6 +31,7 @@ from darkformer_jax.training.workdir import (
     WorkdirLock,
     check_config,
     check_data,
+    flat_fields,
     write_atomically,
     write_config,
     write_data,
@@ -40,13 +42,18 @@ def dry_run(config: ml_collections.ConfigDict) -> None:
     """Prints the experiment's sizes. Reads the tokenizer, allocates nothing on a device."""
     config = inherit(config)
     validate(config)
-    print(Experiment.of(config, vocab_size_of(config)).describe())
+    distributed.require_same("config", dict(flat_fields(config.to_dict())))
+    description = Experiment.of(config, vocab_size_of(config)).describe()
+    if jax.process_index() == 0:
+        print(description)
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     """Trains to the last step and reports. See `Run.train` for what it raises."""
+    distributed.require_shared(workdir)  # first of all, because what this run is depends on what is there
     config = inherit(config, workdir)
     validate(config)
+    distributed.require_same("config", dict(flat_fields(config.to_dict())))
     check_config(workdir, config.to_dict())
     with WorkdirLock(workdir) as lock:
         _run(config, workdir, lock)
@@ -57,6 +64,8 @@ def _run(config: ml_collections.ConfigDict, workdir: str, lock: WorkdirLock) -> 
     started, watch = time.perf_counter(), Stopwatch(workdir)
     progress.note(f"workdir {workdir}; reading {config.data.source} {config.data.files}".rstrip())
     data = _load_data(config, workdir)
+    # After this all have read what process 0 is about to write.
+    distributed.require_same("data", {"fingerprint": data.fingerprint, "tokenizer": data.tokenizer.fingerprint})
     check_data(workdir, data.fingerprint)
     if config.init_from:
         check_same_tokenizer(config.init_from, data.tokenizer.fingerprint)
@@ -119,7 +128,7 @@ def _report(
     if text:
         others = "  ".join(f"{name} {bits:.3f}" for name, bits in compressors(text).items())
         print(f"bits per byte of the same {len(text):,} bytes: this model {evaluation.bits_per_byte:.3f}  {others}")
-    if experiment.config.sample.prompts:
+    if experiment.config.sample.prompts and jax.process_count() == 1:  # this process alone has not the whole state
         samples = sample(experiment, data, state)
         print("\n" + samples)
         write_atomically(Path(workdir) / "samples.txt", samples.encode())

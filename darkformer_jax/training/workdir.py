@@ -16,6 +16,7 @@ import jax
 from absl import logging
 
 from darkformer_jax.data.files import write_atomically
+from darkformer_jax.distributed import is_token
 from darkformer_jax.errors import UserError
 
 CONFIG_FILE = "config.json"
@@ -41,7 +42,7 @@ def write_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> 
     """Claims `workdir` for the experiment `config`, or checks that it already belongs to it.
 
     An absent or empty directory is created and gets config.json. Where config.json exists, only the fields in
-    `CHANGEABLE` may differ; config.json then takes the new values. On a pod every process checks and process 0 writes.
+    `CHANGEABLE` may differ; config.json then takes the new values. On a pod process 0 does this.
 
     Args:
       workdir: a local or mounted directory.
@@ -51,16 +52,17 @@ def write_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> 
       UserError: `workdir` holds another experiment (each changed field is printed as `field: old -> new`), or files but
         no config.json, or cannot be written.
     """
+    if jax.process_index() != 0:  # they called check_config; by now there may be files of process 0's
+        return
     check_config(workdir, config)
     directory = local_path(workdir)
     path = directory / CONFIG_FILE
     new = _as_read_back(config)
     try:
-        if jax.process_index() == 0:
-            directory.mkdir(parents=True, exist_ok=True)
-            content = (json.dumps(new, indent=2, sort_keys=True) + "\n").encode()
-            if not path.exists() or path.read_bytes() != content:
-                write_atomically(path, content)
+        directory.mkdir(parents=True, exist_ok=True)
+        content = (json.dumps(new, indent=2, sort_keys=True) + "\n").encode()
+        if not path.exists() or path.read_bytes() != content:
+            write_atomically(path, content)
     except OSError as error:
         raise UserError(f"workdir {directory} cannot be written: {error.strerror or error}") from error
 
@@ -200,8 +202,9 @@ def _refuse_foreign_files(directory: Path) -> None:
         return
     if not directory.is_dir():
         raise UserError(f"workdir {directory} is a file, not a directory")
-    # A run killed while it wrote its first config.json leaves our own temporary file behind.
-    foreign = sorted(entry.name for entry in directory.iterdir() if entry.name != CONFIG_FILE + ".tmp")
+    # A run killed while it wrote its first config.json, or compared its processes, leaves our own files behind.
+    names = (entry.name for entry in directory.iterdir())
+    foreign = sorted(name for name in names if name != CONFIG_FILE + ".tmp" and not is_token(name))
     if foreign:
         raise UserError(
             f"workdir {directory} is not empty and has no {CONFIG_FILE} (it holds {foreign[0]}"

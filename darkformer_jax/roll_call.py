@@ -1,0 +1,128 @@
+"""Who is there: before `jax.distributed` starts, which ends a process with a stack trace where another one is missing.
+
+Process 0 listens on the coordinator's port, the others say who they are, and all are told at once whether to go on.
+Then the port is free again, and jax's own coordinator takes it.
+"""
+
+import contextlib
+import json
+import socket
+import time
+from typing import Any
+
+from darkformer_jax.errors import UserError, one_line
+
+
+class Missing(UserError):
+    """A process did not come or cannot be reached. Unlike other mistakes, it may come the next time."""
+
+
+_HELLO_SECONDS = 5.0  # for a few bytes from whoever has connected
+_RETRY_SECONDS = 0.2
+_LONGEST_LINE = 10_000
+
+
+def roll_call(host: str, port: int, num_processes: int, process_id: int, timeout: float) -> None:
+    """Returns in every process once all have come.
+
+    Args:
+      host, port: where process 0 is reached.
+      num_processes, process_id: n, and 0 <= i < n.
+      timeout: seconds from this process's start of the call.
+
+    Raises:
+      Missing: in every process that is there: which are missing; or the coordinator cannot be reached.
+      UserError: in every process that is there: which do not fit together.
+    """
+    deadline = time.monotonic() + timeout
+    if process_id == 0:
+        _call(port, num_processes, deadline, timeout)
+    else:
+        _answer(host, port, num_processes, process_id, deadline, timeout)
+
+
+def _call(port: int, num_processes: int, deadline: float, timeout: float) -> None:
+    with contextlib.ExitStack() as stack:
+        here: set[int] = set()
+        connections: list[socket.socket] = []
+        error: UserError | None = None
+        try:
+            server = stack.enter_context(_listen(port))
+        except OSError as failure:
+            raise Missing(f"process 0 cannot listen on port {port}: {failure.strerror or failure}") from failure
+        while not error and len(here) < num_processes - 1:
+            server.settimeout(max(deadline - time.monotonic(), 0.001))
+            try:
+                connection = stack.enter_context(server.accept()[0])
+            except TimeoutError:
+                missing = [number for number in range(1, num_processes) if number not in here]
+                error = Missing(f"{named(missing)} of {num_processes} did not come within {timeout:.0f} s")
+                break
+            hello = _read(connection, _HELLO_SECONDS)
+            if hello is None or not isinstance(hello.get("process"), int):  # a port scanner, or a process that died
+                continue
+            error = _misfit(hello["process"], hello.get("of"), here, num_processes)
+            here.add(hello["process"])
+            connections.append(connection)
+        for connection in connections:
+            with contextlib.suppress(OSError):
+                connection.sendall(
+                    json.dumps({"error": str(error or ""), "again": isinstance(error, Missing)}).encode() + b"\n"
+                )
+        if error:
+            raise error
+
+
+def _answer(host: str, port: int, num_processes: int, process_id: int, deadline: float, timeout: float) -> None:
+    hello = json.dumps({"process": process_id, "of": num_processes}).encode() + b"\n"
+    reason = "it gave no answer"
+    while True:
+        try:
+            with socket.create_connection((host, port), timeout=max(deadline - time.monotonic(), 0.1)) as connection:
+                connection.sendall(hello)
+                # Process 0 may have begun later than this one, and waits as long.
+                answer = _read(connection, timeout + _HELLO_SECONDS)
+            if answer is not None and "error" in answer:
+                if answer["error"]:
+                    raise (Missing if answer["again"] else UserError)(answer["error"])
+                return
+            reason = "it gave no answer"
+        except OSError as failure:
+            reason = one_line(failure)
+        if time.monotonic() + _RETRY_SECONDS > deadline:
+            raise Missing(
+                f"process {process_id} of {num_processes}: coordinator {host}:{port} cannot be reached within "
+                f"{timeout:.0f} s: {reason}"
+            )
+        time.sleep(_RETRY_SECONDS)
+
+
+def _listen(port: int) -> socket.socket:
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=1024)
+
+
+def _read(connection: socket.socket, seconds: float) -> dict[str, Any] | None:
+    """The line that the other side sent; None where it sent none in time, or something else."""
+    connection.settimeout(seconds)
+    try:
+        with connection.makefile("rb") as stream:
+            line = json.loads(stream.readline(_LONGEST_LINE))
+    except (OSError, ValueError):
+        return None
+    return line if isinstance(line, dict) else None
+
+
+def _misfit(number: int, of: Any, here: set[int], num_processes: int) -> UserError | None:
+    if of != num_processes:
+        return UserError(f"process {number} was started as one of {of} processes, process 0 as one of {num_processes}")
+    if number in here:
+        return UserError(f"two processes were started as process {number} of {num_processes}")
+    return None
+
+
+def named(numbers: list[int]) -> str:
+    """`process 3`, `processes 1, 2`."""
+    shown = ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
+    return f"process {shown}" if len(numbers) == 1 else f"processes {shown}"
