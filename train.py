@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from darkformer_jax.errors import UserError, one_line
+from darkformer_jax.errors import Transient, UserError, one_line
 from darkformer_jax.experiment_flags import parse_experiment_flags
 
 DEFAULT_CONFIG = str(Path(__file__).parent / "configs" / "quickstart.py")  # from any directory
@@ -48,7 +48,7 @@ def default_workdir() -> str:
 
 
 def main(argv: list[str]) -> None:
-    """Hands the config over; a UserError is one line and exit status 2, a signal 128 + its number."""
+    """Hands the config over; a mistake is one line and exit status 2 (1 if it may pass), a signal 128 + its number."""
     from darkformer_jax import distributed  # in here because --help needs no jax
     from darkformer_jax.training.loop import Stopped
 
@@ -58,10 +58,10 @@ def main(argv: list[str]) -> None:
         _train()
         distributed.leave()
     except UserError as error:
-        # 1: the same command may work the next time. What starts the processes again should do so (launch/gke.sh).
-        distributed.fail(str(error), 1 if isinstance(error, distributed.Missing) else 2)
+        # What starts the processes again (launch/gke.sh) does so after 1, and gives up after 2.
+        distributed.fail(str(error), 1 if isinstance(error, Transient) else 2)
     except OSError as error:  # a full disk, where nothing more can be said about it
-        distributed.fail(one_line(error), 2)
+        distributed.fail(one_line(error), 1)
     except Stopped as stop:
         print(stop, file=sys.stderr)
         distributed.leave()

@@ -139,7 +139,7 @@ def four_four_two(checks: Checks, scratch: Path, begin: Callable[..., Processes]
 
 def meshes(checks: Checks, scratch: Path, begin: Callable[..., Processes]) -> None:
     """The state split over two processes, which then read the same rows where the mesh has no data axis."""
-    for axis in ("fsdp", "tensor"):
+    for axis in ("fsdp", "tensor", "context"):
         finish(checks, begin(2, scratch / axis, ["--config.mesh.data=1", f"--config.mesh.{axis}=2"]))
         compare(checks, scratch / "unbroken", scratch / axis, f"2 processes, mesh.{axis} = 2")
 
@@ -174,6 +174,7 @@ def main() -> int:
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         files: dict[str, object] = {"data__files": write_text(scratch / "text.txt")}
         files["model__vocab_size"] = 290  # even, for mesh.tensor = 2
+        files["sequence_length"] = 64  # of which mesh.context = 2 leaves each process as much as a window
         flags = tiny_flags(
             num_steps=STEPS, checkpoint__keep=2, checkpoint__every=SAVE_EVERY, eval__every=SAVE_EVERY, **files
         )

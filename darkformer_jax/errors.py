@@ -5,6 +5,10 @@ class UserError(Exception):
     """A mistake in a config, a file or a flag. The message names the thing, its value and what is allowed."""
 
 
+class Transient(UserError):
+    """Nothing is wrong with the command: the same one may work the next time. train.py ends with 1 and not with 2."""
+
+
 def one_line(error: Exception) -> str:
     """A library's words, for the end of a message of ours."""
     return " ".join(str(error).split())

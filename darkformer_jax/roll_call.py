@@ -10,11 +10,11 @@ import socket
 import time
 from typing import Any
 
-from darkformer_jax.errors import UserError, one_line
+from darkformer_jax.errors import Transient, UserError, one_line
 
 
-class Missing(UserError):
-    """A process did not come or cannot be reached. Unlike other mistakes, it may come the next time."""
+class Missing(Transient):
+    """A process did not come, or cannot be reached."""
 
 
 _HELLO_SECONDS = 5.0  # for a few bytes from whoever has connected

@@ -33,7 +33,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from darkformer_jax import distributed
-from darkformer_jax.errors import UserError
+from darkformer_jax.errors import Transient, UserError
 from darkformer_jax.training.manifest import (
     FORMAT,
     Damaged,
@@ -228,7 +228,7 @@ class Checkpoints:
     def _not_written(self, step: int | None, error: Exception) -> UserError:
         reason = (error.strerror if isinstance(error, OSError) else None) or f"{type(error).__name__}: {error}"
         first_line = reason.splitlines()[0]
-        return UserError(f"checkpoint step {step} could not be written to {self.directory}: {first_line}")
+        return Transient(f"checkpoint step {step} could not be written to {self.directory}: {first_line}")
 
     # Reading
 

@@ -16,7 +16,7 @@ from darkformer_jax.data import Data, heldout_batches, train_batches
 from darkformer_jax.errors import UserError
 from darkformer_jax.training.checkpoints import Checkpoints
 from darkformer_jax.training.distill import load_teacher
-from darkformer_jax.training.evaluation import Evaluation, evaluate, make_eval_step, put_batch, rows_of_process
+from darkformer_jax.training.evaluation import Evaluation, evaluate, make_eval_step, part_of_process, put_batch
 from darkformer_jax.training.flops import peak_flops
 from darkformer_jax.training.goodput import Stopwatch
 from darkformer_jax.training.init_from import initialize_from
@@ -191,14 +191,14 @@ class Run:
     def evaluate(self, state: TrainState, num_batches: int) -> Evaluation:
         """On `num_batches` batches from all over the held-out split; 0 = all of it."""
         config = self.experiment.config
-        part, num_parts = rows_of_process(self.experiment.batch_sharding)
+        part = part_of_process(self.experiment.batch_sharding)
         batches = heldout_batches(
             self.data.heldout,
             batch_size=config.eval.batch_size,
             sequence_length=config.sequence_length,
             max_batches=num_batches,
-            process_index=part,
-            process_count=num_parts,
+            process_index=part.index,
+            process_count=part.count,
         )
         ratio = tokens_per_byte(self.data.heldout)
         sharding = self.experiment.batch_sharding
@@ -220,7 +220,7 @@ class Run:
 
     def _batches(self, start_step: int) -> Iterator[dict[str, jax.Array]]:
         config = self.experiment.config
-        part, num_parts = rows_of_process(self.experiment.batch_sharding)
+        part = part_of_process(self.experiment.batch_sharding)
         batches = train_batches(
             self.data.train,
             seed=config.seed,
@@ -228,8 +228,8 @@ class Run:
             sequence_length=config.sequence_length,
             start_step=start_step,
             num_workers=config.data.num_workers,
-            process_index=part,
-            process_count=num_parts,
+            process_index=part.index,
+            process_count=part.count,
         )
         for batch in batches:
             yield put_batch(batch, self.experiment.batch_sharding)

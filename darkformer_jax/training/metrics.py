@@ -16,7 +16,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from darkformer_jax.errors import UserError
+from darkformer_jax.errors import Transient, UserError
 from darkformer_jax.training.workdir import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
@@ -90,7 +90,7 @@ class MetricWriter:
                     file.close()
 
     def _not_written(self, error: OSError) -> UserError:
-        return UserError(f"{self._path} cannot be written: {error.strerror or error}")
+        return Transient(f"{self._path} cannot be written: {error.strerror or error}")
 
 
 def _open_events(directory: Path, first_step: int) -> EventsWriter:

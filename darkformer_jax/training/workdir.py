@@ -17,7 +17,7 @@ from absl import logging
 
 from darkformer_jax.data.files import write_atomically
 from darkformer_jax.distributed import is_token
-from darkformer_jax.errors import UserError
+from darkformer_jax.errors import Transient, UserError
 
 CONFIG_FILE = "config.json"
 DATA_FILE = "data.json"
@@ -165,7 +165,7 @@ class WorkdirLock(contextlib.AbstractContextManager["WorkdirLock"]):
         except BlockingIOError as error:
             file.seek(0)
             holder = file.read() or "another process"
-            raise UserError(
+            raise Transient(
                 f"workdir {self._directory} is in use by another run ({holder}); wait for it or use another workdir"
             ) from error
         except OSError as error:  # some network file systems have no locks
