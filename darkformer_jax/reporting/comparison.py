@@ -116,7 +116,7 @@ def in_words(comparison: Comparison, name: str) -> str:
     gap = c.gap.value
     if c.share is None:
         return f"{verdict}. {name} is not worse than exact attention here: there is no gap to close."
-    text = f"{verdict}. Share of the {name}-to-exact gap of {gap.text()} that it closes: {c.share.value.percent(0)}"
+    text = f"{verdict}. Share of the gap from {name} to exact attention, {gap.text()}, that it closes: {c.share.value.percent(0)}"
     if gap.error is not None and gap.mean < SIGNIFICANT * gap.error:
         text += " (the gap itself is less than two standard errors)"
     return text + "."
