@@ -5,9 +5,8 @@ a_i = l_i(q) + c_i for the far keys, s_j for the keys that are seen one by one, 
 
     out = [ sum_i exp(a_i - r) S_i + sum_j exp(s_j - r) v_j ] / [ sum_i exp(a_i - r) z_i + sum_j exp(s_j - r) ]
 
-The denominator is at least one, so it needs no epsilon: either r is some a_i, and z_i >= 1, or it is some s_j. No
-later key
-enters a scale. Without a window s_j is the logarithm of the feature estimate summed over features (the paper's
+The denominator is at least one, so it needs no epsilon: either r is some a_i, and z_i >= 1, or it is some s_j. No later
+key enters a scale. Without a window s_j is the logarithm of the feature estimate summed over features (the paper's
 estimator everywhere); with one it is the exact log kernel + log m, which meets the scale of the feature sums.
 """
 
@@ -22,11 +21,10 @@ from darkformer_jax.ops.features import apply_geometry, log_positive_features, m
 from darkformer_jax.ops.state import NEG, AttentionState, FarState, Recent, Sinks, merge_far
 
 # In the product of query and key features each side is scaled to a maximum of e^HEADROOM, so that a pair whose best
-# common
-# feature lies up to 2 HEADROOM - LOG_FLOOR = 117 nats under the two separate maxima is exact in float32; beyond that it
-# counts as e^LOG_FLOOR. A pair's gap is at most |x| (max w.x/|x| - min w.x/|x|) of the smaller of the two norms:
-# |Mx|^2 of about 500
-# at least. The sum of both exponents and log m stays under 88, float32's largest, also in the gradient.
+# common feature lies up to 2 HEADROOM - LOG_FLOOR = 117 nats under the two separate maxima is exact in float32; beyond
+# that it counts as e^LOG_FLOOR. A pair's gap is at most |x| (max w.x/|x| - min w.x/|x|) of the smaller of the two
+# norms: |Mx|^2 of about 500 at least. The sum of both exponents and log m stays under 88, float32's largest, also in
+# the gradient.
 HEADROOM = 36.0
 LOG_FLOOR = -45.0
 
@@ -147,9 +145,8 @@ def fold(
 
 
 def _fold_sinks(sinks: Sinks, chunk: Recent, is_sink: Bool[Array, "c"], same: Bool[Array, ""]) -> Sinks:
-    slot = (jnp.arange(sinks.filled.shape[0])[:, None] == chunk.positions[None, :]) & is_sink[
-        None, :
-    ]  # [s, c], one-hot rows
+    own = jnp.arange(sinks.filled.shape[0])[:, None] == chunk.positions[None, :]
+    slot = own & is_sink[None, :]  # [s, c], one-hot rows
     found = jnp.any(slot, axis=1)
     return Sinks(
         keys=jnp.where(found[:, None], _pick(slot, chunk.keys), sinks.keys),

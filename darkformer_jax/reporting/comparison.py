@@ -116,7 +116,8 @@ def in_words(comparison: Comparison, name: str) -> str:
     gap = c.gap.value
     if c.share is None:
         return f"{verdict}. {name} is not worse than exact attention here: there is no gap to close."
-    text = f"{verdict}. Share of the gap from {name} to exact attention, {gap.text()}, that it closes: {c.share.value.percent(0)}"
+    share = f"{gap.text()}, that it closes: {c.share.value.percent(0)}"
+    text = f"{verdict}. Share of the gap from {name} to exact attention, {share}"
     if gap.error is not None and gap.mean < SIGNIFICANT * gap.error:
         text += " (the gap itself is less than two standard errors)"
     return text + "."
