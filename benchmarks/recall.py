@@ -3,11 +3,12 @@
     python -m benchmarks.recall --out=docs/results/recall
     python -m benchmarks.recall --variants='softmax;dark, window' --steps=500
 
-A row names PAIRS keys and their values, then asks for each key once, at a random place, among filler (after Arora et
-al., Zoology, arXiv 2312.04927). The loss is that of the answers alone. Trains every variant from scratch on rows that
-are a function of (seed, step), and prints the share of right answers on rows it has not seen, by how many tokens lie
-between a value and its question. Chance is one in VALUES. Windows are 16 tokens and the own chunk of 16: no window
-reaches what is further back than 31 tokens.
+A row names PAIRS keys and their values, then asks for keys at every place that is left; what is asked for is not shown
+(after Arora et al., Zoology, arXiv 2312.04927, where few places ask and the rest is filler: the loss then falls several
+times later). The loss is that of the answers alone. Trains every variant from scratch on rows that are a function of
+(seed, step), and prints the share of right answers on rows it has not seen, by how many tokens lie between a value and
+its question. Chance is one in VALUES; who knows which values the row names, but not whose, is right in one of PAIRS.
+Windows are 16 tokens and the own chunk of 16: no window reaches what is further back than 31 tokens.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from darkformer_jax.training.evaluation import put_batch
 
 PAIRS = 8
 KEYS = VALUES = 32
-FILLER = KEYS + VALUES  # the id behind keys (0 ..) and values (KEYS ..)
+VOCABULARY = KEYS + VALUES  # keys from 0, values from KEYS
 LENGTH = 128
 WINDOW = 16
 DISTANCES = (0, 32, 64, LENGTH)  # edges of the table's columns: tokens from a value to its question
@@ -39,21 +40,19 @@ _TEST = 2**31  # steps of the held-out rows
 def make_rows(seed: int, step: int, count: int) -> Batch:
     """`count` rows, a function of (seed, step); `distance` [count, LENGTH] of each question, 0 elsewhere."""
     random = np.random.default_rng([seed, step])
-    rows = np.full((count, LENGTH + 1), FILLER, np.int32)
-    weights = np.zeros((count, LENGTH), np.float32)
-    distance = np.zeros((count, LENGTH), np.int32)
+    inputs = np.empty((count, LENGTH), np.int32)
+    targets, distance = np.zeros_like(inputs), np.zeros_like(inputs)
+    named = 2 * PAIRS
     for row in range(count):
         keys = random.choice(KEYS, PAIRS, replace=False)
         values = KEYS + random.integers(VALUES, size=PAIRS)
-        rows[row, : 2 * PAIRS] = np.stack([keys, values], axis=1).reshape(-1)
-        places = 2 * PAIRS + 2 * random.choice((LENGTH - 2 * PAIRS) // 2, PAIRS, replace=False)
-        rows[row, places], rows[row, places + 1] = keys, values
-        weights[row, places] = 1
-        distance[row, places] = places - (2 * np.arange(PAIRS) + 1)
-    positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), weights.shape)
-    ones = np.ones(weights.shape, np.int32)
-    tokens = {"inputs": rows[:, :-1], "targets": rows[:, 1:]}
-    return tokens | {"segment_ids": ones, "positions": positions, "weights": weights, "distance": distance}
+        asked = random.integers(PAIRS, size=LENGTH - named)
+        inputs[row] = [*np.stack([keys, values], axis=1).reshape(-1), *keys[asked]]
+        targets[row, named:] = values[asked]
+        distance[row, named:] = np.arange(named, LENGTH) - (2 * asked + 1)
+    positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), inputs.shape)
+    tokens = {"inputs": inputs, "targets": targets, "positions": positions, "segment_ids": np.ones_like(inputs)}
+    return tokens | {"weights": np.float32(distance > 0), "distance": distance}
 
 
 def training_rows(config: ml_collections.ConfigDict) -> Iterator[Batch]:
@@ -93,7 +92,7 @@ def config_of(variant: str, learning_rate: float, steps: int, seed: int) -> ml_c
 
 def recall(config: ml_collections.ConfigDict, bar: tqdm.tqdm) -> list[float]:
     """Trains, and returns the share of right answers between successive DISTANCES."""
-    experiment, state, _ = train(config, FILLER + 1, training_rows(config), bar.update)
+    experiment, state, _ = train(config, VOCABULARY, training_rows(config), bar.update)
 
     @jax.jit
     def answers(params: dict, projections: dict, batch: dict) -> jax.Array:

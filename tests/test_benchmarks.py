@@ -47,17 +47,20 @@ def test_ngram_bits_of_a_text_that_its_last_byte_decides():
     assert ngram_bits(data, 1) < 0.2
 
 
-def test_recall_asks_for_every_key_once_and_its_answer_was_named():
+def test_recall_asks_for_what_was_named_once_and_is_not_shown_again():
     rows = recall.make_rows(0, 3, 4)
     again, other = recall.make_rows(0, 3, 4), recall.make_rows(0, 4, 4)
     assert all(np.array_equal(rows[name], again[name]) for name in rows)
     assert not np.array_equal(rows["inputs"], other["inputs"])
+    pairs = 2 * recall.PAIRS
     for row in range(4):
         inputs, targets = rows["inputs"][row], rows["targets"][row]
-        named = dict(zip(inputs[: 2 * recall.PAIRS : 2], inputs[1 : 2 * recall.PAIRS : 2], strict=True))
-        asked = np.flatnonzero(rows["weights"][row])
-        assert sorted(inputs[asked]) == sorted(named) and len(named) == recall.PAIRS
-        for place in asked:
+        named = dict(zip(inputs[:pairs:2], inputs[1:pairs:2], strict=True))
+        assert len(named) == recall.PAIRS
+        assert max(named) < recall.KEYS <= min(named.values()) < recall.VOCABULARY
+        assert rows["weights"][row].tolist() == [0.0] * pairs + [1.0] * (recall.LENGTH - pairs)
+        for place in range(pairs, recall.LENGTH):
+            assert inputs[place] in named
             assert targets[place] == named[inputs[place]]
             assert inputs[place - rows["distance"][row, place]] == targets[place]
 
