@@ -52,7 +52,7 @@ def make_rows(seed: int, step: int, count: int) -> Batch:
         distance[row, named:] = np.arange(named, LENGTH) - (2 * asked + 1)
     positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), inputs.shape)
     tokens = {"inputs": inputs, "targets": targets, "positions": positions, "segment_ids": np.ones_like(inputs)}
-    return tokens | {"weights": np.float32(distance > 0), "distance": distance}
+    return tokens | {"weights": (distance > 0).astype(np.float32), "distance": distance}
 
 
 def training_rows(config: ml_collections.ConfigDict) -> Iterator[Batch]:

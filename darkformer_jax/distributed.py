@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 from jax.experimental import multihost_utils
 
+from darkformer_jax.bucket import is_remote, remote_path
 from darkformer_jax.errors import UserError, one_line
 from darkformer_jax.roll_call import Missing, named, roll_call
 
@@ -187,14 +188,17 @@ def require_shared(workdir: str | os.PathLike[str]) -> None:
     """
     if not is_distributed():
         return
-    client, directory = _state().client, Path(workdir).absolute()
+    client = _state().client
+    remote = is_remote(workdir)
+    directory: Any = remote_path(workdir) if remote else Path(workdir).absolute()
     key = "darkformer/token"
     made: list[Path] = []
     if process_index() == 0:
         token = _TOKEN + secrets.token_hex(8)
         try:
-            made = [path for path in (directory, *directory.parents) if not path.exists()]
-            directory.mkdir(parents=True, exist_ok=True)
+            if not remote:  # a bucket has no directories
+                made = [path for path in (directory, *directory.parents) if not path.exists()]
+                directory.mkdir(parents=True, exist_ok=True)
             (directory / token).touch()
         except OSError as error:
             _remove(directory / token, made)
@@ -303,7 +307,7 @@ def _state() -> Any:
     return distributed.global_state
 
 
-def _comes_to_be(path: Path) -> bool:
+def _comes_to_be(path: Any) -> bool:
     deadline = time.monotonic() + _SEES_FILE_SECONDS
     while not path.exists():
         if time.monotonic() > deadline:
@@ -314,7 +318,7 @@ def _comes_to_be(path: Path) -> bool:
     return True
 
 
-def _remove(token: Path, directories: Sequence[Path]) -> None:
+def _remove(token: Any, directories: Sequence[Path]) -> None:
     with contextlib.suppress(OSError):
         token.unlink(missing_ok=True)
         for directory in directories:

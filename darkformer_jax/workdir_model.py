@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh, NamedSharding
 
+from darkformer_jax.bucket import local_path
 from darkformer_jax.config import from_json, model_spec, validate
 from darkformer_jax.data.tokenizers import Tokenizer, load_tokenizer
 from darkformer_jax.errors import UserError, one_line
@@ -41,7 +42,7 @@ def load_model(workdir: str, step: int | None = None, mesh: Mesh | None = None) 
       UserError: no config, no checkpoint, a damaged one, or one that does not fit the config.
     """
     saved = read_config(workdir)
-    tokenizer = load_tokenizer(workdir)
+    tokenizer = load_tokenizer(str(local_path(workdir)))
     try:
         config = from_json(saved)
         validate(config)

@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from darkformer_jax.bucket import local_path
 from darkformer_jax.data.files import read_json_object, write_file
 from darkformer_jax.errors import UserError
 from darkformer_jax.pretrained.hf_config import HFConfig
@@ -36,12 +37,12 @@ def origin_of(model_type: str, config: HFConfig, directory: str, vocab_size: int
 
 def write_origin(workdir: str, origin: Mapping[str, Any]) -> None:
     """Keeps it in the workdir."""
-    write_file(os.path.join(workdir, _FILE), (json.dumps(origin, indent=2) + "\n").encode())
+    write_file(str(local_path(workdir) / _FILE), (json.dumps(origin, indent=2) + "\n").encode())
 
 
 def read_origin(workdir: str) -> dict[str, Any]:
     """What `write_origin` wrote; nothing for a model that comes from no other."""
-    path = os.path.join(workdir, _FILE)
+    path = str(local_path(workdir) / _FILE)
     if not os.path.isfile(path):
         return {}
     origin = read_json_object(path)

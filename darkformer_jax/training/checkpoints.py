@@ -15,6 +15,7 @@ new step has its manifest, or though the new step is damaged.
 """
 
 import concurrent.futures
+import contextlib
 import itertools
 import math
 import os
@@ -33,6 +34,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from darkformer_jax import distributed
+from darkformer_jax.bucket import CHECKPOINTS, is_remote, remote_path
 from darkformer_jax.errors import Transient, UserError
 from darkformer_jax.training.manifest import (
     FORMAT,
@@ -42,7 +44,6 @@ from darkformer_jax.training.manifest import (
     read_manifest,
     write_manifest,
 )
-from darkformer_jax.training.workdir import local_path
 
 PyTree = Any
 
@@ -62,7 +63,7 @@ class Checkpoints:
     every process makes the same calls on a shared workdir.
 
     Args:
-      workdir: the run's directory.
+      workdir: the run's directory, or gs://bucket/name.
       keep: newest steps kept, at least 1. Only `save` uses it.
       save_every: steps between saves, for `due`; 0 = never due.
       compress: False writes arrays as they are: `save` makes no compressed copies, which for arrays that are written
@@ -76,7 +77,8 @@ class Checkpoints:
             raise UserError(f"checkpoint.keep = {keep}: must be at least 1")
         if save_every < 0:
             raise UserError(f"checkpoint.every = {save_every}: must be at least 0")
-        self.directory = local_path(workdir).absolute() / "checkpoints"
+        remote = is_remote(workdir)
+        self.directory: Any = (remote_path(workdir) if remote else Path(workdir).absolute()) / CHECKPOINTS
         self._keep = keep
         self._save_every = save_every
         self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=compress))
@@ -145,20 +147,24 @@ class Checkpoints:
     def _prepare(self, step: int, state: PyTree) -> None:
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            # Asked beforehand because Orbax fails in a thread, with a page of traceback on stderr.
-            with tempfile.TemporaryFile(dir=self.directory):
-                free = shutil.disk_usage(self.directory).free
-            if free < size:
-                raise UserError(
-                    f"checkpoint step {step}: {self.directory} has {_megabytes(free)} free, {_megabytes(size)} needed"
-                )
+            if isinstance(self.directory, Path):
+                self._require_space(step, size)
             self._set_aside_damaged(step)
             self._entry(step, _UNFINISHED).touch()
             self._entry(step, _MANIFEST).unlink(missing_ok=True)  # from here on an old <step> is a leftover, too
             self._remove_leftovers(step)
         except OSError as error:
             raise self._not_written(step, error) from error
+
+    def _require_space(self, step: int, size: int) -> None:
+        # Asked beforehand because Orbax fails in a thread, with a page of traceback on stderr.
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self.directory):
+            free = shutil.disk_usage(self.directory).free
+        if free < size:
+            raise UserError(
+                f"checkpoint step {step}: {self.directory} has {_megabytes(free)} free, {_megabytes(size)} needed"
+            )
 
     def _commit(self, step: int, metrics: dict[str, float | None]) -> None:
         self._checkpointer.wait_until_finished()  # Orbax has renamed its temporary directory to <step>
@@ -188,7 +194,8 @@ class Checkpoints:
                 self._remove_unfinished(step)
 
     def _remove_unfinished(self, step: int) -> None:
-        shutil.rmtree(self._path(step), ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _remove_tree(self._path(step))
         if not self._path(step).exists():
             self._entry(step, _UNFINISHED).unlink()
 
@@ -196,7 +203,7 @@ class Checkpoints:
         """All that killed saves and removals left, but for the mark of `step`, which is about to be written."""
         for entry in self.directory.iterdir():
             if _TEMPORARY.fullmatch(entry.name):
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                _remove_tree(entry) if entry.is_dir() else entry.unlink()
         found = self._found()
         for unfinished in found[_UNFINISHED] - {step}:
             if unfinished in found[_MANIFEST]:
@@ -395,11 +402,15 @@ class Checkpoints:
         known = [f"step {step}: {reason}" for step, reason in sorted(self._damage.items(), reverse=True)]
         return "; ".join(known) or "see the warnings of process 0"
 
-    def _path(self, step: int) -> Path:
+    def _path(self, step: int) -> Any:
         return self.directory / str(step)
 
-    def _entry(self, step: int, end: str) -> Path:
+    def _entry(self, step: int, end: str) -> Any:
         return self.directory / f"{step}{end}"
+
+
+def _remove_tree(path: Any) -> None:
+    shutil.rmtree(path) if isinstance(path, Path) else path.rmtree()
 
 
 def _from_process_0(value: int) -> int:

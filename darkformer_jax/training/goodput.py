@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from absl import logging
 
+from darkformer_jax.bucket import local_path
 from darkformer_jax.data.files import write_atomically
 from darkformer_jax.errors import UserError, one_line
 
@@ -34,7 +35,7 @@ class Stopwatch:
     """
 
     def __init__(self, workdir: str, clock: Callable[[], float] = time.time) -> None:
-        self._path, self._clock = Path(workdir) / SESSIONS_FILE, clock
+        self._path, self._clock = local_path(workdir) / SESSIONS_FILE, clock
         self._began = self._last = self._written = clock()
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._earlier: list[dict[str, Any]] | None = None

@@ -6,6 +6,7 @@ from typing import Any
 import ml_collections
 
 from darkformer_jax.attention.spec import pattern_kinds
+from darkformer_jax.bucket import local_path
 from darkformer_jax.config import EXACT_KINDS, FEATURE_KINDS
 from darkformer_jax.errors import UserError
 from darkformer_jax.training.workdir import CONFIG_FILE, flat_fields, read_config
@@ -37,7 +38,7 @@ def inherit(config: ml_collections.ConfigDict, workdir: str | None = None) -> ml
             f"init_from = '': {missing[0]} and {len(missing) - 1} more fields are those of the run to start from; give"
             " --config.init_from=<workdir of a run or of an imported model>"
         )
-    begun = workdir is not None and os.path.isfile(os.path.join(workdir, CONFIG_FILE))
+    begun = workdir is not None and (local_path(workdir) / CONFIG_FILE).is_file()
     source = workdir if begun and workdir is not None else config.init_from
     saved = dict(flat_fields(read_config(source)))
     absent = [name for name in missing if saved.get(name) is None]

@@ -8,6 +8,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from darkformer_jax.bucket import local_path
 from darkformer_jax.data.tokenizers import has_tokenizer, load_tokenizer
 from darkformer_jax.errors import UserError
 from darkformer_jax.lora import is_lora, merge_lora
@@ -118,8 +119,9 @@ def check_same_tokenizer(workdir: str, fingerprint: str, field: str = "init_from
 
     field: of the config, that names the workdir.
     """
-    if has_tokenizer(workdir):
-        saved = load_tokenizer(workdir).fingerprint
+    directory = str(local_path(workdir))
+    if has_tokenizer(directory):
+        saved = load_tokenizer(directory).fingerprint
         if saved != fingerprint:
             raise UserError(
                 f"{field} = {workdir}: its tokenizer (fingerprint {saved[:12]}) is not the data's ({fingerprint[:12]})"

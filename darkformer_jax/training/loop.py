@@ -5,13 +5,13 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import jax
 
 from darkformer_jax import distributed
+from darkformer_jax.bucket import Mirror, local_path
 from darkformer_jax.data import Data, heldout_batches, train_batches
 from darkformer_jax.errors import UserError
 from darkformer_jax.training.checkpoints import Checkpoints
@@ -80,8 +80,9 @@ class StopSignals:
 class Run:
     """One training run in a workdir. `train` brings it to `num_steps`, from wherever it is."""
 
-    def __init__(self, experiment: Experiment, data: Data, workdir: str, watch: Stopwatch) -> None:
+    def __init__(self, experiment: Experiment, data: Data, workdir: str, watch: Stopwatch, mirror: Mirror) -> None:
         config = experiment.config
+        self.mirror = mirror
         self.watch = watch
         self.experiment, self.data, self.workdir = experiment, data, workdir
         self.checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep, save_every=config.checkpoint.every)
@@ -122,7 +123,7 @@ class Run:
         A kill during the first save leaves no line of metrics that comes after the second save began, which had waited
         for the first.
         """
-        if not (Path(self.workdir) / METRICS_FILE).exists():
+        if not (local_path(self.workdir) / METRICS_FILE).exists():
             return
         reached = max((line["step"] for line in read_metrics(self.workdir)), default=0)
         # config.json is still that of the start before, which may have saved less often.
@@ -172,6 +173,7 @@ class Run:
                     if save_now:
                         # Step N's loss is that of the weights before its update: those after it are what is saved.
                         self._require_finite(step, evaluation or self.evaluate(state, 1))
+                        self.mirror.upload()  # lines up to a step are there before its checkpoint is
                         self.checkpoints.save(step, to_saved(state), regular.as_metrics() if regular else None)
                         self.watch.lap("saves", step)
                     if signum is not None:
@@ -281,6 +283,7 @@ class _Log:
                 **({"device_memory_bytes": device_memory} if device_memory is not None else {}),
             }
             self._writer.write(step, metrics, time=timings)
+            self._run.mirror.soon()
             self._clock, self._steps = time.perf_counter(), 0
 
     def evaluated(self, step: int, evaluation: Evaluation) -> None:

@@ -1,8 +1,9 @@
-"""The manifest of a checkpoint: size and sha256 of each of its files, and metrics; signed by a digest of its own.
+"""The manifest of a checkpoint: size and checksum of each of its files, and metrics; signed by a digest of its own.
 
     {"format": 1, "step": 100, "metrics": {...}, "files": {"d/1f0a": {"bytes": 812, "sha256": "..."}}, "digest": "..."}
 
 `step`, `format` and `digest` mean the same in every format, so that a version tells a newer one's manifest from damage.
+Paths are pathlib's on a disk, and etils' in a bucket.
 """
 
 import concurrent.futures
@@ -13,7 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from darkformer_jax.training.workdir import write_atomically
+from darkformer_jax.bucket import objects
+from darkformer_jax.data.files import write_atomically
+from darkformer_jax.errors import Transient, one_line
 
 FORMAT = 1  # of the whole checkpoint. Raise it when the versions before could not read it, or would read it wrongly
 
@@ -22,14 +25,18 @@ class Damaged(Exception):
     """Why a step must not be restored, in words that follow `step 100: `."""
 
 
-def write_manifest(path: Path, step: int, files: Mapping[str, Any], metrics: Mapping[str, float | None]) -> None:
+def write_manifest(path: Any, step: int, files: Mapping[str, Any], metrics: Mapping[str, float | None]) -> None:
     """Writes the manifest of `step`, whole or not at all. `files` is what `hash_files` gave. Raises OSError."""
     content = {"format": FORMAT, "step": step, "metrics": metrics, "files": files}
     content["digest"] = _digest(content)
-    write_atomically(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+    data = (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+    if isinstance(path, Path):
+        write_atomically(path, data)
+    else:
+        path.write_bytes(data)  # an object is replaced whole
 
 
-def read_manifest(path: Path, step: int) -> dict[str, Any]:
+def read_manifest(path: Any, step: int) -> dict[str, Any]:
     """The manifest of `step` as it was written, perhaps in a newer format. Raises Damaged."""
     try:
         manifest = json.loads(path.read_bytes())
@@ -37,14 +44,23 @@ def read_manifest(path: Path, step: int) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise Damaged(f"{path.name} is missing") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        _require_reached(path, error)
         raise Damaged(f"{path.name} cannot be read") from error
     if digest != _digest(manifest) or manifest.get("step") != step:
         raise Damaged(f"{path.name} has changed")
     return {"format": 1, **manifest}  # the first manifests had no such field
 
 
-def hash_files(directory: Path) -> dict[str, dict[str, Any]]:
-    """Each file below `directory` by its relative name: {"bytes": size, "sha256": hex}. All are on the disk then."""
+def hash_files(directory: Any) -> dict[str, dict[str, Any]]:
+    """Each file below `directory` by its relative name, {"bytes": size, "sha256": hex}. All are on the disk then.
+
+    In a bucket {"bytes": size, "md5": hex}, as the store has computed it: nothing is read back.
+    """
+    if not isinstance(directory, Path):
+        stored = objects(directory)
+        for name in (name for name in stored if "md5" not in stored[name]):
+            stored[name]["md5"] = _hash(directory / name, "md5")
+        return stored
     paths = sorted(directory.rglob("*"))
     files = [path for path in paths if path.is_file()]
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -58,25 +74,48 @@ def hash_files(directory: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def check_files(directory: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+def check_files(directory: Any, files: Mapping[str, Mapping[str, Any]]) -> None:
     """Raises Damaged where a file of the manifest is not what was written."""
+    stored = None if isinstance(directory, Path) else objects(directory)
+
+    def check(name: str) -> None:
+        try:
+            _check_file(directory / name, files[name], stored if stored is None else stored.get(name, {}))
+        except Damaged as damage:
+            raise Damaged(f"file {name} {damage}") from damage.__cause__
+
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        list(pool.map(lambda name: _check_file(directory, name, files[name]), files))
+        list(pool.map(check, files))
 
 
-def _check_file(directory: Path, name: str, expected: Mapping[str, Any]) -> None:
+def _check_file(path: Any, expected: Mapping[str, Any], stored: Mapping[str, Any] | None) -> None:
+    """`stored`: what the bucket says of it; None = it is on a disk."""
+    kind = "sha256" if "sha256" in expected else "md5"  # a step may have been copied from a bucket, or to one
     try:
-        size = (directory / name).stat().st_size
+        if stored == {}:
+            raise FileNotFoundError(path)
+        size = path.stat().st_size if stored is None else stored["bytes"]
         if size != expected["bytes"]:
-            raise Damaged(f"file {name} has {size} bytes, {expected['bytes']} were written")
-        with open(directory / name, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        if sha256 != expected["sha256"]:
-            raise Damaged(f"file {name} does not match its sha256")
+            raise Damaged(f"has {size} bytes, {expected['bytes']} were written")
+        actual = stored[kind] if stored and kind in stored else _hash(path, kind)
+        if actual != expected[kind]:
+            raise Damaged(f"does not match its {kind}")
     except FileNotFoundError as error:
-        raise Damaged(f"file {name} is missing") from error
+        raise Damaged("is missing") from error
     except OSError as error:
-        raise Damaged(f"file {name} cannot be read: {error.strerror}") from error
+        _require_reached(path, error)
+        raise Damaged(f"cannot be read: {error.strerror}") from error
+
+
+def _hash(path: Any, kind: str) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, kind).hexdigest()
+
+
+def _require_reached(path: Any, error: Exception) -> None:
+    # What a disk cannot read is lost; what a network does not bring is there the next time.
+    if isinstance(error, OSError) and not isinstance(path, Path):
+        raise Transient(f"{path} cannot be read: {one_line(error)}") from error
 
 
 def _hash_and_sync(path: Path) -> str:

@@ -5,6 +5,7 @@ import lzma
 import os
 from pathlib import Path
 
+from darkformer_jax.bucket import local_path
 from darkformer_jax.errors import UserError
 from darkformer_jax.training.metrics import read_metrics
 
@@ -18,7 +19,7 @@ def loss_curve(workdir: str | os.PathLike[str]) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    path = Path(workdir) / "loss_curve.png"
+    path = local_path(workdir) / "loss_curve.png"
     lines = read_metrics(workdir)
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)  # draws without a display
@@ -28,8 +29,8 @@ def loss_curve(workdir: str | os.PathLike[str]) -> Path:
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2, markersize=4)
     if not axes.lines:
-        raise UserError(f"{Path(workdir) / 'metrics.jsonl'} has no loss to draw")
-    axes.set(xlabel="step", ylabel="loss [nats a token]", title=Path(workdir).absolute().name)
+        raise UserError(f"{local_path(workdir) / 'metrics.jsonl'} has no loss to draw")
+    axes.set(xlabel="step", ylabel="loss [nats a token]", title=local_path(workdir).absolute().name)
     axes.grid(alpha=0.3)
     axes.legend()
     try:

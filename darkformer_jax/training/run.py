@@ -1,12 +1,12 @@
 """What `train.py` does: from a config to a finished workdir."""
 
 import time
-from pathlib import Path
 
 import jax
 import ml_collections
 
 from darkformer_jax import distributed
+from darkformer_jax.bucket import Mirror, local_path
 from darkformer_jax.config import validate
 from darkformer_jax.data import PREPARED_SOURCE, Data, load_data, load_tokenizer
 from darkformer_jax.data.tokenizers import (
@@ -55,11 +55,11 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     validate(config)
     distributed.require_same("config", dict(flat_fields(config.to_dict())))
     check_config(workdir, config.to_dict())
-    with WorkdirLock(workdir) as lock:
-        _run(config, workdir, lock)
+    with WorkdirLock(workdir) as lock, Mirror(workdir) as mirror:
+        _run(config, workdir, lock, mirror)
 
 
-def _run(config: ml_collections.ConfigDict, workdir: str, lock: WorkdirLock) -> None:
+def _run(config: ml_collections.ConfigDict, workdir: str, lock: WorkdirLock, mirror: Mirror) -> None:
     progress = Progress(config.num_steps, config.log.every)
     started, watch = time.perf_counter(), Stopwatch(workdir)
     progress.note(f"workdir {workdir}; reading {config.data.source} {config.data.files}".rstrip())
@@ -75,16 +75,18 @@ def _run(config: ml_collections.ConfigDict, workdir: str, lock: WorkdirLock) -> 
         f"training {experiment.num_trained:,} of {experiment.num_params:,} parameters; "
         f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
     )
-    training = Run(experiment, data, workdir, watch)
+    training = Run(experiment, data, workdir, watch, mirror)
     step, state = training.start(progress)
     write_config(workdir, config.to_dict())  # only now: a mistake in data or init_from must not claim the directory
     lock.take()
     write_data(workdir, data.fingerprint)
     if jax.process_index() == 0:
-        if not has_tokenizer(workdir):
-            data.tokenizer.save(workdir)
+        directory = str(local_path(workdir))
+        if not has_tokenizer(directory):
+            data.tokenizer.save(directory)
         if config.init_from:
             hand_on_origin(config.init_from, workdir)
+    mirror.upload()
     state, evaluation = training.train(step, state, progress)
     if jax.process_index() == 0:
         _report(experiment, data, workdir, state, evaluation, time.perf_counter() - started)
@@ -92,7 +94,8 @@ def _run(config: ml_collections.ConfigDict, workdir: str, lock: WorkdirLock) -> 
 
 def _load_data(config: ml_collections.ConfigDict, workdir: str) -> Data:
     d = config.data
-    tokenizer_dir = workdir if has_tokenizer(workdir) else None
+    directory = str(local_path(workdir))
+    tokenizer_dir = directory if has_tokenizer(directory) else None
     return load_data(d.source, d.files, _tokenizer(config, tokenizer_dir), d.heldout_fraction, tokenizer_dir)
 
 
@@ -101,7 +104,7 @@ def _tokenizer(config: ml_collections.ConfigDict, tokenizer_dir: str | None) -> 
     d = config.data
     if d.tokenizer or d.source == PREPARED_SOURCE:
         return d.tokenizer
-    return tokenizer_dir or config.init_from
+    return tokenizer_dir or (str(local_path(config.init_from)) if config.init_from else "")
 
 
 def vocab_size_of(config: ml_collections.ConfigDict) -> int:
@@ -122,7 +125,7 @@ def _report(
 ) -> None:
     print(f"\n{workdir}: step {int(state.step)} after {seconds:.0f} s")
     print(f"held out ({evaluation.tokens:,} tokens): {evaluation}")
-    if sessions := read_sessions(Path(workdir)):  # none of a run that an earlier version finished
+    if sessions := read_sessions(local_path(workdir)):  # none of a run that an earlier version finished
         print(describe(sessions))
     text = data.heldout_text()
     if text:
@@ -131,8 +134,8 @@ def _report(
     if experiment.config.sample.prompts and jax.process_count() == 1:  # this process alone has not the whole state
         samples = sample(experiment, data, state)
         print("\n" + samples)
-        write_atomically(Path(workdir) / "samples.txt", samples.encode())
-    print(f"loss curve: {loss_curve(workdir)}")
+        write_atomically(local_path(workdir) / "samples.txt", samples.encode())
+    print(f"loss curve: {workdir}/{loss_curve(workdir).name}")
     print(f"more samples: python -m darkformer_jax.generate --workdir={workdir} --prompt='def '")
 
 

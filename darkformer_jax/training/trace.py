@@ -1,10 +1,11 @@
 """A profiler's window on some steps of a run."""
 
-from pathlib import Path
 from typing import Any
 
 import jax
 from absl import logging
+
+from darkformer_jax.bucket import local_path
 
 PROFILE_DIRECTORY = "profile"
 
@@ -16,7 +17,7 @@ class TraceWindow:
     """
 
     def __init__(self, workdir: str, first: int, count: int) -> None:
-        self._directory = str(Path(workdir) / PROFILE_DIRECTORY)
+        self._directory = str(local_path(workdir) / PROFILE_DIRECTORY)
         self._first, self._last = first, first + count - 1
         self._runs = False
 

@@ -9,12 +9,12 @@ import json
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import IO, Any
 
 import jax
 from absl import logging
 
+from darkformer_jax.bucket import local_path
 from darkformer_jax.data.files import write_atomically
 from darkformer_jax.distributed import is_token
 from darkformer_jax.errors import Transient, UserError
@@ -45,7 +45,7 @@ def write_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> 
     `CHANGEABLE` may differ; config.json then takes the new values. On a pod process 0 does this.
 
     Args:
-      workdir: a local or mounted directory.
+      workdir: a local or mounted directory, or gs://bucket/name.
       config: the resolved config as nested dicts of JSON values (tuples count as lists).
 
     Raises:
@@ -64,7 +64,7 @@ def write_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> 
         if not path.exists() or path.read_bytes() != content:
             write_atomically(path, content)
     except OSError as error:
-        raise UserError(f"workdir {directory} cannot be written: {error.strerror or error}") from error
+        raise UserError(f"workdir {workdir} cannot be written: {error.strerror or error}") from error
 
 
 def check_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
@@ -72,11 +72,11 @@ def check_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> 
     directory = local_path(workdir)
     try:
         if (directory / CONFIG_FILE).exists():
-            _refuse_changes(directory, read_config(directory), _as_read_back(config))
+            _refuse_changes(workdir, read_config(workdir), _as_read_back(config))
         else:
-            _refuse_foreign_files(directory)
+            _refuse_foreign_files(workdir)
     except OSError as error:
-        raise UserError(f"workdir {directory} cannot be read: {error.strerror or error}") from error
+        raise UserError(f"workdir {workdir} cannot be read: {error.strerror or error}") from error
 
 
 def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -124,7 +124,7 @@ class WorkdirLock(contextlib.AbstractContextManager["WorkdirLock"]):
     """Keeps a second run out of a workdir. The lock is the kernel's: it ends with the process, however that ends.
 
     Entering takes it where the workdir has begun (has a config.json); a new run calls `take` when it has written that.
-    On a pod, process 0 holds it.
+    On a pod, process 0 holds it. A workdir in a bucket cannot be locked: what is locked then is its local copy.
     """
 
     def __init__(self, workdir: str | os.PathLike[str]) -> None:
@@ -177,14 +177,7 @@ def _as_read_back(config: Mapping[str, Any]) -> dict[str, Any]:
     return as_json
 
 
-def local_path(workdir: str | os.PathLike[str]) -> Path:
-    """Raises UserError for a URL such as gs://bucket/run: a workdir is renamed, locked and appended to in place."""
-    if "://" in os.fspath(workdir):
-        raise UserError(f"workdir {os.fspath(workdir)}: not a local path; mount the bucket and pass the mount point")
-    return Path(workdir)
-
-
-def _refuse_changes(directory: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+def _refuse_changes(workdir: str | os.PathLike[str], old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     before, after = dict(flat_fields(old)), dict(flat_fields(new))
     changes = [
         f"{field}: {_shown(before, field)} -> {_shown(after, field)}"
@@ -193,21 +186,22 @@ def _refuse_changes(directory: Path, old: Mapping[str, Any], new: Mapping[str, A
     ]
     if changes:
         raise UserError(
-            f"workdir {directory} belongs to another experiment; use a new workdir or undo: " + "; ".join(changes)
+            f"workdir {workdir} belongs to another experiment; use a new workdir or undo: " + "; ".join(changes)
         )
 
 
-def _refuse_foreign_files(directory: Path) -> None:
+def _refuse_foreign_files(workdir: str | os.PathLike[str]) -> None:
+    directory = local_path(workdir)
     if not directory.exists():
         return
     if not directory.is_dir():
-        raise UserError(f"workdir {directory} is a file, not a directory")
+        raise UserError(f"workdir {workdir} is a file, not a directory")
     # A run killed while it wrote its first config.json, or compared its processes, leaves our own files behind.
     names = (entry.name for entry in directory.iterdir())
     foreign = sorted(name for name in names if name != CONFIG_FILE + ".tmp" and not is_token(name))
     if foreign:
         raise UserError(
-            f"workdir {directory} is not empty and has no {CONFIG_FILE} (it holds {foreign[0]}"
+            f"workdir {workdir} is not empty and has no {CONFIG_FILE} (it holds {foreign[0]}"
             f"{f' and {len(foreign) - 1} more' if len(foreign) > 1 else ''}); use a new or empty directory"
         )
 
