@@ -131,19 +131,13 @@ def test_two_processes_with_no_file_system_in_common(tmp_path, url):
     together += ["--config.mesh.data=1", "--config.mesh.fsdp=2"]
     both = []
     for number in range(2):
-        streams = tmp_path / f"{number}"
-        streams.mkdir()
-        temporary = {"TMPDIR": str(streams)}
-        both.append(
-            Command(
-                str(ROOT / "train.py"), [*flags, *together, f"--process_id={number}"], streams, environment=temporary
-            )
-        )
+        own = tmp_path / f"{number}"
+        own.mkdir()
+        argv = [*flags, *together, f"--process_id={number}"]
+        both.append(Command(str(ROOT / "train.py"), argv, own, environment={"TMPDIR": str(own)}))
     assert [process.wait().status for process in both] == [0, 0], [process.wait().err for process in both]
-    run(tiny_config(data__files=text, num_steps=4, checkpoint__every=2), str(tmp_path / "alone"))
-    ours, alone = (
-        [line["loss"] for line in read_metrics(place) if "loss" in line] for place in (url, tmp_path / "alone")
-    )
+    alone.assert_ends_well()
+    ours, wanted = ([line["loss"] for line in read_metrics(place) if "loss" in line] for place in (url, alone.workdir))
     np.testing.assert_allclose(ours, wanted, rtol=1e-5)
     assert newest_step(url) == 4
 
