@@ -54,18 +54,19 @@ def main(argv: list[str]) -> None:
 
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save
+    stop: Stopped | None = None
     try:
-        _train()
+        try:
+            _train()
+        except Stopped as stopped:
+            stop = stopped
+            print(stop, file=sys.stderr)
         distributed.leave()
     except UserError as error:
         # What starts the processes again (launch/gke.sh) does so after 1, and gives up after 2.
         distributed.fail(str(error), 1 if isinstance(error, Transient) else 2)
     except OSError as error:  # a full disk, where nothing more can be said about it
         distributed.fail(one_line(error), 1)
-    except Stopped as stop:
-        print(stop, file=sys.stderr)
-        distributed.leave()
-        sys.exit(stop.exit_status)
     except KeyboardInterrupt:
         distributed.fail("interrupted while no step was under way", 130)
     except Exception as error:
@@ -74,6 +75,8 @@ def main(argv: list[str]) -> None:
         traceback.print_exc()
         hint = "; if a connection was lost, another process has died" if "onnection" in str(error) else ""
         distributed.fail(f"{type(error).__name__}: {one_line(error)[:300]}{hint}", 1)
+    if stop:
+        sys.exit(stop.exit_status)
 
 
 def _train() -> None:

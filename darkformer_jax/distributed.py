@@ -11,6 +11,7 @@ jax then ends the others itself, with status 134 and a stack trace that names no
 
 import contextlib
 import json
+import multiprocessing
 import os
 import secrets
 import signal
@@ -31,7 +32,7 @@ from darkformer_jax.roll_call import Missing, named, roll_call
 HEARTBEAT_SECONDS = 20
 _CONNECT_SECONDS = 60  # after the roll call, all are there
 _START_SECONDS = 300.0  # for all to come to the same point where nobody has much to do
-_WORK_SECONDS = 6 * 3600.0  # where one may read, write or hash a lot; that it has died is noticed otherwise
+WORK_SECONDS = 6 * 3600.0  # where one may read, write or hash a lot; that it has died is noticed otherwise
 _SEES_FILE_SECONDS = 5.0  # NFS shows a new file late
 _LAST_WORDS_SECONDS = 3.0  # for the others to read why a process ended
 _POLL_SECONDS = 0.5
@@ -137,7 +138,7 @@ def process_index() -> int:
     return _state().process_id
 
 
-def barrier(name: str, timeout: float = _WORK_SECONDS) -> None:
+def barrier(name: str, timeout: float = WORK_SECONDS) -> None:
     """Returns when all processes have come here. Raises Missing, which names those that have not in time."""
     if not is_distributed():
         return
@@ -166,10 +167,7 @@ def require_same(what: str, fields: Mapping[str, Any]) -> None:
     if process_index() == 0:
         client.key_value_set(key, json.dumps(mine))
     else:
-        try:
-            theirs = json.loads(client.blocking_key_value_get(key, int(_WORK_SECONDS * 1000)))
-        except jax.errors.JaxRuntimeError as error:
-            raise Missing(f"process 0 did not tell its {what}: {one_line(error)}") from error
+        theirs = json.loads(_wait_for(key, f"process 0 did not tell its {what}", WORK_SECONDS))
         differing = [
             f"{name}: {mine.get(name, '(absent)')} here, {theirs.get(name, '(absent)')} in process 0"
             for name in sorted(mine.keys() | theirs.keys())
@@ -206,7 +204,7 @@ def require_shared(workdir: str | os.PathLike[str]) -> None:
         client.key_value_set(key, token)
         sees = True
     else:
-        token = client.blocking_key_value_get(key, int(_START_SECONDS * 1000))
+        token = _wait_for(key, f"process 0 did not write to workdir {workdir}", _START_SECONDS)
         sees = _comes_to_be(directory / token)
     client.key_value_set(f"darkformer/sees/{process_index()}", "yes" if sees else "no")
     try:
@@ -227,6 +225,14 @@ def is_token(name: str) -> bool:
     return name.startswith(_TOKEN)
 
 
+def _wait_for(key: str, otherwise: str, seconds: float) -> str:
+    try:
+        value: str = _state().client.blocking_key_value_get(key, int(seconds * 1000))
+    except jax.errors.JaxRuntimeError as error:
+        raise Missing(f"{otherwise} within {seconds:.0f} s: {one_line(error)}") from error
+    return value
+
+
 def announce_stop(signum: int) -> None:
     """Tells all processes that this one was sent a signal. Each then stops where `stop_agreed` says so."""
     for key, value in ((_SIGNAL, str(signum)), (_PREEMPTION_NOTICE, _LONG_AGO)):
@@ -238,7 +244,7 @@ def stop_agreed(step: int) -> int | None:
     """The signal to stop for after `step`, the same in all processes; None = go on. To be called at every step."""
     if not is_distributed() or not multihost_utils.reached_preemption_sync_point(step):
         return None
-    return int(_state().client.blocking_key_value_get(_SIGNAL, int(_START_SECONDS * 1000)))
+    return int(_wait_for(_SIGNAL, "no process told the signal to stop for", _START_SECONDS))
 
 
 def leave() -> None:
@@ -262,13 +268,18 @@ def fail(message: str, status: int) -> NoReturn:
 
 def _end(message: str, status: int) -> NoReturn:
     """Ends at once: the interpreter's own end would wait for threads, and jax's for the other processes."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-        _state().client.wait_at_barrier("darkformer/failed", int(_LAST_WORDS_SECONDS * 1000))
-    if process_index() == 0:
-        time.sleep(_POLL_SECONDS)  # with it goes the coordinator; who loses that is ended by jax, with status 134
-    os._exit(status)
+    try:
+        with contextlib.suppress(OSError, ValueError):  # the log's disk may be what is full
+            print(f"error: {message}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+        for child in multiprocessing.active_children():  # grain's workers
+            child.kill()
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            _state().client.wait_at_barrier("darkformer/failed", int(_LAST_WORDS_SECONDS * 1000))
+        if process_index() == 0:
+            time.sleep(_POLL_SECONDS)  # with it goes the coordinator; who loses that is ended by jax, with status 134
+    finally:
+        os._exit(status)
 
 
 class _Watch:

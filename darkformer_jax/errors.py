@@ -9,6 +9,6 @@ class Transient(UserError):
     """Nothing is wrong with the command: the same one may work the next time. train.py ends with 1 and not with 2."""
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """A library's words, for the end of a message of ours."""
     return " ".join(str(error).split())

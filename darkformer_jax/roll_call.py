@@ -8,6 +8,7 @@ import contextlib
 import json
 import socket
 import time
+from collections.abc import Container
 from typing import Any
 
 from darkformer_jax.errors import Transient, UserError, one_line
@@ -43,14 +44,17 @@ def roll_call(host: str, port: int, num_processes: int, process_id: int, timeout
 
 def _call(port: int, num_processes: int, deadline: float, timeout: float) -> None:
     with contextlib.ExitStack() as stack:
-        here: set[int] = set()
-        connections: list[socket.socket] = []
+        here: dict[int, socket.socket] = {}
+        newest: list[socket.socket] = []
         error: UserError | None = None
         try:
             server = stack.enter_context(_listen(port))
         except OSError as failure:
             raise Missing(f"process 0 cannot listen on port {port}: {failure.strerror or failure}") from failure
-        while not error and len(here) < num_processes - 1:
+        while not error:
+            _forget_gone(here)
+            if len(here) == num_processes - 1:
+                break
             server.settimeout(max(deadline - time.monotonic(), 0.001))
             try:
                 connection = stack.enter_context(server.accept()[0])
@@ -61,10 +65,13 @@ def _call(port: int, num_processes: int, deadline: float, timeout: float) -> Non
             hello = _read(connection, _HELLO_SECONDS)
             if hello is None or not isinstance(hello.get("process"), int):  # a port scanner, or a process that died
                 continue
+            _forget_gone(here)  # it may be this one, started again
             error = _misfit(hello["process"], hello.get("of"), here, num_processes)
-            here.add(hello["process"])
-            connections.append(connection)
-        for connection in connections:
+            if error:
+                newest.append(connection)
+            else:
+                here[hello["process"]] = connection
+        for connection in (*here.values(), *newest):
             with contextlib.suppress(OSError):
                 connection.sendall(
                     json.dumps({"error": str(error or ""), "again": isinstance(error, Missing)}).encode() + b"\n"
@@ -114,7 +121,20 @@ def _read(connection: socket.socket, seconds: float) -> dict[str, Any] | None:
     return line if isinstance(line, dict) else None
 
 
-def _misfit(number: int, of: Any, here: set[int], num_processes: int) -> UserError | None:
+def _forget_gone(here: dict[int, socket.socket]) -> None:
+    """Those that have closed their side since: they were killed."""
+    for number, connection in tuple(here.items()):
+        connection.setblocking(False)
+        try:
+            gone = not connection.recv(1, socket.MSG_PEEK)
+        except OSError as error:
+            gone = not isinstance(error, BlockingIOError)  # that is one who waits
+        connection.settimeout(_HELLO_SECONDS)
+        if gone:
+            del here[number]
+
+
+def _misfit(number: int, of: Any, here: Container[int], num_processes: int) -> UserError | None:
     if of != num_processes:
         return UserError(f"process {number} was started as one of {of} processes, process 0 as one of {num_processes}")
     if number in here:

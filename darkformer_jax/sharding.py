@@ -1,8 +1,11 @@
 """Which mesh axis each named dimension of an array is split over. The only place that knows mesh axis names."""
 
+import dataclasses
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -126,6 +129,37 @@ def _kept_whole(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | A
 def sharding_of(name: str, axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
     """`spec_of` on its mesh."""
     return NamedSharding(mesh, spec_of(name, axes, shape, mesh))
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The rows of every batch that one process reads: the `index`-th of `count` equal parts."""
+
+    index: int
+    count: int
+
+
+@functools.cache
+def part_of_process(sharding: NamedSharding, process: int | None = None) -> Part:
+    """Of a process (None: of this one). Those between which the mesh splits something else read the same rows.
+
+    Raises UserError for a mesh that gives processes rows in unequal numbers, or rows that overlap in part.
+    """
+    if sharding.is_fully_addressable:
+        return Part(0, 1)
+    held: dict[int, set[int]] = {}
+    whole = sharding.num_devices  # any number of rows that all axes divide shows who holds what
+    indices: Mapping[Any, Any] = sharding.devices_indices_map((whole, whole))
+    for device, (rows, _) in indices.items():
+        held.setdefault(device.process_index, set()).update(range(*rows.indices(whole)))
+    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if len({len(rows) for rows in parts}) > 1 or sum(map(len, parts)) > whole:
+        raise UserError(
+            f"mesh {dict(sharding.mesh.shape)}: of the rows of a batch, two processes must hold the same or none in "
+            f"common, and all as many; let data x fsdp be a multiple or a divisor of the {len(held)} processes"
+        )
+    own = held[jax.process_index() if process is None else process]
+    return Part(parts.index(tuple(sorted(own))), len(parts))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -1,3 +1,4 @@
+import concurrent.futures
 import os
 import signal
 import socket
@@ -7,8 +8,9 @@ import pytest
 
 from darkformer_jax.distributed import Cluster, cluster_of_environment, cluster_of_flags
 from darkformer_jax.errors import UserError
+from darkformer_jax.roll_call import Missing, roll_call
 from darkformer_jax.training.workdir import check_config
-from tests.tiny_runs import Command, Processes, Training, metrics_without_time, tiny_flags, write_text
+from tests.tiny_runs import Command, Processes, Training, free_port, metrics_without_time, tiny_flags, write_text
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -99,8 +101,12 @@ from darkformer_jax import distributed
 from darkformer_jax.training.loop import StopSignals
 
 distributed.join(distributed.Cluster(sys.argv[1], 2, int(sys.argv[2])))
-with StopSignals() as signals:
-    for step in range(1, 2000):
+announce = distributed.announce_stop
+distributed.announce_stop = lambda signum: (announce(signum), time.sleep(0.5))  # all hear of it before any asks
+with StopSignals(100) as signals:
+    print("ready", flush=True)
+    time.sleep(1)
+    for step in range(101, 2000):
         time.sleep(0.01 * (1 + int(sys.argv[2])))  # one is ahead of the other
         print(step, flush=True)
         if (signum := signals.to_stop(step)) is not None:
@@ -111,12 +117,19 @@ distributed.leave()
 """
 
 
-@pytest.mark.parametrize(("signum", "to", "again"), [(signal.SIGINT, [1], []), (signal.SIGTERM, [0, 1], ["again"])])
-def test_a_signal_to_one_or_all_stops_all_after_the_same_step_and_a_second_one_at_once(tmp_path, signum, to, again):
+@pytest.mark.parametrize(
+    ("signum", "when", "to", "again"),
+    [
+        (signal.SIGINT, "105", [1], []),
+        (signal.SIGTERM, "105", [0, 1], ["again"]),
+        (signal.SIGTERM, "ready", [0, 1], []),  # before the first step: while it compiles
+    ],
+)
+def test_a_signal_to_one_or_all_stops_all_after_the_same_step_and_a_second_one_at_once(
+    tmp_path, signum, when, to, again
+):
     (tmp_path / "program.py").write_text(STEPS_WITHOUT_WORK)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     commands = []
     for number in ("0", "1"):
         (tmp_path / number).mkdir()
@@ -130,7 +143,7 @@ def test_a_signal_to_one_or_all_stops_all_after_the_same_step_and_a_second_one_a
             time.sleep(0.05)
             said[:] = [command.out.read_text().split() for command in commands]
 
-    read(lambda words: "5" in words)
+    read(lambda words: when in words)
     for number in to:
         os.kill(commands[number].pid, signum)
     read(lambda words: words.count("stop") and words[-1] != "stop")
@@ -143,6 +156,59 @@ def test_a_signal_to_one_or_all_stops_all_after_the_same_step_and_a_second_one_a
         commands[0].wait()
     else:
         assert [command.wait().status for command in commands] == [0, 0]
+
+
+FAILS_WITHOUT_A_LOG = """
+import sys, time
+from darkformer_jax import distributed
+
+distributed.join(distributed.Cluster(sys.argv[1], 2, int(sys.argv[2])))
+sys.stderr = open("/dev/full", "w")
+if sys.argv[2] == "1":
+    distributed.fail("no more space", 3)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+def test_an_error_ends_all_though_the_disk_of_the_log_is_full(tmp_path):
+    (tmp_path / "program.py").write_text(FAILS_WITHOUT_A_LOG)
+    address = f"127.0.0.1:{free_port()}"
+    commands = []
+    for number in ("0", "1"):
+        (tmp_path / number).mkdir()
+        commands.append(Command(str(tmp_path / "program.py"), [address, number], tmp_path / number))
+    assert [command.wait().status for command in commands] == [3, 3]
+
+
+def test_a_process_killed_while_it_waits_is_missing_and_may_be_started_again():
+    def call(number, timeout=30.0):
+        return calls.submit(roll_call, "127.0.0.1", port, 3, number, timeout)
+
+    def come_and_die():
+        while True:
+            try:
+                connection = socket.create_connection(("127.0.0.1", port))
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.01)
+        with connection:
+            connection.sendall(b'{"process": 1, "of": 3}\n')
+            time.sleep(0.2)
+
+    with concurrent.futures.ThreadPoolExecutor() as calls:
+        port = free_port()
+        first = call(0)
+        come_and_die()
+        others = [call(1), call(2)]
+        assert [one.result() for one in (first, *others)] == [None] * 3
+        port = free_port()
+        first = call(0, 2.0)
+        come_and_die()
+        with pytest.raises(Missing, match="process 1 of 3 did not come within 2 s"):
+            call(2).result()
+        with pytest.raises(Missing, match="process 1 of 3"):
+            first.result()
 
 
 def test_a_run_of_two_processes_killed_and_continued_by_one(tmp_path):

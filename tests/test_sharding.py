@@ -10,7 +10,16 @@ from jax.sharding import PartitionSpec as P
 from darkformer_jax.config import model_spec
 from darkformer_jax.errors import UserError
 from darkformer_jax.model import Network, logical_axes
-from darkformer_jax.sharding import MESH_AXES, RULES, constrain, device_array, make_mesh, spec_of
+from darkformer_jax.sharding import (
+    MESH_AXES,
+    RULES,
+    Part,
+    constrain,
+    device_array,
+    make_mesh,
+    part_of_process,
+    spec_of,
+)
 from tests.tiny_runs import tiny_config
 
 GOLDEN = Path(__file__).parent / "golden" / "shardings.json"
@@ -171,3 +180,43 @@ def test_every_array_is_split_as_noted():
 
 if __name__ == "__main__":
     GOLDEN.write_text(json.dumps(shardings(), indent=1, sort_keys=True) + "\n")
+
+
+class Batch:
+    """As much of the sharding of a batch as `part_of_process` looks at; devices are numbered as the mesh has them."""
+
+    is_fully_addressable = False
+
+    def __init__(self, data, fsdp, tensor, context, processes):
+        self.mesh = Sizes(data, fsdp, tensor, context)
+        self.num_devices, self.parts = data * fsdp * tensor * context, data * fsdp
+        self.devices = [Device(number, 0, process_index=process) for number, process in enumerate(processes)]
+
+    def devices_indices_map(self, shape):
+        size, sharing = shape[0] // self.parts, self.num_devices // self.parts
+        starts = (number // sharing * size for number in range(self.num_devices))
+        return {device: (slice(start, start + size), None) for device, start in zip(self.devices, starts, strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "processes", "expected"),
+    [
+        ((8, 1, 1, 1), (0, 0, 1, 1, 2, 2, 3, 3), [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        ((1, 2, 2, 2), (0, 0, 1, 1, 2, 2, 3, 3), [(0, 2), (0, 2), (1, 2), (1, 2)]),
+        ((2, 2, 1, 2), (0, 0, 0, 0, 1, 1, 1, 1), [(0, 2), (1, 2)]),
+        ((1, 1, 2, 4), (0, 0, 1, 1, 2, 2, 3, 3), [(0, 1)] * 4),
+        ((2, 1, 1, 4), (0, 1, 0, 1, 2, 3, 2, 3), [(0, 2), (0, 2), (1, 2), (1, 2)]),  # hosts of 2 x 2 chips
+        ((4, 1, 1, 2), (2, 2, 3, 3, 0, 0, 1, 1), [(2, 4), (3, 4), (0, 4), (1, 4)]),
+        ((4, 1, 1, 1), (0, 1, 0, 1), [(0, 2), (1, 2)]),
+    ],
+)
+def test_the_rows_of_a_batch_that_each_process_reads(sizes, processes, expected):
+    batch = Batch(*sizes, processes)
+    parts = [part_of_process(batch, process) for process in sorted(set(processes))]
+    assert parts == [Part(*part) for part in expected]
+
+
+@pytest.mark.parametrize(("sizes", "processes"), [((4, 1, 1, 1), (0, 0, 0, 1)), ((3, 1, 2, 1), (0, 0, 0, 1, 1, 1))])
+def test_meshes_whose_processes_cannot_read_parts_of_a_batch(sizes, processes):
+    with pytest.raises(UserError, match="let data x fsdp be a multiple or a divisor of the 2 processes"):
+        part_of_process(Batch(*sizes, processes), 0)

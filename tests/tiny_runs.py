@@ -124,6 +124,14 @@ def saved_arrays(workdir: Path, step: int | None = None) -> dict[str, bytes]:
     return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
 
 
+def free_port() -> int:
+    """Of this machine, a moment ago."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
 class Finished(NamedTuple):
     """How a command ended."""
 
@@ -310,9 +318,7 @@ class Processes:
         cwds: Sequence[Path] | None = None,
         jax_config: Mapping[str, Any] | None = None,
     ) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            together = [f"--coordinator=127.0.0.1:{free.getsockname()[1]}", f"--num_processes={count}", *flags]
+        together = [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={count}", *flags]
         self.all = [
             Training(
                 workdirs if isinstance(workdirs, Path) else workdirs[number],

@@ -65,7 +65,7 @@ def load_data(
     heldout_fraction: float,
     tokenizer_dir: str | None = None,
     *,
-    verify: bool = True,
+    verify: tuple[int, int] = (0, 1),
 ) -> Data:
     """The data that a config's `data` section names.
 
@@ -75,7 +75,7 @@ def load_data(
       tokenizer: bytes | bpe:<n> | a path. For array_record: the one the data was prepared with, or "".
       heldout_fraction: of the documents; 0 = 0.05. For array_record the preparation's, or 0.
       tokenizer_dir: a workdir; a tokenizer saved there is used and must match.
-      verify: array_record: compare the shards' hashes, which reads all of them once.
+      verify: array_record: (i, n) = compare the hashes of shards i, i + n, ..., which reads them once.
 
     Raises:
       UserError: anything about the arguments or the files that does not fit, in one line.

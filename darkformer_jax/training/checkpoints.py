@@ -35,7 +35,7 @@ from jax.sharding import SingleDeviceSharding
 
 from darkformer_jax import distributed
 from darkformer_jax.bucket import CHECKPOINTS, is_remote, remote_path
-from darkformer_jax.errors import Transient, UserError
+from darkformer_jax.errors import Transient, UserError, one_line
 from darkformer_jax.training.manifest import (
     FORMAT,
     Damaged,
@@ -81,7 +81,10 @@ class Checkpoints:
         self.directory: Any = (remote_path(workdir) if remote else Path(workdir).absolute()) / CHECKPOINTS
         self._keep = keep
         self._save_every = save_every
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=compress))
+        self._checkpointer = ocp.AsyncCheckpointer(
+            ocp.PyTreeCheckpointHandler(use_compression=compress),
+            async_options=ocp.options.AsyncOptions(timeout_secs=int(distributed.WORK_SECONDS)),
+        )
         self._committer = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint_commit")
         self._pending: concurrent.futures.Future[None] | None = None
         self._held: int | None = None  # the step whose state this process holds and the disk has
@@ -235,6 +238,8 @@ class Checkpoints:
     def _not_written(self, step: int | None, error: Exception) -> UserError:
         reason = (error.strerror if isinstance(error, OSError) else None) or f"{type(error).__name__}: {error}"
         first_line = reason.splitlines()[0]
+        if error.__cause__ is not None:  # of a time-out, who did not come
+            first_line += f" ({one_line(error.__cause__)[:300]})"
         return Transient(f"checkpoint step {step} could not be written to {self.directory}: {first_line}")
 
     # Reading

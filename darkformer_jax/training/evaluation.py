@@ -1,19 +1,16 @@
 """Loss, bits per byte and next-token accuracy: of the held-out split, and by place in a window of any text."""
 
-import dataclasses
-import functools
-import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from darkformer_jax.errors import UserError
 from darkformer_jax.model import Network
+from darkformer_jax.sharding import part_of_process
 from darkformer_jax.training.step import Batch, Metrics, loss_sums
 
 QUARTERS = 4
@@ -98,62 +95,12 @@ def evaluate(
     return Evaluation(loss, loss / math.log(2) * tokens_per_byte, totals["correct"] / tokens, int(totals["weight"]))
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """What one process holds of every batch: the `index`-th of `count` equal parts of the rows, and of each row a part.
-
-    The row's part begins at `first` / `whole` of its tokens and ends before `last` / `whole`.
-    """
-
-    index: int
-    count: int
-    first: int = 0
-    last: int = 1
-    whole: int = 1
-
-
-@functools.cache
-def part_of_process(sharding: NamedSharding) -> Part:
-    """Of this process. Processes that share rows, because the mesh splits something else between them, share the index.
-
-    Raises UserError for a mesh that gives processes rows in unequal numbers, or pieces that are no rectangle.
-    """
-    if sharding.is_fully_addressable:
-        return Part(0, 1)
-    whole = sharding.num_devices  # any shape that all axes divide shows who holds what
-    places: dict[int, set[tuple[int, int, int]]] = {}
-    indices: Mapping[Any, Any] = sharding.devices_indices_map((whole, whole))
-    for device, (rows, tokens) in indices.items():
-        place = (rows.start or 0, tokens.start or 0, whole if tokens.stop is None else tokens.stop)
-        places.setdefault(device.process_index, set()).add(place)
-    own = places[jax.process_index()]
-    own_rows, stretches = _rows(own), sorted({(first, last) for _, first, last in own})
-    parts = sorted({_rows(held) for held in places.values()})
-    is_rectangle = len(own) == len(own_rows) * len(stretches)
-    is_one_piece = all(before[1] == after[0] for before, after in itertools.pairwise(stretches))
-    are_equal = len({len(rows) for rows in parts}) == 1 and len({row for rows in parts for row in rows}) == sum(
-        map(len, parts)
-    )
-    if not (is_rectangle and is_one_piece and are_equal):
-        raise UserError(
-            f"mesh {dict(sharding.mesh.shape)}: each process must hold as many rows of a batch as any other, and one "
-            "stretch of their tokens; let data x fsdp, or context, be a multiple of the processes"
-        )
-    return Part(parts.index(own_rows), len(parts), stretches[0][0], stretches[-1][1], whole)
-
-
-def _rows(places: Iterable[tuple[int, int, int]]) -> tuple[int, ...]:
-    return tuple(sorted({row for row, _, _ in places}))
-
-
 def put_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> Batch:
     """The global batch, of which this process has read the rows that are its part (`part_of_process`)."""
-    part = part_of_process(sharding)
+    count = part_of_process(sharding).count
 
     def place(rows: np.ndarray) -> jax.Array:
-        length = rows.shape[1]
-        own = rows[:, part.first * length // part.whole : part.last * length // part.whole]
-        return jax.make_array_from_process_local_data(sharding, own, (len(rows) * part.count, length))
+        return jax.make_array_from_process_local_data(sharding, rows, (len(rows) * count, rows.shape[1]))
 
     return {name: place(rows) for name, rows in batch.items()}
 

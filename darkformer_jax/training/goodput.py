@@ -1,5 +1,6 @@
 """Where a run's time went: steps that count, and what was spent on everything else, over all its restarts."""
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -43,11 +44,14 @@ class Stopwatch:
 
     def begin(self, step: int) -> None:
         """The session starts with the weights after `step`. An account that cannot be read is put aside."""
+        if jax.process_index() != 0:
+            return
         try:
             self._earlier = read_sessions(self._path.parent)
         except UserError as error:
             logging.warning("%s; a new account begins", error)
-            self._path.replace(self._path.with_suffix(".damaged"))
+            with contextlib.suppress(OSError):
+                self._path.replace(self._path.with_suffix(".damaged"))
             self._earlier = []
         self._first_step = step
 
@@ -65,7 +69,7 @@ class Stopwatch:
 
         A session without a step is none: the same command again changes nothing.
         """
-        if self._earlier is None or step == self._first_step or jax.process_index() != 0:
+        if self._earlier is None or step == self._first_step:
             return
         self._written = self._last
         session = {

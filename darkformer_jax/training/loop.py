@@ -14,9 +14,10 @@ from darkformer_jax import distributed
 from darkformer_jax.bucket import Mirror, local_path
 from darkformer_jax.data import Data, heldout_batches, train_batches
 from darkformer_jax.errors import UserError
+from darkformer_jax.sharding import part_of_process
 from darkformer_jax.training.checkpoints import Checkpoints
 from darkformer_jax.training.distill import load_teacher
-from darkformer_jax.training.evaluation import Evaluation, evaluate, make_eval_step, part_of_process, put_batch
+from darkformer_jax.training.evaluation import Evaluation, evaluate, make_eval_step, put_batch
 from darkformer_jax.training.flops import peak_flops
 from darkformer_jax.training.goodput import Stopwatch
 from darkformer_jax.training.init_from import initialize_from
@@ -46,14 +47,21 @@ class StopSignals:
     """While active, remembers the first SIGTERM or Ctrl-C; a second one ends the process at once.
 
     Of several processes, a signal to any one stops all after the same step.
+
+    Args:
+      step: the last one that is finished.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, step: int) -> None:
+        self._step = step
         self.received: int | None = None
         self._announced = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
+        # jax agrees on the step after the last that a process has asked about: it must know where this run begins
+        # before there can be a signal. Nobody has announced one that would be answered here.
+        distributed.stop_agreed(self._step)
         self._previous = {signum: signal.signal(signum, self._remember) for signum in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -151,7 +159,7 @@ class Run:
         evaluation: Evaluation | None = None
         teacher = self.teacher.arrays if self.teacher else None
         try:
-            with StopSignals() as signals, jax.set_mesh(self.experiment.mesh):
+            with StopSignals(step) as signals, jax.set_mesh(self.experiment.mesh):
                 batches = self._batches(step)
                 while step < config.num_steps:
                     trace.before(step + 1)

@@ -96,7 +96,9 @@ def _load_data(config: ml_collections.ConfigDict, workdir: str) -> Data:
     d = config.data
     directory = str(local_path(workdir))
     tokenizer_dir = directory if has_tokenizer(directory) else None
-    return load_data(d.source, d.files, _tokenizer(config, tokenizer_dir), d.heldout_fraction, tokenizer_dir)
+    part = (jax.process_index(), jax.process_count())
+    tokenizer = _tokenizer(config, tokenizer_dir)
+    return load_data(d.source, d.files, tokenizer, d.heldout_fraction, tokenizer_dir, verify=part)
 
 
 def _tokenizer(config: ml_collections.ConfigDict, tokenizer_dir: str | None) -> str:

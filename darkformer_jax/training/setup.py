@@ -16,7 +16,7 @@ from darkformer_jax.data import TokenStream
 from darkformer_jax.lora import is_lora
 from darkformer_jax.model import Network
 from darkformer_jax.ops.context import check_stretch
-from darkformer_jax.sharding import context_size, make_mesh, sharding_of
+from darkformer_jax.sharding import context_size, make_mesh, part_of_process, sharding_of
 from darkformer_jax.training.flops import train_step_flops
 from darkformer_jax.training.optimizer import make_optimizer, make_schedule
 from darkformer_jax.training.regimes import Paths, split_params, trained_paths
@@ -60,6 +60,7 @@ class Experiment:
         micro_batch = config.batch_size // config.accumulation_steps
         axes, length = ("batch", "sequence"), config.sequence_length
         batch_sharding = sharding_of("a micro-batch", axes, (micro_batch, length), mesh)
+        part_of_process(batch_sharding)
         sharding_of("an evaluation batch", axes, (config.eval.batch_size, length), mesh)
         if context_size(mesh) > 1:
             attention = network.spec.attention

@@ -197,7 +197,10 @@ def _refuse_foreign_files(workdir: str | os.PathLike[str]) -> None:
     if not directory.is_dir():
         raise UserError(f"workdir {workdir} is a file, not a directory")
     # A run killed while it wrote its first config.json, or compared its processes, leaves our own files behind.
-    names = (entry.name for entry in directory.iterdir())
+    try:
+        names = [entry.name for entry in directory.iterdir()]
+    except FileNotFoundError:  # `require_shared` has just removed it, and NFS shows it a while longer
+        return
     foreign = sorted(name for name in names if name != CONFIG_FILE + ".tmp" and not is_token(name))
     if foreign:
         raise UserError(

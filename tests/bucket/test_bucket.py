@@ -28,6 +28,7 @@ from tests.tiny_runs import (
     ROOT,
     Command,
     Training,
+    free_port,
     metrics_without_time,
     saved_arrays,
     tiny_config,
@@ -45,9 +46,7 @@ BUCKET = "bucket"
 
 @pytest.fixture(scope="module")
 def emulator() -> Iterator[None]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
         os.environ[name] = url
@@ -125,9 +124,7 @@ def test_two_processes_with_no_file_system_in_common(tmp_path, url):
     text = write_text(tmp_path / "text.txt")
     flags = tiny_flags(data__files=text, num_steps=4, checkpoint__every=2)
     alone = Training(tmp_path / "alone", flags)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        together = [f"--coordinator=127.0.0.1:{free.getsockname()[1]}", "--num_processes=2", f"--workdir={url}"]
+    together = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2", f"--workdir={url}"]
     together += ["--config.mesh.data=1", "--config.mesh.fsdp=2"]
     both = []
     for number in range(2):
