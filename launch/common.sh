@@ -110,9 +110,11 @@ need_workdir() {
             --workdir | -workdir) workdir="${train_flags[i + 1]:-}" ;;
         esac
     done
-    [ -n "$workdir" ] || fail "--workdir is missing behind --; it must be a directory that all machines share"
+    local allowed="a directory that all machines share, or gs://BUCKET/NAME (launch/README.md)"
+    [ -n "$workdir" ] || fail "--workdir is missing behind --; it must be $allowed"
     case "$workdir" in
-        *://*) fail "--workdir=$workdir: train.py takes a directory, no URL; mount it on all machines (launch/README.md)" ;;
+        gs://?*/?*) ;;
+        *://*) fail "--workdir=$workdir: must be $allowed" ;;
     esac
 }
 

@@ -10,7 +10,7 @@ launch/gke.sh COMMAND --name=NAME [--namespace=NAMESPACE] [flags] [--dry-run] [-
 
   run      creates the JobSet; needs --image, --claim, and --tpu or --gpu
              --image=IMAGE        of launch/Dockerfile, in a registry that the cluster can read
-             --claim=NAME         PersistentVolumeClaim (ReadWriteMany) that all pods mount; --workdir lies in it
+             --claim=NAME         PersistentVolumeClaim (ReadWriteMany) that all pods mount, where --workdir lies; none for gs://
              --mount=PATH         where (default: /runs)
              --tpu=LABEL --topology=AxB   tpu-v5-lite-podslice 4x4, tpu-v6e-slice 8x8, tpu-v5p-slice 4x4x4, ...
              --slices=N           that many slices of it (default: 1)
@@ -81,7 +81,7 @@ check_gpu() {
 
 check_run() {
     local flag
-    need image claim
+    need image
     need_workdir
     need_number restarts
     case "$tpu/$gpu" in
@@ -93,7 +93,8 @@ check_run() {
         case "${!flag}" in *[!A-Za-z0-9_./:@-]*) fail "--$flag=${!flag}: letters, digits and _./:@- only" ;; esac
     done
     case "$workdir" in
-        "$mount"/?*) ;;
+        gs://*) [ -z "$claim" ] || fail "--claim=$claim: not used with --workdir=$workdir" ;;
+        "$mount"/?*) need claim ;;
         *) fail "--workdir=$workdir is not in --mount=$mount, the only directory that the pods share" ;;
     esac
 }
@@ -161,11 +162,11 @@ $(placement)
 $(yaml_variables "${variables[@]}" ${environment[@]+"${environment[@]}"})
                   resources: {limits: {$resource: $amount}}
                   volumeMounts:
-                    - {name: runs, mountPath: $(yaml_string "$mount")}
                     - {name: shared-memory, mountPath: /dev/shm}
+$([ -z "$claim" ] || echo "                    - {name: runs, mountPath: $(yaml_string "$mount")}")
               volumes:
-                - {name: runs, persistentVolumeClaim: {claimName: $(yaml_string "$claim")}}
                 - {name: shared-memory, emptyDir: {medium: Memory}}  # NCCL and data workers; a container's own has 64 MB
+$([ -z "$claim" ] || echo "                - {name: runs, persistentVolumeClaim: {claimName: $(yaml_string "$claim")}}")
 END
 }
 

@@ -15,7 +15,7 @@ launch/tpu.sh COMMAND --name=NAME --zone=ZONE [--project=PROJECT] [flags] [--dry
              --runtime=VERSION   the machines' image (default: the one Google names for JAX on TYPE)
   setup    copies this clone, as it is now, to all workers and installs it
              --prepare=COMMAND   run on each worker first; mount the directory of the run here
-  run      starts train.py on all workers, detached; --workdir must be a directory that all of them share
+  run      starts train.py on all workers, detached; --workdir is gs://BUCKET/NAME, or a directory that all share
              --env=NAME=VALUE    for train.py; may be given several times
   follow   shows the output of one worker until its process ends
              --slice=I --worker=I  which (default: 0 and 0, whose process prints the progress)
@@ -120,8 +120,8 @@ tar -xzf ../darkformer_jax.tar.gz && tar -tzf ../darkformer_jax.tar.gz >.sent"
 check_train() {
     need_workdir
     case "$workdir" in
-        /*) ;;
-        *) fail "--workdir=$workdir: on TPU VMs it must be an absolute path that all workers share, where --prepare mounts it" ;;
+        /* | gs://*) ;;
+        *) fail "--workdir=$workdir: on TPU VMs it must be gs://BUCKET/NAME, or an absolute path that all workers share" ;;
     esac
 }
 

@@ -57,7 +57,7 @@ def test_tpu_manifest():
         "runs": "/runs",
         "shared-memory": "/dev/shm",
     }
-    assert pod["volumes"][0] == {"name": "runs", "persistentVolumeClaim": {"claimName": "runs"}}
+    assert pod["volumes"][1] == {"name": "runs", "persistentVolumeClaim": {"claimName": "runs"}}
     variables = {variable["name"]: expanded(variable["value"]) for variable in container["env"]}
     assert variables == {"JAX_PLATFORMS": "tpu,cpu", "NOTE": '$(x) "q"'}
     assert [expanded(word) for word in container["command"]] == [".venv/bin/python", "-u", "train.py", *TRAIN[1:]]
@@ -90,6 +90,9 @@ def test_gpu_processes_are_told_who_they_are(tmp_path):
         "--num_processes=4",
         "--process_id=3",
     ]
+    _, _, in_a_bucket = rendered(*RUN[:-1], *GPU, "--", "--workdir=gs://b/lm")
+    assert [volume["name"] for volume in in_a_bucket["volumes"]] == ["shared-memory"]
+    assert [mount["name"] for mount in in_a_bucket["containers"][0]["volumeMounts"]] == ["shared-memory"]
     _, _, alone = rendered(*RUN, *GPU, *TRAIN)
     assert [expanded(word) for word in alone["containers"][0]["command"]][1:] == ["-u", "train.py", *TRAIN[1:]]
 
@@ -129,8 +132,13 @@ def test_refused_flags():
         ((*RUN, *GPU, "--nodes=two", *TRAIN), "--nodes=two: not a positive whole number"),
         ((*RUN, *GPU, "--image=a b", *TRAIN), "--image=a b: letters, digits and"),
         ((*RUN, *GPU), "--workdir is missing behind --"),
+        ((*RUN[:-1], *GPU, *TRAIN), "--claim is missing"),
         ((*RUN, *GPU, "--", "--workdir=/mnt/lm"), "--workdir=/mnt/lm is not in --mount=/runs"),
-        ((*RUN, *GPU, "--", "--workdir=gs://b/lm"), "--workdir=gs://b/lm: train.py takes a directory, no URL"),
+        (
+            (*RUN, *GPU, "--", "--workdir=gs://b"),
+            "--workdir=gs://b: must be a directory that all machines share, or gs://",
+        ),
+        ((*RUN, *GPU, "--", "--workdir=gs://b/lm"), "--claim=runs: not used with --workdir=gs://b/lm"),
         ((*RUN, "--workers=3"), "--workers: there is no such flag here; allowed: --name="),
         (("delete", "--name=lm"), "delete needs --confirm=lm where nobody can be asked"),
         (("follow", "--name=lm", *TRAIN), "follow takes no flags of train.py"),

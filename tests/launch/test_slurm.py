@@ -52,7 +52,10 @@ def test_refused_flags():
         ((*SIZE, "--account=my lab", *TRAIN), "--account=my lab: no spaces"),
         ((*SIZE, "--name=a/b", *TRAIN), "--name=a/b: no / and no %"),
         (SIZE, "--workdir is missing behind --"),
-        ((*SIZE, "--", "--workdir=s3://b/lm"), "--workdir=s3://b/lm: train.py takes a directory, no URL"),
+        (
+            (*SIZE, "--", "--workdir=s3://b/lm"),
+            "--workdir=s3://b/lm: must be a directory that all machines share, or gs://",
+        ),
         ((*SIZE, *TRAIN), "sbatch is not on this machine"),
     ]:
         assert expected in refusal("slurm.sh", *arguments)

@@ -79,9 +79,18 @@ def test_refused_flags():
         (("setup", *NAMED, *TRAIN), "setup takes no flags of train.py"),
         (run, "--workdir is missing behind --"),
         ((*run, "--", "--workdir"), "--workdir is missing behind --"),
-        ((*run, "--", "--workdir=runs/lm"), "--workdir=runs/lm: on TPU VMs it must be an absolute path"),
-        ((*run, "--", "--workdir", "runs/lm"), "--workdir=runs/lm: on TPU VMs it must be an absolute path"),
-        ((*run, "--", "--workdir=gs://b/lm"), "--workdir=gs://b/lm: train.py takes a directory, no URL"),
+        (
+            (*run, "--", "--workdir=runs/lm"),
+            "--workdir=runs/lm: on TPU VMs it must be gs://BUCKET/NAME, or an",
+        ),
+        (
+            (*run, "--", "--workdir", "runs/lm"),
+            "--workdir=runs/lm: on TPU VMs it must be gs://BUCKET/NAME, or an",
+        ),
+        (
+            (*run, "--", "--workdir=s3://b/lm"),
+            "--workdir=s3://b/lm: must be a directory that all machines share, or gs://",
+        ),
         ((*run, "--env=A", *TRAIN), "--env=A: the form is --env=NAME=VALUE"),
         ((*run, "--env", *TRAIN), "--env: the form is --env=NAME=VALUE"),
         (("delete", *NAMED), "delete needs --confirm=lm where nobody can be asked"),
