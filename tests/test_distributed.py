@@ -9,6 +9,7 @@ import pytest
 from darkformer_jax.distributed import Cluster, cluster_of_environment, cluster_of_flags
 from darkformer_jax.errors import UserError
 from darkformer_jax.roll_call import Missing, roll_call
+from darkformer_jax.training.metrics import read_metrics
 from darkformer_jax.training.workdir import check_config
 from tests.tiny_runs import Command, Processes, Training, free_port, metrics_without_time, tiny_flags, write_text
 
@@ -222,6 +223,10 @@ def test_a_run_of_two_processes_killed_and_continued_by_one(tmp_path):
     survivor = killed.all[0].wait()
     assert survivor.status != 0 and "error: " in survivor.err and time.monotonic() - began < 60, survivor.err
     assert survivor.err.startswith("process 0 of 2\n") and not killed.all[1].step(), "process 0 alone prints progress"
+
+    times = [line["time"] for line in read_metrics(tmp_path / "run") if "time" in line]
+    assert {each["slowest_host"] for each in times} <= {0, 1}
+    assert all(each["largest_host_seconds"] >= each["host_seconds"] > 0 for each in times)
 
     alone = Training(tmp_path / "run", flags)
     alone.assert_ends_well()

@@ -24,6 +24,7 @@ from darkformer_jax.training.init_from import initialize_from
 from darkformer_jax.training.metrics import METRICS_FILE, MetricWriter, read_metrics
 from darkformer_jax.training.progress import Progress, device_memory_bytes, host_memory_bytes
 from darkformer_jax.training.setup import Experiment, tokens_per_byte
+from darkformer_jax.training.skew import HostClock, Hosts
 from darkformer_jax.training.step import (
     Distillation,
     Metrics,
@@ -188,6 +189,8 @@ class Run:
                         self.checkpoints.wait()
                         raise Stopped(signum, step)
                 evaluation = evaluation or self.evaluate(state, 0)
+            if distributed.is_distributed():
+                progress.note(str(log.hosts))
             return state, evaluation
         finally:
             with contextlib.ExitStack() as ending:  # all of it, whatever of it fails; the last is done first
@@ -253,6 +256,7 @@ class _Log:
         self._pending: tuple[int, Metrics] | None = None
         self._clock = time.perf_counter()
         self._steps = 0  # since the clock
+        self._host, self.hosts = HostClock(), Hosts(0.0, 0.0, 0)
         self._first = True
 
     def finished(self, step: int, metrics: Metrics) -> None:
@@ -266,13 +270,17 @@ class _Log:
             return
         step, device_metrics = self._pending
         self._pending = None
+        began = time.perf_counter()
         metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
+        self._host.waited(time.perf_counter() - began)
         for name in ("loss", "grad_norm"):
             if not math.isfinite(metrics[name]):
                 self._writer.write(step, metrics)  # as null: without it, the file is that of a run that was stopped
                 raise self._run.diverged(step, f"{name} is {metrics[name]}")
         self._steps += 1
         self._run.watch.lap("starting" if self._first else "steps", step)
+        if self._first:
+            self._host.restart()  # it has compiled
         self._first = False
         config = self._run.experiment.config
         elapsed = time.perf_counter() - self._clock
@@ -282,10 +290,14 @@ class _Log:
         mfu = None if peak is None else speed * self._run.experiment.step_flops / peak
         device_memory, host_memory = device_memory_bytes(), host_memory_bytes()
         self._progress.update(step, metrics["loss"], tokens_per_second, mfu, device_memory or host_memory)
+        several = distributed.is_distributed()
         if step % config.log.every == 0 or step == config.num_steps:
+            self.hosts = self._host.read()
             timings = {
                 "tokens_per_second": tokens_per_second,
                 "step_seconds": 1 / speed,
+                "host_seconds": self.hosts.own,
+                **({"largest_host_seconds": self.hosts.largest, "slowest_host": self.hosts.slowest} if several else {}),
                 "host_memory_bytes": host_memory,
                 **({"mfu": mfu} if mfu is not None else {}),
                 **({"device_memory_bytes": device_memory} if device_memory is not None else {}),
@@ -300,3 +312,4 @@ class _Log:
         self._progress.note(f"step {step}  held out: {evaluation}")
         self._run.watch.lap("evaluation", step)
         self._clock, self._steps = time.perf_counter(), 0
+        self._host.restart()
