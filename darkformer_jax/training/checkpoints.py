@@ -79,6 +79,8 @@ class Checkpoints:
             raise UserError(f"checkpoint.every = {save_every}: must be at least 0")
         remote = is_remote(workdir)
         self.directory: Any = (remote_path(workdir) if remote else Path(workdir).absolute()) / CHECKPOINTS
+        # A store's library raises what its network does.
+        self._store_errors: tuple[type[Exception], ...] = (Exception,) if remote else (OSError,)
         self._keep = keep
         self._save_every = save_every
         self._checkpointer = ocp.AsyncCheckpointer(
@@ -123,7 +125,7 @@ class Checkpoints:
         self._held = None
         try:
             self._checkpointer.save(self._path(step), args=ocp.args.PyTreeSave(state), force=True)
-        except OSError as error:
+        except self._store_errors as error:
             raise self._not_written(step, error) from error
         self._held = step
         self._pending = self._committer.submit(self._commit, step, known)
@@ -156,7 +158,9 @@ class Checkpoints:
             self._entry(step, _UNFINISHED).touch()
             self._entry(step, _MANIFEST).unlink(missing_ok=True)  # from here on an old <step> is a leftover, too
             self._remove_leftovers(step)
-        except OSError as error:
+        except UserError:
+            raise
+        except self._store_errors as error:
             raise self._not_written(step, error) from error
 
     def _require_space(self, step: int, size: int) -> None:
@@ -183,7 +187,9 @@ class Checkpoints:
         try:
             manifest = read_manifest(path, step)
             write_manifest(path, step, manifest["files"], {**manifest["metrics"], **metrics})
-        except (OSError, Damaged) as error:
+        except Damaged as error:
+            raise self._not_written(step, error) from error
+        except self._store_errors as error:
             raise self._not_written(step, error) from error
 
     def _prune(self, newest: int) -> None:
