@@ -90,7 +90,7 @@ def _train() -> None:
     if FLAGS.dry_run:
         dry_run(FLAGS.config)
     else:
-        run(FLAGS.config, FLAGS.workdir or default_workdir())
+        run(FLAGS.config, (FLAGS.workdir or default_workdir()).rstrip("/") or "/")
 
 
 if __name__ == "__main__":

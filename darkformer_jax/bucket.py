@@ -11,6 +11,7 @@ import base64
 import concurrent.futures
 import contextlib
 import functools
+import logging
 import os
 import shutil
 import tempfile
@@ -22,17 +23,21 @@ from darkformer_jax.errors import Transient, UserError, one_line
 
 CHECKPOINTS = "checkpoints"
 _SCHEME = "gs://"
+_NOT_IN_NAMES = set("#?*[]\\\n\r\t")
 _SECONDS_BETWEEN_UPLOADS = 30.0  # a kill loses the lines since then, and the resumed run writes them again
 
 
 def is_remote(workdir: str | os.PathLike[str]) -> bool:
-    """Whether it is a URL. Raises UserError for another scheme than gs://, or without a bucket and a name in it."""
+    """Whether it is a URL. Raises UserError for one that cannot be a workdir."""
     text = os.fspath(workdir)
     if "://" not in text:
         return False
     bucket, _, name = text.removeprefix(_SCHEME).partition("/")
     if not text.startswith(_SCHEME) or not bucket or not name.strip("/"):
         raise UserError(f"workdir {text}: allowed: a local or mounted directory, or gs://<bucket>/<name>")
+    if odd := sorted(set(text) & _NOT_IN_NAMES):
+        # TensorStore, which writes the arrays, takes what follows # or ? for another part of the URL; gcsfs globs.
+        raise UserError(f"workdir {text}: {odd[0]!r} may not be in the name of a bucket's directory")
     return True
 
 
@@ -56,6 +61,7 @@ def file_system() -> Any:
             "or mount the bucket and give the mount point"
         ) from error
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # tracebacks of what is told in a line
     return fsspec.filesystem("gcs")
 
 
@@ -72,16 +78,47 @@ def _local_copy(url: str) -> Path:
     root = Path(tempfile.mkdtemp(prefix="darkformer-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     copy = root / url.removeprefix(_SCHEME)
-    source = remote_path(url)
+    entries = list_directory(url)
     with as_user_error(url, "read"):
-        if source.is_dir():
-            copy.mkdir(parents=True)
-            for entry in source.iterdir():
-                if entry.is_dir():
-                    (copy / entry.name).mkdir()  # empty: so that a directory which is no run's is noticed
-                elif not entry.name.startswith("."):
-                    (copy / entry.name).write_bytes(entry.read_bytes())
+        contents = {
+            name: file_system().cat_file(f"{url}/{name}")
+            for name, is_directory in entries.items()
+            if not is_directory and not name.startswith(".")
+        }
+    try:
+        for name in filter(entries.get, entries):
+            (copy / name).mkdir(parents=True)  # empty: so that a directory which is no run's is noticed
+        for name, content in contents.items():
+            copy.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes(content)
+    except OSError as error:
+        reason = error.strerror or error
+        raise Transient(f"{root}, where the small files of {url} go (TMPDIR), cannot be written: {reason}") from error
     return copy
+
+
+def list_directory(path: str | os.PathLike[str]) -> dict[str, bool]:
+    """The names in a remote directory, and whether each is a directory; none where there is no such directory.
+
+    etils' own `is_dir` and `exists` say no where a store cannot be reached. Raises UserError where there is no such
+    bucket, or an object of this name, and Transient where it cannot be listed.
+    """
+    url = os.fspath(path).rstrip("/")
+    own = url.removeprefix(_SCHEME)
+    with as_user_error(url, "read"):
+        try:
+            found = file_system().ls(own, detail=True, refresh=True)
+        except FileNotFoundError:
+            file_system().ls(own.partition("/")[0], refresh=True)
+            return {}
+    entries = {}
+    for entry in found:
+        name = entry["name"].rstrip("/")
+        if name == own and entry["type"] == "file" and not entry["name"].endswith("/"):
+            raise UserError(f"{url} is an object of the bucket, not a directory")
+        if name != own:  # some tools leave an object for the directory itself
+            entries[name.removeprefix(own + "/")] = entry["type"] == "directory"
+    return entries
 
 
 def objects(directory: Any) -> dict[str, dict[str, Any]]:
@@ -154,10 +191,18 @@ class Mirror(contextlib.AbstractContextManager["Mirror"]):
 
 @contextlib.contextmanager
 def as_user_error(url: str, what: str) -> Any:
-    """Every other error becomes Transient: gcsfs raises OSError, its own HttpError, and aiohttp's and google-auth's."""
+    """Every other error becomes one: gcsfs raises OSError, its own HttpError, and aiohttp's and google-auth's.
+
+    Transient, but for what would be so the next time: no such bucket, and no permission.
+    """
     try:
         yield
     except UserError:
         raise
+    except FileNotFoundError as error:
+        bucket = url.removeprefix(_SCHEME).partition("/")[0]
+        raise UserError(f"{url} cannot be {what}: not found; is there a bucket {bucket}?") from error
     except Exception as error:
-        raise Transient(f"workdir {url} cannot be {what}: {type(error).__name__}: {one_line(error)[:200]}") from error
+        refused = "Forbidden" in str(error) or getattr(error, "code", None) in (401, 403)
+        kind = UserError if refused else Transient
+        raise kind(f"{url} cannot be {what}: {type(error).__name__}: {one_line(error)[:200]}") from error

@@ -67,7 +67,7 @@ def cluster_of_flags(coordinator: str | None, num_processes: int | None, process
     if coordinator is None or num_processes is None or process_id is None:
         raise UserError(f"{' and '.join(missing)} missing: {', '.join(given)} go together")
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+    if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError(f"--coordinator={coordinator}: the form is HOST:PORT, with a port from 1 to {2**16 - 1}")
     if num_processes < 1:
         raise UserError(f"--num_processes={num_processes}: must be at least 1")

@@ -34,6 +34,7 @@ import tqdm
 from absl import app
 
 from darkformer_jax.command_line import Parser, one_line_errors
+from darkformer_jax.data.files import refuse_url
 from darkformer_jax.data.sources import Corpus, find_text_files, open_corpus
 from darkformer_jax.data.tokenizers import Tokenizer
 from darkformer_jax.data.windows import ScoredDocument, Window, window_batch
@@ -163,6 +164,7 @@ def _check_flags(args: argparse.Namespace) -> None:
     if args.json is not None:
         if not args.json:
             raise UserError("--json=: give the name of a file")
+        refuse_url(args.json)
         if os.path.lexists(args.json):
             raise UserError(f"--json={args.json}: the file exists, and results are not overwritten")
         if not os.path.isdir(os.path.dirname(args.json) or "."):

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.standard_promotion
         (("host:http", 2, 0), "--coordinator=host:http: the form"),
         (("host:70000", 2, 0), "with a port from 1 to 65535"),
         ((":80", 2, 0), "the form is HOST:PORT"),
+        (("http://host:80", 2, 0), "the form is HOST:PORT"),
         (("host:80", 0, 0), "--num_processes=0: must be at least 1"),
         (("host:80", 2, 2), "--process_id=2: with --num_processes=2, 0 to 1"),
         (("host:80", 2, -1), "--process_id=-1"),

@@ -85,7 +85,10 @@ def test_mistakes_in_data_and_directories_are_one_line_and_write_nothing(tmp_pat
         (flags(f"--workdir={foreign}"), "is not empty and has no config.json (it holds thesis.tex)"),
         (flags(f"--workdir={text}"), "text.txt is a file, not a directory"),
         (flags(f"--workdir={text}/below"), "Not a directory"),
-        (flags("--workdir=gs://bucket/run"), "not a local path"),
+        (
+            flags("--workdir=s3://bucket/run"),
+            "workdir s3://bucket/run: allowed: a local or mounted directory, or gs://",
+        ),
         (
             flags(f"--workdir={tmp_path}/other", model__mlp_dim=48, seed=3),
             "model.mlp_dim: 32 -> 48; seed: 0 -> 3",

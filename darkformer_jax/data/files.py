@@ -63,8 +63,15 @@ def write_file(path: str, data: bytes) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
+def refuse_url(path: str) -> None:
+    """Raises UserError for gs://bucket/x and the like, where only a workdir may be: to a file system it is a name."""
+    if "://" in path:
+        raise UserError(f"{path!r} is not a local path; mount a bucket and give the mount point")
+
+
 def make_directory(path: str) -> None:
     """Makes a directory and its parents unless it is there. Raises UserError naming it when it cannot be made."""
+    refuse_url(path)
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as error:
@@ -79,8 +86,9 @@ def whole_directory(path: str) -> Iterator[Path]:
       UserError: `path` is a file, a directory that is not empty or one that cannot be replaced; or the disk is full, or
         its parent cannot be written.
     """
-    if not path or "://" in path:
-        raise UserError(f"{path!r} is not a local path; mount a bucket and give the mount point")
+    if not path:
+        raise UserError(f"{path!r} is not a path")
+    refuse_url(path)
     try:
         target = Path(path).resolve()  # of a link, what it points to
         if target.exists() and (not target.is_dir() or any(target.iterdir())):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
-from darkformer_jax.data.files import make_directory, read_file, write_file
+from darkformer_jax.data.files import make_directory, read_file, refuse_url, write_file
 from darkformer_jax.data.heldout import HeldoutSplit
 from darkformer_jax.data.records import RECORD_TOKENS, RecordStream, RecordWriter, Shard, verify_shards
 from darkformer_jax.data.sources import open_corpus
@@ -165,6 +165,7 @@ def load_prepared(
 
 
 def _read_manifest(directory: str) -> dict[str, Any]:
+    refuse_url(directory)
     path = os.path.join(directory, MANIFEST)
     if not os.path.isdir(directory):
         raise UserError(

@@ -12,6 +12,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from darkformer_jax.data.files import refuse_url
 from darkformer_jax.data.text_files import OnRead, read_json_lines, read_lines, read_pieces
 from darkformer_jax.errors import UserError
 
@@ -95,6 +96,7 @@ def find_text_files(files: str) -> list[str]:
         raise UserError(f"data files are not given; the text source needs globs of {', '.join(TEXT_SUFFIXES)}")
     found: set[str] = set()
     for pattern in patterns:
+        refuse_url(pattern)
         if os.path.isdir(pattern):
             matches = [path for path in _walk(pattern) if path.endswith(TEXT_SUFFIXES)]
             kind = f"directory {pattern!r} holds no {', '.join(TEXT_SUFFIXES)} file"

@@ -10,7 +10,7 @@ from typing import Any
 
 import tqdm
 
-from darkformer_jax.data.files import read_file, read_json_object
+from darkformer_jax.data.files import read_file, read_json_object, refuse_url
 from darkformer_jax.errors import UserError
 from darkformer_jax.reporting.settings import Settings, settings_of
 from darkformer_jax.training.metrics import METRICS_FILE
@@ -52,6 +52,7 @@ def find_workdirs(globs: str) -> list[str]:
     """
     found: dict[str, str] = {}
     for pattern in filter(None, (part.strip() for part in globs.split(","))):
+        refuse_url(pattern)
         matches = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
         workdirs = [path for path in matches if os.path.isfile(os.path.join(path, CONFIG_FILE))]
         if not workdirs:

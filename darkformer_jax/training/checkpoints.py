@@ -34,7 +34,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from darkformer_jax import distributed
-from darkformer_jax.bucket import CHECKPOINTS, is_remote, remote_path
+from darkformer_jax.bucket import CHECKPOINTS, is_remote, list_directory, remote_path
 from darkformer_jax.errors import Transient, UserError, one_line
 from darkformer_jax.training.manifest import (
     FORMAT,
@@ -210,9 +210,9 @@ class Checkpoints:
 
     def _remove_leftovers(self, step: int) -> None:
         """All that killed saves and removals left, but for the mark of `step`, which is about to be written."""
-        for entry in self.directory.iterdir():
-            if _TEMPORARY.fullmatch(entry.name):
-                _remove_tree(entry) if entry.is_dir() else entry.unlink()
+        for name, is_directory in self._entries().items():
+            if _TEMPORARY.fullmatch(name):
+                _remove_tree(self.directory / name) if is_directory else (self.directory / name).unlink()
         found = self._found()
         for unfinished in found[_UNFINISHED] - {step}:
             if unfinished in found[_MANIFEST]:
@@ -267,10 +267,16 @@ class Checkpoints:
     def _found(self) -> dict[str, set[int]]:
         """The steps of which there is `<step><end>`, by end."""
         found: dict[str, set[int]] = {"": set(), _MANIFEST: set(), _UNFINISHED: set()}
-        for entry in self.directory.iterdir() if self.directory.is_dir() else ():
-            if name := _ENTRY.fullmatch(entry.name):
+        for entry in self._entries():
+            if name := _ENTRY.fullmatch(entry):
                 found[name[2]].add(int(name[1]))
         return found
+
+    def _entries(self) -> dict[str, bool]:
+        """The names in the directory, and whether each is one; none where there is no directory yet."""
+        if not isinstance(self.directory, Path):
+            return list_directory(self.directory)
+        return {entry.name: entry.is_dir() for entry in self.directory.iterdir()} if self.directory.is_dir() else {}
 
     def _is_orbax(self, step: int) -> bool:
         return any((self._path(step) / name).exists() for name in _OF_ORBAX)

@@ -1,5 +1,6 @@
 """What `train.py` does: from a config to a finished workdir."""
 
+import shlex
 import time
 
 import jax
@@ -138,7 +139,7 @@ def _report(
         print("\n" + samples)
         write_atomically(local_path(workdir) / "samples.txt", samples.encode())
     print(f"loss curve: {workdir}/{loss_curve(workdir).name}")
-    print(f"more samples: python -m darkformer_jax.generate --workdir={workdir} --prompt='def '")
+    print(f"more samples: python -m darkformer_jax.generate --workdir={shlex.quote(workdir)} --prompt='def '")
 
 
 def sample(experiment: Experiment, data: Data, state: TrainState) -> str:

@@ -81,9 +81,9 @@ def check_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> 
 
 def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """The config.json of a run, as nested dicts. Raises UserError if there is none or it is not JSON."""
-    path = local_path(workdir) / CONFIG_FILE
+    path = f"{os.fspath(workdir)}/{CONFIG_FILE}"  # of a workdir in a bucket, not where its copy is
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads((local_path(workdir) / CONFIG_FILE).read_bytes())
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}; is this the workdir of a run?") from error
     except (ValueError, RecursionError) as error:

@@ -5,6 +5,7 @@ They need the extra gcs and the emulator, which dev has.
 
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import socket
@@ -69,7 +70,7 @@ def emulator() -> Iterator[None]:
 @pytest.fixture
 def url(emulator, request):
     """A new directory of the bucket."""
-    return f"gs://{BUCKET}/runs/{request.node.name[:40]}"
+    return f"gs://{BUCKET}/runs/{re.sub('[^a-z]', '-', request.node.name)}"
 
 
 def elsewhere() -> None:
@@ -175,6 +176,7 @@ def test_every_damaged_object_is_noticed(url, harm, caplog):
             files.pipe_file(prefix + name, {"flip": flipped, "cut": good[: len(good) // 2], "empty": b""}[harm])
         assert newest_step(url) == 1, name
         files.pipe_file(prefix + name, good)
+        assert files.cat_file(prefix + name) == good
         assert newest_step(url) == 2, name
     files.rm_file(prefix + names[-1])
     checkpoints = Checkpoints(url, keep=2)
@@ -232,8 +234,31 @@ def test_a_directory_that_is_no_runs_and_a_bucket_that_is_not_there(url, tmp_pat
     config = tiny_config(data__files=write_text(tmp_path / "text.txt"))
     with pytest.raises(UserError, match="is not empty and has no config.json .it holds thesis"):
         run(config, url)
-    with pytest.raises(Transient, match="workdir gs://no-such-bucket/run cannot be written"):
+    file_system().pipe_file(f"{url}/object", b"x")
+    with pytest.raises(UserError, match="/object is an object of the bucket, not a directory"):
+        run(config, f"{url}/object")
+    with pytest.raises(UserError, match="no-such-bucket/run cannot be read: .* is there a bucket no-such-bucket") as no:
         run(config, "gs://no-such-bucket/run")
+    assert not isinstance(no.value, Transient)
+
+
+@needs_emulator
+def test_a_store_that_is_not_reached_is_not_an_absent_run(url, monkeypatch):
+    save(url, 1)
+
+    def refuse(*args, **kwargs):
+        raise ConnectionError("Connection refused")
+
+    monkeypatch.setattr(file_system(), "ls", refuse)
+    for ask in (local_path, newest_step):
+        with pytest.raises(Transient, match=f"{url}.* cannot be read: ConnectionError: Connection refused"):
+            ask(url)
+
+
+@pytest.mark.parametrize("workdir", ["gs://bucket/run#1", "gs://bucket/run?x=1", "gs://bucket/*"])
+def test_names_that_the_libraries_read_as_something_else(workdir):
+    with pytest.raises(UserError, match="may not be in the name of a bucket's directory"):
+        local_path(workdir)
 
 
 @pytest.mark.parametrize("workdir", ["s3://bucket/run", "gs://bucket", "gs://bucket/", "gs:///run", "http://a/b"])

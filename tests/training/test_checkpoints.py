@@ -308,8 +308,8 @@ def test_only_damaged_checkpoints_are_an_error_and_nothing_starts_from_scratch(t
     with pytest.raises(UserError, match="damaged: step 2: 2.sha256.json is missing; step 1: 1.sha256.json is missing"):
         opened.latest_good_step()
     opened.close()
-    with pytest.raises(UserError, match="workdir gs://bucket/run: not a local path; mount the bucket"):
-        Checkpoints("gs://bucket/run")
+    with pytest.raises(UserError, match="workdir s3://bucket/run: allowed: a local or mounted directory, or gs://"):
+        Checkpoints("s3://bucket/run")
 
 
 def test_no_checkpoint_is_an_error_that_names_the_directory_and_creates_nothing(tmp_path: Path) -> None:

@@ -92,8 +92,8 @@ def test_a_bad_config_file_or_path_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(UserError, match="holds a list"):
         read_config(tmp_path)
-    with pytest.raises(UserError, match="gs://bucket/run: not a local path"):
-        write_config("gs://bucket/run", config())
+    with pytest.raises(UserError, match="s3://bucket/run: allowed: a local or mounted directory"):
+        write_config("s3://bucket/run", config())
 
 
 def test_a_workdir_that_cannot_be_written(tmp_path: Path) -> None:
