@@ -110,7 +110,7 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path):
     (tmp_path / "program.py").write_text("""
 import os, signal, threading, time
 from darkformer_jax.training.loop import StopSignals
-with StopSignals() as signals:
+with StopSignals(0) as signals:
     os.kill(os.getpid(), signal.SIGTERM)
     assert signals.received == signal.SIGTERM
     print("remembered", flush=True)
@@ -124,7 +124,7 @@ with StopSignals() as signals:
 
 def test_signal_handlers_are_put_back():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with loop.StopSignals() as signals:
+    with loop.StopSignals(0) as signals:
         os.kill(os.getpid(), signal.SIGINT)
         assert signals.received == signal.SIGINT
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
