@@ -43,16 +43,17 @@ needs_emulator = pytest.mark.skipif(
 )
 pytestmark = pytest.mark.standard_promotion
 BUCKET = "bucket"
+STORE = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT")
 
 
 @pytest.fixture(scope="module")
 def emulator() -> Iterator[None]:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
+    for name in STORE[:2]:
         os.environ[name] = url
     # Before gcsfs is imported: it asks for the kind of a bucket by a protocol of its own, which the emulator has not.
-    os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
+    os.environ[STORE[2]] = "false"
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     program = [sys.executable, str(ROOT / "tests/bucket/emulator.py"), str(port), BUCKET]
     with subprocess.Popen(program, **quiet) as server:
@@ -132,7 +133,8 @@ def test_two_processes_with_no_file_system_in_common(tmp_path, url):
         own = tmp_path / f"{number}"
         own.mkdir()
         argv = [*flags, *together, f"--process_id={number}"]
-        both.append(Command(str(ROOT / "train.py"), argv, own, environment={"TMPDIR": str(own)}))
+        store = {name: os.environ[name] for name in STORE}  # what starts the commands may be older than the emulator
+        both.append(Command(str(ROOT / "train.py"), argv, own, environment=store | {"TMPDIR": str(own)}))
     assert [process.wait().status for process in both] == [0, 0], [process.wait().err for process in both]
     alone.assert_ends_well()
     ours, wanted = ([line["loss"] for line in read_metrics(place) if "loss" in line] for place in (url, alone.workdir))
