@@ -23,6 +23,7 @@ _IOTA = re.compile(r"replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\
 _LISTED = re.compile(r"replica_groups=\{\{([0-9,]*)\}")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 _AXIS = re.compile(r"'(\w+)'(?::\((\d+)\)(\d+))?")
+_BETWEEN_SLICES = re.compile(r' send\(.*_xla_megascale_target="\{([0-9,:]+)\}.*_xla_megascale_transfer_type="(\w+)"')
 _PAIRS = re.compile(r"source_target_pairs=\{([0-9,{}]*)\}")
 
 
@@ -76,6 +77,8 @@ def collectives(hlo: str, slices: Sequence[int]) -> tuple[Counter[Collective], i
                 key = _identity(name, line)
                 least = min(times, found[key][1] if key in found else times)
                 found[key] = _parse(line, match, slices, name.startswith("all-reduce-scatter")), least
+            if match := _BETWEEN_SLICES.search(line):
+                found[name, line] = _between_slices(line, match), times
             calls = [call.strip(" %") for group in _CALLED.findall(line) for call in group.split(",") if call.strip()]
             trips = _trips(line, bodies) if " while(" in line else 1
             unknown_loops += trips is None
@@ -138,6 +141,21 @@ def _parse(line: str, found: re.Match[str], slices: Sequence[int], scattered: bo
     total = sum(arrays) * (size if kind == "reduce-scatter" else 1)
     num_slices = max(len({slices[device] for device in group}) for group in groups)
     return Collective("reduce-scatter" if scattered else kind, total, size, num_slices)
+
+
+def _between_slices(line: str, found: re.Match[str]) -> Collective:
+    """What TPUs send over the data center's network: each device to those in its place in the other slices.
+
+    The compiler writes such a collective as a send and a receive of the runtime's, "{1,2}x{0:3}" being the slices and
+    the devices of one.
+    """
+    ends = [[int(end) for end in part.split(":")] for part in found[1].split(",")]
+    num_slices = sum(part[-1] - part[0] + 1 for part in ends)
+    kind = found[2].lower().replace("_", "-")
+    dtype, dims = _SHAPE.findall(line[line.index(" = ") :])[0]
+    size = int(np.prod([int(n) for n in dims.split(",") if n])) * _itemsize(dtype)
+    total = size * num_slices if kind == "all-gather" else size
+    return Collective(kind if kind in KINDS else "collective-permute", total, num_slices, num_slices)
 
 
 def _itemsize(dtype: str) -> int:

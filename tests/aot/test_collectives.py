@@ -132,3 +132,19 @@ def test_the_slowest_part_bounds_the_step():
     assert (slow.step, slow.mfu) == (2, 0.5)
     with pytest.raises(UserError, match="figures of 'abacus' are not known; known: TPU v4, TPU v5 lite"):
         chip_of("abacus")
+
+
+def test_messages_between_slices_are_sends_of_the_runtime():
+    hlo = """
+ENTRY %main (p: f32[4,8]) -> f32[4,8] {
+  %after-all.1 = token[] after-all(), frontend_attributes={MegascaleRendezvousKeyName="all-reduce.1_0"}
+  %recv.1 = (f32[4,8,128]{2,1,0:T(8,128)}, u32[], token[]) recv(%after-all.1), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send.1 = (f32[4,8,128]{2,1,0:T(8,128)}, u32[], token[]) send(%bitcast.1, %after-all.1), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send.2 = (bf16[16]{0}, u32[], token[]) send(%bitcast.2, %after-all.1), channel_id=4, is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1:4}x{0:3}",_xla_megascale_transfer_type="ALL_GATHER"}
+}
+"""  # noqa: E501 (as the compiler writes it)
+    counts, unknown_loops = collectives(hlo, [0, 0, 0, 0, 1, 1, 1, 1])
+    summed, gathered = Collective("all-reduce", 16384, 2, 2), Collective("all-gather", 128, 4, 4)
+    assert counts == {summed: 1, gathered: 1} and not unknown_loops
+    assert (summed.slice_bytes, summed.network_bytes) == (0, 16384)
+    assert (gathered.slice_bytes, gathered.network_bytes) == (0, 96)
