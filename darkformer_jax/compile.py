@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 from absl import app, flags
+from jax.experimental.compilation_cache import compilation_cache
 
 from darkformer_jax.aot.collectives import Collective, collectives
 from darkformer_jax.aot.roofline import GIB, Roofline, chip_of, roofline
@@ -113,6 +114,7 @@ def compile_step(experiment: Experiment) -> jax.stages.Compiled:
     )
     cached = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)  # programs for absent devices cannot be read back
+    compilation_cache.reset_cache()  # jax asks the setting once, at its first compilation
     try:
         with jax.set_mesh(experiment.mesh):
             return experiment.train_step().lower(state, batch, None).compile()
@@ -124,6 +126,7 @@ def compile_step(experiment: Experiment) -> jax.stages.Compiled:
         raise DoesNotFit(re.split(r"(?<=[a-z)])\. ", said)[0].rstrip(".")) from error
     finally:
         jax.config.update("jax_enable_compilation_cache", cached)
+        compilation_cache.reset_cache()
 
 
 def _bound(experiment: Experiment, kind: str, messages: Counter[Collective], memory: Any) -> Roofline:
