@@ -100,8 +100,8 @@ def _local_copy(url: str) -> Path:
 def list_directory(path: str | os.PathLike[str]) -> dict[str, bool]:
     """The names in a remote directory, and whether each is a directory; none where there is no such directory.
 
-    etils' own `is_dir` and `exists` say no where a store cannot be reached. Raises UserError where there is no such
-    bucket, or an object of this name, and Transient where it cannot be listed.
+    (etils' own `is_dir` says no where a store cannot be reached, too.) Raises UserError where there is no such bucket,
+    or an object of this name, and Transient where it cannot be listed.
     """
     url = os.fspath(path).rstrip("/")
     own = url.removeprefix(_SCHEME)
