@@ -4,6 +4,7 @@ It holds config.json, data.json, checkpoints/, metrics.jsonl, tensorboard/, samp
 """
 
 import contextlib
+import copy
 import fcntl
 import json
 import os
@@ -36,6 +37,15 @@ CHANGEABLE = (
     "mesh",
     "data.num_workers",
 )
+
+# Fields that runs begun before them do not have, and the values that mean what those runs did. A new field goes here.
+_LATER_FIELDS: dict[str, Any] = {
+    "mesh.context": 1,
+    "model.attention.far_gain": False,
+    "model.attention.learn_projections": False,
+    "model.lora_rank": 0,
+    "profile": {"first_step": 0, "steps": 3},
+}
 
 
 def write_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
@@ -80,7 +90,11 @@ def check_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> 
 
 
 def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:
-    """The config.json of a run, as nested dicts. Raises UserError if there is none or it is not JSON."""
+    """The config.json of a run, as nested dicts; fields that came after the run began mean what it did without them.
+
+    Raises:
+      UserError: there is none, it is not JSON, or a model's of Hugging Face.
+    """
     path = f"{os.fspath(workdir)}/{CONFIG_FILE}"  # of a workdir in a bucket, not where its copy is
     try:
         config = json.loads((local_path(workdir) / CONFIG_FILE).read_bytes())
@@ -95,6 +109,17 @@ def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} is a Hugging Face model's; bring it into a workdir first: python -m darkformer_jax.convert "
             f"--source={os.fspath(workdir)} --workdir=<a new directory>"
         )
+    return _with_later_fields(config)
+
+
+def _with_later_fields(config: dict[str, Any]) -> dict[str, Any]:
+    for field, value in _LATER_FIELDS.items():
+        *sections, name = field.split(".")
+        section: Any = config
+        for key in sections:
+            section = section.get(key) if isinstance(section, dict) else None
+        if isinstance(section, dict):  # else it is no config of ours; who uses it says so
+            section.setdefault(name, copy.deepcopy(value))
     return config
 
 

@@ -18,10 +18,15 @@ def config(**changes: Any) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "seed": 0,
         "num_steps": 1000,
-        "model": {"num_layers": 4, "attention": {"kind": "dark", "num_features": 64}},
+        "model": {
+            "num_layers": 4,
+            "lora_rank": 0,
+            "attention": {"kind": "dark", "num_features": 64, "far_gain": False, "learn_projections": False},
+        },
         "data": {"source": "stdlib", "num_workers": 0},
         "eval": {"every": 100},
-        "mesh": {"data": -1},
+        "mesh": {"data": -1, "context": 1},
+        "profile": {"first_step": 0, "steps": 3},
         "sample": {"prompts": ("def ", "import ")},
     }
     for name, value in changes.items():
@@ -65,6 +70,17 @@ def test_what_may_change_is_taken_over(tmp_path: Path) -> None:
     changed = config(num_steps=2000, eval__every=7, mesh__data=4, data__num_workers=3, sample__prompts=("x",))
     write_config(tmp_path, changed)
     assert read_config(tmp_path) == json.loads(json.dumps(changed))
+
+
+def test_a_run_of_an_earlier_version_means_what_it_did_and_resumes(tmp_path: Path) -> None:
+    old = config()
+    del old["model"]["lora_rank"], old["model"]["attention"]["far_gain"], old["mesh"]["context"], old["profile"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert read_config(tmp_path) == json.loads(json.dumps(config()))
+    with pytest.raises(UserError, match="another experiment.*: model.lora_rank: 0 -> 8"):
+        write_config(tmp_path, config(model__lora_rank=8))
+    write_config(tmp_path, config(mesh__context=2))
+    assert json.loads((tmp_path / "config.json").read_text())["mesh"]["context"] == 2
 
 
 def test_a_directory_with_other_files_is_left_alone(tmp_path: Path) -> None:
