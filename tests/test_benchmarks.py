@@ -52,17 +52,16 @@ def test_recall_asks_for_what_was_named_once_and_is_not_shown_again():
     again, other = recall.make_rows(0, 3, 4), recall.make_rows(0, 4, 4)
     assert all(np.array_equal(rows[name], again[name]) for name in rows)
     assert not np.array_equal(rows["inputs"], other["inputs"])
-    pairs = 2 * recall.PAIRS
     for row in range(4):
         inputs, targets = rows["inputs"][row], rows["targets"][row]
-        named = dict(zip(inputs[:pairs:2], inputs[1:pairs:2], strict=True))
+        key, value = np.divmod(inputs[: recall.PAIRS] - recall.FIRST_PAIR, recall.VALUES)
+        named = dict(zip(key, recall.KEYS + value, strict=True))
         assert len(named) == recall.PAIRS
-        assert max(named) < recall.KEYS <= min(named.values()) < recall.VOCABULARY
-        assert rows["weights"][row].tolist() == [0.0] * pairs + [1.0] * (recall.LENGTH - pairs)
-        for place in range(pairs, recall.LENGTH):
-            assert inputs[place] in named
+        assert max(named) < recall.KEYS <= min(named.values()) < recall.FIRST_PAIR <= max(inputs) < recall.VOCABULARY
+        assert rows["weights"][row].tolist() == [0.0] * recall.PAIRS + [1.0] * (recall.LENGTH - recall.PAIRS)
+        for place in range(recall.PAIRS, recall.LENGTH):
             assert targets[place] == named[inputs[place]]
-            assert inputs[place - rows["distance"][row, place]] == targets[place]
+            assert key[place - rows["distance"][row, place]] == inputs[place]
 
 
 def test_paper_runs_differ_and_a_run_is_done_with_its_last_checkpoint(tmp_path):

@@ -7,10 +7,11 @@ Paths are pathlib's on a disk, and etils' in a bucket.
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,13 @@ def write_manifest(path: Any, step: int, files: Mapping[str, Any], metrics: Mapp
 def read_manifest(path: Any, step: int) -> dict[str, Any]:
     """The manifest of `step` as it was written, perhaps in a newer format. Raises Damaged."""
     try:
-        manifest = json.loads(path.read_bytes())
+        with _reached(path):
+            content = path.read_bytes()
+        manifest = json.loads(content)
         digest = manifest.pop("digest")
     except FileNotFoundError as error:
         raise Damaged(f"{path.name} is missing") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        _require_reached(path, error)
         raise Damaged(f"{path.name} cannot be read") from error
     if digest != _digest(manifest) or manifest.get("step") != step:
         raise Damaged(f"{path.name} has changed")
@@ -97,13 +99,13 @@ def _check_file(path: Any, expected: Mapping[str, Any], stored: Mapping[str, Any
         size = path.stat().st_size if stored is None else stored["bytes"]
         if size != expected["bytes"]:
             raise Damaged(f"has {size} bytes, {expected['bytes']} were written")
-        actual = stored[kind] if stored and kind in stored else _hash(path, kind)
+        with _reached(path):
+            actual = stored[kind] if stored and kind in stored else _hash(path, kind)
         if actual != expected[kind]:
             raise Damaged(f"does not match its {kind}")
     except FileNotFoundError as error:
         raise Damaged("is missing") from error
     except OSError as error:
-        _require_reached(path, error)
         raise Damaged(f"cannot be read: {error.strerror}") from error
 
 
@@ -112,10 +114,17 @@ def _hash(path: Any, kind: str) -> str:
         return hashlib.file_digest(file, kind).hexdigest()
 
 
-def _require_reached(path: Any, error: Exception) -> None:
-    # What a disk cannot read is lost; what a network does not bring is there the next time.
-    if isinstance(error, OSError) and not isinstance(path, Path):
-        raise Transient(f"{path} cannot be read: {one_line(error)}") from error
+@contextlib.contextmanager
+def _reached(path: Any) -> Iterator[None]:
+    """What a disk cannot read is lost; what a network does not bring is there later, and is not always an OSError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        if isinstance(path, Path):
+            raise
+        raise Transient(f"{path} cannot be read: {type(error).__name__}: {one_line(error)[:200]}") from error
 
 
 def _hash_and_sync(path: Path) -> str:

@@ -23,6 +23,7 @@ from darkformer_jax.bucket import Mirror, file_system, is_remote, local_path
 from darkformer_jax.errors import Transient, UserError
 from darkformer_jax.training import loop
 from darkformer_jax.training.checkpoints import Checkpoints
+from darkformer_jax.training.manifest import read_manifest
 from darkformer_jax.training.metrics import read_metrics
 from darkformer_jax.training.run import run
 from tests.tiny_runs import (
@@ -255,6 +256,16 @@ def test_a_store_that_is_not_reached_is_not_an_absent_run(url, monkeypatch):
     for ask in (local_path, newest_step):
         with pytest.raises(Transient, match=f"{url}.* cannot be read: ConnectionError: Connection refused"):
             ask(url)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("503"), OSError("503")])  # gcsfs' own HttpError is no OSError
+def test_a_manifest_that_the_store_does_not_bring_is_not_damage(error):
+    class Manifest:
+        def read_bytes(self):
+            raise error
+
+    with pytest.raises(Transient, match="cannot be read: .*503"):
+        read_manifest(Manifest(), 1)
 
 
 @pytest.mark.parametrize("workdir", ["gs://bucket/run#1", "gs://bucket/run?x=1", "gs://bucket/*"])
