@@ -31,7 +31,7 @@ from darkformer_jax.attention import MECHANISMS
 from darkformer_jax.attention.spec import AttentionSpec
 from darkformer_jax.calibration.geometry import whitening_geometry
 from darkformer_jax.calibration.moments import Moments
-from darkformer_jax.calibration.transfer import LayerTensors, Mechanism, errors, fit, teacher_layers
+from darkformer_jax.calibration.transfer import LayerTensors, Mechanism, errors, fit, matched_log_gain, teacher_layers
 from darkformer_jax.command_line import Parser, one_line_errors
 from darkformer_jax.config import EXACT_KINDS, validate
 from darkformer_jax.data.files import whole_directory
@@ -54,6 +54,7 @@ MOMENTS_FILE = "moments.npz"
 
 _HELDOUT_SHARE = 0.2
 _TOKENS_A_STEP = 4096
+_GAIN_PASSAGES = 4
 
 
 def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
@@ -74,7 +75,11 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--geometry", default="identity", choices=GEOMETRIES, help="what M starts as (dark)")
     parser.add_argument("--geometry_init", type=float, default=0.5, help="... times this (default: 0.5)")
     parser.add_argument("--shrinkage", type=float, default=0.0, help="of whitened moments towards isotropic, 0 to 1")
-    parser.add_argument("--far_gain", action="store_true", help="learn a gain a head on what features see")
+    parser.add_argument(
+        "--far_gain",
+        action="store_true",
+        help="learn a gain a head on what features see; of dark it starts at the share that exact attention gives it",
+    )
     parser.add_argument("--learn_projections", action="store_true", help="of dark: learn w beside M")
     parser.add_argument("--seed", type=int, default=0, help="of projections and passages (default: 0)")
     args = parser.parse_args(argv[1:])
@@ -173,6 +178,8 @@ def _fit_layers(
                 module: Any = student.layer(index).attention.mechanism
                 if args.geometry == "whitening":
                     module.M[...] = _whitening(args, moments[-1], spec.attention, index)
+                if args.far_gain and args.mechanism == "dark":  # the others' features estimate exp(q.k) itself
+                    module.log_gain[...] = _matched_log_gain(train, module.M[...], spec.attention)
                 mechanism = Mechanism.of(module)
                 trained = mechanism.trained
                 if args.transfer_steps and trained:
@@ -193,6 +200,12 @@ def _whitening(args: argparse.Namespace, moments: Moments, spec: AttentionSpec, 
     scale = spec.query_scale or spec.head_dim**-0.5
     options = {"policy": "temperature", "shrinkage": args.shrinkage, "where": f"layer {layer}"}
     return jnp.asarray(args.geometry_init * whitening_geometry(moments, scale=scale, **options), jnp.float32)
+
+
+def _matched_log_gain(train: LayerTensors, geometry: jax.Array, spec: AttentionSpec) -> jax.Array:
+    few = jax.tree.map(lambda leaf: leaf[:_GAIN_PASSAGES], train)
+    near = {"chunk_size": spec.chunk_size, "window": spec.window, "num_sinks": spec.num_sinks}
+    return matched_log_gain(few, geometry, scale=spec.query_scale or spec.head_dim**-0.5, **near)
 
 
 def _errors(

@@ -64,6 +64,54 @@ def _run_layer(graphdef: Any, arrays: nnx.State, x: Array) -> tuple[LayerTensors
     return LayerTensors(*wide), after
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "chunk_size", "window", "num_sinks"))
+def matched_log_gain(
+    tensors: LayerTensors,
+    geometry: Float[Array, "hkv d d"],
+    *,
+    scale: float,
+    chunk_size: int,
+    window: int,
+    num_sinks: int,
+) -> Float[Array, "hq"]:
+    """The log-gain with which the far part has, about, the weight that exact attention gives it.
+
+    Exact attention weighs keys by exp(s), s = scale q.k, and features with M estimate exp(s'), s' = scale Mq.Mk: where
+    M shrinks, all far weights are too small beside the window's, and vice versa. For each head, the mean of
+    log sum_far exp(s) - log sum_far exp(s') over queries, weighted by what share of the query's attention is far.
+
+    Args:
+      tensors: q and k of passages, one document each.
+      geometry: M of each key/value head.
+      scale: of q.k.
+      chunk_size: with `window` and `num_sinks`, what is near: as in `dark_attention`.
+    """
+    length, num_queries = tensors.q.shape[1:3]
+    key, query = jnp.arange(length)[None], jnp.arange(length)[:, None]
+    near = (key >= query // chunk_size * chunk_size - window) | (key < num_sinks)
+    causal = key <= query
+    group = num_queries // tensors.k.shape[2]
+
+    def one_head(arrays: tuple[Array, Array, Array]) -> tuple[Array, Array]:  # [l, d], [l, d], [d, d]
+        q, k, m = arrays
+        with jax.default_matmul_precision("highest"):
+            exact, estimated = scale * q @ k.T, scale * (q @ m.T) @ (k @ m.T).T
+        far, estimated_far, all_keys = (
+            jax.nn.logsumexp(jnp.where(seen, scores, -jnp.inf), axis=-1)
+            for scores, seen in ((exact, causal & ~near), (estimated, causal & ~near), (exact, causal))
+        )
+        share = jnp.exp(far - all_keys)  # 0 where a query has no far key
+        return share.sum(), jnp.sum(jnp.where(share > 0, share * (far - estimated_far), 0.0))
+
+    def flat(x: Array) -> Array:  # [n, l, h, d] -> [n * h, l, d]
+        return jnp.swapaxes(x, 1, 2).reshape(-1, length, x.shape[-1])
+
+    k, m = jnp.repeat(tensors.k, group, axis=2), jnp.repeat(geometry, group, axis=0)
+    shares, gains = jax.lax.map(one_head, (flat(tensors.q), flat(k), jnp.tile(m, (len(k), 1, 1))))
+    shares, gains = (jnp.sum(x.reshape(-1, num_queries), axis=0) for x in (shares, gains))
+    return jnp.where(shares > 0, gains / jnp.where(shares > 0, shares, 1.0), 0.0)
+
+
 @functools.partial(jax.jit, static_argnames=("steps", "passages", "learning_rate"))
 def fit(
     mechanism: Mechanism, tensors: LayerTensors, key: Array, *, steps: int, passages: int, learning_rate: float

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from darkformer_jax.attention import MECHANISMS
-from darkformer_jax.calibration.transfer import LayerTensors, Mechanism, errors, fit, teacher_layers
+from darkformer_jax.calibration.transfer import LayerTensors, Mechanism, errors, fit, matched_log_gain, teacher_layers
 from darkformer_jax.config import model_spec
 from darkformer_jax.model import Network
 from tests.tiny_runs import tiny_config
@@ -54,6 +54,26 @@ def sharp_tensors(passages=6, length=48, heads=2):
     exact = Mechanism.of(MECHANISMS["softmax"](network.spec.attention, 0))
     tensors = LayerTensors(q * size[None, None, None], k * size[None, None, None], v, v)
     return network.spec.attention, tensors._replace(exact=exact.attend(exact.trained, tensors))
+
+
+def test_the_matched_gain_gives_the_far_part_its_exact_weight():
+    random = np.random.default_rng(0)
+    q, k = random.normal(size=(2, 48, 4, 8)), random.normal(size=(2, 48, 2, 8))
+    m = random.normal(size=(2, 8, 8)) / 3
+    tensors = LayerTensors(*(jnp.asarray(x, jnp.float32) for x in (q, k, k, q)))
+    found = matched_log_gain(tensors, jnp.asarray(m, jnp.float32), scale=0.5, chunk_size=8, window=16, num_sinks=3)
+    for head in range(4):
+        gains, shares = [], []
+        for passage, i in np.ndindex(2, 48):
+            far = [j for j in range(i + 1) if j >= 3 and j < i // 8 * 8 - 16]
+            exact = np.exp(0.5 * k[passage, : i + 1, head // 2] @ q[passage, i, head])
+            mq, mk = m[head // 2] @ q[passage, i, head], k[passage, far, head // 2] @ m[head // 2].T
+            if far:
+                gains.append(np.log(exact[far].sum() / np.exp(0.5 * mk @ mq).sum()))
+                shares.append(exact[far].sum() / exact.sum())
+        np.testing.assert_allclose(found[head], np.average(gains, weights=shares), rtol=1e-5, atol=1e-5)
+    none = matched_log_gain(tensors, jnp.asarray(m, jnp.float32), scale=0.5, chunk_size=48, window=0, num_sinks=0)
+    assert not none.any()  # no query has a far key
 
 
 @pytest.mark.parametrize("kind", ["dark", "lfk"])
