@@ -203,6 +203,11 @@ def as_user_error(url: str, what: str) -> Any:
         bucket = url.removeprefix(_SCHEME).partition("/")[0]
         raise UserError(f"{url} cannot be {what}: not found; is there a bucket {bucket}?") from error
     except Exception as error:
-        refused = "Forbidden" in str(error) or getattr(error, "code", None) in (401, 403)
-        kind = UserError if refused else Transient
-        raise kind(f"{url} cannot be {what}: {type(error).__name__}: {one_line(error)[:200]}") from error
+        raise store_error(url, what, error) from error
+
+
+def store_error(url: str, what: str, error: Exception) -> UserError:
+    """Of what a store's library has raised: Transient, but where permission is missing."""
+    refused = "Forbidden" in str(error) or getattr(error, "code", None) in (401, 403)
+    kind = UserError if refused else Transient
+    return kind(f"{url} cannot be {what}: {type(error).__name__}: {one_line(error)[:200]}")

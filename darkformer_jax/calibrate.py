@@ -9,6 +9,9 @@ init_from like any other. What is seen exactly keeps the pretrained kernel (but 
 attention is reported, |out - exact| / |exact|, mean over heads: of the window alone, before and after, on passages
 that are not trained on: a fifth, or those of --test_text. calibration.json in the new workdir has every head's,
 moments.npz the first and second moments of every layer's q and k.
+
+--far_gain lets each head scale what its features see. Of dark the gain starts where the far part has, about, the weight
+that exact attention gives it, and stays there with --transfer_steps=0.
 """
 
 import argparse
@@ -75,11 +78,7 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--geometry", default="identity", choices=GEOMETRIES, help="what M starts as (dark)")
     parser.add_argument("--geometry_init", type=float, default=0.5, help="... times this (default: 0.5)")
     parser.add_argument("--shrinkage", type=float, default=0.0, help="of whitened moments towards isotropic, 0 to 1")
-    parser.add_argument(
-        "--far_gain",
-        action="store_true",
-        help="learn a gain a head on what features see; of dark it starts at the share that exact attention gives it",
-    )
+    parser.add_argument("--far_gain", action="store_true", help="learn a gain a head on what features see (see above)")
     parser.add_argument("--learn_projections", action="store_true", help="of dark: learn w beside M")
     parser.add_argument("--seed", type=int, default=0, help="of projections and passages (default: 0)")
     args = parser.parse_args(argv[1:])

@@ -187,6 +187,8 @@ class Checkpoints:
         try:
             manifest = read_manifest(path, step)
             write_manifest(path, step, manifest["files"], {**manifest["metrics"], **metrics})
+        except UserError:
+            raise
         except Damaged as error:
             raise self._not_written(step, error) from error
         except self._store_errors as error:

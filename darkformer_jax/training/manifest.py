@@ -15,9 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from darkformer_jax.bucket import objects
+from darkformer_jax.bucket import objects, store_error
 from darkformer_jax.data.files import write_atomically
-from darkformer_jax.errors import Transient, one_line
 
 FORMAT = 1  # of the whole checkpoint. Raise it when the versions before could not read it, or would read it wrongly
 
@@ -38,7 +37,10 @@ def write_manifest(path: Any, step: int, files: Mapping[str, Any], metrics: Mapp
 
 
 def read_manifest(path: Any, step: int) -> dict[str, Any]:
-    """The manifest of `step` as it was written, perhaps in a newer format. Raises Damaged."""
+    """The manifest of `step` as it was written, perhaps in a newer format.
+
+    Raises Damaged, and UserError where a bucket does not bring it.
+    """
     try:
         with _reached(path):
             content = path.read_bytes()
@@ -77,7 +79,7 @@ def hash_files(directory: Any) -> dict[str, dict[str, Any]]:
 
 
 def check_files(directory: Any, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises Damaged where a file of the manifest is not what was written."""
+    """Raises Damaged where a file is not what was written, and UserError where a bucket does not bring it."""
     stored = None if isinstance(directory, Path) else objects(directory)
 
     def check(name: str) -> None:
@@ -124,7 +126,7 @@ def _reached(path: Any) -> Iterator[None]:
     except Exception as error:
         if isinstance(path, Path):
             raise
-        raise Transient(f"{path} cannot be read: {type(error).__name__}: {one_line(error)[:200]}") from error
+        raise store_error(str(path), "read", error) from error
 
 
 def _hash_and_sync(path: Path) -> str:

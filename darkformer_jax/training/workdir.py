@@ -4,7 +4,6 @@ It holds config.json, data.json, checkpoints/, metrics.jsonl, tensorboard/, samp
 """
 
 import contextlib
-import copy
 import fcntl
 import json
 import os
@@ -40,10 +39,32 @@ CHANGEABLE = (
 
 # Fields that runs begun before them do not have, and the values that mean what those runs did. A new field goes here.
 _LATER_FIELDS: dict[str, Any] = {
-    "mesh.context": 1,
-    "model.attention.far_gain": False,
-    "model.attention.learn_projections": False,
-    "model.lora_rank": 0,
+    "distill": {"weight": 0.0, "workdir": ""},
+    "mesh": {"context": 1},
+    "model": {
+        "attention": {
+            "far_gain": False,
+            "learn_projections": False,
+            "local_window": 0,
+            "query_scale": 0.0,
+            "softcap": 0.0,
+            "window_kernel": "dark",
+        },
+        "lora_rank": 0,
+        "norm_plus_one": False,
+        "post_norms": False,
+        "qkv_bias": False,
+        "rope_attention_factor": 0.0,
+        "rope_beta_fast": 32.0,
+        "rope_beta_slow": 1.0,
+        "rope_factor": 1.0,
+        "rope_high_freq_factor": 4.0,
+        "rope_local_theta": 0.0,
+        "rope_low_freq_factor": 1.0,
+        "rope_original_length": 8192,
+        "rope_scaling": "none",
+    },
+    "optimizer": {"train": "all"},
     "profile": {"first_step": 0, "steps": 3},
 }
 
@@ -109,17 +130,15 @@ def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} is a Hugging Face model's; bring it into a workdir first: python -m darkformer_jax.convert "
             f"--source={os.fspath(workdir)} --workdir=<a new directory>"
         )
-    return _with_later_fields(config)
+    return _with(_LATER_FIELDS, config)
 
 
-def _with_later_fields(config: dict[str, Any]) -> dict[str, Any]:
-    for field, value in _LATER_FIELDS.items():
-        *sections, name = field.split(".")
-        section: Any = config
-        for key in sections:
-            section = section.get(key) if isinstance(section, dict) else None
-        if isinstance(section, dict):  # else it is no config of ours; who uses it says so
-            section.setdefault(name, copy.deepcopy(value))
+def _with(later: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    for name, value in later.items():
+        if not isinstance(value, Mapping):
+            config.setdefault(name, value)
+        elif isinstance(section := config.setdefault(name, {}), dict):
+            _with(value, section)
     return config
 
 

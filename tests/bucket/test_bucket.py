@@ -266,6 +266,10 @@ def test_a_manifest_that_the_store_does_not_bring_is_not_damage(error):
 
     with pytest.raises(Transient, match="cannot be read: .*503"):
         read_manifest(Manifest(), 1)
+    error.code = 403
+    with pytest.raises(UserError, match="cannot be read") as refused:
+        read_manifest(Manifest(), 1)
+    assert not isinstance(refused.value, Transient)
 
 
 @pytest.mark.parametrize("workdir", ["gs://bucket/run#1", "gs://bucket/run?x=1", "gs://bucket/*"])

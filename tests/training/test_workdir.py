@@ -1,5 +1,7 @@
+import copy
 import errno
 import fcntl
+import functools
 import json
 import logging
 import os
@@ -10,25 +12,13 @@ from typing import Any
 
 import pytest
 
+from configs import base
 from darkformer_jax.errors import UserError
 from darkformer_jax.training.workdir import WorkdirLock, read_config, write_atomically, write_config
 
 
 def config(**changes: Any) -> dict[str, Any]:
-    fields: dict[str, Any] = {
-        "seed": 0,
-        "num_steps": 1000,
-        "model": {
-            "num_layers": 4,
-            "lora_rank": 0,
-            "attention": {"kind": "dark", "num_features": 64, "far_gain": False, "learn_projections": False},
-        },
-        "data": {"source": "stdlib", "num_workers": 0},
-        "eval": {"every": 100},
-        "mesh": {"data": -1, "context": 1},
-        "profile": {"first_step": 0, "steps": 3},
-        "sample": {"prompts": ("def ", "import ")},
-    }
+    fields: dict[str, Any] = base.get_config().to_dict()
     for name, value in changes.items():
         *parents, last = name.split("__")
         part = fields
@@ -44,7 +34,7 @@ def test_first_start_writes_the_config_and_the_same_config_resumes(tmp_path: Pat
     before = (workdir / "config.json").stat()
     write_config(workdir, config())
     assert (workdir / "config.json").stat().st_mtime_ns == before.st_mtime_ns
-    assert read_config(workdir)["sample"] == {"prompts": ["def ", "import "]}
+    assert read_config(workdir)["sample"]["prompts"] == list(config()["sample"]["prompts"])
     assert read_config(workdir)["model"] == config()["model"]
     assert [path.name for path in workdir.iterdir()] == ["config.json"]
 
@@ -73,10 +63,16 @@ def test_what_may_change_is_taken_over(tmp_path: Path) -> None:
 
 
 def test_a_run_of_an_earlier_version_means_what_it_did_and_resumes(tmp_path: Path) -> None:
-    old = config()
-    del old["model"]["lora_rank"], old["model"]["attention"]["far_gain"], old["mesh"]["context"], old["profile"]
-    (tmp_path / "config.json").write_text(json.dumps(old))
-    assert read_config(tmp_path) == json.loads(json.dumps(config()))
+    complete = json.loads(json.dumps(config()))
+    for field in (
+        *("distill", "distill.weight", "mesh.context", "model.lora_rank", "model.rope_scaling", "model.qkv_bias"),
+        *("model.attention.far_gain", "model.attention.window_kernel", "optimizer.train", "profile"),
+    ):
+        old = copy.deepcopy(complete)
+        *sections, name = field.split(".")
+        del functools.reduce(dict.__getitem__, sections, old)[name]
+        (tmp_path / "config.json").write_text(json.dumps(old))
+        assert read_config(tmp_path) == complete
     with pytest.raises(UserError, match="another experiment.*: model.lora_rank: 0 -> 8"):
         write_config(tmp_path, config(model__lora_rank=8))
     write_config(tmp_path, config(mesh__context=2))
