@@ -10,8 +10,8 @@ lie between a pair and its question. Chance is one in VALUES. Windows are 16 tok
 reaches what is further back than 31 tokens.
 
 After Arora et al., Zoology, arXiv 2312.04927, where key and value are two tokens. Then a model must first find that
-each value belongs to the token before it, which takes two layers and thousands of steps in which even exact attention
-knows values and not whose: a test of patience. With one token a pair, what is compared is memory.
+each value belongs to the token before it, which takes two layers, and more than 1,500 steps in which even exact
+attention knows values and not whose: a test of patience. With one token a pair, what is compared is memory.
 """
 
 import argparse
