@@ -123,9 +123,9 @@ def test_what_cannot_be_inherited(tmp_path):
         inherit(config)
     config.init_from = str(tmp_path)
     saved = tiny_config().to_dict()
-    del saved["model"]["norm_plus_one"]
+    del saved["model"]["norm_eps"]
     (tmp_path / "config.json").write_text(json.dumps(saved))
-    with pytest.raises(UserError, match=r"config.json has no model.norm_plus_one; it is of another version"):
+    with pytest.raises(UserError, match=r"config.json has no model.norm_eps; it is of another version"):
         inherit(config)
     plain = tiny_config()
     assert inherit(plain) is plain
