@@ -17,8 +17,8 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from darkformer_jax.cli.experiment_flags import parse_experiment_flags
 from darkformer_jax.errors import Transient, UserError, one_line
-from darkformer_jax.experiment_flags import parse_experiment_flags
 
 DEFAULT_CONFIG = str(Path(__file__).parent / "configs" / "quickstart.py")  # from any directory
 FLAGS = flags.FLAGS
@@ -49,7 +49,7 @@ def default_workdir() -> str:
 
 def main(argv: list[str]) -> None:
     """Hands the config over; a mistake is one line and exit status 2 (1 if it may pass), a signal 128 + its number."""
-    from darkformer_jax import distributed  # in here because --help needs no jax
+    from darkformer_jax.distributed import processes  # in here because --help needs no jax
     from darkformer_jax.training.loop import Stopped
 
     if not FLAGS["verbosity"].present:
@@ -61,32 +61,32 @@ def main(argv: list[str]) -> None:
         except Stopped as stopped:
             stop = stopped
             print(stop, file=sys.stderr)
-        distributed.leave()
+        processes.leave()
     except UserError as error:
         # What starts the processes again (launch/gke.sh) does so after 1, and gives up after 2.
-        distributed.fail(str(error), 1 if isinstance(error, Transient) else 2)
+        processes.fail(str(error), 1 if isinstance(error, Transient) else 2)
     except OSError as error:  # a full disk, where nothing more can be said about it
-        distributed.fail(one_line(error), 1)
+        processes.fail(one_line(error), 1)
     except KeyboardInterrupt:
-        distributed.fail("interrupted while no step was under way", 130)
+        processes.fail("interrupted while no step was under way", 130)
     except Exception as error:
-        if not distributed.is_distributed():
+        if not processes.is_distributed():
             raise
         traceback.print_exc()
         hint = "; if a connection was lost, another process has died" if "onnection" in str(error) else ""
-        distributed.fail(f"{type(error).__name__}: {one_line(error)[:300]}{hint}", 1)
+        processes.fail(f"{type(error).__name__}: {one_line(error)[:300]}{hint}", 1)
     if stop:
         sys.exit(stop.exit_status)
 
 
 def _train() -> None:
-    from darkformer_jax import distributed
+    from darkformer_jax.distributed import processes
     from darkformer_jax.training.run import dry_run, run
 
-    cluster = distributed.cluster_of_flags(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+    cluster = processes.cluster_of_flags(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     timeout = FLAGS.coordinator_timeout
-    distributed.join(cluster or distributed.cluster_of_environment(timeout), timeout)
-    distributed.require_same("command", {"--dry_run": FLAGS.dry_run})
+    processes.join(cluster or processes.cluster_of_environment(timeout), timeout)
+    processes.require_same("command", {"--dry_run": FLAGS.dry_run})
     if FLAGS.dry_run:
         dry_run(FLAGS.config)
     else:

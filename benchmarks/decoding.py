@@ -22,9 +22,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import tqdm
 
+from darkformer_jax.model.sampling import Sampler
 from darkformer_jax.pretrained.export import export_workdir
-from darkformer_jax.sampling import Sampler
-from darkformer_jax.workdir_model import load_model
+from darkformer_jax.runs.load import load_model
 
 Decode = Callable[[list[int], int], tuple[list[int], float]]  # (new tokens, seconds of those behind the first)
 

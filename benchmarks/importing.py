@@ -25,7 +25,7 @@ import tokenizers as hf
 import tqdm
 
 from darkformer_jax.pretrained.safetensors_files import ArrayToWrite, shard, write_safetensors
-from darkformer_jax.workdir_model import load_model
+from darkformer_jax.runs.load import load_model
 
 WIDTH, MLP, HEADS, KV_HEADS, VOCAB = 2048, 8192, 16, 4, 32000
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

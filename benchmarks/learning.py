@@ -23,11 +23,11 @@ import numpy as np
 import tqdm
 
 from configs import ablation
-from darkformer_jax.config import validate
+from darkformer_jax.config.validation import validate
 from darkformer_jax.data import Batch, Data, TokenStream, heldout_batches, load_data, train_batches
 from darkformer_jax.errors import UserError
 from darkformer_jax.training.evaluation import put_batch
-from darkformer_jax.training.setup import Experiment, tokens_per_byte
+from darkformer_jax.training.experiment import Experiment, tokens_per_byte
 from darkformer_jax.training.step import make_train_step
 
 QUARTERS = 4

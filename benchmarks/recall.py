@@ -27,7 +27,7 @@ import tqdm
 
 from benchmarks.learning import VARIANTS, train
 from configs import ablation
-from darkformer_jax.config import validate
+from darkformer_jax.config.validation import validate
 from darkformer_jax.data import Batch
 from darkformer_jax.training.evaluation import put_batch
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported: this process and those it starts
 
-from darkformer_jax.training.checkpoints import Checkpoints
+from darkformer_jax.runs.checkpoints import Checkpoints
 from tests.tiny_runs import (
     COMPILES,
     READS_COMPILED,

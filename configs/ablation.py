@@ -11,8 +11,8 @@ overridden as ever: --config.model.qk_norm=True. Bytes of the Python standard li
 
 import ml_collections
 
-from configs import base
-from configs.arguments import set_arguments
+from darkformer_jax.config import base
+from darkformer_jax.config.arguments import set_arguments
 
 FIELDS = {
     "attention": ("model.attention.kind", str),

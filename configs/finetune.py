@@ -28,8 +28,8 @@ window=0 leaves window and sinks out: features everywhere, the paper's form.
 import ml_collections
 from ml_collections import config_dict
 
-from configs import base
-from configs.arguments import set_arguments
+from darkformer_jax.config import base
+from darkformer_jax.config.arguments import set_arguments
 
 FIELDS = {
     "m": ("model.attention.num_features", int),

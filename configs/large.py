@@ -12,7 +12,7 @@ import ml_collections
 
 from configs import lm_1b
 from configs.ablation import FIELDS
-from configs.arguments import set_arguments
+from darkformer_jax.config.arguments import set_arguments
 from darkformer_jax.errors import UserError
 
 SHAPES = {

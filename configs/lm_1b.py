@@ -12,7 +12,7 @@ tokens and attend only to themselves.
 
 import ml_collections
 
-from configs import base
+from darkformer_jax.config import base
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -12,7 +12,7 @@ window=0 (the default here) is the paper's form, features everywhere; window=32 
 import ml_collections
 
 from configs import finetune, quickstart
-from configs.arguments import set_arguments
+from darkformer_jax.config.arguments import set_arguments
 
 PRETRAIN_FIELDS = {"steps": finetune.FIELDS["steps"], "lr": finetune.FIELDS["lr"], "seed": finetune.FIELDS["seed"]}
 FINE_TUNING = ("window=0", "chunk=32", "context=256", "batch=8", "steps=150", "lr=1e-3", "geometry_lr=3e-3")

@@ -9,7 +9,7 @@ per byte beside what `gzip -9` and `xz -9` make of the same bytes. Sized for abo
 
 import ml_collections
 
-from configs import base
+from darkformer_jax.config import base
 
 
 def get_config() -> ml_collections.ConfigDict:

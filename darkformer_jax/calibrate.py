@@ -30,29 +30,29 @@ import tqdm
 from absl import app
 from flax import nnx
 
-from darkformer_jax.attention import MECHANISMS
-from darkformer_jax.attention.spec import AttentionSpec
+from darkformer_jax.calibration import REPORT_FILE
 from darkformer_jax.calibration.geometry import whitening_geometry
 from darkformer_jax.calibration.moments import Moments
 from darkformer_jax.calibration.transfer import LayerTensors, Mechanism, errors, fit, matched_log_gain, teacher_layers
-from darkformer_jax.command_line import Parser, one_line_errors
-from darkformer_jax.config import EXACT_KINDS, validate
+from darkformer_jax.cli.parser import Parser, one_line_errors
+from darkformer_jax.config.validation import EXACT_KINDS, validate
 from darkformer_jax.data.files import whole_directory
 from darkformer_jax.data.sources import open_corpus
 from darkformer_jax.data.tokenizers import Tokenizer, encode_prompt
 from darkformer_jax.errors import UserError
-from darkformer_jax.pretrained.origin import hand_on_origin
-from darkformer_jax.training.checkpoints import Checkpoints
-from darkformer_jax.training.inherit import inherit
+from darkformer_jax.mixers import MECHANISMS
+from darkformer_jax.mixers.spec import AttentionSpec
+from darkformer_jax.runs.checkpoints import Checkpoints
+from darkformer_jax.runs.inherit import inherit
+from darkformer_jax.runs.load import WorkdirModel, load_model
+from darkformer_jax.runs.origin import hand_on_origin
+from darkformer_jax.runs.workdir import write_config
+from darkformer_jax.training.experiment import Experiment
 from darkformer_jax.training.init_from import initialize_from
-from darkformer_jax.training.setup import Experiment
 from darkformer_jax.training.step import TrainState
-from darkformer_jax.training.workdir import write_config
-from darkformer_jax.workdir_model import WorkdirModel, load_model
 
 KINDS = ("dark", "lfk", "performer", "window_only")
 GEOMETRIES = ("identity", "whitening")
-REPORT_FILE = "calibration.json"
 MOMENTS_FILE = "moments.npz"
 
 _HELDOUT_SHARE = 0.2

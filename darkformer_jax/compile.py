@@ -26,13 +26,13 @@ from jax.experimental.compilation_cache import compilation_cache
 from darkformer_jax.aot.collectives import Collective, collectives
 from darkformer_jax.aot.roofline import GIB, Roofline, chip_of, roofline
 from darkformer_jax.aot.topology import topology_devices
-from darkformer_jax.command_line import one_line_errors
-from darkformer_jax.config import validate
+from darkformer_jax.cli.experiment_flags import parse_experiment_flags
+from darkformer_jax.cli.parser import one_line_errors
+from darkformer_jax.config.validation import validate
 from darkformer_jax.errors import UserError, one_line
-from darkformer_jax.experiment_flags import parse_experiment_flags
-from darkformer_jax.training.inherit import inherit
+from darkformer_jax.runs.inherit import inherit
+from darkformer_jax.training.experiment import Experiment, bytes_a_device
 from darkformer_jax.training.run import vocab_size_of
-from darkformer_jax.training.setup import Experiment, bytes_a_device
 
 DEFAULT_CONFIG = str(Path(__file__).parents[1] / "configs" / "lm_1b.py")
 FLAGS = flags.FLAGS

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 import tqdm
 from absl import app
 
-from darkformer_jax.command_line import Parser, one_line_errors
+from darkformer_jax.cli.parser import Parser, one_line_errors
+from darkformer_jax.config import base
 from darkformer_jax.errors import UserError
 from darkformer_jax.pretrained.export import export_workdir
 from darkformer_jax.pretrained.load import plan_import, run_import
@@ -70,10 +71,6 @@ def _import(args: argparse.Namespace) -> None:
         raise UserError(f"--max_shard_size={args.max_shard_size}: only an export writes such files")
     if args.dtype == "float16":
         raise UserError("--dtype=float16: allowed for a workdir: float32, bfloat16")
-    try:
-        from configs import base
-    except ImportError as error:
-        raise UserError("configs/base.py is not there; start the command in a clone of the repository") from error
     source = open_source(args.source)
     plan = plan_import(source, base.get_config(), args.dtype)
     with _progress_bar("import") as bar:

@@ -33,14 +33,14 @@ import numpy as np
 import tqdm
 from absl import app
 
-from darkformer_jax.command_line import Parser, one_line_errors
+from darkformer_jax.cli.parser import Parser, one_line_errors
 from darkformer_jax.data.files import refuse_url
 from darkformer_jax.data.sources import Corpus, find_text_files, open_corpus
 from darkformer_jax.data.tokenizers import Tokenizer
 from darkformer_jax.data.windows import ScoredDocument, Window, window_batch
 from darkformer_jax.errors import UserError
+from darkformer_jax.runs.load import WorkdirModel, load_model
 from darkformer_jax.training.evaluation import QUARTERS, make_quarter_step
-from darkformer_jax.workdir_model import WorkdirModel, load_model
 
 _DEFAULT_CONTEXT = 2048
 _SECONDS_BETWEEN_LINES = 30.0  # of progress, where the output is no terminal

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 
 from absl import app
 
-from darkformer_jax.command_line import Parser, one_line_errors
+from darkformer_jax.cli.parser import Parser, one_line_errors
 from darkformer_jax.data.tokenizers import decode_continuation, encode_prompt, stream_continuation
 from darkformer_jax.errors import UserError
-from darkformer_jax.sampling import Sampler, continue_prompts
-from darkformer_jax.workdir_model import load_model
+from darkformer_jax.model.sampling import Sampler, continue_prompts
+from darkformer_jax.runs.load import load_model
 
 
 def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:

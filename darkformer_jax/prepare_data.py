@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import tqdm
 from absl import app
 
-from darkformer_jax.command_line import Parser, one_line_errors
+from darkformer_jax.cli.parser import Parser, one_line_errors
 from darkformer_jax.data.prepared import DEFAULT_SHARD_TOKENS, SPLITS, prepare
 from darkformer_jax.data.sources import CORPUS_SOURCES
 from darkformer_jax.data.text_files import OnRead

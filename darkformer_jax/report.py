@@ -21,7 +21,7 @@ from typing import Any
 import tqdm
 from absl import app
 
-from darkformer_jax.command_line import Parser, one_line_errors
+from darkformer_jax.cli.parser import Parser, one_line_errors
 from darkformer_jax.data.files import whole_directory
 from darkformer_jax.errors import UserError
 from darkformer_jax.reporting import sections

@@ -41,9 +41,9 @@ def _remove_torn_cache_entries(cache: Path) -> None:
 def strict_dtype_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
     """bfloat16 + float32 is an error, except where an optimizer runs: optax computes float ** int32.
 
-    That is everything in tests/training/, and any test or module elsewhere marked `standard_promotion`.
+    That is everything in tests/training/ and tests/runs/, and any test or module elsewhere marked `standard_promotion`.
     """
-    standard = "training" in request.path.relative_to(request.config.rootpath).parts
+    standard = bool({"training", "runs"} & set(request.path.relative_to(request.config.rootpath).parts))
     standard = standard or request.node.get_closest_marker("standard_promotion") is not None
     with jax.numpy_dtype_promotion("standard" if standard else "strict"):
         yield

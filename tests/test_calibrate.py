@@ -9,10 +9,10 @@ import pytest
 from configs import finetune
 from darkformer_jax import calibrate, generate
 from darkformer_jax.calibration.moments import Moments
-from darkformer_jax.training.inherit import inherit
+from darkformer_jax.runs.inherit import inherit
+from darkformer_jax.runs.load import load_model
+from darkformer_jax.training.experiment import Experiment
 from darkformer_jax.training.init_from import initialize_from
-from darkformer_jax.training.setup import Experiment
-from darkformer_jax.workdir_model import load_model
 from tests.tiny_runs import fresh_state, saved_arrays, tiny_config, write_text, write_workdir
 
 pytestmark = pytest.mark.standard_promotion  # the state of a checkpoint is made with its optimizer

@@ -10,8 +10,8 @@ import pytest
 
 from darkformer_jax import convert, generate
 from darkformer_jax.data.tokenizers import HuggingFaceTokenizer
-from darkformer_jax.pretrained.origin import hand_on_origin
-from darkformer_jax.workdir_model import load_model
+from darkformer_jax.runs.load import load_model
+from darkformer_jax.runs.origin import hand_on_origin
 from tests.pretrained.tiny_sources import write_llama
 
 

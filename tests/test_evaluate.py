@@ -10,8 +10,8 @@ import pytest
 from darkformer_jax import evaluate
 from darkformer_jax.data.tokenizers import train_bpe
 from darkformer_jax.data.windows import ScoredDocument
+from darkformer_jax.runs.load import load_model
 from darkformer_jax.training.evaluation import make_quarter_step
-from darkformer_jax.workdir_model import load_model
 from tests.tiny_runs import random_batch, run_commands, tiny_config, write_workdir
 
 pytestmark = pytest.mark.standard_promotion  # the state of a checkpoint is made with its optimizer

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from configs import finetune
-from darkformer_jax.config import validate
+from darkformer_jax.config.validation import validate
 from darkformer_jax.data.tokenizers import train_bpe
 from darkformer_jax.errors import UserError
-from darkformer_jax.training.inherit import inherit
-from darkformer_jax.training.workdir import write_config
+from darkformer_jax.runs.inherit import inherit
+from darkformer_jax.runs.workdir import write_config
 from tests.tiny_runs import (
     TINY,
     metrics_without_time,

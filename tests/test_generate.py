@@ -7,8 +7,8 @@ import pytest
 from darkformer_jax import generate
 from darkformer_jax.data.tokenizers import BytesTokenizer
 from darkformer_jax.errors import UserError
-from darkformer_jax.sampling import Sampler
-from darkformer_jax.workdir_model import load_model
+from darkformer_jax.model.sampling import Sampler
+from darkformer_jax.runs.load import load_model
 from tests.tiny_runs import run_commands, tiny_config, write_workdir
 
 pytestmark = pytest.mark.standard_promotion  # the state of a checkpoint is made with its optimizer

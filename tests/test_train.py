@@ -7,8 +7,8 @@ import pytest
 
 from configs import quickstart
 from darkformer_jax.data.tokenizers import BytesTokenizer
-from darkformer_jax.training.setup import Experiment
-from darkformer_jax.training.workdir import write_config
+from darkformer_jax.runs.workdir import write_config
+from darkformer_jax.training.experiment import Experiment
 from tests.tiny_runs import ROOT, metrics_without_time, run_commands, tiny_config, tiny_flags, write_text
 
 pytestmark = pytest.mark.standard_promotion
@@ -25,7 +25,7 @@ def files_below(directory):
 def test_mistakes_in_flags_are_one_line_and_status_2(tmp_path):
     (tmp_path / "notes.md").write_text("it's no config\n")
     (tmp_path / "takes_nothing.py").write_text(
-        "from configs import base\n\n\ndef get_config():\n    return base.get_config()\n"
+        "from darkformer_jax.config import base\n\n\ndef get_config():\n    return base.get_config()\n"
     )
     cases = {
         "--config.num_step=3": "num_step: there is no such field in the config; did you mean --config.num_steps?",

@@ -19,12 +19,12 @@ import jax
 import ml_collections
 import numpy as np
 
-from configs import base
+from darkformer_jax.config import base
 from darkformer_jax.data.tokenizers import BytesTokenizer
-from darkformer_jax.training.checkpoints import Checkpoints
-from darkformer_jax.training.setup import Experiment
+from darkformer_jax.runs.checkpoints import Checkpoints
+from darkformer_jax.runs.workdir import write_config
+from darkformer_jax.training.experiment import Experiment
 from darkformer_jax.training.step import TrainState, make_state_init, to_saved
-from darkformer_jax.training.workdir import write_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -146,7 +146,7 @@ _DRIVER = """
 import gc, json, os, runpy, sys
 sys.modules["torch"] = None  # only tests have it; tensorboardX would import it, and each command free it again
 import darkformer_jax.evaluate, darkformer_jax.generate, darkformer_jax.prepare_data, darkformer_jax.training.run
-import configs.base, jax
+import jax
 
 def become(script, argv, cwd, streams, environment, jax_config):
     for stream, path in enumerate(streams):

@@ -5,7 +5,7 @@ from collections import Counter
 
 from darkformer_jax.aot.collectives import Collective
 from darkformer_jax.errors import UserError
-from darkformer_jax.training.flops import peak_flops
+from darkformer_jax.model.flops import peak_flops
 
 GIB = 2**30
 

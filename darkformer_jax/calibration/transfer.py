@@ -10,8 +10,8 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from darkformer_jax.attention.spec import Geometry
-from darkformer_jax.model import Block, Transformer
+from darkformer_jax.mixers.spec import Geometry
+from darkformer_jax.model.transformer import Block, Transformer
 
 
 class LayerTensors(NamedTuple):

@@ -10,16 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.data.files import whole_directory
 from darkformer_jax.errors import UserError
 from darkformer_jax.pretrained.families import Family, fitting_family
 from darkformer_jax.pretrained.key_map import Place, places_of
 from darkformer_jax.pretrained.mechanism import STEM, exact_fields, mechanism_arrays, write_mechanism
-from darkformer_jax.pretrained.origin import GENERATION_FILE, read_origin
+from darkformer_jax.pretrained.origin import GENERATION_FILE
 from darkformer_jax.pretrained.readme import mechanism_readme
 from darkformer_jax.pretrained.safetensors_files import ArrayToWrite, shard, write_safetensors
-from darkformer_jax.training.workdir import flat_fields
-from darkformer_jax.workdir_model import WorkdirModel, load_model
+from darkformer_jax.runs.load import WorkdirModel, load_model
+from darkformer_jax.runs.origin import read_origin
 
 _NO_LIMIT = 2**63
 

@@ -19,10 +19,11 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from darkformer_jax.config import model_spec, validate
+from darkformer_jax.config.validation import model_spec, validate
 from darkformer_jax.data.files import whole_directory
+from darkformer_jax.distributed.sharding import make_mesh, sharding_of
 from darkformer_jax.errors import UserError
-from darkformer_jax.model import Network, logical_axes
+from darkformer_jax.model.transformer import Network, logical_axes
 from darkformer_jax.pretrained.families import Family, family_of
 from darkformer_jax.pretrained.key_map import Layout, Place, places_of
 from darkformer_jax.pretrained.mechanism import (
@@ -33,12 +34,12 @@ from darkformer_jax.pretrained.mechanism import (
     mechanism_arrays,
     read_mechanism,
 )
-from darkformer_jax.pretrained.origin import origin_of, write_origin
+from darkformer_jax.pretrained.origin import origin_of
 from darkformer_jax.pretrained.safetensors_files import DTYPES, SafetensorsFiles
 from darkformer_jax.pretrained.source import Source
-from darkformer_jax.sharding import make_mesh, sharding_of
-from darkformer_jax.training.checkpoints import Checkpoints
-from darkformer_jax.training.workdir import write_config
+from darkformer_jax.runs.checkpoints import Checkpoints
+from darkformer_jax.runs.origin import write_origin
+from darkformer_jax.runs.workdir import write_config
 
 OnArray = Callable[[int, int], None]  # called with the bytes of an array once it is there, and those of all arrays
 

@@ -1,18 +1,12 @@
-"""What a checkpoint says beside its weights: an import keeps it, training hands it on, and an export gives it back."""
+"""What config.json and generation_config.json of a checkpoint say beside its weights; see `runs.origin`."""
 
-import json
 import os
-from collections.abc import Mapping
 from typing import Any
 
-from darkformer_jax.bucket import local_path
-from darkformer_jax.data.files import read_json_object, write_file
-from darkformer_jax.errors import UserError
 from darkformer_jax.pretrained.hf_config import HFConfig
 
 GENERATION_FILE = "generation_config.json"
 
-_FILE = "pretrained.json"
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LENGTH = "max_position_embeddings"
 
@@ -33,36 +27,3 @@ def origin_of(model_type: str, config: HFConfig, directory: str, vocab_size: int
             generation.token_ids(name, vocab_size)
         origin["generation_config"] = dict(generation.values)
     return origin
-
-
-def write_origin(workdir: str, origin: Mapping[str, Any]) -> None:
-    """Keeps it in the workdir."""
-    write_file(str(local_path(workdir) / _FILE), (json.dumps(origin, indent=2) + "\n").encode())
-
-
-def read_origin(workdir: str) -> dict[str, Any]:
-    """What `write_origin` wrote; nothing for a model that comes from no other."""
-    path = str(local_path(workdir) / _FILE)
-    if not os.path.isfile(path):
-        return {}
-    origin = read_json_object(path)
-    if not isinstance(origin.get("config"), dict) or not isinstance(origin.get("generation_config", {}), dict):
-        raise UserError(f"{path}: config and generation_config must be objects")
-    return origin
-
-
-def hand_on_origin(source: str, workdir: str) -> None:
-    """A run that starts from `source`'s weights has its origin."""
-    origin = read_origin(source)
-    if origin and not read_origin(workdir):
-        write_origin(workdir, origin)
-
-
-def ends_of_text(workdir: str) -> frozenset[int]:
-    """The ids at which the original model stops, beside the one that its tokenizer ends documents with."""
-    origin = read_origin(workdir)
-    ids: set[int] = set()
-    for section in ("config", "generation_config"):
-        end = origin.get(section, {}).get("eos_token_id")
-        ids |= set(end if isinstance(end, list) else [end])
-    return frozenset(end for end in ids if isinstance(end, int))

@@ -2,8 +2,8 @@
 
 import ml_collections
 
+from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.pretrained.families.family import FULL, LOCAL, kinds_of
-from darkformer_jax.training.workdir import flat_fields
 
 _TEXT = """# An exported DARKFormer
 

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from darkformer_jax.calibrate import REPORT_FILE
+from darkformer_jax.calibration import REPORT_FILE
 from darkformer_jax.data.files import read_json_object
 from darkformer_jax.errors import UserError
 from darkformer_jax.reporting.settings import ancestors
-from darkformer_jax.workdir_model import load_model
+from darkformer_jax.runs.load import load_model
 
 
 class Calibration(NamedTuple):

@@ -10,11 +10,12 @@ from typing import Any
 
 import tqdm
 
+from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.data.files import read_file, read_json_object, refuse_url
 from darkformer_jax.errors import UserError
 from darkformer_jax.reporting.settings import Settings, settings_of
-from darkformer_jax.training.metrics import METRICS_FILE
-from darkformer_jax.training.workdir import CONFIG_FILE, DATA_FILE, flat_fields, read_config
+from darkformer_jax.runs.metrics import METRICS_FILE
+from darkformer_jax.runs.workdir import CONFIG_FILE, DATA_FILE, read_config
 
 FIGURES = ("heldout_loss", "heldout_bits_per_byte", "heldout_accuracy")
 FINISHED, DIVERGED, UNFINISHED, UNTRAINED = "finished", "diverged", "unfinished", "not trained"

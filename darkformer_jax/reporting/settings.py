@@ -5,13 +5,14 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from darkformer_jax.attention.spec import pattern_kinds
-from darkformer_jax.calibrate import REPORT_FILE as CALIBRATION_FILE
-from darkformer_jax.config import EXACT_KINDS
+from darkformer_jax.calibration import REPORT_FILE as CALIBRATION_FILE
+from darkformer_jax.config.fields import flat_fields
+from darkformer_jax.config.validation import EXACT_KINDS
 from darkformer_jax.data.files import read_json_object
 from darkformer_jax.errors import UserError
-from darkformer_jax.training.metrics import METRICS_FILE
-from darkformer_jax.training.workdir import CHANGEABLE, CONFIG_FILE, flat_fields, read_config
+from darkformer_jax.mixers.spec import pattern_kinds
+from darkformer_jax.runs.metrics import METRICS_FILE
+from darkformer_jax.runs.workdir import CHANGEABLE, CONFIG_FILE, read_config
 
 CONTROLS = ("window_only", "constant", "random")
 

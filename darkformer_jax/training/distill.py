@@ -3,10 +3,10 @@
 from typing import NamedTuple
 
 from darkformer_jax.errors import UserError
-from darkformer_jax.model import Network
+from darkformer_jax.model.transformer import Network
+from darkformer_jax.runs.load import load_model
+from darkformer_jax.training.experiment import Experiment
 from darkformer_jax.training.init_from import check_same_tokenizer
-from darkformer_jax.training.setup import Experiment
-from darkformer_jax.workdir_model import load_model
 
 
 class Teacher(NamedTuple):

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from darkformer_jax.model import Network
-from darkformer_jax.sharding import part_of_process
+from darkformer_jax.distributed.sharding import part_of_process
+from darkformer_jax.model.transformer import Network
 from darkformer_jax.training.step import Batch, Metrics, loss_sums
 
 QUARTERS = 4

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 from absl import logging
 
-from darkformer_jax.bucket import local_path
 from darkformer_jax.data.files import write_atomically
 from darkformer_jax.errors import UserError, one_line
+from darkformer_jax.runs.store import local_path
 
 SESSIONS_FILE = "sessions.jsonl"
 PARTS = (

@@ -8,12 +8,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from darkformer_jax.bucket import local_path
 from darkformer_jax.data.tokenizers import has_tokenizer, load_tokenizer
 from darkformer_jax.errors import UserError
-from darkformer_jax.lora import is_lora, merge_lora
-from darkformer_jax.training.checkpoints import Checkpoints
-from darkformer_jax.training.setup import Experiment
+from darkformer_jax.model.lora import is_lora, merge_lora
+from darkformer_jax.runs.checkpoints import Checkpoints
+from darkformer_jax.runs.store import local_path
+from darkformer_jax.training.experiment import Experiment
 from darkformer_jax.training.step import TrainState
 
 Path = tuple[str, ...]

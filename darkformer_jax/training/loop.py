@@ -10,21 +10,21 @@ from typing import Any
 
 import jax
 
-from darkformer_jax import distributed
-from darkformer_jax.bucket import Mirror, local_path
+from darkformer_jax.cli.progress import Progress, device_memory_bytes, host_memory_bytes
 from darkformer_jax.data import Data, heldout_batches, train_batches
+from darkformer_jax.distributed import processes
+from darkformer_jax.distributed.sharding import part_of_process
 from darkformer_jax.errors import UserError
-from darkformer_jax.sharding import part_of_process
-from darkformer_jax.training.checkpoints import Checkpoints
+from darkformer_jax.model.flops import peak_flops
+from darkformer_jax.runs.checkpoints import Checkpoints
+from darkformer_jax.runs.metrics import METRICS_FILE, MetricWriter, read_metrics
+from darkformer_jax.runs.store import Mirror, local_path
+from darkformer_jax.runs.workdir import read_config
 from darkformer_jax.training.distill import load_teacher
 from darkformer_jax.training.evaluation import Evaluation, evaluate, make_eval_step, put_batch
-from darkformer_jax.training.flops import peak_flops
+from darkformer_jax.training.experiment import Experiment, tokens_per_byte
 from darkformer_jax.training.goodput import Stopwatch
 from darkformer_jax.training.init_from import initialize_from
-from darkformer_jax.training.metrics import METRICS_FILE, MetricWriter, read_metrics
-from darkformer_jax.training.progress import Progress, device_memory_bytes, host_memory_bytes
-from darkformer_jax.training.setup import Experiment, tokens_per_byte
-from darkformer_jax.training.skew import HostClock, Hosts
 from darkformer_jax.training.step import (
     Distillation,
     Metrics,
@@ -32,8 +32,8 @@ from darkformer_jax.training.step import (
     from_saved,
     to_saved,
 )
+from darkformer_jax.training.stragglers import HostClock, Hosts
 from darkformer_jax.training.trace import TraceWindow
-from darkformer_jax.training.workdir import read_config
 
 
 class Stopped(Exception):
@@ -62,7 +62,7 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         # jax agrees on the step after the last that a process has asked about: it must know where this run begins
         # before there can be a signal. Nobody has announced one that would be answered here.
-        distributed.stop_agreed(self._step)
+        processes.stop_agreed(self._step)
         self._previous = {signum: signal.signal(signum, self._remember) for signum in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -72,12 +72,12 @@ class StopSignals:
 
     def to_stop(self, step: int) -> int | None:
         """The signal to stop for after `step`, if there is one. To be called at every step."""
-        if not distributed.is_distributed():
+        if not processes.is_distributed():
             return self.received
         if self.received is not None and not self._announced:
             self._announced = True
-            distributed.announce_stop(self.received)
-        return distributed.stop_agreed(step)
+            processes.announce_stop(self.received)
+        return processes.stop_agreed(step)
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:
         self.received = signum
@@ -189,7 +189,7 @@ class Run:
                         self.checkpoints.wait()
                         raise Stopped(signum, step)
                 evaluation = evaluation or self.evaluate(state, 0)
-            if distributed.is_distributed():
+            if processes.is_distributed():
                 progress.note(str(log.hosts))
             return state, evaluation
         finally:
@@ -290,7 +290,7 @@ class _Log:
         mfu = None if peak is None else speed * self._run.experiment.step_flops / peak
         device_memory, host_memory = device_memory_bytes(), host_memory_bytes()
         self._progress.update(step, metrics["loss"], tokens_per_second, mfu, device_memory or host_memory)
-        several = distributed.is_distributed()
+        several = processes.is_distributed()
         if step % config.log.every == 0 or step == config.num_steps:
             self.hosts = self._host.read()
             timings = {

@@ -6,9 +6,9 @@ import time
 import jax
 import ml_collections
 
-from darkformer_jax import distributed
-from darkformer_jax.bucket import Mirror, local_path
-from darkformer_jax.config import validate
+from darkformer_jax.cli.progress import Progress
+from darkformer_jax.config.fields import flat_fields
+from darkformer_jax.config.validation import validate
 from darkformer_jax.data import PREPARED_SOURCE, Data, load_data, load_tokenizer
 from darkformer_jax.data.tokenizers import (
     bpe_vocab_size,
@@ -17,33 +17,33 @@ from darkformer_jax.data.tokenizers import (
     has_tokenizer,
     make_tokenizer,
 )
-from darkformer_jax.pretrained.origin import hand_on_origin
-from darkformer_jax.sampling import Sampler, continue_prompts
-from darkformer_jax.training.evaluation import Evaluation
-from darkformer_jax.training.goodput import Stopwatch, describe, read_sessions
-from darkformer_jax.training.inherit import inherit
-from darkformer_jax.training.init_from import check_same_tokenizer
-from darkformer_jax.training.loop import Run
-from darkformer_jax.training.progress import Progress
-from darkformer_jax.training.report import compressors, loss_curve
-from darkformer_jax.training.setup import Experiment
-from darkformer_jax.training.step import TrainState
-from darkformer_jax.training.workdir import (
+from darkformer_jax.distributed import processes
+from darkformer_jax.model.sampling import Sampler, continue_prompts
+from darkformer_jax.runs.inherit import inherit
+from darkformer_jax.runs.origin import hand_on_origin
+from darkformer_jax.runs.store import Mirror, local_path
+from darkformer_jax.runs.workdir import (
     WorkdirLock,
     check_config,
     check_data,
-    flat_fields,
     write_atomically,
     write_config,
     write_data,
 )
+from darkformer_jax.training.evaluation import Evaluation
+from darkformer_jax.training.experiment import Experiment
+from darkformer_jax.training.goodput import Stopwatch, describe, read_sessions
+from darkformer_jax.training.init_from import check_same_tokenizer
+from darkformer_jax.training.loop import Run
+from darkformer_jax.training.pictures import compressors, loss_curve
+from darkformer_jax.training.step import TrainState
 
 
 def dry_run(config: ml_collections.ConfigDict) -> None:
     """Prints the experiment's sizes. Reads the tokenizer, allocates nothing on a device."""
     config = inherit(config)
     validate(config)
-    distributed.require_same("config", dict(flat_fields(config.to_dict())))
+    processes.require_same("config", dict(flat_fields(config.to_dict())))
     description = Experiment.of(config, vocab_size_of(config)).describe()
     if jax.process_index() == 0:
         print(description)
@@ -51,10 +51,10 @@ def dry_run(config: ml_collections.ConfigDict) -> None:
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     """Trains to the last step and reports. See `Run.train` for what it raises."""
-    distributed.require_shared(workdir)  # first of all, because what this run is depends on what is there
+    processes.require_shared(workdir)  # first of all, because what this run is depends on what is there
     config = inherit(config, workdir)
     validate(config)
-    distributed.require_same("config", dict(flat_fields(config.to_dict())))
+    processes.require_same("config", dict(flat_fields(config.to_dict())))
     check_config(workdir, config.to_dict())
     with WorkdirLock(workdir) as lock, Mirror(workdir) as mirror:
         _run(config, workdir, lock, mirror)
@@ -66,7 +66,7 @@ def _run(config: ml_collections.ConfigDict, workdir: str, lock: WorkdirLock, mir
     progress.note(f"workdir {workdir}; reading {config.data.source} {config.data.files}".rstrip())
     data = _load_data(config, workdir)
     # After this all have read what process 0 is about to write.
-    distributed.require_same("data", {"fingerprint": data.fingerprint, "tokenizer": data.tokenizer.fingerprint})
+    processes.require_same("data", {"fingerprint": data.fingerprint, "tokenizer": data.tokenizer.fingerprint})
     check_data(workdir, data.fingerprint)
     if config.init_from:
         check_same_tokenizer(config.init_from, data.tokenizer.fingerprint)

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from darkformer_jax.bucket import local_path
+from darkformer_jax.runs.store import local_path
 
 PROFILE_DIRECTORY = "profile"
 

@@ -3,7 +3,7 @@ import pytest
 from darkformer_jax.aot.collectives import Collective, collectives, mesh_groups
 from darkformer_jax.aot.roofline import chip_of, roofline
 from darkformer_jax.errors import UserError
-from darkformer_jax.training.flops import peak_flops
+from darkformer_jax.model.flops import peak_flops
 
 # In the manner of XLA: a scan of 12 steps within one of 3, a conditional, an asynchronous pair, a fused one in pieces.
 PROGRAM = """

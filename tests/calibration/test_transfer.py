@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from darkformer_jax.attention import MECHANISMS
 from darkformer_jax.calibration.transfer import LayerTensors, Mechanism, errors, fit, matched_log_gain, teacher_layers
-from darkformer_jax.config import model_spec
-from darkformer_jax.model import Network
+from darkformer_jax.config.validation import model_spec
+from darkformer_jax.mixers import MECHANISMS
+from darkformer_jax.model.transformer import Network
 from tests.tiny_runs import tiny_config
 
 pytestmark = pytest.mark.standard_promotion  # optax

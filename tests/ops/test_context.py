@@ -12,12 +12,12 @@ from jax.sharding import PartitionSpec as P
 
 from darkformer_jax import dark_attention
 from darkformer_jax.aot.collectives import KINDS, collectives
-from darkformer_jax.attention import MECHANISMS, stretches
-from darkformer_jax.attention.spec import AttentionSpec
+from darkformer_jax.distributed.sharding import make_mesh
 from darkformer_jax.errors import UserError
+from darkformer_jax.mixers import MECHANISMS, stretches
+from darkformer_jax.mixers.spec import AttentionSpec
 from darkformer_jax.ops.context import check_stretch
 from darkformer_jax.ops.dark_attention import init_state
-from darkformer_jax.sharding import make_mesh
 from tests.tiny_runs import on_eight_devices
 
 # 13 tokens a device: neither they nor the whole are multiples of the chunk.

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
+from darkformer_jax.model.sampling import Sampler
 from darkformer_jax.pretrained.export import export_workdir
-from darkformer_jax.sampling import Sampler
-from darkformer_jax.workdir_model import load_model
+from darkformer_jax.runs.load import load_model
 from tests.pretrained.tiny_models import (
     INPUT,
     MODELS,

@@ -10,7 +10,7 @@ from tests.tiny_runs import ROOT, saved_arrays
 PROGRAM = """
 import sys
 import jax
-from configs import base
+from darkformer_jax.config import base
 from darkformer_jax.pretrained import load
 from darkformer_jax.pretrained.source import open_source
 

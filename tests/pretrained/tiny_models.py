@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from darkformer_jax.workdir_model import WorkdirModel
+from darkformer_jax.runs.load import WorkdirModel
 from tests.pretrained.tiny_sources import write_tokenizer
 
 torch = pytest.importorskip("torch")

@@ -8,11 +8,11 @@ import ml_dtypes
 import numpy as np
 import tokenizers as hf
 
-from configs import base
+from darkformer_jax.config import base
 from darkformer_jax.pretrained.load import plan_import, run_import
 from darkformer_jax.pretrained.safetensors_files import ArrayToWrite, shard, write_safetensors
 from darkformer_jax.pretrained.source import open_source
-from darkformer_jax.workdir_model import WorkdirModel, load_model
+from darkformer_jax.runs.load import WorkdirModel, load_model
 
 VOCAB, WIDTH, MLP, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 64, 16, 24, 4, 2, 4, 2
 

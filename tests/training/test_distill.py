@@ -9,8 +9,8 @@ import pytest
 from darkformer_jax.data.tokenizers import BytesTokenizer
 from darkformer_jax.errors import UserError
 from darkformer_jax.training.distill import load_teacher
+from darkformer_jax.training.experiment import Experiment
 from darkformer_jax.training.run import run
-from darkformer_jax.training.setup import Experiment
 from darkformer_jax.training.step import Distillation, TrainState, kl_divergence, make_train_step
 from tests.tiny_runs import (
     fresh_state,

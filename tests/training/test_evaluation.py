@@ -10,7 +10,7 @@ from darkformer_jax.data import heldout_batches
 from darkformer_jax.data.stream import memory_stream
 from darkformer_jax.data.tokenizers import BytesTokenizer
 from darkformer_jax.training.evaluation import evaluate, make_eval_step
-from darkformer_jax.training.setup import Experiment, tokens_per_byte
+from darkformer_jax.training.experiment import Experiment, tokens_per_byte
 from tests.tiny_runs import tiny_config
 
 TEXTS = ["def f(x):\n    return x\n", "héllo wörld " * 9, "a", "import os, sys; print(os, sys)" * 3]

@@ -7,9 +7,9 @@ import pytest
 
 from darkformer_jax.data.tokenizers import BytesTokenizer
 from darkformer_jax.errors import UserError
+from darkformer_jax.training.experiment import Experiment
 from darkformer_jax.training.init_from import check_same_tokenizer, initialize_from
 from darkformer_jax.training.run import run
-from darkformer_jax.training.setup import Experiment
 from tests.tiny_runs import tiny_config, write_text, write_workdir
 
 

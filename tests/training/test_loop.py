@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from darkformer_jax.errors import UserError
+from darkformer_jax.runs.checkpoints import Checkpoints
+from darkformer_jax.runs.workdir import WorkdirLock
 from darkformer_jax.training import loop
-from darkformer_jax.training.checkpoints import Checkpoints
 from darkformer_jax.training.run import run
-from darkformer_jax.training.workdir import WorkdirLock
 from tests.tiny_runs import (
     READS_COMPILED,
     Command,

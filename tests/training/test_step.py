@@ -6,10 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from darkformer_jax.attention.features import draw_layer
-from darkformer_jax.config import model_spec
-from darkformer_jax.model import Network
-from darkformer_jax.training.setup import Experiment
+from darkformer_jax.config.validation import model_spec
+from darkformer_jax.mixers.features import draw_layer
+from darkformer_jax.model.transformer import Network
+from darkformer_jax.training.experiment import Experiment
 from darkformer_jax.training.step import TrainState, from_saved, loss_sums, make_train_step, to_saved
 from tests.tiny_runs import fresh_state, random_batch, tiny_config
 

@@ -1,0 +1,54 @@
+"""The command line of programs that take a config: --config, its overrides, and flags of their own."""
+
+import difflib
+import sys
+from collections.abc import Callable
+
+from absl import flags
+from ml_collections import config_flags
+
+from darkformer_jax.config import base
+from darkformer_jax.config.fields import flat_fields
+from darkformer_jax.errors import UserError, one_line
+
+FLAGS = flags.FLAGS
+
+
+def parse_experiment_flags(argv: list[str], default_config: str, define: Callable[[], None]) -> list[str]:
+    """Defines and parses --config and what `define` defines; a mistake is one line and exit status 2."""
+    try:
+        define()
+        # In here because a field that does not exist is an exception of the definition already.
+        config_flags.DEFINE_config_file("config", default_config, "The experiment; config/base.py lists all fields.")
+        rest = FLAGS(argv)
+        if len(rest) > 1:
+            raise UserError(f"{rest[1]!r} is no flag; --help lists them")
+        FLAGS.config.to_dict()  # raises OSError where the file could not be loaded
+        return rest
+    except (UserError, flags.Error, OSError) as error:
+        message = _quoted_end(error)
+    except SyntaxError as error:
+        message = f"--config: {error.filename}: line {error.lineno} is not Python: {error.msg}"
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # how config_flags refuses an override
+        message = _unknown_field(argv) or _quoted_end(error)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _quoted_end(error: Exception) -> str:
+    """The message of an exception in one line; of one that quotes a traceback, its beginning and its end."""
+    message, traceback, quoted = str(error).partition("Traceback (most recent call last):")
+    end = quoted.strip().splitlines()[-1] if traceback else ""
+    return one_line(UserError(message + end))
+
+
+def _unknown_field(argv: list[str]) -> str:
+    """Which --config.<field> of the command line does not exist, and what may have been meant."""
+    known = [name for name, _ in flat_fields(base.get_config().to_dict())]
+    for argument in argv[1:]:
+        name = argument.lstrip("-").partition("=")[0]
+        field = name.removeprefix("config.")
+        if name != field and field not in known:
+            close = difflib.get_close_matches(field, known, n=1, cutoff=0.0)[0]
+            return f"--config.{field}: there is no such field in the config; did you mean --config.{close}?"
+    return ""

@@ -1,0 +1,91 @@
+"""The small parts of a transformer that are not attention."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+class Linear(nnx.Module):
+    """Contracts the last `num_inputs` axes of x with the first ones of a kernel, in `dtype`; adds a bias if asked.
+
+    rank: of a low-rank update beside the kernel, see darkformer_jax/model/lora.py; 0 = none.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        axes: tuple[str | None, ...],
+        *,
+        num_inputs: int = 1,
+        use_bias: bool = False,
+        rank: int = 0,
+        rngs: nnx.Rngs,
+        dtype: jax.typing.DTypeLike,
+    ) -> None:
+        self.num_inputs = num_inputs
+        self.dtype = dtype
+        inputs = tuple(range(num_inputs))
+        outputs = tuple(range(num_inputs, len(shape)))
+        init = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=inputs, out_axis=outputs)
+        key = rngs.params()
+        self.kernel = nnx.Param(init(key, shape, jnp.float32), axes=axes)
+        zeros = jnp.zeros(shape[num_inputs:], jnp.float32)
+        self.bias = nnx.Param(zeros, axes=axes[num_inputs:]) if use_bias else None
+        # A has a key of its own: the kernels are the same with any rank.
+        sizes, std = (*shape[:num_inputs], rank), math.prod(shape[:num_inputs]) ** -0.5
+        low = (jax.random.fold_in(key, 1), sizes, jnp.float32)
+        self.lora_A = nnx.Param(std * jax.random.normal(*low), axes=(*axes[:num_inputs], None)) if rank else None
+        out = jnp.zeros((rank, *shape[num_inputs:]), jnp.float32)
+        self.lora_B = nnx.Param(out, axes=(None, *axes[num_inputs:])) if rank else None
+
+    def __call__(self, x: Array) -> Array:
+        kernel = self.kernel[...].astype(self.dtype)
+        x_axes = tuple(range(x.ndim - self.num_inputs, x.ndim))
+        contraction = ((x_axes, tuple(range(self.num_inputs))), ((), ()))
+        y = jax.lax.dot_general(x.astype(self.dtype), kernel, contraction)
+        if self.lora_A is not None and self.lora_B is not None:
+            low = jax.lax.dot_general(x.astype(self.dtype), self.lora_A[...].astype(self.dtype), contraction)
+            y = y + jnp.tensordot(low, self.lora_B[...].astype(self.dtype), axes=1)
+        if self.bias is None:
+            return y
+        bias = self.bias[...].astype(self.dtype)
+        return y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32; * (1 + scale) with `plus_one`."""
+
+    def __init__(self, size: int, eps: float, plus_one: bool = False, axis: str | None = "embed") -> None:
+        self.eps = eps
+        self.plus_one = plus_one
+        self.scale = nnx.Param(jnp.full((size,), 0.0 if plus_one else 1.0, jnp.float32), axes=(axis,))
+
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        scale = self.scale[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+        return (wide * inverse * (1 + scale if self.plus_one else scale)).astype(x.dtype)
+
+
+class GatedMLP(nnx.Module):
+    """(activation(x Wg) * (x Wu)) Wd: SwiGLU with silu, GeGLU with gelu_tanh."""
+
+    def __init__(
+        self, embed_dim: int, mlp_dim: int, activation: str, *, rngs: nnx.Rngs, dtype: jax.typing.DTypeLike
+    ) -> None:
+        self.activation = activation
+        self.gate = Linear((embed_dim, mlp_dim), ("embed", "mlp"), rngs=rngs, dtype=dtype)
+        self.up = Linear((embed_dim, mlp_dim), ("embed", "mlp"), rngs=rngs, dtype=dtype)
+        self.down = Linear((mlp_dim, embed_dim), ("mlp", "embed"), rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Array) -> Array:
+        return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))

@@ -1,0 +1,120 @@
+"""Exact softmax attention to all tokens or to the last ones, with a key/value cache for decoding."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from darkformer_jax.distributed.sharding import context_size
+from darkformer_jax.errors import UserError
+from darkformer_jax.mixers.spec import AttentionSpec
+from darkformer_jax.mixers.stretches import on_stretches
+from darkformer_jax.ops.context import gather_sequence
+from darkformer_jax.ops.exact import exact_attention
+
+
+class KeyValueCache(NamedTuple):
+    """Keys and values of tokens so far, in slots; an empty slot has segment 0. Padding at the end takes no slot."""
+
+    keys: Float[Array, "b t hkv d"]
+    values: Float[Array, "b t hkv d"]
+    segments: Int[Array, "b t"]
+    positions: Int[Array, "b t"]
+    length: Int[Array, "b"]  # tokens so far, kept or not
+
+
+class Softmax(nnx.Module):
+    """softmax(cap(scale q k^T)) v: quadratic in the length, and a state that grows with it.
+
+    Where the mesh splits sequences over devices, each of them gathers all keys and values: a message and a memory that
+    grow with the length, unlike those of linear attention.
+    """
+
+    local_window = 0
+
+    def __init__(self, spec: AttentionSpec, layer: int | Array) -> None:
+        self.spec = spec
+
+    def init_state(self, batch: int, max_length: int, dtype: jax.typing.DTypeLike) -> KeyValueCache:
+        shape = (batch, max_length, self.spec.num_kv_heads, self.spec.head_dim)
+        slots = jnp.zeros(shape[:2], jnp.int32)
+        return KeyValueCache(
+            jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), slots, slots, jnp.zeros(batch, jnp.int32)
+        )
+
+    def __call__(
+        self, q: Array, k: Array, v: Array, *, segment_ids: Array, positions: Array, state: KeyValueCache | None = None
+    ) -> tuple[Array, KeyValueCache | None]:
+        if context_size() > 1:
+            arrays = {"segment_ids": segment_ids, "positions": positions}
+            return on_stretches(self._attend_to_all, q, k, v, state=state, **arrays), None
+        new = KeyValueCache(k, v, segment_ids, positions, jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32))
+        seen, state = (new, None) if state is None else self.update(state, new)
+        return self._attend(q, segment_ids, positions, seen), state
+
+    def _attend(self, q: Array, segment_ids: Array, positions: Array, seen: KeyValueCache) -> Array:
+        return exact_attention(
+            q,
+            seen.keys,
+            seen.values,
+            query_segments=segment_ids,
+            key_segments=seen.segments,
+            query_positions=positions,
+            key_positions=seen.positions,
+            scale=self.spec.query_scale or None,
+            softcap=self.spec.softcap,
+            local_window=self.local_window,
+        )
+
+    def _attend_to_all(
+        self, q: Array, k: Array, v: Array, segment_ids: Array, positions: Array, sequence_axis: str
+    ) -> Array:
+        """The queries of this device's stretch, and the keys of every device's."""
+        own = (k, v, segment_ids, positions)
+        keys, values, segments, places = (gather_sequence(x, sequence_axis) for x in own)
+        count = jnp.sum(segments != 0, axis=1, dtype=jnp.int32)
+        return self._attend(q, segment_ids, positions, KeyValueCache(keys, values, segments, places, count))
+
+    def update(self, state: KeyValueCache, new: KeyValueCache) -> tuple[KeyValueCache, KeyValueCache]:
+        """(what the new tokens attend to, the state behind them). What exceeds the slots is not kept."""
+        # Padding is written behind the tokens and overwritten by the next ones: `length` does not count it.
+        places = state.length[:, None] + jnp.arange(new.keys.shape[1], dtype=jnp.int32)[None, :]
+        state = _write(state, new, places)
+        return state, state
+
+
+class LocalSoftmax(Softmax):
+    """`Softmax` over the last `local_window` tokens, the query's own included; its state holds no more than those."""
+
+    def __init__(self, spec: AttentionSpec, layer: int | Array) -> None:
+        if spec.local_window < 1:
+            raise UserError("model.attention.local_window = 0: 'softmax_local' needs a window")
+        super().__init__(spec, layer)
+        self.local_window = spec.local_window
+
+    def init_state(self, batch: int, max_length: int, dtype: jax.typing.DTypeLike) -> KeyValueCache:
+        return super().init_state(batch, min(max_length, self.local_window), dtype)
+
+    def update(self, state: KeyValueCache, new: KeyValueCache) -> tuple[KeyValueCache, KeyValueCache]:
+        """As for `Softmax`; the slots are a ring in which token i of the row has slot i % slots."""
+        # The old keys beside the new ones: of many new tokens, the first still see keys that the last push out.
+        keys, values, segments, positions = (
+            jnp.concatenate([old, x.astype(old.dtype)], axis=1) for old, x in zip(state[:4], new[:4], strict=True)
+        )
+        seen = KeyValueCache(keys, values, segments, positions, state.length + new.length)
+        slots = state.keys.shape[1]
+        index = jnp.arange(new.keys.shape[1], dtype=jnp.int32)[None, :]
+        count = new.length[:, None]
+        is_kept = (index < count) & (index >= count - slots)
+        places = jnp.where(is_kept, (state.length[:, None] + index) % slots, slots)
+        return seen, _write(state, new, places)
+
+
+def _write(state: KeyValueCache, new: KeyValueCache, places: Int[Array, "b n"]) -> KeyValueCache:
+    """`state` with the new tokens in their slots; places beyond the last slot are dropped."""
+    # Not dynamic_update_slice, which moves a write that does not fit back over older keys.
+    write = jax.vmap(lambda old, x, place: old.at[place].set(x.astype(old.dtype), mode="drop"))
+    keys, values, segments, positions = (write(old, x, places) for old, x in zip(state[:4], new[:4], strict=True))
+    return KeyValueCache(keys, values, segments, positions, state.length + new.length)

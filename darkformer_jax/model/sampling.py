@@ -1,0 +1,144 @@
+"""Text from a model: prefill with the chunked form, then a token at a time from the state."""
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from darkformer_jax.errors import UserError
+from darkformer_jax.model.transformer import Network, Transformer
+from darkformer_jax.ops.state import NEG
+
+
+def filter_logits(
+    logits: Float[Array, "b vocab"], *, temperature: float, top_k: int, top_p: float
+) -> Float[Array, "b vocab"]:
+    """Logits / temperature, kept where they are among the `top_k` largest and in the smallest set of probability
+    `top_p`.
+
+    top_k = 0 and top_p = 1 keep all. Ties at the border are kept. temperature > 0.
+    """
+    logits = logits / temperature
+    if top_k:
+        smallest = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits >= smallest, logits, NEG)
+    if top_p < 1:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
+        smallest = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits >= smallest, logits, NEG)
+    return logits
+
+
+class Sampler:
+    """Continues batches of prompts. Memory and time a token do not depend on how many were written (KV caches aside).
+
+    Args:
+      network, params, projections: the model.
+      temperature: 0 takes the most likely token.
+      top_k, top_p: see `filter_logits`.
+      seed: with a prompt's index in its batch and the token's place, it decides every draw.
+      vocab_size: of the tokenizer, where the model's table is larger: ids from it on mean nothing and are never drawn.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        params: dict,
+        projections: dict,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        vocab_size: int | None = None,
+    ) -> None:
+        if not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1:
+            raise UserError(
+                f"temperature = {temperature}, top_k = {top_k}, top_p = {top_p}: "
+                "temperature and top_k must be finite and at least 0, top_p in (0, 1]"
+            )
+        self._arrays = (params, projections)
+        self._seed = seed
+        self._network = network
+
+        def choose(logits: Array, key: Array) -> Array:
+            logits = logits[:, :vocab_size]
+            if temperature == 0:
+                return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            kept = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+            keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(logits.shape[0]))
+            return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
+
+        def prefill(
+            params: dict, projections: dict, tokens: Array, lengths: Array, key: Array, room: int
+        ) -> tuple[Array, Any]:
+            model = network.bind(params, projections)
+            return _prefill(model, tokens, lengths, room, choose, key)
+
+        def step(
+            params: dict, projections: dict, token: Array, position: Array, state: Any, key: Array
+        ) -> tuple[Array, Any]:
+            model = network.bind(params, projections)
+            ones = jnp.ones((token.shape[0], 1), jnp.int32)
+            hidden, state = model.hidden(token[:, None], ones, position[:, None], state)
+            return choose(model.logits(hidden[:, 0]), key), state
+
+        self._prefill = jax.jit(prefill, static_argnames="room")
+        self._step = jax.jit(step, donate_argnums=4)
+
+    def stream(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[np.ndarray]:
+        """Yields the next token of every prompt, int32 [b], `max_new_tokens` times.
+
+        Args:
+          prompts: token ids, each prompt at least one; see `encode_prompt`.
+        """
+        if not prompts or not all(prompts):
+            raise UserError("there is no prompt, or one has no tokens")
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        # Padded to a power of two, so that prompts of all lengths share a few compiled programs.
+        padded = max(16, 1 << int(lengths.max() - 1).bit_length())
+        tokens = np.zeros((len(prompts), padded), np.int32)
+        for row, prompt in zip(tokens, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        root = jax.random.key(self._seed)
+        room = padded + max_new_tokens
+        token, state = self._prefill(*self._arrays, tokens, lengths, jax.random.fold_in(root, 0), room=room)
+        yield np.asarray(token)
+        for place in range(1, max_new_tokens):
+            key = jax.random.fold_in(root, place)
+            token, state = self._step(*self._arrays, token, lengths + (place - 1), state, key)
+            yield np.asarray(token)
+
+
+def _prefill(
+    model: Transformer, tokens: Int[Array, "b n"], lengths: Int[Array, "b"], room: int, choose: Any, key: Array
+) -> tuple[Array, Any]:
+    """The first new token of each prompt, and the state after the prompts; they are padded at the end."""
+    index = jnp.arange(tokens.shape[1])
+    segment_ids = (index[None] < lengths[:, None]).astype(jnp.int32)
+    positions = jnp.broadcast_to(index[None], tokens.shape)
+    state = model.init_state(tokens.shape[0], room)
+    hidden, state = model.hidden(tokens, segment_ids, positions, state)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    return choose(model.logits(last), key), state
+
+
+def continue_prompts(
+    sampler: Sampler, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: Collection[int]
+) -> list[list[int]]:
+    """The new tokens of each prompt, up to and without the first of `ends`."""
+    new: list[list[int]] = [[] for _ in prompts]
+    running = [True] * len(prompts)
+    for tokens in sampler.stream(prompts, max_new_tokens):
+        for row, token in enumerate(tokens.tolist()):
+            running[row] = running[row] and token not in ends
+            if running[row]:
+                new[row].append(token)
+        if not any(running):
+            break
+    return new

@@ -1,0 +1,58 @@
+"""Which parameters a run trains: all of them, or some while the others stay, bit for bit, what they were."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from darkformer_jax.errors import UserError
+from darkformer_jax.model.lora import is_lora
+from darkformer_jax.model.transformer import Network, is_geometry
+
+Path = tuple[str, ...]
+Paths = frozenset[Path]
+
+
+def _is_qkv(path: Path) -> bool:
+    return path[1:2] == ("attention",) and path[2] in ("q", "k", "v")
+
+
+# optimizer.train -> whether it trains the parameter of a path and a variable
+REGIMES: Mapping[str, Callable[[Path, Any], bool]] = {
+    "all": lambda path, variable: True,
+    "qkv_geometry": lambda path, variable: _is_qkv(path) or is_geometry(variable),
+    "geometry": lambda path, variable: is_geometry(variable),
+    "lora": lambda path, variable: is_lora(path) or is_geometry(variable),
+}
+
+
+def trained_paths(network: Network, regime: str) -> Paths:
+    """The parameters that `optimizer.train = regime` trains. Raises UserError where the model has none."""
+    is_trained = flatten_dict(network.map_params(REGIMES[regime]))
+    found = frozenset(path for path, trained in is_trained.items() if trained)
+    if not found:
+        kinds = ", ".join(sorted(set(network.spec.layer_kinds)))
+        raise UserError(
+            f"optimizer.train = {regime!r}: a model of {kinds} layers has no M and no learned projections to train; "
+            f"allowed: {', '.join(name for name in REGIMES if name != regime)}"
+        )
+    return found
+
+
+def split_params(params: dict, trained: Paths | None) -> tuple[dict, dict]:
+    """A tree like `params` in two: the branches of `trained` (None: all), and the frozen rest."""
+    if trained is None:
+        return params, {}
+    flat = flatten_dict(params)
+    return (
+        unflatten_dict({path: leaf for path, leaf in flat.items() if path in trained}),
+        unflatten_dict({path: leaf for path, leaf in flat.items() if path not in trained}),
+    )
+
+
+def join_params(trained: dict, frozen: dict) -> dict:
+    """The inverse of `split_params`."""
+    if not frozen:
+        return trained
+    joined: dict = unflatten_dict(flatten_dict(trained) | flatten_dict(frozen))
+    return joined

@@ -1,0 +1,1 @@
+"""What is on disk: workdirs, checkpoints, manifests, metrics, stores."""

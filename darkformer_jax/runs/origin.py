@@ -1,0 +1,45 @@
+"""What a checkpoint says beside its weights: an import keeps it, training hands it on, and an export gives it back."""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from darkformer_jax.data.files import read_json_object, write_file
+from darkformer_jax.errors import UserError
+from darkformer_jax.runs.store import local_path
+
+_FILE = "pretrained.json"
+
+
+def write_origin(workdir: str, origin: Mapping[str, Any]) -> None:
+    """Keeps it in the workdir."""
+    write_file(str(local_path(workdir) / _FILE), (json.dumps(origin, indent=2) + "\n").encode())
+
+
+def read_origin(workdir: str) -> dict[str, Any]:
+    """What `write_origin` wrote; nothing for a model that comes from no other."""
+    path = str(local_path(workdir) / _FILE)
+    if not os.path.isfile(path):
+        return {}
+    origin = read_json_object(path)
+    if not isinstance(origin.get("config"), dict) or not isinstance(origin.get("generation_config", {}), dict):
+        raise UserError(f"{path}: config and generation_config must be objects")
+    return origin
+
+
+def hand_on_origin(source: str, workdir: str) -> None:
+    """A run that starts from `source`'s weights has its origin."""
+    origin = read_origin(source)
+    if origin and not read_origin(workdir):
+        write_origin(workdir, origin)
+
+
+def ends_of_text(workdir: str) -> frozenset[int]:
+    """The ids at which the original model stops, beside the one that its tokenizer ends documents with."""
+    origin = read_origin(workdir)
+    ids: set[int] = set()
+    for section in ("config", "generation_config"):
+        end = origin.get(section, {}).get("eos_token_id")
+        ids |= set(end if isinstance(end, list) else [end])
+    return frozenset(end for end in ids if isinstance(end, int))

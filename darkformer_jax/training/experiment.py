@@ -1,0 +1,169 @@
+"""Everything a run is made of, put together from its config, without allocating an array."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import optax
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh, NamedSharding
+
+from darkformer_jax.config.validation import model_spec
+from darkformer_jax.data import TokenStream
+from darkformer_jax.distributed.sharding import context_size, make_mesh, part_of_process, sharding_of
+from darkformer_jax.model.flops import train_step_flops
+from darkformer_jax.model.lora import is_lora
+from darkformer_jax.model.trainable import Paths, split_params, trained_paths
+from darkformer_jax.model.transformer import Network
+from darkformer_jax.ops.context import check_stretch
+from darkformer_jax.training.optimizer import make_optimizer, make_schedule
+from darkformer_jax.training.step import Distillation, TrainState, make_state_init, make_train_step, state_shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """The parts of a training run. `abstract` is the state's shapes, `shardings` its layout on `mesh`.
+
+    `trained` are the parameters that `optimizer` is of, and `schedule` is the learning rate that metrics show.
+    """
+
+    config: ml_collections.ConfigDict
+    network: Network
+    trained: Paths
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    mesh: Mesh
+    abstract: TrainState
+    shardings: TrainState
+    batch_sharding: NamedSharding
+
+    @classmethod
+    def of(
+        cls, config: ml_collections.ConfigDict, tokenizer_vocab: int, devices: Sequence[jax.Device] | None = None
+    ) -> "Experiment":
+        """On all devices there are, or on `devices`.
+
+        Raises UserError where the config, the tokenizer and the devices do not fit together.
+        """
+        network = Network.of(model_spec(config, tokenizer_vocab))
+        mesh = make_mesh(config.mesh.to_dict(), devices)
+        o = config.optimizer
+        trained = trained_paths(network, o.train)
+        optimizer = make_optimizer(o, config.num_steps, network)
+        peak = o.geometry_learning_rate if o.train == "geometry" else o.learning_rate
+        schedule = make_schedule(o, config.num_steps, peak)
+        abstract = jax.eval_shape(make_state_init(network, optimizer, config.seed, trained))
+        shardings = state_shardings(network, optimizer, abstract, mesh, trained)
+        micro_batch = config.batch_size // config.accumulation_steps
+        axes, length = ("batch", "sequence"), config.sequence_length
+        batch_sharding = sharding_of("a micro-batch", axes, (micro_batch, length), mesh)
+        part_of_process(batch_sharding)
+        sharding_of("an evaluation batch", axes, (config.eval.batch_size, length), mesh)
+        if context_size(mesh) > 1:
+            attention = network.spec.attention
+            check_stretch(length // context_size(mesh), attention.chunk_size, attention.window)
+        return cls(config, network, trained, optimizer, schedule, mesh, abstract, shardings, batch_sharding)
+
+    def initial_state(self) -> TrainState:
+        """The state before the first step, created where it is to stay."""
+        init = make_state_init(self.network, self.optimizer, self.config.seed, self.trained)
+        # It runs once. On a CPU, LLVM takes 13 s for the quickstart's random draws at its usual level, as long as for
+        # the training step, and 4 s at this one; the bits are the same.
+        options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+        return jax.jit(init, out_shardings=self.shardings, compiler_options=options)()
+
+    def train_step(self, distillation: Distillation | None = None) -> jax.stages.Wrapped:
+        """The jitted (state, batch, teacher's arrays or None) -> (state, metrics); it takes over the state's memory."""
+        step = make_train_step(
+            self.network,
+            self.optimizer,
+            self.schedule,
+            accumulation_steps=self.config.accumulation_steps,
+            z_loss=self.config.optimizer.z_loss,
+            redraw_every=self.config.model.attention.redraw_every,
+            trained=self.trained,
+            distillation=distillation,
+        )
+        return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
+
+    @property
+    def num_params(self) -> int:
+        """Parameters, trained or not."""
+        return _size(self.abstract.params)
+
+    @property
+    def num_trained(self) -> int:
+        """Parameters that `optimizer.train` names."""
+        return _size(split_params(self.abstract.params, self.trained)[0])
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the whole state: parameters, optimizer moments, projections."""
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.abstract))
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions an optimizer step, padding included."""
+        return self.config.batch_size * self.config.sequence_length
+
+    @property
+    def step_flops(self) -> float:
+        """Model FLOPs an optimizer step: `train_step_flops`, less frozen matrices' gradients, plus low-rank updates."""
+        spec, sizes = self.network.spec, self.network.spec.attention
+        output = "embedding" if spec.tie_embeddings else "head"
+        frozen = flatten_dict(split_params(self.abstract.params, self.trained)[1])
+        low_rank = sum(leaf.size for path, leaf in flatten_dict(self.abstract.params).items() if is_lora(path))
+        multiplied = sum(leaf.size for path, leaf in frozen.items() if path[-1] in ("kernel", output))
+        whole = train_step_flops(
+            tokens=self.tokens_per_step,
+            sequence_length=self.config.sequence_length,
+            attention_kinds=spec.layer_kinds,
+            embed_dim=spec.embed_dim,
+            num_heads=sizes.num_heads,
+            num_kv_heads=sizes.num_kv_heads,
+            head_dim=sizes.head_dim,
+            mlp_dim=spec.mlp_dim,
+            vocab_size=spec.vocab_size,
+            num_features=sizes.num_features,
+            chunk_size=sizes.chunk_size,
+            window=sizes.window,
+            num_sinks=sizes.num_sinks,
+            local_window=sizes.local_window,
+        )
+        return whole + (6.0 * low_rank - 2.0 * multiplied) * self.tokens_per_step
+
+    def describe(self) -> str:
+        """What --dry_run prints."""
+        spec = self.network.spec
+        per_device = bytes_a_device(self.abstract, self.shardings)
+        rows = (
+            ("parameters", f"{self.num_params:,}"),
+            ("trained", f"{self.num_trained:,} (optimizer.train = {self.config.optimizer.train!r})"),
+            ("state", f"{self.state_bytes / 2**20:,.1f} MiB, of which {per_device / 2**20:,.1f} MiB a device"),
+            ("tokens a step", f"{self.tokens_per_step:,} = {self.config.batch_size} x {self.config.sequence_length}"),
+            ("FLOPs a step", f"{self.step_flops:.3e}"),
+            ("layers", f"{spec.num_layers} x ({', '.join(spec.pattern)})"),
+            ("vocabulary", f"{spec.vocab_size:,}"),
+            ("mesh", ", ".join(f"{name}={size}" for name, size in self.mesh.shape.items())),
+            ("steps", f"{self.config.num_steps:,}"),
+        )
+        return "\n".join(f"{name:14s} {value}" for name, value in rows)
+
+
+def bytes_a_device(abstract: Any, shardings: Any) -> int:
+    """Of the arrays' part on one device."""
+    pairs = zip(jax.tree.leaves(abstract), jax.tree.leaves(shardings), strict=True)
+    return sum(math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, sharding in pairs)
+
+
+def _size(tree: dict) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def tokens_per_byte(stream: TokenStream) -> float:
+    """Predicted tokens over bytes of text: what turns nats a token into bits a byte."""
+    ends = 1 if stream.starts_are_targets else stream.num_documents  # tokens without a successor
+    return (stream.num_tokens - ends) / stream.num_bytes

@@ -1,0 +1,277 @@
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from darkformer_jax.config import base
+from darkformer_jax.config.validation import from_json, model_spec, validate
+from darkformer_jax.distributed.sharding import MESH_AXES
+from darkformer_jax.errors import UserError
+from darkformer_jax.mixers.positions import RopeSpec
+from darkformer_jax.training.run import dry_run
+
+NOT_ALONE = ("arguments", "finetune")  # no config; one whose sizes are those of another run
+CONFIGS = [path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.py") if path.stem not in NOT_ALONE]
+
+
+def changed(changes):
+    config = base.get_config()
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+AT_LEAST_ONE = [
+    "num_steps", "batch_size", "sequence_length", "accumulation_steps", "model.num_layers", "model.embed_dim",
+    "model.num_heads", "model.num_kv_heads", "model.head_dim", "model.mlp_dim", "model.attention.num_features",
+    "model.rope_factor", "model.rope_original_length",
+    "model.attention.chunk_size", "eval.batch_size", "checkpoint.keep", "log.every", "sample.max_new_tokens",
+    "profile.steps",
+]  # fmt: skip
+AT_LEAST_ZERO = [
+    "seed", "model.vocab_size", "model.attention.redraw_every", "model.attention.window", "model.attention.num_sinks",
+    "data.num_workers", "optimizer.warmup_steps", "eval.every", "eval.batches", "checkpoint.every", "sample.top_k",
+    "model.logit_softcap", "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.z_loss",
+    "optimizer.geometry_learning_rate", "sample.temperature", "model.rope_local_theta", "model.rope_attention_factor",
+    "model.attention.query_scale", "model.attention.softcap", "model.attention.local_window", "model.lora_rank",
+    "profile.first_step",
+]  # fmt: skip
+POSITIVE = [
+    "model.norm_eps", "model.rope_theta", "model.attention.geometry_init", "optimizer.learning_rate", "optimizer.eps",
+    "model.rope_low_freq_factor", "model.rope_high_freq_factor", "model.rope_beta_fast", "model.rope_beta_slow",
+]  # fmt: skip
+CHOICES = {
+    "model.activation": "silu, gelu_tanh",
+    "model.dtype": "bfloat16, float32",
+    "model.remat": "none, dots, full",
+    "model.rope_scaling": "none, linear, llama3, yarn",
+    "model.attention.kind": "softmax, softmax_local, performer, dark, lfk, random, constant, window_only",
+    "model.attention.projections": "iid, orthogonal, orthogonal_unsigned",
+    "model.attention.window_kernel": "dark, softmax",
+    "optimizer.schedule": "cosine, rsqrt, constant",
+    "optimizer.train": "all, qkv_geometry, geometry, lora",
+}
+RULES = [
+    *[({name: 0}, f"{name} = 0(.0)?: must be at least 1") for name in AT_LEAST_ONE],
+    *[({name: -1}, f"{name} = -1(.0)?: must be at least 0") for name in AT_LEAST_ZERO],
+    *[({name: 0.0}, f"{name} = 0.0: must be positive") for name in POSITIVE],
+    *[({name: float("nan")}, f"{name} = nan: must be finite") for name in POSITIVE],
+    *[({name: "magic"}, f"{name} = 'magic': allowed: {allowed}") for name, allowed in CHOICES.items()],
+    ({"optimizer.learning_rate": float("inf")}, "optimizer.learning_rate = inf: must be finite"),
+    ({"model.num_heads": 6}, "model.num_heads = 6 is not a multiple of model.num_kv_heads = 4"),
+    ({"model.head_dim": 7}, "model.head_dim = 7: must be even, for rotary positions"),
+    ({"model.attention.pattern": "dark,magic"}, "model.attention.pattern has 'magic': allowed: softmax, softmax_local"),
+    ({"model.attention.pattern": "dark,"}, "model.attention.pattern has '': allowed"),
+    (
+        {"model.attention.pattern": "dark,dark,softmax", "model.num_layers": 2},
+        "model.attention.pattern has 3 entries, more than model.num_layers = 2",
+    ),
+    (
+        {"model.rope_local_theta": 1e4, "model.attention.pattern": "softmax,dark"},
+        "model.rope_local_theta = 10000.0: none of softmax, dark is softmax_local; allowed: 0",
+    ),
+    ({"model.rope_factor": 8.0}, "model.rope_factor = 8.0 with model.rope_scaling = 'none'; allowed: 1"),
+    (
+        {"model.rope_scaling": "llama3", "model.rope_low_freq_factor": 4.0},
+        "model.rope_low_freq_factor = 4.0: must be below model.rope_high_freq_factor = 4.0",
+    ),
+    (
+        {"model.rope_scaling": "yarn", "model.rope_beta_slow": 32.0},
+        "model.rope_beta_slow = 32.0: must be below model.rope_beta_fast = 32.0",
+    ),
+    ({"model.rope_scaling": "yarn", "model.rope_theta": 1.0}, "model.rope_theta = 1.0: must be above 1 for 'yarn'"),
+    (
+        {"model.rope_scaling": "llama3", "model.rope_attention_factor": 1.2},
+        "model.rope_attention_factor = 1.2 with model.rope_scaling = 'llama3'; allowed: 0",
+    ),
+    (
+        {"model.attention.softcap": 50.0},
+        "model.attention.softcap = 50.0: none of dark is exact attention; allowed: 0",
+    ),
+    (
+        {"model.attention.pattern": "softmax_local,dark"},
+        "model.attention.local_window = 0: 'softmax_local' needs a window",
+    ),
+    (
+        {"model.attention.local_window": 64, "model.attention.kind": "softmax"},
+        "model.attention.local_window = 64: none of softmax is softmax_local; allowed: 0",
+    ),
+    ({"model.attention.window": 64}, "model.attention.window = 64 is not a multiple of chunk_size = 128"),
+    ({"model.attention.num_sinks": 4}, "model.attention.num_sinks = 4 needs a window; model.attention.window = 0"),
+    ({"model.attention.window": 128, "model.attention.kind": "softmax"}, "window = 128: none of softmax has a window"),
+    ({"model.attention.window": 128, "model.attention.kind": "constant"}, "window = 128"),
+    ({"model.attention.window": 128, "model.attention.pattern": "dark,random"}, "128: 'random' does not look at q"),
+    ({"model.attention.window_kernel": "softmax"}, "model.attention.window_kernel = 'softmax' needs a window"),
+    ({"model.attention.far_gain": True}, "far_gain = True needs a window and one of performer"),
+    (
+        {"model.attention.far_gain": True, "model.attention.window": 128, "model.attention.kind": "window_only"},
+        "far_gain = True .*; model.attention.window = 128, layers are window_only",
+    ),
+    ({"model.attention.learn_projections": True, "model.attention.kind": "lfk"}, "none of lfk is dark; allowed: False"),
+    (
+        {"model.attention.learn_projections": True, "model.attention.redraw_every": 5},
+        "redraw_every = 5 with learn_projections = True; allowed: 0",
+    ),
+    ({"model.attention.kind": "window_only"}, "model.attention.window = 0: 'window_only' needs a window"),
+    (
+        {"model.attention.redraw_every": 5, "model.attention.kind": "lfk"},
+        "model.attention.redraw_every = 5, but lfk has no random projections",
+    ),
+    ({"seed": 2**32}, r"seed = 4294967296: must be below 2\*\*32"),
+    ({"batch_size": 6, "accumulation_steps": 4}, "batch_size = 6 is not a multiple of accumulation_steps = 4"),
+    (
+        {"optimizer.train": "geometry", "optimizer.geometry_learning_rate": 0.0},
+        "optimizer.geometry_learning_rate = 0.0 with optimizer.train = 'geometry': nothing would be trained",
+    ),
+    ({"optimizer.train": "lora"}, "model.lora_rank = 0 with optimizer.train = 'lora': must be at least 1"),
+    (
+        {"model.lora_rank": 4},
+        "model.lora_rank = 4 with optimizer.train = 'all'; allowed: 0, or optimizer.train = 'lora",
+    ),
+    ({"num_steps": 50}, "optimizer.warmup_steps = 50 is not shorter than num_steps = 50"),
+    ({"optimizer.b1": 1.0}, r"optimizer.b1 = 1.0: must be in \[0, 1\)"),
+    ({"optimizer.b2": -0.1}, r"optimizer.b2 = -0.1: must be in \[0, 1\)"),
+    ({"optimizer.final_fraction": 1.5}, r"optimizer.final_fraction = 1.5: must be in \[0, 1\]"),
+    ({"distill.weight": 1.5}, r"distill.weight = 1.5: must be in \[0, 1\]"),
+    ({"distill.weight": 0.5}, "distill.weight = 0.5 with distill.workdir = ''; allowed: both or neither"),
+    ({"distill.workdir": "runs/a"}, "distill.weight = 0.0 with distill.workdir = 'runs/a'; allowed: both or neither"),
+    ({"sample.top_p": 0.0}, r"sample.top_p = 0.0: must be in \(0, 1\]"),
+    ({"sample.prompts": ("def ", 1)}, r"sample.prompts = \('def ', 1\): must be strings"),
+    ({"data.heldout_fraction": -0.1}, "data.heldout_fraction = -0.1: must be at least 0 and below 1"),
+    ({"data.heldout_fraction": 1.0}, "data.heldout_fraction = 1.0: must be at least 0 and below 1"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), RULES, ids=[f"{next(iter(c))}-{i}" for i, (c, _) in enumerate(RULES)])
+def test_a_rule_names_its_field_and_what_is_allowed(changes, message):
+    with pytest.raises(UserError, match=message) as raised:
+        validate(changed(changes))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_steps": 1},
+        {"distill.workdir": "runs/a", "distill.weight": 1.0},
+        {"optimizer.train": "lora", "model.lora_rank": 4},
+        {"model.num_kv_heads": 1},
+        {"model.attention.pattern": "softmax, dark"},
+        {"model.attention.window": 256, "model.attention.num_sinks": 4},
+        {"model.attention.window": 128, "model.attention.pattern": "softmax,dark"},
+        {"model.attention.window": 128, "model.attention.kind": "window_only"},
+        {"model.attention.redraw_every": 5, "model.attention.pattern": "lfk,dark"},
+        {"optimizer.warmup_steps": 0, "optimizer.final_fraction": 0.0, "sample.temperature": 0.0},
+        {"sample.prompts": ()},
+        {"model.attention.pattern": "dark,dark,softmax"},
+        {"model.attention.pattern": "softmax,dark", "model.attention.softcap": 50.0},
+        {
+            "model.attention.pattern": "softmax_local,softmax",
+            "model.attention.local_window": 7,
+            "model.rope_local_theta": 1e4,
+            "model.rope_scaling": "linear",
+            "model.rope_factor": 8.0,
+        },
+        {"model.rope_scaling": "llama3", "model.rope_factor": 32.0, "model.rope_original_length": 8192},
+        {"model.rope_scaling": "yarn", "model.rope_factor": 4.0, "model.rope_attention_factor": 1.1},
+    ],
+)
+def test_what_is_allowed(changes):
+    validate(changed(changes))
+
+
+def test_every_field_with_a_number_has_a_rule():
+    ruled = {name for changes, _ in RULES for name in changes}
+    ruled |= {f"mesh.{axis}" for axis in MESH_AXES}  # make_mesh checks them against the devices
+    fields = base.get_config().to_dict()
+
+    def numbers(tree, prefix=""):
+        for name, value in tree.items():
+            if isinstance(value, dict):
+                yield from numbers(value, f"{prefix}{name}.")
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                yield prefix + name
+
+    assert set(numbers(fields)) == {name for name in numbers(fields) if name in ruled}
+
+
+def test_unknown_fields_and_other_types_are_refused_by_the_config_itself():
+    with pytest.raises(AttributeError):
+        base.get_config().model.num_layer = 3
+    with pytest.raises(TypeError):
+        base.get_config().num_steps = "many"
+
+
+def test_the_model_follows_the_config():
+    config = changed({"model.attention.pattern": "softmax, dark", "model.attention.num_features": 5, "seed": 7})
+    spec = model_spec(config, 257)
+    assert spec.pattern == ("softmax", "dark")
+    assert (spec.vocab_size, spec.attention.num_features, spec.attention.seed) == (257, 5, 7)
+    assert model_spec(changed({"model.vocab_size": 300}), 257).vocab_size == 300
+    with pytest.raises(UserError, match="model.vocab_size = 200 is smaller than the tokenizer's 257"):
+        model_spec(changed({"model.vocab_size": 200}), 257)
+    local = {"pattern": "softmax_local,softmax", "local_window": 7, "query_scale": 0.25, "softcap": 50.0}
+    rope = {"rope_local_theta": 5e3, "rope_scaling": "yarn", "rope_factor": 4.0, "rope_theta": 1e6}
+    gemma = {"qkv_bias": True, "norm_plus_one": True, "post_norms": True}
+    fields = {f"model.{name}": value for name, value in {**rope, **gemma}.items()}
+    full = model_spec(changed(fields | {f"model.attention.{name}": value for name, value in local.items()}), 257)
+    assert (full.attention.local_window, full.attention.query_scale, full.attention.softcap) == (7, 0.25, 50.0)
+    assert full.qkv_bias and full.norm_plus_one and full.post_norms
+    assert full.rope("softmax_local") == RopeSpec(theta=5e3)
+    assert full.rope("softmax") == RopeSpec(theta=1e6, scaling="yarn", factor=4.0)
+    again = from_json(json.loads(json.dumps(config.to_dict())))
+    assert model_spec(again, 257) == spec
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_builds_abstractly(name, capsys):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    dry_run(config)
+    shown = dict(
+        line.split(maxsplit=1) for line in capsys.readouterr().out.replace("tokens a step", "tokens").splitlines()
+    )
+    assert int(shown["parameters"].replace(",", "")) > 500_000
+    assert shown["state"].endswith("MiB a device")
+    assert (
+        shown["tokens"]
+        == f"{config.batch_size * config.sequence_length:,} = {config.batch_size} x {config.sequence_length}"
+    )
+
+
+def test_lm_1b_is_the_size_it_says(capsys):
+    dry_run(importlib.import_module("configs.lm_1b").get_config())
+    shown = capsys.readouterr().out
+    embed, mlp, layers = 768, 3072, 12
+    geometry = 12 * 64 * 64
+    parameters = 32_000 * embed + embed + layers * (4 * embed**2 + 3 * embed * mlp + 2 * embed + geometry)
+    assert f"parameters     {parameters:,}\n" in shown
+    assert 135e6 < parameters < 160e6
+    assert "262,144 = 256 x 1024" in shown
+
+
+@pytest.mark.parametrize(
+    ("changes", "vocabulary"),
+    [
+        ({"data.tokenizer": "bytes"}, "257"),
+        ({"data.tokenizer": "bpe:1000"}, "1,000"),
+        ({"model.vocab_size": 300}, "300"),
+    ],
+)
+def test_a_dry_run_reads_no_text(changes, vocabulary, capsys):
+    dry_run(changed({"data.source": "text", "data.files": "nowhere/*.txt", **changes}))
+    assert f"vocabulary     {vocabulary}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        ("bpe:x", "tokenizer 'bpe:x' is not possible"),
+        ("bpe:9", "tokenizer 'bpe:9' is not possible"),
+        ("nowhere.json", "tokenizer 'nowhere.json' is no file"),
+        ("", "must hold exactly one of"),
+    ],
+)
+def test_a_dry_run_refuses_a_tokenizer_that_is_none(tokenizer, message):
+    with pytest.raises(UserError, match=message):
+        dry_run(changed({"data.tokenizer": tokenizer}))
