@@ -174,7 +174,7 @@ def shardings():
 
 
 def test_every_array_is_split_as_noted():
-    """`python -m tests.distributed.test_sharding` notes the present shardings in tests/golden/shardings.json: read what changed."""
+    """`python -m tests.distributed.test_sharding` writes tests/golden/shardings.json anew: read what changed."""
     assert shardings() == json.loads(GOLDEN.read_text())
 
 
