@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from darkformer_jax.distributed.sharding import part_of_process
-from darkformer_jax.model.transformer import Network
+from darkformer_jax.model.network import Network
 from darkformer_jax.training.step import Batch, Metrics, loss_sums
 
 QUARTERS = 4
