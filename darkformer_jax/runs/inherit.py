@@ -1,6 +1,5 @@
 """Config fields that are another run's: sizes of a pretrained model are read from it, never retyped."""
 
-import os
 from typing import Any
 
 import ml_collections
@@ -10,8 +9,7 @@ from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.config.pattern import parse_pattern, pattern_kinds, show_layer
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
-from darkformer_jax.runs.store import local_path
-from darkformer_jax.runs.workdir import CONFIG_FILE, read_config
+from darkformer_jax.runs.workdir import CONFIG_FILE, Workdir
 
 _PATTERN, _KIND = "model.attention.pattern", "model.attention.kind"
 
@@ -38,14 +36,14 @@ def inherit(config: ml_collections.ConfigDict, workdir: str | None = None) -> ml
             f"init_from = '': {missing[0]} and {len(missing) - 1} more fields are those of the run to start from; give"
             " --config.init_from=<workdir of a run or of an imported model>"
         )
-    begun = workdir is not None and (local_path(workdir) / CONFIG_FILE).is_file()
-    source = workdir if begun and workdir is not None else config.init_from
-    saved = dict(flat_fields(read_config(source)))
+    own = None if workdir is None else Workdir(workdir)
+    source = own if own is not None and own.has_begun else Workdir(config.init_from)
+    saved = dict(flat_fields(source.read_config()))
     absent = [name for name in missing if saved.get(name) is None]
     if absent:
-        raise UserError(f"{os.path.join(source, CONFIG_FILE)} has no {absent[0]}; it is of another version")
+        raise UserError(f"{source}/{CONFIG_FILE} has no {absent[0]}; it is of another version")
     filled = {name: saved[name] for name in missing}
-    if not begun and _PATTERN in filled:
+    if source is not own and _PATTERN in filled:
         filled[_PATTERN] = _with_mechanism(config.model.attention.kind, saved[_PATTERN], saved[_KIND])
     new = config.copy_and_resolve_references()
     new.update_from_flattened_dict(filled)

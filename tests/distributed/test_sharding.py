@@ -174,7 +174,7 @@ def shardings():
 
 
 def test_every_array_is_split_as_noted():
-    """`python -m tests.distributed.test_sharding` writes tests/golden/shardings.json anew: read what changed."""
+    """`python -m tests.distributed.test_sharding` writes golden/shardings.json anew: read what changed."""
     assert shardings() == json.loads(GOLDEN.read_text())
 
 
