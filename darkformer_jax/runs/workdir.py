@@ -70,6 +70,7 @@ _LATER_FIELDS: dict[str, Any] = {
     },
     "optimizer": {"train": "all"},
     "profile": {"first_step": 0, "steps": 3},
+    "task": {"name": "language_model"},
 }
 
 
