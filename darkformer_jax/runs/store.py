@@ -21,7 +21,6 @@ from typing import Any
 
 from darkformer_jax.errors import Transient, UserError, one_line
 
-CHECKPOINTS = "checkpoints"
 _SCHEME = "gs://"
 _NOT_IN_NAMES = set("#?*[]\\\n\r\t")
 _SECONDS_BETWEEN_UPLOADS = 30.0  # a kill loses the lines since then, and the resumed run writes them again
