@@ -31,6 +31,8 @@ from darkformer_jax.model.transformer import REMAT_POLICIES
 from darkformer_jax.ops.linear import WindowKernel
 from darkformer_jax.ops.projections import ProjectionKind
 
+TASKS = ("language_model",)  # the keys of tasks.TASKS, which stands on a floor above this one
+
 
 def get_config() -> ml_collections.ConfigDict:
     """A small byte-level DARKFormer on the Python standard library's own text."""
@@ -52,6 +54,8 @@ def declare() -> Section:
     c.sequence_length = at_least(1, 512)  # tokens per sequence
     c.accumulation_steps = at_least(1, 1)  # micro-batches per optimizer step; divides batch_size
     c.init_from = anything("")  # a workdir whose newest weights start this run ("" = none); may change the mechanism
+    w = c.task = Section()
+    w.name = choice("language_model", TASKS, since=2)  # what is learned
     c.model = _model()
     c.data = _data()
     c.optimizer = _optimizer()
