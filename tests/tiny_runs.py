@@ -20,7 +20,9 @@ import ml_collections
 import numpy as np
 
 from darkformer_jax.config import base
+from darkformer_jax.config.pattern import ATTENTION, parse_pattern
 from darkformer_jax.data.tokenizers import BytesTokenizer
+from darkformer_jax.mixers import MIXERS
 from darkformer_jax.runs.checkpoints import Checkpoints
 from darkformer_jax.runs.workdir import write_config
 from darkformer_jax.training.experiment import Experiment
@@ -61,6 +63,10 @@ def tiny_config(**changes: Any) -> ml_collections.ConfigDict:
 def tiny_flags(**changes: Any) -> list[str]:
     """The same as flags of train.py."""
     fields = TINY | {name.replace("__", "."): value for name, value in changes.items()}
+    layers = parse_pattern(fields.get("model.attention.pattern"), fields["model.attention.kind"])
+    used = {"kind", "pattern"}.union(*(MIXERS[layer.kind].uses for layer in layers))
+    own = {name for name in TINY if not name.startswith(ATTENTION) or name.removeprefix(ATTENTION) in used}
+    fields = {name: value for name, value in fields.items() if name in own or name not in TINY}
     return [f"--config.{name}={value}" for name, value in fields.items()]
 
 
