@@ -1,6 +1,5 @@
 """The model of a finished or running run, for the verbs that use one: generate and evaluate."""
 
-import dataclasses
 import functools
 import os
 from typing import NamedTuple
@@ -10,11 +9,12 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh, NamedSharding
 
-from darkformer_jax.config.validation import from_json, model_spec, validate
+from darkformer_jax.config.specs import model_spec
+from darkformer_jax.config.validation import from_json, validate
 from darkformer_jax.data.tokenizers import Tokenizer, load_tokenizer
 from darkformer_jax.errors import UserError, one_line
 from darkformer_jax.model.lora import merge_lora
-from darkformer_jax.model.transformer import Network, variable_sharding
+from darkformer_jax.model.network import Network, variable_sharding
 from darkformer_jax.runs.checkpoints import Checkpoints
 from darkformer_jax.runs.origin import ends_of_text
 from darkformer_jax.runs.workdir import CONFIG_FILE, Workdir
@@ -67,7 +67,7 @@ def load_model(workdir: str | os.PathLike[str], step: int | None = None, mesh: M
     if config.model.lora_rank:
         params = merge_lora(params)
         config.model.lora_rank, config.optimizer.train = 0, "all"
-        network = Network.of(dataclasses.replace(network.spec, lora_rank=0))
+        network = Network.of(model_spec(config, tokenizer.vocab_size))
     return WorkdirModel(network, params, projections, tokenizer, ends, config, step)
 
 
