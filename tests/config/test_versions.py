@@ -7,7 +7,8 @@ import pytest
 
 from darkformer_jax.config import base
 from darkformer_jax.config.fields import flat_fields
-from darkformer_jax.config.validation import from_json, model_spec, validate
+from darkformer_jax.config.specs import model_spec
+from darkformer_jax.config.validation import from_json, validate
 from darkformer_jax.runs.workdir import Workdir
 
 VERSIONS = sorted((Path(__file__).parent / "versions").glob("*.json"))
@@ -44,9 +45,8 @@ def test_a_config_of_each_version_means_what_it_meant(path, tmp_path):
     assert {name: now[name] for name in MEANT} == {name: before.get(name, meant) for name, meant in MEANT.items()}
     read = from_json(config)
     validate(read)
-    spec = model_spec(read, 257)
-    assert spec.layer_kinds == ("performer",) * spec.num_layers
-    assert (spec.attention.num_features, spec.attention.window, spec.attention.num_sinks) == (48, 256, 3)
+    for layer in model_spec(read, 257).layers:
+        assert (layer.kind, layer.num_features, layer.window, layer.num_sinks) == ("performer", 48, 256, 3)
 
 
 @pytest.mark.parametrize("path", VERSIONS, ids=lambda path: path.stem)
