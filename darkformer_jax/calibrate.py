@@ -47,7 +47,7 @@ from darkformer_jax.runs.checkpoints import Checkpoints
 from darkformer_jax.runs.inherit import inherit
 from darkformer_jax.runs.load import WorkdirModel, load_model
 from darkformer_jax.runs.origin import hand_on_origin
-from darkformer_jax.runs.workdir import write_config
+from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.training.experiment import Experiment
 from darkformer_jax.training.init_from import initialize_from
 from darkformer_jax.training.step import TrainState
@@ -98,7 +98,7 @@ def calibrate(args: argparse.Namespace) -> dict[str, Any]:
     """Fits every layer, writes --out, and returns what its calibration.json holds."""
     _check_flags(args)
     with whole_directory(args.out) as directory:
-        teacher = load_model(args.workdir, args.step)
+        teacher = load_model(Workdir(args.workdir), args.step)
         _require_exact(args.workdir, teacher)
         config = _config(args)
         tokens, num_test = _passages(args, teacher.tokenizer)
@@ -108,10 +108,11 @@ def calibrate(args: argparse.Namespace) -> dict[str, Any]:
         state, _ = initialize_from(args.workdir, experiment, state, teacher.step)
         params, layers, moments = _fit_layers(args, teacher, experiment, state, tokens, num_test)
         report = {name: value for name, value in vars(args).items() if name != "out"} | {"layers": layers}
-        write_config(directory, config.to_dict())
+        fitted = Workdir(directory)
+        fitted.write_config(config.to_dict())
         teacher.tokenizer.save(str(directory))
-        hand_on_origin(args.workdir, str(directory))
-        with contextlib.closing(Checkpoints(directory)) as checkpoints:
+        hand_on_origin(Workdir(args.workdir), fitted)
+        with contextlib.closing(Checkpoints(fitted)) as checkpoints:
             saved = {"step": state.step, "params": params, "projections": state.projections}
             checkpoints.save(0, {name: tree for name, tree in saved.items() if not isinstance(tree, dict) or tree})
         moments.save(directory / MOMENTS_FILE)

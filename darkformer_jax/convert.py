@@ -23,6 +23,7 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.pretrained.export import export_workdir
 from darkformer_jax.pretrained.load import plan_import, run_import
 from darkformer_jax.pretrained.source import open_source
+from darkformer_jax.runs.workdir import Workdir
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 _SECONDS_BETWEEN_LINES = 5.0  # of progress, where the output is no terminal
@@ -59,7 +60,12 @@ def convert(args: argparse.Namespace) -> None:
     shard_bytes = _bytes("5GB" if args.max_shard_size is None else args.max_shard_size)
     with _progress_bar("export") as bar:
         written = export_workdir(
-            args.workdir, args.export_hf, step=args.step, dtype=args.dtype, shard_bytes=shard_bytes, on_array=bar
+            Workdir(args.workdir),
+            args.export_hf,
+            step=args.step,
+            dtype=args.dtype,
+            shard_bytes=shard_bytes,
+            on_array=bar,
         )
     print(f"{args.export_hf}: {written}")
 

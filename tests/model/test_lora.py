@@ -12,6 +12,7 @@ from darkformer_jax.model.lora import is_lora, merge_lora
 from darkformer_jax.model.network import logical_axes
 from darkformer_jax.pretrained.export import export_workdir
 from darkformer_jax.runs.load import load_model
+from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.training.experiment import Experiment
 from darkformer_jax.training.init_from import initialize_from
 from tests.tiny_runs import random_batch, tiny_config, write_workdir
@@ -137,12 +138,12 @@ def test_another_rank_is_refused(tmp_path):
 def test_verbs_and_exports_see_the_merged_model(tmp_path):
     state = some_state(RANK)
     write_workdir(tmp_path / "run", experiment(RANK).config, state)
-    model = load_model(str(tmp_path / "run"))
+    model = load_model(Workdir(tmp_path / "run"))
     assert (model.config.model.lora_rank, model.config.optimizer.train, model.network.spec.lora_rank) == (0, "all", 0)
     assert_merged(model.params, state.params)
-    assert "in darkformer.safetensors" in export_workdir(str(tmp_path / "run"), str(tmp_path / "out"))
+    assert "in darkformer.safetensors" in export_workdir(Workdir(tmp_path / "run"), str(tmp_path / "out"))
     plan = plan_import(open_source(str(tmp_path / "out")), tiny_config())
     run_import(plan, str(tmp_path / "copy"), lambda done, total: None)
-    again = load_model(str(tmp_path / "copy"))
+    again = load_model(Workdir(tmp_path / "copy"))
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
     jax.tree.map(np.testing.assert_array_equal, again.projections, model.projections)
