@@ -18,9 +18,9 @@ from darkformer_jax.model.lora import is_lora
 from darkformer_jax.model.trainable import Paths, split_params, trained_paths
 from darkformer_jax.model.transformer import Network
 from darkformer_jax.ops.context import check_stretch
-from darkformer_jax.training.optimizer import make_optimizer, make_schedule
 from darkformer_jax.tasks.task import Objective
 from darkformer_jax.training.evaluation import rows_sharding
+from darkformer_jax.training.optimizer import make_optimizer, make_schedule
 from darkformer_jax.training.step import TrainState, make_state_init, make_train_step, state_shardings
 
 
@@ -105,7 +105,9 @@ class Experiment:
     def sharded_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes of a step's batch, each with its sharding."""
         shapes = self.objective.batch_shapes(self.config.batch_size)
-        return {name: _with_sharding(leaf, rows_sharding(self.batch_sharding, leaf.ndim)) for name, leaf in shapes.items()}
+        return {
+            name: _with_sharding(leaf, rows_sharding(self.batch_sharding, leaf.ndim)) for name, leaf in shapes.items()
+        }
 
     @property
     def num_params(self) -> int:
@@ -129,7 +131,7 @@ class Experiment:
 
     @property
     def step_flops(self) -> float:
-        """Model FLOPs per optimizer step: `train_step_flops`, less frozen matrices' gradients, plus low-rank updates."""
+        """Model FLOPs per step: `train_step_flops`, less frozen matrices' gradients, plus low-rank updates."""
         spec, sizes = self.network.spec, self.network.spec.attention
         output = "embedding" if spec.tie_embeddings else "head"
         frozen = flatten_dict(split_params(self.abstract.params, self.trained)[1])
