@@ -17,7 +17,6 @@ that exact attention gives it, and stays there with --transfer_steps=0.
 import argparse
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +25,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import tqdm
 from absl import app
 from flax import nnx
 
@@ -35,6 +33,7 @@ from darkformer_jax.calibration.geometry import whitening_geometry
 from darkformer_jax.calibration.moments import Moments
 from darkformer_jax.calibration.transfer import LayerTensors, Mechanism, errors, fit, matched_log_gain, teacher_layers
 from darkformer_jax.cli.parser import Parser, one_line_errors
+from darkformer_jax.cli.progress import progress_bar
 from darkformer_jax.config.validation import validate
 from darkformer_jax.data.files import whole_directory
 from darkformer_jax.data.sources import open_corpus
@@ -48,6 +47,7 @@ from darkformer_jax.runs.inherit import inherit
 from darkformer_jax.runs.load import WorkdirModel, load_model
 from darkformer_jax.runs.origin import hand_on_origin
 from darkformer_jax.runs.workdir import Workdir
+from darkformer_jax.tasks.next_token import NextToken
 from darkformer_jax.training.experiment import Experiment
 from darkformer_jax.training.init_from import initialize_from
 from darkformer_jax.training.step import TrainState
@@ -102,10 +102,10 @@ def calibrate(args: argparse.Namespace) -> dict[str, Any]:
         _require_exact(args.workdir, teacher)
         config = _config(args)
         tokens, num_test = _passages(args, teacher.tokenizer)
-        experiment = Experiment.of(config, teacher.tokenizer.vocab_size)
+        experiment = Experiment.of(config, NextToken.of(config, teacher.tokenizer.vocab_size))
         params, projections = jax.jit(experiment.network.init)(jax.random.key(args.seed))
         state = TrainState(jnp.zeros((), jnp.int32), params, projections, ())
-        state, _ = initialize_from(args.workdir, experiment, state, teacher.step)
+        state, _ = initialize_from(Workdir(args.workdir), experiment, state, teacher.step)
         params, layers, moments = _fit_layers(args, teacher, experiment, state, tokens, num_test)
         report = {name: value for name, value in vars(args).items() if name != "out"} | {"layers": layers}
         fitted = Workdir(directory)
@@ -167,7 +167,7 @@ def _fit_layers(
     rows, moments = [], []
     teaching = teacher_layers(teacher.network.bind(teacher.params, teacher.projections), jnp.asarray(tokens))
     student = experiment.network.bind(params, state.projections)
-    with tqdm.tqdm(total=spec.num_layers, unit="layer", mininterval=0.1 if sys.stderr.isatty() else 30.0) as bar:
+    with progress_bar(spec.num_layers, "layer") as bar:
         for index, (mixer, tensors) in enumerate(zip(spec.layers, teaching, strict=True)):
             test, train = (
                 jax.tree.map(lambda leaf, part=part: leaf[part], tensors)

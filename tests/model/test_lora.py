@@ -13,9 +13,8 @@ from darkformer_jax.model.network import logical_axes
 from darkformer_jax.pretrained.export import export_workdir
 from darkformer_jax.runs.load import load_model
 from darkformer_jax.runs.workdir import Workdir
-from darkformer_jax.training.experiment import Experiment
 from darkformer_jax.training.init_from import initialize_from
-from tests.tiny_runs import random_batch, tiny_config, write_workdir
+from tests.tiny_runs import experiment_of, random_batch, tiny_config, write_workdir
 
 pytestmark = pytest.mark.standard_promotion  # states are made with their optimizer
 
@@ -26,7 +25,7 @@ RANK = 3
 def experiment(rank, pattern="dark"):
     regime = "lora" if rank else "all"
     sizes = {"model__num_layers": 2, "model__num_kv_heads": 1, "model__attention__pattern": pattern}
-    return Experiment.of(tiny_config(model__lora_rank=rank, optimizer__train=regime, **sizes), 257)
+    return experiment_of(tiny_config(model__lora_rank=rank, optimizer__train=regime, **sizes))
 
 
 @functools.cache
