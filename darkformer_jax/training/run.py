@@ -43,9 +43,8 @@ def train(config: ml_collections.ConfigDict, workdir: Workdir, progress: Progres
       UserError: the config, the data, the workdir and the devices do not fit together; the loss or the gradient is not
         finite; the disk cannot be written. Earlier checkpoints stay.
     """
-    processes.require_shared(
-        workdir.shared, str(workdir)
-    )  # first of all, because what this run is depends on what is there
+    # First of all, because what this run is depends on what is there.
+    processes.require_shared(workdir.shared, str(workdir))
     config = _resolve(config, workdir)
     workdir.check_config(config.to_dict())
     with workdir.lock() as lock, Mirror(workdir) as mirror:
