@@ -4,9 +4,9 @@ import atexit
 import contextlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,11 @@ def write_file(path: str, data: bytes) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
+def write_json(path: str | Path, value: Mapping[str, Any], *, sort_keys: bool = False) -> None:
+    """`write_file` of a JSON object, indented."""
+    write_file(str(path), (json.dumps(value, indent=2, sort_keys=sort_keys) + "\n").encode("utf-8"))
+
+
 def refuse_url(path: str) -> None:
     """Raises UserError for gs://bucket/x and the like, where only a workdir may be: to a file system it is a name."""
     if "://" in path:
@@ -95,13 +100,12 @@ def whole_directory(path: str) -> Iterator[Path]:
             raise UserError(f"{path} is there already; give a new or an empty directory")
         if target.is_mount():
             raise UserError(f"{path} is a mount point; give a directory inside it")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    except (OSError, RuntimeError, ValueError) as error:  # a loop of links and a NUL are none of the operating system's
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+        temporary.mkdir(parents=True)
+    except (OSError, RuntimeError, ValueError) as error:  # the last two: a loop of links, a NUL
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{path} cannot be written: {reason}") from error
     try:
-        temporary.chmod(0o777 & ~_umask())
         yield temporary
         os.replace(temporary, target)
     except OSError as error:
@@ -110,11 +114,5 @@ def whole_directory(path: str) -> Iterator[Path]:
     finally:
         if temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
-            # Once more at the end of the process: Orbax's threads may still write after an interruption.
+            # Again at the end of the process: Orbax's threads may still write after an interruption.
             atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

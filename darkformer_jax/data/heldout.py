@@ -56,7 +56,7 @@ class HeldoutSplit:
                     if text:
                         yield is_heldout, Document(document.name, text)
             else:
-                yield hash_fraction(self._corpus.identity(document), "heldout") < self._fraction, document
+                yield hash_fraction(getattr(document, self._corpus.identity), "heldout") < self._fraction, document
 
     def training_sample(self, max_bytes: int, on_read: OnRead = ignore_read) -> Iterator[str]:
         """Texts of training documents chosen by hash, about `max_bytes` in all (all of them when they are fewer)."""
