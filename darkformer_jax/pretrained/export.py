@@ -1,6 +1,5 @@
 """From a workdir to a Hugging Face directory: config.json, safetensors, tokenizer, generation_config.json."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from darkformer_jax.config.fields import flat_fields
-from darkformer_jax.data.files import whole_directory
+from darkformer_jax.data.files import whole_directory, write_json
 from darkformer_jax.errors import UserError
 from darkformer_jax.pretrained.families import Family, fitting_family
+from darkformer_jax.pretrained.hf_config import GENERATION_FILE
 from darkformer_jax.pretrained.key_map import Place, places_of
 from darkformer_jax.pretrained.mechanism import STEM, exact_fields, mechanism_arrays, write_mechanism
-from darkformer_jax.pretrained.origin import GENERATION_FILE
-from darkformer_jax.pretrained.readme import mechanism_readme
 from darkformer_jax.pretrained.safetensors_files import ArrayToWrite, shard, write_safetensors
 from darkformer_jax.runs.load import WorkdirModel, load_model
 from darkformer_jax.runs.origin import read_origin
@@ -58,15 +56,15 @@ def export_workdir(
         config = family.write(exact) | _config_extras(model, family, origin)
         arrays = _write_arrays(temporary, model, family, dtype, shard_bytes, on_array)
         config["torch_dtype"] = config["dtype"] = str(np.result_type(*{array.dtype for array in arrays}))
-        _write_json(temporary / "config.json", config)
-        _write_json(temporary / GENERATION_FILE, _generation_config(config, origin))
+        write_json(temporary / "config.json", config, sort_keys=True)
+        ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        write_json(temporary / GENERATION_FILE, origin.get("generation_config", ids), sort_keys=True)
         model.tokenizer.save(str(temporary))
         own = mechanism_arrays(model.network)
         if own:
             model.config.model.vocab_size = fields["vocab_size"]
-            write_mechanism(temporary, model.config)
+            write_mechanism(temporary, model.config, family.architecture)
             _write_mechanism_arrays(temporary, model)
-            (temporary / "README.md").write_text(mechanism_readme(model.config, family.architecture))
     size = sum(array.nbytes for array in arrays)
     return f"{family.architecture}, step {model.step}, {len(arrays)} arrays, {size / 1e6:,.1f} MB" + (
         f"; {len(own)} arrays of its mechanisms in {STEM}.safetensors" if own else ""
@@ -122,16 +120,3 @@ def _config_extras(model: WorkdirModel, family: Family, origin: Mapping[str, Any
     longest = max(model.config.sequence_length, kept.get("max_position_embeddings", 0))
     names = {"architectures": [family.architecture], "model_type": family.model_type}
     return names | ids | kept | {"max_position_embeddings": longest}
-
-
-def _generation_config(config: Mapping[str, Any], origin: Mapping[str, Any]) -> dict[str, Any]:
-    made = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    generation: dict[str, Any] = origin.get("generation_config", made)
-    return generation
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    try:
-        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error

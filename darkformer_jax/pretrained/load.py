@@ -25,6 +25,7 @@ from darkformer_jax.distributed.sharding import make_mesh, sharding_of
 from darkformer_jax.errors import UserError
 from darkformer_jax.model.transformer import Network, logical_axes
 from darkformer_jax.pretrained.families import Family, family_of
+from darkformer_jax.pretrained.hf_config import origin_of
 from darkformer_jax.pretrained.key_map import Layout, Place, places_of
 from darkformer_jax.pretrained.mechanism import (
     MechanismArray,
@@ -34,7 +35,6 @@ from darkformer_jax.pretrained.mechanism import (
     mechanism_arrays,
     read_mechanism,
 )
-from darkformer_jax.pretrained.origin import origin_of
 from darkformer_jax.pretrained.safetensors_files import DTYPES, SafetensorsFiles
 from darkformer_jax.pretrained.source import Source
 from darkformer_jax.runs.checkpoints import Checkpoints
