@@ -35,13 +35,14 @@ from darkformer_jax.calibration.geometry import whitening_geometry
 from darkformer_jax.calibration.moments import Moments
 from darkformer_jax.calibration.transfer import LayerTensors, Mechanism, errors, fit, matched_log_gain, teacher_layers
 from darkformer_jax.cli.parser import Parser, one_line_errors
-from darkformer_jax.config.validation import EXACT_KINDS, validate
+from darkformer_jax.config.validation import validate
 from darkformer_jax.data.files import whole_directory
 from darkformer_jax.data.sources import open_corpus
 from darkformer_jax.data.tokenizers import Tokenizer, encode_prompt
 from darkformer_jax.errors import UserError
-from darkformer_jax.mixers import MECHANISMS
-from darkformer_jax.mixers.spec import AttentionSpec
+from darkformer_jax.mixers import MIXERS
+from darkformer_jax.mixers.spec import MixerSpec
+from darkformer_jax.mixers.window_only import WindowOnly
 from darkformer_jax.runs.checkpoints import Checkpoints
 from darkformer_jax.runs.inherit import inherit
 from darkformer_jax.runs.load import WorkdirModel, load_model
@@ -166,19 +167,20 @@ def _fit_layers(
     teaching = teacher_layers(teacher.network.bind(teacher.params, teacher.projections), jnp.asarray(tokens))
     student = experiment.network.bind(params, state.projections)
     with tqdm.tqdm(total=spec.num_layers, unit="layer", mininterval=0.1 if sys.stderr.isatty() else 30.0) as bar:
-        for index, (kind, tensors) in enumerate(zip(spec.layer_kinds, teaching, strict=True)):
+        for index, (mixer, tensors) in enumerate(zip(spec.layers, teaching, strict=True)):
             test, train = (
                 jax.tree.map(lambda leaf, part=part: leaf[part], tensors)
                 for part in (slice(0, num_test), slice(num_test, None))
             )
             moments.append(Moments.of(train.q, train.k))
-            if kind not in EXACT_KINDS:
+            if MIXERS[mixer.kind].role != "exact":
                 started = time.perf_counter()
-                module: Any = student.layer(index).attention.mechanism
+                attention: Any = student.layer(index).attention
+                module = attention.mechanism
                 if args.geometry == "whitening":
-                    module.M[...] = _whitening(args, moments[-1], spec.attention, index)
+                    module.M[...] = _whitening(args, moments[-1], mixer, index)
                 if args.far_gain and args.mechanism == "dark":  # the others' features estimate exp(q.k) itself
-                    module.log_gain[...] = _matched_log_gain(train, module.M[...], spec.attention)
+                    module.log_gain[...] = _matched_log_gain(train, module.M[...], mixer)
                 mechanism = Mechanism.of(module)
                 trained = mechanism.trained
                 if args.transfer_steps and trained:
@@ -187,24 +189,24 @@ def _fit_layers(
                     trained = fit(mechanism, train, keys[index], passages=passages, **options)
                 if trained:
                     params = _with_layer(params, index, len(spec.pattern), nnx.to_pure_dict(trained))
-                rows.append(_errors(args, index, mechanism, trained, test, spec.attention))
+                rows.append(_errors(args, index, mechanism, trained, test, mixer))
                 rows[-1]["seconds"] = time.perf_counter() - started
                 bar.set_postfix(error=f"{np.mean(rows[-1]['after']):.3f}", refresh=False)
             bar.update()
     return params, rows, Moments.stack(moments)
 
 
-def _whitening(args: argparse.Namespace, moments: Moments, spec: AttentionSpec, layer: int) -> jax.Array:
+def _whitening(args: argparse.Namespace, moments: Moments, spec: MixerSpec, layer: int) -> jax.Array:
     """M [Hkv, d, d] to start from: geometry_init times the whitening that keeps E|M x|^2."""
-    scale = spec.query_scale or spec.head_dim**-0.5
+    scale = spec.scale
     options = {"policy": "temperature", "shrinkage": args.shrinkage, "where": f"layer {layer}"}
     return jnp.asarray(args.geometry_init * whitening_geometry(moments, scale=scale, **options), jnp.float32)
 
 
-def _matched_log_gain(train: LayerTensors, geometry: jax.Array, spec: AttentionSpec) -> jax.Array:
+def _matched_log_gain(train: LayerTensors, geometry: jax.Array, spec: MixerSpec) -> jax.Array:
     few = jax.tree.map(lambda leaf: leaf[:_GAIN_PASSAGES], train)
     near = {"chunk_size": spec.chunk_size, "window": spec.window, "num_sinks": spec.num_sinks}
-    return matched_log_gain(few, geometry, scale=spec.query_scale or spec.head_dim**-0.5, **near)
+    return matched_log_gain(few, geometry, scale=spec.scale, **near)
 
 
 def _errors(
@@ -212,7 +214,7 @@ def _errors(
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"layer": index}
     if args.window:
-        alone = Mechanism.of(MECHANISMS["window_only"](spec, index))
+        alone = Mechanism.of(WindowOnly(spec, index))
         row["window_only"] = errors(alone, alone.trained, test).tolist()
     row["before"] = errors(mechanism, mechanism.trained, test).tolist()
     row["after"] = errors(mechanism, trained, test).tolist()
@@ -246,9 +248,10 @@ def _config(args: argparse.Namespace) -> ml_collections.ConfigDict:
 
 
 def _require_exact(workdir: str, teacher: WorkdirModel) -> None:
-    others = sorted(set(teacher.network.spec.layer_kinds) - set(EXACT_KINDS))
+    exact = [kind for kind, mixer in MIXERS.items() if mixer.role == "exact"]
+    others = sorted(set(teacher.network.spec.layer_kinds) - set(exact))
     if others:
-        raise UserError(f"--workdir={workdir}: its layers are {', '.join(others)}; allowed: {', '.join(EXACT_KINDS)}")
+        raise UserError(f"--workdir={workdir}: its layers are {', '.join(others)}; allowed: {', '.join(exact)}")
 
 
 def _check_flags(args: argparse.Namespace) -> None:

@@ -59,7 +59,7 @@ def test_only_the_mechanisms_are_new(workdir, fitted):
 def test_the_new_workdir_is_one_like_any_other(fitted, capsys):
     model = load_model(str(fitted))
     assert model.network.spec.layer_kinds == ("dark", "dark") and model.ends == {7, 256}
-    attention = model.network.spec.attention
+    attention = model.network.spec.pattern[0]
     assert (attention.num_features, attention.window, attention.chunk_size, attention.num_sinks) == (8, 64, 64, 2)
     m = np.asarray(model.params["blocks_0"]["attention"]["mechanism"]["M"])
     assert m.shape == (2, 2, 8, 8) and np.isfinite(m).all()

@@ -19,11 +19,12 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from darkformer_jax.config.validation import model_spec, validate
+from darkformer_jax.config.specs import model_spec
+from darkformer_jax.config.validation import validate
 from darkformer_jax.data.files import whole_directory
 from darkformer_jax.distributed.sharding import make_mesh, sharding_of
 from darkformer_jax.errors import UserError
-from darkformer_jax.model.transformer import Network, logical_axes
+from darkformer_jax.model.network import Network, logical_axes
 from darkformer_jax.pretrained.families import Family, family_of
 from darkformer_jax.pretrained.hf_config import origin_of
 from darkformer_jax.pretrained.key_map import Layout, Place, places_of

@@ -1,7 +1,7 @@
 """The model of a finished or running run, for the verbs that use one: generate and evaluate."""
 
-import dataclasses
 import functools
+import os
 from typing import NamedTuple
 
 import jax
@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh, NamedSharding
 
-from darkformer_jax.config.validation import from_json, model_spec, validate
+from darkformer_jax.config.specs import model_spec
+from darkformer_jax.config.validation import from_json, validate
 from darkformer_jax.data.tokenizers import Tokenizer, load_tokenizer
 from darkformer_jax.errors import UserError, one_line
 from darkformer_jax.model.lora import merge_lora
-from darkformer_jax.model.transformer import Network, variable_sharding
+from darkformer_jax.model.network import Network, variable_sharding
 from darkformer_jax.runs.checkpoints import Checkpoints
 from darkformer_jax.runs.origin import ends_of_text
-from darkformer_jax.runs.store import local_path
-from darkformer_jax.runs.workdir import read_config
+from darkformer_jax.runs.workdir import CONFIG_FILE, Workdir
 
 
 class WorkdirModel(NamedTuple):
@@ -32,7 +32,7 @@ class WorkdirModel(NamedTuple):
     step: int
 
 
-def load_model(workdir: str, step: int | None = None, mesh: Mesh | None = None) -> WorkdirModel:
+def load_model(workdir: str | os.PathLike[str], step: int | None = None, mesh: Mesh | None = None) -> WorkdirModel:
     """Reads the newest undamaged checkpoint of a workdir, or the one of `step`, onto the mesh or the default device.
 
     Parameters have the dtypes that they have in the checkpoint, float32 after training. Low-rank updates are merged
@@ -41,15 +41,16 @@ def load_model(workdir: str, step: int | None = None, mesh: Mesh | None = None) 
     Raises:
       UserError: no config, no checkpoint, a damaged one, or one that does not fit the config.
     """
-    saved = read_config(workdir)
-    tokenizer = load_tokenizer(str(local_path(workdir)))
+    workdir = Workdir(workdir)
+    saved = workdir.read_config()
+    tokenizer = load_tokenizer(str(workdir.local))
     try:
         config = from_json(saved)
         validate(config)
         network = Network.of(model_spec(config, tokenizer.vocab_size))
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         reason = one_line(error)
-        raise UserError(f"{workdir}/config.json is not the config of a run of this version: {reason}") from error
+        raise UserError(f"{workdir}/{CONFIG_FILE} is not the config of a run of this version: {reason}") from error
     checkpoints = Checkpoints(workdir)
     step = checkpoints.good_step(step)
     params, projections = jax.eval_shape(lambda: network.init(jax.random.key(0)))
@@ -66,7 +67,7 @@ def load_model(workdir: str, step: int | None = None, mesh: Mesh | None = None) 
     if config.model.lora_rank:
         params = merge_lora(params)
         config.model.lora_rank, config.optimizer.train = 0, "all"
-        network = Network.of(dataclasses.replace(network.spec, lora_rank=0))
+        network = Network.of(model_spec(config, tokenizer.vocab_size))
     return WorkdirModel(network, params, projections, tokenizer, ends, config, step)
 
 

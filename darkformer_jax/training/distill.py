@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from darkformer_jax.errors import UserError
-from darkformer_jax.model.transformer import Network
+from darkformer_jax.model.network import Network
 from darkformer_jax.runs.load import load_model
 from darkformer_jax.training.experiment import Experiment
 from darkformer_jax.training.init_from import check_same_tokenizer

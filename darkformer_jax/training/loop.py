@@ -18,7 +18,8 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.model.flops import peak_flops
 from darkformer_jax.runs.checkpoints import Checkpoints
 from darkformer_jax.runs.metrics import METRICS_FILE, MetricWriter, read_metrics
-from darkformer_jax.runs.store import Mirror, local_path
+from darkformer_jax.runs.mirror import Mirror
+from darkformer_jax.runs.store import local_path
 from darkformer_jax.runs.workdir import read_config
 from darkformer_jax.training.distill import load_teacher
 from darkformer_jax.training.evaluation import Evaluation, evaluate, make_eval_step, put_batch

@@ -20,9 +20,11 @@ from darkformer_jax.data.tokenizers import (
 from darkformer_jax.distributed import processes
 from darkformer_jax.model.sampling import Sampler, continue_prompts
 from darkformer_jax.runs.inherit import inherit
+from darkformer_jax.runs.mirror import Mirror
 from darkformer_jax.runs.origin import hand_on_origin
-from darkformer_jax.runs.store import Mirror, local_path
+from darkformer_jax.runs.store import local_path
 from darkformer_jax.runs.workdir import (
+    Workdir,
     WorkdirLock,
     check_config,
     check_data,
@@ -51,7 +53,9 @@ def dry_run(config: ml_collections.ConfigDict) -> None:
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     """Trains to the last step and reports. See `Run.train` for what it raises."""
-    processes.require_shared(workdir)  # first of all, because what this run is depends on what is there
+    processes.require_shared(
+        Workdir(workdir).shared, f"workdir {workdir}"
+    )  # first of all, because what this run is depends on what is there
     config = inherit(config, workdir)
     validate(config)
     processes.require_same("config", dict(flat_fields(config.to_dict())))

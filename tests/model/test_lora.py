@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from darkformer_jax.convert import open_source, plan_import, run_import
 from darkformer_jax.errors import UserError
 from darkformer_jax.model.lora import is_lora, merge_lora
-from darkformer_jax.model.transformer import logical_axes
+from darkformer_jax.model.network import logical_axes
 from darkformer_jax.pretrained.export import export_workdir
 from darkformer_jax.runs.load import load_model
 from darkformer_jax.training.experiment import Experiment

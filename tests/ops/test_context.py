@@ -14,11 +14,11 @@ from darkformer_jax import dark_attention
 from darkformer_jax.aot.collectives import KINDS, collectives
 from darkformer_jax.distributed.sharding import make_mesh
 from darkformer_jax.errors import UserError
-from darkformer_jax.mixers import MECHANISMS, stretches
-from darkformer_jax.mixers.spec import AttentionSpec
+from darkformer_jax.mixers import MIXERS, stretches
 from darkformer_jax.ops.context import check_stretch
 from darkformer_jax.ops.dark_attention import init_state
 from tests.tiny_runs import on_eight_devices
+from tests.tiny_specs import mixer_spec
 
 # 13 tokens a device: neither they nor the whole are multiples of the chunk.
 FEATURES = {"length": 104, "chunk_size": 4}
@@ -112,23 +112,12 @@ def mechanisms(mesh):
     q, k, v = arrays(96)[:3]
     ids = packed(96)
     places = jnp.broadcast_to(jnp.arange(96), ids.shape)
-    spec = AttentionSpec(
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        num_features=16,
-        projections="iid",
-        geometry_init=1.0,
-        chunk_size=4,
-        window=0,
-        num_sinks=0,
-        seed=0,
-    )
-    hybrid = dataclasses.replace(spec, window=8, num_sinks=3)
+    spec = mixer_spec("constant", num_features=16, projections="iid", chunk_size=4)
+    hybrid = dataclasses.replace(spec, kind="window_only", window=8, num_sinks=3)
     kinds = {"constant": spec, "window_only": hybrid}
 
     def run():
-        made = [MECHANISMS[kind](own_spec, 0) for kind, own_spec in kinds.items()]
+        made = [MIXERS[kind](own_spec, 0) for kind, own_spec in kinds.items()]
         return [mechanism(q, k, v, segment_ids=ids, positions=places)[0] for mechanism in made]
 
     with jax.set_mesh(mesh):

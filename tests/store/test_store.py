@@ -19,11 +19,14 @@ import numpy as np
 import pytest
 
 from darkformer_jax.errors import Transient, UserError
+from darkformer_jax.runs import mirror as mirror_module
 from darkformer_jax.runs import store as bucket
 from darkformer_jax.runs.checkpoints import Checkpoints
 from darkformer_jax.runs.manifest import read_manifest
 from darkformer_jax.runs.metrics import read_metrics
-from darkformer_jax.runs.store import Mirror, file_system, is_remote, local_path
+from darkformer_jax.runs.mirror import Mirror
+from darkformer_jax.runs.store import file_system
+from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.training import loop
 from darkformer_jax.training.run import run
 from tests.tiny_runs import (
@@ -77,7 +80,7 @@ def url(emulator, request):
 
 def elsewhere() -> None:
     """As another machine, which has no local copies."""
-    bucket._local_copy.cache_clear()
+    bucket.local_copy.cache_clear()
 
 
 def state_of(step):
@@ -111,9 +114,9 @@ def test_a_run_stopped_and_resumed_on_another_machine_equals_one_on_a_disk(tmp_p
     assert [line["step"] for line in read_metrics(url) if "loss" in line] == list(range(1, 8))
     run(config, url)
     elsewhere()
-    assert metrics_without_time(local_path(url)) == metrics_without_time(tmp_path / "disk")
+    assert metrics_without_time(Workdir(url).local) == metrics_without_time(tmp_path / "disk")
     assert saved_arrays(url) == saved_arrays(tmp_path / "disk")
-    assert {path.name for path in local_path(url).iterdir()} == {
+    assert {path.name for path in Workdir(url).local.iterdir()} == {
         path.name for path in (tmp_path / "disk").iterdir() if not path.name.startswith(".")
     }
     with pytest.raises(UserError, match=f"{url} belongs to another experiment.*seed: 0 -> 1"):
@@ -213,7 +216,7 @@ def test_only_what_this_process_changes_is_uploaded(url, monkeypatch):
     files.pipe_file(f"{url}/config.json", b"{}")
     files.pipe_file(f"{url}/checkpoints/1/d", b"not copied")
     with Mirror(url) as mirror:
-        copy = local_path(url)
+        copy = Workdir(url).local
         assert (copy / "config.json").read_bytes() == b"{}" and not list((copy / "checkpoints").iterdir())
         files.pipe_file(f"{url}/config.json", b"of process 0")
         (copy / "metrics.jsonl").write_text("1")
@@ -223,7 +226,7 @@ def test_only_what_this_process_changes_is_uploaded(url, monkeypatch):
         mirror.soon()
         assert not files.exists(f"{url}/metrics.jsonl")  # not so soon
         mirror.upload()
-        monkeypatch.setattr(bucket, "_SECONDS_BETWEEN_UPLOADS", 0)
+        monkeypatch.setattr(mirror_module, "_SECONDS_BETWEEN_UPLOADS", 0)
         (copy / "metrics.jsonl").write_text("12")
         mirror.soon()
     assert files.cat_file(f"{url}/metrics.jsonl") == b"12"
@@ -253,7 +256,7 @@ def test_a_store_that_is_not_reached_is_not_an_absent_run(url, monkeypatch):
         raise ConnectionError("Connection refused")
 
     monkeypatch.setattr(file_system(), "ls", refuse)
-    for ask in (local_path, newest_step):
+    for ask in (lambda url: Workdir(url).local, newest_step):
         with pytest.raises(Transient, match=f"{url}.* cannot be read: ConnectionError: Connection refused"):
             ask(url)
 
@@ -275,25 +278,26 @@ def test_a_manifest_that_the_store_does_not_bring_is_not_damage(error):
 @pytest.mark.parametrize("workdir", ["gs://bucket/run#1", "gs://bucket/run?x=1", "gs://bucket/*"])
 def test_names_that_the_libraries_read_as_something_else(workdir):
     with pytest.raises(UserError, match="may not be in the name of a bucket's directory"):
-        local_path(workdir)
+        Workdir(workdir)
 
 
 @pytest.mark.parametrize("workdir", ["s3://bucket/run", "gs://bucket", "gs://bucket/", "gs:///run", "http://a/b"])
 def test_urls_that_cannot_be_workdirs(workdir):
     with pytest.raises(UserError, match=f"workdir {workdir}: allowed: a local or mounted directory, or gs://"):
-        local_path(workdir)
+        Workdir(workdir)
 
 
 def test_without_the_packages_for_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     file_system.cache_clear()
     with pytest.raises(UserError, match="gs:// needs the extra gcs.*pip install 'darkformer_jax.gcs.'.*or mount"):
-        local_path("gs://bucket/run")
+        assert Workdir("gs://bucket/run").local
     file_system.cache_clear()
 
 
 def test_a_path_is_where_it_is(tmp_path):
-    assert not is_remote(tmp_path) and local_path(tmp_path) == tmp_path
+    workdir = Workdir(tmp_path)
+    assert not workdir.is_remote and workdir.local == workdir.shared == tmp_path
     with Mirror(tmp_path) as mirror:
         mirror.soon()
         mirror.upload()

@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from darkformer_jax.config.validation import model_spec
+from darkformer_jax.config.specs import model_spec
 from darkformer_jax.mixers.features import draw_layer
-from darkformer_jax.model.transformer import Network
+from darkformer_jax.model.network import Network
 from darkformer_jax.training.experiment import Experiment
 from darkformer_jax.training.step import TrainState, from_saved, loss_sums, make_train_step, to_saved
 from tests.tiny_runs import fresh_state, random_batch, tiny_config
@@ -141,7 +141,7 @@ def test_the_gradient_is_that_of_the_mean_over_real_tokens_with_z_loss():
 
 def test_redraws_come_at_their_steps_and_a_resumed_run_makes_the_same_ones():
     step, batch = step_function("dark", redraw_every=2), random_batch(4, rows=8)
-    spec = network("dark").spec.attention
+    spec = network("dark").spec.pattern[0]
     state, states = start("dark"), []
     for _ in range(6):
         state, _ = step(state, batch)
