@@ -69,7 +69,7 @@ class Softmax(Mechanism):
             scale=self.spec.query_scale or None,
             softcap=self.spec.softcap,
             local_window=self.spec.local_window,
-            **({} if self.spec.causal else {"causal": False}),
+            causal=self.spec.causal,
         )
 
     def _attend_to_all(
