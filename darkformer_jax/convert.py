@@ -1,11 +1,11 @@
-"""Brings a pretrained model in, or takes a model out.
+"""Imports a pretrained model into a workdir, or exports the model of a workdir.
 
     python -m darkformer_jax.convert --source=models/SmolLM2-135M --workdir=runs/smollm2      # a Hugging Face directory
     python -m darkformer_jax.convert --source=SmolLM2-135M.Q4_1.gguf --workdir=runs/smollm2   # needs the package gguf
     python -m darkformer_jax.convert --workdir=runs/smollm2 --export_hf=exported/smollm2
 
 The workdir serves generate, evaluate and --config.init_from like that of any run. Nothing is downloaded, and nothing in
-a checkpoint is executed: of Hugging Face directories only safetensors, JSON and tokenizer files are read.
+a checkpoint is executed: only the safetensors, JSON and tokenizer files of a Hugging Face directory are read.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     other = parser.add_mutually_exclusive_group(required=True)
     other.add_argument("--source", help="a Hugging Face directory, or a .gguf file, to bring into --workdir")
     other.add_argument("--export_hf", help="directory to write the model of --workdir to; must be empty or not exist")
-    parser.add_argument("--workdir", required=True, help="with --source: to write, must be empty or not exist")
+    parser.add_argument("--workdir", required=True, help="with --source: the one to write; must be empty or not exist")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -41,7 +41,7 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         "A workdir takes no float16",
     )
     parser.add_argument("--step", type=int, help="checkpoint to export (default: the newest)")
-    parser.add_argument("--max_shard_size", help="of an exported file, in KB, MB or GB (default: 5GB)")
+    parser.add_argument("--max_shard_size", help="largest exported file, in KB, MB or GB (default: 5GB)")
     return parser.parse_args(argv[1:])
 
 

@@ -1,11 +1,11 @@
-"""Tokenise text once, so that training on any amount of it starts at once: writes ArrayRecord shards and a manifest.
+"""Tokenises text once, so that training on any amount of it starts at once: writes ArrayRecord shards and a manifest.
 
     python -m darkformer_jax.prepare_data --source=news --files=1-billion-word-language-modeling-benchmark-r13output \\
         --tokenizer=bpe:8192 --out=data/lm_1b
     python train.py --config=configs/lm_1b.py --config.data.files=data/lm_1b
 
-Both passes over the text (training a tokenizer, tokenising) use bounded memory. The directory is complete when, and
-only when, it holds manifest.json.
+Both passes over the text (training a tokenizer, tokenising) use bounded memory. The directory appears when it is
+complete.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         "--shard_tokens",
         type=int,
         default=DEFAULT_SHARD_TOKENS,
-        help=f"tokens a shard, rounded up to whole records (default: {DEFAULT_SHARD_TOKENS})",
+        help=f"tokens per shard, rounded up to whole records (default: {DEFAULT_SHARD_TOKENS})",
     )
     return parser.parse_args(argv[1:])
 
@@ -72,8 +72,8 @@ def _progress_bar(label: str, num_bytes: int) -> Iterator[OnRead]:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Prepares the data, prints what it holds; on a UserError one line and exit status 2."""
-    with one_line_errors(f"what was written to {args.out} is removed"):
+    """Prepares the data and prints what it holds; on a UserError one line and exit status 2."""
+    with one_line_errors("what was written is removed"):
         manifest = prepare(
             args.out,
             source=args.source,

@@ -1,4 +1,4 @@
-"""Small files, read whole and replaced at once; and directories that are there whole or not at all."""
+"""Small files, read whole and replaced atomically; and directories that appear whole or not at all."""
 
 import atexit
 import contextlib
@@ -34,9 +34,9 @@ def read_json_object(path: str) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces `path` by `content` so that a kill at any moment leaves the old file or the new one, never a part.
+    """Writes `content` to `path` so that a kill at any moment leaves the old file or the new one, never a part.
 
-    The bytes and the directory entry are on the disk when it returns. Raises OSError.
+    Bytes and directory entry are on the disk when it returns. Raises OSError.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -69,7 +69,7 @@ def write_json(path: str | Path, value: Mapping[str, Any], *, sort_keys: bool = 
 
 
 def refuse_url(path: str) -> None:
-    """Raises UserError for gs://bucket/x and the like, where only a workdir may be: to a file system it is a name."""
+    """Raises UserError for gs://bucket/x and other URLs: only a workdir may be one."""
     if "://" in path:
         raise UserError(f"{path!r} is not a local path; mount a bucket and give the mount point")
 
@@ -85,11 +85,11 @@ def make_directory(path: str) -> None:
 
 @contextlib.contextmanager
 def whole_directory(path: str) -> Iterator[Path]:
-    """A directory beside `path` to fill, which takes its place at the end and vanishes on an error.
+    """A new directory beside `path`, to be filled: it takes the place of `path` at the end, or vanishes on an error.
 
     Raises:
-      UserError: `path` is a file, a directory that is not empty or one that cannot be replaced; or the disk is full, or
-        its parent cannot be written.
+      UserError: `path` is a file, or a directory that is not empty or cannot be replaced; the disk is full, or the
+        parent cannot be written.
     """
     if not path:
         raise UserError(f"{path!r} is not a path")

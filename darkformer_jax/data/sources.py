@@ -21,7 +21,7 @@ TEXT_SUFFIXES = (".txt", ".txt.gz", ".md", ".md.gz", ".jsonl", ".jsonl.gz")
 NEWS_PATTERN = "news.en-?????-of-?????"
 CORPUS_SOURCES = ("stdlib", "text", "news")
 
-# Tests of the library and whatever was installed beside it are not the standard library's own text.
+# Tests of the library, and packages installed beside it, are not the standard library's own text.
 _STDLIB_SKIPPED_DIRECTORIES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _TOPICS = "pydoc_data/topics.py"
 
@@ -110,7 +110,7 @@ def find_news_files(directory: str) -> list[str]:
     """Sorted paths of the `news.en-?????-of-?????` files below a One Billion Word release's directory."""
     if not os.path.isdir(directory):
         raise UserError(f"{directory!r} is not a directory; the news source needs the One Billion Word release's")
-    # The release puts shard 0, which its test set is cut from, into the held-out folder: never train on that.
+    # The release's test set is cut from shard 0, which it puts into the held-out folder: never train on that.
     paths = [
         path
         for path in _walk(directory)

@@ -130,7 +130,7 @@ def memory_stream(texts: Iterable[str], tokenizer: Tokenizer) -> MemoryStream:
 
 
 def _mark_documents(documents: Sequence[np.ndarray], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Concatenates [bos] + ids (+ [eos] when it is another id) of every document; returns (tokens, is_start)."""
+    """(tokens, is_start) of all documents, each of which becomes [bos] + ids, and + [eos] where that is another id."""
     has_end = int(tokenizer.bos_id != tokenizer.eos_id)
     sizes = np.array([len(ids) for ids in documents]) + 1 + has_end
     ends = np.cumsum(sizes)

@@ -32,9 +32,9 @@ _CHAT_FILE = "chat_template.jinja"
 _TOKENIZER_FILES = (_BYTES_FILE, _JSON_FILE, _MODEL_FILE)
 _ALLOWED_SPECS = "bytes, bpe:<vocabulary size>, or the path of a tokenizer.json, a .model or a directory with one"
 
-_CONTEXT_OF_TEXT = 8  # ids before new ones that tell how these are written: SentencePiece drops a first space
+_CONTEXT_OF_TEXT = 8  # ids to decode before new ones: SentencePiece drops the space of a text's first word
 
-# (begin, end) of document where a tokenizer.json stands alone: the names that published models use.
+# (begin, end) of a document by the names that published models use, for a tokenizer.json without a config.
 _KNOWN_DOCUMENT_TOKENS = (
     (DOCUMENT_SEPARATOR, DOCUMENT_SEPARATOR),
     ("<s>", "</s>"),
@@ -45,7 +45,7 @@ _KNOWN_DOCUMENT_TOKENS = (
 
 
 class Tokenizer(Protocol):
-    """What the rest of the library needs of a tokenizer.
+    """What the rest of the library needs from a tokenizer.
 
     Attributes:
       spec: the `data.tokenizer` value it stands for: "bytes", "bpe:<n>", or "" when it was read from a file.
@@ -70,7 +70,7 @@ class Tokenizer(Protocol):
         """`encode` of every text, as integer arrays."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; special ids are skipped, bytes that are not UTF-8 become U+FFFD."""
+        """The text of `ids`. Special ids are skipped, and bytes that are not UTF-8 become U+FFFD."""
 
     def save(self, directory: str) -> None:
         """Writes the files from which `load_tokenizer(directory)` makes this tokenizer again."""
@@ -122,7 +122,7 @@ class HuggingFaceTokenizer(_DefinedByFile):
     """A tokenizer of the `tokenizers` library.
 
     Args:
-      definition: the bytes of a tokenizer.json. Truncation and padding that it may ask for are switched off.
+      definition: the bytes of a tokenizer.json. Truncation and padding are switched off, if it asks for them.
       bos_token: its token before a document; None where the family puts none.
       eos_token: its token after a document.
       spec: "bpe:<n>" when it was trained here.
@@ -216,9 +216,9 @@ class SentencePieceTokenizer(_DefinedByFile):
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids that a model continues `text` from: BOS first where the family has one, never none.
+    """The ids that a model continues: those of `text`, after BOS where the family has one. There is at least one.
 
-    An empty text without a BOS is the end-of-document id: a new document is what follows it.
+    An empty text without a BOS is the end-of-document id: a new document follows it.
     """
     ids = tokenizer.encode(text)
     if tokenizer.adds_bos:
@@ -264,7 +264,7 @@ def make_tokenizer(spec: str, training_texts: Callable[[], Iterable[str]]) -> To
 
 
 def bpe_vocab_size(spec: str) -> int:
-    """The <n> of `bpe:<n>`. Raises UserError where it is no number or too small for all bytes."""
+    """The <n> of `bpe:<n>`. Raises UserError where it is not a number, or too small for all bytes."""
     size = spec.removeprefix("bpe:")
     smallest = 256 + 1  # every byte and the separator
     if not size.isdecimal() or int(size) < smallest:
@@ -295,8 +295,8 @@ def train_bpe(vocab_size: int, texts: Iterable[str]) -> HuggingFaceTokenizer:
 def read_tokenizer(path: str) -> Tokenizer:
     """The tokenizer in a tokenizer.json, a SentencePiece .model, or a directory that holds one of them.
 
-    Which tokens mark documents is read from the tokenizer_config.json beside it; without one, from the .model, or from
-    the post-processor and the usual names in the tokenizer.json.
+    The tokens that mark documents are those of the tokenizer_config.json beside it; without one, those of the .model,
+    or those that the post-processor and the usual names in the tokenizer.json suggest.
     """
     if os.path.isdir(path):
         return load_tokenizer(path)
@@ -317,7 +317,7 @@ def read_tokenizer(path: str) -> Tokenizer:
 def load_tokenizer(directory: str) -> Tokenizer:
     """The tokenizer saved in `directory`. Raises UserError unless it holds exactly one.
 
-    A tokenizer.model beside a tokenizer.json is the same tokenizer in another form, as published models have it: the
+    Of a tokenizer.json and a tokenizer.model, which published models have as two forms of one tokenizer, the
     tokenizer.json is read.
     """
     present = [name for name in _TOKENIZER_FILES if os.path.isfile(os.path.join(directory, name))]
@@ -337,7 +337,7 @@ def has_tokenizer(directory: str) -> bool:
 
 
 def check_tokenizer_is(spec: str, tokenizer: Tokenizer, where: str) -> None:
-    """Raises UserError unless `tokenizer`, which was found in `where`, is the one that `spec` asks for."""
+    """Raises UserError unless `tokenizer`, found in `where`, is the one that `spec` asks for."""
     if spec == "bytes" or spec.startswith("bpe:"):
         if tokenizer.spec != spec:
             raise UserError(
@@ -388,7 +388,7 @@ def _usual_eos(vocabulary: dict[str, int], bos: str | None) -> str:
 
 
 class _Settings(NamedTuple):
-    """What a tokenizer_config.json says about documents; None = it does not."""
+    """What a tokenizer_config.json says about documents; None = nothing."""
 
     bos_token: str | None
     eos_token: str | None
@@ -411,7 +411,7 @@ def _read_settings(config: dict[str, Any]) -> _Settings:
 
 
 def _read_hf_config(directory: str) -> dict[str, Any] | None:
-    """The tokenizer_config.json in a directory, with what other releases keep in files beside it; None without any."""
+    """The tokenizer_config.json in a directory, with what some releases keep in files beside it; None without any."""
     special, own, template = (os.path.join(directory, name) for name in (_SPECIAL_FILE, _HF_CONFIG_FILE, _CHAT_FILE))
     config = read_json_object(special) if os.path.isfile(special) else {}
     if os.path.isfile(own):

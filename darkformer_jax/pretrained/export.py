@@ -32,19 +32,19 @@ def export_workdir(
     shard_bytes: int = 5 * 10**9,
     on_array: Callable[[int, int], None] = lambda done, total: None,
 ) -> str:
-    """Writes the Hugging Face directory, all of it or nothing; returns a line that says what it holds.
+    """Writes the Hugging Face directory, all of it or nothing, and returns a line that says what it holds.
 
-    A model with feature mechanisms becomes the same transformer with exact attention, and its mechanisms stand beside
-    it in files of our own, with a README.md.
+    A model with feature mechanisms becomes the same transformer with exact attention. Its mechanisms are beside it, in
+    files of our own, with a README.md.
 
     Args:
       step: the checkpoint; None = the newest undamaged one.
       dtype: of the arrays written; None = as they are stored. Mechanisms keep theirs.
-      shard_bytes: size of a safetensors file, unless one array is larger.
+      shard_bytes: the largest size of a safetensors file, unless one array is larger.
       on_array: called with the bytes of each array written and those of all.
 
     Raises:
-      UserError: no usable checkpoint, a model that no family has, or a directory that is there already.
+      UserError: no usable checkpoint, a model that no family has, or a directory that exists already.
     """
     with whole_directory(directory) as temporary:
         model = load_model(workdir, step)

@@ -43,8 +43,8 @@ _BLOCK_NAMES = {
     "ffn_up.weight": "mlp.up_proj.weight",
     "ffn_down.weight": "mlp.down_proj.weight",
 }
-_INTERLEAVED = re.compile(r".*self_attn\.[qk]_proj\.weight")  # of the llama architecture
-_ROPE_FREQS = "rope_freqs.weight"  # how Llama 3.1's scaling is written down
+_INTERLEAVED = re.compile(r".*self_attn\.[qk]_proj\.weight")  # in the llama architecture
+_ROPE_FREQS = "rope_freqs.weight"  # states Llama 3.1's scaling
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _REFUSED = {
     "expert_count": "mixtures of experts are",
@@ -57,7 +57,7 @@ _READ_ERRORS = (EOFError, KeyError, OSError, OverflowError, RecursionError, Valu
 
 
 class _Tensor(NamedTuple):
-    """Where an array stands in the file: `rows` of `row_bytes` from `offset` on."""
+    """Where an array is in the file: shape[0] rows of `row_bytes` from `offset` on."""
 
     kind: gguf.GGMLQuantizationType
     shape: tuple[int, ...]
@@ -208,7 +208,7 @@ def _undo_interleaving(rows: np.ndarray, head_dim: int) -> np.ndarray:
 
 
 def _llama3_scaling(path: str, factors: np.ndarray, theta: float, head_dim: int) -> dict[str, Any]:
-    """The llama3 scaling whose frequencies are slowed by `factors`; Meta has published it with one pair of bounds."""
+    """The llama3 scaling that slows frequencies by `factors`; Meta has published one pair of its bounds."""
     low, high, length = 1.0, 4.0, 8192
     factor = float(factors.max(initial=0.0))
     turns = length * theta ** (-np.arange(head_dim // 2) * 2 / head_dim) / (2 * np.pi)

@@ -17,7 +17,7 @@ _LARGEST = 1e30  # of a positive number: all of them become float32
 
 
 class HFConfig:
-    """The fields of one config.json (or of what a GGUF file says in its place); null counts as absent.
+    """The fields of one config.json, or of a GGUF file's metadata; null counts as absent.
 
     Args:
       values: the JSON object.
@@ -70,7 +70,7 @@ class HFConfig:
         return str(value)
 
     def token_ids(self, name: str, vocab_size: int) -> int | list[int] | None:
-        """An id, several, or none, which for padding is -1 in old files."""
+        """An id, a list of ids, or None; old files also have -1 for "no padding"."""
         value = self.values.get(name)
         ids = value if isinstance(value, list) else [value] * (value is not None)
         first = -1 if name == "pad_token_id" else 0

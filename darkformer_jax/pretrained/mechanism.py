@@ -97,10 +97,10 @@ def has_mechanism(directory: str) -> bool:
 
 
 def read_mechanism(directory: str, config: ml_collections.ConfigDict, exact: Fields) -> SafetensorsFiles:
-    """Sets the fields of darkformer.json in `config`; the files then hold the mechanisms' arrays.
+    """Sets the fields of darkformer.json in `config`, and opens the files with the mechanisms' arrays.
 
     Args:
-      exact: what config.json says.
+      exact: the model's fields by config.json.
 
     Raises:
       UserError: another format, fields that this version does not have, or another transformer than config.json's.
@@ -128,10 +128,10 @@ def check_mechanism(files: SafetensorsFiles, arrays: list[MechanismArray]) -> No
 
 
 def check_shapes(arrays: dict[str, StoredArray], wanted: dict[str, tuple[int, ...]], where: str, config: str) -> None:
-    """Raises UserError for the first array that is missing, of another shape, or not wanted.
+    """Raises UserError for the first array that is missing, has another shape, or is not wanted.
 
     Args:
-      where: named for a missing array.
+      where: what should hold a missing array.
       config: the file that the shapes follow from.
     """
     for name, shape in wanted.items():
