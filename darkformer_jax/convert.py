@@ -9,15 +9,13 @@ a checkpoint is executed: only the safetensors, JSON and tokenizer files of a Hu
 """
 
 import argparse
-import contextlib
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
-import tqdm
 from absl import app
 
 from darkformer_jax.cli.parser import Parser, one_line_errors
+from darkformer_jax.cli.progress import progress_bar
 from darkformer_jax.config import base
 from darkformer_jax.errors import UserError
 from darkformer_jax.pretrained.export import export_workdir
@@ -25,7 +23,6 @@ from darkformer_jax.pretrained.load import plan_import, run_import
 from darkformer_jax.pretrained.source import open_source
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-_SECONDS_BETWEEN_LINES = 5.0  # of progress, where the output is no terminal
 
 
 def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
@@ -46,21 +43,23 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Converts, prints what was written; on a UserError one line and exit status 2."""
+    """Converts and prints what was written; on a UserError one line and exit status 2."""
     with one_line_errors("what was written is removed"):
-        convert(args)
+        if args.source is None:
+            _export(args)
+        else:
+            _import(args)
 
 
-def convert(args: argparse.Namespace) -> None:
-    """One direction or the other."""
-    if args.source is not None:
-        _import(args)
-        return
-    shard_bytes = _bytes("5GB" if args.max_shard_size is None else args.max_shard_size)
-    with _progress_bar("export") as bar:
-        written = export_workdir(
-            args.workdir, args.export_hf, step=args.step, dtype=args.dtype, shard_bytes=shard_bytes, on_array=bar
-        )
+def _export(args: argparse.Namespace) -> None:
+    written = export_workdir(
+        args.workdir,
+        args.export_hf,
+        step=args.step,
+        dtype=args.dtype,
+        shard_bytes=_bytes("5GB" if args.max_shard_size is None else args.max_shard_size),
+        progress_bar=progress_bar,
+    )
     print(f"{args.export_hf}: {written}")
 
 
@@ -71,31 +70,13 @@ def _import(args: argparse.Namespace) -> None:
         raise UserError(f"--max_shard_size={args.max_shard_size}: only an export writes such files")
     if args.dtype == "float16":
         raise UserError("--dtype=float16: allowed for a workdir: float32, bfloat16")
-    source = open_source(args.source)
-    plan = plan_import(source, base.get_config(), args.dtype)
-    with _progress_bar("import") as bar:
-        run_import(plan, args.workdir, bar)
+    plan = plan_import(open_source(args.source), base.get_config(), args.dtype)
+    run_import(plan, args.workdir, progress_bar)
     model = plan.config.model
     print(
         f"{args.workdir}: {plan.family.model_type}, {model.num_layers} layers of width {model.embed_dim}, "
         f"{model.vocab_size:,} ids; {plan.num_bytes / 1e6:,.1f} MB"
     )
-
-
-@contextlib.contextmanager
-def _progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Shown from the first array on, so that a mistake found before it is the only line."""
-    interval = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES
-    with contextlib.ExitStack() as stack:
-        bars: list[tqdm.tqdm] = []
-
-        def advance(count: int, total: int) -> None:
-            if not bars:
-                bar = tqdm.tqdm(desc=label, total=total, unit="B", unit_scale=True, mininterval=interval)
-                bars.append(stack.enter_context(bar))
-            bars[0].update(count)
-
-        yield advance
 
 
 def _bytes(text: str) -> int:

@@ -9,19 +9,14 @@ complete.
 """
 
 import argparse
-import contextlib
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import tqdm
 from absl import app
 
 from darkformer_jax.cli.parser import Parser, one_line_errors
+from darkformer_jax.cli.progress import progress_bar
 from darkformer_jax.data.prepared import DEFAULT_SHARD_TOKENS, SPLITS, prepare
 from darkformer_jax.data.sources import CORPUS_SOURCES
-from darkformer_jax.data.text_files import OnRead
-
-_SECONDS_BETWEEN_LINES = 30.0  # of progress, where the output is no terminal
 
 
 def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
@@ -60,17 +55,6 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv[1:])
 
 
-@contextlib.contextmanager
-def _progress_bar(label: str, num_bytes: int) -> Iterator[OnRead]:
-    interval = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES
-    with tqdm.tqdm(desc=label, total=num_bytes, unit="B", unit_scale=True, mininterval=interval) as bar:
-
-        def advance(count: int) -> None:
-            bar.update(count)
-
-        yield advance
-
-
 def main(args: argparse.Namespace) -> None:
     """Prepares the data and prints what it holds; on a UserError one line and exit status 2."""
     with one_line_errors("what was written is removed"):
@@ -81,7 +65,7 @@ def main(args: argparse.Namespace) -> None:
             tokenizer_spec=args.tokenizer,
             heldout_fraction=args.heldout_fraction,
             shard_tokens=args.shard_tokens,
-            progress=_progress_bar,
+            progress_bar=progress_bar,
         )
     tokenizer = manifest["tokenizer"]
     print(f"{args.out}: {tokenizer['vocab_size']} ids, tokenizer fingerprint {tokenizer['fingerprint'][:12]}")

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from darkformer_jax.calibration.transfer import LayerTensors, Mechanism, errors,
 from darkformer_jax.config.conversion import conversion_config
 from darkformer_jax.config.validation import validate
 from darkformer_jax.data.files import whole_directory, write_json
+from darkformer_jax.data.progress import ProgressBar
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
 from darkformer_jax.mixers.spec import MixerSpec
@@ -69,11 +69,8 @@ class Options:
     seed: int
 
 
-def calibrate(o: Options, out: str, progress_bar: Callable[[int, str], Any]) -> list[dict[str, Any]]:
+def calibrate(o: Options, out: str, progress_bar: ProgressBar) -> list[dict[str, Any]]:
     """Fits every layer that feature attention takes the place of, and writes the workdir `out`, all of it or nothing.
-
-    Args:
-      progress_bar: (total, unit) -> a tqdm bar.
 
     Returns:
       A row for each of these layers: `layer`, `seconds`, and the relative errors of its heads, `before`, `after` and,
@@ -129,7 +126,7 @@ def _fit_layers(
     state: TrainState,
     passages: np.ndarray,
     num_test: int,
-    progress_bar: Callable[[int, str], Any],
+    progress_bar: ProgressBar,
 ) -> tuple[dict, list[dict[str, Any]], Moments]:
     """(parameters with what was fitted, a row for each layer that was replaced, moments of every layer)."""
     params, spec = state.params, network.spec

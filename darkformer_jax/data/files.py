@@ -56,8 +56,9 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_file(path: str, data: bytes) -> None:
-    """`write_atomically` for a user's path: raises UserError naming it when it cannot be written."""
+    """`write_atomically` for a user's path, whose directory is made: raises UserError where it cannot be written."""
     try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(path), data)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
@@ -72,15 +73,6 @@ def refuse_url(path: str) -> None:
     """Raises UserError for gs://bucket/x and other URLs: only a workdir may be one."""
     if "://" in path:
         raise UserError(f"{path!r} is not a local path; mount a bucket and give the mount point")
-
-
-def make_directory(path: str) -> None:
-    """Makes a directory and its parents unless it is there. Raises UserError naming it when it cannot be made."""
-    refuse_url(path)
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make directory {path}: {error.strerror}") from error
 
 
 @contextlib.contextmanager

@@ -1,18 +1,17 @@
 """A prepared directory: tokenised shards of both splits, their tokenizer, and the manifest that completes it."""
 
-import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from typing import Any
 
 from darkformer_jax.data.files import read_json_object, refuse_url, whole_directory, write_json
 from darkformer_jax.data.heldout import HeldoutSplit
+from darkformer_jax.data.progress import ProgressBar, no_progress
 from darkformer_jax.data.records import RECORD_TOKENS, RecordStream, RecordWriter, Shard, verify_shards
 from darkformer_jax.data.sources import open_corpus
 from darkformer_jax.data.stream import StreamBuilder
-from darkformer_jax.data.text_files import OnRead, ignore_read
+from darkformer_jax.data.text_files import OnRead
 from darkformer_jax.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
 from darkformer_jax.errors import UserError
 
@@ -23,9 +22,6 @@ DEFAULT_SHARD_TOKENS = 1 << 26  # 128 MiB of 16-bit tokens before compression
 
 _BPE_SAMPLE_BYTES = 512 << 20  # more text does not change a vocabulary much, and training keeps its words in memory
 
-# progress(label, bytes on disk) -> a context whose value is told the bytes as they are read
-Progress = Callable[[str, int], AbstractContextManager[OnRead]]
-
 
 def prepare(
     out: str,
@@ -35,7 +31,7 @@ def prepare(
     tokenizer_spec: str,
     heldout_fraction: float,
     shard_tokens: int = DEFAULT_SHARD_TOKENS,
-    progress: Progress = lambda label, num_bytes: contextlib.nullcontext(ignore_read),
+    progress_bar: ProgressBar = no_progress,
 ) -> dict[str, Any]:
     """Tokenises a corpus into a new prepared directory, holding a shard's buffers and never the corpus in memory.
 
@@ -46,7 +42,7 @@ def prepare(
       tokenizer_spec: see `make_tokenizer`; bpe:<n> is trained on (at most 512 MiB of) the training documents.
       heldout_fraction: see `HeldoutSplit`.
       shard_tokens: tokens per shard, rounded up to whole records.
-      progress: shows each pass over the data.
+      progress_bar: shows each pass over the data.
 
     Returns:
       The manifest.
@@ -60,14 +56,14 @@ def prepare(
     split = HeldoutSplit(corpus, heldout_fraction)
 
     def training_texts() -> Iterator[str]:
-        with progress("training the tokenizer", corpus.num_bytes) as on_read:
-            yield from split.training_sample(_BPE_SAMPLE_BYTES, on_read)
+        with progress_bar(corpus.num_bytes, "B", "training the tokenizer") as bar:
+            yield from split.training_sample(_BPE_SAMPLE_BYTES, bar.update)
 
     with whole_directory(out) as directory:
         tokenizer = make_tokenizer(tokenizer_spec, training_texts)
         tokenizer.save(str(directory))
-        with progress("tokenising", corpus.num_bytes) as on_read:
-            splits = _write_splits(str(directory), split, tokenizer, shard_tokens, on_read)
+        with progress_bar(corpus.num_bytes, "B", "tokenising") as bar:
+            splits = _write_splits(str(directory), split, tokenizer, shard_tokens, bar.update)
         manifest = {
             "format_version": FORMAT_VERSION,
             "source": source,

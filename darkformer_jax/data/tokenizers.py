@@ -18,7 +18,7 @@ import numpy as np
 import sentencepiece
 import tokenizers as hf
 
-from darkformer_jax.data.files import make_directory, read_file, read_json_object, write_file, write_json
+from darkformer_jax.data.files import read_file, read_json_object, write_file, write_json
 from darkformer_jax.errors import UserError
 
 DOCUMENT_SEPARATOR = "<|doc|>"
@@ -96,7 +96,6 @@ class BytesTokenizer:
         return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", errors="replace")
 
     def save(self, directory: str) -> None:
-        make_directory(directory)
         write_file(os.path.join(directory, _BYTES_FILE), b"one id a byte of UTF-8; 256 separates documents\n")
 
 
@@ -112,7 +111,6 @@ class _DefinedByFile:
         self.fingerprint = hashlib.sha256(marked).hexdigest()
 
     def save(self, directory: str) -> None:
-        make_directory(directory)
         if self._config is not None:
             write_json(os.path.join(directory, _HF_CONFIG_FILE), self._config)
         write_file(os.path.join(directory, self._file), self._definition)

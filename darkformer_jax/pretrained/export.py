@@ -1,6 +1,6 @@
 """From a workdir to a Hugging Face directory: config.json, safetensors, tokenizer, generation_config.json."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.data.files import whole_directory, write_json
+from darkformer_jax.data.progress import ProgressBar, no_progress
 from darkformer_jax.errors import UserError
 from darkformer_jax.pretrained.families import Family, fitting_family
 from darkformer_jax.pretrained.hf_config import GENERATION_FILE
@@ -30,7 +31,7 @@ def export_workdir(
     step: int | None = None,
     dtype: str | None = None,
     shard_bytes: int = 5 * 10**9,
-    on_array: Callable[[int, int], None] = lambda done, total: None,
+    progress_bar: ProgressBar = no_progress,
 ) -> str:
     """Writes the Hugging Face directory, all of it or nothing, and returns a line that says what it holds.
 
@@ -41,7 +42,7 @@ def export_workdir(
       step: the checkpoint; None = the newest undamaged one.
       dtype: of the arrays written; None = as they are stored. Mechanisms keep theirs.
       shard_bytes: the largest size of a safetensors file, unless one array is larger.
-      on_array: called with the bytes of each array written and those of all.
+      progress_bar: shows the bytes written.
 
     Raises:
       UserError: no usable checkpoint, a model that no family has, or a directory that exists already.
@@ -54,7 +55,7 @@ def export_workdir(
         exact = exact_fields(fields)
         family = fitting_family(exact, workdir, origin.get("model_type", ""))
         config = family.write(exact) | _config_extras(model, family, origin)
-        arrays = _write_arrays(temporary, model, family, dtype, shard_bytes, on_array)
+        arrays = _write_arrays(temporary, model, family, dtype, shard_bytes, progress_bar)
         config["torch_dtype"] = config["dtype"] = str(np.result_type(*{array.dtype for array in arrays}))
         write_json(temporary / "config.json", config, sort_keys=True)
         ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -77,7 +78,7 @@ def _write_arrays(
     family: Family,
     dtype: str | None,
     shard_bytes: int,
-    on_array: Callable[[int, int], None],
+    progress_bar: ProgressBar,
 ) -> list[ArrayToWrite]:
     arrays, sources, params = [], {}, flatten_dict(model.params)
     for place in places_of(model.network, family):
@@ -86,19 +87,18 @@ def _write_arrays(
             written = jnp.dtype(dtype) if dtype else np.dtype(stored.dtype)
             arrays.append(ArrayToWrite(name, place.layout.hf_shape, written))
             sources[name] = (place, stored, row)
-    shards = shard(arrays, shard_bytes)
-    total = sum(array.nbytes for array in arrays)
 
-    def values() -> Iterator[np.ndarray]:
+    def values(bar: Any) -> Iterator[np.ndarray]:
         for array in arrays:
-            with np.errstate(over="ignore"):  # it is looked for below
+            with np.errstate(over="ignore"):  # the next line looks for it
                 value = _as_hf(*sources[array.name]).astype(array.dtype)
             if not np.isfinite(value).all():
                 raise UserError(f"array {array.name} has a number that is not finite as {array.dtype}")
+            bar.update(array.nbytes)
             yield value
-            on_array(array.nbytes, total)
 
-    write_safetensors(directory, "model", shards, values())
+    with progress_bar(sum(array.nbytes for array in arrays), "B", "export") as bar:
+        write_safetensors(directory, "model", shard(arrays, shard_bytes), values(bar))
     return arrays
 
 

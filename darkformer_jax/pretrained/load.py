@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from darkformer_jax.config.specs import model_spec
 from darkformer_jax.config.validation import validate
 from darkformer_jax.data.files import whole_directory
+from darkformer_jax.data.progress import ProgressBar, no_progress
 from darkformer_jax.distributed.sharding import make_mesh, sharding_of
 from darkformer_jax.errors import UserError
 from darkformer_jax.model.network import Network, logical_axes
@@ -41,8 +42,6 @@ from darkformer_jax.pretrained.source import Source
 from darkformer_jax.runs.checkpoints import Checkpoints
 from darkformer_jax.runs.origin import write_origin
 from darkformer_jax.runs.workdir import write_config
-
-OnArray = Callable[[int, int], None]  # told the bytes of an array that has arrived, and those of all arrays
 
 _BLOCK_BYTES = 4 * 2**20  # read at once
 _ALIGNMENT = 64  # bytes; XLA's
@@ -109,7 +108,7 @@ def plan_import(source: Source, config: ml_collections.ConfigDict, dtype: str | 
     return Import(source, family, config, arrays, origin)
 
 
-def run_import(plan: Import, workdir: str, on_array: OnArray) -> None:
+def run_import(plan: Import, workdir: str, progress_bar: ProgressBar = no_progress) -> None:
     """Writes the workdir, all of it or nothing.
 
     Raises:
@@ -119,7 +118,7 @@ def run_import(plan: Import, workdir: str, on_array: OnArray) -> None:
         write_config(temporary, plan.config.to_dict())
         _save_tokenizer(plan.source, plan.config.model.vocab_size, temporary)
         _return_freed_memory()
-        _save_arrays(plan, temporary, on_array)
+        _save_arrays(plan, temporary, progress_bar)
         write_origin(str(temporary), plan.origin)
 
 
@@ -144,12 +143,13 @@ def _return_freed_memory() -> None:
         trim(0)
 
 
-def _save_arrays(plan: Import, directory: Path, on_array: OnArray) -> None:
+def _save_arrays(plan: Import, directory: Path, progress_bar: ProgressBar) -> None:
     mesh = _mesh(plan.config.model.embed_dim)
     state: dict[tuple[str, ...], jax.Array] = {}
-    for array in plan.arrays:
-        state[array.path] = loaded = _on_devices(array, mesh)
-        on_array(loaded.nbytes, plan.num_bytes)
+    with progress_bar(plan.num_bytes, "B", "import") as bar:
+        for array in plan.arrays:
+            state[array.path] = loaded = _on_devices(array, mesh)
+            bar.update(loaded.nbytes)
     state["step",] = jax.device_put(np.zeros((), np.int32), NamedSharding(mesh, P()))
     with contextlib.closing(Checkpoints(directory, compress=False)) as checkpoints:
         checkpoints.save(0, unflatten_dict(state))

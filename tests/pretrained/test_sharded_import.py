@@ -20,7 +20,7 @@ for array in plan.arrays:
     leaf = load._on_devices(array, load._mesh(16))
     shards = [shard.data.size for shard in leaf.addressable_shards]
     assert shards == [leaf.size // 8] * 8, (array.path, leaf.shape, shards)
-load.run_import(plan, sys.argv[2], lambda done, total: None)
+load.run_import(plan, sys.argv[2])
 """
 
 
