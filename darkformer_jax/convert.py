@@ -21,6 +21,7 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.pretrained.export import export_workdir
 from darkformer_jax.pretrained.load import plan_import, run_import
 from darkformer_jax.pretrained.source import open_source
+from darkformer_jax.runs.workdir import Workdir
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -53,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     written = export_workdir(
-        args.workdir,
+        Workdir(args.workdir),
         args.export_hf,
         step=args.step,
         dtype=args.dtype,

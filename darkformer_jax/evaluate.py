@@ -40,6 +40,7 @@ from darkformer_jax.data.tokenizers import Tokenizer
 from darkformer_jax.data.windows import ScoredDocument, Window, window_batch
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.load import WorkdirModel, load_model
+from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.training.evaluation import QUARTERS, make_quarter_step
 
 _DEFAULT_CONTEXT = 2048
@@ -123,7 +124,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     corpus = open_corpus("text", args.text)
     # A file that is no text must show now, not after hours of scoring the ones before it.
     num_bytes = sum(len(document.text.encode("utf-8")) for document in corpus.documents(lambda _: None))
-    model = load_model(args.workdir, args.step)
+    model = load_model(Workdir(args.workdir), args.step)
     context = args.context or min(_DEFAULT_CONTEXT, model.config.sequence_length)
     stride = args.stride or context
     _check_window(context, stride)

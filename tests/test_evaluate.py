@@ -11,6 +11,7 @@ from darkformer_jax import evaluate
 from darkformer_jax.data.tokenizers import train_bpe
 from darkformer_jax.data.windows import ScoredDocument
 from darkformer_jax.runs.load import load_model
+from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.training.evaluation import make_quarter_step
 from tests.tiny_runs import random_batch, run_commands, tiny_config, write_workdir
 
@@ -40,7 +41,7 @@ def run(workdir, texts, *flags):
 
 def scored_one_by_one(workdir, context, stride):
     """(place in the window, nll, correct) of every token, each window alone."""
-    model = load_model(str(workdir))
+    model = load_model(Workdir(workdir))
 
     @jax.jit
     def log_probabilities(inputs, is_real):
@@ -123,7 +124,7 @@ def test_bits_per_byte_of_tokens_longer_than_a_byte(tmp_path, texts):
 
 
 def test_the_sums_of_quarters_are_those_of_the_loss(workdir):
-    model = load_model(str(workdir))
+    model = load_model(Workdir(workdir))
     batch = random_batch(0)
     sums = make_quarter_step(model.network)(model.params, model.projections, batch)
     from darkformer_jax.training.step import loss_sums
@@ -135,7 +136,7 @@ def test_the_sums_of_quarters_are_those_of_the_loss(workdir):
 
 
 def test_one_program_for_all_batches(workdir, texts):
-    model = load_model(str(workdir))
+    model = load_model(Workdir(workdir))
     calls = []
 
     class Counting(type(model.network)):

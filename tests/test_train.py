@@ -7,7 +7,7 @@ import pytest
 
 from configs import quickstart
 from darkformer_jax.data.tokenizers import BytesTokenizer
-from darkformer_jax.runs.workdir import write_config
+from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.training.experiment import Experiment
 from tests.tiny_runs import ROOT, metrics_without_time, run_commands, tiny_config, tiny_flags, write_text
 
@@ -63,7 +63,7 @@ def test_mistakes_in_data_and_directories_are_one_line_and_write_nothing(tmp_pat
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("mine")
     config = tiny_config(data__files=text)
-    write_config(tmp_path / "other", config.to_dict())
+    Workdir(tmp_path / "other").write_config(config.to_dict())
     BytesTokenizer().save(str(tmp_path / "other"))
     before = files_below(tmp_path)
     new = f"--workdir={tmp_path}/new"

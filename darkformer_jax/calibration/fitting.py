@@ -80,7 +80,8 @@ def calibrate(o: Options, out: str, progress_bar: ProgressBar) -> list[dict[str,
       UserError: a model that is not exact, options that contradict each other, or too little text.
     """
     with whole_directory(out) as directory:
-        teacher = load_model(o.workdir, o.step)
+        exact = Workdir(o.workdir)
+        teacher = load_model(exact, o.step)
         others = sorted(set(teacher.network.spec.layer_kinds) - set(EXACT_KINDS))
         if others:
             raise UserError(
@@ -91,15 +92,16 @@ def calibrate(o: Options, out: str, progress_bar: ProgressBar) -> list[dict[str,
         experiment = Experiment.of(config, NextToken.of(config, teacher.tokenizer.vocab_size))
         params, projections = jax.jit(experiment.network.init)(jax.random.key(o.seed))
         state = TrainState(jnp.zeros((), jnp.int32), params, projections, ())
-        state, _ = initialize_from(Workdir(o.workdir), experiment, state, teacher.step)
+        state, _ = initialize_from(exact, experiment, state, teacher.step)
         params, rows, moments = _fit_layers(o, teacher, experiment.network, state, passages, num_test, progress_bar)
-        Workdir(directory).write_config(config.to_dict())
+        fitted = Workdir(directory)
+        fitted.write_config(config.to_dict())
         teacher.tokenizer.save(str(directory))
-        hand_on_origin(o.workdir, directory)
+        hand_on_origin(exact, fitted)
         saved = {"step": state.step, "params": params}
         if state.projections:
             saved["projections"] = state.projections
-        with contextlib.closing(Checkpoints(directory)) as checkpoints:
+        with contextlib.closing(Checkpoints(fitted)) as checkpoints:
             checkpoints.save(0, saved)
         moments.save(directory / MOMENTS_FILE)
         write_json(directory / REPORT_FILE, dataclasses.asdict(o) | {"layers": rows})

@@ -79,6 +79,8 @@ def refuse_url(path: str) -> None:
 def whole_directory(path: str) -> Iterator[Path]:
     """A new directory beside `path`, to be filled: it takes the place of `path` at the end, or vanishes on an error.
 
+    `~` is expanded, as a shell leaves it alone in `--out=~/x`.
+
     Raises:
       UserError: `path` is a file, or a directory that is not empty or cannot be replaced; the disk is full, or the
         parent cannot be written.
@@ -87,7 +89,7 @@ def whole_directory(path: str) -> Iterator[Path]:
         raise UserError(f"{path!r} is not a path")
     refuse_url(path)
     try:
-        target = Path(path).resolve()  # of a link, what it points to
+        target = Path(path).expanduser().resolve()  # of a link, what it points to
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise UserError(f"{path} is there already; give a new or an empty directory")
         if target.is_mount():

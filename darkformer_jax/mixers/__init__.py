@@ -3,6 +3,7 @@
 from darkformer_jax.mixers.constant import Constant
 from darkformer_jax.mixers.dark import Dark
 from darkformer_jax.mixers.lfk import LearnedFeatures
+from darkformer_jax.mixers.linear_transformer import LinearTransformer
 from darkformer_jax.mixers.mixer import MixerKind
 from darkformer_jax.mixers.performer import Performer
 from darkformer_jax.mixers.random import Random
@@ -16,6 +17,7 @@ MIXERS: dict[str, type[MixerKind]] = {
     "performer": Performer,
     "dark": Dark,
     "lfk": LearnedFeatures,
+    "linear_transformer": LinearTransformer,
     "random": Random,
     "constant": Constant,
     "window_only": WindowOnly,

@@ -1,6 +1,6 @@
 """What every mixer answers to, and what each kind states about itself."""
 
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import jax
 from flax import nnx
@@ -12,6 +12,7 @@ from darkformer_jax.mixers.spec import MixerSpec
 Role = Literal["exact", "estimator", "control"]
 
 
+@runtime_checkable
 class Mixer(Protocol):
     """x -> (y, state): one call serves training (no state), prefill (a fresh state) and decoding."""
 

@@ -41,7 +41,7 @@ from darkformer_jax.pretrained.safetensors_files import DTYPES, SafetensorsFiles
 from darkformer_jax.pretrained.source import Source
 from darkformer_jax.runs.checkpoints import Checkpoints
 from darkformer_jax.runs.origin import write_origin
-from darkformer_jax.runs.workdir import write_config
+from darkformer_jax.runs.workdir import Workdir
 
 _BLOCK_BYTES = 4 * 2**20  # read at once
 _ALIGNMENT = 64  # bytes; XLA's
@@ -115,11 +115,12 @@ def run_import(plan: Import, workdir: str, progress_bar: ProgressBar = no_progre
       UserError: the workdir is there and not empty, the disk is full, a file is damaged, or the tokenizer does not fit.
     """
     with whole_directory(workdir) as temporary:
-        write_config(temporary, plan.config.to_dict())
+        own = Workdir(temporary)
+        own.write_config(plan.config.to_dict())
         _save_tokenizer(plan.source, plan.config.model.vocab_size, temporary)
         _return_freed_memory()
-        _save_arrays(plan, temporary, progress_bar)
-        write_origin(str(temporary), plan.origin)
+        _save_arrays(plan, own, progress_bar)
+        write_origin(own, plan.origin)
 
 
 def _save_tokenizer(source: Source, vocab_size: int, directory: Path) -> None:
@@ -143,7 +144,7 @@ def _return_freed_memory() -> None:
         trim(0)
 
 
-def _save_arrays(plan: Import, directory: Path, progress_bar: ProgressBar) -> None:
+def _save_arrays(plan: Import, workdir: Workdir, progress_bar: ProgressBar) -> None:
     mesh = _mesh(plan.config.model.embed_dim)
     state: dict[tuple[str, ...], jax.Array] = {}
     with progress_bar(plan.num_bytes, "B", "import") as bar:
@@ -151,7 +152,7 @@ def _save_arrays(plan: Import, directory: Path, progress_bar: ProgressBar) -> No
             state[array.path] = loaded = _on_devices(array, mesh)
             bar.update(loaded.nbytes)
     state["step",] = jax.device_put(np.zeros((), np.int32), NamedSharding(mesh, P()))
-    with contextlib.closing(Checkpoints(directory, compress=False)) as checkpoints:
+    with contextlib.closing(Checkpoints(workdir, compress=False)) as checkpoints:
         checkpoints.save(0, unflatten_dict(state))
 
 

@@ -10,6 +10,7 @@ from darkformer_jax.config.specs import model_spec
 from darkformer_jax.config.validation import from_json, validate
 from darkformer_jax.distributed.sharding import MESH_AXES
 from darkformer_jax.errors import UserError
+from darkformer_jax.mixers import MIXERS
 from darkformer_jax.training.run import dry_run
 from tests.tiny_specs import rope_spec
 
@@ -47,7 +48,7 @@ CHOICES = {
     "model.dtype": "bfloat16, float32",
     "model.remat": "none, dots, full",
     "model.rope_scaling": "none, linear, llama3, yarn",
-    "model.attention.kind": "softmax, softmax_local, performer, dark, lfk, random, constant, window_only",
+    "model.attention.kind": ", ".join(MIXERS),
     "model.attention.projections": "iid, orthogonal, orthogonal_unsigned",
     "model.attention.window_kernel": "dark, softmax",
     "optimizer.schedule": "cosine, rsqrt, constant",

@@ -8,6 +8,7 @@ import pytest
 from darkformer_jax.distributed.processes import Cluster, cluster_of_environment, cluster_of_flags
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.metrics import read_metrics
+from darkformer_jax.runs.workdir import Workdir
 from tests.tiny_runs import Command, Processes, Training, free_port, metrics_without_time, tiny_flags, write_text
 
 pytestmark = pytest.mark.standard_promotion
@@ -184,7 +185,7 @@ def test_a_run_of_two_processes_killed_and_continued_by_one(tmp_path):
     assert survivor.status != 0 and "error: " in survivor.err and time.monotonic() - began < 60, survivor.err
     assert survivor.err.startswith("process 0 of 2\n") and not killed.all[1].step(), "process 0 alone prints progress"
 
-    times = [line["time"] for line in read_metrics(tmp_path / "run") if "time" in line]
+    times = [line["time"] for line in read_metrics(Workdir(tmp_path / "run")) if "time" in line]
     assert {each["slowest_host"] for each in times} <= {0, 1}
     assert all(each["largest_host_seconds"] >= each["host_seconds"] > 0 for each in times)
 

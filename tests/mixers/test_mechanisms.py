@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
 from darkformer_jax.mixers.features import draw_layer
 from darkformer_jax.mixers.spec import Geometry, Projection
@@ -18,13 +19,13 @@ SPEC = mixer_spec(num_features=16, geometry_init=0.7, seed=3)
 HYBRID = dataclasses.replace(SPEC, window=8, num_sinks=2)
 CONVERTED = dataclasses.replace(HYBRID, window_kernel="softmax", far_gain=True)
 LOCAL = dataclasses.replace(SPEC, local_window=7, softcap=2.0, query_scale=0.6)
-PURE = ("softmax", "performer", "dark", "lfk", "random", "constant")
-ALL = (
-    [(kind, SPEC) for kind in PURE]
-    + [("softmax_local", LOCAL)]
-    + [(kind, HYBRID) for kind in ("performer", "dark", "lfk", "window_only")]
-    + [("dark", CONVERTED)]
-)
+NEEDED = {"window": 8, "local_window": 7}
+OPTIONS = {"num_features": 16, "geometry_init": 0.7, "seed": 3}
+# Every kind with what it needs, every kind that can have a window with one, and what a conversion makes.
+ALL = [(kind, mixer_spec(kind, **OPTIONS, **{need: NEEDED[need] for need in MIXERS[kind].needs})) for kind in MIXERS]
+ALL += [(kind, mixer_spec(kind, **OPTIONS, window=8, num_sinks=2)) for kind in MIXERS if "window" in MIXERS[kind].uses]
+ALL += [("dark", CONVERTED), ("softmax_local", LOCAL)]
+BIDIRECTIONAL = [kind for kind in MIXERS if MIXERS[kind].bidirectional]
 LENGTH = 40
 
 random = np.random.default_rng(0)
@@ -47,10 +48,6 @@ def make(kind, spec, layer=0):
 
 def assert_close(got, want, tolerance=2e-5):
     np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=tolerance, atol=tolerance)
-
-
-def test_the_table_is_complete():
-    assert {kind for kind, _ in ALL} == set(MIXERS)
 
 
 @pytest.mark.parametrize(("kind", "spec"), ALL)
@@ -91,6 +88,25 @@ def test_one_interface(kind, spec):
             assert_close(decoded[1, 0], out[0, places[1]])
         places = places + real
     assert jax.tree.map(jnp.shape, state) == shapes
+
+
+@pytest.mark.parametrize("kind", BIDIRECTIONAL)
+def test_without_causality_a_sequence_read_backwards_gives_the_same(kind):
+    _, call = make(kind, mixer_spec(kind, **OPTIONS, causal=False))
+    ids, positions = np.where(np.arange(LENGTH) < 24, 1, 2)[None].astype(np.int32), POSITIONS
+    out, _ = call(Q, K, V, ids, positions)
+    backwards, _ = call(*(x[:, ::-1] for x in (Q, K, V, ids, positions)))
+    assert_close(out, backwards[:, ::-1])
+    causal, _ = make(kind, mixer_spec(kind, **OPTIONS))[1](Q, K, V, ids, positions)
+    for last in (23, LENGTH - 1):  # the last token of a document sees the same either way, the first one does not
+        assert_close(out[0, last], causal[0, last])
+        assert np.max(np.abs(out[0, last - 12] - causal[0, last - 12])) > 1e-3
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MIXERS if kind not in BIDIRECTIONAL])
+def test_what_is_causal_only_is_refused_in_an_encoder(kind):
+    with pytest.raises(UserError, match=f"model.causal = False: '{kind}' is causal only; allowed: True"):
+        MIXERS[kind].check(mixer_spec(kind, causal=False))
 
 
 def test_softmax_by_hand():

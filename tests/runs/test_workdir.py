@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from darkformer_jax.config import base
-from darkformer_jax.data.files import write_atomically
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.workdir import Workdir
 
@@ -121,19 +120,6 @@ def test_a_workdir_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file/run cannot be written: Not a directory"):
         Workdir(tmp_path / "file" / "run").write_config(config())
-
-
-def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
 
 
 def test_two_runs_refuse_each_other_and_a_killed_one_is_in_nobodys_way(tmp_path: Path) -> None:

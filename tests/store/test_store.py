@@ -88,14 +88,14 @@ def state_of(step):
 
 
 def save(workdir, *steps):
-    checkpoints = Checkpoints(workdir, keep=2)
+    checkpoints = Checkpoints(Workdir(workdir), keep=2)
     for step in steps:
         checkpoints.save(step, state_of(step), {"heldout_loss": float(step)})
     checkpoints.close()
 
 
 def newest(workdir):
-    checkpoints = Checkpoints(workdir)
+    checkpoints = Checkpoints(Workdir(workdir))
     step, state = checkpoints.restore(checkpoints.saved_shapes(checkpoints.latest_good_step()))
     checkpoints.close()
     return step, state
@@ -111,7 +111,7 @@ def test_a_run_stopped_and_resumed_on_another_machine_equals_one_on_a_disk(tmp_p
         with pytest.raises(loop.Stopped):
             run(config, url)
     elsewhere()
-    assert [line["step"] for line in read_metrics(url) if "loss" in line] == list(range(1, 8))
+    assert [line["step"] for line in read_metrics(Workdir(url)) if "loss" in line] == list(range(1, 8))
     run(config, url)
     elsewhere()
     assert metrics_without_time(Workdir(url).local) == metrics_without_time(tmp_path / "disk")
@@ -141,13 +141,15 @@ def test_two_processes_with_no_file_system_in_common(tmp_path, url):
         both.append(Command(str(ROOT / "train.py"), argv, own, environment=store | {"TMPDIR": str(own)}))
     assert [process.wait().status for process in both] == [0, 0], [process.wait().err for process in both]
     alone.assert_ends_well()
-    ours, wanted = ([line["loss"] for line in read_metrics(place) if "loss" in line] for place in (url, alone.workdir))
+    ours, wanted = (
+        [line["loss"] for line in read_metrics(Workdir(place)) if "loss" in line] for place in (url, alone.workdir)
+    )
     np.testing.assert_allclose(ours, wanted, rtol=1e-5)
     assert newest_step(url) == 4
 
 
 def newest_step(workdir):
-    checkpoints = Checkpoints(workdir)
+    checkpoints = Checkpoints(Workdir(workdir))
     step = checkpoints.latest_good_step()
     checkpoints.close()
     return step
@@ -156,7 +158,7 @@ def newest_step(workdir):
 @needs_emulator
 def test_old_steps_go_and_the_newest_and_the_best_stay(url):
     save(url, 1, 2, 3, 4)
-    checkpoints = Checkpoints(url)
+    checkpoints = Checkpoints(Workdir(url))
     assert checkpoints.committed_steps() == [1, 3, 4]  # 1 is the best
     assert {name.split("/")[0] for name in bucket.objects(checkpoints.directory)} == {
         f"{step}{end}" for step in (1, 3, 4) for end in ("", ".sha256.json")
@@ -185,7 +187,7 @@ def test_every_damaged_object_is_noticed(url, harm, caplog):
         assert files.cat_file(prefix + name) == good
         assert newest_step(url) == 2, name
     files.rm_file(prefix + names[-1])
-    checkpoints = Checkpoints(url, keep=2)
+    checkpoints = Checkpoints(Workdir(url), keep=2)
     assert checkpoints.latest_good_step() == 1
     checkpoints.save(2, state_of(2))
     checkpoints.close()
@@ -215,7 +217,7 @@ def test_only_what_this_process_changes_is_uploaded(url, monkeypatch):
     files = file_system()
     files.pipe_file(f"{url}/config.json", b"{}")
     files.pipe_file(f"{url}/checkpoints/1/d", b"not copied")
-    with Mirror(url) as mirror:
+    with Mirror(Workdir(url)) as mirror:
         copy = Workdir(url).local
         assert (copy / "config.json").read_bytes() == b"{}" and not list((copy / "checkpoints").iterdir())
         files.pipe_file(f"{url}/config.json", b"of process 0")
@@ -298,7 +300,7 @@ def test_without_the_packages_for_it(monkeypatch):
 def test_a_path_is_where_it_is(tmp_path):
     workdir = Workdir(tmp_path)
     assert not workdir.is_remote and workdir.local == workdir.shared == tmp_path
-    with Mirror(tmp_path) as mirror:
+    with Mirror(Workdir(tmp_path)) as mirror:
         mirror.soon()
         mirror.upload()
     shutil.rmtree(tmp_path)
