@@ -12,9 +12,8 @@ from darkformer_jax.calibration.moments import Moments
 from darkformer_jax.runs.inherit import inherit
 from darkformer_jax.runs.load import load_model
 from darkformer_jax.runs.workdir import Workdir
-from darkformer_jax.training.experiment import Experiment
 from darkformer_jax.training.init_from import initialize_from
-from tests.tiny_runs import fresh_state, saved_arrays, tiny_config, write_text, write_workdir
+from tests.tiny_runs import experiment_of, fresh_state, saved_arrays, tiny_config, write_text, write_workdir
 
 pytestmark = pytest.mark.standard_promotion  # the state of a checkpoint is made with its optimizer
 
@@ -137,8 +136,8 @@ def test_too_little_text_to_whiten_with(workdir, text, tmp_path, capsys):
 def test_fine_tuning_goes_on_from_it(fitted):
     config = finetune.get_config("dark,m=8,sinks=2,context=32")
     config.init_from = str(fitted)
-    experiment = Experiment.of(inherit(config), 257)
-    state, report = initialize_from(str(fitted), experiment, fresh_state(experiment))
+    experiment = experiment_of(inherit(config))
+    state, report = initialize_from(Workdir(fitted), experiment, fresh_state(experiment))
     assert re.search(r"initialised (\d+) of \1 parameter arrays", report) and "; new" not in report, report
     assert re.search(r"and (\d+) of \1 arrays of projections", report), report
     wanted = load_model(Workdir(fitted)).params["blocks_0"]["attention"]["mechanism"]["M"]

@@ -19,13 +19,16 @@ import jax
 import ml_collections
 import numpy as np
 
+from darkformer_jax.cli.progress import Progress
 from darkformer_jax.config import base
 from darkformer_jax.config.pattern import ATTENTION, parse_pattern
 from darkformer_jax.data.tokenizers import BytesTokenizer
 from darkformer_jax.mixers import MIXERS
 from darkformer_jax.runs.checkpoints import Checkpoints
 from darkformer_jax.runs.workdir import Workdir
+from darkformer_jax.tasks.next_token import NextToken
 from darkformer_jax.training.experiment import Experiment
+from darkformer_jax.training.run import train
 from darkformer_jax.training.step import TrainState, make_state_init, to_saved
 
 ROOT = Path(__file__).parents[1]
@@ -78,6 +81,16 @@ def write_text(path: Path, num_bytes: int = 6000) -> str:
     return str(path)
 
 
+def experiment_of(config: ml_collections.ConfigDict, vocab_size: int = 257) -> Experiment:
+    """The experiment of a language model, by default of bytes."""
+    return Experiment.of(config, NextToken.of(config, vocab_size))
+
+
+def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]) -> None:
+    """What `train.py` does."""
+    train(config, Workdir(workdir), Progress(config.num_steps, config.log.every))
+
+
 def fresh_state(experiment: Experiment) -> TrainState:
     """The state before the first step."""
     init = make_state_init(experiment.network, experiment.optimizer, experiment.config.seed, experiment.trained)
@@ -88,7 +101,7 @@ def write_workdir(
     workdir: Path, config: ml_collections.ConfigDict, state: TrainState | None = None, step: int = 3
 ) -> TrainState:
     """A workdir with a checkpoint of `state` (None: the untrained model); returns the state."""
-    state = fresh_state(Experiment.of(config, 257)) if state is None else state
+    state = fresh_state(experiment_of(config)) if state is None else state
     Workdir(workdir).write_config(config.to_dict())
     BytesTokenizer().save(str(workdir))
     checkpoints = Checkpoints(Workdir(workdir))

@@ -131,7 +131,7 @@ class Experiment:
 
     @property
     def step_flops(self) -> float:
-        """Model FLOPs per optimizer step: `train_step_flops`, less frozen matrices' gradients, plus LoRA's."""
+        """Model FLOPs per step: `train_step_flops`, less frozen matrices' gradients, plus low-rank updates."""
         spec = self.network.spec
         output = "embedding" if spec.tie_embeddings else "head"
         frozen = flatten_dict(split_params(self.abstract.params, self.trained)[1])

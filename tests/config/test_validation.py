@@ -241,10 +241,10 @@ def test_every_config_builds_abstractly(name, capsys):
     config = importlib.import_module(f"configs.{name}").get_config()
     dry_run(config)
     shown = dict(
-        line.split(maxsplit=1) for line in capsys.readouterr().out.replace("tokens a step", "tokens").splitlines()
+        line.split(maxsplit=1) for line in capsys.readouterr().out.replace("tokens/step", "tokens").splitlines()
     )
     assert int(shown["parameters"].replace(",", "")) > 500_000
-    assert shown["state"].endswith("MiB a device")
+    assert shown["state"].endswith("MiB per device")
     assert (
         shown["tokens"]
         == f"{config.batch_size * config.sequence_length:,} = {config.batch_size} x {config.sequence_length}"

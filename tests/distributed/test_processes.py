@@ -90,7 +90,7 @@ def test_another_program_at_the_coordinators_port(tmp_path):
 STEPS_WITHOUT_WORK = """
 import sys, time
 from darkformer_jax.distributed import processes
-from darkformer_jax.training.loop import StopSignals
+from darkformer_jax.training.stopping import StopSignals
 
 processes.join(processes.Cluster(sys.argv[1], 2, int(sys.argv[2])))
 announce = processes.announce_stop

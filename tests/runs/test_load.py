@@ -6,15 +6,14 @@ import pytest
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.load import load_model
 from darkformer_jax.runs.workdir import Workdir
-from darkformer_jax.training.experiment import Experiment
-from tests.tiny_runs import tiny_config, write_workdir
+from tests.tiny_runs import experiment_of, tiny_config, write_workdir
 
 pytestmark = pytest.mark.standard_promotion  # the state of a checkpoint is made with its optimizer
 
 
 @pytest.fixture(scope="module")
 def experiment():
-    return Experiment.of(tiny_config(), 257)
+    return experiment_of(tiny_config())
 
 
 def random_state(experiment, dtype):

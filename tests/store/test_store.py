@@ -24,17 +24,16 @@ from darkformer_jax.runs import store as bucket
 from darkformer_jax.runs.checkpoints import Checkpoints
 from darkformer_jax.runs.manifest import read_manifest
 from darkformer_jax.runs.metrics import read_metrics
-from darkformer_jax.runs.mirror import Mirror
-from darkformer_jax.runs.store import file_system
+from darkformer_jax.runs.store import Mirror, file_system
 from darkformer_jax.runs.workdir import Workdir
-from darkformer_jax.training import loop
-from darkformer_jax.training.run import run
+from darkformer_jax.training.stopping import Stopped, StopSignals
 from tests.tiny_runs import (
     ROOT,
     Command,
     Training,
     free_port,
     metrics_without_time,
+    run,
     saved_arrays,
     tiny_config,
     tiny_flags,
@@ -107,8 +106,8 @@ def test_a_run_stopped_and_resumed_on_another_machine_equals_one_on_a_disk(tmp_p
     config = tiny_config(data__files=text, eval__every=6, eval__batches=1, checkpoint__every=4, num_steps=12)
     run(config, str(tmp_path / "disk"))
     with monkeypatch.context() as stopping:
-        stopping.setattr(loop.StopSignals, "to_stop", lambda self, step: signal.SIGTERM if step == 7 else None)
-        with pytest.raises(loop.Stopped):
+        stopping.setattr(StopSignals, "to_stop", lambda self, step: signal.SIGTERM if step == 7 else None)
+        with pytest.raises(Stopped):
             run(config, url)
     elsewhere()
     assert [line["step"] for line in read_metrics(Workdir(url)) if "loss" in line] == list(range(1, 8))
