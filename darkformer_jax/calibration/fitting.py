@@ -152,9 +152,9 @@ def _fit_layers(
                     trained = fit(mechanism, train, keys[index], passages=count, **options)
                 if trained:
                     params = _with_layer(params, index, len(spec.pattern), nnx.to_pure_dict(trained))
-                row = {"layer": index, **_errors(attention.mechanism.spec, mechanism, trained, test)}
-                rows.append(row | {"seconds": time.perf_counter() - started})
-                bar.set_postfix(error=f"{np.mean(row['after']):.3f}", refresh=False)
+                found = _errors(attention.mechanism.spec, mechanism, trained, test)
+                rows.append({"layer": index, **found, "seconds": time.perf_counter() - started})
+                bar.set_postfix(error=f"{np.mean(found['after']):.3f}", refresh=False)
             bar.update()
     return params, rows, Moments.stack(moments)
 
