@@ -9,42 +9,43 @@ from typing import NamedTuple
 import numpy as np
 
 from darkformer_jax.errors import UserError
-from darkformer_jax.reporting.runs import DIVERGED, FINISHED, Run
-from darkformer_jax.reporting.settings import LEARNING_RATES, MECHANISM, Settings, key_of, role
-
-LOSS = "heldout_loss"
-
-_ROLES = ("exact", "dark", "performer", "lfk", "", "control")
-_IN_ORDER = (
-    "model.attention.num_features",
-    "model.attention.window",
-    "model.attention.num_sinks",
-    "num_steps",
-    "optimizer.learning_rate",
-    "optimizer.geometry_learning_rate",
+from darkformer_jax.reporting.reported_runs import DIVERGED, FINISHED, LOSS, ReportedRun
+from darkformer_jax.reporting.settings import (
+    HEADINGS,
+    LEARNING_RATES,
+    MECHANISM,
+    ORIGIN,
+    TOKENS,
+    Settings,
+    key_of,
+    role,
 )
+
+_ABSENT = "–"  # in the place of a field that the mechanism does not use
+_ROLES = ("exact", "dark", "performer", "lfk", "", "control")
 
 
 class Mean(NamedTuple):
     """A mean over seeds and its standard error, sd / sqrt(n) with n - 1 in sd; None for one seed."""
 
     mean: float
-    error: float | None
+    standard_error: float | None
+    num_seeds: int  # 0: made of the means of rows that share no seed
 
     @staticmethod
     def of(values: Sequence[float]) -> "Mean":
         error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
-        return Mean(float(np.mean(values)), error)
+        return Mean(float(np.mean(values)), error, len(values))
 
     def text(self, digits: int = 4, scale: float = 1.0, sign: str = "") -> str:
         """`1.2345 ± 0.0012`."""
-        spread = "" if self.error is None else f" ± {scale * self.error:.{digits}f}"
+        spread = "" if self.standard_error is None else f" ± {scale * self.standard_error:.{digits}f}"
         return f"{scale * self.mean:{sign}.{digits}f}{spread}"
 
     def percent(self, digits: int) -> str:
         """`40.80%` or `(40.80 ± 0.12)%`."""
         text = self.text(digits, 100)
-        return f"{text}%" if self.error is None else f"({text})%"
+        return f"{text}%" if self.standard_error is None else f"({text})%"
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +53,7 @@ class Row:
     """Finished runs of one experiment, by seed, at least one. Compared by identity."""
 
     settings: Settings
-    runs: tuple[Run, ...]
+    runs: tuple[ReportedRun, ...]
     num_diverged: int  # runs of the same experiment that are not among them
 
     def by_seed(self, figure: str = LOSS) -> dict[int, float]:
@@ -63,44 +64,86 @@ class Row:
         """Over the seeds."""
         return Mean.of(list(self.by_seed(figure).values()))
 
+    @property
+    def role(self) -> str:
+        """See `settings.role`."""
+        return role(self.settings)
 
-def group(runs: Iterable[Run]) -> list[Row]:
+    @property
+    def mechanism(self) -> str:
+        """The kind of the layers, and what it is there for."""
+        return self.settings[MECHANISM] + (f" ({self.role})" if self.role in ("exact", "control") else "")
+
+    def cells(self, fields: Iterable[str]) -> list[str]:
+        """The settings as text, in the order of `fields`."""
+        return [self.shown(field) for field in fields]
+
+    def shown(self, field: str) -> str:
+        """The setting as text."""
+        if field == ORIGIN:
+            starts = sorted({run.init_from for run in self.runs} - {""})
+            return " and ".join(starts[:2]) + (f" and {len(starts) - 2} more" if len(starts) > 2 else "") or _ABSENT
+        value = self.settings.get(field, _ABSENT)
+        if isinstance(value, bool):
+            return str(value).lower()
+        if isinstance(value, int):
+            return f"{value:,}"
+        return f"{value:g}" if isinstance(value, float) else str(value) or "none"
+
+
+def group(runs: Iterable[ReportedRun]) -> list[Row]:
     """The rows of the finished runs, in the order of the table: exact, DARK, Performer, others, controls.
 
     Raises UserError where two finished runs are the same experiment with the same seed: together they would feign
     another sample.
     """
-    groups: dict[str, list[Run]] = {}
-    diverged: dict[str, int] = {}
-    for run in runs:
-        key = key_of(run.settings)
-        if run.state == FINISHED:
-            groups.setdefault(key, []).append(run)
-        elif run.state == DIVERGED:
-            diverged[key] = diverged.get(key, 0) + 1
+    groups: dict[str, list[ReportedRun]] = {}
+    for run in sorted(runs, key=lambda run: run.seed):
+        groups.setdefault(key_of(run.settings), []).append(run)
     rows = []
-    for key, members in groups.items():
-        members.sort(key=lambda run: run.seed)
-        for a, b in itertools.pairwise(members):
+    for members in groups.values():
+        finished = tuple(run for run in members if run.state == FINISHED)
+        for a, b in itertools.pairwise(finished):
             if a.seed == b.seed:
                 raise UserError(
                     f"{a.workdir} and {b.workdir} are the same experiment with seed {a.seed}; leave one out"
                 )
-        rows.append(Row(members[0].settings, tuple(members), diverged.get(key, 0)))
+        if finished:
+            rows.append(Row(finished[0].settings, finished, sum(run.state == DIVERGED for run in members)))
     return sorted(rows, key=_place)
+
+
+def _place(row: Row) -> tuple:
+    numbers = tuple(row.settings.get(name, -1) for name in HEADINGS if name != ORIGIN)
+    return (_ROLES.index(row.role if row.role in _ROLES else ""), row.settings[MECHANISM], numbers)
 
 
 def best_of(rows: Iterable[Row], without: tuple[str, ...] = LEARNING_RATES) -> list[Row]:
     """Of rows that are equal but for `without`, the one with the lowest mean held-out loss; the order is kept."""
-    best: dict[str, Row] = {}
+    groups: dict[str, list[Row]] = {}
     for row in rows:
-        key = key_of(row.settings, without)
-        if key not in best or row.mean().mean < best[key].mean().mean:
-            best[key] = row
-    return list(best.values())
+        groups.setdefault(key_of(row.settings, without), []).append(row)
+    return [min(members, key=lambda row: row.mean().mean) for members in groups.values()]
 
 
-def _place(row: Row) -> tuple:
-    numbers = tuple(row.settings.get(name, -1) for name in _IN_ORDER)
-    own = role(row.settings)
-    return (_ROLES.index(own if own in _ROLES else ""), row.settings[MECHANISM], numbers)
+def columns(rows: Sequence[Row]) -> dict[str, str]:
+    """field -> heading of the fields in which rows differ, without the mechanism."""
+    fields = [*HEADINGS, *sorted({name for row in rows for name in row.settings} - HEADINGS.keys() - {MECHANISM})]
+    return {name: HEADINGS.get(name, name) for name in fields if len(_values(rows, name)) > 1}
+
+
+def common_settings(rows: Sequence[Row]) -> str:
+    """`learning rate 0.003, steps 400`: what all rows that have the field have in common."""
+    values = ((text, _values(rows, name)) for name, text in HEADINGS.items())
+    return ", ".join(f"{text} {shown.pop()}" for text, shown in values if len(shown) == 1)
+
+
+def label(row: Row, rows: Sequence[Row], without: tuple[str, ...] = ()) -> str:
+    """The mechanism, and the fields by which the row can be told from `rows`."""
+    fields = [name for name in columns(rows) if name not in (TOKENS, *without) and row.shown(name) != _ABSENT]
+    values = (f"{HEADINGS.get(name, name.rpartition('.')[2])} {row.shown(name)}" for name in fields)
+    return ", ".join([row.mechanism, *values])
+
+
+def _values(rows: Sequence[Row], name: str) -> set[str]:
+    return {row.shown(name) for row in rows} - {_ABSENT}

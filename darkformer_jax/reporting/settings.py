@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from darkformer_jax.calibration import REPORT_FILE as CALIBRATION_FILE
@@ -14,69 +14,91 @@ from darkformer_jax.mixers.spec import pattern_kinds
 from darkformer_jax.runs.metrics import METRICS_FILE
 from darkformer_jax.runs.workdir import CHANGEABLE, CONFIG_FILE, read_config
 
-CONTROLS = ("window_only", "constant", "random")
+_ATTENTION = "model.attention."
 
 MECHANISM = "mechanism"  # kinds of successive layers, "dark" or "softmax,dark"; instead of attention.kind and .pattern
 TOKENS = "tokens"  # that training sees: steps x sequences x their length
 ORIGIN = "init_from"
-M_FEATURES = "model.attention.num_features"
+M_FEATURES = _ATTENTION + "num_features"
 LEARNING_RATE = "optimizer.learning_rate"
 GEOMETRY_RATE = "optimizer.geometry_learning_rate"
 LEARNING_RATES = (LEARNING_RATE, GEOMETRY_RATE)
+# What every report says, in a column or once above the table; other fields have a column where rows differ in them.
+HEADINGS = {
+    M_FEATURES: "m",
+    "model.attention.window": "window",
+    "model.attention.num_sinks": "sinks",
+    LEARNING_RATE: "learning rate",
+    GEOMETRY_RATE: "learning rate of M",
+    "num_steps": "steps",
+    TOKENS: "tokens",
+    ORIGIN: "init_from",
+}
 
 Settings = dict[str, Any]
 
-_ATTENTION = "model.attention."
 # How the same batch is computed, when it is measured and saved; the data is compared by its fingerprint.
-_NO_SETTINGS = ("seed", "data", "model.remat", *(name for name in CHANGEABLE if name != "num_steps"))
+_NO_SETTINGS = ("seed.", "data.", "model.remat.", *(name + "." for name in CHANGEABLE if name != "num_steps"))
 
-_FAR_GAIN = _ATTENTION + "far_gain"
-_FEATURES = {_FAR_GAIN, *(_ATTENTION + name for name in ("num_features", "projections", "redraw_every"))}
-_WINDOW = {_ATTENTION + name for name in ("window", "num_sinks", "chunk_size")}
-_GEOMETRY = {GEOMETRY_RATE, *(_ATTENTION + name for name in ("geometry_init", "learn_projections", "window_kernel"))}
-_EXACT = {_ATTENTION + name for name in ("softcap", "local_window")}
+# What the mechanisms are and use: `_role`, `_unused_fields` and `_learns_geometry` alone know it.
+_CONTROLS = ("window_only", "constant", "random")
+_FEATURES = {"num_features", "projections", "redraw_every", "far_gain"}
+_WINDOW = {"window", "num_sinks", "chunk_size"}
+_GEOMETRY = {"geometry_init", "learn_projections", "window_kernel"}
+_EXACT = {"softcap", "local_window"}
 _UNUSED_BY = {
-    "softmax": _FEATURES | _WINDOW | _GEOMETRY | {_ATTENTION + "local_window"},
+    "softmax": _FEATURES | _WINDOW | _GEOMETRY | {"local_window"},
     "softmax_local": _FEATURES | _WINDOW | _GEOMETRY,
     "performer": _GEOMETRY | _EXACT,
     "dark": _EXACT,
-    "lfk": _EXACT | _GEOMETRY - {GEOMETRY_RATE},
+    "lfk": _EXACT | _GEOMETRY,
     "random": _WINDOW | _GEOMETRY | _EXACT,
     "constant": _FEATURES | _WINDOW | _GEOMETRY | _EXACT,
     "window_only": _FEATURES | _GEOMETRY | _EXACT,
 }
-# What two mechanisms that are compared must have in common where both use it; the rest of attention is their own.
-_SHARED = {*_FEATURES, *_WINDOW, _ATTENTION + "query_scale"}
+
+
+def _role(kind: str) -> str:
+    return "exact" if kind in EXACT_KINDS else "control" if kind in _CONTROLS else "estimator"
+
+
+def _unused_fields(kinds: Collection[str]) -> set[str]:
+    """The fields below model.attention that none of the kinds uses."""
+    return set.intersection(*(_UNUSED_BY[kind] for kind in kinds))
+
+
+def _learns_geometry(kinds: Collection[str]) -> bool:
+    return "dark" in kinds or "lfk" in kinds
 
 
 def settings_of(config: Mapping[str, Any], where: str) -> Settings:
     """The fields that the run's mechanism uses, flat, without the seed; MECHANISM, TOKENS and ORIGIN among them.
 
-    Args:
-      config: of a workdir, nested.
-      where: its path, for errors.
-
-    Raises:
-      UserError: a field is missing.
+    Raises UserError that names the workdir `where` when a field is missing.
     """
     flat = dict(flat_fields(config))
     try:
         kinds = pattern_kinds(flat.pop(_ATTENTION + "pattern"), flat.pop(_ATTENTION + "kind"))
-        unused = set.intersection(*(_UNUSED_BY.get(kind, set()) for kind in kinds))
+        unused = _unused_fields(kinds)
         if not flat[_ATTENTION + "window"]:
-            unused |= _WINDOW - {_ATTENTION + "window"}  # the chunk then only orders the sums
-            unused |= {_FAR_GAIN, _ATTENTION + "window_kernel"}
-        if _FAR_GAIN not in unused and flat[_FAR_GAIN]:
-            unused = unused - {GEOMETRY_RATE}  # a gain learns at M's rate
+            unused |= {"num_sinks", "chunk_size", "far_gain", "window_kernel"}  # the chunk then only orders the sums
+        has_gain = "far_gain" not in unused and flat[_ATTENTION + "far_gain"]
+        not_used = {_ATTENTION + name for name in unused}
+        if not has_gain and not _learns_geometry(kinds):  # a gain learns at M's rate
+            not_used.add(GEOMETRY_RATE)
         tokens = flat["num_steps"] * flat["batch_size"] * flat["sequence_length"]
         origin = origin_of(flat[ORIGIN])
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{where}/{CONFIG_FILE} is not the config of a run of this version: {error!r}") from error
-    used = {name: value for name, value in flat.items() if name not in unused and not _is_no_setting(name)}
+    used = {
+        name: value
+        for name, value in flat.items()
+        if name not in not_used and not (name + ".").startswith(_NO_SETTINGS)
+    }
     return used | {MECHANISM: ",".join(kinds), TOKENS: tokens, ORIGIN: origin}
 
 
-def key_of(settings: Mapping[str, Any], without: tuple[str, ...] = ()) -> str:
+def key_of(settings: Settings, without: tuple[str, ...] = ()) -> str:
     """Equal for equal settings."""
     return json.dumps({name: value for name, value in settings.items() if name not in without}, sort_keys=True)
 
@@ -102,45 +124,41 @@ def origin_of(init_from: str) -> Any:
     """
     if not init_from:
         return None
-    made_here = [os.path.isfile(os.path.join(init_from, name)) for name in (METRICS_FILE, CALIBRATION_FILE)]
-    if not any(made_here):
+    calibration_file = os.path.join(init_from, CALIBRATION_FILE)
+    is_calibration = os.path.isfile(calibration_file)
+    if not is_calibration and not os.path.isfile(os.path.join(init_from, METRICS_FILE)):
         return os.path.realpath(init_from)
     ancestors(init_from)  # raises before a circle is followed
     origin = settings_of(read_config(init_from), init_from)
-    if made_here[1]:
-        calibration = read_json_object(os.path.join(init_from, CALIBRATION_FILE))
+    if is_calibration:
+        calibration = read_json_object(calibration_file)
         chosen = {name: value for name, value in calibration.items() if name not in ("seed", "workdir", "layers")}
         origin["calibration"] = chosen
     return origin
 
 
-def is_comparable(dark: Settings, other: Settings, kinds: tuple[str, ...], without: tuple[str, ...] = ()) -> bool:
-    """Whether `other` is `dark` with one of `kinds` in the place of every DARK layer, and equal in all else.
+def is_comparable(dark: Settings, other: Settings, counterpart: str, without: tuple[str, ...] = ()) -> bool:
+    """Whether `other` is `dark` with the counterpart in the place of every DARK layer, and equal in all else.
 
-    Equal are: the first ancestor, every field outside attention but M's learning rate and `without`, and of attention
-    the features, the window and the scale, where both mechanisms have them.
+    Equal are the first ancestor and every field but M's learning rate, those of attention that one of the two does not
+    use, and `without`. The counterpart is a kind, or "exact" for any exact kind.
     """
-    mine, theirs = _layers(dark), _layers(other)
-    if len(mine) != len(theirs) or _root(dark[ORIGIN]) != _root(other[ORIGIN]):
+    layers = zip(_layers(dark), _layers(other), strict=False)  # their number is compared below
+    if any(counterpart not in (b, _role(b)) if a == "dark" else b != a for a, b in layers):
         return False
-    if any(b not in kinds if a == "dark" else b != a for a, b in zip(mine, theirs, strict=True)):
+    if _root(dark[ORIGIN]) != _root(other[ORIGIN]):
         return False
-    own = {MECHANISM, ORIGIN, GEOMETRY_RATE, "model.rope_local_theta", *without}
-    for name in (dark.keys() | other.keys()) - own:
-        if name.startswith(_ATTENTION):
-            if name in _SHARED and name in dark and name in other and dark[name] != other[name]:
-                return False
-        elif (name in dark, dark.get(name)) != (name in other, other.get(name)):
-            return False
-    return True
+    may_differ = {MECHANISM, ORIGIN, GEOMETRY_RATE, "model.rope_local_theta", *without}
+    may_differ |= {name for name in dark.keys() ^ other.keys() if name.startswith(_ATTENTION)}
+    return key_of(dark, tuple(may_differ)) == key_of(other, tuple(may_differ))
 
 
 def role(settings: Settings) -> str:
     """`exact`, `control`, or the kind of the layers that are not exact; "" where they are of several kinds."""
-    kinds = set(settings[MECHANISM].split(",")) - set(EXACT_KINDS)
+    kinds = {kind for kind in settings[MECHANISM].split(",") if _role(kind) != "exact"}
     if not kinds:
         return "exact"
-    if kinds <= set(CONTROLS):
+    if all(_role(kind) == "control" for kind in kinds):
         return "control"
     return kinds.pop() if len(kinds) == 1 else ""
 
@@ -152,7 +170,3 @@ def _layers(settings: Settings) -> list[str]:
 
 def _root(origin: Any) -> Any:
     return _root(origin[ORIGIN]) if isinstance(origin, dict) and origin[ORIGIN] is not None else origin
-
-
-def _is_no_setting(name: str) -> bool:
-    return any(name == other or name.startswith(other + ".") for other in _NO_SETTINGS)

@@ -4,11 +4,9 @@ import glob
 import json
 import math
 import os
-import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
-
-import tqdm
 
 from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.data.files import read_file, read_json_object, refuse_url
@@ -17,29 +15,25 @@ from darkformer_jax.reporting.settings import Settings, settings_of
 from darkformer_jax.runs.metrics import METRICS_FILE
 from darkformer_jax.runs.workdir import CONFIG_FILE, DATA_FILE, read_config
 
-FIGURES = ("heldout_loss", "heldout_bits_per_byte", "heldout_accuracy")
+LOSS = "heldout_loss"
+HELDOUT = (LOSS, "heldout_bits_per_byte", "heldout_accuracy")
 FINISHED, DIVERGED, UNFINISHED, UNTRAINED = "finished", "diverged", "unfinished", "not trained"
 
-_CHECKED = ("loss", "grad_norm", *FIGURES)  # null where it was not finite
+_CHECKED = ("loss", "grad_norm", *HELDOUT)  # null where it was not finite
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class ReportedRun:
     """One workdir. Compared by identity."""
 
     workdir: str
     seed: int
     init_from: str
     settings: Settings
-    data: dict[str, Any]  # the config's data.*, for messages
     lines: list[dict[str, Any]]  # of metrics.jsonl
     state: str  # FINISHED, DIVERGED, UNFINISHED or UNTRAINED
     reason: str  # of a state that is not FINISHED
-
-    @property
-    def final(self) -> dict[str, Any]:
-        """The held-out figures after the last step; of finished runs only."""
-        return _evaluations(self.lines, self.settings["num_steps"])[-1]
+    final: dict[str, Any]  # the held-out figures after the last step; empty where there are none
 
     def curve(self, name: str) -> dict[int, float]:
         """step -> value of the lines that have it."""
@@ -52,7 +46,7 @@ def find_workdirs(globs: str) -> list[str]:
     Raises UserError naming the glob that none matches, or the path without wildcards that is no workdir.
     """
     found: dict[str, str] = {}
-    for pattern in filter(None, (part.strip() for part in globs.split(","))):
+    for pattern in filter(None, map(str.strip, globs.split(","))):
         refuse_url(pattern)
         matches = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
         workdirs = [path for path in matches if os.path.isfile(os.path.join(path, CONFIG_FILE))]
@@ -65,53 +59,48 @@ def find_workdirs(globs: str) -> list[str]:
     return list(found.values())
 
 
-def read_runs(workdirs: list[str]) -> list[Run]:
-    """Reads every workdir, with a progress bar.
+def read_runs(workdirs: Iterable[str]) -> list[ReportedRun]:
+    """Reads every workdir.
 
     Raises UserError where a config or a line of metrics.jsonl cannot be read, or two runs were trained on other data:
     their losses, and bits per byte, are then not of the same text.
     """
-    runs, fingerprints = [], {}
-    for workdir in tqdm.tqdm(workdirs, unit="run", mininterval=0.1 if sys.stderr.isatty() else 30.0):
+    runs: list[ReportedRun] = []
+    trained: dict[str, str] = {}  # fingerprint of the data -> workdir
+    for workdir in workdirs:
         runs.append(_read_run(workdir))
         if runs[-1].lines:
-            fingerprints[_data_fingerprint(workdir)] = runs[-1]
-            _require_same_data(list(fingerprints.values()))
+            trained.setdefault(_data_fingerprint(workdir), workdir)
+            if len(trained) > 1:
+                raise _other_data(*trained.values())
     return runs
 
 
-def _read_run(workdir: str) -> Run:
+def _read_run(workdir: str) -> ReportedRun:
     config = read_config(workdir)
     settings = settings_of(config, workdir)
-    flat = dict(flat_fields(config))
     path = os.path.join(workdir, METRICS_FILE)
     lines = _read_lines(path) if os.path.lexists(path) else []
-    state, reason = _state(lines, settings["num_steps"])
-    if state == FINISHED:
-        final = _evaluations(lines, settings["num_steps"])[-1]
-        for name in FIGURES:
-            if name not in final:
-                raise UserError(f"{path}: the last evaluation has no {name}; it has {', '.join(final)}")
-    data = {name: value for name, value in flat.items() if name.startswith("data.")}
-    seed = flat.get("seed")
+    evaluations = [line for line in lines if line["step"] == settings["num_steps"] and LOSS in line]
+    final = evaluations[-1] if evaluations else {}
+    state, reason = _state(lines, settings["num_steps"], bool(final))
+    missing = [name for name in HELDOUT if name not in final]
+    if state == FINISHED and missing:
+        raise UserError(f"{path}: the last evaluation has no {missing[0]}; it has {', '.join(final)}")
+    seed = config.get("seed")
     if not isinstance(seed, int):
         raise UserError(f"{workdir}/{CONFIG_FILE}: seed = {seed!r}: must be an integer")
-    return Run(workdir, seed, flat["init_from"], settings, data, lines, state, reason)
+    return ReportedRun(workdir, seed, config["init_from"], settings, lines, state, reason, final)
 
 
-def _evaluations(lines: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
-    """The lines that hold an evaluation after `step`."""
-    return [line for line in lines if line["step"] == step and FIGURES[0] in line]
-
-
-def _state(lines: list[dict[str, Any]], num_steps: int) -> tuple[str, str]:
+def _state(lines: list[dict[str, Any]], num_steps: int, is_evaluated: bool) -> tuple[str, str]:
     if not lines:
         return UNTRAINED, f"not trained: no lines in {METRICS_FILE}"
     for line in lines:
-        broken = [name for name in _CHECKED if name in line and line[name] is None]
-        if broken:
-            return DIVERGED, f"diverged: {broken[0]} was not finite at step {line['step']} of {num_steps}"
-    if _evaluations(lines, num_steps):
+        for name in _CHECKED:
+            if name in line and line[name] is None:
+                return DIVERGED, f"diverged: {name} was not finite at step {line['step']} of {num_steps}"
+    if is_evaluated:
         return FINISHED, ""
     return UNFINISHED, f"unfinished: step {max(line['step'] for line in lines)} of {num_steps}, no last evaluation"
 
@@ -131,11 +120,10 @@ def _read_lines(path: str) -> list[dict[str, Any]]:
 def _checked(line: Any) -> dict[str, Any]:
     if not isinstance(line, dict) or type(line.get("step")) is not int:
         raise ValueError("no step that is an integer")
-    for name in _CHECKED:
-        value = line.get(name)
-        if value is not None and type(value) not in (int, float):
-            raise ValueError(f"{name} = {value!r} is not a number")
-        if value is not None and not math.isfinite(value):
+    for name in line.keys() & {*_CHECKED}:
+        if type(line[name]) not in (int, float, type(None)):
+            raise ValueError(f"{name} = {line[name]!r} is not a number")
+        if line[name] is not None and not math.isfinite(line[name]):
             line[name] = None
     return line
 
@@ -150,13 +138,12 @@ def _data_fingerprint(workdir: str) -> str:
     return fingerprint
 
 
-def _require_same_data(runs: list[Run]) -> None:
-    if len(runs) == 1:
-        return
-    a, b = runs[:2]
-    names = sorted(name for name in a.data.keys() | b.data.keys() if a.data.get(name) != b.data.get(name))
-    shown = "; ".join(f"{name}: {a.data.get(name)!r} and {b.data.get(name)!r}" for name in names)
-    raise UserError(
-        f"{a.workdir} and {b.workdir} have other training or held-out tokens ({shown or 'the files changed'}): their"
+def _other_data(a: str, b: str) -> UserError:
+    mine, theirs = (dict(flat_fields(read_config(workdir))) for workdir in (a, b))
+    fields = sorted(name for name in mine.keys() | theirs.keys() if name.startswith("data."))
+    changed = [name for name in fields if mine.get(name) != theirs.get(name)]
+    shown = "; ".join(f"{name}: {mine.get(name)!r} and {theirs.get(name)!r}" for name in changed)
+    return UserError(
+        f"{a} and {b} have other training or held-out tokens ({shown or 'the files changed'}): their"
         " losses and bits per byte do not compare; report them apart"
     )

@@ -1,0 +1,41 @@
+"""What training made of each layer's geometry: the spectra of Sigma = M^T M."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from darkformer_jax.errors import UserError
+from darkformer_jax.runs.load import load_model
+
+
+class Spectra(NamedTuple):
+    """Eigenvalues of Sigma by layer, the largest first."""
+
+    workdir: str
+    step: int
+    initial: float  # of every eigenvalue where M starts as geometry_init * I
+    layers: list[int]
+    eigenvalues: np.ndarray  # [layers, kv heads, head_dim] float64
+
+    @property
+    def largest(self) -> list[float]:
+        """By layer, over heads."""
+        return self.eigenvalues.max(axis=(1, 2)).tolist()
+
+    @property
+    def smallest(self) -> list[float]:
+        """By layer, over heads."""
+        return self.eigenvalues.min(axis=(1, 2)).tolist()
+
+
+def read_spectra(workdir: str) -> Spectra:
+    """Of the newest checkpoint's M. Raises UserError where there is no good checkpoint or no layer has an M."""
+    model = load_model(workdir)
+    network = model.network.bind(model.params, model.projections)
+    mechanisms = [network.layer(index).attention.mechanism for index in range(model.network.spec.num_layers)]
+    geometries = {i: np.asarray(one.M[...], np.float64) for i, one in enumerate(mechanisms) if hasattr(one, "M")}
+    if not geometries:
+        raise UserError(f"{workdir}: no layer has an M")
+    singular = np.linalg.svd(np.stack(list(geometries.values())), compute_uv=False)  # descending
+    initial = float(model.config.model.attention.geometry_init) ** 2
+    return Spectra(workdir, model.step, initial, list(geometries), singular**2)
