@@ -1,14 +1,14 @@
-"""Tables, plots and one self-contained page of many runs: what they reached, beside each other.
+"""Compares many runs on one self-contained page of tables and plots.
 
     python -m darkformer_jax.report --runs='runs/ft-*' --out=docs/results/finetune
 
-Runs that differ in the seed alone are one row: held-out loss, bits per byte and accuracy after the last step, mean and
-standard error over seeds. Where DARK, Performer or the window alone, and exact attention were run at otherwise equal
-settings: the share of the gap to exact attention that DARK closes. Runs that did not reach their last step are listed
-with the reason. Loss curves, loss against the learning rate and against m, errors of calibration by layer and head,
-and the spectra of Sigma = M^T M are drawn where the runs have them. All runs must be of the same data.
+Runs that differ only in the seed share a row: the mean and standard error of held-out loss, bits per byte and accuracy
+after the last step. Where DARK, exact attention, and Performer or the window alone ran with otherwise equal settings,
+the page says which share of the gap to exact attention DARK closes. Runs that did not finish are listed with the
+reason. The plots show loss curves, the loss against the learning rate and against m, calibration errors by layer and
+head, and the spectra of Sigma = M^T M, as far as the runs have them. All runs must have the same data.
 
---out gets report.html (its pictures inside), report.md, the pictures, and results.json.
+--out gets report.html (with its pictures inside), report.md, the pictures, and results.json.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from absl import app
 
 from darkformer_jax.cli.parser import Parser, one_line_errors
 from darkformer_jax.data.files import whole_directory
-from darkformer_jax.reporting.findings import as_json, find
+from darkformer_jax.reporting.findings import as_json, collect
 from darkformer_jax.reporting.page import as_html, as_markdown
 
 
@@ -33,16 +33,16 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Writes the page; on a UserError one line and exit status 2."""
+    """Writes the page; a UserError becomes one line and exit status 2."""
     with one_line_errors("nothing was written"):
         report(args)
 
 
 def report(args: argparse.Namespace) -> dict[str, Any]:
-    """Reads the runs, writes --out, says where, and returns what results.json holds."""
+    """Reads the runs, writes --out, prints its place, and returns the content of results.json."""
     with whole_directory(args.out) as directory:
-        found = find(args.runs)
-        from darkformer_jax.reporting.plots import draw  # half a second that refusing need not spend
+        found = collect(args.runs)
+        from darkformer_jax.reporting.plots import draw  # here: an error need not wait for matplotlib
 
         pictures = []
         for name, figure in draw(found):

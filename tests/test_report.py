@@ -75,7 +75,7 @@ def test_rows_hold_hand_computed_means_and_standard_errors(reported):
     assert line.endswith("| 3 | 0 | 2.1000 ± 0.0577 | 3.0297 ± 0.0833 | (73.75 ± 0.72)% |")
     assert re.search(r"\| constant \(control\) \|.*\| 1 \| 0 \| 3\.5000 \| 5\.0494 \| 56\.25% \|", text)
     assert (
-        "All rows, where their mechanism has it: window 0, learning rate of M 0.0003, steps 20, tokens 81,920." in text
+        "Common to all rows that use the field: window 0, learning rate of M 0.0003, steps 20, tokens 81,920." in text
     )
     dark = next(row for row in result["rows"] if row["diverged"])
     assert dark["settings"]["mechanism"] == "dark" and dark["diverged"] == 1 and len(dark["runs"]) == 3
@@ -95,7 +95,7 @@ def test_the_share_of_the_gap_and_its_paired_standard_error(reported):
     assert same["gap"]["mean"] == pytest.approx(1.0)
     text = (out / "report.md").read_text()
     assert "DARK is better than Performer (-0.5000 ± 0.1155 in held-out loss, 3 shared seeds)" in text
-    assert "that it closes: (50 ± 6)%" in text
+    assert "It closes (50 ± 6)% of the gap of 1.0000 ± 0.1155 between Performer and exact attention." in text
 
 
 def test_a_dark_that_is_not_better_is_called_that(tmp_path):
@@ -128,8 +128,8 @@ def test_unfinished_and_diverged_runs_are_named_with_the_reason(reported):
         f"{root}/<b>_&|_": f"unfinished: step 14 of {STEPS}, no last evaluation",
     }
     text = (out / "report.md").read_text()
-    assert "Crosses: learning rates at which a run diverged." in text
-    assert "16 workdirs: 12 reached their last step, 2 diverged, 2 did not" in text
+    assert "Crosses mark learning rates at which a run diverged." in text
+    assert "16 workdirs: 12 finished, 2 diverged, 2 did not finish" in text
 
 
 def test_pictures_are_there_and_drawn(reported):
@@ -241,7 +241,7 @@ def bad(change):
 
 def other_data(a, b):
     (b / "data.json").write_text(json.dumps({"fingerprint": "0" * 64}))
-    return r"/a and .*/b have other training or held-out tokens \(the files changed\)"
+    return r"/a and .*/b have different training or held-out tokens \(the files changed\)"
 
 
 def other_tokenizer(a, b):
@@ -281,7 +281,7 @@ def a_config_that_is_none(a, b):
 
 def a_calibration_that_is_none(a, b):
     (b / "calibration.json").write_text('{"layers": []}')
-    return r"/b/calibration.json is not a report of calibrate"
+    return r"/b/calibration.json is not what calibrate writes"
 
 
 def a_circle(a, b):

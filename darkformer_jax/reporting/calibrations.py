@@ -1,4 +1,4 @@
-"""What calibrations left in workdirs: errors of attention by layer and head."""
+"""The errors of attention by layer and head that `calibrate` leaves in a workdir."""
 
 import itertools
 import os
@@ -14,7 +14,7 @@ from darkformer_jax.reporting.settings import ancestors
 
 
 class Calibration(NamedTuple):
-    """A workdir's calibration.json."""
+    """The content of a workdir's calibration.json."""
 
     workdir: str
     mechanism: str
@@ -25,12 +25,12 @@ class Calibration(NamedTuple):
 
     @property
     def mean_errors(self) -> dict[str, float]:
-        """stage -> mean over layers and heads."""
+        """stage -> mean relative error over layers and heads."""
         return {stage: float(values.mean()) for stage, values in self.errors.items()}
 
 
 def find_calibrations(workdirs: Iterable[str]) -> list[Calibration]:
-    """Of the workdirs and of those they began from, each once. Raises UserError for one that cannot be read."""
+    """The calibrations of the workdirs and of their ancestors, each once. Raises UserError if one cannot be read."""
     found: dict[str, Calibration] = {}
     for ancestor in itertools.chain.from_iterable(map(ancestors, workdirs)):
         path = os.path.join(ancestor, CALIBRATION_FILE)
@@ -48,7 +48,7 @@ def _read_calibration(workdir: str, path: str) -> Calibration:
         layers = [int(row["layer"]) for row in rows]
         named = (str(content["mechanism"]), int(content["num_features"]), int(content["window"]))
         if not errors or any(x.ndim != 2 or not np.isfinite(x).all() for x in errors.values()):
-            raise ValueError("errors are no finite numbers by layer and head")
+            raise ValueError("the errors are not finite numbers by layer and head")
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a report of calibrate: {error!r}") from error
+        raise UserError(f"{path} is not what calibrate writes: {error!r}") from error
     return Calibration(workdir, *named, layers, errors)

@@ -1,4 +1,4 @@
-"""DARK beside exact attention, Performer and the window alone, at otherwise equal settings, seed by seed."""
+"""Compares DARK with Performer, the window alone and exact attention, seed by seed and at otherwise equal settings."""
 
 import itertools
 import math
@@ -10,24 +10,24 @@ import numpy as np
 from darkformer_jax.reporting.rows import Mean, Row, best_of
 from darkformer_jax.reporting.settings import LEARNING_RATES, is_comparable
 
-COUNTERPARTS = {"performer": "Performer", "window_only": "the window alone"}  # kind -> its name in sentences
+COUNTERPARTS = {"performer": "Performer", "window_only": "the window alone"}  # kind -> name
 
 _SIGNIFICANT = 2.0  # standard errors
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A DARK row and its counterparts. `gap` and `share` are None where there is no exact row."""
+    """A DARK row beside a counterpart and, if there is one, an exact row; without it, `gap` and `share` are None."""
 
     kind: str  # of `other`
     dark: Row
     other: Row
     exact: Row | None
-    best: bool  # each at the best of its learning rates, else all at the same one
+    best: bool  # whether each row has its own best learning rate; else all have the same one
 
     @property
     def name(self) -> str:
-        """Of the counterpart, in sentences."""
+        """The counterpart's name in a sentence."""
         return COUNTERPARTS[self.kind]
 
     @property
@@ -42,20 +42,20 @@ class Comparison:
 
     @property
     def share(self) -> Mean | None:
-        """Of that gap that DARK closes; None too where there is no gap."""
+        """The share of the gap that DARK closes; None also if the gap is not positive."""
         if self.exact is None:
             return None
         return closed_share(self.exact.by_seed(), self.other.by_seed(), self.dark.by_seed())
 
     def in_words(self) -> str:
-        """Whether DARK is better than the counterpart, and what share of the gap to exact attention it closes."""
+        """Says whether DARK is better than the counterpart, and which share of the gap to exact attention it closes."""
         name, difference, gap, share = self.name, self.difference, self.gap, self.share
         seeds = f"{difference.num_seeds or 'no'} shared seed{'' if difference.num_seeds == 1 else 's'}"
         shown = f"{difference.text(sign='+')} in held-out loss, {seeds}"
         if difference.mean >= 0:
             text = f"DARK is not better than {name} ({shown})."
         elif difference.standard_error is None:
-            text = f"DARK is below {name} ({shown}: no standard error, so it may be chance)."
+            text = f"DARK is below {name} ({shown}, no standard error: this may be chance)."
         elif -difference.mean < _SIGNIFICANT * difference.standard_error:
             text = f"DARK is below {name} by less than two standard errors ({shown}): not distinguishable."
         else:
@@ -63,15 +63,15 @@ class Comparison:
         if gap is None:
             return text
         if share is None:
-            return f"{text} {name} is not worse than exact attention here: there is no gap to close."
-        text += f" Share of the gap from {name} to exact attention, {gap.text()}, that it closes: {share.percent(0)}"
+            return f"{text} There is no gap to close: {name} is not worse than exact attention here."
+        text += f" It closes {share.percent(0)} of the gap of {gap.text()} between {name} and exact attention"
         if gap.standard_error is not None and gap.mean < _SIGNIFICANT * gap.standard_error:
             text += " (the gap itself is less than two standard errors)"
         return text + "."
 
 
 def comparisons(rows: Sequence[Row]) -> list[Comparison]:
-    """Each DARK row against each counterpart at the same learning rate, then each at the best of its learning rates."""
+    """Compares rows with the same learning rates, then rows with the best of their learning rates."""
     found: dict[tuple[Row, Row, Row | None], Comparison] = {}
     nothing: list[Row | None] = [None]
     for kind, best in itertools.product(COUNTERPARTS, (False, True)):
@@ -96,11 +96,11 @@ def _difference(a: Row, b: Row) -> Mean:
 
 
 def closed_share(exact: dict[int, float], other: dict[int, float], dark: dict[int, float]) -> Mean | None:
-    """(other - dark) / (other - exact) of losses by seed: 1 = as good as exact, 0 = no better than `other`.
+    """The share s = mean(p - d) / mean(p - e), where e, p, d are the losses by seed of `exact`, `other` and `dark`.
 
-    Over the seeds that all three share: the ratio s of the mean differences, and its standard error by the first-order
-    expansion, se(p_i - d_i - s (p_i - e_i)) / |mean(p - e)|. Where they share none: of the means, with the standard
-    errors of the three taken as independent. None where `other` is not worse than exact.
+    s = 1: DARK is as good as exact attention; s = 0: no better than `other`. The means are over the seeds that all
+    three share; the standard error is the first-order expansion se(p_i - d_i - s (p_i - e_i)) / mean(p - e). If they
+    share no seed, s is of their own means, whose standard errors count as independent. None if mean(p - e) <= 0.
     """
     rows = (exact, other, dark)
     shared = sorted(exact.keys() & other.keys() & dark.keys())

@@ -1,7 +1,7 @@
-"""Everything that is reported about a set of runs, read from their workdirs; and the same as results.json."""
+"""Everything that is reported about a set of runs, and results.json, which holds the same."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,14 +28,14 @@ class Findings:
     rows: list[Row]
     comparisons: list[Comparison]
     calibrations: list[Calibration]
-    spectra: list[Spectra]  # of the first seed of each DARK row at the best learning rates
-    missing_spectra: list[str]  # workdirs of such rows, and why there is none
+    spectra: list[Spectra]  # of the first seed of each DARK row at its best learning rates
+    missing_spectra: list[str]  # "workdir: reason" where such a row has none
 
 
-def find(globs: str) -> Findings:
-    """Reads the workdirs that match the globs, with progress bars.
+def collect(globs: str) -> Findings:
+    """Reads the workdirs that match the comma-separated globs; shows progress bars.
 
-    Raises UserError where one cannot be read, two do not compare, or none has been trained or calibrated.
+    Raises UserError if a workdir cannot be read, if two do not compare, or if none was trained or calibrated.
     """
     runs = read_runs(_with_progress(find_workdirs(globs), "run"))
     rows = group(runs)
@@ -47,18 +47,20 @@ def find(globs: str) -> Findings:
     for workdir in _with_progress(dark, "checkpoint"):
         try:
             spectra.append(read_spectra(workdir))
-        except UserError as error:  # the figures do not need the checkpoint, which may have been removed
+        except UserError as error:  # every other figure is there without the checkpoint, which may have been removed
             missing.append(f"{workdir}: {error}")
     return Findings(globs, runs, rows, comparisons(rows), calibrations, spectra, missing)
 
 
-def _with_progress(items: list[str], unit: str) -> Iterable[str]:
-    bar: Iterable[str] = tqdm.tqdm(items, unit=unit, mininterval=0.1 if sys.stderr.isatty() else 30.0)
-    return bar
+def _with_progress(items: list[str], unit: str) -> Iterator[str]:
+    with tqdm.tqdm(total=len(items), unit=unit, mininterval=0.1 if sys.stderr.isatty() else 30.0) as bar:
+        for item in items:
+            yield item
+            bar.update()
 
 
 def as_json(found: Findings) -> dict[str, Any]:
-    """JSON values. Comparisons name rows by their place in `rows`; `share` is None where there is no gap to close."""
+    """The content of results.json. Comparisons give the index of rows; `share` is None if there is no gap."""
     return {
         "runs": found.globs,
         "rows": [_row(row) for row in found.rows],

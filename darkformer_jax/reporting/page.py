@@ -1,4 +1,4 @@
-"""The page of a set of runs: report.md from a template, and report.html from report.md."""
+"""Writes the page of a set of runs: report.md from a template, and report.html from report.md."""
 
 import base64
 import re
@@ -15,7 +15,7 @@ from darkformer_jax.reporting.rows import columns, common_settings, label
 
 
 def as_markdown(found: Findings, pictures: Sequence[str]) -> str:
-    """GitHub's Markdown; `pictures` are the names of files beside it."""
+    """The page in GitHub's Markdown; `pictures` are the names of the files beside it."""
     template = _environment(finalize=escape).get_template("page.md.jinja")
     functions = {"columns": columns, "common_settings": common_settings, "label": label}
     stages = list(dict.fromkeys(stage for one in found.calibrations for stage in one.errors))
@@ -24,9 +24,9 @@ def as_markdown(found: Findings, pictures: Sequence[str]) -> str:
 
 
 def as_html(title: str, markdown: str, directory: Path) -> str:
-    """The same as one file, with the pictures of `directory` inside.
+    """The same page as one HTML file, with the pictures of `directory` inside.
 
-    It asks for nothing from anywhere, and its policy forbids that it does. HTML within the Markdown stays text.
+    It loads nothing, and its content-security policy forbids it to. HTML in the Markdown is shown as text.
     """
     parser = MarkdownIt("js-default")
     parser.add_render_rule("table_open", lambda *_: '<div class="wide"><table>\n')
@@ -46,14 +46,14 @@ def _environment(**options: Any) -> jinja2.Environment:
 
 
 def escape(value: Any) -> Markup:
-    """A value as text without a meaning in Markdown, wherever it stands; what a macro made is Markup and stays."""
+    """Escapes a value so that Markdown shows it as it is; leaves the output of a macro, which is Markup, alone."""
     if isinstance(value, Markup):
         return value
     text = re.sub(r"([\\`*\[\]<>|#~&])", r"\\\1", _printable(str(value)).strip())
-    text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)  # within a word it has none
+    text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)  # plain within a word
     return Markup(re.sub(r"^(\d*)([-+.)=])(?=\s|$|\2)", r"\1\\\2", text))  # would begin a list or draw a line
 
 
 def _printable(text: str) -> str:
-    """Names of directories may hold line breaks and bytes that are no text."""
+    """Replaces line breaks and undecodable bytes, which names of directories may have, by their codes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -1,4 +1,4 @@
-"""Plots of rows, calibrations and spectra. Lines differ in colour (Okabe and Ito's), in style and in marker."""
+"""Plots rows, calibrations and spectra. Lines differ in colour (Okabe and Ito's palette), style and marker."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -16,28 +16,28 @@ from darkformer_jax.reporting.rows import Mean, Row, best_of, label
 from darkformer_jax.reporting.settings import LEARNING_RATE, LEARNING_RATES, M_FEATURES, key_of
 from darkformer_jax.reporting.spectra import Spectra
 
-_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # they stand out from white
+_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # visible on white
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 _MARKERS = "osD^vPX"
-_SMOOTHED = 20  # a training curve's mean runs over this fraction of its points, 1 / _SMOOTHED
+_SMOOTHED = 20  # a training curve is the running mean over 1 / _SMOOTHED of its points
 
 
 class _Line(NamedTuple):
-    """What one mechanism reached, by the field that a plot is about."""
+    """The results of one mechanism against the field on the x axis."""
 
     label: str
-    points: list[tuple[float, Mean]]
-    level: Mean | None  # where the mechanism does not have the field
-    crosses: list[float]  # values of the field at which a run diverged
+    points: list[tuple[float, Mean]]  # (x, y)
+    level: Mean | None  # y if the mechanism does not use the field
+    crosses: list[float]  # the x at which a run diverged
 
 
 def draw(found: Findings) -> Iterator[tuple[str, Figure]]:
-    """(file name, figure) of everything that the runs have."""
+    """Draws everything that the runs have; yields (file name, figure)."""
     best, diverged = best_of(found.rows), [run for run in found.runs if run.state == DIVERGED]
     for number, start in enumerate(range(0, len(best), len(_COLOURS)), start=1):
         some = best[start : start + len(_COLOURS)]
         yield f"loss_curves_{number}.png", _curves(some, [label(row, found.rows) for row in some], diverged)
-    loss, m = "held-out loss [nats a token]", "m, random features a head"
+    loss, m = "held-out loss [nats per token]", "m, random features per head"
     if _values(lines := _lines(found.rows, diverged, LEARNING_RATE, LEARNING_RATES))[1:]:
         yield "learning_rates.png", _against(lines, "learning rate", 10, loss)
     if _values(lines := _lines(found.rows, [], M_FEATURES, (M_FEATURES, *LEARNING_RATES)))[1:]:
@@ -51,8 +51,8 @@ def draw(found: Findings) -> Iterator[tuple[str, Figure]]:
 
 
 def _lines(rows: Sequence[Row], diverged: Sequence[ReportedRun], field: str, without: tuple[str, ...]) -> list[_Line]:
-    """A line for all that is equal but for `without`; of several rows at one value of `field`, the best."""
-    failed = [Row(run.settings, (run,), 1) for run in diverged]  # nothing but their settings is used
+    """One line for the rows that differ only in the fields `without`, with the best row at each value of `field`."""
+    failed = [Row(run.settings, (run,), 1) for run in diverged]  # only their settings are used
     groups: dict[str, list[Row]] = {}
     for row in [*rows, *failed]:
         groups.setdefault(key_of(row.settings, without), []).append(row)
@@ -67,7 +67,7 @@ def _lines(rows: Sequence[Row], diverged: Sequence[ReportedRun], field: str, wit
 
 
 def _calibrated_lines(calibrations: Sequence[Calibration]) -> list[_Line]:
-    """Mean error after calibration by m, a line a mechanism and window."""
+    """The mean error after calibration against m, one line per mechanism and window."""
     lines: dict[str, _Line] = {}
     for one in sorted(calibrations, key=lambda one: (one.mechanism, one.window, one.num_features)):
         name = f"{one.mechanism}, window {one.window}"
@@ -77,14 +77,15 @@ def _calibrated_lines(calibrations: Sequence[Calibration]) -> list[_Line]:
 
 
 def _values(lines: Sequence[_Line]) -> list[float]:
-    """Of the field that the lines are about."""
+    """The values on the x axis."""
     return sorted({x for line in lines for x in (*(x for x, _ in line.points), *line.crosses)})
 
 
 def _curves(rows: Sequence[Row], labels: Sequence[str], diverged: Sequence[ReportedRun]) -> Figure:
-    """Training loss (running mean) and held-out loss against the step: mean over seeds, band from least to largest.
+    """Training loss (running mean) and held-out loss against the step.
 
-    Of diverged runs, the training loss up to a cross.
+    A line is the mean over seeds, its band reaches from the lowest to the highest seed. The training loss of a diverged
+    run ends in a cross.
     """
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     training, heldout = figure.subplots(1, 2)
@@ -106,14 +107,14 @@ def _curves(rows: Sequence[Row], labels: Sequence[str], diverged: Sequence[Repor
         training.plot(list(curve), list(curve.values()), color="0.55", linewidth=0.8)
         training.plot(max(curve), curve[max(curve)], "x", color="#D55E00", markersize=9, markeredgewidth=2)
     for axes, title in ((training, "training, running mean"), (heldout, "held out")):
-        axes.set(xlabel="step", ylabel="loss [nats a token]", title=title)
+        axes.set(xlabel="step", ylabel="loss [nats per token]", title=title)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     return _with_legend(figure, heldout)
 
 
 def _against(lines: Sequence[_Line], xlabel: str, base: int, ylabel: str) -> Figure:
-    """Lines with error bars against a field, logarithmic to `base`; crosses above them where runs diverged."""
+    """Lines with error bars; the x axis is logarithmic to `base`, crosses above the lines mark diverged runs."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     means = [mean.mean for line in lines for mean in (*(y for _, y in line.points), line.level) if mean]
@@ -124,8 +125,9 @@ def _against(lines: Sequence[_Line], xlabel: str, base: int, ylabel: str) -> Fig
         if line.level is not None:
             axes.axhline(line.level.mean, label=line.label, **look | {"marker": ""})
         else:
-            values, errors = [y.mean for _, y in line.points], [y.standard_error or 0.0 for _, y in line.points]
-            axes.errorbar([x for x, _ in line.points], values, yerr=errors, label=line.label, capsize=3, **look)
+            errors = [np.nan if y.standard_error is None else y.standard_error for _, y in line.points]
+            xs, ys = [x for x, _ in line.points], [y.mean for _, y in line.points]
+            axes.errorbar(xs, ys, yerr=errors, label=line.label, capsize=3, **look)
         cross = {"color": look["color"], "markersize": 10 - i % 3, "markeredgewidth": 2}
         axes.plot(line.crosses, [height] * len(line.crosses), "x", **cross)
     if any(line.crosses for line in lines):
@@ -134,13 +136,13 @@ def _against(lines: Sequence[_Line], xlabel: str, base: int, ylabel: str) -> Fig
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.set_xscale("log", base=base)
     axes.minorticks_off()
-    axes.set_xticks(_values(lines), [f"{x:g}" for x in _values(lines)])  # as they were given, not powers of the base
+    axes.set_xticks(_values(lines), [f"{x:g}" for x in _values(lines)])  # not powers of the base
     axes.grid(alpha=0.3)
     return _with_legend(figure, axes)
 
 
 def _error_map(calibration: Calibration) -> Figure:
-    """Relative error of attention by layer and head, a panel a stage, on one scale."""
+    """Relative error of attention by layer and head: one panel per stage, on one scale."""
     errors = calibration.errors
     rows, heads = next(iter(errors.values())).shape
     scale = {"vmin": 0, "vmax": max(values.max() for values in errors.values()), "cmap": "cividis"}
@@ -159,7 +161,7 @@ def _error_map(calibration: Calibration) -> Figure:
 
 
 def _spectra(spectra: Spectra) -> Figure:
-    """Eigenvalues of Sigma by rank: the mean over heads (of the logarithm) of every layer, and where M = init * I."""
+    """Eigenvalues of Sigma by rank: one line per layer (geometric mean over heads); dashed: M = geometry_init * I."""
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.subplots()
     scale = matplotlib.colors.Normalize(min(spectra.layers), max(max(spectra.layers), min(spectra.layers) + 1))
@@ -177,7 +179,7 @@ def _spectra(spectra: Spectra) -> Figure:
 
 def _look(i: int) -> dict[str, Any]:
     place = i % len(_COLOURS)
-    marker = _MARKERS[(i + i // len(_COLOURS)) % len(_MARKERS)]  # another pair with the colour in each round
+    marker = _MARKERS[(i + i // len(_COLOURS)) % len(_MARKERS)]  # each round pairs it with another colour
     return {"color": _COLOURS[place], "linestyle": _STYLES[place], "marker": marker, "linewidth": 1.6, "markersize": 5}
 
 

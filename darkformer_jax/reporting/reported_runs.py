@@ -19,31 +19,31 @@ LOSS = "heldout_loss"
 HELDOUT = (LOSS, "heldout_bits_per_byte", "heldout_accuracy")
 FINISHED, DIVERGED, UNFINISHED, UNTRAINED = "finished", "diverged", "unfinished", "not trained"
 
-_CHECKED = ("loss", "grad_norm", *HELDOUT)  # null where it was not finite
+_CHECKED = ("loss", "grad_norm", *HELDOUT)  # null in metrics.jsonl if it was not finite
 
 
 @dataclass(frozen=True, eq=False)
 class ReportedRun:
-    """One workdir. Compared by identity."""
+    """What a run left in its workdir. Two are equal only if they are the same object."""
 
     workdir: str
     seed: int
     init_from: str
     settings: Settings
-    lines: list[dict[str, Any]]  # of metrics.jsonl
+    lines: list[dict[str, Any]]  # the lines of metrics.jsonl
     state: str  # FINISHED, DIVERGED, UNFINISHED or UNTRAINED
-    reason: str  # of a state that is not FINISHED
-    final: dict[str, Any]  # the held-out figures after the last step; empty where there are none
+    reason: str  # why the state is not FINISHED; else ""
+    final: dict[str, Any]  # the line of the evaluation after the last step; {} if there is none
 
     def curve(self, name: str) -> dict[int, float]:
-        """step -> value of the lines that have it."""
+        """step -> value, of the lines that have one."""
         return {line["step"]: line[name] for line in self.lines if line.get(name) is not None}
 
 
 def find_workdirs(globs: str) -> list[str]:
-    """Directories with a config.json that match comma-separated globs, each once, sorted within a glob.
+    """The directories with a config.json that match the comma-separated globs, each once, sorted within a glob.
 
-    Raises UserError naming the glob that none matches, or the path without wildcards that is no workdir.
+    Raises UserError that names a glob without a match.
     """
     found: dict[str, str] = {}
     for pattern in filter(None, map(str.strip, globs.split(","))):
@@ -62,8 +62,8 @@ def find_workdirs(globs: str) -> list[str]:
 def read_runs(workdirs: Iterable[str]) -> list[ReportedRun]:
     """Reads every workdir.
 
-    Raises UserError where a config or a line of metrics.jsonl cannot be read, or two runs were trained on other data:
-    their losses, and bits per byte, are then not of the same text.
+    Raises UserError if a config or a line of metrics.jsonl cannot be read, or if two runs were trained on different
+    data: their losses would be of different text.
     """
     runs: list[ReportedRun] = []
     trained: dict[str, str] = {}  # fingerprint of the data -> workdir
@@ -106,7 +106,7 @@ def _state(lines: list[dict[str, Any]], num_steps: int, is_evaluated: bool) -> t
 
 
 def _read_lines(path: str) -> list[dict[str, Any]]:
-    """Every line, checked. A last one without its newline is what a kill tore off: training drops it, too."""
+    """Reads and checks every line but a last one without a newline: a kill tore it, and training drops it too."""
     *complete, _torn = read_file(path).split(b"\n")
     lines = []
     for number, text in enumerate(complete, start=1):
@@ -131,7 +131,7 @@ def _checked(line: Any) -> dict[str, Any]:
 def _data_fingerprint(workdir: str) -> str:
     path = os.path.join(workdir, DATA_FILE)
     if not os.path.exists(path):
-        raise UserError(f"{workdir} has {METRICS_FILE} but no {DATA_FILE}: which text it is of cannot be told")
+        raise UserError(f"{workdir} has {METRICS_FILE} but no {DATA_FILE}: the text of the run is not known")
     fingerprint = read_json_object(path).get("fingerprint")
     if not isinstance(fingerprint, str):
         raise UserError(f"{path} has no fingerprint")
@@ -144,6 +144,6 @@ def _other_data(a: str, b: str) -> UserError:
     changed = [name for name in fields if mine.get(name) != theirs.get(name)]
     shown = "; ".join(f"{name}: {mine.get(name)!r} and {theirs.get(name)!r}" for name in changed)
     return UserError(
-        f"{a} and {b} have other training or held-out tokens ({shown or 'the files changed'}): their"
-        " losses and bits per byte do not compare; report them apart"
+        f"{a} and {b} have different training or held-out tokens ({shown or 'the files changed'}):"
+        " their losses and bits per byte do not compare; report them separately"
     )

@@ -1,4 +1,4 @@
-"""Runs that differ in nothing but the seed are one row; its figures are means with their standard errors."""
+"""Runs that differ only in the seed share a row, whose figures are means with standard errors."""
 
 import itertools
 import math
@@ -21,16 +21,16 @@ from darkformer_jax.reporting.settings import (
     role,
 )
 
-_ABSENT = "–"  # in the place of a field that the mechanism does not use
+_ABSENT = "–"  # is shown for a field that the mechanism does not use
 _ROLES = ("exact", "dark", "performer", "lfk", "", "control")
 
 
 class Mean(NamedTuple):
-    """A mean over seeds and its standard error, sd / sqrt(n) with n - 1 in sd; None for one seed."""
+    """A mean over n seeds, and its standard error sd / sqrt(n), where sd has n - 1 in its denominator."""
 
     mean: float
-    standard_error: float | None
-    num_seeds: int  # 0: made of the means of rows that share no seed
+    standard_error: float | None  # None if n = 1
+    num_seeds: int  # n; 0 for a comparison of rows that share no seed
 
     @staticmethod
     def of(values: Sequence[float]) -> "Mean":
@@ -50,18 +50,18 @@ class Mean(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """Finished runs of one experiment, by seed, at least one. Compared by identity."""
+    """The finished runs of one experiment, at least one. Two rows are equal only if they are the same object."""
 
     settings: Settings
-    runs: tuple[ReportedRun, ...]
-    num_diverged: int  # runs of the same experiment that are not among them
+    runs: tuple[ReportedRun, ...]  # by seed
+    num_diverged: int  # runs of the same experiment, not among `runs`
 
     def by_seed(self, figure: str = LOSS) -> dict[int, float]:
-        """seed -> the figure after the last step."""
+        """seed -> the held-out figure after the last step."""
         return {run.seed: run.final[figure] for run in self.runs}
 
     def mean(self, figure: str = LOSS) -> Mean:
-        """Over the seeds."""
+        """The mean of the held-out figure over the seeds."""
         return Mean.of(list(self.by_seed(figure).values()))
 
     @property
@@ -71,7 +71,7 @@ class Row:
 
     @property
     def mechanism(self) -> str:
-        """The kind of the layers, and what it is there for."""
+        """The kinds of the layers, and whether they are exact or a control."""
         return self.settings[MECHANISM] + (f" ({self.role})" if self.role in ("exact", "control") else "")
 
     def cells(self, fields: Iterable[str]) -> list[str]:
@@ -79,7 +79,7 @@ class Row:
         return [self.shown(field) for field in fields]
 
     def shown(self, field: str) -> str:
-        """The setting as text."""
+        """The setting `field` as text."""
         if field == ORIGIN:
             starts = sorted({run.init_from for run in self.runs} - {""})
             return " and ".join(starts[:2]) + (f" and {len(starts) - 2} more" if len(starts) > 2 else "") or _ABSENT
@@ -92,10 +92,9 @@ class Row:
 
 
 def group(runs: Iterable[ReportedRun]) -> list[Row]:
-    """The rows of the finished runs, in the order of the table: exact, DARK, Performer, others, controls.
+    """Groups the finished runs into rows, in the order of the table: exact, DARK, Performer, others, controls.
 
-    Raises UserError where two finished runs are the same experiment with the same seed: together they would feign
-    another sample.
+    Raises UserError if two finished runs are the same experiment with the same seed: they are not two samples.
     """
     groups: dict[str, list[ReportedRun]] = {}
     for run in sorted(runs, key=lambda run: run.seed):
@@ -119,7 +118,7 @@ def _place(row: Row) -> tuple:
 
 
 def best_of(rows: Iterable[Row], without: tuple[str, ...] = LEARNING_RATES) -> list[Row]:
-    """Of rows that are equal but for `without`, the one with the lowest mean held-out loss; the order is kept."""
+    """Keeps one of the rows that differ only in the fields `without`: the one with the lowest mean held-out loss."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(key_of(row.settings, without), []).append(row)
@@ -127,19 +126,19 @@ def best_of(rows: Iterable[Row], without: tuple[str, ...] = LEARNING_RATES) -> l
 
 
 def columns(rows: Sequence[Row]) -> dict[str, str]:
-    """field -> heading of the fields in which rows differ, without the mechanism."""
+    """field -> heading, of the fields in which the rows differ; the mechanism is not among them."""
     fields = [*HEADINGS, *sorted({name for row in rows for name in row.settings} - HEADINGS.keys() - {MECHANISM})]
     return {name: HEADINGS.get(name, name) for name in fields if len(_values(rows, name)) > 1}
 
 
 def common_settings(rows: Sequence[Row]) -> str:
-    """`learning rate 0.003, steps 400`: what all rows that have the field have in common."""
+    """The settings that are equal in all rows that use the field: `learning rate 0.003, steps 400`."""
     values = ((text, _values(rows, name)) for name, text in HEADINGS.items())
     return ", ".join(f"{text} {shown.pop()}" for text, shown in values if len(shown) == 1)
 
 
 def label(row: Row, rows: Sequence[Row], without: tuple[str, ...] = ()) -> str:
-    """The mechanism, and the fields by which the row can be told from `rows`."""
+    """The mechanism, and the settings in which `rows` differ but for the fields `without`."""
     fields = [name for name in columns(rows) if name not in (TOKENS, *without) and row.shown(name) != _ABSENT]
     values = (f"{HEADINGS.get(name, name.rpartition('.')[2])} {row.shown(name)}" for name in fields)
     return ", ".join([row.mechanism, *values])

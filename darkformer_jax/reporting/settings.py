@@ -1,4 +1,4 @@
-"""What sets one experiment apart from another: the config's fields that its mechanism uses, and what it began from."""
+"""The settings of an experiment: the config's fields that its mechanism uses, and what its weights began from."""
 
 import json
 import os
@@ -16,14 +16,16 @@ from darkformer_jax.runs.workdir import CHANGEABLE, CONFIG_FILE, read_config
 
 _ATTENTION = "model.attention."
 
-MECHANISM = "mechanism"  # kinds of successive layers, "dark" or "softmax,dark"; instead of attention.kind and .pattern
-TOKENS = "tokens"  # that training sees: steps x sequences x their length
+MECHANISM = (
+    "mechanism"  # the kinds of successive layers, "dark" or "softmax,dark"; replaces attention.kind and .pattern
+)
+TOKENS = "tokens"  # the tokens of training: steps x sequences x their length
 ORIGIN = "init_from"
 M_FEATURES = _ATTENTION + "num_features"
 LEARNING_RATE = "optimizer.learning_rate"
 GEOMETRY_RATE = "optimizer.geometry_learning_rate"
 LEARNING_RATES = (LEARNING_RATE, GEOMETRY_RATE)
-# What every report says, in a column or once above the table; other fields have a column where rows differ in them.
+# Every page shows these, in a column or once above the table; any other field has a column if rows differ in it.
 HEADINGS = {
     M_FEATURES: "m",
     "model.attention.window": "window",
@@ -37,10 +39,10 @@ HEADINGS = {
 
 Settings = dict[str, Any]
 
-# How the same batch is computed, when it is measured and saved; the data is compared by its fingerprint.
+# They change how a batch is computed, measured or saved, not what is learned; the data has a fingerprint of its own.
 _NO_SETTINGS = ("seed.", "data.", "model.remat.", *(name + "." for name in CHANGEABLE if name != "num_steps"))
 
-# What the mechanisms are and use: `_role`, `_unused_fields` and `_learns_geometry` alone know it.
+# What each mechanism is and uses. Only `_role`, `_unused_fields` and `_learns_geometry` read these tables.
 _CONTROLS = ("window_only", "constant", "random")
 _FEATURES = {"num_features", "projections", "redraw_every", "far_gain"}
 _WINDOW = {"window", "num_sinks", "chunk_size"}
@@ -72,19 +74,24 @@ def _learns_geometry(kinds: Collection[str]) -> bool:
 
 
 def settings_of(config: Mapping[str, Any], where: str) -> Settings:
-    """The fields that the run's mechanism uses, flat, without the seed; MECHANISM, TOKENS and ORIGIN among them.
+    """The flat fields that the run's mechanism uses, without the seed, with MECHANISM, TOKENS and ORIGIN.
 
-    Raises UserError that names the workdir `where` when a field is missing.
+    Raises UserError that names the workdir `where` if a field is missing.
     """
     flat = dict(flat_fields(config))
     try:
         kinds = pattern_kinds(flat.pop(_ATTENTION + "pattern"), flat.pop(_ATTENTION + "kind"))
         unused = _unused_fields(kinds)
         if not flat[_ATTENTION + "window"]:
-            unused |= {"num_sinks", "chunk_size", "far_gain", "window_kernel"}  # the chunk then only orders the sums
+            unused |= {
+                "num_sinks",
+                "chunk_size",
+                "far_gain",
+                "window_kernel",
+            }  # without a window, the chunk only orders sums
         has_gain = "far_gain" not in unused and flat[_ATTENTION + "far_gain"]
         not_used = {_ATTENTION + name for name in unused}
-        if not has_gain and not _learns_geometry(kinds):  # a gain learns at M's rate
+        if not has_gain and not _learns_geometry(kinds):  # a gain has M's learning rate
             not_used.add(GEOMETRY_RATE)
         tokens = flat["num_steps"] * flat["batch_size"] * flat["sequence_length"]
         origin = origin_of(flat[ORIGIN])
@@ -99,14 +106,14 @@ def settings_of(config: Mapping[str, Any], where: str) -> Settings:
 
 
 def key_of(settings: Settings, without: tuple[str, ...] = ()) -> str:
-    """Equal for equal settings."""
+    """A string that is equal for settings that differ at most in the fields `without`."""
     return json.dumps({name: value for name, value in settings.items() if name not in without}, sort_keys=True)
 
 
 def ancestors(workdir: str) -> list[str]:
-    """The workdir and those that it began from, as far as they are there; relative paths are of this directory.
+    """The workdir, the one that it began from, and so on, as far as they exist.
 
-    Raises UserError where one began from itself.
+    Relative paths are relative to the current directory. Raises UserError if one began from itself.
     """
     chain: list[str] = []
     while workdir and os.path.isfile(os.path.join(workdir, CONFIG_FILE)):
@@ -118,9 +125,9 @@ def ancestors(workdir: str) -> list[str]:
 
 
 def origin_of(init_from: str) -> Any:
-    """What a run began from, as a JSON value that is the same for runs that differ in the seed alone.
+    """A JSON value of what a run began from, equal for starts that differ only in the seed.
 
-    An import is its path; a run or a calibration is its own settings, and what it began from in turn.
+    It is the path of an imported model, and the settings of a run or a calibration, which hold its own origin.
     """
     if not init_from:
         return None
@@ -138,10 +145,10 @@ def origin_of(init_from: str) -> Any:
 
 
 def is_comparable(dark: Settings, other: Settings, counterpart: str, without: tuple[str, ...] = ()) -> bool:
-    """Whether `other` is `dark` with the counterpart in the place of every DARK layer, and equal in all else.
+    """Whether `other` has the counterpart in place of every DARK layer of `dark`, and equals it in all else.
 
-    Equal are the first ancestor and every field but M's learning rate, those of attention that one of the two does not
-    use, and `without`. The counterpart is a kind, or "exact" for any exact kind.
+    All else is the first ancestor and every field except M's learning rate, attention's fields that one of the two does
+    not use, and the fields `without`. The counterpart is a kind, or "exact" for any exact kind.
     """
     layers = zip(_layers(dark), _layers(other), strict=False)  # their number is compared below
     if any(counterpart not in (b, _role(b)) if a == "dark" else b != a for a, b in layers):
@@ -154,7 +161,7 @@ def is_comparable(dark: Settings, other: Settings, counterpart: str, without: tu
 
 
 def role(settings: Settings) -> str:
-    """`exact`, `control`, or the kind of the layers that are not exact; "" where they are of several kinds."""
+    """`exact`, `control`, or the kind of the layers that are not exact; "" if those have several kinds."""
     kinds = {kind for kind in settings[MECHANISM].split(",") if _role(kind) != "exact"}
     if not kinds:
         return "exact"

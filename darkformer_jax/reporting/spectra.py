@@ -1,4 +1,4 @@
-"""What training made of each layer's geometry: the spectra of Sigma = M^T M."""
+"""The spectra of Sigma = M^T M, which show what training made of each layer's geometry."""
 
 from typing import NamedTuple
 
@@ -9,27 +9,27 @@ from darkformer_jax.runs.load import load_model
 
 
 class Spectra(NamedTuple):
-    """Eigenvalues of Sigma by layer, the largest first."""
+    """The eigenvalues of Sigma in each layer that has an M, in descending order."""
 
     workdir: str
     step: int
-    initial: float  # of every eigenvalue where M starts as geometry_init * I
+    initial: float  # every eigenvalue of M = geometry_init * I
     layers: list[int]
     eigenvalues: np.ndarray  # [layers, kv heads, head_dim] float64
 
     @property
     def largest(self) -> list[float]:
-        """By layer, over heads."""
+        """The largest eigenvalue of each layer."""
         return self.eigenvalues.max(axis=(1, 2)).tolist()
 
     @property
     def smallest(self) -> list[float]:
-        """By layer, over heads."""
+        """The smallest eigenvalue of each layer."""
         return self.eigenvalues.min(axis=(1, 2)).tolist()
 
 
 def read_spectra(workdir: str) -> Spectra:
-    """Of the newest checkpoint's M. Raises UserError where there is no good checkpoint or no layer has an M."""
+    """Reads the newest checkpoint. Raises UserError if none is good or no layer has an M."""
     model = load_model(workdir)
     network = model.network.bind(model.params, model.projections)
     mechanisms = [network.layer(index).attention.mechanism for index in range(model.network.spec.num_layers)]
