@@ -43,9 +43,7 @@ class Comparison:
     @property
     def share(self) -> Mean | None:
         """The share of the gap that DARK closes; None also if the gap is not positive."""
-        if self.exact is None:
-            return None
-        return closed_share(self.exact.by_seed(), self.other.by_seed(), self.dark.by_seed())
+        return None if self.exact is None else closed_share(*(r.by_seed() for r in (self.exact, self.other, self.dark)))
 
     def in_words(self) -> str:
         """Says whether DARK is better than the counterpart, and which share of the gap to exact attention it closes."""

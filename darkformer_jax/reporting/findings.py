@@ -11,7 +11,7 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.reporting.calibrations import Calibration, find_calibrations
 from darkformer_jax.reporting.comparison import Comparison, comparisons
 from darkformer_jax.reporting.reported_runs import FINISHED, HELDOUT, UNTRAINED, ReportedRun, find_workdirs, read_runs
-from darkformer_jax.reporting.rows import Row, best_of, group
+from darkformer_jax.reporting.rows import Row, as_rows, best_of
 from darkformer_jax.reporting.settings import MECHANISM
 from darkformer_jax.reporting.spectra import Spectra, read_spectra
 
@@ -38,7 +38,7 @@ def collect(globs: str) -> Findings:
     Raises UserError if a workdir cannot be read, if two do not compare, or if none was trained or calibrated.
     """
     runs = read_runs(_with_progress(find_workdirs(globs), "run"))
-    rows = group(runs)
+    rows = as_rows(runs)
     calibrations = find_calibrations(run.workdir for run in runs)
     if not calibrations and all(run.state == UNTRAINED for run in runs):
         raise UserError(f"--runs={globs}: none of the {len(runs)} workdirs has been trained or calibrated")

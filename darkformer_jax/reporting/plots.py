@@ -12,8 +12,8 @@ from matplotlib.ticker import MaxNLocator
 from darkformer_jax.reporting.calibrations import Calibration
 from darkformer_jax.reporting.findings import Findings
 from darkformer_jax.reporting.reported_runs import DIVERGED, LOSS, ReportedRun
-from darkformer_jax.reporting.rows import Mean, Row, best_of, label
-from darkformer_jax.reporting.settings import LEARNING_RATE, LEARNING_RATES, M_FEATURES, key_of
+from darkformer_jax.reporting.rows import Mean, Row, best_of, grouped, label
+from darkformer_jax.reporting.settings import LEARNING_RATE, LEARNING_RATES, M_FEATURES
 from darkformer_jax.reporting.spectra import Spectra
 
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # visible on white
@@ -53,11 +53,8 @@ def draw(found: Findings) -> Iterator[tuple[str, Figure]]:
 def _lines(rows: Sequence[Row], diverged: Sequence[ReportedRun], field: str, without: tuple[str, ...]) -> list[_Line]:
     """One line for the rows that differ only in the fields `without`, with the best row at each value of `field`."""
     failed = [Row(run.settings, (run,), 1) for run in diverged]  # only their settings are used
-    groups: dict[str, list[Row]] = {}
-    for row in [*rows, *failed]:
-        groups.setdefault(key_of(row.settings, without), []).append(row)
     lines = []
-    for members in groups.values():
+    for members in grouped([*rows, *failed], without):
         finished = best_of([row for row in members if row in rows], tuple(set(without) - {field}))
         points = sorted((row.settings[field], row.mean()) for row in finished if field in row.settings)
         level = finished[0].mean() if finished and not points else None

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -91,16 +91,24 @@ class Row:
         return f"{value:g}" if isinstance(value, float) else str(value) or "none"
 
 
-def group(runs: Iterable[ReportedRun]) -> list[Row]:
+_T = TypeVar("_T", ReportedRun, Row)
+
+
+def grouped(items: Iterable[_T], without: tuple[str, ...] = ()) -> list[list[_T]]:
+    """Groups runs or rows whose settings differ at most in the fields `without`; keeps their order."""
+    groups: dict[str, list[_T]] = {}
+    for item in items:
+        groups.setdefault(key_of(item.settings, without), []).append(item)
+    return list(groups.values())
+
+
+def as_rows(runs: Iterable[ReportedRun]) -> list[Row]:
     """Groups the finished runs into rows, in the order of the table: exact, DARK, Performer, others, controls.
 
     Raises UserError if two finished runs are the same experiment with the same seed: they are not two samples.
     """
-    groups: dict[str, list[ReportedRun]] = {}
-    for run in sorted(runs, key=lambda run: run.seed):
-        groups.setdefault(key_of(run.settings), []).append(run)
     rows = []
-    for members in groups.values():
+    for members in grouped(sorted(runs, key=lambda run: run.seed)):
         finished = tuple(run for run in members if run.state == FINISHED)
         for a, b in itertools.pairwise(finished):
             if a.seed == b.seed:
@@ -119,10 +127,7 @@ def _place(row: Row) -> tuple:
 
 def best_of(rows: Iterable[Row], without: tuple[str, ...] = LEARNING_RATES) -> list[Row]:
     """Keeps one of the rows that differ only in the fields `without`: the one with the lowest mean held-out loss."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(key_of(row.settings, without), []).append(row)
-    return [min(members, key=lambda row: row.mean().mean) for members in groups.values()]
+    return [min(members, key=lambda row: row.mean().mean) for members in grouped(rows, without)]
 
 
 def columns(rows: Sequence[Row]) -> dict[str, str]:
