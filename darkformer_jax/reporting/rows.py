@@ -66,7 +66,7 @@ class Row:
 
     @property
     def role(self) -> str:
-        """See `settings.role`."""
+        """What the mechanism is in a comparison: see `settings.role`."""
         return role(self.settings)
 
     @property
@@ -108,8 +108,8 @@ def as_rows(runs: Iterable[ReportedRun]) -> list[Row]:
     Raises UserError if two finished runs are the same experiment with the same seed: they are not two samples.
     """
     rows = []
-    for members in grouped(sorted(runs, key=lambda run: run.seed)):
-        finished = tuple(run for run in members if run.state == FINISHED)
+    for members in grouped(runs):
+        finished = tuple(sorted((run for run in members if run.state == FINISHED), key=lambda run: run.seed))
         for a, b in itertools.pairwise(finished):
             if a.seed == b.seed:
                 raise UserError(

@@ -16,9 +16,7 @@ from darkformer_jax.runs.workdir import CHANGEABLE, CONFIG_FILE, read_config
 
 _ATTENTION = "model.attention."
 
-MECHANISM = (
-    "mechanism"  # the kinds of successive layers, "dark" or "softmax,dark"; replaces attention.kind and .pattern
-)
+MECHANISM = "mechanism"  # the kinds of successive layers, such as "softmax,dark"; replaces attention.kind and .pattern
 TOKENS = "tokens"  # the tokens of training: steps x sequences x their length
 ORIGIN = "init_from"
 M_FEATURES = _ATTENTION + "num_features"
@@ -83,12 +81,7 @@ def settings_of(config: Mapping[str, Any], where: str) -> Settings:
         kinds = pattern_kinds(flat.pop(_ATTENTION + "pattern"), flat.pop(_ATTENTION + "kind"))
         unused = _unused_fields(kinds)
         if not flat[_ATTENTION + "window"]:
-            unused |= {
-                "num_sinks",
-                "chunk_size",
-                "far_gain",
-                "window_kernel",
-            }  # without a window, the chunk only orders sums
+            unused |= {"num_sinks", "chunk_size", "far_gain", "window_kernel"}  # the chunk then only orders sums
         has_gain = "far_gain" not in unused and flat[_ATTENTION + "far_gain"]
         not_used = {_ATTENTION + name for name in unused}
         if not has_gain and not _learns_geometry(kinds):  # a gain has M's learning rate
@@ -97,12 +90,8 @@ def settings_of(config: Mapping[str, Any], where: str) -> Settings:
         origin = origin_of(flat[ORIGIN])
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{where}/{CONFIG_FILE} is not the config of a run of this version: {error!r}") from error
-    used = {
-        name: value
-        for name, value in flat.items()
-        if name not in not_used and not (name + ".").startswith(_NO_SETTINGS)
-    }
-    return used | {MECHANISM: ",".join(kinds), TOKENS: tokens, ORIGIN: origin}
+    used = [name for name in flat if name not in not_used and not (name + ".").startswith(_NO_SETTINGS)]
+    return {name: flat[name] for name in used} | {MECHANISM: ",".join(kinds), TOKENS: tokens, ORIGIN: origin}
 
 
 def key_of(settings: Settings, without: tuple[str, ...] = ()) -> str:
