@@ -35,7 +35,7 @@ def score_text(workdir: Workdir, step: int | None, request: ScoreRequest, progre
     corpus = open_corpus("text", request.files)
     # A file that is no text must show now, not after hours of scoring the ones before it.
     num_bytes = sum(len(document.text.encode("utf-8")) for document in corpus.documents(lambda _: None))
-    model = load_model(str(workdir), step)
+    model = load_model(workdir, step)
     longest = model.config.sequence_length
     context = request.context or min(_DEFAULT_CONTEXT, longest)
     stride = request.stride or context
