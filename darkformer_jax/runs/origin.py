@@ -1,11 +1,10 @@
 """What a checkpoint says beside its weights: an import keeps it, training hands it on, and an export gives it back."""
 
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
-from darkformer_jax.data.files import read_json_object, write_file
+from darkformer_jax.data.files import read_json_object, write_json
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.workdir import Workdir
 
@@ -14,7 +13,7 @@ _FILE = "pretrained.json"
 
 def write_origin(workdir: Workdir, origin: Mapping[str, Any]) -> None:
     """Keeps it in the workdir."""
-    write_file(str(workdir / _FILE), (json.dumps(origin, indent=2) + "\n").encode())
+    write_json(workdir / _FILE, origin)
 
 
 def read_origin(workdir: Workdir) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from darkformer_jax.data.progress import ProgressBar
 from darkformer_jax.data.sources import Corpus, find_text_files, open_corpus
 from darkformer_jax.data.windows import ScoredDocument, Window, window_batch
 from darkformer_jax.errors import UserError
@@ -18,7 +19,7 @@ from darkformer_jax.model.network import Network
 from darkformer_jax.runs.load import WorkdirModel, load_model
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.next_token import token_sums
-from darkformer_jax.tasks.task import Batch, ProgressBar, ScoreRequest, Scores, Sums
+from darkformer_jax.tasks.task import Batch, ScoreRequest, Scores, Sums
 
 QUARTERS = 4
 _DEFAULT_CONTEXT = 2048
