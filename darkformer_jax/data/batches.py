@@ -76,7 +76,7 @@ def train_batches(
       stream: the training split.
       seed: of the order, 0 .. 2**32 - 1.
       batch_size: B, over all processes.
-      sequence_length: L, tokens a row.
+      sequence_length: L, tokens per row.
       start_step: the step of the first batch; resuming needs nothing else.
       num_workers: worker processes; 0 = threads of this process. Absl flags must be parsed for workers to start.
       process_index, process_count: p and P of this host.
@@ -87,8 +87,8 @@ def train_batches(
     if not 0 <= seed < 2**32:
         raise UserError(f"seed={seed} is out of range; allowed: 0 to {2**32 - 1}")
     rows = _row_order(stream, seed, sequence_length)
-    # drop_remainder: there is none, and without it grain rounds the length of endless rows up to more than sys.maxsize
-    # where a batch is one row.
+    # Endless rows leave no remainder. But without drop_remainder grain rounds their length up, which for batches of one
+    # row gives more than sys.maxsize.
     batches = rows.batch(_local_size(batch_size, process_count), drop_remainder=True)
     batches = batches[process_index::process_count][start_step:]
     read_options = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=_PREFETCHED_BATCHES)
@@ -110,13 +110,13 @@ def heldout_batches(
 ) -> Iterator[Batch]:
     """The split in order, every target once; the last batch is filled up with rows of padding.
 
-    With `max_batches`, rows spread evenly over the split, so that a short evaluation sees every part of it.
+    With `max_batches`, the rows are spread evenly over the split, so that a short evaluation sees every part of it.
 
     Args:
       stream: the held-out split.
       batch_size: B, over all processes.
-      sequence_length: L, tokens a row.
-      max_batches: at most so many; 0 = the whole split.
+      sequence_length: L, tokens per row.
+      max_batches: the most batches; 0 = the whole split.
       process_index, process_count: as in `train_batches`.
     """
     local_size = _local_size(batch_size, process_count)
@@ -132,8 +132,8 @@ def heldout_batches(
 
 
 def _row_order(stream: TokenStream, seed: int, sequence_length: int) -> grain.MapDataset:
-    # `.seed` hashes the seed. `.shuffle(seed)` would not, and as it adds the epoch to it, run 0's second epoch would be
-    # run 1's first.
+    # `.seed` hashes the seed. `.shuffle(seed)` adds the epoch to the seed as it is: the second epoch of seed 0 would be
+    # the first epoch of seed 1.
     return grain.MapDataset.range(num_rows(stream, sequence_length)).seed(seed).shuffle().repeat()
 
 
