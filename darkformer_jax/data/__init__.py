@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 
 from darkformer_jax.data.batches import Batch, heldout_batches, num_rows, train_batches
-from darkformer_jax.data.heldout import HeldoutSplit
+from darkformer_jax.data.heldout import DEFAULT_HELDOUT_FRACTION, HeldoutSplit
 from darkformer_jax.data.prepared import load_prepared
 from darkformer_jax.data.sources import CORPUS_SOURCES, open_corpus
 from darkformer_jax.data.stream import TokenStream, memory_stream
@@ -30,7 +30,6 @@ __all__ = [
 ]
 
 PREPARED_SOURCE = "array_record"
-DEFAULT_HELDOUT_FRACTION = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
