@@ -138,8 +138,9 @@ def class_names(examples: Sequence[Example]) -> tuple[str, ...]:
     """
     names = sorted({example.label for example in examples})
     if len(names) == 1:
+        file = examples[0].place.rpartition(":")[0]
         raise UserError(
-            f"{examples[0].place.rpartition(':')[0]}: all {len(examples)} training examples have the label {names[0]!r}; "
+            f"{file}: all {len(examples)} training examples have the label {names[0]!r}; "
             "a classification needs two classes or more"
         )
     numbers = [_number(name) for name in names]
