@@ -18,6 +18,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.accumulation_steps = 1  # micro-batches an optimizer step; divides batch_size
     c.init_from = ""  # a workdir whose newest weights start this run ("" = from scratch); may change the mechanism
 
+    w = c.task = ml_collections.ConfigDict()
+    w.name = "language_model"  # what is learned
+
     m = c.model = ml_collections.ConfigDict()
     m.vocab_size = 0  # 0 = the tokenizer's; larger pads the table, smaller is refused
     m.num_layers = 4

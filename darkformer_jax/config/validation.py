@@ -19,6 +19,7 @@ from darkformer_jax.ops.linear import WindowKernel
 from darkformer_jax.ops.projections import ProjectionKind
 
 SCHEDULES = ("cosine", "rsqrt", "constant")
+TASKS = ("language_model",)
 DTYPES = ("bfloat16", "float32")
 FEATURE_KINDS = ("performer", "dark", "lfk")
 WINDOW_KINDS = (*FEATURE_KINDS, "window_only")
@@ -83,6 +84,7 @@ _POSITIVE = [
     "optimizer.eps",
 ]
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "task.name": TASKS,
     "model.activation": tuple(ACTIVATIONS),
     "model.dtype": DTYPES,
     "model.remat": ("none", *REMAT_POLICIES),

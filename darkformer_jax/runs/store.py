@@ -21,7 +21,6 @@ from typing import Any
 
 from darkformer_jax.errors import Transient, UserError, one_line
 
-CHECKPOINTS = "checkpoints"
 _SCHEME = "gs://"
 _NOT_IN_NAMES = set("#?*[]\\\n\r\t")
 _SECONDS_BETWEEN_UPLOADS = 30.0  # a kill loses the lines since then, and the resumed run writes them again
@@ -66,15 +65,16 @@ def file_system() -> Any:
 
 
 def local_path(workdir: str | os.PathLike[str]) -> Path:
-    """Where this process reads and writes the small files of a workdir: itself, or the local copy of a remote one.
-
-    The copy is made when it is first asked for, and goes with the process. Raises UserError.
-    """
-    return _local_copy(os.fspath(workdir).rstrip("/")) if is_remote(workdir) else Path(workdir)
+    """As `Workdir.local`, for callers that still hand on a string."""
+    return local_copy(os.fspath(workdir).rstrip("/")) if is_remote(workdir) else Path(workdir)
 
 
 @functools.cache
-def _local_copy(url: str) -> Path:
+def local_copy(url: str) -> Path:
+    """The small files of a remote workdir, copied into a temporary directory that goes with the process.
+
+    Raises UserError where they cannot be read, or the copy cannot be written.
+    """
     root = Path(tempfile.mkdtemp(prefix="darkformer-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     copy = root / url.removeprefix(_SCHEME)

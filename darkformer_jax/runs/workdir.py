@@ -1,4 +1,4 @@
-"""The run's directory: config.json is written once, compared on every later start, and nothing foreign is overwritten.
+"""The directory of a run: its config.json is compared on every later start, and nothing foreign is overwritten.
 
 It holds config.json, data.json, checkpoints/, metrics.jsonl, tensorboard/, samples.txt, the plots and .lock.
 """
@@ -9,6 +9,7 @@ import json
 import os
 import socket
 from collections.abc import Mapping
+from pathlib import Path
 from typing import IO, Any
 
 import jax
@@ -16,12 +17,14 @@ from absl import logging
 
 from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.data.files import write_atomically
+from darkformer_jax.data.tokenizers import has_tokenizer
 from darkformer_jax.distributed.processes import is_token
 from darkformer_jax.errors import Transient, UserError
-from darkformer_jax.runs.store import local_path
+from darkformer_jax.runs.store import is_remote, local_copy, remote_path
 
 CONFIG_FILE = "config.json"
 DATA_FILE = "data.json"
+CHECKPOINTS = "checkpoints"
 LOCK_FILE = ".lock"
 
 # What a resumed run may change: how long it runs, what it prints and keeps, and how the same batch is laid out on the
@@ -67,102 +70,193 @@ _LATER_FIELDS: dict[str, Any] = {
     },
     "optimizer": {"train": "all"},
     "profile": {"first_step": 0, "steps": 3},
+    "task": {"name": "language_model"},
 }
 
 
-def write_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
-    """Claims `workdir` for the experiment `config`, or checks that it already belongs to it.
+class Workdir(os.PathLike[str]):
+    """The directory of one run. `str` and `os.fspath` give its name, which two equal workdirs have in common.
 
-    An absent or empty directory is created and gets config.json. Where config.json exists, only the fields in
-    `CHANGEABLE` may differ; config.json then takes the new values. On a pod process 0 does this.
+    The small files of a workdir in a bucket are read and written in a local copy, `local`, whose changes a `Mirror`
+    uploads; its checkpoints go straight to the bucket.
 
     Args:
-      workdir: a local or mounted directory, or gs://bucket/name.
-      config: the resolved config as nested dicts of JSON values (tuples count as lists).
+      name: a local or mounted directory, in which `~` is expanded, or gs://bucket/name.
 
     Raises:
-      UserError: `workdir` holds another experiment (each changed field is printed as `field: old -> new`), or files but
-        no config.json, or cannot be written.
+      UserError: another URL, a name that a bucket cannot have, or the home directory of a user who is not there.
     """
-    if jax.process_index() != 0:  # they called check_config; by now there may be files of process 0's
-        return
-    check_config(workdir, config)
-    directory = local_path(workdir)
-    path = directory / CONFIG_FILE
-    new = _as_read_back(config)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        content = (json.dumps(new, indent=2, sort_keys=True) + "\n").encode()
-        if not path.exists() or path.read_bytes() != content:
-            write_atomically(path, content)
-    except OSError as error:
-        raise UserError(f"workdir {workdir} cannot be written: {error.strerror or error}") from error
 
+    def __init__(self, name: str | os.PathLike[str]) -> None:
+        given = os.fspath(name)
+        if not given:
+            raise UserError("workdir '': give the name of a directory")
+        self.is_remote = is_remote(given)
+        expanded = given if self.is_remote else os.path.expanduser(given)
+        if expanded.startswith("~"):
+            raise UserError(f"workdir {given}: there is no such home directory; for one of this name, give ./{given}")
+        self._name = expanded.rstrip("/") or "/"
 
-def check_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
-    """Raises what `write_config` would raise for a directory that is not this experiment's, and writes nothing."""
-    directory = local_path(workdir)
-    try:
-        if (directory / CONFIG_FILE).exists():
-            _refuse_changes(workdir, read_config(workdir), _as_read_back(config))
-        else:
-            _refuse_foreign_files(workdir)
-    except OSError as error:
-        raise UserError(f"workdir {workdir} cannot be read: {error.strerror or error}") from error
+    def __str__(self) -> str:
+        return self._name
 
+    def __fspath__(self) -> str:
+        return self._name
 
-def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:
-    """The config.json of a run, as nested dicts; fields that came after the run began mean what it did without them.
+    def __repr__(self) -> str:
+        return f"Workdir({self._name!r})"
 
-    Raises:
-      UserError: there is none, it is not JSON, or a model's of Hugging Face.
-    """
-    path = f"{os.fspath(workdir)}/{CONFIG_FILE}"  # of a workdir in a bucket, not where its copy is
-    try:
-        config = json.loads((local_path(workdir) / CONFIG_FILE).read_bytes())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}; is this the workdir of a run?") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} holds a {type(config).__name__}, not a config")
-    if "model_type" in config:
-        raise UserError(
-            f"{path} is a Hugging Face model's; bring it into a workdir first: python -m darkformer_jax.convert "
-            f"--source={os.fspath(workdir)} --workdir=<a new directory>"
-        )
-    return _with(_LATER_FIELDS, config)
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Workdir) and self._name == other._name
 
+    def __hash__(self) -> int:
+        return hash(self._name)
 
-def _with(later: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    for name, value in later.items():
-        if not isinstance(value, Mapping):
-            config.setdefault(name, value)
-        elif isinstance(section := config.setdefault(name, {}), dict):
-            _with(value, section)
-    return config
+    def __truediv__(self, name: str) -> Path:
+        return self.local / name
 
+    @property
+    def local(self) -> Path:
+        """Where this process reads and writes small files: the workdir itself, or the local copy of a remote one.
 
-def check_data(workdir: str | os.PathLike[str], fingerprint: str) -> None:
-    """Raises UserError where a run of `workdir` trained on other tokens than those of `fingerprint`."""
-    path = local_path(workdir) / DATA_FILE
-    if not path.exists():
-        return
-    try:
-        saved = json.loads(path.read_bytes())["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if saved != fingerprint:
-        raise UserError(
-            f"workdir {workdir} was trained on other data (fingerprint {saved[:12]}, now {fingerprint[:12]}): files "
-            "changed, or this is another Python's library; use a new workdir or bring the data back"
-        )
+        The copy is made when it is first asked for. Raises UserError where the bucket cannot be read.
+        """
+        return local_copy(self._name) if self.is_remote else Path(self._name)
 
+    @property
+    def shared(self) -> Any:
+        """The directory that all processes see: an absolute Path, or etils' path in the bucket, with the same methods.
 
-def write_data(workdir: str | os.PathLike[str], fingerprint: str) -> None:
-    """Notes what `check_data` compares. On a pod process 0 writes."""
-    if jax.process_index() == 0 and not (local_path(workdir) / DATA_FILE).exists():
-        write_atomically(local_path(workdir) / DATA_FILE, (json.dumps({"fingerprint": fingerprint}) + "\n").encode())
+        Raises UserError where the packages for buckets are not installed.
+        """
+        return remote_path(self._name) if self.is_remote else Path(self._name).absolute()
+
+    @property
+    def checkpoints(self) -> Any:
+        """The directory of the checkpoints, as `shared`."""
+        return self.shared / CHECKPOINTS
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a run has written its config.json."""
+        return (self / CONFIG_FILE).is_file()
+
+    @property
+    def tokenizer_dir(self) -> str | None:
+        """The directory to load its tokenizer from; None = it has none yet."""
+        return str(self.local) if has_tokenizer(str(self.local)) else None
+
+    def lock(self) -> "WorkdirLock":
+        """A lock to be entered: see `WorkdirLock`."""
+        return WorkdirLock(self)
+
+    def read_config(self) -> dict[str, Any]:
+        """The config.json of a run, as nested dicts; fields that came after the run began mean what it did without.
+
+        Raises:
+          UserError: there is none, it is not JSON, or it belongs to a Hugging Face model.
+        """
+        path = f"{self}/{CONFIG_FILE}"  # of a workdir in a bucket, not where its copy is
+        try:
+            config = json.loads((self / CONFIG_FILE).read_bytes())
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"{path} cannot be read: {reason}; is this the workdir of a run?") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is not valid JSON: {error}") from error
+        if not isinstance(config, dict):
+            raise UserError(f"{path} holds a {type(config).__name__}, not a config")
+        if "model_type" in config:
+            raise UserError(
+                f"{path} is a Hugging Face model's; bring it into a workdir first: python -m darkformer_jax.convert "
+                f"--source={self} --workdir=<a new directory>"
+            )
+        return _with(_LATER_FIELDS, config)
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Claims the directory for the experiment `config`, or checks that it already belongs to it.
+
+        An absent or empty directory is created and gets config.json. Where config.json exists, only the fields in
+        `CHANGEABLE` may differ; config.json then takes the new values. On a pod, process 0 does this.
+
+        Args:
+          config: the resolved config as nested dicts of JSON values (tuples count as lists).
+
+        Raises:
+          UserError: the directory holds another experiment (each changed field is printed as `field: old -> new`), or
+            files but no config.json, or cannot be written.
+        """
+        if jax.process_index() != 0:  # they called check_config; by now there may be files of process 0's
+            return
+        self.check_config(config)
+        path = self / CONFIG_FILE
+        content = (json.dumps(_as_read_back(config), indent=2, sort_keys=True) + "\n").encode()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists() or path.read_bytes() != content:
+                write_atomically(path, content)
+        except OSError as error:
+            raise UserError(f"workdir {self} cannot be written: {error.strerror or error}") from error
+
+    def check_config(self, config: Mapping[str, Any]) -> None:
+        """Raises what `write_config` would raise for a directory that is not this experiment's, and writes nothing."""
+        try:
+            if (self / CONFIG_FILE).exists():
+                self._refuse_changes(self.read_config(), _as_read_back(config))
+            else:
+                self._refuse_foreign_files()
+        except OSError as error:
+            raise UserError(f"workdir {self} cannot be read: {error.strerror or error}") from error
+
+    def check_data(self, fingerprint: str) -> None:
+        """Raises UserError where the run trained on other tokens than those of `fingerprint`."""
+        path = self / DATA_FILE
+        if not path.exists():
+            return
+        try:
+            saved = json.loads(path.read_bytes())["fingerprint"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
+        if saved != fingerprint:
+            raise UserError(
+                f"workdir {self} was trained on other data (fingerprint {saved[:12]}, now {fingerprint[:12]}): files "
+                "changed, or this is another Python's library; use a new workdir or bring the data back"
+            )
+
+    def write_data(self, fingerprint: str) -> None:
+        """Notes what `check_data` compares. On a pod, process 0 writes."""
+        if jax.process_index() == 0 and not (self / DATA_FILE).exists():
+            write_atomically(self / DATA_FILE, (json.dumps({"fingerprint": fingerprint}) + "\n").encode())
+
+    def _refuse_changes(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+        before, after = dict(flat_fields(old)), dict(flat_fields(new))
+        changes = [
+            f"{field}: {_shown(before, field)} -> {_shown(after, field)}"
+            for field in sorted(before.keys() | after.keys())
+            if not _changeable(field) and _shown(before, field) != _shown(after, field)
+        ]
+        if changes:
+            raise UserError(
+                f"workdir {self} belongs to another experiment; use a new workdir or undo: " + "; ".join(changes)
+            )
+
+    def _refuse_foreign_files(self) -> None:
+        if not self.local.exists():
+            return
+        if not self.local.is_dir():
+            raise UserError(f"workdir {self} is a file, not a directory")
+        # A run killed while it wrote its first config.json, or compared its processes, leaves our own files behind.
+        try:
+            names = [entry.name for entry in self.local.iterdir()]
+        except FileNotFoundError:  # `require_shared` has just removed it, and NFS shows it a while longer
+            return
+        foreign = sorted(name for name in names if name != CONFIG_FILE + ".tmp" and not is_token(name))
+        if foreign:
+            more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+            raise UserError(
+                f"workdir {self} is not empty and has no {CONFIG_FILE} (it holds {foreign[0]}{more}); "
+                "use a new or empty directory"
+            )
 
 
 class WorkdirLock(contextlib.AbstractContextManager["WorkdirLock"]):
@@ -173,11 +267,11 @@ class WorkdirLock(contextlib.AbstractContextManager["WorkdirLock"]):
     """
 
     def __init__(self, workdir: str | os.PathLike[str]) -> None:
-        self._directory = local_path(workdir)
+        self._workdir = Workdir(workdir)
         self._file: IO[str] | None = None
 
     def __enter__(self) -> "WorkdirLock":
-        if (self._directory / CONFIG_FILE).exists():
+        if self._workdir.has_begun:
             self.take()
         return self
 
@@ -192,14 +286,14 @@ class WorkdirLock(contextlib.AbstractContextManager["WorkdirLock"]):
             return
         file: IO[str] | None = None
         try:
-            file = open(self._directory / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
+            file = open(self._workdir / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
             self._lock(file)
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
             self._file, file = file, None
         except OSError as error:
-            raise UserError(f"workdir {self._directory} cannot be written: {error.strerror or error}") from error
+            raise UserError(f"workdir {self._workdir} cannot be written: {error.strerror or error}") from error
         finally:
             if file is not None:
                 file.close()
@@ -211,47 +305,24 @@ class WorkdirLock(contextlib.AbstractContextManager["WorkdirLock"]):
             file.seek(0)
             holder = file.read() or "another process"
             raise Transient(
-                f"workdir {self._directory} is in use by another run ({holder}); wait for it or use another workdir"
+                f"workdir {self._workdir} is in use by another run ({holder}); wait for it or use another workdir"
             ) from error
         except OSError as error:  # some network file systems have no locks
-            logging.warning("workdir %s cannot be locked: %s; start one run at a time", self._directory, error.strerror)
+            logging.warning("workdir %s cannot be locked: %s; start one run at a time", self._workdir, error.strerror)
+
+
+def _with(later: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    for name, value in later.items():
+        if not isinstance(value, Mapping):
+            config.setdefault(name, value)
+        elif isinstance(section := config.setdefault(name, {}), dict):
+            _with(value, section)
+    return config
 
 
 def _as_read_back(config: Mapping[str, Any]) -> dict[str, Any]:
     as_json: dict[str, Any] = json.loads(json.dumps(config))
     return as_json
-
-
-def _refuse_changes(workdir: str | os.PathLike[str], old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    before, after = dict(flat_fields(old)), dict(flat_fields(new))
-    changes = [
-        f"{field}: {_shown(before, field)} -> {_shown(after, field)}"
-        for field in sorted(before.keys() | after.keys())
-        if not _changeable(field) and _shown(before, field) != _shown(after, field)
-    ]
-    if changes:
-        raise UserError(
-            f"workdir {workdir} belongs to another experiment; use a new workdir or undo: " + "; ".join(changes)
-        )
-
-
-def _refuse_foreign_files(workdir: str | os.PathLike[str]) -> None:
-    directory = local_path(workdir)
-    if not directory.exists():
-        return
-    if not directory.is_dir():
-        raise UserError(f"workdir {workdir} is a file, not a directory")
-    # A run killed while it wrote its first config.json, or compared its processes, leaves our own files behind.
-    try:
-        names = [entry.name for entry in directory.iterdir()]
-    except FileNotFoundError:  # `require_shared` has just removed it, and NFS shows it a while longer
-        return
-    foreign = sorted(name for name in names if name != CONFIG_FILE + ".tmp" and not is_token(name))
-    if foreign:
-        raise UserError(
-            f"workdir {workdir} is not empty and has no {CONFIG_FILE} (it holds {foreign[0]}"
-            f"{f' and {len(foreign) - 1} more' if len(foreign) > 1 else ''}); use a new or empty directory"
-        )
 
 
 def _shown(fields: Mapping[str, Any], field: str) -> str:
@@ -260,3 +331,31 @@ def _shown(fields: Mapping[str, Any], field: str) -> str:
 
 def _changeable(field: str) -> bool:
     return any(field == allowed or field.startswith(allowed + ".") for allowed in CHANGEABLE)
+
+
+# For callers that still hand on a string.
+
+
+def write_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
+    """As `Workdir.write_config`."""
+    Workdir(workdir).write_config(config)
+
+
+def check_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
+    """As `Workdir.check_config`."""
+    Workdir(workdir).check_config(config)
+
+
+def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:
+    """As `Workdir.read_config`."""
+    return Workdir(workdir).read_config()
+
+
+def check_data(workdir: str | os.PathLike[str], fingerprint: str) -> None:
+    """As `Workdir.check_data`."""
+    Workdir(workdir).check_data(fingerprint)
+
+
+def write_data(workdir: str | os.PathLike[str], fingerprint: str) -> None:
+    """As `Workdir.write_data`."""
+    Workdir(workdir).write_data(fingerprint)

@@ -12,15 +12,16 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding
 
 from darkformer_jax.config.validation import model_spec
-from darkformer_jax.data import TokenStream
-from darkformer_jax.distributed.sharding import context_size, make_mesh, part_of_process, sharding_of
+from darkformer_jax.distributed.sharding import Part, context_size, make_mesh, part_of_process, sharding_of
 from darkformer_jax.model.flops import train_step_flops
 from darkformer_jax.model.lora import is_lora
 from darkformer_jax.model.trainable import Paths, split_params, trained_paths
 from darkformer_jax.model.transformer import Network
 from darkformer_jax.ops.context import check_stretch
 from darkformer_jax.training.optimizer import make_optimizer, make_schedule
-from darkformer_jax.training.step import Distillation, TrainState, make_state_init, make_train_step, state_shardings
+from darkformer_jax.tasks.task import Objective
+from darkformer_jax.training.evaluation import rows_sharding
+from darkformer_jax.training.step import TrainState, make_state_init, make_train_step, state_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +29,11 @@ class Experiment:
     """The parts of a training run. `abstract` is the state's shapes, `shardings` its layout on `mesh`.
 
     `trained` are the parameters that `optimizer` is of, and `schedule` is the learning rate that metrics show.
+    `batch_sharding` is of arrays [rows, places].
     """
 
     config: ml_collections.ConfigDict
+    objective: Objective
     network: Network
     trained: Paths
     optimizer: optax.GradientTransformation
@@ -42,13 +45,13 @@ class Experiment:
 
     @classmethod
     def of(
-        cls, config: ml_collections.ConfigDict, tokenizer_vocab: int, devices: Sequence[jax.Device] | None = None
+        cls, config: ml_collections.ConfigDict, objective: Objective, devices: Sequence[jax.Device] | None = None
     ) -> "Experiment":
         """On all devices there are, or on `devices`.
 
-        Raises UserError where the config, the tokenizer and the devices do not fit together.
+        Raises UserError where the config, the objective and the devices do not fit together.
         """
-        network = Network.of(model_spec(config, tokenizer_vocab))
+        network = Network.of(model_spec(config, objective.vocab_size))
         mesh = make_mesh(config.mesh.to_dict(), devices)
         o = config.optimizer
         trained = trained_paths(network, o.train)
@@ -65,7 +68,7 @@ class Experiment:
         if context_size(mesh) > 1:
             attention = network.spec.attention
             check_stretch(length // context_size(mesh), attention.chunk_size, attention.window)
-        return cls(config, network, trained, optimizer, schedule, mesh, abstract, shardings, batch_sharding)
+        return cls(config, objective, network, trained, optimizer, schedule, mesh, abstract, shardings, batch_sharding)
 
     def initial_state(self) -> TrainState:
         """The state before the first step, created where it is to stay."""
@@ -75,19 +78,34 @@ class Experiment:
         options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
         return jax.jit(init, out_shardings=self.shardings, compiler_options=options)()
 
-    def train_step(self, distillation: Distillation | None = None) -> jax.stages.Wrapped:
-        """The jitted (state, batch, teacher's arrays or None) -> (state, metrics); it takes over the state's memory."""
+    def train_step(self) -> jax.stages.Wrapped:
+        """The jitted (state, batch, the task's constants) -> (state, metrics); it takes over the state's memory."""
         step = make_train_step(
             self.network,
+            self.objective,
             self.optimizer,
             self.schedule,
             accumulation_steps=self.config.accumulation_steps,
-            z_loss=self.config.optimizer.z_loss,
             redraw_every=self.config.model.attention.redraw_every,
             trained=self.trained,
-            distillation=distillation,
         )
         return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
+
+    @property
+    def part(self) -> Part:
+        """The rows of every batch that this process reads."""
+        return part_of_process(self.batch_sharding)
+
+    @property
+    def sharded_state(self) -> TrainState:
+        """The state's shapes, each with its sharding."""
+        return jax.tree.map(_with_sharding, self.abstract, self.shardings)
+
+    @property
+    def sharded_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes of a step's batch, each with its sharding."""
+        shapes = self.objective.batch_shapes(self.config.batch_size)
+        return {name: _with_sharding(leaf, rows_sharding(self.batch_sharding, leaf.ndim)) for name, leaf in shapes.items()}
 
     @property
     def num_params(self) -> int:
@@ -106,12 +124,12 @@ class Experiment:
 
     @property
     def tokens_per_step(self) -> int:
-        """Positions an optimizer step, padding included."""
+        """Positions of a step's batch, padding included."""
         return self.config.batch_size * self.config.sequence_length
 
     @property
     def step_flops(self) -> float:
-        """Model FLOPs an optimizer step: `train_step_flops`, less frozen matrices' gradients, plus low-rank updates."""
+        """Model FLOPs per optimizer step: `train_step_flops`, less frozen matrices' gradients, plus low-rank updates."""
         spec, sizes = self.network.spec, self.network.spec.attention
         output = "embedding" if spec.tie_embeddings else "head"
         frozen = flatten_dict(split_params(self.abstract.params, self.trained)[1])
@@ -138,32 +156,31 @@ class Experiment:
     def describe(self) -> str:
         """What --dry_run prints."""
         spec = self.network.spec
-        per_device = bytes_a_device(self.abstract, self.shardings)
+        per_device = bytes_per_device(self.abstract, self.shardings)
         rows = (
             ("parameters", f"{self.num_params:,}"),
             ("trained", f"{self.num_trained:,} (optimizer.train = {self.config.optimizer.train!r})"),
-            ("state", f"{self.state_bytes / 2**20:,.1f} MiB, of which {per_device / 2**20:,.1f} MiB a device"),
-            ("tokens a step", f"{self.tokens_per_step:,} = {self.config.batch_size} x {self.config.sequence_length}"),
-            ("FLOPs a step", f"{self.step_flops:.3e}"),
+            ("state", f"{self.state_bytes / 2**20:,.1f} MiB, of which {per_device / 2**20:,.1f} MiB per device"),
+            ("tokens/step", f"{self.tokens_per_step:,} = {self.config.batch_size} x {self.config.sequence_length}"),
+            ("FLOPs/step", f"{self.step_flops:.3e}"),
             ("layers", f"{spec.num_layers} x ({', '.join(spec.pattern)})"),
             ("vocabulary", f"{spec.vocab_size:,}"),
+            *self.objective.describe().items(),
             ("mesh", ", ".join(f"{name}={size}" for name, size in self.mesh.shape.items())),
             ("steps", f"{self.config.num_steps:,}"),
         )
         return "\n".join(f"{name:14s} {value}" for name, value in rows)
 
 
-def bytes_a_device(abstract: Any, shardings: Any) -> int:
-    """Of the arrays' part on one device."""
+def bytes_per_device(abstract: Any, shardings: Any) -> int:
+    """Bytes of the arrays' part on one device."""
     pairs = zip(jax.tree.leaves(abstract), jax.tree.leaves(shardings), strict=True)
     return sum(math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, sharding in pairs)
 
 
+def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return leaf.update(sharding=sharding)
+
+
 def _size(tree: dict) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-
-
-def tokens_per_byte(stream: TokenStream) -> float:
-    """Predicted tokens over bytes of text: what turns nats a token into bits a byte."""
-    ends = 1 if stream.starts_are_targets else stream.num_documents  # tokens without a successor
-    return (stream.num_tokens - ends) / stream.num_bytes

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float
 
 from darkformer_jax.model.trainable import Paths, join_params, split_params
 from darkformer_jax.model.transformer import Network, variable_sharding
+from darkformer_jax.tasks.task import Batch, Objective, Sums
 
-Batch = dict[str, Array]  # see darkformer_jax.data.batches
 Metrics = dict[str, Array]
 
 
@@ -103,82 +103,30 @@ def _with_empty(saved: Any, like: Any) -> Any:
     return {name: _with_empty(saved.get(name, {}), value) for name, value in like.items()}
 
 
-def loss_sums(network: Network, params: dict, projections: dict, batch: Batch) -> Metrics:
-    """Sums over a batch's real tokens: `nll` (nats), `z` (squared log normaliser), `correct`, and their `weight`."""
-    return token_sums(predict(network, params, projections, batch), batch)
-
-
-def predict(network: Network, params: dict, projections: dict, batch: Batch) -> Float[Array, "b n vocab"]:
-    """The logits of a batch."""
-    logits, _ = network.bind(params, projections)(batch["inputs"], batch["segment_ids"], batch["positions"])
-    return logits
-
-
-def token_sums(logits: Float[Array, "b n vocab"], batch: Batch) -> Metrics:
-    """What `loss_sums` returns, of given logits."""
-    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
-    target_logits = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
-    weights = batch["weights"]
-    correct = (jnp.argmax(logits, axis=-1) == batch["targets"]).astype(jnp.float32)
-    return {
-        "nll": jnp.sum(weights * (log_normalizer - target_logits)),
-        "z": jnp.sum(weights * jnp.square(log_normalizer)),
-        "correct": jnp.sum(weights * correct),
-        "weight": jnp.sum(weights),
-    }
-
-
-def kl_divergence(teacher: Float[Array, "... vocab"], student: Float[Array, "... vocab"]) -> Float[Array, "..."]:
-    """KL(teacher || student) = sum_v p_v (log p_v - log q_v) of two arrays of logits, in nats."""
-    log_p, log_q = jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)
-    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
-
-
-class Distillation(NamedTuple):
-    """What makes the loss (1 - weight) cross-entropy + weight KL(teacher || student), means over real tokens."""
-
-    teacher: Network
-    weight: float
-
-
-def _make_objective(network: Network, z_loss: float, distillation: Distillation | None) -> Callable[..., Any]:
-    """(trained, (frozen, projections, the teacher's arrays), batch) -> (the sum to minimise, sums to report)."""
-
-    def objective(learned: dict, fixed: tuple[dict, dict, Any], batch: Batch) -> tuple[Float[Array, ""], Metrics]:
-        frozen, projections, teacher = fixed
-        logits = predict(network, join_params(learned, frozen), projections, batch)
-        sums = token_sums(logits, batch)
-        loss = sums["nll"]
-        if distillation is not None:
-            wanted = jax.lax.stop_gradient(predict(distillation.teacher, teacher[0], teacher[1], batch))
-            sums["distill"] = jnp.sum(batch["weights"] * kl_divergence(wanted, logits))
-            loss = (1.0 - distillation.weight) * loss + distillation.weight * sums["distill"]
-        return loss + z_loss * sums["z"], sums
-
-    return objective
-
-
 def make_train_step(
     network: Network,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,
     accumulation_steps: int,
-    z_loss: float,
     redraw_every: int,
     trained: Paths | None = None,
-    distillation: Distillation | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """(state, batch) -> (state, metrics); with a distillation (state, batch, (params, projections) of the teacher).
+    """(state, batch, the task's constants) -> (state, metrics).
 
-    Loss and gradients are sums over micro-batches over the total of real tokens. The `loss` of metrics is the
-    cross-entropy, distilled or not, so that runs compare; `distill` is the divergence.
+    Loss and gradients are sums over micro-batches over the total of the weight: of real tokens, say.
 
     trained: the parameters that the optimizer is of (None = all). Of the others no gradient is computed.
     """
-    gradient = jax.grad(_make_objective(network, z_loss, distillation), has_aux=True)
 
-    def gradient_sums(learned: dict, fixed: tuple[dict, dict, Any], batch: Batch) -> tuple[dict, Metrics]:
+    def loss(learned: dict, fixed: tuple[dict, dict, Any], batch: Batch) -> tuple[Float[Array, ""], Sums]:
+        frozen, projections, constants = fixed
+        return objective.loss(network.bind(join_params(learned, frozen), projections), batch, constants)
+
+    gradient = jax.grad(loss, has_aux=True)
+
+    def gradient_sums(learned: dict, fixed: tuple[dict, dict, Any], batch: Batch) -> tuple[dict, Sums]:
         if accumulation_steps == 1:
             return gradient(learned, fixed, batch)
         # Rows a, a + A, a + 2A, ... are micro-batch a: each device keeps the rows it has.
@@ -188,12 +136,12 @@ def make_train_step(
             jax.eval_shape(gradient, learned, fixed, jax.tree.map(lambda x: x[0], micro)),
         )
 
-        def add(total: tuple[dict, Metrics], part: Batch) -> tuple[tuple[dict, Metrics], None]:
+        def add(total: tuple[dict, Sums], part: Batch) -> tuple[tuple[dict, Sums], None]:
             return jax.tree.map(jnp.add, total, gradient(learned, fixed, part)), None
 
         return jax.lax.scan(add, zeros, micro)[0]
 
-    def train_step(state: TrainState, batch: Batch, teacher: Any = None) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch, constants: Any = None) -> tuple[TrainState, Metrics]:
         projections = state.projections
         if redraw_every:
             projections = jax.lax.cond(
@@ -203,20 +151,14 @@ def make_train_step(
                 projections,
             )
         learned, frozen = split_params(state.params, trained)
-        gradients, sums = gradient_sums(learned, (frozen, projections, teacher), batch)
+        gradients, sums = gradient_sums(learned, (frozen, projections, constants), batch)
         total = jnp.maximum(sums["weight"], 1.0)  # a batch of padding alone has no gradient, and no NaN
         gradients = jax.tree.map(lambda g: g / total, gradients)
         updates, moments = optimizer.update(gradients, state.optimizer, learned)
-        metrics = {
-            "loss": sums["nll"] / total,
-            "accuracy": sums["correct"] / total,
-            "z_loss": z_loss * sums["z"] / total,
+        metrics = objective.metrics(sums, total) | {
             "grad_norm": optax.tree.norm(gradients),
             "learning_rate": schedule(state.step),
-            "tokens": sums["weight"],
         }
-        if distillation is not None:
-            metrics["distill"] = sums["distill"] / total
         params = join_params(optax.apply_updates(learned, updates), frozen)
         return TrainState(state.step + 1, params, projections, moments), metrics
 

@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 
 from darkformer_jax.errors import UserError
-from darkformer_jax.runs import checkpoints as checkpoints_module
 from darkformer_jax.runs import manifest as manifest_module
 from darkformer_jax.runs.checkpoints import Checkpoints
 
@@ -386,7 +385,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(checkpoints: Checkpoi
     checkpoints.save(1, state_of(1))
     checkpoints.wait()
     full = shutil.disk_usage("/")._replace(free=100)
-    monkeypatch.setattr(checkpoints_module.shutil, "disk_usage", lambda _: full)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
     with pytest.raises(UserError, match=r"checkpoint step 2: .*checkpoints has 0.0 MB free, 0.0 MB needed"):
         checkpoints.save(2, state_of(2))
     assert checkpoints.latest_good_step() == 1

@@ -14,7 +14,7 @@ import pytest
 
 from darkformer_jax.config import base
 from darkformer_jax.errors import UserError
-from darkformer_jax.runs.workdir import WorkdirLock, read_config, write_atomically, write_config
+from darkformer_jax.runs.workdir import Workdir, WorkdirLock, read_config, write_atomically, write_config
 
 
 def config(**changes: Any) -> dict[str, Any]:
@@ -165,3 +165,19 @@ def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: Any, c
     write_config(tmp_path, config())
     with caplog.at_level(logging.WARNING, logger="absl"), WorkdirLock(tmp_path):
         assert f"workdir {tmp_path} cannot be locked: Operation not supported; start one run" in caplog.text
+
+
+def test_a_workdir_is_what_its_user_called_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert str(Workdir("runs/x/")) == os.fspath(Workdir("runs/x")) == "runs/x"
+    assert Workdir("runs/x") in {Workdir("runs/x/"), Workdir("runs/y")} and Workdir("runs/x") != "runs/x"
+    assert Workdir("runs/x") / "metrics.jsonl" == Path("runs/x/metrics.jsonl")
+    assert Workdir("runs/x").checkpoints == tmp_path / "runs" / "x" / "checkpoints"
+    assert str(Workdir("/")) == "/" and str(Workdir(Workdir("a"))) == "a"
+    assert str(Workdir("~/run")) == str(tmp_path / "run")
+    with pytest.raises(UserError, match="workdir ~nobody-is-called-so/run: there is no such home directory"):
+        Workdir("~nobody-is-called-so/run")
+    with pytest.raises(UserError, match="workdir '': give the name of a directory"):
+        Workdir("")
+    assert not list(tmp_path.iterdir())

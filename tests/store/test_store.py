@@ -77,7 +77,7 @@ def url(emulator, request):
 
 def elsewhere() -> None:
     """As another machine, which has no local copies."""
-    bucket._local_copy.cache_clear()
+    bucket.local_copy.cache_clear()
 
 
 def state_of(step):

@@ -1,0 +1,8 @@
+"""What is learned: batches, loss, figures, and what is best. One task a file, behind the protocol of tasks/task.py."""
+
+from typing import Any
+
+from darkformer_jax.tasks.language_model import LanguageModel
+from darkformer_jax.tasks.task import Task
+
+TASKS: dict[str, type[Task[Any]]] = {"language_model": LanguageModel}  # config.task.name -> what is learned

@@ -1,0 +1,194 @@
+"""Causal language modelling: next-token prediction on texts, judged by bits per byte of held-out text."""
+
+import dataclasses
+import gzip
+import lzma
+import math
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+
+from darkformer_jax.data import Batch, Data, TokenStream, heldout_batches, load_data, train_batches
+from darkformer_jax.data.files import write_atomically
+from darkformer_jax.distributed.sharding import Part
+from darkformer_jax.model.sampling import Sampler
+from darkformer_jax.model.transformer import Network
+from darkformer_jax.runs.origin import ends_of_text
+from darkformer_jax.runs.workdir import Workdir
+from darkformer_jax.tasks.next_token import NextToken
+from darkformer_jax.tasks.task import Best
+from darkformer_jax.tasks.teacher import Teacher, load_teacher
+from darkformer_jax.tasks.texts import Writer
+from darkformer_jax.tasks.tokenizer import check_same_tokenizer, tokenizer_of, vocab_size_of
+
+SAMPLES_FILE = "samples.txt"
+
+
+class TextEvaluation(NamedTuple):
+    """What a model makes of held-out text."""
+
+    loss: float  # nats per token
+    bits_per_byte: float  # of the text, whatever its tokenizer
+    accuracy: float  # share of tokens whose successor has the largest logit
+    tokens: int
+
+    @classmethod
+    def of(cls, sums: Mapping[str, np.ndarray], tokens_per_byte: float) -> "TextEvaluation":
+        """Of `token_sums` added up. tokens_per_byte: of the whole split, predicted tokens over bytes of its text."""
+        tokens = max(float(sums["weight"]), 1.0)
+        loss = float(sums["nll"]) / tokens
+        bits = loss / math.log(2) * tokens_per_byte
+        return cls(loss, bits, float(sums["correct"]) / tokens, int(sums["weight"]))
+
+    def as_metrics(self) -> dict[str, float]:
+        """Names for metrics.jsonl."""
+        return {f"heldout_{name}": value for name, value in self._asdict().items()}
+
+    def __str__(self) -> str:
+        return f"loss {self.loss:.4f}  bits per byte {self.bits_per_byte:.4f}  accuracy {100 * self.accuracy:.2f}%"
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """The task of predicting the next token; see `tasks.task.Task`.
+
+    Attributes:
+      config: of the run.
+      data: both splits and their tokenizer.
+      teacher: None = the text alone teaches.
+    """
+
+    config: ml_collections.ConfigDict
+    data: Data
+    teacher: Teacher | None
+
+    best = Best("heldout_loss", smaller=True)
+
+    @classmethod
+    def objective_of(cls, config: ml_collections.ConfigDict) -> NextToken:
+        """Of the text and the tokenizer's size alone: without a teacher."""
+        return NextToken.of(config, vocab_size_of(config))
+
+    @classmethod
+    def load(cls, config: ml_collections.ConfigDict, workdir: Workdir) -> "LanguageModel":
+        """Reads both splits, and the teacher onto the config's mesh."""
+        d = config.data
+        part = (jax.process_index(), jax.process_count())
+        data = load_data(
+            d.source,
+            d.files,
+            tokenizer_of(config, workdir),
+            d.heldout_fraction,
+            workdir.tokenizer_dir,
+            verify=part,
+        )
+        fingerprint = data.tokenizer.fingerprint
+        if config.init_from:
+            check_same_tokenizer(Workdir(config.init_from), fingerprint, "init_from")
+        weight = config.distill.weight
+        teacher = load_teacher(config, data.tokenizer.vocab_size, fingerprint) if weight else None
+        return cls(config, data, teacher)
+
+    @property
+    def objective(self) -> NextToken:
+        """Of this tokenizer, with the teacher if there is one."""
+        network = self.teacher.network if self.teacher else None
+        return NextToken.of(self.config, self.data.tokenizer.vocab_size, network)
+
+    @property
+    def constants(self) -> tuple[dict, dict] | None:
+        """The teacher's parameters and projections."""
+        return self.teacher.arrays if self.teacher else None
+
+    @property
+    def fingerprints(self) -> Mapping[str, str]:
+        """Of both splits' tokens, and of the tokenizer."""
+        return {"data": self.data.fingerprint, "tokenizer": self.data.tokenizer.fingerprint}
+
+    def train_batches(self, start_step: int, part: Part) -> Iterator[Batch]:
+        """As darkformer_jax.data.batches makes them."""
+        return train_batches(
+            self.data.train,
+            seed=self.config.seed,
+            batch_size=self.config.batch_size,
+            sequence_length=self.config.sequence_length,
+            start_step=start_step,
+            num_workers=self.config.data.num_workers,
+            process_index=part.index,
+            process_count=part.count,
+        )
+
+    def heldout_batches(self, max_batches: int, part: Part) -> Iterator[Batch]:
+        """As darkformer_jax.data.batches makes them."""
+        return heldout_batches(
+            self.data.heldout,
+            batch_size=self.config.eval.batch_size,
+            sequence_length=self.config.sequence_length,
+            max_batches=max_batches,
+            process_index=part.index,
+            process_count=part.count,
+        )
+
+    def evaluation(self, sums: Mapping[str, np.ndarray], rows: Mapping[str, np.ndarray]) -> TextEvaluation:
+        """Means over tokens; there are no values of rows."""
+        return TextEvaluation.of(sums, tokens_per_byte(self.data.heldout))
+
+    def save(self, workdir: Workdir) -> None:
+        """The tokenizer, where there is none yet."""
+        if workdir.tokenizer_dir is None:
+            self.data.tokenizer.save(str(workdir.local))
+
+    def report(self, network: Network, params: dict, projections: dict, workdir: Workdir, last: TextEvaluation) -> None:
+        """Bits per byte beside those of general compressors, and samples, which samples.txt keeps."""
+        text = self.data.heldout_text()
+        if text:
+            others = "  ".join(f"{name} {bits:.3f}" for name, bits in compressors(text).items())
+            print(f"bits per byte of the same {len(text):,} bytes: this model {last.bits_per_byte:.3f}  {others}")
+        if self.config.sample.prompts and jax.process_count() == 1:  # this process alone has not the whole state
+            samples = self._samples(network, params, projections, workdir)
+            print("\n" + samples)
+            write_atomically(workdir / SAMPLES_FILE, samples.encode())
+        print(f"more samples: python -m darkformer_jax.generate --workdir={shlex.quote(str(workdir))} --prompt='def '")
+
+    def _samples(self, network: Network, params: dict, projections: dict, workdir: Workdir) -> str:
+        """The config's prompts and how the model continues them, as `generate` would."""
+        s, tokenizer = self.config.sample, self.data.tokenizer
+        sampler = Sampler(
+            network,
+            params,
+            projections,
+            temperature=s.temperature,
+            top_k=s.top_k,
+            top_p=s.top_p,
+            seed=self.config.seed,
+            vocab_size=tokenizer.vocab_size,
+        )
+        ends = ends_of_text(str(workdir)) | {tokenizer.eos_id}
+        return Writer(sampler, tokenizer, ends).continue_all(s.prompts, s.max_new_tokens)
+
+    def __str__(self) -> str:
+        taught = f", taught by step {self.teacher.step} of {self.config.distill.workdir}" if self.teacher else ""
+        return f"{self.data.train.num_tokens:,} training tokens, {self.data.heldout.num_tokens:,} held out{taught}"
+
+
+def tokens_per_byte(stream: TokenStream) -> float:
+    """Predicted tokens over bytes of text: what turns nats per token into bits per byte."""
+    ends = 1 if stream.starts_are_targets else stream.num_documents  # tokens without a successor
+    return (stream.num_tokens - ends) / stream.num_bytes
+
+
+def compressors(data: bytes) -> dict[str, float]:
+    """Bits per byte of `data` under `gzip -9` and `xz -9`: what a language model's bits per byte should beat.
+
+    About 0.1 s and 0.5 s per MB; xz holds up to 0.7 GB while it works. Raises ValueError if `data` is empty.
+    """
+    if not data:
+        raise ValueError("nothing to compress")
+    return {
+        "gzip -9": 8 * len(gzip.compress(data, compresslevel=9)) / len(data),
+        "xz -9": 8 * len(lzma.compress(data, preset=9)) / len(data),
+    }

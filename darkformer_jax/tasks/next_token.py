@@ -1,0 +1,108 @@
+"""Next-token prediction: the loss of a language model, with a teacher's predictions beside the text's own if wanted.
+
+The teacher is frozen, and its predictions are targets (distillation, Hinton et al., arXiv 1503.02531).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jaxtyping import Array, Float
+
+from darkformer_jax.model.transformer import Network, Transformer
+from darkformer_jax.tasks.task import Batch, Sums
+
+
+@dataclasses.dataclass(frozen=True)
+class NextToken:
+    """The objective of a language model; see `tasks.task.Objective`.
+
+    Its loss is (1 - w) cross-entropy + w KL(teacher || student) + z_loss (log normaliser)^2, means over real tokens.
+
+    Attributes:
+      vocab_size: ids of the tokenizer.
+      sequence_length: tokens of a row.
+      z_loss: weight of the squared log normaliser.
+      teacher: whose arrays the loss takes as constants, (params, projections).
+      teacher_weight: w.
+    """
+
+    vocab_size: int
+    sequence_length: int
+    z_loss: float
+    teacher: Network | None = None
+    teacher_weight: float = 0.0
+
+    @classmethod
+    def of(cls, config: ml_collections.ConfigDict, vocab_size: int, teacher: Network | None = None) -> "NextToken":
+        """Of a config and of the tokenizer's number of ids."""
+        z_loss = config.optimizer.z_loss
+        return cls(vocab_size, config.sequence_length, z_loss, teacher, config.distill.weight if teacher else 0.0)
+
+    def batch_shapes(self, num_rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """As darkformer_jax.data.batches makes them."""
+        shape = (num_rows, self.sequence_length)
+        ids = ("inputs", "targets", "segment_ids", "positions")
+        return {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ids} | {
+            "weights": jax.ShapeDtypeStruct(shape, jnp.float32)
+        }
+
+    def loss(self, model: Transformer, batch: Batch, constants: Any) -> tuple[Float[Array, ""], Sums]:
+        """`token_sums`, and with a teacher `distill`, the sum of the divergences from it, in nats."""
+        logits = predict(model, batch)
+        sums = token_sums(logits, batch)
+        loss = sums["nll"]
+        if self.teacher is not None:
+            wanted = jax.lax.stop_gradient(predict(self.teacher.bind(*constants), batch))
+            sums["distill"] = jnp.sum(batch["weights"] * kl_divergence(wanted, logits))
+            loss = (1.0 - self.teacher_weight) * loss + self.teacher_weight * sums["distill"]
+        return loss + self.z_loss * sums["z"], sums
+
+    def metrics(self, sums: Sums, weight: Float[Array, ""]) -> dict[str, Array]:
+        """`loss` is the cross-entropy, distilled or not, so that runs compare."""
+        metrics = {
+            "loss": sums["nll"] / weight,
+            "accuracy": sums["correct"] / weight,
+            "z_loss": self.z_loss * sums["z"] / weight,
+            "tokens": sums["weight"],
+        }
+        if self.teacher is not None:
+            metrics["distill"] = sums["distill"] / weight
+        return metrics
+
+    def measure(self, model: Transformer, batch: Batch) -> tuple[Sums, dict[str, Array]]:
+        """`token_sums`; no figure needs the rows."""
+        return token_sums(predict(model, batch), batch), {}
+
+    def describe(self) -> Mapping[str, str]:
+        """Nothing that the model's own sizes do not say."""
+        return {}
+
+
+def predict(model: Transformer, batch: Batch) -> Float[Array, "b n vocab"]:
+    """The logits of a batch."""
+    logits, _ = model(batch["inputs"], batch["segment_ids"], batch["positions"])
+    return logits
+
+
+def token_sums(logits: Float[Array, "b n vocab"], batch: Batch) -> Sums:
+    """Sums over a batch's real tokens: `nll` (nats), `z` (squared log normaliser), `correct`, and their `weight`."""
+    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
+    target_logits = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
+    weights = batch["weights"]
+    correct = (jnp.argmax(logits, axis=-1) == batch["targets"]).astype(jnp.float32)
+    return {
+        "nll": jnp.sum(weights * (log_normalizer - target_logits)),
+        "z": jnp.sum(weights * jnp.square(log_normalizer)),
+        "correct": jnp.sum(weights * correct),
+        "weight": jnp.sum(weights),
+    }
+
+
+def kl_divergence(teacher: Float[Array, "... vocab"], student: Float[Array, "... vocab"]) -> Float[Array, "..."]:
+    """KL(teacher || student) = sum_v p_v (log p_v - log q_v) of two arrays of logits, in nats."""
+    log_p, log_q = jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
