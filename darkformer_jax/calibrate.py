@@ -44,7 +44,7 @@ from darkformer_jax.mixers import MECHANISMS
 from darkformer_jax.mixers.spec import AttentionSpec
 from darkformer_jax.runs.checkpoints import Checkpoints
 from darkformer_jax.runs.inherit import inherit
-from darkformer_jax.runs.load import WorkdirModel, load_model
+from darkformer_jax.runs.load import WorkdirModel, load_language_model
 from darkformer_jax.runs.origin import hand_on_origin
 from darkformer_jax.runs.workdir import write_config
 from darkformer_jax.training.experiment import Experiment
@@ -97,7 +97,7 @@ def calibrate(args: argparse.Namespace) -> dict[str, Any]:
     """Fits every layer, writes --out, and returns what its calibration.json holds."""
     _check_flags(args)
     with whole_directory(args.out) as directory:
-        teacher = load_model(args.workdir, args.step)
+        teacher = load_language_model(args.workdir, args.step)
         _require_exact(args.workdir, teacher)
         config = _config(args)
         tokens, num_test = _passages(args, teacher.tokenizer)

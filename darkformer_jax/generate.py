@@ -17,7 +17,7 @@ from darkformer_jax.cli.parser import Parser, one_line_errors
 from darkformer_jax.data.tokenizers import decode_continuation, encode_prompt, stream_continuation
 from darkformer_jax.errors import UserError
 from darkformer_jax.model.sampling import Sampler, continue_prompts
-from darkformer_jax.runs.load import load_model
+from darkformer_jax.runs.load import load_language_model
 
 
 def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
@@ -58,7 +58,7 @@ def generate(args: argparse.Namespace) -> None:
     if args.prompt is not None and not _is_utf8(args.prompt):
         raise UserError(f"--prompt={args.prompt!r}: not UTF-8 text")
     prompts = [args.prompt] if args.prompt is not None else _read_prompts(args.prompts_file)
-    model = load_model(args.workdir, args.step)
+    model = load_language_model(args.workdir, args.step)
     tokenizer = model.tokenizer
     sampler = Sampler(
         model.network,

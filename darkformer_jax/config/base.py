@@ -19,7 +19,12 @@ def get_config() -> ml_collections.ConfigDict:
     c.init_from = ""  # a workdir whose newest weights start this run ("" = from scratch); may change the mechanism
 
     w = c.task = ml_collections.ConfigDict()
-    w.name = "language_model"  # what is learned
+    w.name = "language_model"  # what is learned: language_model | classification | regression
+    # the others: data.source = labelled, and a head of its own on the pooled outputs of the last layer
+    w.pooling = "last"  # of a sequence's outputs: last (of its last real token) | mean (over its real tokens)
+    w.text_column = "text"  # of a table, or field of a JSON object
+    w.label_column = "label"  # names of classes, or a regression's numbers
+    w.heldout_files = ""  # as data.files; "" = data.heldout_fraction of data.files, chosen by a hash of each text
 
     m = c.model = ml_collections.ConfigDict()
     m.vocab_size = 0  # 0 = the tokenizer's; larger pads the table, smaller is refused
@@ -73,10 +78,11 @@ def get_config() -> ml_collections.ConfigDict:
     a.far_gain = False  # a learned log gain a query head on all that is seen through features; needs a window
 
     d = c.data = ml_collections.ConfigDict()
-    d.source = "stdlib"  # stdlib | text | news | array_record
+    d.source = "stdlib"  # stdlib | text | news | array_record | labelled
     d.files = (
         ""  # text: comma-separated globs of .txt, .md, .jsonl, plain or .gz; array_record: prepare_data's directory
     )
+    # (labelled: globs of .tsv, .csv, .jsonl, plain or .gz)
     d.tokenizer = (
         "bytes"  # bytes | bpe:<vocab> (trained on the training split) | a tokenizer.json | a SentencePiece .model
     )

@@ -7,19 +7,23 @@ from typing import Any, get_args
 
 import ml_collections
 
+from darkformer_jax.config import base
 from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MECHANISMS
 from darkformer_jax.mixers.layers import ACTIVATIONS
 from darkformer_jax.mixers.positions import RopeScaling
 from darkformer_jax.mixers.spec import AttentionSpec, pattern_kinds
+from darkformer_jax.model.heads import Pooling
 from darkformer_jax.model.trainable import REGIMES
 from darkformer_jax.model.transformer import REMAT_POLICIES, ModelSpec
 from darkformer_jax.ops.linear import WindowKernel
 from darkformer_jax.ops.projections import ProjectionKind
 
 SCHEDULES = ("cosine", "rsqrt", "constant")
-TASKS = ("language_model",)
+LABELLED_TASKS = ("classification", "regression")
+TASKS = ("language_model", *LABELLED_TASKS)
+LABELLED_SOURCE = "labelled"
 DTYPES = ("bfloat16", "float32")
 FEATURE_KINDS = ("performer", "dark", "lfk")
 WINDOW_KINDS = (*FEATURE_KINDS, "window_only")
@@ -85,6 +89,7 @@ _POSITIVE = [
 ]
 _CHOICES: dict[str, tuple[str, ...]] = {
     "task.name": TASKS,
+    "task.pooling": get_args(Pooling),
     "model.activation": tuple(ACTIVATIONS),
     "model.dtype": DTYPES,
     "model.remat": ("none", *REMAT_POLICIES),
@@ -111,6 +116,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         _require(flat[name] in allowed, f"{name} = {flat[name]!r}: allowed: {', '.join(allowed)}")
     _validate_model(config.model)
     _validate_training(config)
+    _validate_task(config)
 
 
 def _validate_model(model: ml_collections.ConfigDict) -> None:
@@ -260,8 +266,31 @@ def _validate_training(config: ml_collections.ConfigDict) -> None:
     _require(0 <= fraction < 1, f"data.heldout_fraction = {fraction}: must be at least 0 and below 1")
 
 
-def model_spec(config: ml_collections.ConfigDict, tokenizer_vocab: int) -> ModelSpec:
-    """The model that a validated config and its tokenizer make.
+def _validate_task(config: ml_collections.ConfigDict) -> None:
+    task, source = config.task, config.data.source
+    labelled = task.name in LABELLED_TASKS
+    _require(
+        labelled == (source == LABELLED_SOURCE),
+        f"data.source = {source!r} with task.name = {task.name!r}; allowed: {LABELLED_SOURCE!r} with "
+        f"{' or '.join(LABELLED_TASKS)}, other sources with language_model",
+    )
+    unused: dict[str, Any] = {"optimizer.z_loss": 0.0, "distill.weight": 0.0}
+    if not labelled:
+        unused = {f"task.{name}": value for name, value in base.get_config().task.items() if name != "name"}
+    flat = dict(flat_fields(config.to_dict()))
+    for name, value in unused.items():
+        _require(flat[name] == value, f"{name} = {flat[name]!r} with task.name = {task.name!r}; allowed: {value!r}")
+    fraction = config.data.heldout_fraction
+    _require(
+        not (fraction and task.heldout_files),
+        f"data.heldout_fraction = {fraction} with task.heldout_files = {task.heldout_files!r}; allowed: 0",
+    )
+
+
+def model_spec(config: ml_collections.ConfigDict, tokenizer_vocab: int, num_outputs: int = 0) -> ModelSpec:
+    """The model that a validated config, its tokenizer and its task make.
+
+    num_outputs: per sequence, of the task; 0 = logits of the next token.
 
     Raises:
       UserError: a model.vocab_size below the tokenizer's.
@@ -269,7 +298,7 @@ def model_spec(config: ml_collections.ConfigDict, tokenizer_vocab: int) -> Model
     model, attention = config.model, config.model.attention
     if 0 < model.vocab_size < tokenizer_vocab:
         raise UserError(f"model.vocab_size = {model.vocab_size} is smaller than the tokenizer's {tokenizer_vocab}")
-    computed = ("vocab_size", "pattern", "attention")
+    computed = ("vocab_size", "pattern", "attention", "num_outputs", "pooling")
     fields = {field.name: model[field.name] for field in dataclasses.fields(ModelSpec) if field.name not in computed}
     spec = AttentionSpec(
         num_heads=model.num_heads,
@@ -293,6 +322,8 @@ def model_spec(config: ml_collections.ConfigDict, tokenizer_vocab: int) -> Model
         vocab_size=model.vocab_size or tokenizer_vocab,
         pattern=pattern_kinds(model.attention.pattern, model.attention.kind),
         attention=spec,
+        num_outputs=num_outputs,
+        pooling=config.task.pooling,
         **fields,
     )
 

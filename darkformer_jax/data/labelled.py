@@ -26,7 +26,6 @@ from darkformer_jax.data.text_files import read_json_records, read_lines, text_f
 from darkformer_jax.data.tokenizers import Tokenizer
 from darkformer_jax.errors import UserError
 
-LABELLED_SOURCE = "labelled"
 LABELS_FILE = "labels.json"
 
 _TABLE_SUFFIXES = (".tsv", ".tsv.gz", ".csv", ".csv.gz")
@@ -58,7 +57,7 @@ def read_examples(files: str, columns: Columns) -> list[Example]:
       UserError: no such file, a column that is not there, an example without text or label, each with its line.
     """
     examples: list[Example] = []
-    for path in find_files(files, _SUFFIXES, LABELLED_SOURCE):
+    for path in find_files(files, _SUFFIXES, "labelled"):
         records = _table_records(path, columns) if path.endswith(_TABLE_SUFFIXES) else read_json_records(path)
         examples += [_example(record, columns, f"{path}:{line}") for line, record in records]
     if not examples:

@@ -20,6 +20,7 @@ from darkformer_jax.mixers.features import draw_layer
 from darkformer_jax.mixers.layers import GatedMLP, RMSNorm
 from darkformer_jax.mixers.positions import RopeSpec
 from darkformer_jax.mixers.spec import AttentionSpec, Geometry, Projection
+from darkformer_jax.model.heads import Pooling, make_classifier, pool
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -59,6 +60,8 @@ class ModelSpec:
     norm_plus_one: bool = False
     post_norms: bool = False
     lora_rank: int = 0
+    num_outputs: int = 0  # per sequence: classes, or 1 for a number; 0 = logits of the next token
+    pooling: Pooling = "last"
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:
@@ -152,7 +155,9 @@ class Transformer(nnx.Module):
         for place in range(len(spec.pattern)):
             setattr(self, f"blocks_{place}", _stack_blocks(spec, place, block_keys[place]))
         self.final_norm = _norm(spec)
-        if not spec.tie_embeddings:
+        if spec.num_outputs:
+            self.classifier = make_classifier(spec.embed_dim, spec.num_outputs, nnx.Rngs(params=head_key))
+        elif not spec.tie_embeddings:
             self.head = nnx.Param(init(head_key, table, jnp.float32), axes=("vocab", "embed"))
 
     def __call__(
@@ -165,6 +170,13 @@ class Transformer(nnx.Module):
         """
         x, state = self.hidden(tokens, segment_ids, positions, state)
         return self.logits(x), state
+
+    def outputs(
+        self, tokens: Int[Array, "b n"], segment_ids: Int[Array, "b n"], positions: Int[Array, "b n"]
+    ) -> Float[Array, "b outputs"]:
+        """The classifier's `num_outputs` numbers for each sequence, in float32: logits of the classes, say."""
+        x, _ = self.hidden(tokens, segment_ids, positions)
+        return self.classifier(pool(x, segment_ids, self.spec.pooling))
 
     def hidden(
         self, tokens: Int[Array, "b n"], segment_ids: Int[Array, "b n"], positions: Int[Array, "b n"], state: Any = None

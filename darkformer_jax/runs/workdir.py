@@ -70,7 +70,13 @@ _LATER_FIELDS: dict[str, Any] = {
     },
     "optimizer": {"train": "all"},
     "profile": {"first_step": 0, "steps": 3},
-    "task": {"name": "language_model"},
+    "task": {
+        "heldout_files": "",
+        "label_column": "label",
+        "name": "language_model",
+        "pooling": "last",
+        "text_column": "text",
+    },
 }
 
 

@@ -51,7 +51,7 @@ class Experiment:
 
         Raises UserError where the config, the objective and the devices do not fit together.
         """
-        network = Network.of(model_spec(config, objective.vocab_size))
+        network = Network.of(model_spec(config, objective.vocab_size, objective.num_outputs))
         mesh = make_mesh(config.mesh.to_dict(), devices)
         o = config.optimizer
         trained = trained_paths(network, o.train)
@@ -105,7 +105,9 @@ class Experiment:
     def sharded_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes of a step's batch, each with its sharding."""
         shapes = self.objective.batch_shapes(self.config.batch_size)
-        return {name: _with_sharding(leaf, rows_sharding(self.batch_sharding, leaf.ndim)) for name, leaf in shapes.items()}
+        return {
+            name: _with_sharding(leaf, rows_sharding(self.batch_sharding, leaf.ndim)) for name, leaf in shapes.items()
+        }
 
     @property
     def num_params(self) -> int:
@@ -129,12 +131,16 @@ class Experiment:
 
     @property
     def step_flops(self) -> float:
-        """Model FLOPs per optimizer step: `train_step_flops`, less frozen matrices' gradients, plus low-rank updates."""
+        """Model FLOPs per optimizer step: `train_step_flops`, less frozen matrices' gradients, plus low-rank updates.
+
+        What a classifier does once per sequence is not counted.
+        """
         spec, sizes = self.network.spec, self.network.spec.attention
         output = "embedding" if spec.tie_embeddings else "head"
         frozen = flatten_dict(split_params(self.abstract.params, self.trained)[1])
         low_rank = sum(leaf.size for path, leaf in flatten_dict(self.abstract.params).items() if is_lora(path))
-        multiplied = sum(leaf.size for path, leaf in frozen.items() if path[-1] in ("kernel", output))
+        matrices = ("kernel",) if spec.num_outputs else ("kernel", output)
+        multiplied = sum(leaf.size for path, leaf in frozen.items() if path[-1] in matrices)
         whole = train_step_flops(
             tokens=self.tokens_per_step,
             sequence_length=self.config.sequence_length,
@@ -144,7 +150,7 @@ class Experiment:
             num_kv_heads=sizes.num_kv_heads,
             head_dim=sizes.head_dim,
             mlp_dim=spec.mlp_dim,
-            vocab_size=spec.vocab_size,
+            vocab_size=0 if spec.num_outputs else spec.vocab_size,
             num_features=sizes.num_features,
             chunk_size=sizes.chunk_size,
             window=sizes.window,
