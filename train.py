@@ -32,7 +32,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 def define_flags() -> None:
     """Those beside --config."""
     flags.DEFINE_string("workdir", None, "Directory of the run (default: runs/<name of the config file>).")
-    flags.DEFINE_bool("dry_run", False, "Print parameters, state size and tokens a step, without training.")
+    flags.DEFINE_bool("dry_run", False, "Print parameters, state size and tokens per step, without training.")
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where nothing else tells the processes of it.")
     flags.DEFINE_integer("num_processes", None, "How many processes train together; with --coordinator.")
     flags.DEFINE_integer("process_id", None, "Which of them this is, from 0; with --coordinator.")
@@ -50,7 +50,7 @@ def default_workdir() -> str:
 def main(argv: list[str]) -> None:
     """Hands the config over; a mistake is one line and exit status 2 (1 if it may pass), a signal 128 + its number."""
     from darkformer_jax.distributed import processes  # in here because --help needs no jax
-    from darkformer_jax.training.loop import Stopped
+    from darkformer_jax.training.stopping import Stopped
 
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save
@@ -80,8 +80,10 @@ def main(argv: list[str]) -> None:
 
 
 def _train() -> None:
+    from darkformer_jax.cli.progress import Progress
     from darkformer_jax.distributed import processes
-    from darkformer_jax.training.run import dry_run, run
+    from darkformer_jax.runs.workdir import Workdir
+    from darkformer_jax.training.run import dry_run, train
 
     cluster = processes.cluster_of_flags(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     timeout = FLAGS.coordinator_timeout
@@ -90,7 +92,8 @@ def _train() -> None:
     if FLAGS.dry_run:
         dry_run(FLAGS.config)
     else:
-        run(FLAGS.config, (FLAGS.workdir or default_workdir()).rstrip("/") or "/")
+        config = FLAGS.config
+        train(config, Workdir(FLAGS.workdir or default_workdir()), Progress(config.num_steps, config.log.every))
 
 
 if __name__ == "__main__":

@@ -25,13 +25,14 @@ import tqdm
 from darkformer_jax.model.sampling import Sampler
 from darkformer_jax.pretrained.export import export_workdir
 from darkformer_jax.runs.load import load_model
+from darkformer_jax.runs.workdir import Workdir
 
 Decode = Callable[[list[int], int], tuple[list[int], float]]  # (new tokens, seconds of those behind the first)
 
 
 def ours(workdir: str) -> Decode:
     """The sampler that `generate` uses."""
-    model = load_model(workdir)
+    model = load_model(Workdir(workdir))
     sampler = Sampler(model.network, model.params, model.projections, temperature=0)
 
     def decode(prompt: list[int], count: int) -> tuple[list[int], float]:
@@ -51,7 +52,7 @@ def theirs(workdir: str) -> Decode:
 
     with tempfile.TemporaryDirectory() as scratch:
         directory = os.path.join(scratch, "export")
-        export_workdir(workdir, directory)
+        export_workdir(Workdir(workdir), directory)
         model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
     class Clock(transformers.StoppingCriteria):

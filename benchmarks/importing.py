@@ -26,6 +26,7 @@ import tqdm
 
 from darkformer_jax.pretrained.safetensors_files import ArrayToWrite, shard, write_safetensors
 from darkformer_jax.runs.load import load_model
+from darkformer_jax.runs.workdir import Workdir
 
 WIDTH, MLP, HEADS, KV_HEADS, VOCAB = 2048, 8192, 16, 4, 32000
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -110,7 +111,7 @@ def main() -> None:
             os.mkdir(source)
             write_synthetic(Path(source), args.synthetic_gb * 1e9)
         peak = peak_of_import(source, workdir, args.devices)
-        model = load_model(workdir)
+        model = load_model(Workdir(workdir))
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
     sizes = f"model {size / 1e6:,.0f} MB, peak {peak / 1e6:,.0f} MB on {args.devices} devices"
     print(f"{sizes}: {peak / size:.2f} of its size")

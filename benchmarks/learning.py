@@ -26,9 +26,10 @@ from configs import ablation
 from darkformer_jax.config.validation import validate
 from darkformer_jax.data import Batch, Data, TokenStream, heldout_batches, load_data, train_batches
 from darkformer_jax.errors import UserError
+from darkformer_jax.tasks.language_model import tokens_per_byte
+from darkformer_jax.tasks.next_token import NextToken
 from darkformer_jax.training.evaluation import put_batch
-from darkformer_jax.training.experiment import Experiment, tokens_per_byte
-from darkformer_jax.training.step import make_train_step
+from darkformer_jax.training.experiment import Experiment
 
 QUARTERS = 4
 REPEATED = 8  # tokens that have to be seen before for a target to count as a repeat
@@ -79,20 +80,9 @@ def train(
     config: ml_collections.ConfigDict, vocab_size: int, batches: Iterator[Batch], tick: Callable[[], object]
 ) -> tuple[Experiment, Any, float]:
     """Trains to the last step without a workdir; returns the experiment, its state and the last losses' mean."""
-    experiment = Experiment.of(config, vocab_size)
+    experiment = Experiment.of(config, NextToken.of(config, vocab_size))
     state = experiment.initial_state()
-    step = jax.jit(
-        make_train_step(
-            experiment.network,
-            experiment.optimizer,
-            experiment.schedule,
-            accumulation_steps=1,
-            z_loss=config.optimizer.z_loss,
-            redraw_every=config.model.attention.redraw_every,
-            trained=experiment.trained,
-        ),
-        donate_argnums=0,
-    )
+    step = experiment.train_step()
     losses = []
     for _ in range(config.num_steps):
         state, metrics = step(state, put_batch(next(batches), experiment.batch_sharding))

@@ -21,6 +21,7 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported: this process and those it starts
 
 from darkformer_jax.runs.checkpoints import Checkpoints
+from darkformer_jax.runs.workdir import Workdir
 from tests.tiny_runs import (
     COMPILES,
     READS_COMPILED,
@@ -64,10 +65,10 @@ def wait_for(moment: str, child: Training, good: int, rng: random.Random) -> Non
 def kill(child: Training, started: float, good: int) -> tuple[int, str, list[str]]:
     """Kills what began at the time `started`; gives the newest good step then, what was under way, what is wrong."""
     root = child.workdir / "checkpoints"
-    seen = max(Checkpoints(child.workdir).committed_steps(), default=0)
+    seen = max(Checkpoints(Workdir(child.workdir)).committed_steps(), default=0)
     if child.stop(signal.SIGKILL) != -signal.SIGKILL:
         return good, "nothing", [f"the process ended by itself: {child.said[-1:]}"]
-    checkpoints = Checkpoints(child.workdir)
+    checkpoints = Checkpoints(Workdir(child.workdir))
     committed = checkpoints.committed_steps()
     newest = checkpoints.latest_good_step() or 0
     problems = []

@@ -10,26 +10,25 @@ learning rates), steps, seed, train (what is trained: all, qkv_geometry, geometr
 train=lora needs: `dark,train=lora,lora=16`). As in configs/ablation.py any other field is overridden by its name.
 
 Sizes, positions, norms and the tokenizer are those of `init_from`: fields that are None here are filled from its
-config.json, and stand in this run's own. The mechanism takes the place of every layer's but `softmax_local`'s, so that
-models which alternate local and global layers keep the local ones; where all layers are local it takes the place of
-all. Fields that then no layer has (model.attention.local_window, say) are set to none.
+config.json, and stand in this run's own. The mechanism takes the place of every layer but the local ones
+(`softmax_local`), so that models which alternate local and global layers keep the local ones; where all layers are
+local it takes the place of all. Fields that no layer uses any more (model.attention.local_window, say) are then off.
 
 `--config.distill.workdir=runs/smollm2 --config.distill.weight=0.5` lets the run learn from the exact model's
 predictions beside the text.
 
 Every query sees its own chunk of 64 tokens, the chunk before it and the first 4 tokens exactly, and the rest through
-64 random features: pretrained queries and keys are too large for features to estimate their products alone. What is
-seen exactly keeps the pretrained kernel, without M. M starts at half the identity, where the features' variance is
-small, and learns faster than the weights, which need little change. Fit it first with darkformer_jax.calibrate.
+64 random features; what is seen exactly keeps the pretrained kernel, without M. M starts at half the identity and
+learns faster than the weights, which need little change (darkformer_jax/config/conversion.py says why). Fit it first
+with darkformer_jax.calibrate.
 
 window=0 leaves window and sinks out: features everywhere, the paper's form.
 """
 
 import ml_collections
-from ml_collections import config_dict
 
-from darkformer_jax.config import base
 from darkformer_jax.config.arguments import set_arguments
+from darkformer_jax.config.conversion import conversion_config, without_window
 
 FIELDS = {
     "m": ("model.attention.num_features", int),
@@ -46,34 +45,17 @@ FIELDS = {
     "steps": ("num_steps", int),
     "seed": ("seed", int),
 }
-CHOSEN_HERE = ("dtype", "remat", "lora_rank")  # of model: how it is computed and trained, not what it is
-INHERITED_BY_ATTENTION = ("pattern", "query_scale", "softcap", "local_window", "far_gain", "learn_projections")
-WITH_WINDOW = ("performer", "dark", "lfk", "window_only")
 
 
 def get_config(arguments: str = "dark") -> ml_collections.ConfigDict:
     """`arguments`: the mechanism, then comma-separated name=value."""
     kind, *others = arguments.split(",")
-    c = base.get_config()
-    for name in set(c.model) - {"attention", *CHOSEN_HERE}:
-        _inherit(c.model, name)
-    a = c.model.attention
-    for name in INHERITED_BY_ATTENTION:
-        _inherit(a, name)
-    a.kind = kind
-    if kind in WITH_WINDOW:
-        a.num_features = 64
-        a.chunk_size = 64
-        a.window = 64
-        a.num_sinks = 4
-        a.window_kernel = "softmax"
-        a.geometry_init = 0.5
+    c = conversion_config(kind)
     c.model.remat = "full"  # pretrained models are deep
 
     c.num_steps = 500
     c.batch_size = 8
     c.sequence_length = 1024
-    c.data.tokenizer = ""  # that of init_from
 
     o = c.optimizer
     o.learning_rate = 1e-4
@@ -88,13 +70,6 @@ def get_config(arguments: str = "dark") -> ml_collections.ConfigDict:
     c.checkpoint.every = 100
     c.checkpoint.keep = 1  # of three times the model's float32 size each
     set_arguments(c, others, FIELDS, "configs/finetune.py")
-    if kind in WITH_WINDOW and not a.window:
-        a.window_kernel = "dark"
-        if not any(argument.startswith("sinks=") for argument in others):
-            a.num_sinks = 0
+    if not any(argument.startswith("sinks=") for argument in others):
+        without_window(c)
     return c
-
-
-def _inherit(section: ml_collections.ConfigDict, name: str) -> None:
-    """None until training fills it in; overrides are checked for its type as ever."""
-    section[name] = config_dict.placeholder(type(section[name]))

@@ -13,9 +13,11 @@ import ml_collections
 
 from configs import finetune, quickstart
 from darkformer_jax.config.arguments import set_arguments
+from darkformer_jax.mixers import MIXERS
 
 PRETRAIN_FIELDS = {"steps": finetune.FIELDS["steps"], "lr": finetune.FIELDS["lr"], "seed": finetune.FIELDS["seed"]}
-FINE_TUNING = ("window=0", "chunk=32", "context=256", "batch=8", "steps=150", "lr=1e-3", "geometry_lr=3e-3")
+FINE_TUNING = ("context=256", "batch=8", "steps=150", "lr=1e-3")
+OF_MECHANISMS = {"window=0": "window", "chunk=32": "chunk_size", "geometry_lr=3e-3": "geometry_learning_rate"}
 
 
 def get_config(arguments: str = "pretrain") -> ml_collections.ConfigDict:
@@ -27,7 +29,8 @@ def get_config(arguments: str = "pretrain") -> ml_collections.ConfigDict:
         c.model.attention.window = 0
         set_arguments(c, others, PRETRAIN_FIELDS, "configs/paper.py:pretrain")
         return c
-    c = finetune.get_config(",".join([kind, *FINE_TUNING, *others]))
+    own = [argument for argument, field in OF_MECHANISMS.items() if kind in MIXERS and field in MIXERS[kind].uses]
+    c = finetune.get_config(",".join([kind, *FINE_TUNING, *own, *others]))
     c.model.dtype = "float32"
     c.model.remat = "none"
     c.optimizer.warmup_steps = min(20, c.num_steps // 4)

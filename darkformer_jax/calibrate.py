@@ -17,7 +17,6 @@ that exact attention gives it, and stays there with --transfer_steps=0.
 import argparse
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +25,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import tqdm
 from absl import app
 from flax import nnx
 
@@ -35,18 +33,21 @@ from darkformer_jax.calibration.geometry import whitening_geometry
 from darkformer_jax.calibration.moments import Moments
 from darkformer_jax.calibration.transfer import LayerTensors, Mechanism, errors, fit, matched_log_gain, teacher_layers
 from darkformer_jax.cli.parser import Parser, one_line_errors
-from darkformer_jax.config.validation import EXACT_KINDS, validate
+from darkformer_jax.cli.progress import progress_bar
+from darkformer_jax.config.validation import validate
 from darkformer_jax.data.files import whole_directory
 from darkformer_jax.data.sources import open_corpus
 from darkformer_jax.data.tokenizers import Tokenizer, encode_prompt
 from darkformer_jax.errors import UserError
-from darkformer_jax.mixers import MECHANISMS
-from darkformer_jax.mixers.spec import AttentionSpec
+from darkformer_jax.mixers import MIXERS
+from darkformer_jax.mixers.spec import MixerSpec
+from darkformer_jax.mixers.window_only import WindowOnly
 from darkformer_jax.runs.checkpoints import Checkpoints
 from darkformer_jax.runs.inherit import inherit
 from darkformer_jax.runs.load import WorkdirModel, load_language_model
 from darkformer_jax.runs.origin import hand_on_origin
-from darkformer_jax.runs.workdir import write_config
+from darkformer_jax.runs.workdir import Workdir
+from darkformer_jax.tasks.next_token import NextToken
 from darkformer_jax.training.experiment import Experiment
 from darkformer_jax.training.init_from import initialize_from
 from darkformer_jax.training.step import TrainState
@@ -97,20 +98,21 @@ def calibrate(args: argparse.Namespace) -> dict[str, Any]:
     """Fits every layer, writes --out, and returns what its calibration.json holds."""
     _check_flags(args)
     with whole_directory(args.out) as directory:
-        teacher = load_language_model(args.workdir, args.step)
+        teacher = load_language_model(Workdir(args.workdir), args.step)
         _require_exact(args.workdir, teacher)
         config = _config(args)
         tokens, num_test = _passages(args, teacher.tokenizer)
-        experiment = Experiment.of(config, teacher.tokenizer.vocab_size)
+        experiment = Experiment.of(config, NextToken.of(config, teacher.tokenizer.vocab_size))
         params, projections = jax.jit(experiment.network.init)(jax.random.key(args.seed))
         state = TrainState(jnp.zeros((), jnp.int32), params, projections, ())
-        state, _ = initialize_from(args.workdir, experiment, state, teacher.step)
+        state, _ = initialize_from(Workdir(args.workdir), experiment, state, teacher.step)
         params, layers, moments = _fit_layers(args, teacher, experiment, state, tokens, num_test)
         report = {name: value for name, value in vars(args).items() if name != "out"} | {"layers": layers}
-        write_config(directory, config.to_dict())
+        fitted = Workdir(directory)
+        fitted.write_config(config.to_dict())
         teacher.tokenizer.save(str(directory))
-        hand_on_origin(args.workdir, str(directory))
-        with contextlib.closing(Checkpoints(directory)) as checkpoints:
+        hand_on_origin(Workdir(args.workdir), fitted)
+        with contextlib.closing(Checkpoints(fitted)) as checkpoints:
             saved = {"step": state.step, "params": params, "projections": state.projections}
             checkpoints.save(0, {name: tree for name, tree in saved.items() if not isinstance(tree, dict) or tree})
         moments.save(directory / MOMENTS_FILE)
@@ -165,20 +167,21 @@ def _fit_layers(
     rows, moments = [], []
     teaching = teacher_layers(teacher.network.bind(teacher.params, teacher.projections), jnp.asarray(tokens))
     student = experiment.network.bind(params, state.projections)
-    with tqdm.tqdm(total=spec.num_layers, unit="layer", mininterval=0.1 if sys.stderr.isatty() else 30.0) as bar:
-        for index, (kind, tensors) in enumerate(zip(spec.layer_kinds, teaching, strict=True)):
+    with progress_bar(spec.num_layers, "layer") as bar:
+        for index, (mixer, tensors) in enumerate(zip(spec.layers, teaching, strict=True)):
             test, train = (
                 jax.tree.map(lambda leaf, part=part: leaf[part], tensors)
                 for part in (slice(0, num_test), slice(num_test, None))
             )
             moments.append(Moments.of(train.q, train.k))
-            if kind not in EXACT_KINDS:
+            if MIXERS[mixer.kind].role != "exact":
                 started = time.perf_counter()
-                module: Any = student.layer(index).attention.mechanism
+                attention: Any = student.layer(index).attention
+                module = attention.mechanism
                 if args.geometry == "whitening":
-                    module.M[...] = _whitening(args, moments[-1], spec.attention, index)
+                    module.M[...] = _whitening(args, moments[-1], mixer, index)
                 if args.far_gain and args.mechanism == "dark":  # the others' features estimate exp(q.k) itself
-                    module.log_gain[...] = _matched_log_gain(train, module.M[...], spec.attention)
+                    module.log_gain[...] = _matched_log_gain(train, module.M[...], mixer)
                 mechanism = Mechanism.of(module)
                 trained = mechanism.trained
                 if args.transfer_steps and trained:
@@ -187,24 +190,24 @@ def _fit_layers(
                     trained = fit(mechanism, train, keys[index], passages=passages, **options)
                 if trained:
                     params = _with_layer(params, index, len(spec.pattern), nnx.to_pure_dict(trained))
-                rows.append(_errors(args, index, mechanism, trained, test, spec.attention))
+                rows.append(_errors(args, index, mechanism, trained, test, mixer))
                 rows[-1]["seconds"] = time.perf_counter() - started
                 bar.set_postfix(error=f"{np.mean(rows[-1]['after']):.3f}", refresh=False)
             bar.update()
     return params, rows, Moments.stack(moments)
 
 
-def _whitening(args: argparse.Namespace, moments: Moments, spec: AttentionSpec, layer: int) -> jax.Array:
+def _whitening(args: argparse.Namespace, moments: Moments, spec: MixerSpec, layer: int) -> jax.Array:
     """M [Hkv, d, d] to start from: geometry_init times the whitening that keeps E|M x|^2."""
-    scale = spec.query_scale or spec.head_dim**-0.5
+    scale = spec.scale
     options = {"policy": "temperature", "shrinkage": args.shrinkage, "where": f"layer {layer}"}
     return jnp.asarray(args.geometry_init * whitening_geometry(moments, scale=scale, **options), jnp.float32)
 
 
-def _matched_log_gain(train: LayerTensors, geometry: jax.Array, spec: AttentionSpec) -> jax.Array:
+def _matched_log_gain(train: LayerTensors, geometry: jax.Array, spec: MixerSpec) -> jax.Array:
     few = jax.tree.map(lambda leaf: leaf[:_GAIN_PASSAGES], train)
     near = {"chunk_size": spec.chunk_size, "window": spec.window, "num_sinks": spec.num_sinks}
-    return matched_log_gain(few, geometry, scale=spec.query_scale or spec.head_dim**-0.5, **near)
+    return matched_log_gain(few, geometry, scale=spec.scale, **near)
 
 
 def _errors(
@@ -212,7 +215,7 @@ def _errors(
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"layer": index}
     if args.window:
-        alone = Mechanism.of(MECHANISMS["window_only"](spec, index))
+        alone = Mechanism.of(WindowOnly(spec, index))
         row["window_only"] = errors(alone, alone.trained, test).tolist()
     row["before"] = errors(mechanism, mechanism.trained, test).tolist()
     row["after"] = errors(mechanism, trained, test).tolist()
@@ -246,9 +249,10 @@ def _config(args: argparse.Namespace) -> ml_collections.ConfigDict:
 
 
 def _require_exact(workdir: str, teacher: WorkdirModel) -> None:
-    others = sorted(set(teacher.network.spec.layer_kinds) - set(EXACT_KINDS))
+    exact = [kind for kind, mixer in MIXERS.items() if mixer.role == "exact"]
+    others = sorted(set(teacher.network.spec.layer_kinds) - set(exact))
     if others:
-        raise UserError(f"--workdir={workdir}: its layers are {', '.join(others)}; allowed: {', '.join(EXACT_KINDS)}")
+        raise UserError(f"--workdir={workdir}: its layers are {', '.join(others)}; allowed: {', '.join(exact)}")
 
 
 def _check_flags(args: argparse.Namespace) -> None:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 from absl import app, flags
 from jax.experimental.compilation_cache import compilation_cache
@@ -31,8 +30,8 @@ from darkformer_jax.cli.parser import one_line_errors
 from darkformer_jax.config.validation import validate
 from darkformer_jax.errors import UserError, one_line
 from darkformer_jax.runs.inherit import inherit
-from darkformer_jax.training.experiment import Experiment, bytes_a_device
-from darkformer_jax.training.run import vocab_size_of
+from darkformer_jax.tasks import TASKS
+from darkformer_jax.training.experiment import Experiment, bytes_per_device
 
 DEFAULT_CONFIG = str(Path(__file__).parents[1] / "configs" / "lm_1b.py")
 FLAGS = flags.FLAGS
@@ -76,7 +75,7 @@ def plan(config: ml_collections.ConfigDict, devices: list[jax.Device], topology:
     validate(config)
     if config.distill.weight:
         raise UserError(f"distill.weight = {config.distill.weight}: a teacher cannot be planned for; allowed: 0")
-    experiment = Experiment.of(config, vocab_size_of(config), devices)
+    experiment = Experiment.of(config, TASKS[config.task.name].objective_of(config), devices)
     kind = devices[0].device_kind
     chip_of(kind)  # raises before the long part
     print(f"compiling for {len(devices)} x {kind} ({topology}) ...", file=sys.stderr)
@@ -101,23 +100,12 @@ def compile_step(experiment: Experiment) -> jax.stages.Compiled:
 
     Raises DoesNotFit.
     """
-    c = experiment.config
-    shape = (c.batch_size, c.sequence_length)
-    dtypes = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), jnp.int32) | {"weights": jnp.float32}
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=experiment.batch_sharding) for name, dtype in dtypes.items()
-    }
-    state = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        experiment.abstract,
-        experiment.shardings,
-    )
     cached = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)  # programs for absent devices cannot be read back
     compilation_cache.reset_cache()  # jax asks the setting once, at its first compilation
     try:
         with jax.set_mesh(experiment.mesh):
-            return experiment.train_step().lower(state, batch, None).compile()
+            return experiment.train_step().lower(experiment.sharded_state, experiment.sharded_batch).compile()
     except jax.errors.JaxRuntimeError as error:
         message = one_line(error)
         if "RESOURCE_EXHAUSTED" not in message:
@@ -154,13 +142,13 @@ def _memory(experiment: Experiment, memory: Any, kind: str) -> str:
     has, peak = chip_of(kind).hbm_bytes, memory.peak_memory_in_bytes
     state, shardings = experiment.abstract, experiment.shardings
     parts = {
-        "parameters": bytes_a_device(state.params, shardings.params),
-        "optimizer": bytes_a_device(state.optimizer, shardings.optimizer),
-        "projections": bytes_a_device(state.projections, shardings.projections),
+        "parameters": bytes_per_device(state.params, shardings.params),
+        "optimizer": bytes_per_device(state.optimizer, shardings.optimizer),
+        "projections": bytes_per_device(state.projections, shardings.projections),
         "activations, gradients, copies": _temporary(memory),
     }
     lines = [
-        f"memory         {peak / GIB:.2f} GiB a device at the peak, {peak / has:.0%} of {has / GIB:.0f} GiB: it fits"
+        f"memory         {peak / GIB:.2f} GiB per device at the peak, {peak / has:.0%} of {has / GIB:.0f} GiB: it fits"
     ]
     lines += [f"  {name:30s} {size / GIB:8.3f} GiB" for name, size in parts.items()]
     return "\n".join(lines)

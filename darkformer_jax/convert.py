@@ -11,21 +11,21 @@ a checkpoint is executed: of Hugging Face directories only safetensors, JSON and
 import argparse
 import contextlib
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-import tqdm
 from absl import app
 
 from darkformer_jax.cli.parser import Parser, one_line_errors
+from darkformer_jax.cli.progress import progress_bar
 from darkformer_jax.config import base
 from darkformer_jax.errors import UserError
 from darkformer_jax.pretrained.export import export_workdir
 from darkformer_jax.pretrained.load import plan_import, run_import
 from darkformer_jax.pretrained.source import open_source
+from darkformer_jax.runs.workdir import Workdir
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-_SECONDS_BETWEEN_LINES = 5.0  # of progress, where the output is no terminal
 
 
 def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
@@ -59,7 +59,12 @@ def convert(args: argparse.Namespace) -> None:
     shard_bytes = _bytes("5GB" if args.max_shard_size is None else args.max_shard_size)
     with _progress_bar("export") as bar:
         written = export_workdir(
-            args.workdir, args.export_hf, step=args.step, dtype=args.dtype, shard_bytes=shard_bytes, on_array=bar
+            Workdir(args.workdir),
+            args.export_hf,
+            step=args.step,
+            dtype=args.dtype,
+            shard_bytes=shard_bytes,
+            on_array=bar,
         )
     print(f"{args.export_hf}: {written}")
 
@@ -85,14 +90,12 @@ def _import(args: argparse.Namespace) -> None:
 @contextlib.contextmanager
 def _progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     """Shown from the first array on, so that a mistake found before it is the only line."""
-    interval = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES
     with contextlib.ExitStack() as stack:
-        bars: list[tqdm.tqdm] = []
+        bars: list[Any] = []
 
         def advance(count: int, total: int) -> None:
             if not bars:
-                bar = tqdm.tqdm(desc=label, total=total, unit="B", unit_scale=True, mininterval=interval)
-                bars.append(stack.enter_context(bar))
+                bars.append(stack.enter_context(progress_bar(total, "B", label)))
             bars[0].update(count)
 
         yield advance

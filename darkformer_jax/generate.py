@@ -8,16 +8,15 @@ exact attention excepted, whose cache grows). Prompts of a batch do not influenc
 """
 
 import argparse
-import itertools
 from collections.abc import Sequence
 
 from absl import app
 
 from darkformer_jax.cli.parser import Parser, one_line_errors
-from darkformer_jax.data.tokenizers import decode_continuation, encode_prompt, stream_continuation
 from darkformer_jax.errors import UserError
-from darkformer_jax.model.sampling import Sampler, continue_prompts
+from darkformer_jax.model.sampling import Sampler
 from darkformer_jax.runs.load import load_language_model
+from darkformer_jax.tasks.texts import Writer
 
 
 def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
@@ -59,7 +58,6 @@ def generate(args: argparse.Namespace) -> None:
         raise UserError(f"--prompt={args.prompt!r}: not UTF-8 text")
     prompts = [args.prompt] if args.prompt is not None else _read_prompts(args.prompts_file)
     model = load_language_model(args.workdir, args.step)
-    tokenizer = model.tokenizer
     sampler = Sampler(
         model.network,
         model.params,
@@ -68,20 +66,16 @@ def generate(args: argparse.Namespace) -> None:
         top_k=args.top_k,
         top_p=args.top_p,
         seed=args.seed,
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=model.tokenizer.vocab_size,
     )
-    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    writer = Writer(sampler, model.tokenizer, model.ends)
     if len(prompts) == 1:
         print(prompts[0], end="", flush=True)
-        tokens = (int(token[0]) for token in sampler.stream(ids, args.max_new_tokens))
-        until_end = itertools.takewhile(lambda token: token not in model.ends, tokens)
-        for text in stream_continuation(tokenizer, ids[0], until_end):
+        for text in writer.stream(prompts[0], args.max_new_tokens):
             print(text, end="", flush=True)
         print()
-        return
-    continued = continue_prompts(sampler, ids, args.max_new_tokens, model.ends)
-    for prompt, prompt_ids, new in zip(prompts, ids, continued, strict=True):
-        print(f"--- {prompt!r}\n{prompt}{decode_continuation(tokenizer, prompt_ids, new)}")
+    else:
+        print(writer.continue_all(prompts, args.max_new_tokens), end="")
 
 
 def _is_utf8(text: str) -> bool:

@@ -10,18 +10,15 @@ only when, it holds manifest.json.
 
 import argparse
 import contextlib
-import sys
 from collections.abc import Iterator, Sequence
 
-import tqdm
 from absl import app
 
 from darkformer_jax.cli.parser import Parser, one_line_errors
+from darkformer_jax.cli.progress import progress_bar
 from darkformer_jax.data.prepared import DEFAULT_SHARD_TOKENS, SPLITS, prepare
 from darkformer_jax.data.sources import CORPUS_SOURCES
 from darkformer_jax.data.text_files import OnRead
-
-_SECONDS_BETWEEN_LINES = 30.0  # of progress, where the output is no terminal
 
 
 def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
@@ -62,8 +59,7 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
 
 @contextlib.contextmanager
 def _progress_bar(label: str, num_bytes: int) -> Iterator[OnRead]:
-    interval = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES
-    with tqdm.tqdm(desc=label, total=num_bytes, unit="B", unit_scale=True, mininterval=interval) as bar:
+    with progress_bar(num_bytes, "B", label) as bar:
 
         def advance(count: int) -> None:
             bar.update(count)

@@ -11,9 +11,9 @@ from darkformer_jax import calibrate, generate
 from darkformer_jax.calibration.moments import Moments
 from darkformer_jax.runs.inherit import inherit
 from darkformer_jax.runs.load import load_model
-from darkformer_jax.training.experiment import Experiment
+from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.training.init_from import initialize_from
-from tests.tiny_runs import fresh_state, saved_arrays, tiny_config, write_text, write_workdir
+from tests.tiny_runs import experiment_of, fresh_state, saved_arrays, tiny_config, write_text, write_workdir
 
 pytestmark = pytest.mark.standard_promotion  # the state of a checkpoint is made with its optimizer
 
@@ -57,9 +57,9 @@ def test_only_the_mechanisms_are_new(workdir, fitted):
 
 
 def test_the_new_workdir_is_one_like_any_other(fitted, capsys):
-    model = load_model(str(fitted))
+    model = load_model(Workdir(fitted))
     assert model.network.spec.layer_kinds == ("dark", "dark") and model.ends == {7, 256}
-    attention = model.network.spec.attention
+    attention = model.network.spec.pattern[0]
     assert (attention.num_features, attention.window, attention.chunk_size, attention.num_sinks) == (8, 64, 64, 2)
     m = np.asarray(model.params["blocks_0"]["attention"]["mechanism"]["M"])
     assert m.shape == (2, 2, 8, 8) and np.isfinite(m).all()
@@ -76,7 +76,7 @@ def test_features_everywhere_are_fitted_and_reported(workdir, text, tmp_path, ca
     assert after < before and len(report["layers"][0]["after"]) == 2
     printed = capsys.readouterr().out
     assert f"relative error of attention over 2 layers: before {before:.3f}, after {after:.3f}" in printed
-    m = np.asarray(load_model(str(tmp_path / "out")).params["blocks_0"]["attention"]["mechanism"]["M"])
+    m = np.asarray(load_model(Workdir(tmp_path / "out")).params["blocks_0"]["attention"]["mechanism"]["M"])
     assert (np.abs(m - 0.5 * np.eye(8)).max(axis=(1, 2, 3)) > 1e-3).all()  # both layers'
 
 
@@ -93,14 +93,14 @@ def test_errors_of_another_text_and_moments_of_both(workdir, text, tmp_path):
     assert moments.tokens.tolist() == [8 * 32] * 2 and both.tokens.tolist() == [10 * 32] * 2
     assert moments.second_k.shape == (2, 2, 8, 8)
     assert own["layers"][0]["before"] != others["layers"][0]["before"]
-    mechanism = load_model(str(tmp_path / "other")).params["blocks_0"]["attention"]["mechanism"]
+    mechanism = load_model(Workdir(tmp_path / "other")).params["blocks_0"]["attention"]["mechanism"]
     assert set(mechanism) == {"M", "projections", "log_gain"}
 
 
 def test_a_whitening_start(workdir, text, tmp_path):
     options = ("--transfer_steps=0", "--geometry=whitening", "--geometry_init=1.0")
     run(workdir, text, tmp_path / "out", *options)
-    m = np.asarray(load_model(str(tmp_path / "out")).params["blocks_0"]["attention"]["mechanism"]["M"], np.float64)
+    m = np.asarray(load_model(Workdir(tmp_path / "out")).params["blocks_0"]["attention"]["mechanism"]["M"], np.float64)
     moments = Moments.load(tmp_path / "out/moments.npz")
     whitened = m @ moments.pooled_second @ np.swapaxes(m, -1, -2)
     size = np.trace(moments.pooled_second, axis1=-2, axis2=-1)[..., None, None] / 8
@@ -112,7 +112,7 @@ def test_controls_have_nothing_to_fit(workdir, text, tmp_path, mechanism):
     run(workdir, text, tmp_path / "out", f"--mechanism={mechanism}")
     report = json.loads((tmp_path / "out/calibration.json").read_text())
     assert all(row["before"] == row["after"] for row in report["layers"])
-    assert load_model(str(tmp_path / "out")).network.spec.layer_kinds == (mechanism, mechanism)
+    assert load_model(Workdir(tmp_path / "out")).network.spec.layer_kinds == (mechanism, mechanism)
 
 
 def test_passages_that_were_trained_on_are_no_test(workdir, tmp_path, capsys):
@@ -136,11 +136,11 @@ def test_too_little_text_to_whiten_with(workdir, text, tmp_path, capsys):
 def test_fine_tuning_goes_on_from_it(fitted):
     config = finetune.get_config("dark,m=8,sinks=2,context=32")
     config.init_from = str(fitted)
-    experiment = Experiment.of(inherit(config), 257)
-    state, report = initialize_from(str(fitted), experiment, fresh_state(experiment))
+    experiment = experiment_of(inherit(config))
+    state, report = initialize_from(Workdir(fitted), experiment, fresh_state(experiment))
     assert re.search(r"initialised (\d+) of \1 parameter arrays", report) and "; new" not in report, report
     assert re.search(r"and (\d+) of \1 arrays of projections", report), report
-    wanted = load_model(str(fitted)).params["blocks_0"]["attention"]["mechanism"]["M"]
+    wanted = load_model(Workdir(fitted)).params["blocks_0"]["attention"]["mechanism"]["M"]
     np.testing.assert_array_equal(state.params["blocks_0"]["attention"]["mechanism"]["M"], wanted)
 
 

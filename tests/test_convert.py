@@ -12,6 +12,7 @@ from darkformer_jax import convert, generate
 from darkformer_jax.data.tokenizers import HuggingFaceTokenizer
 from darkformer_jax.runs.load import load_model
 from darkformer_jax.runs.origin import hand_on_origin
+from darkformer_jax.runs.workdir import Workdir
 from tests.pretrained.tiny_sources import write_llama
 
 
@@ -105,11 +106,11 @@ def test_a_run_from_an_import_exports_what_the_source_said(source, workdir, tmp_
     (run_ / "pretrained.json").unlink()
     config = json.loads((run_ / "config.json").read_text())
     (run_ / "config.json").write_text(json.dumps(config | {"sequence_length": 32}))
-    hand_on_origin(str(workdir), str(run_))
+    hand_on_origin(Workdir(workdir), Workdir(run_))
     run(f"--workdir={run_}", f"--export_hf={tmp_path}/out")
     exported = json.loads((tmp_path / "out/config.json").read_text())
     assert (exported["max_position_embeddings"], exported["eos_token_id"]) == (64, [1, 2])
-    assert load_model(str(run_)).ends == {1, 2}
+    assert load_model(Workdir(run_)).ends == {1, 2}
 
 
 def test_sources_are_required_to_be_there_before_anything_is_written(tmp_path):

@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 
 from darkformer_jax import evaluate
+from darkformer_jax.cli.progress import progress_bar
+from darkformer_jax.data.sources import open_corpus
 from darkformer_jax.data.tokenizers import train_bpe
 from darkformer_jax.data.windows import ScoredDocument
 from darkformer_jax.runs.load import load_model
-from darkformer_jax.training.evaluation import make_quarter_step
+from darkformer_jax.runs.workdir import Workdir
+from darkformer_jax.tasks.next_token import predict, token_sums
+from darkformer_jax.tasks.text_scores import TextScorer, make_quarter_step
 from tests.tiny_runs import random_batch, run_commands, tiny_config, write_workdir
 
 pytestmark = pytest.mark.standard_promotion  # the state of a checkpoint is made with its optimizer
@@ -40,7 +44,7 @@ def run(workdir, texts, *flags):
 
 def scored_one_by_one(workdir, context, stride):
     """(place in the window, nll, correct) of every token, each window alone."""
-    model = load_model(str(workdir))
+    model = load_model(Workdir(workdir))
 
     @jax.jit
     def log_probabilities(inputs, is_real):
@@ -123,19 +127,17 @@ def test_bits_per_byte_of_tokens_longer_than_a_byte(tmp_path, texts):
 
 
 def test_the_sums_of_quarters_are_those_of_the_loss(workdir):
-    model = load_model(str(workdir))
+    model = load_model(Workdir(workdir))
     batch = random_batch(0)
     sums = make_quarter_step(model.network)(model.params, model.projections, batch)
-    from darkformer_jax.training.step import loss_sums
-
-    wanted = loss_sums(model.network, model.params, model.projections, batch)
+    wanted = token_sums(predict(model.network.bind(model.params, model.projections), batch), batch)
     for name in ("nll", "correct", "weight"):
         assert sums[name].shape == (4,)
         np.testing.assert_allclose(sums[name].sum(), wanted[name], rtol=1e-5)
 
 
 def test_one_program_for_all_batches(workdir, texts):
-    model = load_model(str(workdir))
+    model = load_model(Workdir(workdir))
     calls = []
 
     class Counting(type(model.network)):
@@ -144,8 +146,8 @@ def test_one_program_for_all_batches(workdir, texts):
             return super().bind(params, projections)
 
     fields = {name: getattr(model.network, name) for name in model.network.__dataclass_fields__}
-    corpus = evaluate.open_corpus("text", str(texts))
-    evaluate._score(model._replace(network=Counting(**fields)), corpus, 100, 8, 8, 3, None)
+    scorer = TextScorer(model._replace(network=Counting(**fields)), 8, 8)
+    scorer.score(open_corpus("text", str(texts)), 100, 3, None, progress_bar)
     assert calls == [1]  # traced once
 
 

@@ -8,7 +8,7 @@ from darkformer_jax.config.validation import validate
 from darkformer_jax.data.tokenizers import train_bpe
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.inherit import inherit
-from darkformer_jax.runs.workdir import write_config
+from darkformer_jax.runs.workdir import Workdir
 from tests.tiny_runs import (
     TINY,
     metrics_without_time,
@@ -26,11 +26,11 @@ LOCAL = {"model__attention__local_window": 8}
 
 def from_run(directory, arguments="dark", overrides=None, **changes):
     """configs/finetune.py with what it inherits from a run of `tiny_config(**changes)`."""
-    write_config(directory / "source", tiny_config(**changes).to_dict())
+    Workdir(directory / "source").write_config(tiny_config(**changes).to_dict())
     config = finetune.get_config(arguments)
     config.init_from = str(directory / "source")
     config.update_from_flattened_dict(overrides or {})
-    return inherit(config, str(directory / "own"))
+    return inherit(config, Workdir(directory / "own"))
 
 
 def test_sizes_are_those_of_init_from_and_the_rest_is_not(tmp_path):
@@ -107,11 +107,11 @@ def test_the_mechanism_takes_the_place_of_all_but_local_layers(tmp_path, argumen
 
 def test_a_run_that_has_begun_is_resumed_without_init_from(tmp_path):
     config = from_run(tmp_path, "dark", model__attention__kind="softmax")
-    write_config(tmp_path / "own", config.to_dict())
+    Workdir(tmp_path / "own").write_config(config.to_dict())
     (tmp_path / "source/config.json").unlink()
     again = finetune.get_config("dark")
     again.init_from = config.init_from
-    assert inherit(again, str(tmp_path / "own")).to_dict() == config.to_dict()
+    assert inherit(again, Workdir(tmp_path / "own")).to_dict() == config.to_dict()
 
 
 def test_what_cannot_be_inherited(tmp_path):

@@ -9,6 +9,7 @@ from darkformer_jax.data.tokenizers import BytesTokenizer
 from darkformer_jax.errors import UserError
 from darkformer_jax.model.sampling import Sampler
 from darkformer_jax.runs.load import load_model
+from darkformer_jax.runs.workdir import Workdir
 from tests.tiny_runs import run_commands, tiny_config, write_workdir
 
 pytestmark = pytest.mark.standard_promotion  # the state of a checkpoint is made with its optimizer
@@ -28,7 +29,7 @@ def run(workdir, *flags):
 def test_one_prompt_is_continued_as_the_sampler_continues_it(workdir, capsys):
     run(workdir, "--prompt=def ", "--max_new_tokens=12", "--temperature=0.7", "--top_k=9", "--seed=5")
     shown = capsys.readouterr().out
-    model = load_model(str(workdir))
+    model = load_model(Workdir(workdir))
     assert model.step == 3
     sampler = Sampler(model.network, model.params, model.projections, temperature=0.7, top_k=9, seed=5)
     ids = [int(token[0]) for token in sampler.stream([[256, *b"def "]], 12)]
@@ -93,20 +94,20 @@ def test_a_workdir_without_a_checkpoint_or_with_another_ones_config(workdir, tmp
     for name in ("config.json", "tokenizer.bytes"):
         shutil.copy(workdir / name, tmp_path)
     with pytest.raises(UserError, match=f"no checkpoint in {tmp_path}/checkpoints"):
-        load_model(str(tmp_path))
+        load_model(Workdir(tmp_path))
     shutil.copytree(workdir / "checkpoints", tmp_path / "checkpoints")
-    assert load_model(str(tmp_path)).step == 3
+    assert load_model(Workdir(tmp_path)).step == 3
     config = json.loads((workdir / "config.json").read_text())
     config["model"]["mlp_dim"] = 48
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="belongs to another model: params/blocks_0/mlp/down/kernel"):
-        load_model(str(tmp_path))
+        load_model(Workdir(tmp_path))
     (tmp_path / "config.json").write_text('{"another": "program"}')
     with pytest.raises(UserError, match=r"config.json is not the config of a run of this version"):
-        load_model(str(tmp_path))
+        load_model(Workdir(tmp_path))
     (tmp_path / "tokenizer.bytes").unlink()
     with pytest.raises(UserError, match="must hold exactly one of"):
-        load_model(str(tmp_path))
+        load_model(Workdir(tmp_path))
 
 
 def shown_pieces(monkeypatch, capsys, workdir, tokens):

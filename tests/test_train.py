@@ -7,9 +7,8 @@ import pytest
 
 from configs import quickstart
 from darkformer_jax.data.tokenizers import BytesTokenizer
-from darkformer_jax.runs.workdir import write_config
-from darkformer_jax.training.experiment import Experiment
-from tests.tiny_runs import ROOT, metrics_without_time, run_commands, tiny_config, tiny_flags, write_text
+from darkformer_jax.runs.workdir import Workdir
+from tests.tiny_runs import ROOT, experiment_of, metrics_without_time, run_commands, tiny_config, tiny_flags, write_text
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -63,7 +62,7 @@ def test_mistakes_in_data_and_directories_are_one_line_and_write_nothing(tmp_pat
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("mine")
     config = tiny_config(data__files=text)
-    write_config(tmp_path / "other", config.to_dict())
+    Workdir(tmp_path / "other").write_config(config.to_dict())
     BytesTokenizer().save(str(tmp_path / "other"))
     before = files_below(tmp_path)
     new = f"--workdir={tmp_path}/new"
@@ -175,7 +174,7 @@ def test_the_whole_road_of_lm_1b(tmp_path):
         ]
     )
     assert prepared.status == 0, prepared.err
-    assert sizes.status == 0 and "tokens a step  512 = 8 x 64" in sizes.out, sizes.err
+    assert sizes.status == 0 and "tokens/step    512 = 8 x 64" in sizes.out, sizes.err
     assert trained.status == 0, trained.err
     assert "step 4/4" in trained.err and "--- 'In a statement , '" in trained.out
     assert "gzip" not in trained.out  # the held-out text is not in memory
@@ -189,7 +188,7 @@ def test_the_whole_road_of_lm_1b(tmp_path):
     assert not (tmp_path / "new").exists()
     assert written.status == 0 and written.out.startswith("the market"), written.err
     model = json.loads((workdir / "config.json").read_text())["model"]
-    assert Experiment.of(tiny_config(model__vocab_size=model["vocab_size"]), 300).network.spec.vocab_size == 512
+    assert experiment_of(tiny_config(model__vocab_size=model["vocab_size"]), 300).network.spec.vocab_size == 512
 
 
 def test_without_flags_it_is_the_quickstart_from_any_directory(tmp_path):

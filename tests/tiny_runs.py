@@ -19,11 +19,16 @@ import jax
 import ml_collections
 import numpy as np
 
+from darkformer_jax.cli.progress import Progress
 from darkformer_jax.config import base
+from darkformer_jax.config.pattern import ATTENTION, parse_pattern
 from darkformer_jax.data.tokenizers import BytesTokenizer
+from darkformer_jax.mixers import MIXERS
 from darkformer_jax.runs.checkpoints import Checkpoints
-from darkformer_jax.runs.workdir import write_config
+from darkformer_jax.runs.workdir import Workdir
+from darkformer_jax.tasks.next_token import NextToken
 from darkformer_jax.training.experiment import Experiment
+from darkformer_jax.training.run import train
 from darkformer_jax.training.step import TrainState, make_state_init, to_saved
 
 ROOT = Path(__file__).parents[1]
@@ -61,6 +66,10 @@ def tiny_config(**changes: Any) -> ml_collections.ConfigDict:
 def tiny_flags(**changes: Any) -> list[str]:
     """The same as flags of train.py."""
     fields = TINY | {name.replace("__", "."): value for name, value in changes.items()}
+    layers = parse_pattern(fields.get("model.attention.pattern"), fields["model.attention.kind"])
+    used = {"kind", "pattern"}.union(*(MIXERS[layer.kind].uses for layer in layers))
+    own = {name for name in TINY if not name.startswith(ATTENTION) or name.removeprefix(ATTENTION) in used}
+    fields = {name: value for name, value in fields.items() if name in own or name not in TINY}
     return [f"--config.{name}={value}" for name, value in fields.items()]
 
 
@@ -70,6 +79,16 @@ def write_text(path: Path, num_bytes: int = 6000) -> str:
     lines = [" ".join(words[i : i + 8]) for i in range(0, len(words), 8)]
     path.write_text("\n".join(lines)[:num_bytes])
     return str(path)
+
+
+def experiment_of(config: ml_collections.ConfigDict, vocab_size: int = 257) -> Experiment:
+    """The experiment of a language model, by default of bytes."""
+    return Experiment.of(config, NextToken.of(config, vocab_size))
+
+
+def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]) -> None:
+    """What `train.py` does."""
+    train(config, Workdir(workdir), Progress(config.num_steps, config.log.every))
 
 
 def fresh_state(experiment: Experiment) -> TrainState:
@@ -82,10 +101,10 @@ def write_workdir(
     workdir: Path, config: ml_collections.ConfigDict, state: TrainState | None = None, step: int = 3
 ) -> TrainState:
     """A workdir with a checkpoint of `state` (None: the untrained model); returns the state."""
-    state = fresh_state(Experiment.of(config, 257)) if state is None else state
-    write_config(workdir, config.to_dict())
+    state = fresh_state(experiment_of(config)) if state is None else state
+    Workdir(workdir).write_config(config.to_dict())
     BytesTokenizer().save(str(workdir))
-    checkpoints = Checkpoints(workdir)
+    checkpoints = Checkpoints(Workdir(workdir))
     checkpoints.save(step, to_saved(state))
     checkpoints.close()
     return state
@@ -115,7 +134,7 @@ def metrics_without_time(workdir: Path) -> list[dict[str, Any]]:
 
 def saved_arrays(workdir: Path, step: int | None = None) -> dict[str, bytes]:
     """The bytes of every array of a checkpoint (the newest), by name."""
-    checkpoints = Checkpoints(workdir)
+    checkpoints = Checkpoints(Workdir(workdir))
     step = checkpoints.latest_good_step() if step is None else step
     assert step is not None
     _, state = checkpoints.restore(checkpoints.saved_shapes(step), step)

@@ -57,8 +57,9 @@ def teacher_layers(model: Transformer, tokens: Int[Array, "n l"]) -> Iterator[La
 def _run_layer(graphdef: Any, arrays: nnx.State, x: Array) -> tuple[LayerTensors, Array]:
     block: Block = nnx.merge(graphdef, arrays)
     segment_ids, positions = _one_document_each(x)
-    q, k, v = block.attention.project(block.attention_norm(x), positions)
-    exact, _ = block.attention.mechanism(q, k, v, segment_ids=segment_ids, positions=positions)
+    attention: Any = block.attention
+    q, k, v = attention.project(block.attention_norm(x), positions)
+    exact, _ = attention.mechanism(q, k, v, segment_ids=segment_ids, positions=positions)
     after, _ = block(x, segment_ids, positions, None)
     wide = (leaf.astype(jnp.float32) for leaf in (q, k, v, exact))
     return LayerTensors(*wide), after

@@ -5,13 +5,18 @@ from typing import Any
 
 import ml_collections
 
+from darkformer_jax.config.validation import require_used
 from darkformer_jax.errors import UserError
 
 Fields = Mapping[str, tuple[str, Any]]  # argument -> (field of the config, type of its value)
 
 
 def set_arguments(c: ml_collections.ConfigDict, arguments: Iterable[str], fields: Fields, file: str) -> None:
-    """Sets the fields that `name=value` strings name; raises UserError, naming `file`, for what it does not know."""
+    """Sets the fields that `name=value` strings name.
+
+    Raises UserError, which names `file`, for an argument that it does not know, or that the mixer does not use.
+    """
+    names = []
     for argument in arguments:
         name, _, value = argument.partition("=")
         if name not in fields:
@@ -21,3 +26,5 @@ def set_arguments(c: ml_collections.ConfigDict, arguments: Iterable[str], fields
             c.update_from_flattened_dict({field: kind(value)})
         except ValueError as error:
             raise UserError(f"{file}: {argument!r}: expected {name}=<{kind.__name__}>") from error
+        names.append(field)
+    require_used(c, names)

@@ -1,141 +1,202 @@
-"""Every field of an experiment, with its default, its unit and what it allows. The only place with defaults.
+"""Every field of an experiment, with its default, its range and its unit. The only place with defaults.
 
-Other configs call `get_config()` from here and change what their experiment needs. Unknown fields are refused by
-ml_collections (the config is locked), contradictory values by `config.validation.validate`, both before any compile.
+Experiments call `get_config()` from here and change what they need. ml_collections refuses a field that is not here,
+`config.validation.validate` a value that is out of range or contradicts another; both before any compile.
+`config.fields` says what `off`, `needs` and `since` mean.
 """
 
+import functools
+from collections.abc import Mapping
+from typing import get_args
+
 import ml_collections
+
+from darkformer_jax.config.fields import (
+    Field,
+    Section,
+    anything,
+    at_least,
+    choice,
+    default_config,
+    flat_section,
+    fraction,
+    positive,
+    strings,
+)
+from darkformer_jax.mixers import MIXERS
+from darkformer_jax.mixers.layers import ACTIVATIONS
+from darkformer_jax.mixers.positions import RopeScaling
+from darkformer_jax.model.heads import Pooling
+from darkformer_jax.model.trainable import REGIMES
+from darkformer_jax.model.transformer import REMAT_POLICIES
+from darkformer_jax.ops.linear import WindowKernel
+from darkformer_jax.ops.projections import ProjectionKind
+
+LABELLED_TASKS = ("classification", "regression")
+TASKS = ("language_model", *LABELLED_TASKS)  # the keys of tasks.TASKS, which stands on a floor above this one
 
 
 def get_config() -> ml_collections.ConfigDict:
     """A small byte-level DARKFormer on the Python standard library's own text."""
-    c = ml_collections.ConfigDict()
+    return default_config(declare()).lock()
 
-    c.seed = 0  # every random choice (weights, projections, data order) is a function of this and the step
-    c.num_steps = 1000  # optimizer steps; a resumed run may have more, and a cosine then ends later
-    c.batch_size = 16  # sequences an optimizer step, over all devices
-    c.sequence_length = 512  # tokens a sequence
-    c.accumulation_steps = 1  # micro-batches an optimizer step; divides batch_size
-    c.init_from = ""  # a workdir whose newest weights start this run ("" = from scratch); may change the mechanism
 
-    w = c.task = ml_collections.ConfigDict()
-    w.name = "language_model"  # what is learned: language_model | classification | regression
-    # the others: data.source = labelled, and a head of its own on the pooled outputs of the last layer
-    w.pooling = "last"  # of a sequence's outputs: last (of its last real token) | mean (over its real tokens)
-    w.text_column = "text"  # of a table, or field of a JSON object
-    w.label_column = "label"  # names of classes, or a regression's numbers
-    w.heldout_files = ""  # as data.files; "" = data.heldout_fraction of data.files, chosen by a hash of each text
+@functools.cache
+def fields() -> Mapping[str, Field]:
+    """Every field by its dotted name."""
+    return dict(flat_section(declare()))
 
-    m = c.model = ml_collections.ConfigDict()
-    m.vocab_size = 0  # 0 = the tokenizer's; larger pads the table, smaller is refused
-    m.num_layers = 4
-    m.embed_dim = 128
-    m.num_heads = 4  # query heads
-    m.num_kv_heads = 4  # key/value heads; divides num_heads
-    m.head_dim = 32
-    m.mlp_dim = 384  # hidden width of the gated MLP
-    m.activation = "silu"  # of the MLP gate: silu (Llama) | gelu_tanh (Gemma)
-    m.norm_eps = 1e-6
-    m.rope_theta = 10000.0  # of every layer; of all but the `softmax_local` ones where rope_local_theta is set
-    m.rope_local_theta = (
-        0.0  # of `softmax_local` layers, never scaled (Gemma 3: 10_000); 0 = rope_theta and its scaling
-    )
-    m.rope_scaling = "none"  # of rope_theta's frequencies: none | linear | llama3 (Llama 3.1) | yarn (arXiv 2309.00071)
-    m.rope_factor = 1.0  # linear, llama3, yarn: the new context length over that of pretraining
-    m.rope_low_freq_factor = 1.0  # llama3: fewer turns in rope_original_length than this are slowed by rope_factor
-    m.rope_high_freq_factor = 4.0  # llama3: more turns than this are kept; in between, a mixture
-    m.rope_original_length = 8192  # llama3, yarn: context of pretraining, tokens
-    m.rope_beta_fast = 32.0  # yarn: more turns in rope_original_length than this are kept
-    m.rope_beta_slow = 1.0  # yarn: fewer turns than this are slowed by rope_factor; in between, a mixture
-    m.rope_attention_factor = 0.0  # yarn: multiplies the rotated q and k; 0 = 0.1 ln(rope_factor) + 1
-    m.qk_norm = False  # RMSNorm of each head's q and k before RoPE
-    m.qkv_bias = False  # biases of the projections to q, k and v (Qwen2)
-    m.norm_plus_one = False  # norms multiply by 1 + weight, and weights start at 0 (Gemma)
-    m.post_norms = False  # norms behind attention and behind the MLP too, before the residual sums (Gemma 2, 3)
-    m.tie_embeddings = True
-    m.scale_embeddings = False  # multiply embeddings by sqrt(embed_dim) (Gemma)
-    m.logit_softcap = 0.0  # cap * tanh(logits / cap); 0 = none (Gemma 2: 30)
-    m.lora_rank = 0  # of low-rank updates of q, k, v and out, x W + (x A) B; optimizer.train = lora needs it, 0 = none
-    m.dtype = "bfloat16"  # of activations and matmul operands: bfloat16 | float32; weights and logits are float32
-    m.remat = "none"  # what the backward pass recomputes, per block: none | dots (keep matmul outputs) | full
 
-    a = m.attention = ml_collections.ConfigDict()
-    a.kind = "dark"  # softmax | softmax_local | performer | dark | lfk | random | constant | window_only
-    a.pattern = ""  # kinds of successive layers, repeated: "softmax,dark,dark"; "" = `kind` everywhere
-    # (its length need not divide num_layers: the last repetition is then cut short)
-    a.query_scale = 0.0  # of the products of q and k; 0 = head_dim^-0.5 (Gemma 2, 3: query_pre_attn_scalar^-0.5)
-    a.softcap = 0.0  # softmax, softmax_local: cap * tanh(logits / cap); 0 = none (Gemma 2: 50)
-    a.local_window = 0  # softmax_local: tokens that a query sees, its own included (Mistral, Gemma: sliding_window)
-    a.num_features = 64  # m, random features a head
-    a.projections = "orthogonal"  # iid | orthogonal | orthogonal_unsigned (biased; reproduces public Performer codes)
-    a.redraw_every = 0  # optimizer steps between redraws of the projections; 0 = never
-    a.geometry_init = 1.0  # M starts as this times the identity; 1 is Performer
-    a.learn_projections = False  # dark: w is trained beside M (lfk: in its place), and then estimates no kernel
-    a.chunk_size = 128  # tokens a chunk of the linear scan
-    a.window = 0  # tokens before the own chunk that are seen exactly; a multiple of chunk_size; 0 = features everywhere
-    a.num_sinks = 0  # first tokens of a document that every query sees exactly; needs a window
-    a.window_kernel = "dark"  # of what is seen exactly: dark (what features estimate) | softmax (M left out)
-    a.far_gain = False  # a learned log gain a query head on all that is seen through features; needs a window
+def declare() -> Section:
+    """The fields, section by section."""
+    c = Section()
+    c.seed = at_least(0, 0)  # every random choice (weights, projections, data order) is a function of this and the step
+    c.num_steps = at_least(1, 1000)  # optimizer steps; a resumed run may have more, and a cosine then ends later
+    c.batch_size = at_least(1, 16)  # sequences per optimizer step, over all devices
+    c.sequence_length = at_least(1, 512)  # tokens per sequence
+    c.accumulation_steps = at_least(1, 1)  # micro-batches per optimizer step; divides batch_size
+    c.init_from = anything("")  # a workdir whose newest weights start this run ("" = none); may change the mechanism
+    c.task = _task()
+    c.model = _model()
+    c.data = _data()
+    c.optimizer = _optimizer()
 
-    d = c.data = ml_collections.ConfigDict()
-    d.source = "stdlib"  # stdlib | text | news | array_record | labelled
-    d.files = (
-        ""  # text: comma-separated globs of .txt, .md, .jsonl, plain or .gz; array_record: prepare_data's directory
-    )
-    # (labelled: globs of .tsv, .csv, .jsonl, plain or .gz)
-    d.tokenizer = (
-        "bytes"  # bytes | bpe:<vocab> (trained on the training split) | a tokenizer.json | a SentencePiece .model
-    )
-    # ("" with array_record: whatever the data was prepared with; else with init_from: its tokenizer)
-    d.heldout_fraction = 0.0  # of the documents, chosen by a hash of each, never trained on; 0 = 0.05, or as prepared
-    d.num_workers = 0  # grain worker processes; 0 = threads in this process
+    t = c.distill = Section()  # learning from a teacher; its arrays take memory, and it is not saved
+    t.workdir = anything("", since=1)  # whose newest weights teach: a model with the same tokenizer and as many ids
+    t.weight = fraction(0.0, since=1)  # w in (1 - w) cross-entropy + w KL(teacher || student); `loss` is the former
 
-    o = c.optimizer = ml_collections.ConfigDict()  # AdamW
-    o.train = "all"  # all | qkv_geometry (q, k, v projections and M) | geometry (M, learned projections)
-    # | lora (low-rank updates of rank model.lora_rank, and M); what is not trained is frozen and takes no moments
-    o.learning_rate = 3e-3  # peak
-    o.geometry_learning_rate = 3e-4  # peak, of M and of learned projections: a tenth, they set the scale of exponents
-    o.warmup_steps = 50
-    o.schedule = "cosine"  # cosine | rsqrt | constant, after the warm-up
-    o.final_fraction = 0.1  # cosine ends at this fraction of the peak
-    o.b1 = 0.9
-    o.b2 = 0.95
-    o.eps = 1e-8
-    o.weight_decay = 0.1  # of matrices; never of M, norms or biases
-    o.clip_norm = 1.0  # global gradient norm; 0 = no clipping
-    o.z_loss = 1e-4  # weight of mean(logsumexp(logits)^2); 0 = none
+    e = c.eval = Section()
+    e.every = at_least(0, 100)  # steps; 0 = only at the end
+    e.batches = at_least(0, 0)  # held-out batches per evaluation; 0 = the whole split, as always after the last step
+    e.batch_size = at_least(1, 16)
 
-    t = c.distill = ml_collections.ConfigDict()  # learning from a teacher; its arrays take memory, it is not saved
-    t.workdir = ""  # whose newest weights teach; same tokenizer and number of ids: the exact model of init_from, say
-    t.weight = 0.0  # w in (1 - w) cross-entropy + w KL(teacher || student), to 1; 0 = none. `loss` stays cross-entropy
+    k = c.checkpoint = Section()
+    k.every = at_least(0, 100)  # steps; 0 = only at the end
+    k.keep = at_least(1, 3)  # newest checkpoints kept; beside them the best of those that were evaluated
 
-    e = c.eval = ml_collections.ConfigDict()
-    e.every = 100  # steps; 0 = only at the end
-    e.batches = 0  # held-out batches an evaluation; 0 = the whole split, as always after the last step
-    e.batch_size = 16
+    g = c.log = Section()
+    g.every = at_least(1, 10)  # steps between lines of metrics.jsonl
 
-    k = c.checkpoint = ml_collections.ConfigDict()
-    k.every = 100  # steps; 0 = only at the end
-    k.keep = 3  # newest checkpoints kept; beside them the best by held-out loss, of steps that are evaluated too
+    s = c.sample = Section()  # printed at the end and written to samples.txt
+    s.prompts = strings("def ", "import ", "The ")
+    s.max_new_tokens = at_least(1, 120)
+    s.temperature = at_least(0, 0.8)
+    s.top_k = at_least(0, 0)  # 0 = all
+    s.top_p = fraction(1.0, low="(")
 
-    g = c.log = ml_collections.ConfigDict()
-    g.every = 10  # steps between lines of metrics.jsonl
+    p = c.profile = Section()  # a profiler's recording in <workdir>/profile, for TensorBoard or xprof
+    p.first_step = at_least(0, 0, since=1)  # 0 = none; 1 holds the compilation
+    p.steps = at_least(1, 3, since=1)
 
-    s = c.sample = ml_collections.ConfigDict()  # printed at the end and written to samples.txt
-    s.prompts = ("def ", "import ", "The ")
-    s.max_new_tokens = 120
-    s.temperature = 0.8
-    s.top_k = 0  # 0 = all
-    s.top_p = 1.0
+    h = c.mesh = Section()  # devices per axis; at most one -1 = what is left
+    h.data = anything(-1)
+    h.fsdp = anything(1)  # splits the batch, as data does, and parameters and optimizer state by their width
+    h.tensor = anything(1)  # splits heads, MLP and vocabulary; random features where it does not divide num_kv_heads
+    h.context = anything(1, since=1)  # splits sequence_length, and with it the activations; see docs/attention.md
+    return c
 
-    p = c.profile = ml_collections.ConfigDict()  # a profiler's recording in <workdir>/profile, for TensorBoard or xprof
-    p.first_step = 0  # 0 = none; 1 holds the compilation
-    p.steps = 3
 
-    h = c.mesh = ml_collections.ConfigDict()  # devices an axis; at most one -1 = what is left
-    h.data = -1
-    h.fsdp = 1  # splits the batch, as data does, and parameters and optimizer state by their width
-    h.tensor = 1  # splits heads, the MLP and the vocabulary; random features where it does not divide num_kv_heads
-    h.context = 1  # splits sequence_length, and with it the memory of activations; see docs/attention.md
+def _task() -> Section:
+    w = Section()
+    # What is learned; classification and regression: labels of whole texts, by a head on the last layer's outputs.
+    w.name = choice("language_model", TASKS, since=2)
+    # The other fields are theirs. Which outputs the head sees: that of the last real token, or their mean.
+    w.pooling = choice("last", get_args(Pooling), since=2)
+    w.text_column = anything("text", since=2)  # of a table, or field of a JSON object
+    w.label_column = anything("label", since=2)  # names of classes, or a regression's numbers
+    w.heldout_files = anything("", since=2)  # as data.files; "" = data.heldout_fraction of the texts of data.files
+    return w
 
-    return c.lock()
+
+def _model() -> Section:
+    m = Section()
+    m.vocab_size = at_least(0, 0)  # 0 = the tokenizer's; larger pads the table, smaller is refused
+    m.num_layers = at_least(1, 4)
+    m.embed_dim = at_least(1, 128)
+    m.num_heads = at_least(1, 4)  # query heads
+    m.num_kv_heads = at_least(1, 4)  # key/value heads; divides num_heads
+    m.head_dim = at_least(1, 32)
+    m.mlp_dim = at_least(1, 384)  # hidden width of the gated MLP
+    m.activation = choice("silu", ACTIVATIONS)  # of the MLP's gate: silu (Llama) | gelu_tanh (Gemma)
+    m.norm_eps = positive(1e-6)
+    m.rope_theta = positive(10000.0)  # of every layer; of all but `softmax_local` ones where rope_local_theta is set
+    # Of `softmax_local` layers, never scaled (Gemma 3: 10_000); 0 = rope_theta and its scaling.
+    m.rope_local_theta = at_least(0, 0.0, off=0.0, since=1)
+    m.rope_scaling = choice("none", get_args(RopeScaling), since=1)  # linear | llama3 (Llama 3.1) | yarn (2309.00071)
+    m.rope_factor = at_least(1, 1.0, since=1)  # linear, llama3, yarn: new context length over that of pretraining
+    m.rope_low_freq_factor = positive(1.0, since=1)  # llama3: fewer turns than this are slowed by rope_factor
+    m.rope_high_freq_factor = positive(4.0, since=1)  # llama3: more turns than this are kept; in between, a mixture
+    m.rope_original_length = at_least(1, 8192, since=1)  # llama3, yarn: context of pretraining, tokens
+    m.rope_beta_fast = positive(32.0, since=1)  # yarn: more turns in rope_original_length than this are kept
+    m.rope_beta_slow = positive(1.0, since=1)  # yarn: fewer turns are slowed by rope_factor; in between, a mixture
+    m.rope_attention_factor = at_least(0, 0.0, since=1)  # yarn: multiplies the rotated q and k; 0 = 0.1 ln(factor) + 1
+    m.qk_norm = anything(False)  # RMSNorm of each head's q and k before RoPE
+    m.qkv_bias = anything(False, since=1)  # biases of the projections to q, k and v (Qwen2)
+    m.norm_plus_one = anything(False, since=1)  # norms multiply by 1 + weight, and weights start at 0 (Gemma)
+    m.post_norms = anything(False, since=1)  # norms behind attention and MLP too, before the residual sums (Gemma 2, 3)
+    m.tie_embeddings = anything(True)
+    m.scale_embeddings = anything(False)  # multiply embeddings by sqrt(embed_dim) (Gemma)
+    m.logit_softcap = at_least(0, 0.0)  # cap * tanh(logits / cap); 0 = none (Gemma 2: 30)
+    m.lora_rank = at_least(0, 0, since=1)  # of low-rank updates of q, k, v and out, x W + (x A) B; 0 = none
+    m.causal = anything(True, since=2)  # False: an encoder, whose tokens see their whole document; for classification
+    m.dtype = choice("bfloat16", ("bfloat16", "float32"))  # of activations and matmuls; weights and logits are float32
+    m.remat = choice("none", ("none", *REMAT_POLICIES))  # what backward recomputes, per block: dots = all but matmuls
+    m.attention = _attention()
+    return m
+
+
+def _attention() -> Section:
+    """What the layers of `kind`, or of `pattern`, do; each kind says which fields it uses (darkformer_jax/mixers)."""
+    a = Section()
+    a.kind = choice("dark", MIXERS)  # of every layer, unless there is a pattern
+    # Kinds of successive layers, repeated over the depth: "softmax,dark,dark"; the last repetition may be cut short.
+    # Layers may have options of their own: "softmax,dark(m=128,window=64)".
+    a.pattern = anything("")
+    a.query_scale = at_least(0, 0.0, since=1)  # of the products of q and k; 0 = head_dim^-0.5
+    a.softcap = at_least(0, 0.0, off=0.0, since=1)  # exact attention: cap * tanh(logits / cap); 0 = none (Gemma 2: 50)
+    a.local_window = at_least(0, 0, off=0, since=1)  # softmax_local: tokens that a query sees, its own included
+    a.num_features = at_least(1, 64)  # m, random features per head
+    a.projections = choice("orthogonal", get_args(ProjectionKind))  # orthogonal_unsigned: biased (docs/attention.md)
+    a.redraw_every = at_least(0, 0, off=0)  # optimizer steps between redraws of the projections; 0 = never
+    a.geometry_init = positive(1.0)  # M starts as this times the identity; 1 is Performer
+    a.learn_projections = anything(False, off=False, since=1)  # dark: w is trained beside M, and estimates no kernel
+    a.chunk_size = at_least(1, 128)  # tokens per chunk of the linear scan
+    a.window = at_least(0, 0, off=0)  # tokens before the own chunk seen exactly, whole chunks; 0 = features everywhere
+    a.num_sinks = at_least(0, 0, off=0, needs="window")  # first tokens of a document that every query sees exactly
+    # Of what is seen exactly: dark (the kernel that features estimate) | softmax (M left out).
+    a.window_kernel = choice("dark", get_args(WindowKernel), off="dark", needs="window", since=1)
+    a.far_gain = anything(False, off=False, needs="window", since=1)  # a learned log gain per head on what features see
+    return a
+
+
+def _data() -> Section:
+    d = Section()
+    d.source = anything("stdlib")  # stdlib | text | news | array_record | labelled
+    # text: globs of .txt, .md, .jsonl, plain or .gz; labelled: of .tsv, .csv, .jsonl; array_record: prepare_data's
+    # directory.
+    d.files = anything("")
+    # bytes | bpe:<vocab> (trained on the training split) | a tokenizer.json | a SentencePiece .model; "" = that of the
+    # array_record's preparation, else of init_from.
+    d.tokenizer = anything("bytes")
+    d.heldout_fraction = fraction(0.0, high=")")  # of the documents, chosen by their hash; 0 = 0.05, or as prepared
+    d.num_workers = at_least(0, 0)  # grain worker processes; 0 = threads in this process
+    return d
+
+
+def _optimizer() -> Section:
+    o = Section()  # AdamW
+    # all | qkv_geometry (q, k, v projections and M) | geometry (M, learned projections) | lora (low-rank updates of
+    # rank model.lora_rank, and M); what is not trained is frozen and takes no moments.
+    o.train = choice("all", REGIMES, since=1)
+    o.learning_rate = positive(3e-3)  # peak
+    o.geometry_learning_rate = at_least(0, 3e-4)  # peak, of M and learned projections: they set the scale of exponents
+    o.warmup_steps = at_least(0, 50)
+    o.schedule = choice("cosine", ("cosine", "rsqrt", "constant"))  # after the warm-up
+    o.final_fraction = fraction(0.1)  # cosine ends at this fraction of the peak
+    o.b1 = fraction(0.9, high=")")
+    o.b2 = fraction(0.95, high=")")
+    o.eps = positive(1e-8)
+    o.weight_decay = at_least(0, 0.1)  # of matrices; never of M, norms or biases
+    o.clip_norm = at_least(0, 1.0)  # global gradient norm; 0 = no clipping
+    o.z_loss = at_least(0, 1e-4)  # weight of mean(logsumexp(logits)^2); 0 = none
+    return o

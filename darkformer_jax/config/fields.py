@@ -1,7 +1,110 @@
-"""Names and values of a config's fields."""
+"""What a field of the config is: its default, its range, and what a run meant that began before the field."""
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
+
+import ml_collections
+
+from darkformer_jax.errors import UserError
+
+Rule = Callable[[Any], bool]
+
+
+class Section(SimpleNamespace):
+    """Fields and sections by name, in the order in which they are declared."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One field of the config.
+
+    Attributes:
+      default: its value unless an experiment sets another; its type is the field's.
+      rule, allowed: which values are allowed, as a test and in words.
+      off: the value that means "not used"; None = the field has always a value. A field that is not off must be used by
+        a layer of the model (`config.validation`).
+      needs: a field of the same section that must not be off where this one is not.
+      since: the version of config.json that has the field first (`config.migrations`); 0 = all of them.
+      before: what earlier runs meant, where that is not the default.
+    """
+
+    default: Any
+    rule: Rule
+    allowed: str
+    off: Any = None
+    needs: str = ""
+    since: int = 0
+    before: Any = None
+
+    @property
+    def meaning_before(self) -> Any:
+        """The value that stands for an earlier run, which had no such field."""
+        return self.default if self.before is None else self.before
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises UserError, which names the field, its value and what is allowed."""
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{name} = {value}: must be finite")
+        kind = type(self.default)
+        also = {float: int, tuple: list}.get(kind, kind)  # JSON has no tuples, and may write a float without a point
+        if type(value) not in (kind, also):
+            raise UserError(f"{name} = {value!r}: must be {kind.__name__}")
+        if not self.rule(value):
+            shown = repr(value) if isinstance(value, str) else value
+            raise UserError(f"{name} = {shown}: {self.allowed}")
+
+
+def at_least(smallest: float, default: float, **more: Any) -> Any:
+    """A number from `smallest` on."""
+    return Field(default, lambda value: value >= smallest, f"must be at least {smallest}", **more)
+
+
+def positive(default: float, **more: Any) -> Any:
+    """A number above zero."""
+    return Field(default, lambda value: value > 0, "must be positive", **more)
+
+
+def fraction(default: float, low: str = "[", high: str = "]", **more: Any) -> Any:
+    """A number between 0 and 1; `(` and `)` leave the bound out."""
+
+    def rule(value: float) -> bool:
+        return (value >= 0 if low == "[" else value > 0) and (value <= 1 if high == "]" else value < 1)
+
+    return Field(default, rule, f"must be in {low}0, 1{high}", **more)
+
+
+def choice(default: str, allowed: Mapping[str, Any] | tuple[str, ...], **more: Any) -> Any:
+    """One of some names."""
+    return Field(default, lambda value: value in allowed, f"allowed: {', '.join(allowed)}", **more)
+
+
+def anything(default: Any, **more: Any) -> Any:
+    """A text, a switch, or a number whose range depends on what is not in the config."""
+    return Field(default, lambda value: True, "", **more)
+
+
+def strings(*default: str) -> Any:
+    """Texts."""
+    return Field(default, lambda value: all(isinstance(x, str) for x in value), "must be strings")
+
+
+def flat_section(section: Section, prefix: str = "") -> Iterator[tuple[str, Field]]:
+    """(dotted name, field) of every field of a section."""
+    for name, value in vars(section).items():
+        if isinstance(value, Section):
+            yield from flat_section(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def default_config(section: Section) -> ml_collections.ConfigDict:
+    """The defaults as a ConfigDict, not locked."""
+    return ml_collections.ConfigDict(
+        {name: default_config(x) if isinstance(x, Section) else x.default for name, x in vars(section).items()}
+    )
 
 
 def flat_fields(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -82,6 +82,8 @@ def make_directory(path: str) -> None:
 def whole_directory(path: str) -> Iterator[Path]:
     """A directory beside `path` to fill, which takes its place at the end and vanishes on an error.
 
+    `~` is expanded: of `--out=~/x` a shell leaves it as it is.
+
     Raises:
       UserError: `path` is a file, a directory that is not empty or one that cannot be replaced; or the disk is full, or
         its parent cannot be written.
@@ -90,7 +92,7 @@ def whole_directory(path: str) -> Iterator[Path]:
         raise UserError(f"{path!r} is not a path")
     refuse_url(path)
     try:
-        target = Path(path).resolve()  # of a link, what it points to
+        target = Path(path).expanduser().resolve()  # of a link, what it points to
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise UserError(f"{path} is there already; give a new or an empty directory")
         if target.is_mount():

@@ -25,12 +25,11 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 from jax.experimental import multihost_utils
 
-from darkformer_jax.distributed.rendezvous import Missing, named, roll_call
+from darkformer_jax.distributed.rendezvous import Missing, named, rendezvous
 from darkformer_jax.errors import UserError, one_line
-from darkformer_jax.runs.store import is_remote, remote_path
 
 HEARTBEAT_SECONDS = 20
-_CONNECT_SECONDS = 60  # after the roll call, all are there
+_CONNECT_SECONDS = 60  # after the rendezvous, all are there
 _START_SECONDS = 300.0  # for all to come to the same point where nobody has much to do
 WORK_SECONDS = 6 * 3600.0  # where one may read, write or hash a lot; that it has died is noticed otherwise
 _SEES_FILE_SECONDS = 5.0  # NFS shows a new file late
@@ -78,7 +77,7 @@ def cluster_of_flags(coordinator: str | None, num_processes: int | None, process
 
 def cluster_of_environment(timeout: float) -> Cluster | None:
     """What Slurm's, Open MPI's or a TPU VM's environment says; None outside of them."""
-    from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize itself asks, too late for the roll call
+    from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize itself asks, too late for the rendezvous
 
     for environment in ClusterEnv._cluster_types:
         # On one worker of a TPU slice, JAX_PLATFORMS=cpu is a run without the TPU, and without the other workers.
@@ -113,7 +112,7 @@ def join(cluster: Cluster | None, timeout: float = 300) -> None:
     if cluster.num_processes == 1:
         return
     host, _, port = cluster.coordinator.rpartition(":")
-    roll_call(host.strip("[]"), int(port), cluster.num_processes, cluster.process_id, timeout)
+    rendezvous(host.strip("[]"), int(port), cluster.num_processes, cluster.process_id, timeout)
     jax.distributed.initialize(
         cluster.coordinator,
         cluster.num_processes,
@@ -188,32 +187,33 @@ def tell(what: str, value: float) -> dict[int, float]:
     return {int(key.rpartition("/")[2]): json.loads(told) for key, told in client.key_value_dir_get(prefix)}
 
 
-def require_shared(workdir: str | os.PathLike[str]) -> None:
-    """Raises UserError, in every process, where one does not see what process 0 writes to `workdir`.
+def require_shared(directory: Any, name: str) -> None:
+    """Raises UserError, in every process, where one does not see what process 0 writes to a directory.
 
     Process 0 puts a file with a random name there and takes it away again, and the directories that it made for it.
+
+    Args:
+      directory: an absolute Path, or a path in a bucket that has pathlib's methods.
+      name: what messages call it.
     """
     if not is_distributed():
         return
-    client = _state().client
-    remote = is_remote(workdir)
-    directory: Any = remote_path(workdir) if remote else Path(workdir).absolute()
-    key = "darkformer/token"
+    client, key = _state().client, "darkformer/token"
     made: list[Path] = []
     if process_index() == 0:
         token = _TOKEN + secrets.token_hex(8)
         try:
-            if not remote:  # a bucket has no directories
+            if isinstance(directory, Path):  # a bucket has no directories
                 made = [path for path in (directory, *directory.parents) if not path.exists()]
                 directory.mkdir(parents=True, exist_ok=True)
             (directory / token).touch()
         except OSError as error:
             _remove(directory / token, made)
-            raise UserError(f"workdir {workdir} cannot be written: {error.strerror or error}") from error
+            raise UserError(f"{name} cannot be written: {error.strerror or error}") from error
         client.key_value_set(key, token)
         sees = True
     else:
-        token = _wait_for(key, f"process 0 did not write to workdir {workdir}", _START_SECONDS)
+        token = _wait_for(key, f"process 0 did not write to {name}", _START_SECONDS)
         sees = _comes_to_be(directory / token)
     client.key_value_set(f"darkformer/sees/{process_index()}", "yes" if sees else "no")
     try:
@@ -224,13 +224,13 @@ def require_shared(workdir: str | os.PathLike[str]) -> None:
     blind = sorted(int(k.rpartition("/")[2]) for k, v in client.key_value_dir_get("darkformer/sees") if v == "no")
     if blind:
         raise UserError(
-            f"workdir {workdir} is not the same directory for all processes: {named(blind)} cannot see what process 0 "
-            "writes there; it must be on a file system that all share"
+            f"{name} is not the same directory for all processes: {named(blind)} cannot see what process 0 writes "
+            "there; it must be on a file system that all share"
         )
 
 
 def is_token(name: str) -> bool:
-    """Whether a file of a workdir is what a process killed in `require_shared` left."""
+    """Whether a file of this name is what a process killed in `require_shared` left."""
     return name.startswith(_TOKEN)
 
 

@@ -1,4 +1,4 @@
-"""Who is there: before `jax.distributed` starts, which ends a process with a stack trace where another one is missing.
+"""The rendezvous of all processes before `jax.distributed`, which ends with a stack trace where one of them is missing.
 
 Process 0 listens on the coordinator's port, the others say who they are, and all are told at once whether to go on.
 Then the port is free again, and jax's own coordinator takes it.
@@ -23,26 +23,27 @@ _RETRY_SECONDS = 0.2
 _LONGEST_LINE = 10_000
 
 
-def roll_call(host: str, port: int, num_processes: int, process_id: int, timeout: float) -> None:
+def rendezvous(host: str, port: int, num_processes: int, process_id: int, timeout: float) -> None:
     """Returns in every process once all have come.
 
     Args:
       host, port: where process 0 is reached.
       num_processes, process_id: n, and 0 <= i < n.
-      timeout: seconds from this process's start of the call.
+      timeout: seconds that this process waits for the others.
 
     Raises:
-      Missing: in every process that is there: which are missing; or the coordinator cannot be reached.
-      UserError: in every process that is there: which do not fit together.
+      Missing: in every process that came: others did not come, and which; or the coordinator cannot be reached.
+      UserError: in every process that came: two of them do not fit together, and which.
     """
     deadline = time.monotonic() + timeout
     if process_id == 0:
-        _call(port, num_processes, deadline, timeout)
+        _gather(port, num_processes, deadline, timeout)
     else:
-        _answer(host, port, num_processes, process_id, deadline, timeout)
+        _register(host, port, num_processes, process_id, deadline, timeout)
 
 
-def _call(port: int, num_processes: int, deadline: float, timeout: float) -> None:
+def _gather(port: int, num_processes: int, deadline: float, timeout: float) -> None:
+    """What process 0 does."""
     with contextlib.ExitStack() as stack:
         here: dict[int, socket.socket] = {}
         newest: list[socket.socket] = []
@@ -80,7 +81,8 @@ def _call(port: int, num_processes: int, deadline: float, timeout: float) -> Non
             raise error
 
 
-def _answer(host: str, port: int, num_processes: int, process_id: int, deadline: float, timeout: float) -> None:
+def _register(host: str, port: int, num_processes: int, process_id: int, deadline: float, timeout: float) -> None:
+    """What every other process does."""
     hello = json.dumps({"process": process_id, "of": num_processes}).encode() + b"\n"
     reason = "it gave no answer"
     while True:
@@ -111,7 +113,7 @@ def _listen(port: int) -> socket.socket:
 
 
 def _read(connection: socket.socket, seconds: float) -> dict[str, Any] | None:
-    """The line that the other side sent; None where it sent none in time, or something else."""
+    """The line that the other side sent; None where it sent none in time, or no JSON object."""
     connection.settimeout(seconds)
     try:
         with connection.makefile("rb") as stream:
@@ -122,7 +124,7 @@ def _read(connection: socket.socket, seconds: float) -> dict[str, Any] | None:
 
 
 def _forget_gone(here: dict[int, socket.socket]) -> None:
-    """Those that have closed their side since: they were killed."""
+    """Removes those that have closed their side since: they were killed."""
     for number, connection in tuple(here.items()):
         connection.setblocking(False)
         try:

@@ -1,14 +1,23 @@
-"""The mechanisms, by the name that `model.attention.kind` gives them."""
+"""The mixers, one file each, by the name that `model.attention.kind` gives them. A new one is one row here."""
 
-from darkformer_jax.mixers.features import Constant, Dark, LearnedFeatures, Performer, Random, WindowOnly
-from darkformer_jax.mixers.softmax import LocalSoftmax, Softmax
+from darkformer_jax.mixers.constant import Constant
+from darkformer_jax.mixers.dark import Dark
+from darkformer_jax.mixers.lfk import LearnedFeatures
+from darkformer_jax.mixers.linear_transformer import LinearTransformer
+from darkformer_jax.mixers.mixer import MixerKind
+from darkformer_jax.mixers.performer import Performer
+from darkformer_jax.mixers.random import Random
+from darkformer_jax.mixers.softmax import Softmax
+from darkformer_jax.mixers.softmax_local import LocalSoftmax
+from darkformer_jax.mixers.window_only import WindowOnly
 
-MECHANISMS = {
+MIXERS: dict[str, type[MixerKind]] = {
     "softmax": Softmax,
     "softmax_local": LocalSoftmax,
     "performer": Performer,
     "dark": Dark,
     "lfk": LearnedFeatures,
+    "linear_transformer": LinearTransformer,
     "random": Random,
     "constant": Constant,
     "window_only": WindowOnly,

@@ -1,56 +1,90 @@
-"""One attention layer: projections, grouped heads, QK-norm and RoPE around a mechanism."""
+"""The attention mixer: projections, grouped heads, QK-norm and RoPE around a mechanism of q, k and v."""
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from darkformer_jax.distributed.sharding import constrain
-from darkformer_jax.mixers import MECHANISMS
 from darkformer_jax.mixers.layers import Linear, RMSNorm
-from darkformer_jax.mixers.positions import RopeSpec
+from darkformer_jax.mixers.mixer import MixerKind
 from darkformer_jax.mixers.positions import rope as rotate
-from darkformer_jax.mixers.spec import AttentionSpec
+from darkformer_jax.mixers.spec import MixerSpec
+
+
+class Mechanism(MixerKind):
+    """From q, k, v to their mixture; `build` puts an `Attention` around it.
+
+    Attributes:
+      reads_q_and_k: False where the weights do not depend on them, so that nothing has to compute them.
+    """
+
+    reads_q_and_k: ClassVar[bool] = True
+
+    def __init__(self, spec: MixerSpec, layer: int | Array) -> None:
+        self.spec = spec
+
+    @classmethod
+    def build(cls, spec: MixerSpec, layer: int | Array, *, rngs: nnx.Rngs) -> "Attention":
+        return Attention(spec, cls(spec, layer), rngs=rngs)
+
+    @classmethod
+    def flops(cls, spec: MixerSpec, length: int) -> float:
+        width = (spec.num_heads + spec.num_kv_heads) * spec.head_dim
+        projections = (4 if cls.reads_q_and_k else 2) * spec.embed_dim * width
+        return projections + cls.mixing_flops(spec, length)
+
+    @classmethod
+    def mixing_flops(cls, spec: MixerSpec, length: int) -> float:
+        """Of the mechanism alone, without the projections to q, k, v and out."""
+        raise NotImplementedError
+
+    def init_state(self, batch: int, max_length: int, dtype: jax.typing.DTypeLike) -> Any:
+        """As `Mixer.init_state`."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        q: Float[Array, "b n hq d"],
+        k: Float[Array, "b n hkv d"],
+        v: Float[Array, "b n hkv d"],
+        *,
+        segment_ids: Int[Array, "b n"],
+        positions: Int[Array, "b n"],
+        state: Any = None,
+    ) -> tuple[Float[Array, "b n hq d"], Any]:
+        """Attention within segments, causal if the spec says so."""
+        raise NotImplementedError
 
 
 class Attention(nnx.Module):
     """x -> x: q, k, v = x Wq, x Wk, x Wv (plus biases); RMSNorm of q and k if asked; RoPE; the mechanism; Wo."""
 
-    def __init__(
-        self,
-        spec: AttentionSpec,
-        kind: str,
-        embed_dim: int,
-        *,
-        rope: RopeSpec,
-        qk_norm: bool,
-        qkv_bias: bool,
-        norm_eps: float,
-        norm_plus_one: bool,
-        lora_rank: int = 0,
-        dtype: jax.typing.DTypeLike,
-        layer: int | Array,
-        rngs: nnx.Rngs,
-    ) -> None:
-        self.rope = rope
-        shape = (embed_dim, spec.num_heads, spec.head_dim)
-        kv_shape = (embed_dim, spec.num_kv_heads, spec.head_dim)
-        linear = functools.partial(Linear, rank=lora_rank, rngs=rngs, dtype=dtype)
-        self.q = linear(shape, ("embed", "heads", None), use_bias=qkv_bias)
-        self.k = linear(kv_shape, ("embed", "kv_heads", None), use_bias=qkv_bias)
-        self.v = linear(kv_shape, ("embed", "kv_heads", None), use_bias=qkv_bias)
-        self.out = linear((spec.num_heads, spec.head_dim, embed_dim), ("heads", None, "embed"), num_inputs=2)
-        self.q_norm = RMSNorm(spec.head_dim, norm_eps, norm_plus_one, axis=None) if qk_norm else None
-        self.k_norm = RMSNorm(spec.head_dim, norm_eps, norm_plus_one, axis=None) if qk_norm else None
-        self.mechanism = MECHANISMS[kind](spec, layer)
+    def __init__(self, spec: MixerSpec, mechanism: Mechanism, *, rngs: nnx.Rngs) -> None:
+        self.rope = spec.rope
+        shape = (spec.embed_dim, spec.num_heads, spec.head_dim)
+        kv_shape = (spec.embed_dim, spec.num_kv_heads, spec.head_dim)
+        linear = functools.partial(Linear, rank=spec.lora_rank, rngs=rngs, dtype=spec.dtype)
+        self.q = linear(shape, ("embed", "heads", None), use_bias=spec.qkv_bias)
+        self.k = linear(kv_shape, ("embed", "kv_heads", None), use_bias=spec.qkv_bias)
+        self.v = linear(kv_shape, ("embed", "kv_heads", None), use_bias=spec.qkv_bias)
+        self.out = linear((spec.num_heads, spec.head_dim, spec.embed_dim), ("heads", None, "embed"), num_inputs=2)
+        norm = functools.partial(RMSNorm, spec.head_dim, spec.norm_eps, spec.norm_plus_one, axis=None)
+        self.q_norm = norm() if spec.qk_norm else None
+        self.k_norm = norm() if spec.qk_norm else None
+        self.mechanism = mechanism
 
     def __call__(self, x: Array, segment_ids: Array, positions: Array, state: Any = None) -> tuple[Array, Any]:
         """x [b, n, embed_dim]; segment_ids and positions [b, n]. Returns the same shape and the mechanism's state."""
         q, k, v = self.project(x, positions)
         mixed, state = self.mechanism(q, k, v, segment_ids=segment_ids, positions=positions, state=state)
         return self.out(constrain(mixed, "batch", "sequence", "heads", None)), state
+
+    def init_state(self, batch: int, max_length: int, dtype: jax.typing.DTypeLike) -> Any:
+        """The mechanism's."""
+        return self.mechanism.init_state(batch, max_length, dtype)
 
     def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
         """q [b, n, hq, d], k and v [b, n, hkv, d] as the mechanism sees them: normed, rotated, not yet scaled."""

@@ -1,27 +1,78 @@
-"""The mechanisms that are one call of `dark_attention`: they differ in w, in M, and in what they show it of q and k."""
+"""Attention that is one call of a linear op: what its mechanisms share."""
 
-import dataclasses
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array
 
 from darkformer_jax.distributed.sharding import context_size
 from darkformer_jax.errors import UserError
-from darkformer_jax.mixers.spec import AttentionSpec, Geometry, Projection
+from darkformer_jax.mixers.attention import Mechanism
+from darkformer_jax.mixers.mixer import Role
+from darkformer_jax.mixers.spec import Geometry, MixerSpec
 from darkformer_jax.mixers.stretches import on_stretches
+from darkformer_jax.ops.context import check_stretch
 from darkformer_jax.ops.dark_attention import dark_attention, init_state
 from darkformer_jax.ops.projections import draw_projections, projection_key
 from darkformer_jax.ops.state import AttentionState
 
+WINDOW_FIELDS = frozenset({"query_scale", "chunk_size", "window", "num_sinks", "window_kernel"})
+PROJECTION_FIELDS = frozenset({"query_scale", "chunk_size", "num_features", "projections", "redraw_every"})
 
-def draw_layer(spec: AttentionSpec, layer: int | Array, epoch: int | Array) -> Array:
+
+def draw_layer(spec: MixerSpec, layer: int | Array, epoch: int | Array) -> Array:
     """Projections [Hkv, m, d] of one layer in one redraw epoch: a function of (seed, layer, epoch) alone."""
     key = projection_key(spec.seed, layer, epoch)
     return draw_projections(key, spec.num_features, spec.head_dim, spec.projections, num_heads=spec.num_kv_heads)
+
+
+class LinearMechanism(Mechanism):
+    """A mechanism of constant state; subclasses say of what size, and call `run`."""
+
+    role: ClassVar[Role] = "estimator"
+    bidirectional = True
+
+    key_dim: int  # of the keys that the op sees
+    num_features: int
+
+    def __init__(self, spec: MixerSpec, layer: int | Array) -> None:
+        super().__init__(spec, layer)
+        self.key_dim = spec.head_dim
+        self.num_features = spec.num_features
+
+    @classmethod
+    def check(cls, spec: MixerSpec) -> None:
+        super().check(spec)
+        if not spec.causal and spec.window:
+            raise UserError(f"model.causal = False with window = {spec.window}: allowed: 0, features everywhere")
+        if spec.window % spec.chunk_size:
+            raise UserError(
+                f"model.attention.window = {spec.window} is not a multiple of chunk_size = {spec.chunk_size}"
+            )
+
+    @classmethod
+    def check_stretch(cls, spec: MixerSpec, length: int) -> None:
+        if not spec.causal:
+            raise UserError("model.causal = False with mesh.context > 1: allowed: mesh.context = 1")
+        check_stretch(length, spec.chunk_size, spec.window)
+
+    def init_state(self, batch: int, max_length: int, dtype: jax.typing.DTypeLike) -> AttentionState:
+        s = self.spec
+        sizes = (s.num_kv_heads, self.key_dim, s.head_dim, self.num_features)
+        return init_state(batch, *sizes, jnp.dtype(dtype), s.chunk_size, s.window, s.num_sinks)
+
+    def run(
+        self, attend: Callable[..., Any], q: Array, k: Array, v: Array, state: AttentionState | None, **arrays: Any
+    ) -> tuple[Array, Any]:
+        """`attend(q, k, v, **arrays)`, on each device's stretch where the mesh splits sequences."""
+        attend = functools.partial(attend, causal=self.spec.causal, chunk_size=self.spec.chunk_size)
+        if context_size() > 1:
+            return on_stretches(attend, q, k, v, state=state, **arrays), None
+        result = attend(q, k, v, **arrays, state=state, return_state=state is not None)
+        return result if state is not None else (result, None)
 
 
 class Inputs(NamedTuple):
@@ -33,25 +84,28 @@ class Inputs(NamedTuple):
     geometry: Array | None
 
 
-class FeatureAttention(nnx.Module):
-    """Linear attention with an optional exact window. Subclasses say what the kernel is made of, in `inputs`."""
+class FeatureAttention(LinearMechanism):
+    """`dark_attention` with an optional exact window. Subclasses say what the kernel is made of, in `inputs`."""
 
-    key_dim: int  # of what `inputs` returns
-    num_features: int
+    uses = PROJECTION_FIELDS | WINDOW_FIELDS | {"far_gain"}
+    has_geometry = False  # whether q and k are mapped by M first
 
-    def __init__(self, spec: AttentionSpec, layer: int | Array) -> None:
-        self.spec = spec
-        self.key_dim = spec.head_dim
-        self.num_features = spec.num_features
+    def __init__(self, spec: MixerSpec, layer: int | Array) -> None:
+        super().__init__(spec, layer)
         self.log_gain = Geometry(jnp.zeros(spec.num_heads), axes=("heads",)) if spec.far_gain else None
 
     def inputs(self, q: Array, k: Array, positions: Array) -> Inputs:
+        """What the op is given in place of q and k, w and M."""
         raise NotImplementedError
 
-    def init_state(self, batch: int, max_length: int, dtype: jax.typing.DTypeLike) -> AttentionState:
-        s = self.spec
-        sizes = (s.num_kv_heads, self.key_dim, s.head_dim, self.num_features)
-        return init_state(batch, *sizes, jnp.dtype(dtype), s.chunk_size, s.window, s.num_sinks)
+    @classmethod
+    def mixing_flops(cls, spec: MixerSpec, length: int) -> float:
+        m, d = spec.num_features, spec.head_dim
+        width = (spec.num_heads + spec.num_kv_heads) * d
+        features_and_state = 4 * m * width
+        geometry = 2 * d * width if cls.has_geometry else 0
+        per_key = 4 * spec.num_heads * d if spec.window else 2 * spec.num_heads * (m + d)
+        return features_and_state + geometry + per_key * mean_exact_keys(spec, length)
 
     def __call__(
         self, q: Array, k: Array, v: Array, *, segment_ids: Array, positions: Array, state: AttentionState | None = None
@@ -60,7 +114,6 @@ class FeatureAttention(nnx.Module):
         attend = functools.partial(
             dark_attention,
             scale=self.spec.query_scale or None,
-            chunk_size=self.spec.chunk_size,
             window=self.spec.window,
             num_sinks=self.spec.num_sinks,
             window_kernel=self.spec.window_kernel,
@@ -71,113 +124,20 @@ class FeatureAttention(nnx.Module):
             "log_gain": None if self.log_gain is None else self.log_gain[...].astype(jnp.float32),
             "segment_ids": segment_ids,
         }
-        if context_size() > 1:
-            return on_stretches(attend, queries, keys, v, state=state, **arrays), None
-        result = attend(queries, keys, v, **arrays, state=state, return_state=state is not None)
-        return result if state is not None else (result, None)
+        return self.run(attend, queries, keys, v, state, **arrays)
 
 
-class Performer(FeatureAttention):
-    """The softmax kernel, w drawn isotropically and M = I (Choromanski et al., arXiv 2009.14794)."""
+def mean_exact_keys(spec: MixerSpec, length: int) -> float:
+    """Keys that a query meets outside the state, mean over the places of one sequence of `length` tokens.
 
-    def __init__(self, spec: AttentionSpec, layer: int | Array) -> None:
-        super().__init__(spec, layer)
-        self.projections: Projection | Geometry = Projection(
-            draw_layer(spec, layer, 0), axes=("kv_heads", "features", None)
-        )
-
-    def inputs(self, q: Array, k: Array, positions: Array) -> Inputs:
-        return Inputs(q, k, self.projections[...].astype(jnp.float32), None)
-
-
-class Dark(Performer):
-    """exp(q^T M^T M k), M learned per key/value head and shared by its queries (Farzam et al., arXiv 2603.04127).
-
-    With `learn_projections` w is trained as well, and the features estimate no kernel any more.
+    Its own chunk (up to itself where attention is causal), the `window` tokens before the chunk, and the first
+    `num_sinks` tokens, each key once.
     """
-
-    def __init__(self, spec: AttentionSpec, layer: int | Array) -> None:
-        super().__init__(spec, layer)
-        if spec.learn_projections:
-            self.projections = Geometry(self.projections[...], axes=("kv_heads", "features", None))
-        identity = jnp.eye(spec.head_dim, dtype=jnp.float32)
-        start = jnp.tile(spec.geometry_init * identity, (spec.num_kv_heads, 1, 1))
-        self.M = Geometry(start, axes=("kv_heads", None, None))
-
-    def inputs(self, q: Array, k: Array, positions: Array) -> Inputs:
-        return Inputs(q, k, self.projections[...].astype(jnp.float32), self.M[...].astype(jnp.float32))
-
-
-class LearnedFeatures(FeatureAttention):
-    """LFK, the paper's learned feature kernel: w is trained, M = I. It starts as a draw, then estimates no kernel."""
-
-    def __init__(self, spec: AttentionSpec, layer: int | Array) -> None:
-        super().__init__(spec, layer)
-        self.projections = Geometry(draw_layer(spec, layer, 0), axes=("kv_heads", "features", None))
-
-    def inputs(self, q: Array, k: Array, positions: Array) -> Inputs:
-        return Inputs(q, k, self.projections[...].astype(jnp.float32), None)
-
-
-class WindowOnly(FeatureAttention):
-    """The control of every hybrid: its exact window and sinks with nothing behind them."""
-
-    def __init__(self, spec: AttentionSpec, layer: int | Array) -> None:
-        if not spec.window:
-            raise UserError("model.attention.kind = 'window_only' needs model.attention.window > 0")
-        super().__init__(dataclasses.replace(spec, far_gain=False), layer)
-        self.num_features = 0
-
-    def inputs(self, q: Array, k: Array, positions: Array) -> Inputs:
-        return Inputs(q, k, None, None)
-
-
-def _refuse_window(spec: AttentionSpec, kind: str) -> None:
-    if spec.window or spec.num_sinks:
-        raise UserError(
-            f"model.attention.kind = {kind!r} does not look at q and k: it takes no window = {spec.window} and no sinks"
-        )
-
-
-class Random(Performer):
-    """Fixed random weights: Performer on q and k replaced by N(0, I) vectors of (seed, layer, position, head).
-
-    The weight of position j for position n is thus a fixed positive random number, at linear cost and with a constant
-    state. The DARKFormer paper names this floor and does not define it; the definition is this project's own.
-    """
-
-    def __init__(self, spec: AttentionSpec, layer: int | Array) -> None:
-        _refuse_window(spec, "random")
-        super().__init__(spec, layer)
-        self.noise_key = NoiseKey(jax.random.key_data(projection_key(spec.seed + 1, layer, 0)), axes=(None,))
-
-    def inputs(self, q: Array, k: Array, positions: Array) -> Inputs:
-        key = jax.random.wrap_key_data(self.noise_key[...])
-        num_heads, num_kv_heads, dim = q.shape[2], k.shape[2], q.shape[3]
-
-        def draw(position: Array) -> Array:
-            # Drawn in float32: another dtype would give other weights, not rounded ones.
-            noise = jax.random.normal(jax.random.fold_in(key, position), (num_heads + num_kv_heads, dim), jnp.float32)
-            return noise.astype(q.dtype)
-
-        noise = jax.vmap(jax.vmap(draw))(positions)
-        return Inputs(noise[:, :, :num_heads], noise[:, :, num_heads:], self.projections[...].astype(jnp.float32), None)
-
-
-class NoiseKey(Projection):
-    """Key data of the positions' noise; not redrawn."""
-
-
-class Constant(FeatureAttention):
-    """The mean of the visible values: one feature, equal to one for every query and key.
-
-    The DARKFormer paper names this floor and does not define it; the definition is this project's own.
-    """
-
-    def __init__(self, spec: AttentionSpec, layer: int | Array) -> None:
-        _refuse_window(spec, "constant")
-        super().__init__(spec, layer)
-        self.key_dim = self.num_features = 1
-
-    def inputs(self, q: Array, k: Array, positions: Array) -> Inputs:
-        return Inputs(jnp.zeros_like(q[..., :1]), jnp.zeros_like(k[..., :1]), jnp.zeros((1, 1)), None)
+    total = 0
+    for start in range(0, length, spec.chunk_size):
+        size = min(spec.chunk_size, length - start)
+        before = min(spec.window, start)
+        sinks = min(spec.num_sinks, start - before)
+        own = size * (size + 1) // 2 if spec.causal else size * size
+        total += own + size * (before + sinks)
+    return total / length

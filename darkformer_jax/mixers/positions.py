@@ -15,15 +15,15 @@ RopeScaling = Literal["none", "linear", "llama3", "yarn"]
 class RopeSpec:
     """Rotary positions of one layer: theta, and the scaling of its frequencies (`model.rope_*` in config/base.py)."""
 
-    theta: float = 10000.0
-    scaling: str = "none"  # a RopeScaling
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_length: int = 8192
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    fixed_attention_factor: float = 0.0  # 0 = yarn's formula
+    theta: float
+    scaling: str  # a RopeScaling
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_length: int
+    beta_fast: float
+    beta_slow: float
+    attention_factor: float  # 0 = yarn's formula
 
     def frequencies(self, head_dim: int) -> Float[np.ndarray, "d/2"]:
         """Radians a token of each pair, float32: f_i = theta^(-2i/d), and with n_i = original_length f_i / 2 pi turns
@@ -60,23 +60,21 @@ class RopeSpec:
         return head_dim * math.log(self.original_length / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
 
     @property
-    def attention_factor(self) -> float:
+    def amplitude(self) -> float:
         """What the rotated q and k are multiplied by: 1, but for yarn."""
         if self.scaling != "yarn":
             return 1.0
-        return self.fixed_attention_factor or 0.1 * math.log(self.factor) + 1
+        return self.attention_factor or 0.1 * math.log(self.factor) + 1
 
 
-def rope(
-    x: Float[Array, "b n h d"], positions: Int[Array, "b n"], spec: RopeSpec = RopeSpec()
-) -> Float[Array, "b n h d"]:
+def rope(x: Float[Array, "b n h d"], positions: Int[Array, "b n"], spec: RopeSpec) -> Float[Array, "b n h d"]:
     """Rotates the pairs (x_i, x_{i + d/2}) by the angle positions * f_i, in float32; f are the spec's frequencies.
 
     The half-split layout of Hugging Face's Llama and Gemma. Su et al., arXiv 2104.09864.
     """
     frequencies = jnp.asarray(spec.frequencies(x.shape[-1]))
     angles = positions.astype(jnp.float32)[..., None, None] * frequencies[None, None, None, :]
-    sin, cos = jnp.sin(angles) * spec.attention_factor, jnp.cos(angles) * spec.attention_factor
+    sin, cos = jnp.sin(angles) * spec.amplitude, jnp.cos(angles) * spec.amplitude
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)

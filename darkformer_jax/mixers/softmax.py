@@ -1,15 +1,14 @@
-"""Exact softmax attention to all tokens or to the last ones, with a key/value cache for decoding."""
+"""Exact softmax attention to all tokens, with a key/value cache for decoding."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from darkformer_jax.distributed.sharding import context_size
-from darkformer_jax.errors import UserError
-from darkformer_jax.mixers.spec import AttentionSpec
+from darkformer_jax.mixers.attention import Mechanism
+from darkformer_jax.mixers.spec import MixerSpec
 from darkformer_jax.mixers.stretches import on_stretches
 from darkformer_jax.ops.context import gather_sequence
 from darkformer_jax.ops.exact import exact_attention
@@ -25,17 +24,21 @@ class KeyValueCache(NamedTuple):
     length: Int[Array, "b"]  # tokens so far, kept or not
 
 
-class Softmax(nnx.Module):
+class Softmax(Mechanism):
     """softmax(cap(scale q k^T)) v: quadratic in the length, and a state that grows with it.
 
     Where the mesh splits sequences over devices, each of them gathers all keys and values: a message and a memory that
     grow with the length, unlike those of linear attention.
     """
 
-    local_window = 0
+    role = "exact"
+    uses = frozenset({"query_scale", "softcap"})
+    bidirectional = True
 
-    def __init__(self, spec: AttentionSpec, layer: int | Array) -> None:
-        self.spec = spec
+    @classmethod
+    def mixing_flops(cls, spec: MixerSpec, length: int) -> float:
+        visible = (length + 1) / 2 if spec.causal else length
+        return 4 * spec.num_heads * spec.head_dim * visible
 
     def init_state(self, batch: int, max_length: int, dtype: jax.typing.DTypeLike) -> KeyValueCache:
         shape = (batch, max_length, self.spec.num_kv_heads, self.spec.head_dim)
@@ -65,7 +68,8 @@ class Softmax(nnx.Module):
             key_positions=seen.positions,
             scale=self.spec.query_scale or None,
             softcap=self.spec.softcap,
-            local_window=self.local_window,
+            local_window=self.spec.local_window,
+            causal=self.spec.causal,
         )
 
     def _attend_to_all(
@@ -81,38 +85,11 @@ class Softmax(nnx.Module):
         """(what the new tokens attend to, the state behind them). What exceeds the slots is not kept."""
         # Padding is written behind the tokens and overwritten by the next ones: `length` does not count it.
         places = state.length[:, None] + jnp.arange(new.keys.shape[1], dtype=jnp.int32)[None, :]
-        state = _write(state, new, places)
+        state = write_slots(state, new, places)
         return state, state
 
 
-class LocalSoftmax(Softmax):
-    """`Softmax` over the last `local_window` tokens, the query's own included; its state holds no more than those."""
-
-    def __init__(self, spec: AttentionSpec, layer: int | Array) -> None:
-        if spec.local_window < 1:
-            raise UserError("model.attention.local_window = 0: 'softmax_local' needs a window")
-        super().__init__(spec, layer)
-        self.local_window = spec.local_window
-
-    def init_state(self, batch: int, max_length: int, dtype: jax.typing.DTypeLike) -> KeyValueCache:
-        return super().init_state(batch, min(max_length, self.local_window), dtype)
-
-    def update(self, state: KeyValueCache, new: KeyValueCache) -> tuple[KeyValueCache, KeyValueCache]:
-        """As for `Softmax`; the slots are a ring in which token i of the row has slot i % slots."""
-        # The old keys beside the new ones: of many new tokens, the first still see keys that the last push out.
-        keys, values, segments, positions = (
-            jnp.concatenate([old, x.astype(old.dtype)], axis=1) for old, x in zip(state[:4], new[:4], strict=True)
-        )
-        seen = KeyValueCache(keys, values, segments, positions, state.length + new.length)
-        slots = state.keys.shape[1]
-        index = jnp.arange(new.keys.shape[1], dtype=jnp.int32)[None, :]
-        count = new.length[:, None]
-        is_kept = (index < count) & (index >= count - slots)
-        places = jnp.where(is_kept, (state.length[:, None] + index) % slots, slots)
-        return seen, _write(state, new, places)
-
-
-def _write(state: KeyValueCache, new: KeyValueCache, places: Int[Array, "b n"]) -> KeyValueCache:
+def write_slots(state: KeyValueCache, new: KeyValueCache, places: Int[Array, "b n"]) -> KeyValueCache:
     """`state` with the new tokens in their slots; places beyond the last slot are dropped."""
     # Not dynamic_update_slice, which moves a write that does not fit back over older keys.
     write = jax.vmap(lambda old, x, place: old.at[place].set(x.astype(old.dtype), mode="drop"))

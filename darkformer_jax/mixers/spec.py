@@ -1,41 +1,55 @@
-"""What every mechanism is built from and answers to."""
+"""What a mixer is made from, and the kinds of its variables."""
 
 import dataclasses
-from typing import Any, Protocol
 
-import jax
 from flax import nnx
-from jaxtyping import Array, Float, Int
 
+from darkformer_jax.mixers.positions import RopeSpec
 from darkformer_jax.ops.linear import WindowKernel
 from darkformer_jax.ops.projections import ProjectionKind
 
 
-def pattern_kinds(pattern: str | None, kind: str) -> tuple[str, ...]:
-    """The mechanisms of successive layers, repeated over the depth; `kind` everywhere where there is no pattern."""
-    return tuple(name.strip() for name in (pattern or kind).split(","))
-
-
 @dataclasses.dataclass(frozen=True)
-class AttentionSpec:
-    """Sizes and options of one attention layer's mechanism; the fields are explained in config/base.py."""
+class MixerSpec:
+    """Sizes and options of one layer's mixer; config/base.py explains the fields, `config.specs` fills them in.
 
+    Fields that the kind does not use are off.
+    """
+
+    kind: str  # a name in MIXERS
+    seed: int
+    # of model
+    embed_dim: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    rope: RopeSpec
+    qk_norm: bool
+    qkv_bias: bool
+    norm_eps: float
+    norm_plus_one: bool
+    lora_rank: int
+    causal: bool
+    dtype: str
+    # of model.attention
+    query_scale: float
+    softcap: float
+    local_window: int
     num_features: int
     projections: ProjectionKind
+    redraw_every: int
     geometry_init: float
+    learn_projections: bool
     chunk_size: int
     window: int
     num_sinks: int
-    seed: int
-    query_scale: float = 0.0
-    softcap: float = 0.0
-    local_window: int = 0
-    window_kernel: WindowKernel = "dark"
-    far_gain: bool = False
-    learn_projections: bool = False
+    window_kernel: WindowKernel
+    far_gain: bool
+
+    @property
+    def scale(self) -> float:
+        """What multiplies the products of q and k: head_dim^-0.5 unless the model has another."""
+        return self.query_scale or self.head_dim**-0.5
 
 
 class Projection(nnx.Variable):
@@ -44,26 +58,3 @@ class Projection(nnx.Variable):
 
 class Geometry(nnx.Param):
     """What shapes the kernel (M, learned projections, gain): trained at its own learning rate, without weight decay."""
-
-
-class Mechanism(Protocol):
-    """From q, k, v to their mixture. One call serves training (no state), prefill (fresh state) and decode."""
-
-    def __init__(self, spec: AttentionSpec, layer: int | Array) -> None: ...
-
-    def init_state(self, batch: int, max_length: int, dtype: jax.typing.DTypeLike) -> Any:
-        """The state of `batch` sequences before their first token; `max_length` bounds what a KV cache must hold."""
-        ...
-
-    def __call__(
-        self,
-        q: Float[Array, "b n hq d"],
-        k: Float[Array, "b n hkv d"],
-        v: Float[Array, "b n hkv d"],
-        *,
-        segment_ids: Int[Array, "b n"],
-        positions: Int[Array, "b n"],
-        state: Any = None,
-    ) -> tuple[Float[Array, "b n hq d"], Any]:
-        """Causal attention within segments. The returned state is None when none was given."""
-        ...

@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from darkformer_jax.errors import UserError
-from darkformer_jax.model.transformer import Network, Transformer
+from darkformer_jax.model.network import Network
+from darkformer_jax.model.transformer import Transformer
 from darkformer_jax.ops.state import NEG
 
 

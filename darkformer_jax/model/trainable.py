@@ -7,7 +7,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from darkformer_jax.errors import UserError
 from darkformer_jax.model.lora import is_lora
-from darkformer_jax.model.transformer import Network, is_geometry
+from darkformer_jax.model.network import Network, is_geometry
 
 Path = tuple[str, ...]
 Paths = frozenset[Path]

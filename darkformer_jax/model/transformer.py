@@ -4,23 +4,20 @@ Layers of one position in the pattern are stacked and run in one scan over the w
 the program's size does not grow with depth. Layers of a last repetition that is cut short follow the scan.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.traverse_util import unflatten_dict
-from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
-from darkformer_jax.distributed.sharding import constrain, sharding_of
-from darkformer_jax.mixers.attention import Attention
-from darkformer_jax.mixers.features import draw_layer
+from darkformer_jax.distributed.sharding import constrain
+from darkformer_jax.errors import UserError
+from darkformer_jax.mixers import MIXERS
 from darkformer_jax.mixers.layers import GatedMLP, RMSNorm
-from darkformer_jax.mixers.positions import RopeSpec
-from darkformer_jax.mixers.spec import AttentionSpec, Geometry, Projection
-from darkformer_jax.model.heads import Pooling, make_classifier, pool
+from darkformer_jax.mixers.spec import MixerSpec
+from darkformer_jax.model.heads import make_classifier, pool
+from darkformer_jax.model.spec import ModelSpec
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -28,87 +25,13 @@ REMAT_POLICIES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelSpec:
-    """Everything that decides a model's shape and function; the fields are explained in config/base.py."""
-
-    vocab_size: int
-    num_layers: int
-    embed_dim: int
-    mlp_dim: int
-    activation: str
-    norm_eps: float
-    rope_theta: float
-    qk_norm: bool
-    tie_embeddings: bool
-    scale_embeddings: bool
-    logit_softcap: float
-    dtype: str
-    remat: str
-    pattern: tuple[str, ...]  # mechanism of successive layers, repeated; not longer than num_layers
-    attention: AttentionSpec
-    rope_local_theta: float = 0.0
-    rope_scaling: str = "none"
-    rope_factor: float = 1.0
-    rope_low_freq_factor: float = 1.0
-    rope_high_freq_factor: float = 4.0
-    rope_original_length: int = 8192
-    rope_beta_fast: float = 32.0
-    rope_beta_slow: float = 1.0
-    rope_attention_factor: float = 0.0
-    qkv_bias: bool = False
-    norm_plus_one: bool = False
-    post_norms: bool = False
-    lora_rank: int = 0
-    num_outputs: int = 0  # per sequence: classes, or 1 for a number; 0 = logits of the next token
-    pooling: Pooling = "last"
-
-    @property
-    def layer_kinds(self) -> tuple[str, ...]:
-        """The mechanism of every layer."""
-        return tuple(self.pattern[layer % len(self.pattern)] for layer in range(self.num_layers))
-
-    def num_rows(self, place: int) -> int:
-        """Layers that stand at one place in the pattern: rows of its stack."""
-        return len(range(place, self.num_layers, len(self.pattern)))
-
-    def rope(self, kind: str) -> RopeSpec:
-        """The rotary positions of the layers of one mechanism."""
-        if kind == "softmax_local" and self.rope_local_theta:
-            return RopeSpec(theta=self.rope_local_theta)
-        return RopeSpec(
-            theta=self.rope_theta,
-            scaling=self.rope_scaling,
-            factor=self.rope_factor,
-            low_freq_factor=self.rope_low_freq_factor,
-            high_freq_factor=self.rope_high_freq_factor,
-            original_length=self.rope_original_length,
-            beta_fast=self.rope_beta_fast,
-            beta_slow=self.rope_beta_slow,
-            fixed_attention_factor=self.rope_attention_factor,
-        )
-
-
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); with `post_norms` each term is normed again before it is added."""
 
-    def __init__(self, spec: ModelSpec, kind: str, layer: int | Array, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, spec: ModelSpec, mixer: MixerSpec, layer: int | Array, *, rngs: nnx.Rngs) -> None:
         self.attention_norm = _norm(spec)
         self.post_attention_norm = _norm(spec) if spec.post_norms else None
-        self.attention = Attention(
-            spec.attention,
-            kind,
-            spec.embed_dim,
-            rope=spec.rope(kind),
-            qk_norm=spec.qk_norm,
-            qkv_bias=spec.qkv_bias,
-            norm_eps=spec.norm_eps,
-            norm_plus_one=spec.norm_plus_one,
-            lora_rank=spec.lora_rank,
-            dtype=spec.dtype,
-            layer=layer,
-            rngs=rngs,
-        )
+        self.attention = MIXERS[mixer.kind].build(mixer, layer, rngs=rngs)
         self.mlp_norm = _norm(spec)
         self.post_mlp_norm = _norm(spec) if spec.post_norms else None
         self.mlp = GatedMLP(spec.embed_dim, spec.mlp_dim, spec.activation, rngs=rngs, dtype=spec.dtype)
@@ -130,12 +53,12 @@ def _norm(spec: ModelSpec) -> RMSNorm:
 
 def _stack_blocks(spec: ModelSpec, place: int, key: Array) -> Block:
     """The blocks of one place in the pattern, as one module whose arrays have a leading axis of layers."""
-    kind, rows = spec.pattern[place], spec.num_rows(place)
+    mixer, rows = spec.pattern[place], spec.num_rows(place)
     layers = place + len(spec.pattern) * jnp.arange(rows)
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Block(spec, kind, 0, rngs=nnx.Rngs(params=0))))
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Block(spec, mixer, 0, rngs=nnx.Rngs(params=0))))
 
     def make(layer_key: Array, layer: Array) -> nnx.State:
-        return nnx.state(Block(spec, kind, layer, rngs=nnx.Rngs(params=layer_key)))
+        return nnx.state(Block(spec, mixer, layer, rngs=nnx.Rngs(params=layer_key)))
 
     return nnx.merge(graphdef, jax.vmap(make)(jax.random.split(key, rows), layers))
 
@@ -174,7 +97,7 @@ class Transformer(nnx.Module):
     def outputs(
         self, tokens: Int[Array, "b n"], segment_ids: Int[Array, "b n"], positions: Int[Array, "b n"]
     ) -> Float[Array, "b outputs"]:
-        """The classifier's `num_outputs` numbers for each sequence, in float32: logits of the classes, say."""
+        """The `num_outputs` numbers of each sequence in float32: logits of the classes, say."""
         x, _ = self.hidden(tokens, segment_ids, positions)
         return self.classifier(pool(x, segment_ids, self.spec.pooling))
 
@@ -234,85 +157,15 @@ class Transformer(nnx.Module):
         return out
 
     def init_state(self, batch: int, max_length: int) -> Any:
-        """The state of `batch` sequences before their first token; a KV cache has room for `max_length` tokens."""
+        """The state of `batch` sequences before their first token; a KV cache has room for `max_length` tokens.
+
+        Raises UserError for a bidirectional model, whose tokens depend on later ones.
+        """
+        if not self.spec.causal:
+            raise UserError("model.causal = False: a bidirectional model has no state to continue from; allowed: True")
         periods, tail = divmod(self.spec.num_layers, len(self.spec.pattern))
         states = []
         for place in range(len(self.spec.pattern)):
-            mechanism: Any = self.layer(place).attention.mechanism
-            state = mechanism.init_state(batch, max_length, self.spec.dtype)
-            states.append(state)
+            states.append(self.layer(place).attention.init_state(batch, max_length, self.spec.dtype))
         repeated = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (periods, *leaf.shape)), tuple(states))
         return repeated, tuple(states[:tail])
-
-
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """A model as pure functions of two nested dicts of arrays: trained parameters, and projections."""
-
-    spec: ModelSpec
-    graphdef: Any
-    abstract_params: nnx.State
-    abstract_projections: nnx.State
-
-    @classmethod
-    def of(cls, spec: ModelSpec) -> "Network":
-        """Builds the model abstractly: no array is allocated."""
-        abstract = nnx.eval_shape(lambda: Transformer(spec, jax.random.key(0)))
-        return cls(spec, *_split(abstract))
-
-    def init(self, key: Array) -> tuple[dict, dict]:
-        """(params, projections), freshly drawn."""
-        _, params, projections = _split(Transformer(self.spec, key))
-        return nnx.to_pure_dict(params), nnx.to_pure_dict(projections)
-
-    def bind(self, params: dict, projections: dict) -> Transformer:
-        """The module with these arrays, to be called inside a jitted function."""
-        return nnx.merge(self.graphdef, params, projections)
-
-    def redraw(self, projections: dict, epoch: Array) -> dict:
-        """The projections of another redraw epoch; other fixed noise stays."""
-        redrawn = dict(projections)
-        count = len(self.spec.pattern)
-        for place in range(count):
-            block = projections.get(f"blocks_{place}", {})
-            old = block.get("attention", {}).get("mechanism", {}).get("projections")
-            if old is not None:
-                layers = place + count * jnp.arange(old.shape[0])
-                new = jax.vmap(lambda layer: draw_layer(self.spec.attention, layer, epoch))(layers)
-                mechanism = block["attention"]["mechanism"] | {"projections": new}
-                redrawn[f"blocks_{place}"] = {"attention": {"mechanism": mechanism}}
-        return redrawn
-
-    def map_params(self, function: Any) -> dict:
-        """function(path, variable) for every parameter, as a tree like `params`."""
-        return _map_variables(self.abstract_params, function)
-
-    def map_projections(self, function: Any) -> dict:
-        """function(path, variable) for every projection array, as a tree like `projections`."""
-        return _map_variables(self.abstract_projections, function)
-
-
-def logical_axes(variable: nnx.Variable) -> tuple[str | None, ...]:
-    """Names of a variable's dimensions; a stacked one has an unnamed axis of layers in front."""
-    axes = tuple(variable.get_metadata()["axes"])
-    return (None,) * (len(variable.shape) - len(axes)) + axes
-
-
-def variable_sharding(path: tuple, variable: nnx.Variable, mesh: Mesh) -> NamedSharding:
-    """How a mesh holds a variable, by its logical axes. Raises UserError for one that the mesh does not divide."""
-    return sharding_of("/".join(map(str, path)), logical_axes(variable), variable.shape, mesh)
-
-
-def is_geometry(variable: nnx.Variable) -> bool:
-    """Whether a parameter is M, a learned projection or a gain."""
-    return issubclass(variable.type if hasattr(variable, "type") else type(variable), Geometry)
-
-
-def _split(model: Transformer) -> tuple[Any, nnx.State, nnx.State]:
-    """(structure, parameters, projections)."""
-    parts: Any = nnx.split(model, nnx.Param, Projection)
-    return parts
-
-
-def _map_variables(state: nnx.State, function: Any) -> dict:
-    return unflatten_dict({path: function(path, variable) for path, variable in nnx.to_flat_state(state)})

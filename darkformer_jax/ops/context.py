@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Shaped
 
 from darkformer_jax.errors import UserError
-from darkformer_jax.ops.linear import Tokens, document_places, fold
+from darkformer_jax.ops.linear import Kernel, Tokens, document_places, fold
 from darkformer_jax.ops.lowering import target_platform
-from darkformer_jax.ops.scan import FAR_AXES, SINK_AXES, TOKEN_AXES, Heads, heads_first, split_chunks
+from darkformer_jax.ops.scan import FAR_AXES, SINK_AXES, TOKEN_AXES, heads_first, over_heads, split_chunks
 from darkformer_jax.ops.state import NEG, AttentionState, FarState, Recent, Sinks, merge_far
 
 Tree = TypeVar("Tree")
@@ -56,12 +56,12 @@ def place_stretch(
 
 
 def state_before(
-    heads: Heads, state: AttentionState, tokens: Tokens, *, axis: str, chunk_size: int, window: int
+    kernel: Kernel, state: AttentionState, tokens: Tokens, *, axis: str, chunk_size: int, window: int
 ) -> AttentionState:
     """What the tokens before this device's stretch leave: `state`, which is empty, filled by the other devices.
 
     Args:
-      heads: the kernels.
+      kernel: has the arrays of all key/value heads.
       state: gives shapes and dtypes.
       tokens: of the stretch.
       axis: the mesh axis; the device's place on it is the stretch's place in the sequence.
@@ -76,13 +76,13 @@ def state_before(
         blank = Recent(*(jnp.zeros_like(leaf[:, :chunk_size]) for leaf in left))  # of the chunk in the making
         recent = Recent(*(jnp.concatenate(pair, axis=1) for pair in zip(left, blank, strict=True)))
         state = state._replace(recent=heads_first(recent))
-    far, sinks = _merge_before(*_summarize(heads, state, keys, chunk_size), axis)
+    far, sinks = _merge_before(*_summarize(kernel, state, keys, chunk_size), axis)
     return state._replace(far=far, sinks=sinks)
 
 
-def _summarize(heads: Heads, state: AttentionState, keys: Recent, chunk_size: int) -> tuple[FarState, Sinks]:
+def _summarize(kernel: Kernel, state: AttentionState, keys: Recent, chunk_size: int) -> tuple[FarState, Sinks]:
     """The far state and the sinks behind all of `keys`, from the empty ones in `state`."""
-    fold_heads = heads.map(fold, (FAR_AXES, SINK_AXES, TOKEN_AXES.recent()), (FAR_AXES, SINK_AXES))
+    fold_heads = over_heads(kernel, fold, (FAR_AXES, SINK_AXES, TOKEN_AXES.recent()), (FAR_AXES, SINK_AXES))
     # Recomputed from the keys alone: the backward pass does not keep the sums between chunks.
     summarize = jax.checkpoint(lambda chunk: fold_heads(state.far, state.sinks, chunk), prevent_cse=False)
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from darkformer_jax.errors import UserError
 from darkformer_jax.ops.features import matmul
 from darkformer_jax.ops.lowering import target_platform
 from darkformer_jax.ops.state import NEG
@@ -25,19 +26,28 @@ def exact_attention(
     scale: float | None = None,
     softcap: float = 0.0,
     local_window: int = 0,
+    causal: bool = True,
 ) -> Float[Array, "b n hq dv"]:
-    """softmax(cap(scale q k^T)) v over the keys of the query's segment at its position or before; 0 is padding.
+    """softmax(cap(scale q k^T)) v over the visible keys: those of the query's segment, at its position or before it.
 
-    Each group of hq / hkv consecutive query heads shares one key/value head. Padded queries get zero.
+    Each group of hq / hkv consecutive query heads shares one key/value head. Segment 0 is padding: its keys are not
+    seen, and its outputs are 0.
 
     Args:
       scale: of the logits; None is d^-0.5.
       softcap: cap(x) = softcap tanh(x / softcap); 0 = x.
-      local_window: only keys less than this many positions before the query's are seen; 0 = all.
+      local_window: a query sees only keys less than this many positions before its own; 0 = all.
+      causal: False: a query sees the whole of its segment, whatever the positions; local_window must be 0.
+
+    Raises:
+      UserError: for a local_window without causal.
     """
+    if local_window and not causal:
+        raise UserError(f"local_window = {local_window} with causal=False: a window looks back only; allowed: 0")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     visible = query_segments[:, :, None] == key_segments[:, None, :]
-    visible &= key_positions[:, None, :] <= query_positions[:, :, None]
+    if causal:
+        visible &= key_positions[:, None, :] <= query_positions[:, :, None]
     if local_window:
         visible &= key_positions[:, None, :] > query_positions[:, :, None] - local_window
     is_token = query_segments != 0

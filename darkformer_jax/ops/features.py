@@ -1,4 +1,7 @@
-"""Positive random features of the DARK kernel exp(q^T M^T M k), in log space."""
+"""Feature maps of linear attention, whose kernel is sum_i phi_i(q) phi_i(k), in log space: l_i(x) = log phi_i(x)."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +9,10 @@ from jaxtyping import Array, Float
 
 from darkformer_jax.errors import UserError
 from darkformer_jax.ops.lowering import target_platform
+
+# (arrays, x [..., d], scale) -> l(x) [..., m] of one head, finite, in float32 (float64 for float64 x). `arrays` is a
+# pytree: what the map reads besides x. `scale` is of the logits; a map whose kernel has none ignores it.
+FeatureMap = Callable[[Any, Array, float], Array]
 
 
 def accumulator_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
@@ -70,3 +77,29 @@ def log_positive_features(
     if log_weights.shape != projections.shape[:1]:
         raise UserError(f"log_weights have shape {log_weights.shape}; expected {projections.shape[:1]}")
     return log_features + jnp.expand_dims(log_weights.astype(log_features.dtype), tuple(range(log_features.ndim - 1)))
+
+
+class RandomFeatures(NamedTuple):
+    """What `positive_random_features` reads; see `log_positive_features`."""
+
+    projections: Float[Array, "*hkv m r"]  # w; m = 0: nothing is seen through features
+    geometry: Float[Array, "*hkv r d"] | None = None  # M; None is the identity
+    log_weights: Float[Array, "*hkv m"] | None = None  # of w that was not drawn from N(0, I)
+
+
+def positive_random_features(
+    arrays: RandomFeatures, x: Float[Array, "*batch d"], scale: float
+) -> Float[Array, "*batch m"]:
+    """`log_positive_features` as a `FeatureMap`: DARK attention, and Performer."""
+    return log_positive_features(x, arrays.projections, arrays.geometry, scale, arrays.log_weights)
+
+
+def log_elu_plus_one(arrays: None, x: Float[Array, "*batch d"], scale: float) -> Float[Array, "*batch d"]:
+    """l_i(x) = x_i where x_i < 0, else log(1 + x_i): the linear transformer's phi(x) = elu(x) + 1, so m = d.
+
+    (Katharopoulos et al., arXiv 2006.16236.) It reads no arrays and no scale.
+    """
+    x = x.astype(accumulator_dtype(x.dtype))
+    # Where x_i < 0, log1p gets 0: of x_i <= -1 it and its gradient would be NaN. jnp.maximum(x, 0) would halve the
+    # gradient at x_i = 0, where elu has slope 1.
+    return jnp.where(x < 0, x, jnp.log1p(jnp.where(x < 0, 0, x)))

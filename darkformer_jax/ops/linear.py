@@ -1,6 +1,6 @@
 """Linear attention of one key/value head and its group of query heads, chunk by chunk or a token at a time.
 
-Everything here is for one sequence and one key/value head; `dark_attention` maps it over heads and batch. With
+Everything here is for one sequence and one key/value head; `over_heads` maps it over heads and batch. With
 a_i = l_i(q) + c_i for the far keys, s_j for the keys that are seen one by one, and r the larger of their maxima,
 
     out = [ sum_i exp(a_i - r) S_i + sum_j exp(s_j - r) v_j ] / [ sum_i exp(a_i - r) z_i + sum_j exp(s_j - r) ]
@@ -11,20 +11,21 @@ estimator everywhere); with one it is the exact log kernel + log m, which meets 
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from darkformer_jax.ops.features import apply_geometry, log_positive_features, matmul
+from darkformer_jax.ops.features import FeatureMap, apply_geometry, matmul
 from darkformer_jax.ops.state import NEG, AttentionState, FarState, Recent, Sinks, merge_far
 
-# In the product of query and key features each side is scaled to a maximum of e^HEADROOM, so that a pair whose best
-# common feature lies up to 2 HEADROOM - LOG_FLOOR = 117 nats under the two separate maxima is exact in float32; beyond
-# that it counts as e^LOG_FLOOR. A pair's gap is at most |x| (max w.x/|x| - min w.x/|x|) of the smaller of the two
-# norms: |Mx|^2 of about 500 at least. The sum of both exponents and log m stays under 88, float32's largest, also in
-# the gradient.
+# In the product of query and key features each side is scaled to a maximum of e^HEADROOM. A pair whose best common
+# feature lies up to 2 HEADROOM - LOG_FLOOR = 117 nats under the two separate maxima is exact in float32; one beyond
+# that counts as 117 nats under, which is wrong only for a query that sees nothing nearer. A pair's gap is at most the
+# smaller of max_i l_i - min_i l_i of the two sides. For random features that is |x| (max w.x/|x| - min w.x/|x|): |Mx|^2
+# of about 500 is exact at least. For elu + 1 it is log(1 + max_i x_i) - min_i x_i. The sum of both exponents and log m
+# stays under 88, float32's largest, also in the gradient.
 HEADROOM = 36.0
 LOG_FLOOR = -45.0
 
@@ -32,33 +33,31 @@ WindowKernel = Literal["dark", "softmax"]
 
 
 class KernelArrays(NamedTuple):
-    """The arrays of an estimator; those of all key/value heads have the heads in front."""
+    """The arrays of a kernel; those of all key/value heads have the heads in front."""
 
-    projections: Float[Array, "*hkv m r"]  # w; m = 0: nothing but the window is seen
-    geometry: Float[Array, "*hkv r d"] | None = None  # M; None is the identity
-    log_weights: Float[Array, "*hkv m"] | None = None  # of w that was not drawn from N(0, I)
+    features: Any  # what the feature map reads
     log_gain: Float[Array, "*hkv g"] | None = None  # of each query head, on everything that is seen through features
 
 
 class Kernel(NamedTuple):
-    """One head's estimator."""
+    """One head's kernel: sum_i exp(l_i(q) + l_i(k)) beyond the window, and `log_kernel` within it."""
 
     arrays: KernelArrays
+    feature_map: FeatureMap
     scale: float
     window_kernel: WindowKernel = "dark"
 
     def log_features(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch m"]:
         """l_i(x)."""
-        w, geometry, log_weights, _ = self.arrays
-        return log_positive_features(x, w, geometry, self.scale, log_weights)
+        return self.feature_map(self.arrays.features, x, self.scale)
 
     def log_kernel(self, q: Float[Array, "n g d"], k: Float[Array, "t d"]) -> Float[Array, "n g t"]:
-        """scale q^T M^T M k + log m; `window_kernel` "softmax" has the identity in the place of M."""
-        point, geometry = q, self.arrays.geometry if self.window_kernel == "dark" else None
+        """What `RandomFeatures` estimate: scale q^T M^T M k + log m. "softmax" has the identity in the place of M."""
+        point, geometry = q, self.arrays.features.geometry if self.window_kernel == "dark" else None
         if geometry is not None:
             point = apply_geometry(apply_geometry(q, geometry), geometry.T)
         dots = matmul("ngd,td->ngt", point, k, q.dtype)
-        return self.scale * dots + math.log(max(self.arrays.projections.shape[0], 1))
+        return self.scale * dots + math.log(max(self.arrays.features.projections.shape[0], 1))
 
 
 class Sums(NamedTuple):

@@ -1,13 +1,14 @@
 """The definition, without any of the care: every pair of tokens, every feature. Quadratic; run it in float64."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from darkformer_jax.ops.features import log_positive_features
+from darkformer_jax.ops.features import FeatureMap, log_positive_features
 from darkformer_jax.ops.linear import WindowKernel
-
-_Kernel = tuple[Array | None, Array | None, Array | None]  # w, M, log_weights
 
 
 def exact_mask(segment_ids: Int[Array, "n"], *, chunk_size: int, window: int, num_sinks: int) -> Bool[Array, "n n"]:
@@ -42,36 +43,73 @@ def dark_attention_oracle(
     Shapes and arguments as there; `segment_ids` must not decrease but for 0 (padding) at the end.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    length, group = q.shape[1], q.shape[2] // k.shape[2]
     ids = jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
 
-    def one_head(q: Array, k: Array, v: Array, gain: Array, kernel: _Kernel, ids: Array) -> Array:
+    def one_head(q: Array, k: Array, v: Array, ids: Array, kernel: Any, gain: Array) -> Array:
         w, m, log_weights = kernel
         point_q, point_k = (q, k) if m is None or window_kernel == "softmax" else (q @ m.T, k @ m.T)
         exact = scale * point_q @ point_k.T
-        visible = (ids[:, None] == ids[None, :]) & (ids != 0)[None, :]
-        if causal:
-            visible &= jnp.tri(length, dtype=bool)
         searchable = jnp.where(ids == 0, jnp.iinfo(jnp.int32).max, ids)
         near = exact_mask(searchable, chunk_size=chunk_size, window=window, num_sinks=num_sinks)
         if w is None:
             logits = jnp.where(near, exact, -jnp.inf)
         else:
-            log_q = log_positive_features(q, w, m, scale, log_weights)
-            log_k = log_positive_features(k, w, m, scale, log_weights)
+            log_q, log_k = (log_positive_features(x, w, m, scale, log_weights) for x in (q, k))
+            logits = jnp.where(near, exact, gain + _feature_logits(log_q, log_k) - jnp.log(w.shape[0]))
+        return _weighted_mean(logits, _visible(ids, causal), v)
 
-            def row(log_query: Array) -> Array:
-                return jax.nn.logsumexp(log_query[None, :] + log_k, axis=-1) - jnp.log(w.shape[0])
+    gain = jnp.zeros(q.shape[2], q.dtype) if log_gain is None else log_gain
+    return _over_heads(one_head, q, k, v, ids, (projections, geometry, log_weights), gain)
 
-            logits = jnp.where(near, exact, gain + jax.lax.map(row, log_q))
-        any_visible = jnp.any(visible, axis=1, keepdims=True)
-        weights = jax.nn.softmax(jnp.where(visible | ~any_visible, logits, -jnp.inf), axis=-1)
-        return jnp.where(any_visible, weights @ v, 0)
 
-    over_heads = jax.vmap(one_head, in_axes=(1, 1, 1, 0, 0, None), out_axes=1)
-    over_group = jax.vmap(over_heads, in_axes=(2, None, None, 1, None, None), out_axes=2)
-    grouped = q.reshape(*q.shape[:2], k.shape[2], group, q.shape[3])
-    gain = (jnp.zeros(q.shape[2], q.dtype) if log_gain is None else log_gain).reshape(k.shape[2], group)
-    over_batch = jax.vmap(over_group, in_axes=(0, 0, 0, None, None, 0))
-    out = over_batch(grouped, k, v, gain, (projections, geometry, log_weights), ids)
-    return out.reshape(*q.shape[:3], v.shape[-1])
+def linear_attention_oracle(
+    q: Float[Array, "b n hq d"],
+    k: Float[Array, "b n hkv d"],
+    v: Float[Array, "b n hkv dv"],
+    *,
+    feature_map: FeatureMap,
+    feature_arrays: Any = None,
+    causal: bool = True,
+    segment_ids: Int[Array, "b n"] | None = None,
+) -> Float[Array, "b n hq dv"]:
+    """What `linear_attention` computes, from its definition. Shapes and arguments as there."""
+    ids = jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+
+    def one_head(q: Array, k: Array, v: Array, ids: Array, arrays: Any, _: None) -> Array:
+        logits = _feature_logits(feature_map(arrays, q, 1.0), feature_map(arrays, k, 1.0))
+        return _weighted_mean(logits, _visible(ids, causal), v)
+
+    return _over_heads(one_head, q, k, v, ids, feature_arrays, None)
+
+
+def _feature_logits(log_q: Float[Array, "n m"], log_k: Float[Array, "n m"]) -> Float[Array, "n n"]:
+    """log sum_i exp(l_i(q) + l_i(k)), a row at a time."""
+    return jax.lax.map(lambda query: jax.nn.logsumexp(query[None, :] + log_k, axis=-1), log_q)
+
+
+def _visible(ids: Int[Array, "n"], causal: bool) -> Bool[Array, "n n"]:
+    """Which keys a query sees: those of its document, not later than itself where `causal`."""
+    visible = (ids[:, None] == ids[None, :]) & (ids != 0)[None, :]
+    return visible & jnp.tri(len(ids), dtype=bool) if causal else visible
+
+
+def _weighted_mean(
+    logits: Float[Array, "n n"], visible: Bool[Array, "n n"], v: Float[Array, "n dv"]
+) -> Float[Array, "n dv"]:
+    """softmax(logits) v over the visible keys; 0 where there is none."""
+    any_visible = jnp.any(visible, axis=1, keepdims=True)
+    weights = jax.nn.softmax(jnp.where(visible | ~any_visible, logits, -jnp.inf), axis=-1)
+    return jnp.where(any_visible, weights @ v, 0)
+
+
+def _over_heads(
+    one_head: Callable[..., Array], q: Array, k: Array, v: Array, ids: Array, arrays: Any, gain: Array | None
+) -> Float[Array, "b n hq dv"]:
+    """one_head(q [n, d], k, v, ids, arrays, gain) over batch and heads; arrays [hkv, ...], gain [hq] or None."""
+    num_kv_heads = k.shape[2]
+    grouped = q.reshape(*q.shape[:2], num_kv_heads, -1, q.shape[3])
+    grouped_gain = None if gain is None else gain.reshape(num_kv_heads, -1)
+    over_heads = jax.vmap(one_head, in_axes=(1, 1, 1, None, 0, 0), out_axes=1)
+    over_group = jax.vmap(over_heads, in_axes=(2, None, None, None, None, 1), out_axes=2)
+    over_batch = jax.vmap(over_group, in_axes=(0, 0, 0, 0, None, None))
+    return over_batch(grouped, k, v, ids, arrays, grouped_gain).reshape(*q.shape[:3], v.shape[-1])

@@ -5,7 +5,7 @@ The backward pass keeps the states between chunks, (L / chunk_size) m (dv + 2) n
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,6 @@ from darkformer_jax.ops.linear import (
     KernelArrays,
     Sums,
     Tokens,
-    WindowKernel,
     chunk_features,
     chunk_window,
     fold,
@@ -44,26 +43,24 @@ TokenTree = TypeVar("TokenTree", Tokens, Recent)
 _recompute = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
-class Heads(NamedTuple):
-    """The kernels of all key/value heads."""
+def over_heads(
+    kernel: Kernel, function: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: Any
+) -> Callable[..., Any]:
+    """`function(kernel, *args)` of one head and sequence, over heads at the given axes and the batch in front.
 
-    arrays: KernelArrays
-    scale: float
-    window_kernel: WindowKernel = "dark"
+    `kernel` has the arrays of all key/value heads.
+    """
 
-    def map(self, function: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: Any) -> Callable[..., Any]:
-        """`function(kernel, *args)` of one head and sequence, over heads at the given axes and the batch in front."""
+    def one_head(arrays: KernelArrays, *args: Any) -> Any:
+        return function(kernel._replace(arrays=arrays), *args)
 
-        def one_head(arrays: KernelArrays, *args: Any) -> Any:
-            return function(Kernel(arrays, self.scale, self.window_kernel), *args)
-
-        heads = jax.vmap(one_head, in_axes=(0, *in_axes), out_axes=out_axes)
-        batch = jax.vmap(heads, in_axes=(None, *(0 for _ in in_axes)))
-        return lambda *args: batch(self.arrays, *args)
+    heads = jax.vmap(one_head, in_axes=(0, *in_axes), out_axes=out_axes)
+    batch = jax.vmap(heads, in_axes=(None, *(0 for _ in in_axes)))
+    return lambda *args: batch(kernel.arrays, *args)
 
 
 def scan_features(
-    heads: Heads, state: AttentionState, tokens: Tokens, *, chunk_size: int, causal: bool
+    kernel: Kernel, state: AttentionState, tokens: Tokens, *, chunk_size: int, causal: bool
 ) -> tuple[AttentionState, Sums]:
     """Features everywhere. The chunk size changes the cost, not the result. `causal=False` sees the whole segment.
 
@@ -74,7 +71,7 @@ def scan_features(
     visible = same_segment(chunks.segments, chunks.segments)
     if causal:
         visible &= jnp.tri(visible.shape[-1], dtype=bool)[None, None]
-    one_chunk = heads.map(chunk_features, (FAR_AXES, SINK_AXES, TOKEN_AXES, None), (FAR_AXES, SUM_AXES))
+    one_chunk = over_heads(kernel, chunk_features, (FAR_AXES, SINK_AXES, TOKEN_AXES, None), (FAR_AXES, SUM_AXES))
 
     # The masks are made outside: computed in the body, XLA would redo them in the loops of every head.
     @_recompute
@@ -83,7 +80,7 @@ def scan_features(
 
     far, sums = jax.lax.scan(body, state.far, (chunks, visible))
     if not causal:
-        from_right = heads.map(_read_then_fold, (FAR_AXES, SINK_AXES, TOKEN_AXES), (FAR_AXES, SUM_AXES))
+        from_right = over_heads(kernel, _read_then_fold, (FAR_AXES, SINK_AXES, TOKEN_AXES), (FAR_AXES, SUM_AXES))
         nothing = jax.tree.map(jnp.zeros_like, state.far)._replace(key_max=jnp.full_like(state.far.key_max, NEG))
         body_from_right = _recompute(lambda far, chunk: from_right(far, state.sinks, chunk))
         _, later = jax.lax.scan(body_from_right, nothing, chunks, reverse=True)
@@ -102,7 +99,7 @@ def _read_then_fold(kernel: Kernel, far: FarState, sinks: Sinks, chunk: Tokens) 
 
 
 def scan_window(
-    heads: Heads, state: AttentionState, tokens: Tokens, *, chunk_size: int, resumed: bool, return_state: bool
+    kernel: Kernel, state: AttentionState, tokens: Tokens, *, chunk_size: int, resumed: bool, return_state: bool
 ) -> tuple[AttentionState, Sums]:
     """The hybrid: exact window and sinks, features beyond. Chunks are aligned to the sequence's very first token.
 
@@ -118,7 +115,8 @@ def scan_window(
     chunks = split_chunks(tokens, chunk_size)
     num_chunks = chunks.segments.shape[0]
     num_complete = end // chunk_size
-    one_chunk = heads.map(
+    one_chunk = over_heads(
+        kernel,
         chunk_window,
         (FAR_AXES, SINK_AXES, RECENT_AXES, TOKEN_AXES, None),
         (FAR_AXES, SINK_AXES, RECENT_AXES, SUM_AXES),

@@ -107,6 +107,30 @@ def empty_state(
     )
 
 
+def init_state(
+    batch: int,
+    num_kv_heads: int,
+    key_dim: int,
+    value_dim: int,
+    num_features: int,
+    dtype: jnp.dtype,
+    chunk_size: int = 128,
+    window: int = 0,
+    num_sinks: int = 0,
+) -> AttentionState:
+    """The state of `batch` sequences that have seen nothing. `dtype` is that of q, k and v; sums are in float32."""
+    head = empty_state(
+        num_features=num_features,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        recent=window + chunk_size if window else 0,
+        num_sinks=num_sinks,
+        dtype=dtype,
+    )
+    heads = jax.vmap(lambda _: head, out_axes=HEAD_AXES, axis_size=num_kv_heads, in_axes=None)(None)
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (batch, *leaf.shape)), heads)
+
+
 def merge_far(first: FarState, second: FarState) -> FarState:
     """The summary of both parts of one segment: c = max(c1, c2), z = z1 e^(c1-c) + z2 e^(c2-c), S likewise.
 

@@ -21,12 +21,13 @@ from darkformer_jax.pretrained.readme import mechanism_readme
 from darkformer_jax.pretrained.safetensors_files import ArrayToWrite, shard, write_safetensors
 from darkformer_jax.runs.load import WorkdirModel, load_language_model
 from darkformer_jax.runs.origin import read_origin
+from darkformer_jax.runs.workdir import Workdir
 
 _NO_LIMIT = 2**63
 
 
 def export_workdir(
-    workdir: str,
+    workdir: Workdir,
     directory: str,
     *,
     step: int | None = None,
@@ -54,7 +55,7 @@ def export_workdir(
         fields = dict(flat_fields(model.config.model.to_dict()))
         fields["vocab_size"] = model.network.spec.vocab_size
         exact = exact_fields(fields)
-        family = fitting_family(exact, workdir, origin.get("model_type", ""))
+        family = fitting_family(exact, str(workdir), origin.get("model_type", ""))
         config = family.write(exact) | _config_extras(model, family, origin)
         arrays = _write_arrays(temporary, model, family, dtype, shard_bytes, on_array)
         config["torch_dtype"] = config["dtype"] = str(np.result_type(*{array.dtype for array in arrays}))

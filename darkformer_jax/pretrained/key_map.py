@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from darkformer_jax.errors import UserError
-from darkformer_jax.model.transformer import Network
+from darkformer_jax.model.network import Network
 from darkformer_jax.pretrained.families import Family
 
 Shape = tuple[int, ...]

@@ -19,11 +19,12 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from darkformer_jax.config.validation import model_spec, validate
+from darkformer_jax.config.specs import model_spec
+from darkformer_jax.config.validation import validate
 from darkformer_jax.data.files import whole_directory
 from darkformer_jax.distributed.sharding import make_mesh, sharding_of
 from darkformer_jax.errors import UserError
-from darkformer_jax.model.transformer import Network, logical_axes
+from darkformer_jax.model.network import Network, logical_axes
 from darkformer_jax.pretrained.families import Family, family_of
 from darkformer_jax.pretrained.key_map import Layout, Place, places_of
 from darkformer_jax.pretrained.mechanism import (
@@ -39,7 +40,7 @@ from darkformer_jax.pretrained.safetensors_files import DTYPES, SafetensorsFiles
 from darkformer_jax.pretrained.source import Source
 from darkformer_jax.runs.checkpoints import Checkpoints
 from darkformer_jax.runs.origin import write_origin
-from darkformer_jax.runs.workdir import write_config
+from darkformer_jax.runs.workdir import Workdir
 
 OnArray = Callable[[int, int], None]  # called with the bytes of an array once it is there, and those of all arrays
 
@@ -110,11 +111,12 @@ def run_import(plan: Import, workdir: str, on_array: OnArray) -> None:
       UserError: the workdir is there and not empty, the disk is full, a file is damaged, or the tokenizer does not fit.
     """
     with whole_directory(workdir) as temporary:
-        write_config(temporary, plan.config.to_dict())
+        own = Workdir(temporary)
+        own.write_config(plan.config.to_dict())
         _save_tokenizer(plan.source, plan.config.model.vocab_size, temporary)
         _return_freed_memory()
-        _save_arrays(plan, temporary, on_array)
-        write_origin(str(temporary), plan.origin)
+        _save_arrays(plan, own, on_array)
+        write_origin(own, plan.origin)
 
 
 def _save_tokenizer(source: Source, vocab_size: int, directory: Path) -> None:
@@ -138,11 +140,11 @@ def _return_freed_memory() -> None:
         trim(0)
 
 
-def _save_arrays(plan: Import, directory: Path, on_array: OnArray) -> None:
+def _save_arrays(plan: Import, workdir: Workdir, on_array: OnArray) -> None:
     mesh = _mesh(plan.config.model.embed_dim)
     state = _load(plan, mesh, on_array)
     state["step"] = jax.device_put(np.zeros((), np.int32), NamedSharding(mesh, P()))
-    with contextlib.closing(Checkpoints(directory, compress=False)) as checkpoints:
+    with contextlib.closing(Checkpoints(workdir, compress=False)) as checkpoints:
         checkpoints.save(0, state)
 
 

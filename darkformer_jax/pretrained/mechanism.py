@@ -16,7 +16,7 @@ import ml_collections
 from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.data.files import read_json_object
 from darkformer_jax.errors import UserError, one_line
-from darkformer_jax.model.transformer import Network
+from darkformer_jax.model.network import Network
 from darkformer_jax.pretrained.families import Fields, canonical
 from darkformer_jax.pretrained.families.family import FULL, LOCAL, kinds_of, layer_fields
 from darkformer_jax.pretrained.key_map import is_mechanism

@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from darkformer_jax.config.validation import EXACT_KINDS
 from darkformer_jax.reporting.rows import Mean, Row, best_of
-from darkformer_jax.reporting.settings import LEARNING_RATES, is_comparable, role
+from darkformer_jax.reporting.settings import EXACT_KINDS, LEARNING_RATES, is_comparable, role
 
 SIGNIFICANT = 2.0  # standard errors
 

@@ -68,7 +68,8 @@ def read_spectra(workdir: str) -> Spectra:
     layers: list[int] = []
     eigenvalues: list[Any] = []
     for index in range(model.network.spec.num_layers):
-        M = getattr(network.layer(index).attention.mechanism, "M", None)
+        attention: Any = network.layer(index).attention
+        M = getattr(attention.mechanism, "M", None)
         if M is not None:
             singular = np.linalg.svd(np.asarray(M[...], np.float64), compute_uv=False)  # [kv heads, d], descending
             layers.append(index)

@@ -7,13 +7,14 @@ from typing import Any
 
 from darkformer_jax.calibration import REPORT_FILE as CALIBRATION_FILE
 from darkformer_jax.config.fields import flat_fields
-from darkformer_jax.config.validation import EXACT_KINDS
+from darkformer_jax.config.pattern import pattern_kinds
 from darkformer_jax.data.files import read_json_object
 from darkformer_jax.errors import UserError
-from darkformer_jax.mixers.spec import pattern_kinds
+from darkformer_jax.mixers import MIXERS
 from darkformer_jax.runs.metrics import METRICS_FILE
 from darkformer_jax.runs.workdir import CHANGEABLE, CONFIG_FILE, read_config
 
+EXACT_KINDS = tuple(kind for kind, mixer in MIXERS.items() if mixer.role == "exact")
 CONTROLS = ("window_only", "constant", "random")
 
 MECHANISM = "mechanism"  # kinds of successive layers, "dark" or "softmax,dark"; instead of attention.kind and .pattern

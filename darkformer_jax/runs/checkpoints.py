@@ -27,14 +27,14 @@ from darkformer_jax.distributed import processes
 from darkformer_jax.errors import Transient, UserError, one_line
 from darkformer_jax.runs.manifest import Damaged, hash_files, read_manifest, write_manifest
 from darkformer_jax.runs.step_files import StepFiles
-from darkformer_jax.runs.verification import Verification
+from darkformer_jax.runs.verification import LOWEST_LOSS, Best, Verification
 from darkformer_jax.runs.workdir import Workdir
 
 PyTree = Any
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest `keep` and, beside them, the one with the lowest held-out loss.
+    """The checkpoints of one run: the newest `keep` and, beside them, the best one.
 
     Nothing is created or removed before the first `save`, so a reader may open the workdir of a running run. On a pod,
     every process makes the same calls on a shared workdir.
@@ -43,12 +43,18 @@ class Checkpoints:
       workdir: the run's directory, or gs://bucket/name.
       keep: newest steps kept, at least 1. Only `save` uses it.
       save_every: steps between saves, for `due`; 0 = never due.
+      best: which step is the best. Only `save` and `best_step` use it.
       compress: False writes arrays as they are: `save` makes no compressed copies, which for arrays that are written
         all at once would take as much memory again.
     """
 
     def __init__(
-        self, workdir: str | os.PathLike[str], keep: int = 1, save_every: int = 0, compress: bool = True
+        self,
+        workdir: str | os.PathLike[str],
+        keep: int = 1,
+        save_every: int = 0,
+        best: Best = LOWEST_LOSS,
+        compress: bool = True,
     ) -> None:
         if keep < 1:
             raise UserError(f"checkpoint.keep = {keep}: must be at least 1")
@@ -58,6 +64,7 @@ class Checkpoints:
         self._verification = Verification(self._files)
         self._keep = keep
         self._save_every = save_every
+        self._best = best
         self._checkpointer = ocp.AsyncCheckpointer(
             ocp.PyTreeCheckpointHandler(use_compression=compress),
             async_options=ocp.options.AsyncOptions(timeout_secs=int(processes.WORK_SECONDS)),
@@ -88,7 +95,7 @@ class Checkpoints:
         Args:
           step: at least 0.
           state: nested dicts of jax.Arrays, none of size 0; on a pod, of global arrays.
-          metrics: numbers that belong to the step; `heldout_loss` decides which step is the best.
+          metrics: numbers that belong to the step; the one that `best` names decides which step is the best.
 
         Raises:
           UserError: the directory cannot be written or the disk is full, in this save or in the one before it.
@@ -151,7 +158,7 @@ class Checkpoints:
     def _prune(self, newest: int) -> None:
         damage, steps = self._verification.damage, self.committed_steps()
         live = [step for step in steps if step <= newest and step not in damage]
-        kept = {*live[-self._keep :], self._verification.best(live)}
+        kept = {*live[-self._keep :], self._verification.best(live, self._best)}
         for step in sorted(set(steps) - kept - damage.keys()):  # damaged ones are set aside before the next save
             self._files.remove(step)
 
@@ -198,8 +205,8 @@ class Checkpoints:
         return self._verification.newest()
 
     def best_step(self) -> int | None:
-        """The kept step with the lowest held-out loss; None if no step has one."""
-        return self._verification.best(self.committed_steps())
+        """The best of the kept steps; None if no step has the metric."""
+        return self._verification.best(self.committed_steps(), self._best)
 
     def good_step(self, step: int | None = None) -> int:
         """`step`, or the newest undamaged one. Raises UserError: no checkpoint, or the asked one damaged or absent."""

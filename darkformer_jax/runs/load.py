@@ -1,7 +1,7 @@
 """The model of a finished or running run, for the verbs that use one: generate and evaluate."""
 
-import dataclasses
 import functools
+import os
 from typing import NamedTuple
 
 import jax
@@ -9,16 +9,16 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh, NamedSharding
 
-from darkformer_jax.config.validation import from_json, model_spec, validate
+from darkformer_jax.config.specs import model_spec
+from darkformer_jax.config.validation import from_json, validate
 from darkformer_jax.data.labelled import load_class_names
 from darkformer_jax.data.tokenizers import Tokenizer, load_tokenizer
 from darkformer_jax.errors import UserError, one_line
 from darkformer_jax.model.lora import merge_lora
-from darkformer_jax.model.transformer import Network, variable_sharding
+from darkformer_jax.model.network import Network, variable_sharding
 from darkformer_jax.runs.checkpoints import Checkpoints
 from darkformer_jax.runs.origin import ends_of_text
-from darkformer_jax.runs.store import local_path
-from darkformer_jax.runs.workdir import read_config
+from darkformer_jax.runs.workdir import CONFIG_FILE, Workdir
 
 
 class WorkdirModel(NamedTuple):
@@ -33,7 +33,7 @@ class WorkdirModel(NamedTuple):
     step: int
 
 
-def load_model(workdir: str, step: int | None = None, mesh: Mesh | None = None) -> WorkdirModel:
+def load_model(workdir: str | os.PathLike[str], step: int | None = None, mesh: Mesh | None = None) -> WorkdirModel:
     """Reads the newest undamaged checkpoint of a workdir, or the one of `step`, onto the mesh or the default device.
 
     Parameters have the dtypes that they have in the checkpoint, float32 after training. Low-rank updates are merged
@@ -42,15 +42,17 @@ def load_model(workdir: str, step: int | None = None, mesh: Mesh | None = None) 
     Raises:
       UserError: no config, no checkpoint, a damaged one, or one that does not fit the config.
     """
-    saved = read_config(workdir)
-    tokenizer = load_tokenizer(str(local_path(workdir)))
+    workdir = Workdir(workdir)
+    saved = workdir.read_config()
+    tokenizer = load_tokenizer(str(workdir.local))
     try:
         config = from_json(saved)
         validate(config)
-        network = Network.of(model_spec(config, tokenizer.vocab_size, _num_outputs(config.task.name, workdir)))
+        num_outputs = _num_outputs(config.task.name, workdir)
+        network = Network.of(model_spec(config, tokenizer.vocab_size, num_outputs))
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         reason = one_line(error)
-        raise UserError(f"{workdir}/config.json is not the config of a run of this version: {reason}") from error
+        raise UserError(f"{workdir}/{CONFIG_FILE} is not the config of a run of this version: {reason}") from error
     checkpoints = Checkpoints(workdir)
     step = checkpoints.good_step(step)
     params, projections = jax.eval_shape(lambda: network.init(jax.random.key(0)))
@@ -67,25 +69,27 @@ def load_model(workdir: str, step: int | None = None, mesh: Mesh | None = None) 
     if config.model.lora_rank:
         params = merge_lora(params)
         config.model.lora_rank, config.optimizer.train = 0, "all"
-        network = Network.of(dataclasses.replace(network.spec, lora_rank=0))
+        network = Network.of(model_spec(config, tokenizer.vocab_size, num_outputs))
     return WorkdirModel(network, params, projections, tokenizer, ends, config, step)
 
 
-def load_language_model(workdir: str, step: int | None = None, mesh: Mesh | None = None) -> WorkdirModel:
+def load_language_model(
+    workdir: str | os.PathLike[str], step: int | None = None, mesh: Mesh | None = None
+) -> WorkdirModel:
     """`load_model`, where the next token is what is asked for. Raises UserError also for a model of another task."""
     model = load_model(workdir, step, mesh)
     if model.network.spec.num_outputs:
         raise UserError(
-            f"{workdir}: its model is of task.name = {model.config.task.name!r} and predicts no next token; "
+            f"{os.fspath(workdir)}: its model is of task.name = {model.config.task.name!r} and predicts no next token; "
             "allowed: a language model's workdir"
         )
     return model
 
 
-def _num_outputs(task: str, workdir: str) -> int:
+def _num_outputs(task: str, workdir: Workdir) -> int:
     """Numbers that the model of a task gives per sequence; 0 = logits of the next token."""
     if task == "classification":
-        return len(load_class_names(local_path(workdir)))
+        return len(load_class_names(workdir.local))
     return 1 if task == "regression" else 0
 
 

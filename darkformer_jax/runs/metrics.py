@@ -16,9 +16,9 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
+from darkformer_jax.data.files import write_atomically
 from darkformer_jax.errors import Transient, UserError
-from darkformer_jax.runs.store import local_path
-from darkformer_jax.runs.workdir import write_atomically
+from darkformer_jax.runs.workdir import Workdir
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -41,7 +41,7 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: str | os.PathLike[str], resumed_from: int | None = None) -> None:
-        self._path = local_path(workdir) / METRICS_FILE
+        self._path = Workdir(workdir) / METRICS_FILE
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
@@ -108,7 +108,7 @@ def _open_events(directory: Path, first_step: int) -> EventsWriter:
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl as dicts, in file order, without a torn one. Raises UserError if absent."""
-    path = local_path(workdir) / METRICS_FILE
+    path = Workdir(workdir) / METRICS_FILE
     try:
         return _parse(path)
     except OSError as error:

@@ -1,21 +1,19 @@
-"""Workdirs in Google Cloud Storage, gs://bucket/run, for machines that share no file system.
+"""Google Cloud Storage, for workdirs at gs://bucket/run of machines that share no file system.
 
 An object store can neither append to a file nor rename a directory nor lock. So the small files of such a workdir
-(config, tokenizer, metrics, ...) are read and written in a local copy, `local_path`, and a `Mirror` uploads what this
+(config, tokenizer, metrics, ...) are read and written in a local copy, `local_copy`, and a `Mirror` uploads what this
 process changes there; checkpoints go from every process straight to the bucket, through Orbax and etils. Other stores
 have to be mounted: Orbax's array driver knows files and gs:// alone.
 """
 
 import atexit
 import base64
-import concurrent.futures
 import contextlib
 import functools
 import logging
 import os
 import shutil
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,6 @@ from darkformer_jax.errors import Transient, UserError, one_line
 
 _SCHEME = "gs://"
 _NOT_IN_NAMES = set("#?*[]\\\n\r\t")
-_SECONDS_BETWEEN_UPLOADS = 30.0  # a kill loses the lines since then, and the resumed run writes them again
 
 
 def is_remote(workdir: str | os.PathLike[str]) -> bool:
@@ -136,57 +133,6 @@ def objects(directory: Any) -> dict[str, dict[str, Any]]:
             md5 = {"md5": base64.b64decode(entry["md5Hash"]).hex()} if "md5Hash" in entry else {}
             listed[name.removeprefix(prefix)] = {"bytes": int(entry["size"]), **md5}
     return listed
-
-
-class Mirror(contextlib.AbstractContextManager["Mirror"]):
-    """Uploads the files that this process changes in the local copy of a workdir. For a local one it does nothing.
-
-    Leaving the context uploads what is left, however the run ends.
-    """
-
-    def __init__(self, workdir: str | os.PathLike[str]) -> None:
-        self._remote: Any = remote_path(workdir) if is_remote(workdir) else None
-        self._url, self._local = os.fspath(workdir), local_path(workdir)
-        self._uploaded = self._changed({}) if self._remote is not None else {}
-        self._last = time.monotonic()
-        self._worker = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="mirror")
-        self._running: concurrent.futures.Future[None] | None = None
-
-    def __exit__(self, *exception: object) -> None:
-        try:
-            self.upload()
-        finally:
-            self._worker.shutdown()
-
-    def soon(self) -> None:
-        """Uploads in the background if the last time is a while ago. To be called as often as one likes."""
-        idle = self._running is None or self._running.done()
-        if self._remote is not None and idle and time.monotonic() - self._last > _SECONDS_BETWEEN_UPLOADS:
-            self._last = time.monotonic()
-            self._running = self._worker.submit(self._upload)
-
-    def upload(self) -> None:
-        """Returns when all is in the bucket. Raises Transient where it cannot be written."""
-        if self._remote is None:
-            return
-        if self._running is not None:
-            concurrent.futures.wait([self._running])  # what failed there is tried again here
-        with as_user_error(self._url, "written"):
-            self._upload()
-
-    def _upload(self) -> None:
-        for name, state in self._changed(self._uploaded).items():
-            (self._remote / name).write_bytes((self._local / name).read_bytes())
-            self._uploaded[name] = state
-
-    def _changed(self, known: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-        """Name -> (time, size) of the files that are not as in `known`."""
-        found = {}
-        for path in sorted(self._local.rglob("*")):
-            if path.is_file() and not path.name.startswith(".") and path.suffix != ".tmp":
-                stat = path.stat()
-                found[path.relative_to(self._local).as_posix()] = (stat.st_mtime_ns, stat.st_size)
-        return {name: state for name, state in found.items() if known.get(name) != state}
 
 
 @contextlib.contextmanager

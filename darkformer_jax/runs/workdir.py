@@ -16,6 +16,7 @@ import jax
 from absl import logging
 
 from darkformer_jax.config.fields import flat_fields
+from darkformer_jax.config.migrations import migrate, with_version
 from darkformer_jax.data.files import write_atomically
 from darkformer_jax.data.tokenizers import has_tokenizer
 from darkformer_jax.distributed.processes import is_token
@@ -40,44 +41,6 @@ CHANGEABLE = (
     "mesh",
     "data.num_workers",
 )
-
-# Fields that runs begun before them do not have, and the values that mean what those runs did. A new field goes here.
-_LATER_FIELDS: dict[str, Any] = {
-    "distill": {"weight": 0.0, "workdir": ""},
-    "mesh": {"context": 1},
-    "model": {
-        "attention": {
-            "far_gain": False,
-            "learn_projections": False,
-            "local_window": 0,
-            "query_scale": 0.0,
-            "softcap": 0.0,
-            "window_kernel": "dark",
-        },
-        "lora_rank": 0,
-        "norm_plus_one": False,
-        "post_norms": False,
-        "qkv_bias": False,
-        "rope_attention_factor": 0.0,
-        "rope_beta_fast": 32.0,
-        "rope_beta_slow": 1.0,
-        "rope_factor": 1.0,
-        "rope_high_freq_factor": 4.0,
-        "rope_local_theta": 0.0,
-        "rope_low_freq_factor": 1.0,
-        "rope_original_length": 8192,
-        "rope_scaling": "none",
-    },
-    "optimizer": {"train": "all"},
-    "profile": {"first_step": 0, "steps": 3},
-    "task": {
-        "heldout_files": "",
-        "label_column": "label",
-        "name": "language_model",
-        "pooling": "last",
-        "text_column": "text",
-    },
-}
 
 
 class Workdir(os.PathLike[str]):
@@ -177,7 +140,7 @@ class Workdir(os.PathLike[str]):
                 f"{path} is a Hugging Face model's; bring it into a workdir first: python -m darkformer_jax.convert "
                 f"--source={self} --workdir=<a new directory>"
             )
-        return _with(_LATER_FIELDS, config)
+        return migrate(config, path)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Claims the directory for the experiment `config`, or checks that it already belongs to it.
@@ -196,7 +159,7 @@ class Workdir(os.PathLike[str]):
             return
         self.check_config(config)
         path = self / CONFIG_FILE
-        content = (json.dumps(_as_read_back(config), indent=2, sort_keys=True) + "\n").encode()
+        content = (json.dumps(with_version(_as_read_back(config)), indent=2, sort_keys=True) + "\n").encode()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists() or path.read_bytes() != content:
@@ -315,15 +278,6 @@ class WorkdirLock(contextlib.AbstractContextManager["WorkdirLock"]):
             ) from error
         except OSError as error:  # some network file systems have no locks
             logging.warning("workdir %s cannot be locked: %s; start one run at a time", self._workdir, error.strerror)
-
-
-def _with(later: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    for name, value in later.items():
-        if not isinstance(value, Mapping):
-            config.setdefault(name, value)
-        elif isinstance(section := config.setdefault(name, {}), dict):
-            _with(value, section)
-    return config
 
 
 def _as_read_back(config: Mapping[str, Any]) -> dict[str, Any]:

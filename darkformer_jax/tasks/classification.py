@@ -13,7 +13,6 @@ from jaxtyping import Array, Float
 from darkformer_jax.data.labelled import (
     LABELS_FILE,
     Example,
-    LabelledRows,
     class_labels,
     class_names,
     load_class_names,
@@ -23,8 +22,10 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.model.transformer import Transformer
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.labelled import LabelledTask, labelled_shapes
-from darkformer_jax.tasks.scores import ClassScores, class_scores, count_pairs, predict_by_bag_of_bytes
+from darkformer_jax.tasks.scores import ClassScores, class_scores, count_pairs
 from darkformer_jax.tasks.task import Batch, Sums
+
+_CLASSES_PER_LINE = 12
 
 
 class ClassEvaluation(NamedTuple):
@@ -42,9 +43,36 @@ class ClassEvaluation(NamedTuple):
     confusion: np.ndarray
     names: tuple[str, ...]
 
+    @property
+    def size(self) -> str:
+        """What was classified."""
+        return f"{int(self.confusion.sum()):,} examples"
+
+    @property
+    def row(self) -> ClassScores:
+        """The scores."""
+        return self.scores
+
     def as_metrics(self) -> dict[str, float]:
         """Names for metrics.jsonl."""
         return {f"heldout_{name}": value for name, value in {"loss": self.loss, **self.scores._asdict()}.items()}
+
+    def as_result(self) -> dict[str, Any]:
+        """With the classes' names and the confusion."""
+        counts = self.confusion.astype(int).tolist()
+        return {"loss": self.loss, **self.scores._asdict(), "labels": list(self.names), "confusion": counts}
+
+    def details(self) -> list[str]:
+        """The confusion as a table; without it where there are too many classes for a line."""
+        if len(self.names) > _CLASSES_PER_LINE:
+            return []
+        names = max(map(len, (*self.names, "true \\ taken for")))
+        widths = [max(len(name), 6) + 3 for name in self.names]
+        lines = ["true \\ taken for".ljust(names) + "".join(map(str.rjust, self.names, widths))]
+        for name, counts in zip(self.names, self.confusion.astype(int).tolist(), strict=True):
+            cells = (f"{count:{width},}" for count, width in zip(counts, widths, strict=True))
+            lines.append(name.ljust(names) + "".join(cells))
+        return lines
 
     def __str__(self) -> str:
         accuracy, f1, matthews = self.scores
@@ -116,21 +144,14 @@ class Classes:
         """As `ClassScores`."""
         return "accuracy", f1_of(self.names), "Matthews"
 
-    def table_row(self, evaluation: ClassEvaluation) -> ClassScores:
-        """As in metrics.jsonl."""
-        return evaluation.scores
+    def judge(self, labels: np.ndarray, predicted: np.ndarray) -> ClassScores:
+        """The scores."""
+        return class_scores(count_pairs(labels, predicted, self.num_outputs))
 
-    def rivals(self, train: LabelledRows, heldout: LabelledRows) -> Mapping[str, ClassScores]:
-        """A bag of bytes, and the class that is most frequent in training."""
-
-        def scores(predicted: np.ndarray) -> ClassScores:
-            return class_scores(count_pairs(heldout.labels, predicted, self.num_outputs))
-
-        commonest = int(np.argmax(np.bincount(train.labels, minlength=self.num_outputs)))
-        return {
-            "bag of bytes": scores(predict_by_bag_of_bytes(train.texts, train.labels, heldout.texts)),
-            f"always {self.names[commonest]!r}": scores(np.full_like(heldout.labels, commonest)),
-        }
+    def constant(self, labels: np.ndarray) -> tuple[str, float]:
+        """The most frequent class."""
+        commonest = int(np.argmax(np.bincount(labels, minlength=self.num_outputs)))
+        return repr(self.names[commonest]), commonest
 
 
 class Classification(LabelledTask[Classes, ClassEvaluation]):

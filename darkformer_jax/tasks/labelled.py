@@ -1,10 +1,11 @@
-"""What tasks on labelled texts share: examples, their tokenizer, their batches, and what is printed at the end."""
+"""What tasks on labelled texts share: examples, their tokenizer, their batches, and how a model is judged on them."""
 
 import dataclasses
 import shlex
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,24 +13,46 @@ import ml_collections
 import numpy as np
 
 from darkformer_jax.data.batches import Batch, ordered_batches, shuffled_batches
-from darkformer_jax.data.labelled import Columns, Example, LabelledRows, split_examples
+from darkformer_jax.data.labelled import Columns, Example, LabelledRows, read_examples, split_examples
 from darkformer_jax.data.tokenizers import Tokenizer, saved_or_new_tokenizer
 from darkformer_jax.distributed.sharding import Part
 from darkformer_jax.errors import UserError
-from darkformer_jax.model.transformer import Network
+from darkformer_jax.model.network import Network
+from darkformer_jax.runs.load import load_model
+from darkformer_jax.runs.verification import LOWEST_LOSS
 from darkformer_jax.runs.workdir import Workdir
-from darkformer_jax.tasks.task import Best, Evaluation, Objective
+from darkformer_jax.tasks.measured import on_host, total
+from darkformer_jax.tasks.scores import predict_by_bag_of_bytes
+from darkformer_jax.tasks.task import Evaluation, Objective, ProgressBar, ScoreRequest, Scores
 from darkformer_jax.tasks.tokenizer import check_same_tokenizer, tokenizer_of, vocab_size_of
 
-E = TypeVar("E", bound=Evaluation)
-O = TypeVar("O", bound="LabelledObjective[Any]")
+
+class LabelledEvaluation(Evaluation, Protocol):
+    """An evaluation that is a row of a table, too."""
+
+    @property
+    def row(self) -> Sequence[float]:
+        """The figures under `LabelledObjective.table_head`."""
+        ...
+
+    def details(self) -> list[str]:
+        """Lines that are printed below the table."""
+        ...
+
+    def as_result(self) -> dict[str, Any]:
+        """JSON values."""
+        ...
 
 
-class LabelledObjective(Objective, Protocol[E]):
+E = TypeVar("E", bound=LabelledEvaluation)
+O = TypeVar("O", bound="LabelledObjective")
+
+
+class LabelledObjective(Objective, Protocol):
     """An objective that also knows what labels mean.
 
     Attributes:
-      table_head: names of the figures in a row of `LabelledTask.report`'s table.
+      table_head: names of the figures that judge predictions.
     """
 
     @property
@@ -39,16 +62,16 @@ class LabelledObjective(Objective, Protocol[E]):
         """[n], of the batches' dtype. Raises UserError, with its place, for a label that means nothing here."""
         ...
 
-    def evaluation(self, sums: Mapping[str, np.ndarray], rows: Mapping[str, np.ndarray]) -> E:
+    def evaluation(self, sums: Mapping[str, np.ndarray], rows: Mapping[str, np.ndarray]) -> LabelledEvaluation:
         """The figures of what `measure` returned, as in `tasks.task.Task.evaluation`."""
         ...
 
-    def rivals(self, train: LabelledRows, heldout: LabelledRows) -> Mapping[str, Sequence[float]]:
-        """Rows of the table, by name: what must be beaten on the held-out examples."""
+    def judge(self, labels: np.ndarray, predicted: np.ndarray) -> Sequence[float]:
+        """The figures of anyone's predictions [n] of labels [n]."""
         ...
 
-    def table_row(self, evaluation: E) -> Sequence[float]:
-        """The model's own row."""
+    def constant(self, labels: np.ndarray) -> tuple[str, float]:
+        """The best prediction that does not depend on the text, in words and as a label."""
         ...
 
 
@@ -69,7 +92,7 @@ class LabelledTask(ABC, Generic[O, E]):
     heldout: LabelledRows
     tokenizer: Tokenizer
 
-    best = Best("heldout_loss", smaller=True)
+    best = LOWEST_LOSS
     constants = None
 
     @classmethod
@@ -80,7 +103,7 @@ class LabelledTask(ABC, Generic[O, E]):
     @classmethod
     @abstractmethod
     def trained_objective(cls, config: ml_collections.ConfigDict, vocab_size: int, workdir: Workdir) -> O:
-        """That of a trained model, without the data."""
+        """That of a workdir's model, without the data."""
 
     @classmethod
     def objective_of(cls, config: ml_collections.ConfigDict) -> O:
@@ -140,8 +163,7 @@ class LabelledTask(ABC, Generic[O, E]):
 
     def evaluation(self, sums: Mapping[str, np.ndarray], rows: Mapping[str, np.ndarray]) -> E:
         """The objective's."""
-        evaluation: E = self.objective.evaluation(sums, rows)
-        return evaluation
+        return cast(E, self.objective.evaluation(sums, rows))
 
     def save(self, workdir: Workdir) -> None:
         """The tokenizer, where there is none yet."""
@@ -149,10 +171,47 @@ class LabelledTask(ABC, Generic[O, E]):
             self.tokenizer.save(str(workdir.local))
 
     def report(self, network: Network, params: dict, projections: dict, workdir: Workdir, last: E) -> None:
-        """The model's figures on the held-out examples beside what must be beaten."""
-        rows = {"this model": self.objective.table_row(last), **self.objective.rivals(self.train, self.heldout)}
-        print("\n".join(table_lines(self.objective.table_head, rows)))
+        """The held-out figures beside those of a bag of bytes and of the best constant."""
+        bag = predict_by_bag_of_bytes(self.train.texts, self.train.labels, self.heldout.texts)
+        name, constant = self.objective.constant(self.train.labels)
+        rivals = {"bag of bytes": bag, f"always {name}": np.full_like(self.heldout.labels, constant)}
+        print("\n".join(_table(self.objective, last, self.heldout.labels, rivals)))
         print(f"other files: python -m darkformer_jax.evaluate --workdir={shlex.quote(str(workdir))} --text=<files>")
+
+    @classmethod
+    def score(cls, workdir: Workdir, step: int | None, request: ScoreRequest, progress_bar: ProgressBar) -> Scores:
+        """Figures of labelled files, which have the columns that training had."""
+        for name in ("context", "stride", "max_tokens"):
+            if getattr(request, name) is not None:
+                raise UserError(f"--{name}={getattr(request, name)}: only a language model has windows of its text")
+        model = load_model(workdir, step)
+        objective = cls.trained_objective(model.config, model.tokenizer.vocab_size, workdir)
+        examples = read_examples(request.files, columns_of(model.config))
+        rows = LabelledRows(examples, objective.labels(examples), model.tokenizer, model.config.sequence_length)
+        began = time.perf_counter()
+        measure = jax.jit(lambda *arrays: objective.measure(model.network.bind(*arrays[:2]), arrays[2]))
+        parts = []
+        with progress_bar(len(rows), "example") as bar:
+            for batch in ordered_batches(rows.read, len(rows), batch_size=request.batch_size):
+                parts.append(on_host(*measure(model.params, model.projections, batch)))
+                bar.update(int(batch["weights"].sum()))
+        evaluation = objective.evaluation(*total(parts))
+        result = {
+            "workdir": str(workdir),
+            "step": model.step,
+            "text": request.files,
+            "examples": len(rows),
+            "cut_share": rows.cut_share,
+            **evaluation.as_result(),
+            "seconds": time.perf_counter() - began,
+        }
+        head = (
+            f"{workdir} step {model.step}: {len(rows):,} examples, {100 * rows.cut_share:.1f}% of them cut at "
+            f"{model.config.sequence_length:,} tokens; {evaluation}; {result['seconds']:.0f} s"
+        )
+        name, constant = objective.constant(rows.labels)
+        rivals = {f"always {name}": np.full_like(rows.labels, constant)}
+        return Scores(result, "\n".join([head, *_table(objective, evaluation, rows.labels, rivals)]))
 
     def __str__(self) -> str:
         lengths = self.train.num_tokens
@@ -185,12 +244,18 @@ def _examples(config: ml_collections.ConfigDict) -> tuple[list[Example], list[Ex
     return split_examples(d.files, config.task.heldout_files, d.heldout_fraction, columns_of(config))
 
 
-def table_lines(head: Sequence[str], rows: Mapping[str, Sequence[float]]) -> list[str]:
-    """A table whose columns are as wide as their heads."""
+def _table(
+    objective: LabelledObjective,
+    evaluation: LabelledEvaluation,
+    labels: np.ndarray,
+    rivals: Mapping[str, np.ndarray],
+) -> list[str]:
+    """Lines: a model's figures, those of its rivals' predictions, and its details."""
+    rows = {"this model": evaluation.row} | {name: objective.judge(labels, rivals[name]) for name in rivals}
     names = max(map(len, rows)) + 2
-    widths = [max(len(name), 8) + 3 for name in head]
-    lines = [" " * names + "".join(f"{name:>{width}}" for name, width in zip(head, widths, strict=True))]
+    widths = [max(len(name), 8) + 3 for name in objective.table_head]
+    lines = [" " * names + "".join(map(str.rjust, objective.table_head, widths))]
     for name, figures in rows.items():
         cells = (f"{figure:{width}.4f}" for figure, width in zip(figures, widths, strict=True))
-        lines.append(f"{name:{names}}" + "".join(cells))
-    return lines
+        lines.append(name.ljust(names) + "".join(cells))
+    return lines + evaluation.details()

@@ -15,13 +15,15 @@ import numpy as np
 from darkformer_jax.data import Batch, Data, TokenStream, heldout_batches, load_data, train_batches
 from darkformer_jax.data.files import write_atomically
 from darkformer_jax.distributed.sharding import Part
+from darkformer_jax.model.network import Network
 from darkformer_jax.model.sampling import Sampler
-from darkformer_jax.model.transformer import Network
 from darkformer_jax.runs.origin import ends_of_text
+from darkformer_jax.runs.verification import LOWEST_LOSS
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.next_token import NextToken
-from darkformer_jax.tasks.task import Best
+from darkformer_jax.tasks.task import ProgressBar, ScoreRequest, Scores
 from darkformer_jax.tasks.teacher import Teacher, load_teacher
+from darkformer_jax.tasks.text_scores import score_text
 from darkformer_jax.tasks.texts import Writer
 from darkformer_jax.tasks.tokenizer import check_same_tokenizer, tokenizer_of, vocab_size_of
 
@@ -43,6 +45,11 @@ class TextEvaluation(NamedTuple):
         loss = float(sums["nll"]) / tokens
         bits = loss / math.log(2) * tokens_per_byte
         return cls(loss, bits, float(sums["correct"]) / tokens, int(sums["weight"]))
+
+    @property
+    def size(self) -> str:
+        """What was predicted."""
+        return f"{self.tokens:,} tokens"
 
     def as_metrics(self) -> dict[str, float]:
         """Names for metrics.jsonl."""
@@ -66,7 +73,7 @@ class LanguageModel:
     data: Data
     teacher: Teacher | None
 
-    best = Best("heldout_loss", smaller=True)
+    best = LOWEST_LOSS
 
     @classmethod
     def objective_of(cls, config: ml_collections.ConfigDict) -> NextToken:
@@ -153,6 +160,11 @@ class LanguageModel:
             print("\n" + samples)
             write_atomically(workdir / SAMPLES_FILE, samples.encode())
         print(f"more samples: python -m darkformer_jax.generate --workdir={shlex.quote(str(workdir))} --prompt='def '")
+
+    @classmethod
+    def score(cls, workdir: Workdir, step: int | None, request: ScoreRequest, progress_bar: ProgressBar) -> Scores:
+        """By quarter of the window."""
+        return score_text(workdir, step, request, progress_bar)
 
     def _samples(self, network: Network, params: dict, projections: dict, workdir: Workdir) -> str:
         """The config's prompts and how the model continues them, as `generate` would."""

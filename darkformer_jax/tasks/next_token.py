@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import ml_collections
 from jaxtyping import Array, Float
 
-from darkformer_jax.model.transformer import Network, Transformer
+from darkformer_jax.model.network import Network
+from darkformer_jax.model.transformer import Transformer
 from darkformer_jax.tasks.task import Batch, Sums
 
 

@@ -10,11 +10,11 @@ import ml_collections
 import numpy as np
 from jaxtyping import Array, Float
 
-from darkformer_jax.data.labelled import Example, LabelledRows, number_labels
+from darkformer_jax.data.labelled import Example, number_labels
 from darkformer_jax.model.transformer import Transformer
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.labelled import LabelledTask, labelled_shapes
-from darkformer_jax.tasks.scores import Correlations, correlations, predict_by_bag_of_bytes
+from darkformer_jax.tasks.scores import Correlations, correlations
 from darkformer_jax.tasks.task import Batch, Sums
 
 
@@ -24,15 +24,34 @@ class NumberEvaluation(NamedTuple):
     Attributes:
       loss: mean squared error.
       correlations: see there.
+      examples: how many.
     """
 
     loss: float
     correlations: Correlations
+    examples: int
+
+    @property
+    def size(self) -> str:
+        """What was predicted."""
+        return f"{self.examples:,} examples"
+
+    @property
+    def row(self) -> tuple[float, ...]:
+        """As in metrics.jsonl."""
+        return self.loss, *self.correlations
 
     def as_metrics(self) -> dict[str, float]:
         """Names for metrics.jsonl."""
-        figures = {"loss": self.loss, **self.correlations._asdict()}
-        return {f"heldout_{name}": value for name, value in figures.items()}
+        return {f"heldout_{name}": value for name, value in self.as_result().items()}
+
+    def as_result(self) -> dict[str, Any]:
+        """The same without `heldout_`."""
+        return {"loss": self.loss, **self.correlations._asdict()}
+
+    def details(self) -> list[str]:
+        """None."""
+        return []
 
     def __str__(self) -> str:
         return "squared error {:.4f}  Pearson {:.4f}  Spearman {:.4f}".format(self.loss, *self.correlations)
@@ -87,23 +106,16 @@ class Numbers:
         """Correlations of the rows that are no padding."""
         loss = float(sums["squared_error"]) / max(float(sums["weight"]), 1.0)
         is_real = rows["weights"] > 0
-        return NumberEvaluation(loss, correlations(rows["labels"][is_real], rows["predicted"][is_real]))
+        correlated = correlations(rows["labels"][is_real], rows["predicted"][is_real])
+        return NumberEvaluation(loss, correlated, int(is_real.sum()))
 
-    def table_row(self, evaluation: NumberEvaluation) -> tuple[float, ...]:
-        """As in metrics.jsonl."""
-        return evaluation.loss, *evaluation.correlations
+    def judge(self, labels: np.ndarray, predicted: np.ndarray) -> tuple[float, ...]:
+        """Squared error and correlations."""
+        return float(np.mean(np.square(predicted - labels))), *correlations(labels, predicted)
 
-    def rivals(self, train: LabelledRows, heldout: LabelledRows) -> Mapping[str, tuple[float, ...]]:
-        """A bag of bytes, and the mean of the training labels."""
-
-        def row(predicted: np.ndarray) -> tuple[float, ...]:
-            loss = float(np.mean(np.square(predicted - heldout.labels)))
-            return loss, *correlations(heldout.labels, predicted)
-
-        return {
-            "bag of bytes": row(predict_by_bag_of_bytes(train.texts, train.labels, heldout.texts)),
-            "always the mean": row(np.full_like(heldout.labels, train.labels.mean())),
-        }
+    def constant(self, labels: np.ndarray) -> tuple[str, float]:
+        """The mean."""
+        return "the mean", float(labels.mean())
 
 
 class Regression(LabelledTask[Numbers, NumberEvaluation]):

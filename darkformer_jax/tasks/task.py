@@ -4,7 +4,7 @@ A `Task` is what a run learns, with its data. Its `Objective` is the part that n
 training step and the evaluation trace. A dry run and `compile` have an objective alone.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import jax
@@ -13,7 +13,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from darkformer_jax.distributed.sharding import Part
-from darkformer_jax.model.transformer import Network, Transformer
+from darkformer_jax.model.network import Network
+from darkformer_jax.model.transformer import Transformer
+from darkformer_jax.runs.verification import Best
 from darkformer_jax.runs.workdir import Workdir
 
 Batch = dict[str, Array]  # [rows, ...] each; on the host, numpy's
@@ -74,22 +76,38 @@ class Evaluation(Protocol):
 
     Attributes:
       loss: a run whose loss is not finite is stopped.
+      size: how much was measured: "12,345 tokens".
     """
 
     @property
     def loss(self) -> float: ...
+
+    @property
+    def size(self) -> str: ...
 
     def as_metrics(self) -> dict[str, float]:
         """Names for metrics.jsonl."""
         ...
 
 
-class Best(NamedTuple):
-    """Which of the evaluated steps is kept beside the newest ones: the one whose metric is best."""
+class ScoreRequest(NamedTuple):
+    """What a finished model is to be scored on; None = as the task does it by itself."""
 
-    metric: str  # one of `Evaluation.as_metrics`
-    smaller: bool  # whether smaller is better
+    files: str  # comma-separated globs, or directories
+    batch_size: int
+    context: int | None  # tokens of a window
+    stride: int | None  # tokens from one window to the next
+    max_tokens: int | None
 
+
+class Scores(NamedTuple):
+    """How good a model is on some files."""
+
+    result: dict[str, Any]  # JSON values
+    table: str  # the same for people
+
+
+ProgressBar = Callable[[float, str], Any]  # (total, unit) -> a context manager that gives a tqdm bar
 
 E = TypeVar("E", bound=Evaluation)
 
@@ -99,7 +117,7 @@ class Task(Protocol[E]):
 
     Attributes:
       objective: of the data that was loaded.
-      best: decides which checkpoint is the best.
+      best: which checkpoint is the best, by one of `Evaluation.as_metrics`.
       constants: arrays that the objective reads beside the batch, a teacher's, say; None where there are none.
       fingerprints: of what must be the same in all processes; `data` is compared with the workdir's data.json.
     """
@@ -148,6 +166,15 @@ class Task(Protocol[E]):
 
     def report(self, network: Network, params: dict, projections: dict, workdir: Workdir, last: E) -> None:
         """Prints what a finished run has to show, `last` being its evaluation on all held-out data."""
+        ...
+
+    @classmethod
+    def score(cls, workdir: Workdir, step: int | None, request: ScoreRequest, progress_bar: ProgressBar) -> Scores:
+        """Scores the model of a workdir (step None: its newest) on files: what `evaluate` prints.
+
+        Raises:
+          UserError: the files, the model and the request do not fit together.
+        """
         ...
 
     def __str__(self) -> str:

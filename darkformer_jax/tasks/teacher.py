@@ -6,7 +6,7 @@ import ml_collections
 
 from darkformer_jax.distributed.sharding import make_mesh
 from darkformer_jax.errors import UserError
-from darkformer_jax.model.transformer import Network
+from darkformer_jax.model.network import Network
 from darkformer_jax.runs.load import load_language_model
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.tokenizer import check_same_tokenizer

@@ -11,16 +11,16 @@ import optax
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding
 
-from darkformer_jax.config.validation import model_spec
+from darkformer_jax.config.specs import model_spec
 from darkformer_jax.distributed.sharding import Part, context_size, make_mesh, part_of_process, sharding_of
+from darkformer_jax.mixers import MIXERS
 from darkformer_jax.model.flops import train_step_flops
 from darkformer_jax.model.lora import is_lora
+from darkformer_jax.model.network import Network
 from darkformer_jax.model.trainable import Paths, split_params, trained_paths
-from darkformer_jax.model.transformer import Network
-from darkformer_jax.ops.context import check_stretch
-from darkformer_jax.training.optimizer import make_optimizer, make_schedule
 from darkformer_jax.tasks.task import Objective
 from darkformer_jax.training.evaluation import rows_sharding
+from darkformer_jax.training.optimizer import make_optimizer, make_schedule
 from darkformer_jax.training.step import TrainState, make_state_init, make_train_step, state_shardings
 
 
@@ -66,8 +66,8 @@ class Experiment:
         part_of_process(batch_sharding)
         sharding_of("an evaluation batch", axes, (config.eval.batch_size, length), mesh)
         if context_size(mesh) > 1:
-            attention = network.spec.attention
-            check_stretch(length // context_size(mesh), attention.chunk_size, attention.window)
+            for mixer in network.spec.pattern:
+                MIXERS[mixer.kind].check_stretch(mixer, length // context_size(mesh))
         return cls(config, objective, network, trained, optimizer, schedule, mesh, abstract, shardings, batch_sharding)
 
     def initial_state(self) -> TrainState:
@@ -131,32 +131,13 @@ class Experiment:
 
     @property
     def step_flops(self) -> float:
-        """Model FLOPs per optimizer step: `train_step_flops`, less frozen matrices' gradients, plus low-rank updates.
-
-        What a classifier does once per sequence is not counted.
-        """
-        spec, sizes = self.network.spec, self.network.spec.attention
-        output = "embedding" if spec.tie_embeddings else "head"
+        """Model FLOPs per step: `train_step_flops`, less frozen matrices' gradients, plus low-rank updates."""
+        spec = self.network.spec
+        matrices = {"kernel"} if spec.num_outputs else {"kernel", "embedding" if spec.tie_embeddings else "head"}
         frozen = flatten_dict(split_params(self.abstract.params, self.trained)[1])
         low_rank = sum(leaf.size for path, leaf in flatten_dict(self.abstract.params).items() if is_lora(path))
-        matrices = ("kernel",) if spec.num_outputs else ("kernel", output)
         multiplied = sum(leaf.size for path, leaf in frozen.items() if path[-1] in matrices)
-        whole = train_step_flops(
-            tokens=self.tokens_per_step,
-            sequence_length=self.config.sequence_length,
-            attention_kinds=spec.layer_kinds,
-            embed_dim=spec.embed_dim,
-            num_heads=sizes.num_heads,
-            num_kv_heads=sizes.num_kv_heads,
-            head_dim=sizes.head_dim,
-            mlp_dim=spec.mlp_dim,
-            vocab_size=0 if spec.num_outputs else spec.vocab_size,
-            num_features=sizes.num_features,
-            chunk_size=sizes.chunk_size,
-            window=sizes.window,
-            num_sinks=sizes.num_sinks,
-            local_window=sizes.local_window,
-        )
+        whole = train_step_flops(spec, self.config.sequence_length, self.tokens_per_step)
         return whole + (6.0 * low_rank - 2.0 * multiplied) * self.tokens_per_step
 
     def describe(self) -> str:
@@ -169,7 +150,7 @@ class Experiment:
             ("state", f"{self.state_bytes / 2**20:,.1f} MiB, of which {per_device / 2**20:,.1f} MiB per device"),
             ("tokens/step", f"{self.tokens_per_step:,} = {self.config.batch_size} x {self.config.sequence_length}"),
             ("FLOPs/step", f"{self.step_flops:.3e}"),
-            ("layers", f"{spec.num_layers} x ({', '.join(spec.pattern)})"),
+            ("layers", f"{spec.num_layers} x ({', '.join(mixer.kind for mixer in spec.pattern)})"),
             ("vocabulary", f"{spec.vocab_size:,}"),
             *self.objective.describe().items(),
             ("mesh", ", ".join(f"{name}={size}" for name, size in self.mesh.shape.items())),

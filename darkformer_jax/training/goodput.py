@@ -12,15 +12,10 @@ from absl import logging
 
 from darkformer_jax.data.files import write_atomically
 from darkformer_jax.errors import UserError, one_line
-from darkformer_jax.runs.store import local_path
+from darkformer_jax.runs.workdir import Workdir
 
 SESSIONS_FILE = "sessions.jsonl"
-PARTS = (
-    "starting",
-    "steps",
-    "evaluation",
-    "saves",
-)  # "starting": to the end of the first step
+PARTS = ("starting", "steps", "evaluation", "saves")  # "starting": to the end of the first step
 
 _SECONDS_BETWEEN_WRITES = 10.0  # a kill loses the account of as much
 
@@ -35,48 +30,53 @@ class Stopwatch:
       clock: seconds since the epoch; tests pass their own.
     """
 
-    def __init__(self, workdir: str, clock: Callable[[], float] = time.time) -> None:
-        self._path, self._clock = local_path(workdir) / SESSIONS_FILE, clock
+    def __init__(self, workdir: Workdir, clock: Callable[[], float] = time.time) -> None:
+        self._path, self._clock = workdir / SESSIONS_FILE, clock
         self._began = self._last = self._written = clock()
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._earlier: list[dict[str, Any]] | None = None
-        self._first_step = 0
+        self._first_step = self._step = 0
 
     def begin(self, step: int) -> None:
         """The session starts with the weights after `step`. An account that cannot be read is put aside."""
         if jax.process_index() != 0:
             return
         try:
-            self._earlier = read_sessions(self._path.parent)
+            self._earlier = _read(self._path)
         except UserError as error:
             logging.warning("%s; a new account begins", error)
             with contextlib.suppress(OSError):
                 self._path.replace(self._path.with_suffix(".damaged"))
             self._earlier = []
-        self._first_step = step
+        self._first_step = self._step = step
 
     def lap(self, part: str, step: int) -> None:
         """What was done since the last lap was `part`, and the last finished step is `step`."""
         now = self._clock()
         # A clock that was set back must not make time negative.
         self._seconds[part] += max(0.0, now - self._last)
-        self._last = now
+        self._last, self._step = now, step
         if now - self._written >= _SECONDS_BETWEEN_WRITES or now < self._written:
-            self.write(step)
+            self.write()
 
-    def write(self, step: int) -> None:
+    def close(self) -> None:
+        """The session ends, with a wait for the last save."""
+        self.lap("saves", self._step)
+        self.write()
+
+    def write(self) -> None:
         """Brings the file up to date; where it cannot be written, training goes on without.
 
         A session without a step is none: the same command again changes nothing.
         """
-        if self._earlier is None or step == self._first_step:
+        if self._earlier is None or self._step == self._first_step:
             return
         self._written = self._last
         session = {
             "began": self._began,
             "ended": max(self._last, self._began),
             "first_step": self._first_step,
-            "last_step": step,
+            "last_step": self._step,
             "seconds": self._seconds,
         }
         lines = [json.dumps(line) + "\n" for line in (*self._earlier, session)]
@@ -86,12 +86,15 @@ class Stopwatch:
             logging.warning("%s cannot be written: %s", self._path, error)
 
 
-def read_sessions(workdir: Path) -> list[dict[str, Any]]:
+def read_sessions(workdir: Workdir) -> list[dict[str, Any]]:
     """The accounts of all sessions so far; none where there is no file.
 
     Raises UserError where the file is damaged.
     """
-    path = workdir / SESSIONS_FILE
+    return _read(workdir / SESSIONS_FILE)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in path.read_text().splitlines()]
     except FileNotFoundError:

@@ -8,11 +8,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from darkformer_jax.data.tokenizers import has_tokenizer, load_tokenizer
 from darkformer_jax.errors import UserError
 from darkformer_jax.model.lora import is_lora, merge_lora
 from darkformer_jax.runs.checkpoints import Checkpoints
-from darkformer_jax.runs.store import local_path
+from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.training.experiment import Experiment
 from darkformer_jax.training.step import TrainState
 
@@ -28,7 +27,7 @@ class _Place(NamedTuple):
 
 
 def initialize_from(
-    workdir: str, experiment: Experiment, state: TrainState, step: int | None = None
+    workdir: Workdir, experiment: Experiment, state: TrainState, step: int | None = None
 ) -> tuple[TrainState, str]:
     """`state` with every parameter that `workdir`'s checkpoint `step` has too, and a report of what it has not.
 
@@ -114,21 +113,7 @@ def _transfer(
     return assembled
 
 
-def check_same_tokenizer(workdir: str, fingerprint: str, field: str = "init_from") -> None:
-    """Raises UserError where `workdir` was trained with another tokenizer: its embeddings would mean other tokens.
-
-    field: of the config, that names the workdir.
-    """
-    directory = str(local_path(workdir))
-    if has_tokenizer(directory):
-        saved = load_tokenizer(directory).fingerprint
-        if saved != fingerprint:
-            raise UserError(
-                f"{field} = {workdir}: its tokenizer (fingerprint {saved[:12]}) is not the data's ({fingerprint[:12]})"
-            )
-
-
-def _require_fit(workdir: str, saved: dict[Path, _Place], wanted: dict[Path, _Place], common: list[Path]) -> None:
+def _require_fit(workdir: Workdir, saved: dict[Path, _Place], wanted: dict[Path, _Place], common: list[Path]) -> None:
     layers = [len({name[0] for name, place in places.items() if place.row is not None}) for places in (saved, wanted)]
     if layers[0] != layers[1]:
         raise UserError(f"init_from = {workdir}: it has {layers[0]} layers, this model has {layers[1]}")

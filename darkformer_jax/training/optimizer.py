@@ -6,8 +6,8 @@ import ml_collections
 import optax
 from flax import nnx
 
+from darkformer_jax.model.network import Network, is_geometry
 from darkformer_jax.model.trainable import split_params, trained_paths
-from darkformer_jax.model.transformer import Network, is_geometry
 
 MODEL, GEOMETRY = "model", "geometry"
 

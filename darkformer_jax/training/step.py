@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from darkformer_jax.model.network import Network, variable_sharding
 from darkformer_jax.model.trainable import Paths, join_params, split_params
-from darkformer_jax.model.transformer import Network, variable_sharding
 from darkformer_jax.tasks.task import Batch, Objective, Sums
 
 Metrics = dict[str, Array]

@@ -6,8 +6,8 @@ from typing import NamedTuple
 from darkformer_jax.distributed import processes
 
 
-class Hosts(NamedTuple):
-    """Seconds a step that processes spend on their hosts: reading the batch, dispatching, writing metrics.
+class HostTimes(NamedTuple):
+    """Seconds per step that processes spend on their hosts: reading the batch, dispatching, writing metrics.
 
     A step's collectives end for all at once, so its time says nothing about who was late; this does. What a slow device
     costs is not in it.
@@ -15,13 +15,13 @@ class Hosts(NamedTuple):
 
     own: float
     largest: float
-    slowest: int  # the process whose it is
+    straggler: int  # the process with the largest
 
     def __str__(self) -> str:
-        return f"the slowest host is that of process {self.slowest}: {self.largest:.4f} s a step without its device"
+        return f"the slowest host is that of process {self.straggler}: {self.largest:.4f} s per step beside its device"
 
 
-class HostClock:
+class HostTimer:
     """Adds up what this process does between waits for its device."""
 
     def __init__(self) -> None:
@@ -36,10 +36,10 @@ class HostClock:
         self._waited += seconds
         self._steps += 1
 
-    def read(self) -> Hosts:
+    def read(self) -> HostTimes:
         """Since the last `read`, beside what the others have told last; waits for none of them. Then it restarts."""
         own = (time.perf_counter() - self._began - self._waited) / max(1, self._steps)
         self.restart()
         told = processes.tell("host_seconds", own)
-        slowest = max(told, key=lambda process: told[process])
-        return Hosts(own, told[slowest], slowest)
+        straggler = max(told, key=lambda process: told[process])
+        return HostTimes(own, told[straggler], straggler)

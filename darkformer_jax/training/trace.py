@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from darkformer_jax.runs.store import local_path
+from darkformer_jax.runs.workdir import Workdir
 
 PROFILE_DIRECTORY = "profile"
 
@@ -16,8 +16,8 @@ class TraceWindow:
     TensorBoard's profile plugin and xprof read it.
     """
 
-    def __init__(self, workdir: str, first: int, count: int) -> None:
-        self._directory = str(local_path(workdir) / PROFILE_DIRECTORY)
+    def __init__(self, workdir: Workdir, first: int, count: int) -> None:
+        self._directory = str(workdir / PROFILE_DIRECTORY)
         self._first, self._last = first, first + count - 1
         self._runs = False
 

@@ -37,7 +37,7 @@ def test_the_plan_of_a_small_step_on_four_chips(capsys):
     assert "compiling for 4 x TPU v5 lite (v5e:2x2)" in capsys.readouterr().err
     lines = {line.split()[0]: line for line in text.splitlines() if line and not line.startswith(" ")}
     assert "mesh           data=1, fsdp=4" in text
-    assert "GiB a device at the peak" in lines["memory"] and lines["memory"].endswith("of 16 GiB: it fits")
+    assert "GiB per device at the peak" in lines["memory"] and lines["memory"].endswith("of 16 GiB: it fits")
     assert "utilisation up to" in lines["step"]
     assert "loop(s) of unknown length" not in text
     # The seven matrices of each of three layers are gathered for the forward pass and again for the backward one.

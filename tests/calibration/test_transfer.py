@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from darkformer_jax.calibration.transfer import LayerTensors, Mechanism, errors, fit, matched_log_gain, teacher_layers
-from darkformer_jax.config.validation import model_spec
-from darkformer_jax.mixers import MECHANISMS
-from darkformer_jax.model.transformer import Network
+from darkformer_jax.config.specs import model_spec
+from darkformer_jax.mixers import MIXERS
+from darkformer_jax.model.network import Network
 from tests.tiny_runs import tiny_config
 
 pytestmark = pytest.mark.standard_promotion  # optax
@@ -51,9 +51,9 @@ def sharp_tensors(passages=6, length=48, heads=2):
     size = jnp.where(jnp.arange(8) < 2, 3.0, 0.3)
     q, k, v = (jax.random.normal(key, (passages, length, heads, 8)) for key in keys)
     network = exact_network()
-    exact = Mechanism.of(MECHANISMS["softmax"](network.spec.attention, 0))
+    exact = Mechanism.of(MIXERS["softmax"](network.spec.pattern[0], 0))
     tensors = LayerTensors(q * size[None, None, None], k * size[None, None, None], v, v)
-    return network.spec.attention, tensors._replace(exact=exact.attend(exact.trained, tensors))
+    return network.spec.pattern[0], tensors._replace(exact=exact.attend(exact.trained, tensors))
 
 
 def test_the_matched_gain_gives_the_far_part_its_exact_weight():
@@ -80,7 +80,7 @@ def test_the_matched_gain_gives_the_far_part_its_exact_weight():
 def test_fitting_brings_attention_closer_on_passages_it_has_not_seen(kind):
     spec, tensors = sharp_tensors()
     train, test = (jax.tree.map(lambda leaf, part=part: leaf[part], tensors) for part in (slice(2, 6), slice(0, 2)))
-    mechanism = Mechanism.of(MECHANISMS[kind](spec, 0))
+    mechanism = Mechanism.of(MIXERS[kind](spec, 0))
     trained = fit(mechanism, train, jax.random.key(0), steps=60, passages=2, learning_rate=0.03)
     before, after = (np.mean(errors(mechanism, state, test)) for state in (mechanism.trained, trained))
     assert after < 0.95 * before
@@ -90,7 +90,7 @@ def test_fitting_brings_attention_closer_on_passages_it_has_not_seen(kind):
 
 def test_the_error_is_relative_and_a_heads_own():
     spec, tensors = sharp_tensors()
-    mechanism = Mechanism.of(MECHANISMS["performer"](spec, 0))
+    mechanism = Mechanism.of(MIXERS["performer"](spec, 0))
     out = np.asarray(mechanism.attend(mechanism.trained, tensors), np.float64)
     exact = np.asarray(tensors.exact, np.float64)
     wanted = [np.linalg.norm((out - exact)[:, :, h]) / np.linalg.norm(exact[:, :, h]) for h in range(2)]

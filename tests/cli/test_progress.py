@@ -6,13 +6,11 @@ import select
 import struct
 import termios
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import TextIO
 
-import jax
-import numpy as np
 import pytest
 
-from darkformer_jax.cli.progress import Progress, device_memory_bytes, host_memory_bytes
+from darkformer_jax.cli.progress import Progress
 
 
 class Clock:
@@ -52,12 +50,12 @@ def wide() -> Iterator[Terminal]:
 def test_terminal_shows_one_live_line(wide: Terminal) -> None:
     clock = Clock()
     progress = Progress(1000, 10, wide.stream, clock)
-    progress.update(20, 3.0)
+    progress.update(20, 3.0, 999.6, None, 2**30)
     clock.now = 23.0
-    progress.update(120, 2.3449, tokens_per_second=12_345.0, mfu=0.031, memory_bytes=int(1.2 * 2**30))
+    progress.update(120, 2.3449, 12_345.0, 0.031, int(1.2 * 2**30))
     progress.close()
     assert wide.shown("\r\n") == (
-        "\r\x1b[Kstep 20/1000  loss 3.000  eta --:--"
+        "\r\x1b[Kstep 20/1000  loss 3.000  1.00k tok/s  1.0 GiB  eta --:--"
         "\r\x1b[Kstep 120/1000  loss 2.345  12.3k tok/s  mfu 3.1%  1.2 GiB  eta 03:22"
         "\r\n"
     )
@@ -65,10 +63,10 @@ def test_terminal_shows_one_live_line(wide: Terminal) -> None:
 
 def test_a_note_stays_above_the_live_line(wide: Terminal) -> None:
     progress = Progress(10, 1, wide.stream)
-    progress.update(1, 2.0)
+    progress.update(1, 2.0, 50.0, None, 2**30)
     progress.note("held out: 1.9 bits per byte")
     progress.close()
-    line = "step 1/10  loss 2.000  eta --:--"
+    line = "step 1/10  loss 2.000  50.0 tok/s  1.0 GiB  eta --:--"
     assert wide.shown(f"{line}\r\n") == f"\r\x1b[K{line}\r\x1b[Kheld out: 1.9 bits per byte\r\n{line}\r\n"
 
 
@@ -91,13 +89,13 @@ def test_elsewhere_plain_lines_every_log_every_steps_and_at_the_end() -> None:
     progress = Progress(25, 10, stream, clock)
     for step in range(1, 26):
         clock.now = float(step)
-        progress.update(step, 2.0, tokens_per_second=2.5e6)
+        progress.update(step, 2.0, 2.5e6, None, 2**30)
     progress.note("saved")
     progress.close()
     assert stream.getvalue().splitlines() == [
-        "step 10/25  loss 2.000  2.5M tok/s  eta 00:15",
-        "step 20/25  loss 2.000  2.5M tok/s  eta 00:05",
-        "step 25/25  loss 2.000  2.5M tok/s  eta 00:00",
+        "step 10/25  loss 2.000  2.50M tok/s  1.0 GiB  eta 00:15",
+        "step 20/25  loss 2.000  2.50M tok/s  1.0 GiB  eta 00:05",
+        "step 25/25  loss 2.000  2.50M tok/s  1.0 GiB  eta 00:00",
         "saved",
     ]
 
@@ -107,27 +105,7 @@ def test_time_left(seconds: float, text: str) -> None:
     stream = io.StringIO()
     clock = Clock()
     progress = Progress(101, 1, stream, clock)
-    progress.update(99, 2.0)
+    progress.update(99, 2.0, 1.0, None, 0)
     clock.now = seconds
-    progress.update(100, 2.0)
+    progress.update(100, 2.0, 1.0, None, 0)
     assert stream.getvalue().splitlines()[-1].endswith(f"eta {text}")
-
-
-def test_host_memory_follows_an_allocation() -> None:
-    before = host_memory_bytes()
-    block = np.ones(64 * 2**20, np.uint8)
-    assert host_memory_bytes() - before > 0.9 * block.nbytes
-
-
-def test_device_memory_is_the_largest_peak_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Device:
-        def __init__(self, stats: dict[str, int] | None) -> None:
-            self.memory_stats = lambda: stats
-
-    def among(*stats: Any) -> int | None:
-        monkeypatch.setattr(jax, "local_devices", lambda: [Device(stat) for stat in stats])
-        return device_memory_bytes()
-
-    assert among(None, None) is None
-    assert among({"bytes_in_use": 1}) is None
-    assert among({"peak_bytes_in_use": 5}, {"peak_bytes_in_use": 9}, None) == 9

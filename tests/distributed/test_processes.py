@@ -1,4 +1,3 @@
-import concurrent.futures
 import os
 import signal
 import socket
@@ -7,10 +6,9 @@ import time
 import pytest
 
 from darkformer_jax.distributed.processes import Cluster, cluster_of_environment, cluster_of_flags
-from darkformer_jax.distributed.rendezvous import Missing, roll_call
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.metrics import read_metrics
-from darkformer_jax.runs.workdir import check_config
+from darkformer_jax.runs.workdir import Workdir
 from tests.tiny_runs import Command, Processes, Training, free_port, metrics_without_time, tiny_flags, write_text
 
 pytestmark = pytest.mark.standard_promotion
@@ -44,14 +42,6 @@ def test_who_this_is_by_flags_by_slurm_and_alone(monkeypatch):
     for name, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     assert cluster_of_environment(1) == Cluster("node07:61441", 6, 5, [1])
-
-
-def test_what_a_kill_leaves_while_the_processes_compare_workdirs_is_not_a_foreign_file(tmp_path):
-    (tmp_path / ".shared-0123456789abcdef").touch()
-    check_config(tmp_path, {})
-    (tmp_path / "thesis.tex").touch()
-    with pytest.raises(UserError, match="it holds thesis.tex"):
-        check_config(tmp_path, {})
 
 
 def errors(ended):
@@ -100,7 +90,7 @@ def test_another_program_at_the_coordinators_port(tmp_path):
 STEPS_WITHOUT_WORK = """
 import sys, time
 from darkformer_jax.distributed import processes
-from darkformer_jax.training.loop import StopSignals
+from darkformer_jax.training.stopping import StopSignals
 
 processes.join(processes.Cluster(sys.argv[1], 2, int(sys.argv[2])))
 announce = processes.announce_stop
@@ -183,36 +173,6 @@ def test_an_error_ends_all_though_the_disk_of_the_log_is_full(tmp_path):
     assert [command.wait().status for command in commands] == [3, 3]
 
 
-def test_a_process_killed_while_it_waits_is_missing_and_may_be_started_again():
-    def call(number, timeout=30.0):
-        return calls.submit(roll_call, "127.0.0.1", port, 3, number, timeout)
-
-    def come_and_die():
-        while True:
-            try:
-                connection = socket.create_connection(("127.0.0.1", port))
-                break
-            except ConnectionRefusedError:
-                time.sleep(0.01)
-        with connection:
-            connection.sendall(b'{"process": 1, "of": 3}\n')
-            time.sleep(0.2)
-
-    with concurrent.futures.ThreadPoolExecutor() as calls:
-        port = free_port()
-        first = call(0)
-        come_and_die()
-        others = [call(1), call(2)]
-        assert [one.result() for one in (first, *others)] == [None] * 3
-        port = free_port()
-        first = call(0, 2.0)
-        come_and_die()
-        with pytest.raises(Missing, match="process 1 of 3 did not come within 2 s"):
-            call(2).result()
-        with pytest.raises(Missing, match="process 1 of 3"):
-            first.result()
-
-
 def test_a_run_of_two_processes_killed_and_continued_by_one(tmp_path):
     flags = tiny_flags(num_steps=24, checkpoint__every=4, data__files=write_text(tmp_path / "text.txt"))
     Training(tmp_path / "unbroken", flags).assert_ends_well()
@@ -225,7 +185,7 @@ def test_a_run_of_two_processes_killed_and_continued_by_one(tmp_path):
     assert survivor.status != 0 and "error: " in survivor.err and time.monotonic() - began < 60, survivor.err
     assert survivor.err.startswith("process 0 of 2\n") and not killed.all[1].step(), "process 0 alone prints progress"
 
-    times = [line["time"] for line in read_metrics(tmp_path / "run") if "time" in line]
+    times = [line["time"] for line in read_metrics(Workdir(tmp_path / "run")) if "time" in line]
     assert {each["slowest_host"] for each in times} <= {0, 1}
     assert all(each["largest_host_seconds"] >= each["host_seconds"] > 0 for each in times)
 

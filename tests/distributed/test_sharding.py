@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from darkformer_jax.config.validation import model_spec
+from darkformer_jax.config.specs import model_spec
 from darkformer_jax.distributed.sharding import (
     MESH_AXES,
     RULES,
@@ -19,7 +19,7 @@ from darkformer_jax.distributed.sharding import (
     spec_of,
 )
 from darkformer_jax.errors import UserError
-from darkformer_jax.model.transformer import Network, logical_axes
+from darkformer_jax.model.network import Network, logical_axes
 from tests.tiny_runs import tiny_config
 
 GOLDEN = Path(__file__).parent / "golden" / "shardings.json"
@@ -174,7 +174,7 @@ def shardings():
 
 
 def test_every_array_is_split_as_noted():
-    """`python -m tests.distributed.test_sharding` writes tests/golden/shardings.json anew: read what changed."""
+    """`python -m tests.distributed.test_sharding` writes golden/shardings.json anew: read what changed."""
     assert shardings() == json.loads(GOLDEN.read_text())
 
 

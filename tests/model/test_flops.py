@@ -1,3 +1,4 @@
+import dataclasses
 from typing import Any
 
 import jax
@@ -5,29 +6,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from darkformer_jax.model.flops import mean_exact_keys, peak_flops, train_step_flops
+from darkformer_jax.config.specs import model_spec
+from darkformer_jax.mixers.features import mean_exact_keys
+from darkformer_jax.mixers.spec import MixerSpec
+from darkformer_jax.model.flops import peak_flops, train_step_flops
+from darkformer_jax.model.spec import ModelSpec
+from tests.tiny_runs import tiny_config
+from tests.tiny_specs import mixer_spec
 
-SMALL: dict[str, Any] = {
-    "tokens": 1,
-    "sequence_length": 64,
-    "embed_dim": 32,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "head_dim": 8,
-    "mlp_dim": 96,
-    "vocab_size": 257,
-    "num_features": 16,
-    "chunk_size": 16,
-    "window": 0,
-    "num_sinks": 0,
-}
+MLP_AND_LOGITS = 6 * 32 * 96 + 2 * 32 * 257
 
 
-def layer(kind: str, **changes: Any) -> float:
-    """Forward FLOPs a token of one layer's attention, without the MLP and the logits."""
-    shape = {**SMALL, **changes}
-    total = train_step_flops(attention_kinds=(kind,), **shape) / 3
-    return total - 6 * shape["embed_dim"] * shape["mlp_dim"] - 2 * shape["embed_dim"] * shape["vocab_size"]
+def model(*mixers: MixerSpec) -> ModelSpec:
+    config = tiny_config(model__mlp_dim=96)
+    return dataclasses.replace(model_spec(config, 257), pattern=mixers, num_layers=len(mixers))
+
+
+def mixer(kind: str, **changes: Any) -> MixerSpec:
+    return mixer_spec(kind, **{"embed_dim": 32, "num_features": 16, "chunk_size": 16, **changes})
+
+
+def layer(kind: str, sequence_length: int = 64, **changes: Any) -> float:
+    """Forward FLOPs per token of one layer's attention, without the MLP and the logits."""
+    return train_step_flops(model(mixer(kind, **changes)), sequence_length, tokens=1) / 3 - MLP_AND_LOGITS
 
 
 def test_a_layer_by_hand() -> None:
@@ -55,9 +56,8 @@ def test_a_window_over_the_whole_sequence_is_exact_attention() -> None:
 
 
 def test_model_is_the_sum_of_its_layers_and_grows_with_tokens() -> None:
-    mlp_and_logits = 6 * 32 * 96 * 2 + 2 * 32 * 257
-    mixed = train_step_flops(attention_kinds=("softmax", "dark"), **{**SMALL, "tokens": 100})
-    assert mixed == pytest.approx(3 * 100 * (layer("softmax") + layer("dark") + mlp_and_logits))
+    mixed = train_step_flops(model(mixer("softmax"), mixer("dark")), sequence_length=64, tokens=100)
+    assert mixed == pytest.approx(3 * 100 * (layer("softmax") + layer("dark") + MLP_AND_LOGITS + 6 * 32 * 96))
 
 
 def test_linear_attention_costs_the_same_a_token_at_any_length() -> None:
@@ -88,14 +88,8 @@ def test_exact_keys_against_a_mask(length: int, window: int, sinks: int) -> None
     q, k = np.arange(length)[:, None], np.arange(length)[None, :]
     near = k >= q // 16 * 16 - window
     seen = (k <= q) & (near | (k < sinks))
-    assert mean_exact_keys(length, 16, window, sinks) == pytest.approx(seen.sum() / length)
-
-
-def test_unknown_mechanism_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no FLOP count for attention 'mamba'; known: softmax"):
-        train_step_flops(attention_kinds=("softmax", "mamba"), **SMALL)
-    with pytest.raises(ValueError, match="attention 'softmax_local' needs local_window > 0"):
-        train_step_flops(attention_kinds=("softmax_local",), **SMALL)
+    spec = dataclasses.replace(mixer("dark"), window=window, num_sinks=sinks)
+    assert mean_exact_keys(spec, length) == pytest.approx(seen.sum() / length)
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from darkformer_jax.config.validation import model_spec
+from darkformer_jax.config.specs import model_spec
 from darkformer_jax.errors import UserError
 from darkformer_jax.model.heads import pool
+from darkformer_jax.model.network import Network
 from darkformer_jax.model.trainable import trained_paths
-from darkformer_jax.model.transformer import Network
 from tests.tiny_runs import tiny_config
 
 

@@ -9,12 +9,12 @@ from jax.sharding import PartitionSpec as P
 from darkformer_jax.convert import open_source, plan_import, run_import
 from darkformer_jax.errors import UserError
 from darkformer_jax.model.lora import is_lora, merge_lora
-from darkformer_jax.model.transformer import logical_axes
+from darkformer_jax.model.network import logical_axes
 from darkformer_jax.pretrained.export import export_workdir
 from darkformer_jax.runs.load import load_model
-from darkformer_jax.training.experiment import Experiment
+from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.training.init_from import initialize_from
-from tests.tiny_runs import random_batch, tiny_config, write_workdir
+from tests.tiny_runs import experiment_of, random_batch, tiny_config, write_workdir
 
 pytestmark = pytest.mark.standard_promotion  # states are made with their optimizer
 
@@ -25,7 +25,7 @@ RANK = 3
 def experiment(rank, pattern="dark"):
     regime = "lora" if rank else "all"
     sizes = {"model__num_layers": 2, "model__num_kv_heads": 1, "model__attention__pattern": pattern}
-    return Experiment.of(tiny_config(model__lora_rank=rank, optimizer__train=regime, **sizes), 257)
+    return experiment_of(tiny_config(model__lora_rank=rank, optimizer__train=regime, **sizes))
 
 
 @functools.cache
@@ -137,12 +137,12 @@ def test_another_rank_is_refused(tmp_path):
 def test_verbs_and_exports_see_the_merged_model(tmp_path):
     state = some_state(RANK)
     write_workdir(tmp_path / "run", experiment(RANK).config, state)
-    model = load_model(str(tmp_path / "run"))
+    model = load_model(Workdir(tmp_path / "run"))
     assert (model.config.model.lora_rank, model.config.optimizer.train, model.network.spec.lora_rank) == (0, "all", 0)
     assert_merged(model.params, state.params)
-    assert "in darkformer.safetensors" in export_workdir(str(tmp_path / "run"), str(tmp_path / "out"))
+    assert "in darkformer.safetensors" in export_workdir(Workdir(tmp_path / "run"), str(tmp_path / "out"))
     plan = plan_import(open_source(str(tmp_path / "out")), tiny_config())
     run_import(plan, str(tmp_path / "copy"), lambda done, total: None)
-    again = load_model(str(tmp_path / "copy"))
+    again = load_model(Workdir(tmp_path / "copy"))
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
     jax.tree.map(np.testing.assert_array_equal, again.projections, model.projections)

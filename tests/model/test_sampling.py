@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from darkformer_jax.config.validation import model_spec
+from darkformer_jax.config.specs import model_spec
 from darkformer_jax.errors import UserError
+from darkformer_jax.model.network import Network
 from darkformer_jax.model.sampling import Sampler, continue_prompts, filter_logits
-from darkformer_jax.model.transformer import Network
 from darkformer_jax.ops.state import NEG
 from tests.tiny_runs import tiny_config
 

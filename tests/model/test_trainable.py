@@ -7,9 +7,8 @@ import pytest
 
 from darkformer_jax.errors import UserError
 from darkformer_jax.model.trainable import REGIMES, join_params, split_params
-from darkformer_jax.training.experiment import Experiment
 from darkformer_jax.training.step import TrainState, from_saved, make_train_step, to_saved
-from tests.tiny_runs import fresh_state, random_batch, tiny_config
+from tests.tiny_runs import experiment_of, fresh_state, random_batch, tiny_config
 
 pytestmark = pytest.mark.standard_promotion  # an optimizer runs
 
@@ -49,7 +48,7 @@ def experiment(regime, pattern="dark"):
         optimizer__weight_decay=0.5,
         optimizer__warmup_steps=0,
     )
-    return Experiment.of(config, 257)
+    return experiment_of(config)
 
 
 @functools.cache
@@ -57,8 +56,8 @@ def one_step(regime):
     """The state before a step, the compiled step, and what it returns: with the gradient, kept beside AdamW's state."""
     e = experiment(regime)
     optimizer = optax.chain(optax.trace(decay=0.0), e.optimizer)
-    options = {"accumulation_steps": 1, "z_loss": 1e-4, "redraw_every": 0, "trained": e.trained}
-    step = jax.jit(make_train_step(e.network, optimizer, e.schedule, **options))
+    options = {"accumulation_steps": 1, "redraw_every": 0, "trained": e.trained}
+    step = jax.jit(make_train_step(e.network, e.objective, optimizer, e.schedule, **options))
     start = fresh_state(e)
     start = start._replace(optimizer=optimizer.init(split_params(start.params, e.trained)[0]))
     compiled = step.lower(start, random_batch(0)).compile()

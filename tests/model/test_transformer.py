@@ -7,21 +7,12 @@ import numpy as np
 import pytest
 
 from darkformer_jax.mixers.features import draw_layer
-from darkformer_jax.mixers.spec import AttentionSpec
-from darkformer_jax.model.transformer import ModelSpec, Network, is_geometry, logical_axes
+from darkformer_jax.mixers.spec import MixerSpec
+from darkformer_jax.model.network import Network, is_geometry, logical_axes
+from darkformer_jax.model.spec import ModelSpec
+from tests.tiny_specs import mixer_spec, rope_spec
 
-ATTENTION = AttentionSpec(
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    num_features=12,
-    projections="orthogonal",
-    geometry_init=1.0,
-    chunk_size=8,
-    window=0,
-    num_sinks=0,
-    seed=5,
-)
+ATTENTION = mixer_spec(embed_dim=24, qk_norm=True, num_features=12, seed=5)
 SPEC = ModelSpec(
     vocab_size=37,
     num_layers=4,
@@ -29,16 +20,19 @@ SPEC = ModelSpec(
     mlp_dim=40,
     activation="silu",
     norm_eps=1e-6,
-    rope_theta=1e4,
-    qk_norm=True,
+    norm_plus_one=False,
+    post_norms=False,
     tie_embeddings=True,
     scale_embeddings=False,
     logit_softcap=0.0,
     dtype="float32",
     remat="none",
-    pattern=("softmax", "dark"),
-    attention=ATTENTION,
+    pattern=(dataclasses.replace(ATTENTION, kind="softmax"), ATTENTION),
 )
+LOCAL_ROPE = rope_spec(theta=100.0)
+ROPE = rope_spec(scaling="yarn", factor=8.0, original_length=16)
+OPTIONS = {"num_kv_heads": 1, "query_scale": 0.5, "softcap": 2.0, "qkv_bias": True, "norm_plus_one": True, "rope": ROPE}
+GEMMA_LAYER = dataclasses.replace(ATTENTION, **OPTIONS)
 # Every option of the pretrained families at once; the last repetition of the pattern is cut short.
 GEMMA = dataclasses.replace(
     SPEC,
@@ -46,13 +40,11 @@ GEMMA = dataclasses.replace(
     activation="gelu_tanh",
     scale_embeddings=True,
     logit_softcap=3.0,
-    pattern=("softmax_local", "dark", "softmax"),
-    attention=dataclasses.replace(ATTENTION, num_kv_heads=1, query_scale=0.5, softcap=2.0, local_window=6),
-    rope_local_theta=100.0,
-    rope_scaling="yarn",
-    rope_factor=8.0,
-    rope_original_length=16,
-    qkv_bias=True,
+    pattern=(
+        dataclasses.replace(GEMMA_LAYER, kind="softmax_local", local_window=6, rope=LOCAL_ROPE),
+        GEMMA_LAYER,
+        dataclasses.replace(GEMMA_LAYER, kind="softmax"),
+    ),
     norm_plus_one=True,
     post_norms=True,
 )
@@ -63,8 +55,16 @@ IDS = np.ones((2, LENGTH), np.int32)
 POSITIONS = np.tile(np.arange(LENGTH, dtype=np.int32), (2, 1))
 
 
-def change(**fields):
-    return dataclasses.replace(SPEC, **fields)
+def change(spec=SPEC, **fields):
+    """`spec` with these fields, its mixers with those that they have; `pattern`: their kinds."""
+    kinds = fields.pop("pattern", [mixer.kind for mixer in spec.pattern])
+    of_model, of_mixer = ({field.name for field in dataclasses.fields(kind)} for kind in (ModelSpec, MixerSpec))
+    own = {name: value for name, value in fields.items() if name in of_mixer}
+    named = {mixer.kind: mixer for mixer in spec.pattern}
+    mixers = tuple(dataclasses.replace(named.get(kind, ATTENTION), kind=kind, **own) for kind in kinds)
+    kept = {name: value for name, value in fields.items() if name in of_model}
+    assert not fields.keys() - of_model - of_mixer
+    return dataclasses.replace(spec, pattern=mixers, **kept)
 
 
 @functools.cache
@@ -245,7 +245,7 @@ def test_initial_arrays():
         embed_dim=96,
         vocab_size=300,
         pattern=("random", "dark"),
-        attention=dataclasses.replace(ATTENTION, geometry_init=0.5),
+        geometry_init=0.5,
     )
     network = Network.of(spec)
     params, projections = jax.jit(network.init)(jax.random.key(0))
@@ -294,9 +294,7 @@ def test_names_of_the_arrays_that_pretrained_families_add():
     assert axes["attention"]["q"]["bias"] == (None, "heads", None)
     assert axes["attention"]["k"]["bias"] == (None, "kv_heads", None)
     assert axes["post_mlp_norm"]["scale"] == (None, "embed")
-    initial, _ = jax.jit(Network.of(dataclasses.replace(GEMMA, pattern=("softmax",), num_layers=1)).init)(
-        jax.random.key(0)
-    )
+    initial, _ = jax.jit(Network.of(change(GEMMA, pattern=("softmax",), num_layers=1)).init)(jax.random.key(0))
     initial = {"final_norm": initial["final_norm"], "blocks_0": initial["blocks_0"]}
     zeros = [name for name, leaf in _named(initial).items() if not np.any(leaf)]
     assert sorted(zeros) == sorted(name for name in _named(initial) if name.endswith(("scale", "bias")))
@@ -309,7 +307,7 @@ def _named(tree):
 
 def test_a_block_by_hand():
     # float64 numpy, one local layer with every option; the window of 6 is shorter than the input.
-    spec = dataclasses.replace(GEMMA, num_layers=1, pattern=("softmax_local",), logit_softcap=0.0)
+    spec = change(GEMMA, num_layers=1, pattern=("softmax_local",), logit_softcap=0.0)
     _, params, _ = build(spec)
     logits, _ = forward(spec, TOKENS, IDS, POSITIONS)
     names = {name: np.asarray(leaf, np.float64) for name, leaf in _named(params).items()}
@@ -383,7 +381,7 @@ def test_bfloat16_is_near_float32():
     spec = change(pattern=("softmax", "dark", "random", "lfk"))
     wide, _ = forward(spec, TOKENS, IDS, POSITIONS)
     _, params, projections = build(spec)
-    narrow, _ = _forward(dataclasses.replace(spec, dtype="bfloat16"))(params, projections, TOKENS, IDS, POSITIONS, None)
+    narrow, _ = _forward(change(spec, dtype="bfloat16"))(params, projections, TOKENS, IDS, POSITIONS, None)
     assert narrow.dtype == jnp.float32
     difference = np.linalg.norm(narrow - wide) / np.linalg.norm(wide)
     assert 1e-4 < difference < 3e-2

@@ -14,15 +14,17 @@ from darkformer_jax import dark_attention
 from darkformer_jax.aot.collectives import KINDS, collectives
 from darkformer_jax.distributed.sharding import make_mesh
 from darkformer_jax.errors import UserError
-from darkformer_jax.mixers import MECHANISMS, stretches
-from darkformer_jax.mixers.spec import AttentionSpec
+from darkformer_jax.mixers import MIXERS, stretches
 from darkformer_jax.ops.context import check_stretch
 from darkformer_jax.ops.dark_attention import init_state
+from tests.ops.linear_attentions import OPS, draw, draw_cotangent
 from tests.tiny_runs import on_eight_devices
+from tests.tiny_specs import mixer_spec
 
 # 13 tokens a device: neither they nor the whole are multiples of the chunk.
 FEATURES = {"length": 104, "chunk_size": 4}
 HYBRID = {"length": 96, "chunk_size": 4, "window": 8, "num_sinks": 3}
+FORMS = {op: FEATURES | {"op": op} for op in OPS} | {"hybrid": HYBRID}
 LONG = 96 * 170
 
 
@@ -34,33 +36,29 @@ def packed(length):
     return jnp.asarray(ids, jnp.int32)
 
 
-def arrays(length):
-    """q, k, v, projections, geometry, log gains, and a cotangent of the output."""
-    shapes = [(3, length, 4, 8), (3, length, 2, 8), (3, length, 2, 8), (2, 16, 8), (2, 8, 8), (4,), (3, length, 4, 8)]
-    random = np.random.default_rng(0)
-    drawn = [jnp.asarray(random.normal(size=shape), jnp.float32) for shape in shapes]
-    drawn[4] = 0.5 * drawn[4]
-    return drawn
+def draw_inputs(length, op="dark", window=0, **_):
+    """q, k, v, the op's arrays, and a cotangent of the output."""
+    x = draw(op, length, heads=(4, 2), dim=8, features=16, batch=3, gain=window > 0)
+    return jax.tree.map(jnp.asarray, (*x, draw_cotangent(x)))
 
 
-def attention(*, length, split, segments=True, **options):
-    """(q, k, v, w, M, gain, ids) -> out, on one device or split over the eight of the current mesh."""
+def attention(*, length, split, op="dark", segments=True, **options):
+    """(q, k, v, arrays, ids) -> out, on one device or split over the eight of the current mesh."""
 
-    def attend(q, k, v, w, M, gain, ids, sequence_axis=None):
-        kernel = {"projections": w, "geometry": M, "log_gain": gain if "window" in options else None}
+    def attend(q, k, v, arrays, ids, sequence_axis=None):
         ids = ids if segments else None
-        return dark_attention(q, k, v, **kernel, segment_ids=ids, sequence_axis=sequence_axis, **options)
+        return OPS[op].attention(q, k, v, **arrays, segment_ids=ids, sequence_axis=sequence_axis, **options)
 
     if not split:
         return attend
     tokens = P(None, "context")
     split_attend = functools.partial(attend, sequence_axis="context")
-    in_specs = (tokens, tokens, tokens, P(), P(), P(), tokens)
+    in_specs = (tokens, tokens, tokens, P(), tokens)
     return jax.shard_map(split_attend, in_specs=in_specs, out_specs=tokens, axis_names={"context"})
 
 
 def compile_gradients(inputs, ids, **options):
-    """The compiled function (q, k, v, w, M, gain, cotangent), ids -> (out, gradients)."""
+    """The compiled function (q, k, v, arrays, cotangent), ids -> (out, gradients)."""
     function = attention(**options)
 
     def run(args, ids):
@@ -91,14 +89,14 @@ def compare():
     """What the test reads, of a program with eight devices."""
     result = {}
     with jax.set_mesh(make_mesh({"context": 8})):
-        for name, options in (("features", FEATURES), ("hybrid", HYBRID)):
-            inputs, ids = arrays(options["length"]), packed(options["length"])
+        for name, options in FORMS.items():
+            inputs, ids = draw_inputs(**options), packed(options["length"])
             one = compile_gradients(inputs, ids, split=False, **options)
             eight = compile_gradients(inputs, ids, split=True, **options)
             result[name] = error(eight(inputs, ids), one(inputs, ids))
-        result["messages"] = messages(eight.as_text())
-        shapes = jax.eval_shape(lambda: (arrays(LONG), packed(LONG)))
-        long = compile_gradients(*shapes, split=True, **HYBRID | {"length": LONG})
+        result["messages"] = messages(eight.as_text())  # of the hybrid, the last
+        long_form = HYBRID | {"length": LONG}
+        long = compile_gradients(draw_inputs(**long_form), packed(LONG), split=True, **long_form)
         result["long messages"] = messages(long.as_text())
         whole = jnp.ones_like(ids)
         undivided = jax.jit(attention(split=True, segments=False, **HYBRID))(*inputs[:-1], whole)
@@ -109,26 +107,15 @@ def compare():
 
 def mechanisms(mesh):
     """Outputs of those that look at nothing, and of those that see a window and no more."""
-    q, k, v = arrays(96)[:3]
+    q, k, v = draw_inputs(96)[:3]
     ids = packed(96)
     places = jnp.broadcast_to(jnp.arange(96), ids.shape)
-    spec = AttentionSpec(
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        num_features=16,
-        projections="iid",
-        geometry_init=1.0,
-        chunk_size=4,
-        window=0,
-        num_sinks=0,
-        seed=0,
-    )
-    hybrid = dataclasses.replace(spec, window=8, num_sinks=3)
+    spec = mixer_spec("constant", num_features=16, projections="iid", chunk_size=4)
+    hybrid = dataclasses.replace(spec, kind="window_only", window=8, num_sinks=3)
     kinds = {"constant": spec, "window_only": hybrid}
 
     def run():
-        made = [MECHANISMS[kind](own_spec, 0) for kind, own_spec in kinds.items()]
+        made = [MIXERS[kind](own_spec, 0) for kind, own_spec in kinds.items()]
         return [mechanism(q, k, v, segment_ids=ids, positions=places)[0] for mechanism in made]
 
     with jax.set_mesh(mesh):
@@ -141,7 +128,7 @@ def test_eight_stretches_are_one_sequence(tmp_path):
     ended = on_eight_devices(tmp_path / "program.py", tmp_path).wait()
     assert ended.status == 0, ended.err
     result = json.loads(ended.out.splitlines()[-1])
-    for name in ("features", "hybrid", "one document", "mechanisms"):
+    for name in (*FORMS, "one document", "mechanisms"):
         assert result[name] < 3e-6, (name, result)
     short, in_loops = result["messages"]
     assert in_loops == 0
@@ -152,7 +139,8 @@ def test_eight_stretches_are_one_sequence(tmp_path):
 
 
 def test_what_cannot_be_split_is_refused(monkeypatch):
-    q, k, v, w = arrays(8)[:4]
+    q, k, v, arrays, _ = draw_inputs(8)
+    w = arrays["projections"]
     state = init_state(3, 2, 8, 8, 16, jnp.float32)
     for options in ({"causal": False}, {"state": state}, {"return_state": True}):
         with pytest.raises(UserError, match="sequence_axis needs causal=True, and neither takes nor returns a state"):

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from darkformer_jax.errors import UserError
 from darkformer_jax.ops.exact import choose_backend, exact_attention
 
 random = np.random.default_rng(0)
@@ -25,14 +26,17 @@ def by_hand(
     scale=None,
     softcap=0.0,
     local_window=10**6,
+    causal=True,
 ):
     """Row by row in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros((*q.shape[:3], v.shape[3]))
     group = q.shape[2] // k.shape[2]
     for b, n, h in np.ndindex(q.shape[:3]):
-        seen = (key_segments[b] == query_segments[b, n]) & (key_positions[b] <= query_positions[b, n])
-        seen &= key_positions[b] > query_positions[b, n] - local_window
+        seen = key_segments[b] == query_segments[b, n]
+        if causal:
+            seen &= key_positions[b] <= query_positions[b, n]
+            seen &= key_positions[b] > query_positions[b, n] - local_window
         if query_segments[b, n] == 0:
             continue
         logits = k[b, seen, h // group] @ q[b, n, h] * (scale or 1 / np.sqrt(q.shape[3]))
@@ -69,9 +73,11 @@ def test_against_softmax_by_hand_with_documents_and_padding():
         {"local_window": 5, "softcap": 0.7},
         {"softcap": 0.7, "scale": 2.0},
         {"local_window": 100, "scale": 0.1},
+        {"causal": False},
+        {"causal": False, "softcap": 0.7, "scale": 2.0},
     ],
 )
-def test_windows_softcaps_and_scales_by_hand(options, heads):
+def test_windows_softcaps_scales_and_both_directions_by_hand(options, heads):
     q, k, v = draw(24, heads=heads)
     segments, positions = (np.stack(pair) for pair in zip(rows(9, 1, 14), rows(24), strict=True))
     segments[1, 20:] = 0
@@ -80,6 +86,45 @@ def test_windows_softcaps_and_scales_by_hand(options, heads):
     out = exact_attention(q, k, v, **dict(zip(names, arguments, strict=True)), **options)
     np.testing.assert_allclose(out, by_hand(q, k, v, *arguments, **options), rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(out[1, 20:], 0)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradients_are_those_of_the_formula_in_float64(causal):
+    q, k, v = draw(13)
+    segments = np.tile(np.repeat(np.array([1, 2, 0], np.int32), [5, 6, 2]), (2, 1))
+    positions = np.tile(rows(5, 8)[1], (2, 1))
+    real = segments != 0
+    cotangent = random.standard_normal((*q.shape[:3], v.shape[3])).astype(np.float32)
+
+    def formula(q, k, v):
+        visible = (segments[:, :, None] == segments[:, None]) & real[:, None]
+        if causal:
+            visible = visible & (positions[:, None] <= positions[:, :, None])
+        logits = jnp.einsum("bnhd,bthd->bhnt", q, jnp.repeat(k, 2, axis=2)) / np.sqrt(8)
+        seen = jnp.asarray(visible | ~real[:, :, None])[:, None]
+        weights = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1)
+        out = jnp.einsum("bhnt,bthv->bnhv", weights, jnp.repeat(v, 2, axis=2))
+        return jnp.where(real[:, :, None, None], out, 0)
+
+    def gradients(attention, *arrays):
+        out, pull = jax.vjp(attention, *arrays[:3])
+        return out, *pull(arrays[3])
+
+    places = {"query_segments": segments, "key_segments": segments}
+    places |= {"query_positions": positions, "key_positions": positions}
+    got = gradients(lambda *x: exact_attention(*x, **places, causal=causal), q, k, v, cotangent)
+    with jax.enable_x64(True):
+        want = gradients(formula, *(jnp.asarray(x, jnp.float64) for x in (q, k, v, cotangent)))
+        for ours, reference in zip(got, want, strict=True):
+            np.testing.assert_allclose(ours, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_a_query_that_sees_both_directions_has_no_window():
+    q, k, v = draw(4)
+    ids = np.ones((2, 4), np.int32)
+    arguments = {"query_segments": ids, "key_segments": ids, "query_positions": ids, "key_positions": ids}
+    with pytest.raises(UserError, match="local_window = 3 with causal=False: a window looks back only; allowed: 0"):
+        exact_attention(q, k, v, **arguments, local_window=3, causal=False)
 
 
 def test_the_backend_is_chosen_by_what_covers_the_case(monkeypatch):

@@ -1,4 +1,4 @@
-"""The random features estimate the kernel they say they do: mean, variance, second moment."""
+"""Random features estimate the kernel they say they do: mean, variance, second moment. elu + 1 is what it is."""
 
 import functools
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from darkformer_jax import draw_projections
-from darkformer_jax.ops.features import apply_geometry, log_positive_features
+from darkformer_jax.ops.features import apply_geometry, log_elu_plus_one, log_positive_features
 
 DRAWS = 4096
 
@@ -119,3 +119,15 @@ def test_bfloat16_rounding_moves_the_point_not_the_norm():
     total = log_positive_features(x, w, m) + log_positive_features(-x, w, m)
     square = np.sum(np.asarray(apply_geometry(x, m), np.float64) ** 2)
     np.testing.assert_allclose(total[0], -square, rtol=1e-5)
+
+
+def test_elu_plus_one_and_its_gradient_everywhere():
+    x = np.array([-500, -100, -1, -1e-6, 0, 1e-6, 1, 100, 500], np.float32)
+    value, gradient = jax.vmap(jax.value_and_grad(lambda x: log_elu_plus_one(None, x, 1.0)))(x)
+    wide = x.astype(np.float64)
+    np.testing.assert_allclose(value, np.where(wide < 0, wide, np.log1p(np.abs(wide))), rtol=1e-6)
+    np.testing.assert_allclose(gradient, np.where(wide < 0, 1, 1 / (1 + np.abs(wide))), rtol=1e-6)
+    np.testing.assert_allclose(np.exp(value[2:6]), np.where(wide > 0, wide + 1, np.exp(wide))[2:6], rtol=1e-6)
+    assert log_elu_plus_one(None, jnp.ones(3, jnp.bfloat16), 1.0).dtype == jnp.float32
+    with jax.enable_x64(True):
+        assert log_elu_plus_one(None, jnp.ones(3, jnp.float64), 1.0).dtype == jnp.float64

@@ -7,6 +7,7 @@ import pytest
 from darkformer_jax.model.sampling import Sampler
 from darkformer_jax.pretrained.export import export_workdir
 from darkformer_jax.runs.load import load_model
+from darkformer_jax.runs.workdir import Workdir
 from tests.pretrained.tiny_models import (
     INPUT,
     MODELS,
@@ -52,7 +53,7 @@ def test_greedy_generation_agrees_token_for_token(pair):
 
 def test_the_export_is_bit_identical_and_loads_without_complaint(pair):
     theirs, ours, directory = pair
-    export_workdir(str(directory / "workdir"), str(directory / "export"))
+    export_workdir(Workdir(directory / "workdir"), str(directory / "export"))
     loaded, report = load_theirs(directory / "export")
     assert not any(report.values()), report
     assert type(loaded) is type(theirs)
@@ -68,10 +69,10 @@ def test_the_export_of_a_dark_model_loads_as_the_same_transformer_with_exact_att
     sizes = {"model__num_layers": 2, "model__attention__kind": "softmax", "model__qk_norm": True}
     write_workdir(tmp_path / "exact", tiny_config(**sizes))
     write_workdir(tmp_path / "dark", tiny_config(**(sizes | {"model__attention__kind": "dark"})))
-    export_workdir(str(tmp_path / "dark"), str(tmp_path / "export"))
+    export_workdir(Workdir(tmp_path / "dark"), str(tmp_path / "export"))
     loaded, report = load_theirs(tmp_path / "export")
     assert not any(report.values()), report
-    exact, dark = load_model(str(tmp_path / "exact")), load_model(str(tmp_path / "dark"))
+    exact, dark = load_model(Workdir(tmp_path / "exact")), load_model(Workdir(tmp_path / "dark"))
     same = exact._replace(params=jax.tree.map(lambda _, leaf: leaf, exact.params, _without_mechanisms(dark.params)))
     np.testing.assert_allclose(their_logits(loaded), our_logits(same), atol=TOLERANCE, rtol=0)
     assert np.abs(our_logits(dark) - our_logits(same)).max() > 100 * TOLERANCE

@@ -9,6 +9,7 @@ import pytest
 from darkformer_jax.errors import UserError
 from darkformer_jax.pretrained.export import export_workdir
 from darkformer_jax.pretrained.safetensors_files import SafetensorsFiles
+from darkformer_jax.runs.workdir import Workdir
 from tests.pretrained.tiny_sources import BFLOAT16, CONFIG, import_source, llama_arrays, write_arrays, write_llama
 from tests.tiny_runs import saved_arrays, tiny_config, write_workdir
 
@@ -27,7 +28,7 @@ def test_hf_to_ours_to_hf(tmp_path, stored, dtype):
     generation = {"eos_token_id": [1, 2], "temperature": 0.6}
     (source / "generation_config.json").write_text(json.dumps(generation))
     import_source(source, tmp_path / "workdir")
-    export_workdir(str(tmp_path / "workdir"), str(tmp_path / "out"), dtype=dtype, shard_bytes=3000)
+    export_workdir(Workdir(tmp_path / "workdir"), str(tmp_path / "out"), dtype=dtype, shard_bytes=3000)
     written = whole_files(tmp_path / "out")
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
     assert written.keys() == llama_arrays().keys()
@@ -49,7 +50,7 @@ def test_ours_to_hf_to_ours_with_mechanisms(tmp_path, pattern):
         model__num_layers=5, model__qk_norm=True, model__attention__pattern=pattern, seed=7, data__tokenizer="", **local
     )
     write_workdir(tmp_path / "run", config)
-    said = export_workdir(str(tmp_path / "run"), str(tmp_path / "out"))
+    said = export_workdir(Workdir(tmp_path / "run"), str(tmp_path / "out"))
     assert "Qwen3ForCausalLM" in said and "in darkformer.safetensors" in said
     assert "exact softmax attention" in (tmp_path / "out" / "README.md").read_text()
     copy = import_source(tmp_path / "out", tmp_path / "copy")
@@ -65,19 +66,19 @@ def test_ours_to_hf_to_ours_with_mechanisms(tmp_path, pattern):
 
 def test_a_model_trained_here_goes_out_as_the_family_it_fits(tmp_path):
     write_workdir(tmp_path / "run", tiny_config(model__attention__kind="softmax", sequence_length=32))
-    assert "LlamaForCausalLM, step 3" in export_workdir(str(tmp_path / "run"), str(tmp_path / "out"))
+    assert "LlamaForCausalLM, step 3" in export_workdir(Workdir(tmp_path / "run"), str(tmp_path / "out"))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["vocab_size"], config["max_position_embeddings"]) == (257, 32)
     assert (config["bos_token_id"], config["eos_token_id"]) == (256, 256)
     write_workdir(tmp_path / "other", tiny_config(model__attention__kind="softmax", model__logit_softcap=30.0))
     with pytest.raises(UserError, match=r"other: no Hugging Face family has this model; .*model.logit_softcap = 30.0"):
-        export_workdir(str(tmp_path / "other"), str(tmp_path / "refused"))
+        export_workdir(Workdir(tmp_path / "other"), str(tmp_path / "refused"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out", "run"]
 
 
 def test_what_a_damaged_or_contradictory_export_says(tmp_path):
     write_workdir(tmp_path / "run", tiny_config())
-    export_workdir(str(tmp_path / "run"), str(tmp_path / "whole"))
+    export_workdir(Workdir(tmp_path / "run"), str(tmp_path / "whole"))
     content = json.loads((tmp_path / "whole" / "darkformer.json").read_text())
 
     def refused(change, message):
@@ -103,7 +104,7 @@ def test_a_workdir_of_many_rows_keeps_their_order(tmp_path):
     arrays = llama_arrays()
     write_arrays(write_llama(tmp_path / "hf", model_type="mistral", architectures=None, sliding_window=8), arrays)
     import_source(tmp_path / "hf", tmp_path / "workdir")
-    export_workdir(str(tmp_path / "workdir"), str(tmp_path / "out"))
+    export_workdir(Workdir(tmp_path / "workdir"), str(tmp_path / "out"))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["model_type"], config["sliding_window"]) == ("mistral", 8)
     for name, value in whole_files(tmp_path / "out").items():

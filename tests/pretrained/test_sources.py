@@ -9,6 +9,7 @@ import pytest
 
 from darkformer_jax.errors import UserError
 from darkformer_jax.pretrained.export import export_workdir
+from darkformer_jax.runs.workdir import Workdir
 from tests.pretrained.tiny_sources import (
     BFLOAT16,
     LAYERS,
@@ -176,7 +177,7 @@ def test_ids_and_lengths_beside_the_model(tmp_path):
     refused(tmp_path, 'generation_config.json: eos_token_id = {"a": 1}: must be an id')
     (source / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
     assert import_source(source, tmp_path / "workdir").ends == {1, 2, 3}
-    export_workdir(str(tmp_path / "workdir"), str(tmp_path / "out"))
+    export_workdir(Workdir(tmp_path / "workdir"), str(tmp_path / "out"))
     assert json.loads((tmp_path / "out/config.json").read_text())["pad_token_id"] == -1
 
 
@@ -186,7 +187,7 @@ def test_an_export_in_a_dtype_that_cannot_hold_it(tmp_path):
     write_arrays(write_llama(tmp_path / "hf"), arrays)
     import_source(tmp_path / "hf", tmp_path / "workdir")
     with pytest.raises(UserError, match=f"array {Q} has a number that is not finite as float16"):
-        export_workdir(str(tmp_path / "workdir"), str(tmp_path / "out"), dtype="float16")
+        export_workdir(Workdir(tmp_path / "workdir"), str(tmp_path / "out"), dtype="float16")
     assert not (tmp_path / "out").exists()
 
 

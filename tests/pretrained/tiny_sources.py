@@ -13,6 +13,7 @@ from darkformer_jax.pretrained.load import plan_import, run_import
 from darkformer_jax.pretrained.safetensors_files import ArrayToWrite, shard, write_safetensors
 from darkformer_jax.pretrained.source import open_source
 from darkformer_jax.runs.load import WorkdirModel, load_model
+from darkformer_jax.runs.workdir import Workdir
 
 VOCAB, WIDTH, MLP, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 64, 16, 24, 4, 2, 4, 2
 
@@ -83,7 +84,7 @@ def write_llama(directory: Path, dtype: Any = np.float32, shard_bytes: int = 10*
 def import_source(source: Path | str, workdir: Path, dtype: str | None = None) -> WorkdirModel:
     """Imports, and reads the workdir."""
     run_import(plan_import(open_source(str(source)), base.get_config(), dtype), str(workdir), lambda done, total: None)
-    return load_model(str(workdir))
+    return load_model(Workdir(workdir))
 
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

@@ -22,6 +22,7 @@ import pytest
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs import manifest as manifest_module
 from darkformer_jax.runs.checkpoints import Checkpoints
+from darkformer_jax.runs.workdir import Workdir
 
 # Also run in subprocesses: the state of a step is a function of the step, as in training.
 STATE_OF = textwrap.dedent(
@@ -58,7 +59,7 @@ def assert_identical(actual: Any, expected: Any) -> None:
 
 @pytest.fixture
 def checkpoints(tmp_path: Path) -> Iterator[Checkpoints]:
-    opened = Checkpoints(tmp_path, keep=3, save_every=10)
+    opened = Checkpoints(Workdir(tmp_path), keep=3, save_every=10)
     yield opened
     opened.close()
 
@@ -67,7 +68,7 @@ def checkpoints(tmp_path: Path) -> Iterator[Checkpoints]:
 def two_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workdir with steps 1 and 2, to be copied by tests that damage it."""
     workdir = tmp_path_factory.mktemp("two_steps")
-    opened = Checkpoints(workdir, keep=3)
+    opened = Checkpoints(Workdir(workdir), keep=3)
     for step in (1, 2):
         opened.save(step, state_of(step))
     opened.close()
@@ -135,15 +136,15 @@ def test_part_of_a_checkpoint(checkpoints: Checkpoints) -> None:
 
 
 def test_due_depends_on_the_step_alone(tmp_path: Path) -> None:
-    assert [step for step in range(1, 31) if Checkpoints(tmp_path, 1, 10).due(step)] == [10, 20, 30]
-    assert not Checkpoints(tmp_path, 1, 0).due(10)
+    assert [step for step in range(1, 31) if Checkpoints(Workdir(tmp_path), 1, 10).due(step)] == [10, 20, 30]
+    assert not Checkpoints(Workdir(tmp_path), 1, 0).due(10)
 
 
 # What is kept
 
 
 def test_newest_and_best_are_kept_and_the_others_removed(tmp_path: Path) -> None:
-    opened = Checkpoints(tmp_path, keep=2)
+    opened = Checkpoints(Workdir(tmp_path), keep=2)
     for step, loss in ((1, 3.0), (2, 2.0), (3, None), (4, 2.5), (5, float("nan")), (6, 2.4)):
         opened.save(step, state_of(step), None if loss is None else {"heldout_loss": loss})
     opened.wait()
@@ -156,11 +157,11 @@ def test_newest_and_best_are_kept_and_the_others_removed(tmp_path: Path) -> None
 
 
 def test_saving_the_same_step_again(tmp_path: Path) -> None:
-    opened = Checkpoints(tmp_path, keep=2)
+    opened = Checkpoints(Workdir(tmp_path), keep=2)
     opened.save(4, state_of(4))
     opened.save(4, state_of(4), {"heldout_loss": 2.0})  # the loop's last save, after the evaluation
     opened.close()
-    resumed = Checkpoints(tmp_path, keep=2)
+    resumed = Checkpoints(Workdir(tmp_path), keep=2)
     assert resumed.best_step() == 4
     resumed.restore(abstract(state_of(4)))
     resumed.save(4, state_of(4))
@@ -173,7 +174,7 @@ def test_saving_the_same_step_again(tmp_path: Path) -> None:
 
 
 def test_going_back_to_an_older_step_gives_up_the_newer_ones(tmp_path: Path) -> None:
-    opened = Checkpoints(tmp_path, keep=3)
+    opened = Checkpoints(Workdir(tmp_path), keep=3)
     for step in (10, 20, 30):
         opened.save(step, state_of(step))
     opened.restore(abstract(state_of(0)), 10)
@@ -213,7 +214,7 @@ def test_damage_to_any_file_is_noticed(two_steps: Path, tmp_path: Path, how: str
         damage(workdir / "checkpoints" / file, how)
         caplog.clear()
         with caplog.at_level(logging.WARNING, logger="absl"):
-            opened = Checkpoints(workdir)
+            opened = Checkpoints(Workdir(workdir))
             step, restored = opened.restore(wanted)
         assert step == 1, file
         assert_identical(restored, state_of(1))
@@ -230,7 +231,7 @@ def test_a_run_goes_on_from_the_older_step_and_replaces_the_damaged_one(two_step
     root = tmp_path / "checkpoints"
     (root / "2" / "_METADATA").unlink()
     files = {path.relative_to(root / "2"): path.read_bytes() for path in (root / "2").rglob("*") if path.is_file()}
-    opened = Checkpoints(tmp_path, keep=1)
+    opened = Checkpoints(Workdir(tmp_path), keep=1)
     assert opened.latest_good_step() == 1
     assert opened.restore(abstract(state_of(0)))[0] == 1
     assert sorted(os.listdir(root)) == ["1", "1.sha256.json", "2", "2.sha256.json"]  # reading moves nothing
@@ -246,7 +247,7 @@ def test_a_run_goes_on_from_the_older_step_and_replaces_the_damaged_one(two_step
 
 
 def test_damaged_steps_are_not_counted_among_the_newest_and_kept_aside(tmp_path: Path, caplog: Any) -> None:
-    opened = Checkpoints(tmp_path, keep=4)
+    opened = Checkpoints(Workdir(tmp_path), keep=4)
     for step in (1, 2, 3, 4):
         opened.save(step, state_of(step), {"heldout_loss": float(step)})
     opened.close()
@@ -254,7 +255,7 @@ def test_damaged_steps_are_not_counted_among_the_newest_and_kept_aside(tmp_path:
     (root / "1.sha256.json").write_text("{}")  # the best one
     (root / "3.sha256.json").unlink()
     (root / "4" / "_METADATA").unlink()
-    resumed = Checkpoints(tmp_path, keep=1)
+    resumed = Checkpoints(Workdir(tmp_path), keep=1)
     assert resumed.restore(abstract(state_of(0)))[0] == 2
     resumed.save(5, state_of(5))
     assert resumed.latest_good_step() == 5 and resumed.committed_steps() == [1, 2, 5]
@@ -275,7 +276,7 @@ def test_a_checkpoint_of_a_newer_version_is_refused_though_there_are_older_ones(
     monkeypatch.setattr(manifest_module, "FORMAT", 2)
     manifest_module.write_manifest(path, 2, {"what": "this version cannot know"}, {})
     monkeypatch.undo()
-    opened = Checkpoints(tmp_path)
+    opened = Checkpoints(Workdir(tmp_path))
     message = r"checkpoint step 2 in .* was saved by a newer version of darkformer_jax \(format 2, .* up to 1\)"
     for read in (opened.latest_good_step, opened.good_step, lambda: opened.good_step(2)):
         with pytest.raises(UserError, match=message):
@@ -296,7 +297,7 @@ def test_only_damaged_checkpoints_are_an_error_and_nothing_starts_from_scratch(t
     shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
     for step in (1, 2):
         (tmp_path / "checkpoints" / str(step) / "_METADATA").unlink()
-    opened = Checkpoints(tmp_path)
+    opened = Checkpoints(Workdir(tmp_path))
     for read in (opened.latest_good_step, lambda: opened.restore(abstract(state_of(0)))):
         with pytest.raises(UserError, match="damaged: step 2: file _METADATA is missing; step 1: file _METADATA"):
             read()
@@ -308,11 +309,11 @@ def test_only_damaged_checkpoints_are_an_error_and_nothing_starts_from_scratch(t
         opened.latest_good_step()
     opened.close()
     with pytest.raises(UserError, match="workdir s3://bucket/run: allowed: a local or mounted directory, or gs://"):
-        Checkpoints("s3://bucket/run")
+        Workdir("s3://bucket/run")
 
 
 def test_no_checkpoint_is_an_error_that_names_the_directory_and_creates_nothing(tmp_path: Path) -> None:
-    opened = Checkpoints(tmp_path / "absent")
+    opened = Checkpoints(Workdir(tmp_path / "absent"))
     assert opened.latest_good_step() is None and opened.best_step() is None and opened.committed_steps() == []
     with pytest.raises(UserError, match="no checkpoint in .*absent/checkpoints"):
         opened.restore(abstract(state_of(0)))
@@ -336,7 +337,7 @@ def test_stray_and_left_over_directories_are_not_steps(two_steps: Path, tmp_path
     (root / "2020").mkdir()
     (root / "2020" / "holiday.jpg").write_text("no checkpoint")
     before = sorted(root.rglob("*"))
-    opened = Checkpoints(tmp_path, keep=3)
+    opened = Checkpoints(Workdir(tmp_path), keep=3)
     with caplog.at_level(logging.WARNING, logger="absl"):
         assert opened.committed_steps() == [2] and opened.steps_without_manifest() == []
         assert opened.restore(abstract(state_of(0)))[0] == 2
@@ -375,7 +376,7 @@ def test_another_models_checkpoint_is_refused_by_name_and_shape(checkpoints: Che
 
 def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file in the way")
-    opened = Checkpoints(tmp_path)
+    opened = Checkpoints(Workdir(tmp_path))
     with pytest.raises(UserError, match=f"checkpoint step 1 could not be written to {tmp_path}/checkpoints: "):
         opened.save(1, state_of(1))
     opened.close()
@@ -398,7 +399,8 @@ def test_a_write_that_fails_in_the_background_is_raised_once_by_wait(tmp_path: P
         import resource, signal, sys
         from darkformer_jax.errors import UserError
         from darkformer_jax.runs.checkpoints import Checkpoints
-        opened = Checkpoints(sys.argv[1], keep=1)
+        from darkformer_jax.runs.workdir import Workdir
+        opened = Checkpoints(Workdir(sys.argv[1]), keep=1)
         opened.save(1, state_of(1)); opened.wait()
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
@@ -429,7 +431,8 @@ def test_kill_9_at_any_moment_loses_no_committed_step(tmp_path: Path) -> None:
         """
         import sys
         from darkformer_jax.runs.checkpoints import Checkpoints
-        opened = Checkpoints(sys.argv[1], keep=2)
+        from darkformer_jax.runs.workdir import Workdir
+        opened = Checkpoints(Workdir(sys.argv[1]), keep=2)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state_of(0, 20_000))
         step = 0
         if opened.committed_steps():
@@ -462,7 +465,7 @@ def test_kill_9_at_any_moment_loses_no_committed_step(tmp_path: Path) -> None:
             time.sleep(rng.uniform(0, 0.6))
             seen = newest_manifest()
             process.kill()
-        reader = Checkpoints(tmp_path)
+        reader = Checkpoints(Workdir(tmp_path))
         newest = reader.latest_good_step() or 0
         assert newest >= max(seen, good)
         for step in reader.committed_steps():
@@ -472,7 +475,7 @@ def test_kill_9_at_any_moment_loses_no_committed_step(tmp_path: Path) -> None:
         good = newest
     assert good >= 3
     # The next run tidies up after all the killed ones; step 1 has the best held-out loss.
-    opened = Checkpoints(tmp_path, keep=2)
+    opened = Checkpoints(Workdir(tmp_path), keep=2)
     opened.restore(abstract(state_of(0, 20_000)))
     opened.save(good + 1, state_of(good + 1))
     opened.close()
@@ -485,12 +488,13 @@ def test_restoring_onto_another_sharding(tmp_path: Path) -> None:
         import sys
         from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
         from darkformer_jax.runs.checkpoints import Checkpoints
+        from darkformer_jax.runs.workdir import Workdir
         def mesh(rows, columns, names):
             devices = np.array(jax.devices()[:rows * columns]).reshape(rows, columns)
             return Mesh(devices, names, axis_types=(AxisType.Auto,) * 2)
         eight, square = mesh(8, 1, ("data", "tensor")), mesh(2, 4, ("data", "tensor"))
         w = np.arange(16 * 8, dtype=np.float32).reshape(16, 8) / 3
-        opened = Checkpoints(sys.argv[1])
+        opened = Checkpoints(Workdir(sys.argv[1]))
         opened.save(1, {"w": jax.device_put(w, NamedSharding(eight, P("data"))),
                         "b": jax.device_put(w[0], NamedSharding(eight, P()))})
         opened.wait()
@@ -504,7 +508,7 @@ def test_restoring_onto_another_sharding(tmp_path: Path) -> None:
     """
     run_python(code, tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=8")
     w = np.arange(16 * 8, dtype=np.float32).reshape(16, 8) / 3
-    opened = Checkpoints(tmp_path)  # and here, where there is one device
+    opened = Checkpoints(Workdir(tmp_path))  # and here, where there is one device
     _, state = opened.restore(opened.saved_shapes(1))
     assert (np.asarray(state["w"]) == w).all()
     opened.close()
@@ -517,12 +521,13 @@ def test_two_processes_share_one_checkpoint(tmp_path: Path) -> None:
         jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", num_processes=2, process_id=int(sys.argv[3]))
         from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
         from darkformer_jax.runs.checkpoints import Checkpoints
+        from darkformer_jax.runs.workdir import Workdir
         mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
         sharding = NamedSharding(mesh, P("data"))
         def state(step):
             whole = np.arange(8, dtype=np.float32) + step
             return {"w": jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])}
-        opened = Checkpoints(sys.argv[1], keep=2)
+        opened = Checkpoints(Workdir(sys.argv[1]), keep=2)
         for step in (1, 2, 3):
             opened.save(step, state(step), {"heldout_loss": float(step)})
         opened.save(3, state(3), {"heldout_loss": 0.5})
@@ -553,7 +558,7 @@ def test_two_processes_share_one_checkpoint(tmp_path: Path) -> None:
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], outputs
-    opened = Checkpoints(tmp_path)
+    opened = Checkpoints(Workdir(tmp_path))
     assert opened.committed_steps() == [1, 2, 3] and opened.best_step() == 3  # step 1 was the best when 3 was saved
     _, state = opened.restore(opened.saved_shapes(3))
     assert (np.asarray(state["w"]) == np.arange(8) + 3).all()

@@ -5,15 +5,15 @@ import pytest
 
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.load import load_model
-from darkformer_jax.training.experiment import Experiment
-from tests.tiny_runs import tiny_config, write_workdir
+from darkformer_jax.runs.workdir import Workdir
+from tests.tiny_runs import experiment_of, tiny_config, write_workdir
 
 pytestmark = pytest.mark.standard_promotion  # the state of a checkpoint is made with its optimizer
 
 
 @pytest.fixture(scope="module")
 def experiment():
-    return Experiment.of(tiny_config(), 257)
+    return experiment_of(tiny_config())
 
 
 def random_state(experiment, dtype):
@@ -26,7 +26,7 @@ def random_state(experiment, dtype):
 def test_parameters_keep_the_dtype_and_the_bits_they_are_stored_with(experiment, dtype, tmp_path):
     state = write_workdir(tmp_path, experiment.config, random_state(experiment, dtype))
     for step in (None, 3):
-        model = load_model(str(tmp_path), step)
+        model = load_model(Workdir(tmp_path), step)
         assert model.step == 3
         for loaded, saved in zip(jax.tree.leaves(model.params), jax.tree.leaves(state.params), strict=True):
             assert loaded.dtype == saved.dtype == dtype
@@ -37,14 +37,14 @@ def test_parameters_keep_the_dtype_and_the_bits_they_are_stored_with(experiment,
 def test_a_step_that_is_absent_or_damaged_is_named(experiment, tmp_path):
     write_workdir(tmp_path, experiment.config, random_state(experiment, "bfloat16"))
     with pytest.raises(UserError, match="no checkpoint step 5 in .*; there are: 3"):
-        load_model(str(tmp_path), 5)
+        load_model(Workdir(tmp_path), 5)
     (tmp_path / "checkpoints" / "3" / "_METADATA").unlink()
     for step in (None, 3):
         with pytest.raises(UserError, match="damaged: step 3: file _METADATA is missing"):
-            load_model(str(tmp_path), step)
+            load_model(Workdir(tmp_path), step)
 
 
 def test_integers_are_no_parameters(experiment, tmp_path):
     write_workdir(tmp_path, experiment.config, random_state(experiment, "int8"))
     with pytest.raises(UserError, match=r"params/blocks_0/.*: int8\[.*\] saved, float32\[.*\] expected"):
-        load_model(str(tmp_path))
+        load_model(Workdir(tmp_path))

@@ -14,10 +14,11 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.metrics import MetricWriter, read_metrics
+from darkformer_jax.runs.workdir import Workdir
 
 
 def train(workdir: Path, steps: range, resumed_from: int | None, seconds: float) -> None:
-    writer = MetricWriter(workdir, resumed_from)
+    writer = MetricWriter(Workdir(workdir), resumed_from)
     for step in steps:
         writer.write(step, {"loss": jnp.float32(1 / step)}, time={"seconds": seconds * step})
         if step % 4 == 0:
@@ -32,7 +33,7 @@ def without_time(workdir: Path) -> list[str]:
 
 def test_lines_are_plain_json_with_a_step(tmp_path: Path) -> None:
     train(tmp_path, range(3, 5), None, 1.5)
-    assert read_metrics(tmp_path) == [
+    assert read_metrics(Workdir(tmp_path)) == [
         {"step": 3, "loss": float(np.float32(1 / 3)), "time": {"seconds": 4.5}},
         {"step": 4, "loss": 0.25, "time": {"seconds": 6.0}},
         {"step": 4, "heldout_loss": 0.5, "heldout_tokens": 7},
@@ -40,7 +41,7 @@ def test_lines_are_plain_json_with_a_step(tmp_path: Path) -> None:
 
 
 def test_a_line_is_in_the_file_when_write_returns(tmp_path: Path) -> None:
-    writer = MetricWriter(tmp_path)
+    writer = MetricWriter(Workdir(tmp_path))
     writer.write(1, {"loss": jnp.bfloat16(2.5)})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 2.5}\n'
     writer.close()
@@ -61,7 +62,7 @@ def test_killed_and_resumed_equals_unbroken_without_the_clock(tmp_path: Path, ki
 def test_a_kill_before_the_first_checkpoint_starts_the_file_again(tmp_path: Path) -> None:
     train(tmp_path, range(1, 4), None, 1.0)
     train(tmp_path, range(1, 4), None, 1.0)
-    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+    assert [line["step"] for line in read_metrics(Workdir(tmp_path))] == [1, 2, 3]
 
 
 def test_a_torn_or_damaged_line_is_dropped_and_named(tmp_path: Path, caplog: Any) -> None:
@@ -70,23 +71,23 @@ def test_a_torn_or_damaged_line_is_dropped_and_named(tmp_path: Path, caplog: Any
         b'{"step": 1, "loss": 3.0}\n\xff\x00\n[1]\n{"loss": 2.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "los'
     )
     with caplog.at_level(logging.WARNING, logger="absl"):
-        assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+        assert [line["step"] for line in read_metrics(Workdir(tmp_path))] == [1, 2]
     assert [record.getMessage() for record in caplog.records] == [
         f"{path}: line {number} is not a metrics line and is dropped" for number in (2, 3, 4, 6)
     ]
-    MetricWriter(tmp_path, 2).close()
+    MetricWriter(Workdir(tmp_path), 2).close()
     assert path.read_text() == '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n'
 
 
 def test_a_loss_that_is_not_finite_is_null(tmp_path: Path) -> None:
-    writer = MetricWriter(tmp_path)
+    writer = MetricWriter(Workdir(tmp_path))
     writer.write(1, {"loss": jnp.float32(jnp.nan), "grad_norm": float("inf")})
     writer.close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null, "grad_norm": null}\n'
 
 
 def test_reserved_names_are_refused(tmp_path: Path) -> None:
-    writer = MetricWriter(tmp_path)
+    writer = MetricWriter(Workdir(tmp_path))
     with pytest.raises(ValueError, match="'time' is not a metric's name"):
         writer.write(1, {"time": 2.0})
     writer.close()
@@ -117,9 +118,9 @@ def test_tensorboard_gets_the_same_scalars_and_forgets_the_dropped_steps(tmp_pat
 def test_a_file_that_cannot_be_written_or_read(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written: Is a directory"):
-        MetricWriter(tmp_path)
+        MetricWriter(Workdir(tmp_path))
     with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read: No such file"):
-        read_metrics(tmp_path / "absent")
+        read_metrics(Workdir(tmp_path / "absent"))
 
 
 @pytest.mark.parametrize("full", ["metrics.jsonl", "tensorboard"])
@@ -128,8 +129,9 @@ def test_a_disk_that_fills_up_is_one_clear_error_and_never_a_wait(tmp_path: Path
 import resource, signal
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.metrics import MetricWriter
+from darkformer_jax.runs.workdir import Workdir
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit then fails as on a full disk
-writer = MetricWriter({str(tmp_path)!r})
+writer = MetricWriter(Workdir({str(tmp_path)!r}))
 if {full!r} == "metrics.jsonl":
     writer._file.write("x" * 20_000)
     writer._file.flush()

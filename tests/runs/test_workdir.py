@@ -14,7 +14,7 @@ import pytest
 
 from darkformer_jax.config import base
 from darkformer_jax.errors import UserError
-from darkformer_jax.runs.workdir import Workdir, WorkdirLock, read_config, write_atomically, write_config
+from darkformer_jax.runs.workdir import Workdir
 
 
 def config(**changes: Any) -> dict[str, Any]:
@@ -30,21 +30,21 @@ def config(**changes: Any) -> dict[str, Any]:
 
 def test_first_start_writes_the_config_and_the_same_config_resumes(tmp_path: Path) -> None:
     workdir = tmp_path / "new" / "run"
-    write_config(workdir, config())
+    Workdir(workdir).write_config(config())
     before = (workdir / "config.json").stat()
-    write_config(workdir, config())
+    Workdir(workdir).write_config(config())
     assert (workdir / "config.json").stat().st_mtime_ns == before.st_mtime_ns
-    assert read_config(workdir)["sample"]["prompts"] == list(config()["sample"]["prompts"])
-    assert read_config(workdir)["model"] == config()["model"]
+    assert Workdir(workdir).read_config()["sample"]["prompts"] == list(config()["sample"]["prompts"])
+    assert Workdir(workdir).read_config()["model"] == config()["model"]
     assert [path.name for path in workdir.iterdir()] == ["config.json"]
 
 
 def test_another_experiment_is_refused_with_every_difference_and_nothing_written(tmp_path: Path) -> None:
-    write_config(tmp_path, config())
+    Workdir(tmp_path).write_config(config())
     before = (tmp_path / "config.json").read_bytes()
     changed = config(model__attention__kind="performer", seed=1, data__source="text", num_steps=5, model__new=True)
     with pytest.raises(UserError) as raised:
-        write_config(tmp_path, changed)
+        Workdir(tmp_path).write_config(changed)
     message = str(raised.value)
     assert str(tmp_path) in message and "\n" not in message
     assert 'model.attention.kind: "dark" -> "performer"' in message
@@ -56,10 +56,10 @@ def test_another_experiment_is_refused_with_every_difference_and_nothing_written
 
 
 def test_what_may_change_is_taken_over(tmp_path: Path) -> None:
-    write_config(tmp_path, config())
+    Workdir(tmp_path).write_config(config())
     changed = config(num_steps=2000, eval__every=7, mesh__data=4, data__num_workers=3, sample__prompts=("x",))
-    write_config(tmp_path, changed)
-    assert read_config(tmp_path) == json.loads(json.dumps(changed))
+    Workdir(tmp_path).write_config(changed)
+    assert Workdir(tmp_path).read_config() == json.loads(json.dumps(changed))
 
 
 def test_a_run_of_an_earlier_version_means_what_it_did_and_resumes(tmp_path: Path) -> None:
@@ -72,70 +72,65 @@ def test_a_run_of_an_earlier_version_means_what_it_did_and_resumes(tmp_path: Pat
         *sections, name = field.split(".")
         del functools.reduce(dict.__getitem__, sections, old)[name]
         (tmp_path / "config.json").write_text(json.dumps(old))
-        assert read_config(tmp_path) == complete
+        assert Workdir(tmp_path).read_config() == complete
     with pytest.raises(UserError, match="another experiment.*: model.lora_rank: 0 -> 8"):
-        write_config(tmp_path, config(model__lora_rank=8))
-    write_config(tmp_path, config(mesh__context=2))
+        Workdir(tmp_path).write_config(config(model__lora_rank=8))
+    Workdir(tmp_path).write_config(config(mesh__context=2))
     assert json.loads((tmp_path / "config.json").read_text())["mesh"]["context"] == 2
 
 
 def test_a_directory_with_other_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match=r"not empty and has no config\.json \(it holds thesis.tex\)"):
-        write_config(tmp_path, config())
+        Workdir(tmp_path).write_config(config())
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(UserError, match="is a file"):
-        write_config(tmp_path / "thesis.tex", config())
+        Workdir(tmp_path / "thesis.tex").write_config(config())
 
 
 def test_a_run_killed_while_it_wrote_its_first_config_can_start_again(tmp_path: Path) -> None:
     (tmp_path / "config.json.tmp").write_text('{"se')
-    write_config(tmp_path, config())
-    assert read_config(tmp_path)["seed"] == 0
+    Workdir(tmp_path).write_config(config())
+    assert Workdir(tmp_path).read_config()["seed"] == 0
+
+
+def test_what_a_kill_leaves_while_the_processes_compare_workdirs_is_not_a_foreign_file(tmp_path):
+    (tmp_path / ".shared-0123456789abcdef").touch()
+    Workdir(tmp_path).check_config({})
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UserError, match="it holds thesis.tex"):
+        Workdir(tmp_path).check_config({})
 
 
 def test_a_bad_config_file_or_path_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.json cannot be read: No such file .* workdir of a run\?"):
-        read_config(tmp_path)
+        Workdir(tmp_path).read_config()
     (tmp_path / "config.json").write_text("{ torn")
-    for use in (read_config, lambda workdir: write_config(workdir, config())):
+    for use in (Workdir(tmp_path).read_config, lambda: Workdir(tmp_path).write_config(config())):
         with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
-            use(tmp_path)
+            use()
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(UserError, match="holds a list"):
-        read_config(tmp_path)
+        Workdir(tmp_path).read_config()
     with pytest.raises(UserError, match="s3://bucket/run: allowed: a local or mounted directory"):
-        write_config("s3://bucket/run", config())
+        Workdir("s3://bucket/run").write_config(config())
 
 
 def test_a_workdir_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file/run cannot be written: Not a directory"):
-        write_config(tmp_path / "file" / "run", config())
-
-
-def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
+        Workdir(tmp_path / "file" / "run").write_config(config())
 
 
 def test_two_runs_refuse_each_other_and_a_killed_one_is_in_nobodys_way(tmp_path: Path) -> None:
-    with WorkdirLock(tmp_path / "new") as lock:  # nothing to lock yet, and nothing is made
+    with Workdir(tmp_path / "new").lock() as lock:  # nothing to lock yet, and nothing is made
         assert not (tmp_path / "new").exists()
-        write_config(tmp_path / "new", config())
+        Workdir(tmp_path / "new").write_config(config())
         lock.take()
         lock.take()
         with (
             pytest.raises(UserError, match=rf"new is in use by another run \(process {os.getpid()} on .+\); wait"),
-            WorkdirLock(tmp_path / "new"),
+            Workdir(tmp_path / "new").lock(),
         ):
             raise AssertionError
     holder = """
@@ -149,10 +144,10 @@ sys.stdin.read()
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdout.readline() == b"locked\n"
         with pytest.raises(UserError, match="in use by another run"):
-            WorkdirLock(tmp_path / "new").take()
+            Workdir(tmp_path / "new").lock().take()
         other.kill()
         other.wait()
-        with WorkdirLock(tmp_path / "new"):
+        with Workdir(tmp_path / "new").lock():
             pass
     assert (tmp_path / "new" / ".lock").read_text().startswith(f"process {os.getpid()} on ")
 
@@ -162,8 +157,8 @@ def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: Any, c
         raise OSError(errno.ENOTSUP, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    write_config(tmp_path, config())
-    with caplog.at_level(logging.WARNING, logger="absl"), WorkdirLock(tmp_path):
+    Workdir(tmp_path).write_config(config())
+    with caplog.at_level(logging.WARNING, logger="absl"), Workdir(tmp_path).lock():
         assert f"workdir {tmp_path} cannot be locked: Operation not supported; start one run" in caplog.text
 
 

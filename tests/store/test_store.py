@@ -19,19 +19,21 @@ import numpy as np
 import pytest
 
 from darkformer_jax.errors import Transient, UserError
+from darkformer_jax.runs import mirror as mirror_module
 from darkformer_jax.runs import store as bucket
 from darkformer_jax.runs.checkpoints import Checkpoints
 from darkformer_jax.runs.manifest import read_manifest
 from darkformer_jax.runs.metrics import read_metrics
-from darkformer_jax.runs.store import Mirror, file_system, is_remote, local_path
-from darkformer_jax.training import loop
-from darkformer_jax.training.run import run
+from darkformer_jax.runs.store import Mirror, file_system
+from darkformer_jax.runs.workdir import Workdir
+from darkformer_jax.training.stopping import Stopped, StopSignals
 from tests.tiny_runs import (
     ROOT,
     Command,
     Training,
     free_port,
     metrics_without_time,
+    run,
     saved_arrays,
     tiny_config,
     tiny_flags,
@@ -85,14 +87,14 @@ def state_of(step):
 
 
 def save(workdir, *steps):
-    checkpoints = Checkpoints(workdir, keep=2)
+    checkpoints = Checkpoints(Workdir(workdir), keep=2)
     for step in steps:
         checkpoints.save(step, state_of(step), {"heldout_loss": float(step)})
     checkpoints.close()
 
 
 def newest(workdir):
-    checkpoints = Checkpoints(workdir)
+    checkpoints = Checkpoints(Workdir(workdir))
     step, state = checkpoints.restore(checkpoints.saved_shapes(checkpoints.latest_good_step()))
     checkpoints.close()
     return step, state
@@ -104,16 +106,16 @@ def test_a_run_stopped_and_resumed_on_another_machine_equals_one_on_a_disk(tmp_p
     config = tiny_config(data__files=text, eval__every=6, eval__batches=1, checkpoint__every=4, num_steps=12)
     run(config, str(tmp_path / "disk"))
     with monkeypatch.context() as stopping:
-        stopping.setattr(loop.StopSignals, "to_stop", lambda self, step: signal.SIGTERM if step == 7 else None)
-        with pytest.raises(loop.Stopped):
+        stopping.setattr(StopSignals, "to_stop", lambda self, step: signal.SIGTERM if step == 7 else None)
+        with pytest.raises(Stopped):
             run(config, url)
     elsewhere()
-    assert [line["step"] for line in read_metrics(url) if "loss" in line] == list(range(1, 8))
+    assert [line["step"] for line in read_metrics(Workdir(url)) if "loss" in line] == list(range(1, 8))
     run(config, url)
     elsewhere()
-    assert metrics_without_time(local_path(url)) == metrics_without_time(tmp_path / "disk")
+    assert metrics_without_time(Workdir(url).local) == metrics_without_time(tmp_path / "disk")
     assert saved_arrays(url) == saved_arrays(tmp_path / "disk")
-    assert {path.name for path in local_path(url).iterdir()} == {
+    assert {path.name for path in Workdir(url).local.iterdir()} == {
         path.name for path in (tmp_path / "disk").iterdir() if not path.name.startswith(".")
     }
     with pytest.raises(UserError, match=f"{url} belongs to another experiment.*seed: 0 -> 1"):
@@ -138,13 +140,15 @@ def test_two_processes_with_no_file_system_in_common(tmp_path, url):
         both.append(Command(str(ROOT / "train.py"), argv, own, environment=store | {"TMPDIR": str(own)}))
     assert [process.wait().status for process in both] == [0, 0], [process.wait().err for process in both]
     alone.assert_ends_well()
-    ours, wanted = ([line["loss"] for line in read_metrics(place) if "loss" in line] for place in (url, alone.workdir))
+    ours, wanted = (
+        [line["loss"] for line in read_metrics(Workdir(place)) if "loss" in line] for place in (url, alone.workdir)
+    )
     np.testing.assert_allclose(ours, wanted, rtol=1e-5)
     assert newest_step(url) == 4
 
 
 def newest_step(workdir):
-    checkpoints = Checkpoints(workdir)
+    checkpoints = Checkpoints(Workdir(workdir))
     step = checkpoints.latest_good_step()
     checkpoints.close()
     return step
@@ -153,7 +157,7 @@ def newest_step(workdir):
 @needs_emulator
 def test_old_steps_go_and_the_newest_and_the_best_stay(url):
     save(url, 1, 2, 3, 4)
-    checkpoints = Checkpoints(url)
+    checkpoints = Checkpoints(Workdir(url))
     assert checkpoints.committed_steps() == [1, 3, 4]  # 1 is the best
     assert {name.split("/")[0] for name in bucket.objects(checkpoints.directory)} == {
         f"{step}{end}" for step in (1, 3, 4) for end in ("", ".sha256.json")
@@ -182,7 +186,7 @@ def test_every_damaged_object_is_noticed(url, harm, caplog):
         assert files.cat_file(prefix + name) == good
         assert newest_step(url) == 2, name
     files.rm_file(prefix + names[-1])
-    checkpoints = Checkpoints(url, keep=2)
+    checkpoints = Checkpoints(Workdir(url), keep=2)
     assert checkpoints.latest_good_step() == 1
     checkpoints.save(2, state_of(2))
     checkpoints.close()
@@ -212,8 +216,8 @@ def test_only_what_this_process_changes_is_uploaded(url, monkeypatch):
     files = file_system()
     files.pipe_file(f"{url}/config.json", b"{}")
     files.pipe_file(f"{url}/checkpoints/1/d", b"not copied")
-    with Mirror(url) as mirror:
-        copy = local_path(url)
+    with Mirror(Workdir(url)) as mirror:
+        copy = Workdir(url).local
         assert (copy / "config.json").read_bytes() == b"{}" and not list((copy / "checkpoints").iterdir())
         files.pipe_file(f"{url}/config.json", b"of process 0")
         (copy / "metrics.jsonl").write_text("1")
@@ -223,7 +227,7 @@ def test_only_what_this_process_changes_is_uploaded(url, monkeypatch):
         mirror.soon()
         assert not files.exists(f"{url}/metrics.jsonl")  # not so soon
         mirror.upload()
-        monkeypatch.setattr(bucket, "_SECONDS_BETWEEN_UPLOADS", 0)
+        monkeypatch.setattr(mirror_module, "_SECONDS_BETWEEN_UPLOADS", 0)
         (copy / "metrics.jsonl").write_text("12")
         mirror.soon()
     assert files.cat_file(f"{url}/metrics.jsonl") == b"12"
@@ -253,7 +257,7 @@ def test_a_store_that_is_not_reached_is_not_an_absent_run(url, monkeypatch):
         raise ConnectionError("Connection refused")
 
     monkeypatch.setattr(file_system(), "ls", refuse)
-    for ask in (local_path, newest_step):
+    for ask in (lambda url: Workdir(url).local, newest_step):
         with pytest.raises(Transient, match=f"{url}.* cannot be read: ConnectionError: Connection refused"):
             ask(url)
 
@@ -275,26 +279,27 @@ def test_a_manifest_that_the_store_does_not_bring_is_not_damage(error):
 @pytest.mark.parametrize("workdir", ["gs://bucket/run#1", "gs://bucket/run?x=1", "gs://bucket/*"])
 def test_names_that_the_libraries_read_as_something_else(workdir):
     with pytest.raises(UserError, match="may not be in the name of a bucket's directory"):
-        local_path(workdir)
+        Workdir(workdir)
 
 
 @pytest.mark.parametrize("workdir", ["s3://bucket/run", "gs://bucket", "gs://bucket/", "gs:///run", "http://a/b"])
 def test_urls_that_cannot_be_workdirs(workdir):
     with pytest.raises(UserError, match=f"workdir {workdir}: allowed: a local or mounted directory, or gs://"):
-        local_path(workdir)
+        Workdir(workdir)
 
 
 def test_without_the_packages_for_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     file_system.cache_clear()
     with pytest.raises(UserError, match="gs:// needs the extra gcs.*pip install 'darkformer_jax.gcs.'.*or mount"):
-        local_path("gs://bucket/run")
+        assert Workdir("gs://bucket/run").local
     file_system.cache_clear()
 
 
 def test_a_path_is_where_it_is(tmp_path):
-    assert not is_remote(tmp_path) and local_path(tmp_path) == tmp_path
-    with Mirror(tmp_path) as mirror:
+    workdir = Workdir(tmp_path)
+    assert not workdir.is_remote and workdir.local == workdir.shared == tmp_path
+    with Mirror(Workdir(tmp_path)) as mirror:
         mirror.soon()
         mirror.upload()
     shutil.rmtree(tmp_path)

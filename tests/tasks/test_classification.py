@@ -4,11 +4,11 @@ import numpy as np
 import optax
 import pytest
 
-from darkformer_jax.config.validation import model_spec
+from darkformer_jax.config.specs import model_spec
 from darkformer_jax.data.labelled import LABELS_FILE, load_class_names
 from darkformer_jax.distributed.sharding import Part
 from darkformer_jax.errors import UserError
-from darkformer_jax.model.transformer import Network
+from darkformer_jax.model.network import Network
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.classification import Classes, Classification
 from darkformer_jax.training.evaluation import make_eval_step, measure

@@ -9,9 +9,8 @@ import pytest
 
 from darkformer_jax.distributed.sharding import MESH_AXES
 from darkformer_jax.errors import UserError
-from darkformer_jax.training.experiment import Experiment
 from darkformer_jax.training.step import make_train_step
-from tests.tiny_runs import on_eight_devices, random_batch, tiny_config
+from tests.tiny_runs import experiment_of, on_eight_devices, random_batch, tiny_config
 
 STEPS = 20
 
@@ -62,10 +61,10 @@ def losses(experiment, state):
     step = jax.jit(
         make_train_step(
             experiment.network,
+            experiment.objective,
             experiment.optimizer,
             experiment.schedule,
             accumulation_steps=1,
-            z_loss=1e-4,
             redraw_every=experiment.config.model.attention.redraw_every,
         ),
         out_shardings=(experiment.shardings, None),
@@ -86,7 +85,7 @@ def on_eight(meshes):
     for model, shapes in meshes.items():
         state = None
         for mesh in shapes:
-            experiment = Experiment.of(mesh_config(model, mesh), 257)
+            experiment = experiment_of(mesh_config(model, mesh))
             assert experiment.mesh.devices.size == 8
             if state is None:
                 state = first_state(experiment)
@@ -97,7 +96,7 @@ def on_eight(meshes):
 
 
 def on_one(model):
-    experiment = Experiment.of(mesh_config(model), 257)
+    experiment = experiment_of(mesh_config(model))
     return losses(experiment, first_state(experiment))
 
 
@@ -124,7 +123,7 @@ def test_eight_devices_train_as_one_does(tmp_path):
 
 def test_sizes_are_those_of_the_arrays():
     config = tiny_config(model__num_layers=2, model__attention__pattern="softmax,dark")
-    experiment = Experiment.of(config, 257)
+    experiment = experiment_of(config)
     block = 4 * 32 * 16 + 3 * 32 * 32 + 2 * 32
     assert experiment.num_params == 257 * 32 + 2 * block + 2 * 8 * 8 + 32
     adam = 2 * experiment.num_params * 4
@@ -133,7 +132,7 @@ def test_sizes_are_those_of_the_arrays():
     assert experiment.tokens_per_step == 128
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(experiment.abstract))
     described = experiment.describe()
-    assert f"{experiment.num_params:,}" in described and "tokens a step  128 = 4 x 32" in described
+    assert f"{experiment.num_params:,}" in described and "tokens/step    128 = 4 x 32" in described
     assert f"state          {experiment.state_bytes / 2**20:,.1f} MiB" in described
     assert math.isfinite(experiment.step_flops) and experiment.step_flops > 6 * 257 * 32 * 128
 
@@ -150,7 +149,7 @@ def test_sizes_are_those_of_the_arrays():
 )
 def test_what_does_not_fit_together_is_refused(changes, message):
     with pytest.raises(UserError, match=message):
-        Experiment.of(tiny_config(**changes), 257)
+        experiment_of(tiny_config(**changes))
 
 
 if __name__ == "__main__":  # every mesh with every model

@@ -7,16 +7,16 @@ import pytest
 
 from darkformer_jax.data.tokenizers import BytesTokenizer
 from darkformer_jax.errors import UserError
-from darkformer_jax.training.experiment import Experiment
-from darkformer_jax.training.init_from import check_same_tokenizer, initialize_from
-from darkformer_jax.training.run import run
-from tests.tiny_runs import tiny_config, write_text, write_workdir
+from darkformer_jax.runs.workdir import Workdir
+from darkformer_jax.tasks.tokenizer import check_same_tokenizer
+from darkformer_jax.training.init_from import initialize_from
+from tests.tiny_runs import experiment_of, run, tiny_config, write_text, write_workdir
 
 
 @functools.cache
 def experiment(pattern, seed=0, **changes):
     fields = {"model__num_layers": 4, "model__attention__pattern": pattern, "seed": seed} | changes
-    return Experiment.of(tiny_config(**fields), 257)
+    return experiment_of(tiny_config(**fields))
 
 
 @functools.cache
@@ -61,7 +61,7 @@ def layers_of(params):
 def test_an_exact_model_continues_with_every_weight_that_both_have(exact, pattern, new):
     workdir, trained = exact
     before = fresh(pattern)
-    state, report = initialize_from(workdir, experiment(pattern, 1), before)
+    state, report = initialize_from(Workdir(workdir), experiment(pattern, 1), before)
     assert report.startswith("initialised ") and f"step 7 of {workdir}" in report
     assert report.endswith(new) if new else "new" not in report
     assert "not used" not in report
@@ -83,7 +83,7 @@ def test_an_exact_model_continues_with_every_weight_that_both_have(exact, patter
 def test_projections_come_along_with_the_geometry_fitted_to_them(tmp_path):
     source = some_state("dark", 0)
     write_workdir(tmp_path, experiment("dark").config, source, step=3)
-    state, report = initialize_from(str(tmp_path), experiment("softmax,dark", 1), fresh("softmax,dark"))
+    state, report = initialize_from(Workdir(tmp_path), experiment("softmax,dark", 1), fresh("softmax,dark"))
     old, new = (x.projections for x in (source, state))
     mechanism = ("attention", "mechanism", "projections")
     for row, layer in enumerate((1, 3)):
@@ -91,14 +91,14 @@ def test_projections_come_along_with_the_geometry_fitted_to_them(tmp_path):
         np.testing.assert_array_equal(kept, functools.reduce(dict.__getitem__, ("blocks_0", *mechanism), old)[layer])
     assert "and 2 of 2 arrays of projections" in report
     redrawn = experiment("dark", 1, model__attention__redraw_every=5)
-    state, report = initialize_from(str(tmp_path), redrawn, fresh("dark"))
+    state, report = initialize_from(Workdir(tmp_path), redrawn, fresh("dark"))
     jax.tree.map(np.testing.assert_array_equal, state.projections, fresh("dark").projections)
     assert "arrays of projections" not in report
 
 
 def test_what_the_new_mechanism_has_no_use_for_is_named(tmp_path):
     trained = write_workdir(tmp_path, experiment("softmax,dark").config, some_state("softmax,dark", 0)).params
-    state, report = initialize_from(str(tmp_path), experiment("softmax", 1), fresh("softmax"))
+    state, report = initialize_from(Workdir(tmp_path), experiment("softmax", 1), fresh("softmax"))
     assert report.endswith("; not used: attention/mechanism/M of layers 1, 3")
     for layer, arrays in layers_of(state.params).items():
         for name, array in arrays.items():
@@ -110,7 +110,7 @@ def test_weights_in_bfloat16_become_float32_masters(tmp_path, old, new):
     state = some_state(old, 0)
     stored = state._replace(params=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state.params))
     write_workdir(tmp_path, experiment(old).config, stored)
-    started, _ = initialize_from(str(tmp_path), experiment(new, 1), fresh(new))
+    started, _ = initialize_from(Workdir(tmp_path), experiment(new, 1), fresh(new))
     assert {leaf.dtype for leaf in jax.tree.leaves(started.params)} == {jnp.dtype(jnp.float32)}
     source, target = layers_of(stored.params), layers_of(started.params)
     for layer, arrays in target.items():
@@ -130,18 +130,18 @@ def test_weights_in_bfloat16_become_float32_masters(tmp_path, old, new):
 def test_another_shape_is_refused(exact, changes, message):
     other = experiment("softmax", **changes)
     with pytest.raises(UserError, match=f"init_from = .*: {message}"):
-        initialize_from(exact[0], other, other.abstract)
+        initialize_from(Workdir(exact[0]), other, other.abstract)
 
 
 def test_a_directory_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match=f"init_from = {tmp_path}: there is no checkpoint in {tmp_path}/checkpoints"):
-        initialize_from(str(tmp_path), experiment("softmax"), experiment("softmax").abstract)
+        initialize_from(Workdir(tmp_path), experiment("softmax"), experiment("softmax").abstract)
 
 
 def test_another_tokenizer_is_refused(exact):
-    check_same_tokenizer(exact[0], BytesTokenizer.fingerprint)
+    check_same_tokenizer(Workdir(exact[0]), BytesTokenizer.fingerprint, "init_from")
     with pytest.raises(UserError, match=r"init_from = .*: its tokenizer \(fingerprint .*\) is not the data's \(000000"):
-        check_same_tokenizer(exact[0], "0" * 64)
+        check_same_tokenizer(Workdir(exact[0]), "0" * 64, "init_from")
 
 
 def test_a_mistake_does_not_claim_the_new_directory(exact, tmp_path):

@@ -12,13 +12,14 @@ import pytest
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.checkpoints import Checkpoints
 from darkformer_jax.runs.workdir import WorkdirLock
-from darkformer_jax.training import loop
-from darkformer_jax.training.run import run
+from darkformer_jax.tasks import language_model
+from darkformer_jax.training.stopping import StopSignals
 from tests.tiny_runs import (
     READS_COMPILED,
     Command,
     Training,
     metrics_without_time,
+    run,
     saved_arrays,
     tiny_config,
     tiny_flags,
@@ -109,7 +110,7 @@ def test_sigterm_and_ctrl_c_save_say_so_and_resume_to_the_unbroken_run(tmp_path,
 def test_a_second_signal_ends_the_process_at_once(tmp_path):
     (tmp_path / "program.py").write_text("""
 import os, signal, threading, time
-from darkformer_jax.training.loop import StopSignals
+from darkformer_jax.training.stopping import StopSignals
 with StopSignals(0) as signals:
     os.kill(os.getpid(), signal.SIGTERM)
     assert signals.received == signal.SIGTERM
@@ -124,7 +125,7 @@ with StopSignals(0) as signals:
 
 def test_signal_handlers_are_put_back():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with loop.StopSignals(0) as signals:
+    with StopSignals(0) as signals:
         os.kill(os.getpid(), signal.SIGINT)
         assert signals.received == signal.SIGINT
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
@@ -199,7 +200,7 @@ def poisoned(train_batches, bad_step):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, text, monkeypatch):
     config = tiny_config(data__files=text, checkpoint__every=3, checkpoint__keep=1, eval__every=0)
-    monkeypatch.setattr(loop, "train_batches", poisoned(loop.train_batches, 6))
+    monkeypatch.setattr(language_model, "train_batches", poisoned(language_model.train_batches, 6))
     with pytest.raises(UserError, match=f"step 6: loss is nan; stopped .* last checkpoint is step 3 in {tmp_path}"):
         run(config, str(tmp_path / "run"))
     assert Checkpoints(tmp_path / "run").latest_good_step() == 3
@@ -211,7 +212,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(
 
 def test_a_step_between_saves_that_is_not_finite_is_named_too(tmp_path, text, monkeypatch):
     config = tiny_config(data__files=text, checkpoint__every=0, eval__every=0, log__every=5)
-    monkeypatch.setattr(loop, "train_batches", poisoned(loop.train_batches, 2))
+    monkeypatch.setattr(language_model, "train_batches", poisoned(language_model.train_batches, 2))
     with pytest.raises(UserError, match=r"step 2: loss is nan; .* last checkpoint is step \(none\)"):
         run(config, str(tmp_path / "run"))
 

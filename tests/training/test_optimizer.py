@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from darkformer_jax.config.validation import model_spec
-from darkformer_jax.model.transformer import Network
+from darkformer_jax.config.specs import model_spec
+from darkformer_jax.model.network import Network
 from darkformer_jax.training.optimizer import make_optimizer, make_schedule
 from tests.tiny_runs import tiny_config
 

@@ -6,12 +6,12 @@ import numpy as np
 import optax
 import pytest
 
-from darkformer_jax.config.validation import model_spec
+from darkformer_jax.config.specs import model_spec
 from darkformer_jax.mixers.features import draw_layer
-from darkformer_jax.model.transformer import Network
-from darkformer_jax.training.experiment import Experiment
-from darkformer_jax.training.step import TrainState, from_saved, loss_sums, make_train_step, to_saved
-from tests.tiny_runs import fresh_state, random_batch, tiny_config
+from darkformer_jax.model.network import Network
+from darkformer_jax.tasks.next_token import NextToken, predict, token_sums
+from darkformer_jax.training.step import TrainState, from_saved, make_train_step, to_saved
+from tests.tiny_runs import experiment_of, fresh_state, random_batch, tiny_config
 
 Z_LOSS = 0.3
 
@@ -29,10 +29,10 @@ SGD = optax.chain(optax.trace(decay=0.0), optax.scale(-0.5))
 def step_function(kind="softmax", accumulation_steps=1, redraw_every=0):
     make = make_train_step(
         network(kind),
+        NextToken(257, 32, Z_LOSS),
         SGD,
         lambda step: jnp.float32(0.5),
         accumulation_steps=accumulation_steps,
-        z_loss=Z_LOSS,
         redraw_every=redraw_every,
     )
     return jax.jit(make)
@@ -56,7 +56,7 @@ def relative_difference(a, b):
 
 @functools.cache
 def sums_of():
-    return jax.jit(lambda batch: loss_sums(network(), *start()[1:3], batch))
+    return jax.jit(lambda batch: token_sums(predict(network().bind(*start()[1:3]), batch), batch))
 
 
 def direct_gradient(batch):
@@ -141,7 +141,7 @@ def test_the_gradient_is_that_of_the_mean_over_real_tokens_with_z_loss():
 
 def test_redraws_come_at_their_steps_and_a_resumed_run_makes_the_same_ones():
     step, batch = step_function("dark", redraw_every=2), random_batch(4, rows=8)
-    spec = network("dark").spec.attention
+    spec = network("dark").spec.pattern[0]
     state, states = start("dark"), []
     for _ in range(6):
         state, _ = step(state, batch)
@@ -165,7 +165,7 @@ def test_without_redraws_projections_stay():
 
 @pytest.mark.parametrize("kind", ["dark", "softmax"])  # softmax has no projections: an empty dict
 def test_saved_form_and_back(kind):
-    experiment = Experiment.of(tiny_config(model__attention__kind=kind), 257)
+    experiment = experiment_of(tiny_config(model__attention__kind=kind))
     state = fresh_state(experiment)
     saved = to_saved(state)
     assert all(jax.tree.leaves(branch) for branch in saved.values())  # a checkpoint holds no empty dict

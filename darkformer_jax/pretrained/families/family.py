@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from darkformer_jax.mixers.spec import pattern_kinds
+from darkformer_jax.config.pattern import pattern_kinds
 from darkformer_jax.pretrained.hf_config import HFConfig
 
 Fields = dict[str, Any]  # a model's fields by their names below `model.`: {"num_layers": 30, "attention.softcap": 50.0}

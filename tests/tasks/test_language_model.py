@@ -1,5 +1,10 @@
 import functools
+import gzip
 import math
+import random
+import shutil
+import subprocess
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +14,9 @@ import pytest
 from darkformer_jax.data import heldout_batches
 from darkformer_jax.data.stream import memory_stream
 from darkformer_jax.data.tokenizers import BytesTokenizer
-from darkformer_jax.training.evaluation import evaluate, make_eval_step
-from darkformer_jax.training.experiment import Experiment, tokens_per_byte
-from tests.tiny_runs import tiny_config
+from darkformer_jax.tasks.language_model import TextEvaluation, compressors, tokens_per_byte
+from darkformer_jax.training.evaluation import make_eval_step, measure
+from tests.tiny_runs import experiment_of, tiny_config
 
 TEXTS = ["def f(x):\n    return x\n", "héllo wörld " * 9, "a", "import os, sys; print(os, sys)" * 3]
 LENGTH = 16
@@ -26,7 +31,7 @@ class EndsOfTheirOwn(BytesTokenizer):
 
 @functools.cache
 def experiment():
-    return Experiment.of(tiny_config(model__attention__kind="softmax", sequence_length=LENGTH), 258)
+    return experiment_of(tiny_config(model__attention__kind="softmax", sequence_length=LENGTH), 258)
 
 
 @functools.cache
@@ -40,12 +45,14 @@ def arrays():
 
 @functools.cache
 def eval_step():
-    return make_eval_step(experiment().network)
+    return make_eval_step(experiment().network, experiment().objective, experiment().mesh)
 
 
 def result(stream, batch_size, max_batches=0):
     batches = heldout_batches(stream, batch_size=batch_size, sequence_length=LENGTH, max_batches=max_batches)
-    return evaluate(eval_step(), *arrays(), batches, experiment().batch_sharding, tokens_per_byte(stream))
+    sums, rows = measure(eval_step(), *arrays(), batches, experiment().batch_sharding)
+    assert not rows
+    return TextEvaluation.of(sums, tokens_per_byte(stream))
 
 
 def nll_and_correct(tokens, is_start, skipped=()):
@@ -123,7 +130,7 @@ def test_a_part_of_the_split_is_its_first_batches():
 
 
 def test_nothing_to_evaluate_is_no_division_by_zero():
-    nothing = evaluate(eval_step(), *arrays(), [], experiment().batch_sharding, 1.0)
+    nothing = TextEvaluation.of(dict.fromkeys(("nll", "correct", "weight"), np.zeros(())), 1.0)
     assert nothing == (0.0, 0.0, 0.0, 0)
 
 
@@ -136,3 +143,24 @@ def test_names_in_the_metrics_file():
         "heldout_tokens",
     ]
     assert f"bits per byte {measured.bits_per_byte:.4f}" in str(measured)
+
+
+def test_compressors_are_bits_per_byte_in_the_right_order() -> None:
+    words = [f"word{index} " for index in range(500)]
+    rng = random.Random(0)
+    text = "".join(rng.choice(words) for _ in range(20_000)).encode()
+    rates = compressors(text)
+    assert list(rates) == ["gzip -9", "xz -9"]
+    assert 0.5 < rates["xz -9"] < rates["gzip -9"] < 4
+    assert rates["gzip -9"] == pytest.approx(8 * len(gzip.compress(text, 9)) / len(text))
+    assert compressors(rng.randbytes(10_000))["xz -9"] == pytest.approx(8, rel=0.01)
+    with pytest.raises(ValueError, match="nothing"):
+        compressors(b"")
+
+
+@pytest.mark.skipif(shutil.which("xz") is None or shutil.which("gzip") is None, reason="needs the programs")
+def test_compressors_agree_with_the_programs() -> None:
+    text = Path(random.__file__).read_bytes() * 3
+    for command, rate in compressors(text).items():
+        packed = subprocess.run([*command.split(), "-c"], input=text, capture_output=True, check=True).stdout
+        assert rate == pytest.approx(8 * len(packed) / len(text), rel=2e-2)

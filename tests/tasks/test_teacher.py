@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -8,19 +9,22 @@ import pytest
 
 from darkformer_jax.data.tokenizers import BytesTokenizer
 from darkformer_jax.errors import UserError
-from darkformer_jax.training.distill import load_teacher
-from darkformer_jax.training.experiment import Experiment
-from darkformer_jax.training.run import run
-from darkformer_jax.training.step import Distillation, TrainState, kl_divergence, make_train_step
+from darkformer_jax.tasks.next_token import NextToken, kl_divergence
+from darkformer_jax.tasks.teacher import load_teacher
+from darkformer_jax.training.step import TrainState, make_train_step
 from tests.tiny_runs import (
+    experiment_of,
     fresh_state,
     metrics_without_time,
     random_batch,
+    run,
     saved_arrays,
     tiny_config,
     write_text,
     write_workdir,
 )
+
+pytestmark = pytest.mark.standard_promotion  # an optimizer runs
 
 WEIGHT, Z_LOSS = 0.3, 0.1
 STUDENT = {"model__attention__kind": "softmax"}  # which compiles fastest
@@ -29,7 +33,7 @@ TEACHER = STUDENT | {"model__mlp_dim": 48, "seed": 5}
 
 @functools.cache
 def experiment(**changes):
-    return Experiment.of(tiny_config(**STUDENT | changes), 257)
+    return experiment_of(tiny_config(**STUDENT | changes))
 
 
 @functools.cache
@@ -58,9 +62,11 @@ def test_the_divergence_is_the_sum_over_the_vocabulary():
 def one_step(accumulation_steps=1, distilled=True):
     """The student's state, and the gradient and the metrics of one step on rows of very unequal length."""
     e, optimizer = experiment(), optax.trace(decay=0.0)  # which keeps the gradient
-    options = {"accumulation_steps": accumulation_steps, "z_loss": Z_LOSS, "redraw_every": 0}
-    distillation = Distillation(experiment(**TEACHER).network, WEIGHT) if distilled else None
-    step = jax.jit(make_train_step(e.network, optimizer, e.schedule, distillation=distillation, **options))
+    objective = NextToken(257, 32, Z_LOSS)
+    if distilled:
+        objective = dataclasses.replace(objective, teacher=experiment(**TEACHER).network, teacher_weight=WEIGHT)
+    options = {"accumulation_steps": accumulation_steps, "redraw_every": 0}
+    step = jax.jit(make_train_step(e.network, objective, optimizer, e.schedule, **options))
     start = fresh_state(e)
     start = TrainState(start.step, start.params, start.projections, optimizer.init(start.params))
     state, metrics = step(start, random_batch(0), *((teacher(),) if distilled else ()))
@@ -109,17 +115,21 @@ def test_micro_batches_add_up_and_without_a_teacher_nothing_is_reported():
 
 
 def test_what_is_no_teacher_of_this_model(tmp_path):
+    def load(fingerprint=BytesTokenizer.fingerprint, workdir=tmp_path, **changes):
+        config = tiny_config(**STUDENT | changes, distill__workdir=str(workdir), distill__weight=WEIGHT)
+        return load_teacher(config, 257, fingerprint)
+
     with pytest.raises(UserError, match=f"{tmp_path}/none/config.json cannot be read"):
-        load_teacher(str(tmp_path / "none"), experiment(), BytesTokenizer.fingerprint)
+        load(workdir=tmp_path / "none")
     state = write_workdir(tmp_path, experiment(**TEACHER).config)
-    loaded = load_teacher(str(tmp_path), experiment(), BytesTokenizer.fingerprint)
+    loaded = load()
     jax.tree.map(np.testing.assert_array_equal, loaded.arrays, (state.params, state.projections))
     embedding = loaded.arrays[0]["embedding"]
     assert loaded.step == 3 and embedding.sharding == experiment().shardings.params["embedding"]
     with pytest.raises(UserError, match=f"distill.workdir = {tmp_path}: its tokenizer .* is not the data's"):
-        load_teacher(str(tmp_path), experiment(), "0" * 64)
+        load("0" * 64)
     with pytest.raises(UserError, match=f"distill.workdir = {tmp_path}: its model has 257 ids, this one 300"):
-        load_teacher(str(tmp_path), experiment(model__vocab_size=300), BytesTokenizer.fingerprint)
+        load(model__vocab_size=300)
 
 
 def test_a_resumed_run_has_the_same_teacher_and_saves_none(tmp_path):

@@ -1,0 +1,60 @@
+"""The config of a run that goes on from another run's weights, with another mechanism perhaps.
+
+What the model is comes from the other run: fields that are None here are filled in from its config.json
+(`runs.inherit`). Pretrained queries and keys are too large for features to estimate their products alone. So a
+mechanism that can have a window gets one of 64 tokens and 4 sinks, which keeps the pretrained kernel, and M starts at
+half the identity, where the features' variance is small.
+"""
+
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+from darkformer_jax.config import base
+from darkformer_jax.config.pattern import ATTENTION
+from darkformer_jax.errors import UserError
+from darkformer_jax.mixers import MIXERS
+
+_CHOSEN_HERE = ("attention", "dtype", "remat", "lora_rank")  # of model: how it is computed and trained, not what it is
+_INHERITED_BY_ATTENTION = ("pattern", "query_scale", "softcap", "local_window", "far_gain", "learn_projections")
+_OF_A_WINDOW: dict[str, Any] = {
+    "num_features": 64,
+    "chunk_size": 64,
+    "window": 64,
+    "num_sinks": 4,
+    "window_kernel": "softmax",
+    "geometry_init": 0.5,
+}
+
+
+def conversion_config(kind: str) -> ml_collections.ConfigDict:
+    """The base config with the mechanism `kind`; the model's sizes and the data's tokenizer are those of `init_from`.
+
+    Raises UserError for a kind that there is not.
+    """
+    if kind not in MIXERS:
+        raise UserError(f"model.attention.kind = {kind!r}: allowed: {', '.join(MIXERS)}")
+    c = base.get_config()
+    for name in set(c.model) - set(_CHOSEN_HERE):
+        _inherit(c.model, name)
+    a = c.model.attention
+    for name in _INHERITED_BY_ATTENTION:
+        _inherit(a, name)
+    a.kind = kind
+    if "window" in MIXERS[kind].uses:
+        a.update(_OF_A_WINDOW)
+    c.data.tokenizer = ""
+    return c
+
+
+def without_window(c: ml_collections.ConfigDict) -> None:
+    """Turns off what needs a window, where the config has none."""
+    for name, field in base.fields().items():
+        if name.startswith(ATTENTION) and field.needs and not c.model.attention[field.needs]:
+            c.update_from_flattened_dict({name: field.off})
+
+
+def _inherit(section: ml_collections.ConfigDict, name: str) -> None:
+    """None until `runs.inherit` fills it in; overrides are checked for its type as ever."""
+    section[name] = config_dict.placeholder(type(section[name]))

@@ -1,0 +1,79 @@
+"""Which mixer each layer has: `model.attention.kind`, or a pattern of kinds with options of their own.
+
+"softmax,dark,dark"              kinds of successive layers, repeated over the depth
+"softmax,dark(m=128,window=64)"  a layer's own values of fields of model.attention
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from darkformer_jax.config.base import fields
+from darkformer_jax.errors import UserError
+from darkformer_jax.mixers import MIXERS
+
+ATTENTION = "model.attention."
+SHORT = {"m": "num_features", "chunk": "chunk_size", "sinks": "num_sinks", "init": "geometry_init"}
+
+_OF_ALL_LAYERS = ("kind", "pattern", "redraw_every")  # the training step redraws all layers at once
+_ENTRY = re.compile(r"\s*([^(),]*?)\s*(?:\(([^()]*)\))?\s*")
+
+
+class Layer(NamedTuple):
+    """One entry of a pattern."""
+
+    kind: str
+    options: Mapping[str, Any]  # fields of model.attention -> values
+
+
+def parse_pattern(pattern: str | None, kind: str) -> tuple[Layer, ...]:
+    """The layers of a pattern; without one, `kind` alone.
+
+    Raises UserError for an unknown kind, and for an option that is unknown, out of range or not used by its kind.
+    """
+    entries = re.split(r",(?![^(]*\))", pattern or kind)
+    return tuple(_parse_entry(entry) for entry in entries)
+
+
+def pattern_kinds(pattern: str | None, kind: str) -> tuple[str, ...]:
+    """The kinds of a pattern's layers."""
+    return tuple(layer.kind for layer in parse_pattern(pattern, kind))
+
+
+def show_layer(layer: Layer) -> str:
+    """The entry of a pattern that reads as `layer`."""
+    options = ",".join(f"{name}={value}" for name, value in layer.options.items())
+    return f"{layer.kind}({options})" if options else layer.kind
+
+
+def _parse_entry(entry: str) -> Layer:
+    match = _ENTRY.fullmatch(entry)
+    kind = match[1] if match else entry.strip()
+    if kind not in MIXERS:
+        raise UserError(f"model.attention.pattern has {kind!r}: allowed: {', '.join(MIXERS)}")
+    options = dict(_parse_option(kind, text) for text in (match[2] or "").split(",") if text.strip()) if match else {}
+    return Layer(kind, options)
+
+
+def _parse_option(kind: str, text: str) -> tuple[str, Any]:
+    name, _, value = (part.strip() for part in text.partition("="))
+    name = SHORT.get(name, name)
+    where = f"model.attention.pattern has {kind}({text.strip()})"
+    options = sorted(name for name in MIXERS[kind].uses if ATTENTION + name in fields() and name not in _OF_ALL_LAYERS)
+    if name not in options:
+        raise UserError(f"{where}: {kind} has no option {name!r}; allowed: {', '.join(options) or 'none'}")
+    field = fields()[ATTENTION + name]
+    try:
+        parsed = _parse_value(type(field.default), value)
+    except ValueError as error:
+        raise UserError(f"{where}: must be {name}=<{type(field.default).__name__}>") from error
+    field.check(f"{where}: {name}", parsed)
+    return name, parsed
+
+
+def _parse_value(kind: type, text: str) -> Any:
+    if kind is not bool:
+        return kind(text)
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"

@@ -1,0 +1,67 @@
+"""What every mixer answers to, and what each kind states about itself."""
+
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from darkformer_jax.errors import UserError
+from darkformer_jax.mixers.spec import MixerSpec
+
+Role = Literal["exact", "estimator", "control"]
+
+
+@runtime_checkable
+class Mixer(Protocol):
+    """x -> (y, state): one call serves training (no state), prefill (a fresh state) and decoding."""
+
+    def init_state(self, batch: int, max_length: int, dtype: jax.typing.DTypeLike) -> Any:
+        """The state of `batch` sequences before their first token; `max_length` bounds what a cache must hold."""
+        ...
+
+    def __call__(
+        self, x: Float[Array, "b n d"], segment_ids: Int[Array, "b n"], positions: Int[Array, "b n"], state: Any = None
+    ) -> tuple[Float[Array, "b n d"], Any]:
+        """Mixes the tokens of each segment; 0 is padding. The returned state is None when none was given."""
+        ...
+
+
+class MixerKind(nnx.Module):
+    """A row of MIXERS.
+
+    Attributes:
+      role: exact = softmax attention itself; estimator = estimates its kernel or has one of its own; control = a floor
+        that others are compared with.
+      uses: the fields of model.attention and model that change what it computes, and optimizer.geometry_learning_rate
+        where it has a geometry. A field that is not off must be used by a layer of the model.
+      needs: those of them that must not be off.
+      bidirectional: whether `causal = False` is possible.
+      is_local: whether a token sees its last neighbours only: a conversion keeps such layers as they are.
+    """
+
+    role: ClassVar[Role]
+    uses: ClassVar[frozenset[str]]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    bidirectional: ClassVar[bool] = False
+    is_local: ClassVar[bool] = False
+
+    @classmethod
+    def build(cls, spec: MixerSpec, layer: int | Array, *, rngs: nnx.Rngs) -> Mixer:
+        """The mixer of a layer. What depends on the layer's number is a function of (spec.seed, layer)."""
+        raise NotImplementedError
+
+    @classmethod
+    def flops(cls, spec: MixerSpec, length: int) -> float:
+        """Forward FLOPs per token, mean over the places of a sequence of `length` tokens; 2 per multiply-add."""
+        raise NotImplementedError
+
+    @classmethod
+    def check(cls, spec: MixerSpec) -> None:
+        """Raises UserError for options that contradict each other. Ranges are the config's to check."""
+        if not spec.causal and not cls.bidirectional:
+            raise UserError(f"model.causal = False: {spec.kind!r} is causal only; allowed: True")
+
+    @classmethod
+    def check_stretch(cls, spec: MixerSpec, length: int) -> None:
+        """Raises UserError where devices that split the sequence cannot have `length` tokens each."""

@@ -1,0 +1,26 @@
+"""The control of every hybrid: its exact window and sinks, and nothing behind them."""
+
+from jaxtyping import Array
+
+from darkformer_jax.mixers.features import WINDOW_FIELDS, FeatureAttention, Inputs, mean_exact_keys
+from darkformer_jax.mixers.spec import MixerSpec
+
+
+class WindowOnly(FeatureAttention):
+    """Exact attention to the own chunk, the window before it and the sinks."""
+
+    role = "control"
+    uses = WINDOW_FIELDS
+    needs = frozenset({"window"})
+    bidirectional = False
+
+    def __init__(self, spec: MixerSpec, layer: int | Array) -> None:
+        super().__init__(spec, layer)
+        self.num_features = 0
+
+    @classmethod
+    def mixing_flops(cls, spec: MixerSpec, length: int) -> float:
+        return 4 * spec.num_heads * spec.head_dim * mean_exact_keys(spec, length)
+
+    def inputs(self, q: Array, k: Array, positions: Array) -> Inputs:
+        return Inputs(q, k, None, None)

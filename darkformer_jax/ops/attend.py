@@ -1,0 +1,170 @@
+"""What every linear attention of this package does with its kernel: state, scan or step, normaliser."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from darkformer_jax.errors import UserError
+from darkformer_jax.ops.context import check_stretch, place_stretch, state_before, vary_like
+from darkformer_jax.ops.linear import (
+    Kernel,
+    Sums,
+    Tokens,
+    document_places,
+    shift_window,
+    step_features,
+    step_window,
+)
+from darkformer_jax.ops.scan import SUM_AXES, TOKEN_AXES, over_heads, scan_features, scan_window
+from darkformer_jax.ops.state import HEAD_AXES, AttentionState, init_state
+
+
+class Options(NamedTuple):
+    """How a kernel is used; see `dark_attention`."""
+
+    causal: bool
+    chunk_size: int
+    window: int
+    num_sinks: int
+    return_state: bool
+    sequence_axis: str | None
+
+
+def attend(
+    kernel: Kernel,
+    q: Float[Array, "b n hq d"],
+    k: Float[Array, "b n hkv d"],
+    v: Float[Array, "b n hkv dv"],
+    segment_ids: Int[Array, "b n"] | None,
+    state: AttentionState | None,
+    options: Options,
+) -> Any:
+    """The output, or (output, state), of arguments that are checked; see `dark_attention`.
+
+    `kernel` has the arrays of all key/value heads.
+
+    Raises:
+      UserError: for a state of other sizes than these inputs have.
+    """
+    batch, length, num_heads, dim = q.shape
+    num_kv_heads, value_dim = v.shape[2:]
+    num_features = _count_features(kernel, k)
+    if segment_ids is not None:
+        segment_ids = segment_ids.astype(jnp.int32)
+        # Padding may hold anything, NaN included, and 0 * NaN would reach the sums and the gradients.
+        real = (segment_ids != 0)[:, :, None, None]
+        q, k, v = (jnp.where(real, x, 0) for x in (q, k, v))
+    resumed = state is not None
+    if state is None:
+        _, chunk_size, window, num_sinks, *_ = options
+        state = init_state(batch, num_kv_heads, dim, value_dim, num_features, q.dtype, chunk_size, window, num_sinks)
+    elif state.far.values.shape[1:] != (num_kv_heads, num_features, value_dim):
+        raise UserError(
+            f"the state was made for [kv heads, features, value size] = {state.far.values.shape[1:]}; "
+            f"these inputs have {(num_kv_heads, num_features, value_dim)}"
+        )
+    if options.sequence_axis is not None:
+        state = place_stretch(state, segment_ids, length, options.sequence_axis)
+        kernel = kernel._replace(arrays=vary_like(k, kernel.arrays))
+    state, segments, positions = _place_tokens(state, segment_ids, length)
+    grouped = q.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, dim)
+    state, sums = _run(kernel, state, Tokens(grouped, k, v, segments, positions), options, resumed)
+    out = _normalize(sums.numerator, sums.denominator).reshape(batch, length, num_heads, value_dim).astype(v.dtype)
+    return (out, state) if options.return_state else out
+
+
+def _count_features(kernel: Kernel, k: Array) -> int:
+    """m: the size of what the feature map returns for one token."""
+    token = jax.ShapeDtypeStruct((k.shape[0], *k.shape[2:]), k.dtype)
+    return jax.eval_shape(over_heads(kernel, Kernel.log_features, (0,), 0), token).shape[-1]
+
+
+def _place_tokens(
+    state: AttentionState, segment_ids: Array | None, length: int
+) -> tuple[AttentionState, Int[Array, "b n"], Int[Array, "b n"]]:
+    """(the state with its document as it is after the tokens, their segments, their places in their documents)."""
+    if segment_ids is None:  # all in the document that the state is in
+        last_segment = jnp.maximum(state.last_segment, 1)
+        segment_ids = jnp.broadcast_to(last_segment[:, None], (*last_segment.shape, length))
+        positions = state.document_length[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
+        document_length = state.document_length + length
+    else:
+        positions, last_segment, document_length = jax.vmap(document_places)(
+            segment_ids, state.last_segment, state.document_length
+        )
+    return state._replace(last_segment=last_segment, document_length=document_length), segment_ids, positions
+
+
+def _run(
+    kernel: Kernel, state: AttentionState, tokens: Tokens, options: Options, resumed: bool
+) -> tuple[AttentionState, Sums]:
+    """(the state after the tokens, their sums) by the form that fits: one token, chunks with a window, chunks."""
+    causal, chunk_size, window, _, return_state, axis = options
+    if axis is not None:
+        state = state_before(kernel, state, tokens, axis=axis, chunk_size=chunk_size, window=window)
+    if resumed and tokens.segments.shape[1] == 1:
+        step = functools.partial(step_window, chunk_size=chunk_size) if window else step_features
+        state, sums = over_heads(kernel, step, (HEAD_AXES, TOKEN_AXES), (HEAD_AXES, SUM_AXES))(state, tokens)
+        return _shift_full_windows(kernel, state, chunk_size) if window else state, sums
+    if window:
+        return scan_window(kernel, state, tokens, chunk_size=chunk_size, resumed=resumed, return_state=return_state)
+    return scan_features(kernel, state, tokens, chunk_size=chunk_size, causal=causal)
+
+
+def _shift_full_windows(kernel: Kernel, state: AttentionState, chunk_size: int) -> AttentionState:
+    """`shift_window` when any sequence needs it: once in chunk_size tokens, not at every one."""
+    shift = over_heads(kernel, functools.partial(shift_window, chunk_size=chunk_size), (HEAD_AXES,), HEAD_AXES)
+    return jax.lax.cond(jnp.any(state.fill == chunk_size), shift, lambda old: old, state)
+
+
+def _normalize(numerator: Array, denominator: Array) -> Array:
+    """numerator / denominator, which is at least one but for queries that see nothing (padding): those get zero."""
+    inverse = 1 / jnp.where(denominator > 0, denominator, 1)
+    # einsum, because the gradient of a broadcast division is slow on XLA's CPU backend.
+    return jnp.einsum("...v,...->...v", numerator, inverse, precision=jax.lax.Precision.HIGHEST)
+
+
+def check_inputs(q: Array, k: Array, v: Array, segment_ids: Array | None) -> None:
+    """Raises UserError where shapes or dtypes do not fit together."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise UserError(f"{name} has shape {x.shape}; expected [batch, length, heads, size]")
+    if k.shape != (*q.shape[:2], k.shape[2], q.shape[3]) or v.shape[:3] != k.shape[:3]:
+        raise UserError(
+            f"q {q.shape}, k {k.shape} and v {v.shape} do not fit: [B, L, Hq, d], [B, L, Hkv, d], [B, L, Hkv, dv]"
+        )
+    if q.shape[2] % k.shape[2]:
+        raise UserError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} key/value heads")
+    if not q.shape[1]:
+        raise UserError("the sequence is empty: length must be at least 1")
+    if len({q.dtype, k.dtype, v.dtype}) > 1 or q.dtype not in (jnp.bfloat16, jnp.float32, jnp.float64):
+        raise UserError(
+            f"q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}; they must share one of bfloat16, float32, "
+            "float64 (sums over features exceed what float16 holds)"
+        )
+    if segment_ids is not None and segment_ids.shape != q.shape[:2]:
+        raise UserError(f"segment_ids have shape {segment_ids.shape}; expected {q.shape[:2]}")
+
+
+def check_options(q: Array, options: Options, state: AttentionState | None) -> None:
+    """Raises UserError where the options, the state and the length do not fit together."""
+    causal, chunk_size, window, num_sinks, return_state, sequence_axis = options
+    if chunk_size < 1:
+        raise UserError(f"chunk_size = {chunk_size} must be positive")
+    if window < 0 or window % chunk_size:
+        raise UserError(f"window = {window} must be 0 or a multiple of chunk_size = {chunk_size}")
+    if num_sinks < 0 or (num_sinks and not window):
+        raise UserError(f"num_sinks = {num_sinks} with window = {window}: sinks need a window")
+    if not causal and (window or state is not None or return_state):
+        raise UserError("causal=False works with features everywhere: without a window, a state or return_state")
+    if state is not None and state.recent.segments.shape[-1] != (window + chunk_size if window else 0):
+        raise UserError(f"the state was made with another window or chunk_size than {window} and {chunk_size}")
+    if state is not None and (state.fill.shape != q.shape[:1] or state.sinks.filled.shape[-1] != num_sinks):
+        raise UserError(f"the state was made for another batch or num_sinks than {q.shape[0]} and {num_sinks}")
+    if sequence_axis is not None:
+        if not causal or state is not None or return_state:
+            raise UserError("sequence_axis needs causal=True, and neither takes nor returns a state")
+        check_stretch(q.shape[1], chunk_size, window)

@@ -1,0 +1,131 @@
+"""What a run tells while it trains: metrics.jsonl, the progress line, and the account of its time."""
+
+import math
+import time
+from typing import Protocol
+
+import jax
+
+from darkformer_jax.distributed import processes
+from darkformer_jax.model.flops import peak_flops
+from darkformer_jax.runs.metrics import MetricWriter
+from darkformer_jax.runs.mirror import Mirror
+from darkformer_jax.tasks.task import Evaluation
+from darkformer_jax.training.experiment import Experiment
+from darkformer_jax.training.goodput import Stopwatch
+from darkformer_jax.training.memory import device_memory_bytes, host_memory_bytes
+from darkformer_jax.training.step import Metrics
+from darkformer_jax.training.stragglers import HostTimer
+
+
+class Progress(Protocol):
+    """Where a run shows people how far it is."""
+
+    def update(self, step: int, loss: float, tokens_per_second: float, mfu: float | None, memory_bytes: int) -> None:
+        """A step is finished. mfu: model FLOP/s over the devices' peak, from 0 to 1; None = not known."""
+        ...
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        ...
+
+    def close(self) -> None:
+        """There are no more updates."""
+        ...
+
+
+class NotFinite(Exception):
+    """A number of a run is no longer finite."""
+
+
+class TrainingLog:
+    """Reads the metrics of step N-1 after step N was dispatched, so that the device never waits for the host.
+
+    Args:
+      experiment: what is trained.
+      writer: of metrics.jsonl.
+      progress: what people see.
+      watch: of the session; it gets a lap for every step and evaluation.
+      mirror: uploads the lines from time to time.
+    """
+
+    def __init__(
+        self, experiment: Experiment, writer: MetricWriter, progress: Progress, watch: Stopwatch, mirror: Mirror
+    ) -> None:
+        self._writer, self._progress, self._watch, self._mirror = writer, progress, watch, mirror
+        self._num_steps, self._every = experiment.config.num_steps, experiment.config.log.every
+        self._tokens_per_step, self._step_flops = experiment.tokens_per_step, experiment.step_flops
+        peak = peak_flops(jax.devices()[0].device_kind)
+        self._peak_flops = None if peak is None else peak * len(jax.devices())
+        self._pending: tuple[int, Metrics] | None = None
+        self._host = HostTimer()
+        self._first = True
+        self._restart()
+
+    def finished(self, step: int, metrics: Metrics) -> None:
+        """A step was dispatched. Raises NotFinite as `flush` does, of the step before."""
+        self.flush()
+        self._pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Reads, checks and writes the metrics that are pending.
+
+        Raises NotFinite where the loss or the gradient is not finite.
+        """
+        if self._pending is None:
+            return
+        step, device_metrics = self._pending
+        self._pending = None
+        began = time.perf_counter()
+        metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
+        self._host.waited(time.perf_counter() - began)
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(metrics[name]):
+                self._writer.write(step, metrics)  # as null: without it, the file is that of a run that was stopped
+                raise NotFinite(f"step {step}: {name} is {metrics[name]}")
+        self._watch.lap("starting" if self._first else "steps", step)
+        if self._first:
+            self._host.restart()  # it has compiled
+        self._first = False
+        self._steps += 1
+        self._show(step, metrics)
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        """Writes an evaluation; the time it took does not count as training."""
+        self._writer.write(step, evaluation.as_metrics())
+        self._progress.note(f"step {step}  held out: {evaluation}")
+        self._watch.lap("evaluation", step)
+        self._restart()
+        self._host.restart()
+
+    def saved(self, step: int) -> None:
+        """A checkpoint was handed over to be written."""
+        self._watch.lap("saves", step)
+
+    def _show(self, step: int, metrics: dict[str, float]) -> None:
+        speed = self._steps / (time.perf_counter() - self._clock)  # steps per second
+        tokens_per_second = speed * self._tokens_per_step
+        mfu = None if self._peak_flops is None else speed * self._step_flops / self._peak_flops
+        device_memory, host_memory = device_memory_bytes(), host_memory_bytes()
+        self._progress.update(step, metrics["loss"], tokens_per_second, mfu, device_memory or host_memory)
+        if step % self._every and step != self._num_steps:
+            return
+        times = self._host.read()
+        several = processes.is_distributed()
+        timings = {
+            "tokens_per_second": tokens_per_second,
+            "step_seconds": 1 / speed,
+            "host_seconds": times.own,
+            **({"largest_host_seconds": times.largest, "slowest_host": times.straggler} if several else {}),
+            "host_memory_bytes": host_memory,
+            **({"mfu": mfu} if mfu is not None else {}),
+            **({"device_memory_bytes": device_memory} if device_memory is not None else {}),
+        }
+        self._writer.write(step, metrics, time=timings)
+        if several and step == self._num_steps:
+            self._progress.note(str(times))
+        self._mirror.soon()
+        self._restart()
+
+    def _restart(self) -> None:
+        self._clock, self._steps = time.perf_counter(), 0

@@ -1,0 +1,55 @@
+"""Where a run begins: at its own newest checkpoint, with the weights of another run, or from scratch."""
+
+from collections.abc import Callable
+
+from darkformer_jax.errors import UserError
+from darkformer_jax.runs.checkpoints import Checkpoints
+from darkformer_jax.runs.metrics import METRICS_FILE, read_metrics
+from darkformer_jax.runs.workdir import Workdir
+from darkformer_jax.training.experiment import Experiment
+from darkformer_jax.training.init_from import initialize_from
+from darkformer_jax.training.step import TrainState, from_saved, to_saved
+
+
+def start(
+    experiment: Experiment, workdir: Workdir, checkpoints: Checkpoints, note: Callable[[str], None]
+) -> tuple[int, TrainState]:
+    """The step to go on from, and its state. `note` is told where they come from.
+
+    Raises UserError: the checkpoints are damaged, lost, another model's or later than num_steps, or init_from does not
+    fit.
+    """
+    # Restore order: the own workdir, then init_from, then scratch.
+    step = checkpoints.latest_good_step()
+    if step is not None:
+        _, saved = checkpoints.restore(to_saved(experiment.sharded_state), step, verify=False)
+        num_steps = experiment.config.num_steps
+        if step > num_steps:
+            raise UserError(f"num_steps = {num_steps}, but {workdir} is at step {step} already")
+        note(f"resuming {workdir} from step {step}")
+        return step, from_saved(saved, experiment.abstract)
+    _require_new(experiment.config.checkpoint.every, workdir, checkpoints)
+    state = experiment.initial_state()
+    source = experiment.config.init_from
+    if source:
+        state, report = initialize_from(Workdir(source), experiment, state)
+        note(report)
+    return 0, state
+
+
+def _require_new(save_every: int, workdir: Workdir, checkpoints: Checkpoints) -> None:
+    """Raises UserError where checkpoints must have been lost: starting again would overwrite what is left.
+
+    A kill during the first save leaves no line of metrics that comes after the second save began, which had waited
+    for the first.
+    """
+    if not (workdir / METRICS_FILE).exists():
+        return
+    reached = max((line["step"] for line in read_metrics(workdir)), default=0)
+    # config.json is still that of the start before, which may have saved less often.
+    intervals = (save_every, workdir.read_config()["checkpoint"]["every"])
+    if all(intervals) and reached > 2 * max(intervals):
+        raise UserError(
+            f"workdir {workdir} has metrics up to step {reached}, but no checkpoint in {checkpoints.directory}; "
+            "bring the checkpoints back or use a new workdir"
+        )
