@@ -45,9 +45,9 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
     c.model.num_heads = c.model.num_kv_heads = 2
     c.model.mlp_dim = 192
     c.model.attention.chunk_size = 64
-    c.num_steps = 600
+    c.num_steps = 400
     c.batch_size = 16
-    c.sequence_length = 512
+    c.sequence_length = 256
     c.optimizer.z_loss = 0.0
     c.eval.every = 100
     c.checkpoint.every = 100
