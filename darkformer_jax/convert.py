@@ -1,18 +1,16 @@
-"""Brings a pretrained model in, or takes a model out.
+"""Imports a pretrained model into a workdir, or exports the model of a workdir.
 
     python -m darkformer_jax.convert --source=models/SmolLM2-135M --workdir=runs/smollm2      # a Hugging Face directory
     python -m darkformer_jax.convert --source=SmolLM2-135M.Q4_1.gguf --workdir=runs/smollm2   # needs the package gguf
     python -m darkformer_jax.convert --workdir=runs/smollm2 --export_hf=exported/smollm2
 
 The workdir serves generate, evaluate and --config.init_from like that of any run. Nothing is downloaded, and nothing in
-a checkpoint is executed: of Hugging Face directories only safetensors, JSON and tokenizer files are read.
+a checkpoint is executed: only the safetensors, JSON and tokenizer files of a Hugging Face directory are read.
 """
 
 import argparse
-import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from absl import app
 
@@ -33,7 +31,7 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     other = parser.add_mutually_exclusive_group(required=True)
     other.add_argument("--source", help="a Hugging Face directory, or a .gguf file, to bring into --workdir")
     other.add_argument("--export_hf", help="directory to write the model of --workdir to; must be empty or not exist")
-    parser.add_argument("--workdir", required=True, help="with --source: to write, must be empty or not exist")
+    parser.add_argument("--workdir", required=True, help="with --source: the one to write; must be empty or not exist")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -41,31 +39,28 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         "A workdir takes no float16",
     )
     parser.add_argument("--step", type=int, help="checkpoint to export (default: the newest)")
-    parser.add_argument("--max_shard_size", help="of an exported file, in KB, MB or GB (default: 5GB)")
+    parser.add_argument("--max_shard_size", help="largest exported file, in KB, MB or GB (default: 5GB)")
     return parser.parse_args(argv[1:])
 
 
 def main(args: argparse.Namespace) -> None:
-    """Converts, prints what was written; on a UserError one line and exit status 2."""
+    """Converts and prints what was written; on a UserError one line and exit status 2."""
     with one_line_errors("what was written is removed"):
-        convert(args)
+        if args.source is None:
+            _export(args)
+        else:
+            _import(args)
 
 
-def convert(args: argparse.Namespace) -> None:
-    """One direction or the other."""
-    if args.source is not None:
-        _import(args)
-        return
-    shard_bytes = _bytes("5GB" if args.max_shard_size is None else args.max_shard_size)
-    with _progress_bar("export") as bar:
-        written = export_workdir(
-            Workdir(args.workdir),
-            args.export_hf,
-            step=args.step,
-            dtype=args.dtype,
-            shard_bytes=shard_bytes,
-            on_array=bar,
-        )
+def _export(args: argparse.Namespace) -> None:
+    written = export_workdir(
+        Workdir(args.workdir),
+        args.export_hf,
+        step=args.step,
+        dtype=args.dtype,
+        shard_bytes=_bytes("5GB" if args.max_shard_size is None else args.max_shard_size),
+        progress_bar=progress_bar,
+    )
     print(f"{args.export_hf}: {written}")
 
 
@@ -76,29 +71,13 @@ def _import(args: argparse.Namespace) -> None:
         raise UserError(f"--max_shard_size={args.max_shard_size}: only an export writes such files")
     if args.dtype == "float16":
         raise UserError("--dtype=float16: allowed for a workdir: float32, bfloat16")
-    source = open_source(args.source)
-    plan = plan_import(source, base.get_config(), args.dtype)
-    with _progress_bar("import") as bar:
-        run_import(plan, args.workdir, bar)
+    plan = plan_import(open_source(args.source), base.get_config(), args.dtype)
+    run_import(plan, args.workdir, progress_bar)
     model = plan.config.model
     print(
         f"{args.workdir}: {plan.family.model_type}, {model.num_layers} layers of width {model.embed_dim}, "
         f"{model.vocab_size:,} ids; {plan.num_bytes / 1e6:,.1f} MB"
     )
-
-
-@contextlib.contextmanager
-def _progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Shown from the first array on, so that a mistake found before it is the only line."""
-    with contextlib.ExitStack() as stack:
-        bars: list[Any] = []
-
-        def advance(count: int, total: int) -> None:
-            if not bars:
-                bars.append(stack.enter_context(progress_bar(total, "B", label)))
-            bars[0].update(count)
-
-        yield advance
 
 
 def _bytes(text: str) -> int:

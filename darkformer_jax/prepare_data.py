@@ -1,16 +1,15 @@
-"""Tokenise text once, so that training on any amount of it starts at once: writes ArrayRecord shards and a manifest.
+"""Tokenises text once, so that training on any amount of it starts at once: writes ArrayRecord shards and a manifest.
 
     python -m darkformer_jax.prepare_data --source=news --files=1-billion-word-language-modeling-benchmark-r13output \\
         --tokenizer=bpe:8192 --out=data/lm_1b
     python train.py --config=configs/lm_1b.py --config.data.files=data/lm_1b
 
-Both passes over the text (training a tokenizer, tokenising) use bounded memory. The directory is complete when, and
-only when, it holds manifest.json.
+Both passes over the text (training a tokenizer, tokenising) use bounded memory. The directory appears when it is
+complete.
 """
 
 import argparse
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from absl import app
 
@@ -18,7 +17,6 @@ from darkformer_jax.cli.parser import Parser, one_line_errors
 from darkformer_jax.cli.progress import progress_bar
 from darkformer_jax.data.prepared import DEFAULT_SHARD_TOKENS, SPLITS, prepare
 from darkformer_jax.data.sources import CORPUS_SOURCES
-from darkformer_jax.data.text_files import OnRead
 
 
 def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
@@ -52,24 +50,14 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         "--shard_tokens",
         type=int,
         default=DEFAULT_SHARD_TOKENS,
-        help=f"tokens a shard, rounded up to whole records (default: {DEFAULT_SHARD_TOKENS})",
+        help=f"tokens per shard, rounded up to whole records (default: {DEFAULT_SHARD_TOKENS})",
     )
     return parser.parse_args(argv[1:])
 
 
-@contextlib.contextmanager
-def _progress_bar(label: str, num_bytes: int) -> Iterator[OnRead]:
-    with progress_bar(num_bytes, "B", label) as bar:
-
-        def advance(count: int) -> None:
-            bar.update(count)
-
-        yield advance
-
-
 def main(args: argparse.Namespace) -> None:
-    """Prepares the data, prints what it holds; on a UserError one line and exit status 2."""
-    with one_line_errors(f"what was written to {args.out} is removed"):
+    """Prepares the data and prints what it holds; on a UserError one line and exit status 2."""
+    with one_line_errors("what was written is removed"):
         manifest = prepare(
             args.out,
             source=args.source,
@@ -77,7 +65,7 @@ def main(args: argparse.Namespace) -> None:
             tokenizer_spec=args.tokenizer,
             heldout_fraction=args.heldout_fraction,
             shard_tokens=args.shard_tokens,
-            progress=_progress_bar,
+            progress_bar=progress_bar,
         )
     tokenizer = manifest["tokenizer"]
     print(f"{args.out}: {tokenizer['vocab_size']} ids, tokenizer fingerprint {tokenizer['fingerprint'][:12]}")

@@ -1,6 +1,7 @@
-"""What a compiled program sends between devices, read from its HLO text."""
+"""What a compiled program sends between devices, read from its HLO text, as jax gives it in no other form."""
 
 import dataclasses
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ _PAIRS = re.compile(r"source_target_pairs=\{([0-9,{}]*)\}")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One kind of message: `num_bytes` gathered or reduced among `group_size` devices, of `num_slices` slices."""
+    """One kind of message: `num_bytes` gathered or reduced among `group_size` devices in `num_slices` slices."""
 
     kind: str
     num_bytes: int
@@ -38,7 +39,7 @@ class Collective:
 
     @property
     def slice_bytes(self) -> float:
-        """What one device sends within its slice: its part of a ring there."""
+        """What one device sends within its slice: its part of the ring there."""
         if self.kind == "collective-permute":
             return self.num_bytes if self.num_slices == 1 else 0
         inside = self.group_size / self.num_slices
@@ -58,13 +59,13 @@ class Collective:
 
 
 def collectives(hlo: str, slices: Sequence[int]) -> tuple[Counter[Collective], int]:
-    """How often each collective runs in one execution of the program, and its loops whose length is not known.
+    """How often each collective runs in one execution of the program, and how many loops have an unknown length.
 
     Loop bodies count as often as they run; those of loops without a known length count once.
 
     Args:
       hlo: `compiled.as_text()` of a program for len(slices) devices.
-      slices: of each device, in the order of the mesh: the slice (pod) it belongs to.
+      slices: the slice (pod) that each device belongs to, in the order of the mesh.
     """
     bodies, entry = _computations(hlo)
     found: dict[tuple[str, ...], tuple[Collective, int]] = {}
@@ -92,8 +93,8 @@ def collectives(hlo: str, slices: Sequence[int]) -> tuple[Counter[Collective], i
 def _identity(computation: str, line: str) -> tuple[str, ...]:
     """What tells one collective from another.
 
-    TPUs cut one into a chain of fusions that run beside other work, each of which repeats it. That work may be a
-    loop's body; the collective itself runs as often as the least repeated of them.
+    TPUs cut a collective into a chain of fusions that run beside other work, and each fusion repeats its text. That
+    work may be a loop's body; the collective itself runs as often as the fusion that runs least often.
     """
     chain = _CHAIN.search(line)
     if not chain:
@@ -103,7 +104,7 @@ def _identity(computation: str, line: str) -> tuple[str, ...]:
 
 
 def _trips(line: str, bodies: dict[str, list[str]]) -> int | None:
-    """How often a loop's body runs: as the compiler noted it, or the constant that a scan's counter stays under."""
+    """How often a loop's body runs: the count that the compiler noted, or the constant that a scan counts up to."""
     if known := _TRIPS.search(line):
         return int(known[1])
     condition = _CONDITION.search(line)
@@ -127,10 +128,10 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _parse(line: str, found: re.Match[str], slices: Sequence[int], scattered: bool) -> Collective:
-    """scattered: an all-reduce of which each device keeps its part, as TPUs write a reduce-scatter."""
+    """scattered: it is an all-reduce of which each device keeps its part, as TPUs write a reduce-scatter."""
     kind, start = found[1], bool(found[2])
     arrays = [
-        int(np.prod([int(n) for n in dims.split(",") if n])) * _itemsize(dtype)
+        _num_bytes(dtype, dims)
         for dtype, dims in _SHAPE.findall(line[line.index(" = ") : found.start()])
         if not (start and not dims)  # the context scalars of an asynchronous start
     ]
@@ -144,29 +145,27 @@ def _parse(line: str, found: re.Match[str], slices: Sequence[int], scattered: bo
 
 
 def _between_slices(line: str, found: re.Match[str]) -> Collective:
-    """What TPUs send over the data center's network: each device to those in its place in the other slices.
+    """What TPUs send over the data center's network: each device sends to those in its place in the other slices.
 
-    The compiler writes such a collective as a send and a receive of the runtime's, "{1,2}x{0:3}" being the slices and
-    the devices of one.
+    The compiler writes such a collective as a send and a receive by the runtime; in "{1,2}x{0:3}" the slices come
+    first, then the devices of a slice.
     """
     ends = [[int(end) for end in part.split(":")] for part in found[1].split(",")]
     num_slices = sum(part[-1] - part[0] + 1 for part in ends)
     kind = found[2].lower().replace("_", "-")
-    dtype, dims = _SHAPE.findall(line[line.index(" = ") :])[0]
-    size = int(np.prod([int(n) for n in dims.split(",") if n])) * _itemsize(dtype)
+    size = _num_bytes(*_SHAPE.findall(line[line.index(" = ") :])[0])
     total = size * num_slices if kind == "all-gather" else size
     return Collective(kind if kind in KINDS else "collective-permute", total, num_slices, num_slices)
 
 
-def _itemsize(dtype: str) -> int:
-    if dtype == "pred":
-        return 1
-    bits = int(re.sub(r"^[a-z]+([0-9]+).*", r"\1", dtype))
-    return max(1, bits // 8)
+def _num_bytes(dtype: str, dims: str) -> int:
+    """Of an array such as bf16[4,64]; the numbers of bits are in the names of all types but pred."""
+    bits = re.search(r"\d+", dtype)
+    return math.prod(int(n) for n in dims.split(",") if n) * max(1, int(bits[0]) // 8 if bits else 1)
 
 
 def _groups(line: str, num_devices: int) -> list[list[int]]:
-    """The devices that talk to each other; of a permutation its pairs."""
+    """The devices that talk to each other; for a permutation, its pairs."""
     if pairs := _PAIRS.search(line):
         ends = [int(n) for n in re.findall(r"\d+", pairs[1])]
         return [ends[i : i + 2] for i in range(0, len(ends), 2)] or [[0]]
@@ -185,9 +184,9 @@ def _groups(line: str, num_devices: int) -> list[list[int]]:
 
 
 def mesh_groups(mesh: str, axes: str) -> list[list[int]]:
-    """Of mesh "'a'=2,'b'=4" and axes "'b'": the devices that differ in b alone, for every a.
+    """The devices that differ in the given axes alone: for "'a'=2,'b'=4" and "'b'", a group for every a.
 
-    "'b':(2)2" is the part of b of size 2 behind its first part, which has size 2.
+    "'b':(2)2" names a part of b: the one of size 2 that follows a first part of size 2.
     """
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
     shape: list[int] = []
@@ -198,9 +197,6 @@ def mesh_groups(mesh: str, axes: str) -> list[list[int]]:
         part = part or size
         shape += [before, part, size // (before * part)]
         grouped += [False, name in wanted, False]
-    ids = np.arange(np.prod(shape)).reshape(shape)
-    order = [axis for axis, inside in enumerate(grouped) if not inside] + [
-        axis for axis, inside in enumerate(grouped) if inside
-    ]
-    members = int(np.prod([size for size, inside in zip(shape, grouped, strict=True) if inside]))
-    return ids.transpose(order).reshape(-1, members).tolist()
+    inside = np.flatnonzero(grouped)
+    ids = np.moveaxis(np.arange(math.prod(shape)).reshape(shape), inside, np.arange(-len(inside), 0))
+    return ids.reshape(-1, math.prod(shape[axis] for axis in inside)).tolist()

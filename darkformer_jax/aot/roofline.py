@@ -12,7 +12,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One jax device. Bandwidths are in bytes a second; those of links count what a device sends, over all of them.
+    """One jax device. Bandwidths are in bytes per second; those of links count what a device sends over all of them.
 
     `dcn_bandwidth` is a device's share of its host's network.
     """
@@ -36,9 +36,9 @@ _CHIPS = (
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Seconds of one step if nothing else were in the way, and the model FLOP/s utilisation that the longest leaves.
+    """Seconds that one step takes for each resource alone, and the model FLOP/s utilisation that the longest allows.
 
-    Estimates from published figures: all links of a chip are taken to be busy with every message.
+    Estimates from published figures, which take all links of a chip to be busy with every message.
     """
 
     compute: float
@@ -49,12 +49,12 @@ class Roofline:
 
     @property
     def step(self) -> float:
-        """All four at once."""
+        """Seconds of a step that uses all four at once."""
         return max(self.compute, self.memory, self.interconnect, self.network)
 
 
 def chip_of(device_kind: str) -> Chip:
-    """Raises UserError for a kind that is not in the table."""
+    """The figures of a `device_kind`. Raises UserError for one that is not in the table."""
     for kind, chip in _CHIPS:
         if device_kind.startswith(kind) and peak_flops(device_kind) is not None:
             return chip
@@ -73,9 +73,9 @@ def roofline(
     """The estimate of one step.
 
     Args:
-      model_flops: of the step, on all devices; see `training.flops.train_step_flops`.
-      recomputed_flops: what rematerialisation adds.
-      hbm_traffic: bytes that one device at least reads and writes.
+      model_flops: those of the step, on all devices; see `model.flops.train_step_flops`.
+      recomputed_flops: those that rematerialisation adds.
+      hbm_traffic: the least bytes that one device reads and writes.
       messages: how often each collective runs.
     """
     chip, peak = chip_of(device_kind), peak_flops(device_kind)

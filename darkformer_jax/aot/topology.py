@@ -1,4 +1,4 @@
-"""The devices of a machine that is not there, for the compiler."""
+"""The devices of a TPU that is not there, for the compiler."""
 
 import importlib.util
 import os
@@ -9,7 +9,7 @@ import jax
 from darkformer_jax.errors import UserError, one_line
 
 _INSTALL = "bash launch/install.sh aot, or pip install libtpu (the version that jax[tpu] names)"
-# Without these libtpu asks the cloud's metadata server what it runs on, and dies on a second process's lock.
+# Without these, libtpu asks the cloud's metadata server what it runs on, and fails where another process has its lock.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -31,7 +31,7 @@ def topology_devices(name: str, num_slices: int = 1) -> list[jax.Device]:
     if ":" not in name or name.startswith(("cuda", "gpu", "h100")):
         raise UserError(
             f"--topology={name}: expected a TPU's generation and shape in chips, like v5e:4x4, v5e:16x16, v6e:16x16, "
-            "v5p:4x4x4, tpu7x:4x4x4; GPUs cannot be compiled for without one"
+            "v5p:4x4x4, tpu7x:4x4x4; compiling for a GPU needs a GPU"
         )
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)

@@ -1,4 +1,4 @@
-"""The geometry M, and the identities that cost nothing, from the moments of a pretrained model's queries and keys."""
+"""The geometry M, and identities of the kernel, from the moments of a pretrained model's queries and keys."""
 
 from typing import Literal, get_args
 
@@ -23,20 +23,20 @@ def whitening_geometry(
 ) -> Float[np.ndarray, "*layers hkv d d"]:
     """M = c Lam^(-1/2), Lam = (E[q q^T] + E[k k^T]) / 2: queries and keys get isotropic second moments.
 
-    It makes another kernel, exp(scale q^T M^T M k): the directions in which q and k vary much no longer rule it.
-    c decides what the second moment of x' = sqrt(scale) M x becomes, on which the variance of random features hangs:
+    The result is another kernel, exp(scale q^T M^T M k), which the directions of large variance no longer dominate.
+    c decides the second moment of x' = sqrt(scale) M x, on which the variance of random features depends:
 
-    * `literal`: I, the paper's equation M Lam M^T = I taken for x scaled by d^(-1/4). On Gaussian data
-      the kernel itself, and so every estimate of it, then has infinite variance.
+    * `literal`: I, which is the paper's equation M Lam M^T = I for x scaled by d^(-1/4). On Gaussian data the kernel
+      itself, and so every estimate of it, then has infinite variance.
     * `inverse_sqrt_dim`: d^(-1/2) I. M Lam M^T = I for unscaled x, then softmax's temperature d^(-1/4) on each side
       (where scale = d^-0.5); a logit of independent q and k has variance 1. Isotropic features have finite variance
       from d = 37 on, Theorem 3.2's from d = 5 on.
     * `temperature`: (scale tr Lam / d) I. E|M x|^2 = E|x|^2, so that the mean logit of a point with itself is that of
-      the pretrained kernel; M = I for data that are isotropic already.
+      the pretrained kernel; M = I for data that are already isotropic.
     * `unit_norm`: I / d. E|x'|^2 = 1. Isotropic features have finite variance from d = 7 on.
 
     Args:
-      moments: of q and k as the mechanism gets them (after RoPE and QK-norm, not scaled).
+      moments: those of q and k as the mechanism gets them (after RoPE and QK-norm, not scaled).
       scale: of the logits; softmax attention has d^-0.5.
       policy: see above.
       shrinkage: a in [0, 1]: Lam becomes (1 - a) Lam + a (tr Lam / d) I; 1 gives a multiple of the identity.
@@ -71,8 +71,8 @@ def balance(moments: Moments, *, shrinkage: float = 0.0, where: str = "") -> Ide
     svd(L1^1/2 Q1^T Q2 L2^1/2) = U s V^T: B1 = s^1/2 U^T L1^-1/2 Q1^T, B2 = s^1/2 V^T L2^-1/2 Q2^T.
 
     Args:
-      moments: of q and k as the mechanism gets them.
-      shrinkage: of M1 and M2, as in `whitening_geometry`. The identity is exact with any; the balance is not.
+      moments: those of q and k as the mechanism gets them.
+      shrinkage: of M1 and M2, as in `whitening_geometry`. The identity is exact with any shrinkage, the balance is not.
       where: begins the message of an error, for example "layer 3".
 
     Raises:
@@ -97,7 +97,7 @@ def rewritten_moments(moments: Moments, identity: Identity) -> Moments:
 def _eigh(
     second: np.ndarray, moments: Moments, shrinkage: float, where: str, name: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues (ascending, positive) and eigenvectors of a second moment that is shrunk towards isotropic."""
+    """Eigenvalues (ascending, positive) and eigenvectors of a second moment that is shrunk towards the isotropic."""
     if not 0 <= shrinkage <= 1:
         raise UserError(f"shrinkage = {shrinkage} must be between 0 and 1")
     if not shrinkage:

@@ -1,4 +1,4 @@
-"""First and second moments of queries and keys, from any number of batches, without keeping an activation."""
+"""First and second moments of queries and keys from any number of batches; no activation is kept."""
 
 import zipfile
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ from darkformer_jax.errors import UserError, one_line
 class Moments(NamedTuple):
     """E[q], E[k], E[q q^T] and E[k k^T] of each key/value head, its group's queries pooled; float64, on the host.
 
-    Those of one layer have leading axes [hkv]; `stack` makes [layers, hkv]. Coordinates are those of the q and k that
-    were given: `in_coordinates` maps them to sqrt(scale) M x, which proposals are made in.
+    The moments of one layer have the leading axis [hkv]; `stack` makes it [layers, hkv]. Coordinates are those of the
+    given q and k; `in_coordinates` maps them to sqrt(scale) M x, the coordinates of proposals.
     """
 
     tokens: Int[np.ndarray, "*layers"]
@@ -28,7 +28,7 @@ class Moments(NamedTuple):
     def of(
         cls, q: Float[Array, "b n hq d"], k: Float[Array, "b n hkv d"], mask: Bool[Array, "b n"] | None = None
     ) -> "Moments":
-        """The moments of one batch of one layer. Tokens whose `mask` is False are as if they were not there.
+        """The moments of one batch of one layer. Tokens whose `mask` is False do not count.
 
         Raises:
           UserError: for shapes that do not fit, and for values that are not finite.
@@ -53,7 +53,7 @@ class Moments(NamedTuple):
         return cls(np.asarray(len(keys), np.int64), mean_q, mean_k, second_q, second_k)
 
     def merge(self, other: "Moments") -> "Moments":
-        """The moments of both sets of tokens together. Of no tokens at all, zero."""
+        """The moments of both sets of tokens together; zero where there are none."""
         if self.mean_k.shape != other.mean_k.shape:
             raise UserError(
                 f"moments of [*layers, heads, size] = {self.mean_k.shape} and {other.mean_k.shape} do not merge"
@@ -74,12 +74,12 @@ class Moments(NamedTuple):
 
     @property
     def covariance_q(self) -> Float[np.ndarray, "*layers hkv d d"]:
-        """Cov[q], of the sample: divided by the count."""
+        """Cov[q] of the sample, divided by the count."""
         return self.second_q - _outer(self.mean_q, self.mean_q)
 
     @property
     def covariance_k(self) -> Float[np.ndarray, "*layers hkv d d"]:
-        """Cov[k], of the sample: divided by the count."""
+        """Cov[k] of the sample, divided by the count."""
         return self.second_k - _outer(self.mean_k, self.mean_k)
 
     @property
@@ -88,7 +88,7 @@ class Moments(NamedTuple):
         return (self.second_q + self.second_k) / 2
 
     def require_full_rank(self, where: str = "") -> None:
-        """Raises a UserError where tokens are fewer than the d + 1 of a full-rank covariance."""
+        """Raises a UserError where there are fewer tokens than the d + 1 that a full-rank covariance needs."""
         dim = self.mean_k.shape[-1]
         for index in np.ndindex(self.tokens.shape):
             if self.tokens[index] <= dim:
@@ -143,7 +143,7 @@ class Moments(NamedTuple):
 
 
 def _mean_and_second(x: Array | np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(E[x], E[x x^T]) over rows, in float64; zeros of no rows. `name` is for the error."""
+    """(E[x], E[x x^T]) over rows, in float64; zeros where there are none. `name` is for the error."""
     wide = np.asarray(x).astype(np.float64)
     if not np.all(np.isfinite(wide)):
         raise UserError(f"{name}: {np.sum(~np.isfinite(wide))} of {wide.size} values are not finite")

@@ -49,7 +49,7 @@ class Data:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hexadecimal) of both splits' tokens: what batches and held-out figures are functions of."""
+        """SHA-256 (hexadecimal) of both splits' tokens, which decide all batches and held-out figures."""
         return hashlib.sha256((self.train.fingerprint + self.heldout.fingerprint).encode()).hexdigest()
 
     def heldout_text(self) -> bytes | None:
@@ -69,15 +69,15 @@ def load_data(
     """The data that a config's `data` section names.
 
     Args:
-      source: stdlib | text | news, read into memory; array_record, read from a prepared directory as training goes.
+      source: stdlib | text | news, read into memory; array_record, read from a prepared directory during training.
       files: globs or directories of the source; for array_record the prepared directory.
       tokenizer: bytes | bpe:<n> | a path. For array_record: the one the data was prepared with, or "".
-      heldout_fraction: of the documents; 0 = 0.05. For array_record the preparation's, or 0.
+      heldout_fraction: of the documents; 0 = 0.05. For array_record: that of the preparation, or 0.
       tokenizer_dir: a workdir; a tokenizer saved there is used and must match.
-      verify: array_record: (i, n) = compare the hashes of shards i, i + n, ..., which reads them once.
+      verify: for array_record, (i, n) = compare the hashes of shards i, i + n, ..., which reads them once.
 
     Raises:
-      UserError: anything about the arguments or the files that does not fit, in one line.
+      UserError: arguments or files that do not fit.
     """
     if source == PREPARED_SOURCE:
         return _load_prepared_data(files, tokenizer, heldout_fraction, tokenizer_dir, verify)

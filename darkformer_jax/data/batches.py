@@ -131,11 +131,11 @@ def shuffled_batches(
     """
     if not 0 <= seed < 2**32:
         raise UserError(f"seed={seed} is out of range; allowed: 0 to {2**32 - 1}")
-    # `.seed` hashes the seed. `.shuffle(seed)` would not, and as it adds the epoch to it, run 0's second epoch would be
-    # run 1's first.
+    # `.seed` hashes the seed. `.shuffle(seed)` adds the epoch to the seed as it is: the second epoch of seed 0 would be
+    # the first epoch of seed 1.
     rows = grain.MapDataset.range(total).seed(seed).shuffle().repeat()
-    # drop_remainder: there is none, and without it grain rounds the length of endless rows up to more than sys.maxsize
-    # where a batch is one row.
+    # Endless rows leave no remainder. But without drop_remainder grain rounds their length up, which for batches of one
+    # row gives more than sys.maxsize.
     batches = rows.batch(_local_size(batch_size, process_count), drop_remainder=True)
     batches = batches[process_index::process_count][start_step:]
     read_options = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=_PREFETCHED_BATCHES)
@@ -157,12 +157,12 @@ def ordered_batches(
 ) -> Iterator[Batch]:
     """The rows in order, each once; the last batch is filled up with rows from `total` on, which `read` pads.
 
-    With `max_batches`, rows spread evenly over all of them, so that a short evaluation sees every part of the split.
+    With `max_batches`, the rows are spread evenly over all, so that a short evaluation sees every part of the split.
 
     Args:
       read, total, process_index, process_count: as in `shuffled_batches`.
       batch_size: B, over all processes.
-      max_batches: at most so many; 0 = all.
+      max_batches: the most batches; 0 = all.
     """
     local_size = _local_size(batch_size, process_count)
     num_batches = -(-total // batch_size)

@@ -1,12 +1,12 @@
-"""Small files, read whole and replaced at once; and directories that are there whole or not at all."""
+"""Small files, read whole and replaced atomically; and directories that appear whole or not at all."""
 
 import atexit
 import contextlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,9 @@ def read_json_object(path: str) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces `path` by `content` so that a kill at any moment leaves the old file or the new one, never a part.
+    """Writes `content` to `path` so that a kill at any moment leaves the old file or the new one, never a part.
 
-    The bytes and the directory entry are on the disk when it returns. Raises OSError.
+    Bytes and directory entry are on the disk when it returns. Raises OSError.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -56,37 +56,34 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_file(path: str, data: bytes) -> None:
-    """`write_atomically` for a user's path: raises UserError naming it when it cannot be written."""
+    """`write_atomically` for a user's path, whose directory is made: raises UserError where it cannot be written."""
     try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(path), data)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
+def write_json(path: str | Path, value: Mapping[str, Any], *, sort_keys: bool = False) -> None:
+    """`write_file` of a JSON object, indented."""
+    write_file(str(path), (json.dumps(value, indent=2, sort_keys=sort_keys) + "\n").encode("utf-8"))
+
+
 def refuse_url(path: str) -> None:
-    """Raises UserError for gs://bucket/x and the like, where only a workdir may be: to a file system it is a name."""
+    """Raises UserError for gs://bucket/x and other URLs: only a workdir may be one."""
     if "://" in path:
         raise UserError(f"{path!r} is not a local path; mount a bucket and give the mount point")
 
 
-def make_directory(path: str) -> None:
-    """Makes a directory and its parents unless it is there. Raises UserError naming it when it cannot be made."""
-    refuse_url(path)
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make directory {path}: {error.strerror}") from error
-
-
 @contextlib.contextmanager
 def whole_directory(path: str) -> Iterator[Path]:
-    """A directory beside `path` to fill, which takes its place at the end and vanishes on an error.
+    """A new directory beside `path`, to be filled: it takes the place of `path` at the end, or vanishes on an error.
 
-    `~` is expanded: of `--out=~/x` a shell leaves it as it is.
+    `~` is expanded, as a shell leaves it alone in `--out=~/x`.
 
     Raises:
-      UserError: `path` is a file, a directory that is not empty or one that cannot be replaced; or the disk is full, or
-        its parent cannot be written.
+      UserError: `path` is a file, or a directory that is not empty or cannot be replaced; the disk is full, or the
+        parent cannot be written.
     """
     if not path:
         raise UserError(f"{path!r} is not a path")
@@ -97,13 +94,12 @@ def whole_directory(path: str) -> Iterator[Path]:
             raise UserError(f"{path} is there already; give a new or an empty directory")
         if target.is_mount():
             raise UserError(f"{path} is a mount point; give a directory inside it")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    except (OSError, RuntimeError, ValueError) as error:  # a loop of links and a NUL are none of the operating system's
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+        temporary.mkdir(parents=True)
+    except (OSError, RuntimeError, ValueError) as error:  # the last two: a loop of links, a NUL
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{path} cannot be written: {reason}") from error
     try:
-        temporary.chmod(0o777 & ~_umask())
         yield temporary
         os.replace(temporary, target)
     except OSError as error:
@@ -112,11 +108,5 @@ def whole_directory(path: str) -> Iterator[Path]:
     finally:
         if temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
-            # Once more at the end of the process: Orbax's threads may still write after an interruption.
+            # Again at the end of the process: Orbax's threads may still write after an interruption.
             atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

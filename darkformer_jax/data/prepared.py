@@ -1,23 +1,17 @@
-"""A prepared directory: tokenised shards of both splits, their tokenizer, and the manifest that completes it.
+"""A prepared directory: tokenised shards of both splits, their tokenizer, and the manifest that completes it."""
 
-The manifest is written last and at once, so a directory without one is not data: whatever stopped its preparation, it
-does not load.
-"""
-
-import contextlib
 import dataclasses
-import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from typing import Any
 
-from darkformer_jax.data.files import make_directory, read_file, refuse_url, write_file
+from darkformer_jax.data.files import read_json_object, refuse_url, whole_directory, write_json
 from darkformer_jax.data.heldout import HeldoutSplit
+from darkformer_jax.data.progress import ProgressBar, no_progress
 from darkformer_jax.data.records import RECORD_TOKENS, RecordStream, RecordWriter, Shard, verify_shards
 from darkformer_jax.data.sources import open_corpus
 from darkformer_jax.data.stream import StreamBuilder
-from darkformer_jax.data.text_files import OnRead, ignore_read
+from darkformer_jax.data.text_files import OnRead
 from darkformer_jax.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
 from darkformer_jax.errors import UserError
 
@@ -28,15 +22,6 @@ DEFAULT_SHARD_TOKENS = 1 << 26  # 128 MiB of 16-bit tokens before compression
 
 _BPE_SAMPLE_BYTES = 512 << 20  # more text does not change a vocabulary much, and training keeps its words in memory
 
-# progress(label, bytes on disk) -> a context whose value is told the bytes as they are read
-Progress = Callable[[str, int], AbstractContextManager[OnRead]]
-
-
-@contextlib.contextmanager
-def no_progress(label: str, num_bytes: int) -> Iterator[OnRead]:
-    """The `Progress` that shows nothing."""
-    yield ignore_read
-
 
 def prepare(
     out: str,
@@ -46,18 +31,18 @@ def prepare(
     tokenizer_spec: str,
     heldout_fraction: float,
     shard_tokens: int = DEFAULT_SHARD_TOKENS,
-    progress: Progress = no_progress,
+    progress_bar: ProgressBar = no_progress,
 ) -> dict[str, Any]:
     """Tokenises a corpus into a new prepared directory, holding a shard's buffers and never the corpus in memory.
 
     Args:
-      out: the directory to write; must not exist or be empty.
+      out: the directory to write; must not exist or be empty. It appears when it is complete.
       source: stdlib | text | news (see `open_corpus`).
       files: of the source.
       tokenizer_spec: see `make_tokenizer`; bpe:<n> is trained on (at most 512 MiB of) the training documents.
       heldout_fraction: see `HeldoutSplit`.
-      shard_tokens: tokens a shard, rounded up to whole records.
-      progress: shows each pass over the data.
+      shard_tokens: tokens per shard, rounded up to whole records.
+      progress_bar: shows each pass over the data.
 
     Returns:
       The manifest.
@@ -71,14 +56,14 @@ def prepare(
     split = HeldoutSplit(corpus, heldout_fraction)
 
     def training_texts() -> Iterator[str]:
-        with progress("training the tokenizer", corpus.num_bytes) as on_read:
-            yield from split.training_sample(_BPE_SAMPLE_BYTES, on_read)
+        with progress_bar(corpus.num_bytes, "B", "training the tokenizer") as bar:
+            yield from split.training_sample(_BPE_SAMPLE_BYTES, bar.update)
 
-    with _new_directory(out):
+    with whole_directory(out) as directory:
         tokenizer = make_tokenizer(tokenizer_spec, training_texts)
-        tokenizer.save(out)
-        with progress("tokenising", corpus.num_bytes) as on_read:
-            splits = _write_splits(out, split, tokenizer, shard_tokens, on_read)
+        tokenizer.save(str(directory))
+        with progress_bar(corpus.num_bytes, "B", "tokenising") as bar:
+            splits = _write_splits(str(directory), split, tokenizer, shard_tokens, bar.update)
         manifest = {
             "format_version": FORMAT_VERSION,
             "source": source,
@@ -87,43 +72,23 @@ def prepare(
             "record_tokens": RECORD_TOKENS,
             "splits": splits,
         }
-        write_file(os.path.join(out, MANIFEST), (json.dumps(manifest, indent=2) + "\n").encode("utf-8"))
+        write_json(directory / MANIFEST, manifest)
     return manifest
-
-
-@contextlib.contextmanager
-def _new_directory(path: str) -> Iterator[None]:
-    """Makes an empty directory, and empties it again if its block fails."""
-    if os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path)):
-        raise UserError(f"--out={path} is not an empty directory; nothing in it is overwritten")
-    make_directory(path)
-    try:
-        yield
-    except BaseException:
-        # The directory was empty, so everything in it is ours. The manifest first: without it nothing here loads.
-        for name in sorted(os.listdir(path), key=lambda name: name != MANIFEST):
-            os.remove(os.path.join(path, name))
-        raise
 
 
 def _write_splits(
     out: str, split: HeldoutSplit, tokenizer: Tokenizer, shard_tokens: int, on_read: OnRead
 ) -> dict[str, Any]:
-    writers = {name: RecordWriter(out, name, tokenizer.vocab_size, shard_tokens) for name in SPLITS}
-    builders = {name: StreamBuilder(tokenizer, writer.append) for name, writer in writers.items()}
+    writers = [RecordWriter(out, name, tokenizer.vocab_size, shard_tokens) for name in SPLITS]
+    builders = [StreamBuilder(tokenizer, writer.append) for writer in writers]
     for is_heldout, document in split.documents(on_read):
-        builders["heldout" if is_heldout else "train"].add(document.text)
-    for name in SPLITS:
-        builders[name].close()
-        writers[name].close()
+        builders[is_heldout].add(document.text)
+    for builder, writer in zip(builders, writers, strict=True):
+        builder.close()
+        writer.close()
     return {
-        name: {
-            "num_documents": builders[name].num_documents,
-            "num_tokens": builders[name].num_tokens,
-            "num_bytes": builders[name].num_bytes,
-            "shards": [dataclasses.asdict(shard) for shard in writers[name].shards],
-        }
-        for name in SPLITS
+        name: builder.counts | {"shards": [dataclasses.asdict(shard) for shard in writer.shards]}
+        for name, builder, writer in zip(SPLITS, builders, writers, strict=True)
     }
 
 
@@ -158,10 +123,10 @@ def load_prepared(
                 f"data.heldout_fraction = {heldout_fraction}, but {directory} was prepared with "
                 f"{manifest['heldout_fraction']}; allowed: that, or 0 for whatever it was prepared with"
             )
-        streams = [_open_stream(directory, manifest["splits"][name], tokenizer, verify) for name in SPLITS]
+        train, heldout = (_open_stream(directory, manifest["splits"][name], tokenizer, verify) for name in SPLITS)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{os.path.join(directory, MANIFEST)} is damaged: {error!r}") from error
-    return streams[0], streams[1], tokenizer
+    return train, heldout, tokenizer
 
 
 def _read_manifest(directory: str) -> dict[str, Any]:
@@ -173,11 +138,8 @@ def _read_manifest(directory: str) -> dict[str, Any]:
         )
     if not os.path.isfile(path):
         raise UserError(f"{directory!r} holds no {MANIFEST}: it was not prepared, or its preparation did not finish")
-    try:
-        manifest = json.loads(read_file(path))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    manifest = read_json_object(path)
+    version = manifest.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(
             f"{path} has format_version {version!r}; this program reads {FORMAT_VERSION}: prepare the data again"
@@ -191,12 +153,6 @@ def _open_stream(directory: str, split: dict[str, Any], tokenizer: Tokenizer, ve
     if num_records != -(-split["num_tokens"] // RECORD_TOKENS):
         raise ValueError(f"{num_records} records for {split['num_tokens']} tokens")
     verify_shards(directory, shards[verify[0] :: verify[1]])
-    return RecordStream(
-        directory,
-        shards,
-        vocab_size=tokenizer.vocab_size,
-        num_tokens=split["num_tokens"],
-        num_documents=split["num_documents"],
-        num_bytes=split["num_bytes"],
-        starts_are_targets=tokenizer.bos_id == tokenizer.eos_id,
-    )
+    counts = {name: split[name] for name in ("num_tokens", "num_documents", "num_bytes")}
+    one_separator = tokenizer.bos_id == tokenizer.eos_id
+    return RecordStream(directory, shards, tokenizer.vocab_size, **counts, starts_are_targets=one_separator)

@@ -10,9 +10,10 @@ import importlib
 import os
 import sysconfig
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
-from darkformer_jax.data.files import refuse_url
+from darkformer_jax.data.files import read_file, refuse_url
 from darkformer_jax.data.text_files import OnRead, read_json_lines, read_lines, read_pieces
 from darkformer_jax.errors import UserError
 
@@ -20,7 +21,7 @@ TEXT_SUFFIXES = (".txt", ".txt.gz", ".md", ".md.gz", ".jsonl", ".jsonl.gz")
 NEWS_PATTERN = "news.en-?????-of-?????"
 CORPUS_SOURCES = ("stdlib", "text", "news")
 
-# Tests of the library and whatever was installed beside it are not the standard library's own text.
+# Tests of the library, and packages installed beside it, are not the standard library's own text.
 _STDLIB_SKIPPED_DIRECTORIES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _TOPICS = "pydoc_data/topics.py"
 
@@ -32,16 +33,6 @@ class Document(NamedTuple):
     text: str
 
 
-def identity_by_name(document: Document) -> str:
-    """The document's name: the same module is held out on every machine and Python version."""
-    return document.name
-
-
-def identity_by_text(document: Document) -> str:
-    """The document's text: copies of one document always fall on the same side of the split."""
-    return document.text
-
-
 @dataclasses.dataclass(frozen=True)
 class Corpus:
     """Documents in a fixed order.
@@ -49,12 +40,13 @@ class Corpus:
     Attributes:
       num_bytes: bytes on disk (compressed where the files are); what `on_read` adds up to over one pass.
       documents: `documents(on_read)` begins one pass.
-      identity: what the held-out split hashes.
+      identity: the field of a document that the held-out split hashes: "text", so that copies of a document fall on
+        the same side, or "name", so that the same modules are held out on every machine and Python version.
     """
 
     num_bytes: int
     documents: Callable[[OnRead], Iterator[Document]]
-    identity: Callable[[Document], str]
+    identity: str = "text"
 
 
 def open_corpus(source: str, files: str) -> Corpus:
@@ -86,7 +78,7 @@ def _file_corpus(paths: list[str], read: Callable[[str, OnRead], Iterator[Docume
         num_bytes = sum(os.path.getsize(path) for path in paths)
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
-    return Corpus(num_bytes, documents, identity_by_text)
+    return Corpus(num_bytes, documents)
 
 
 def find_text_files(files: str) -> list[str]:
@@ -126,7 +118,7 @@ def find_news_files(directory: str) -> list[str]:
     """Sorted paths of the `news.en-?????-of-?????` files below a One Billion Word release's directory."""
     if not os.path.isdir(directory):
         raise UserError(f"{directory!r} is not a directory; the news source needs the One Billion Word release's")
-    # The release puts shard 0, which its test set is cut from, into the held-out folder: never train on that.
+    # The release's test set is cut from shard 0, which it puts into the held-out folder: never train on that.
     paths = [
         path
         for path in _walk(directory)
@@ -138,10 +130,8 @@ def find_news_files(directory: str) -> list[str]:
     return sorted(paths)
 
 
-def _walk(directory: str) -> Iterator[str]:
-    for parent, _, names in os.walk(directory):
-        for name in names:
-            yield os.path.join(parent, name)
+def _walk(directory: str) -> list[str]:
+    return [str(path) for path in Path(directory).rglob("*") if not path.is_dir()]
 
 
 def _text_documents(path: str, on_read: OnRead) -> Iterator[Document]:
@@ -180,11 +170,7 @@ def _stdlib_corpus() -> Corpus:
 
     def documents(on_read: OnRead) -> Iterator[Document]:
         for name, path in modules:
-            try:
-                with open(path, "rb") as file:
-                    data = file.read()
-            except OSError as error:
-                raise UserError(f"cannot read {path}: {error.strerror}") from error
+            data = read_file(path)
             on_read(len(data))
             try:
                 text = data.decode("utf-8")
@@ -198,7 +184,7 @@ def _stdlib_corpus() -> Corpus:
 
     num_bytes = sum(os.path.getsize(path) for _, path in modules if os.path.exists(path))  # no dangling links
     num_bytes += sum(len(text.encode("utf-8")) for _, text in topics)
-    return Corpus(num_bytes, documents, identity_by_name)
+    return Corpus(num_bytes, documents, identity="name")
 
 
 def _help_topics() -> list[tuple[str, str]]:

@@ -5,9 +5,10 @@ the token after it, and the end of a document is predicted as the separator that
 bos d1 eos bos d2 eos ..., and what follows an eos is not predicted.
 """
 
+import abc
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -16,7 +17,8 @@ from darkformer_jax.data.tokenizers import Tokenizer
 _ENCODED_AT_ONCE = 1 << 20  # characters: enough for the tokenizer's threads, little enough for its bookkeeping
 
 
-class TokenStream(Protocol):
+@dataclasses.dataclass(eq=False)
+class TokenStream(abc.ABC):
     """Random access to the N tokens of one split.
 
     Attributes:
@@ -38,39 +40,33 @@ class TokenStream(Protocol):
 
         Args:
           starts: [B] int64, each >= 0; may lie behind the end.
-          length: tokens a row.
+          length: tokens per row.
 
         Returns:
           tokens [B, length] int32 and is_start [B, length] bool (the token begins a document); 0 and False behind the
           stream's end.
         """
-
-
-class MemoryStream:
-    """A token stream held in memory.
-
-    Args:
-      tokens: [N] integers.
-      is_start: [N] bool.
-      num_bytes: UTF-8 bytes of the documents' text.
-      starts_are_targets: see TokenStream.
-    """
-
-    def __init__(self, tokens: np.ndarray, is_start: np.ndarray, num_bytes: int, starts_are_targets: bool) -> None:
-        self._tokens = tokens
-        self._is_start = is_start
-        self.num_tokens = len(tokens)
-        self.num_documents = int(is_start.sum())
-        self.num_bytes = num_bytes
-        self.starts_are_targets = starts_are_targets
-        self.fingerprint = hashlib.sha256(tokens.tobytes() + np.packbits(is_start).tobytes()).hexdigest()
-
-    def read(self, starts: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
         positions = starts[:, None] + np.arange(length)
         inside = positions < self.num_tokens
-        positions = np.minimum(positions, self.num_tokens - 1)
-        tokens = np.where(inside, self._tokens[positions], 0).astype(np.int32)
-        return tokens, self._is_start[positions] & inside
+        tokens, is_start = self._at(np.minimum(positions, self.num_tokens - 1))
+        return np.where(inside, tokens, 0).astype(np.int32), is_start & inside
+
+    @abc.abstractmethod
+    def _at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and document starts at positions [B, length], each smaller than N."""
+
+
+class MemoryStream(TokenStream):
+    """A token stream held in memory: tokens [N], integers, and is_start [N], bool."""
+
+    def __init__(self, tokens: np.ndarray, is_start: np.ndarray, num_bytes: int, starts_are_targets: bool) -> None:
+        fingerprint = hashlib.sha256(tokens.tobytes() + np.packbits(is_start).tobytes()).hexdigest()
+        super().__init__(len(tokens), int(is_start.sum()), num_bytes, starts_are_targets, fingerprint)
+        self._tokens = tokens
+        self._is_start = is_start
+
+    def _at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self._tokens[positions], self._is_start[positions]
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -86,7 +82,7 @@ class StreamBuilder:
       sink: called with consecutive pieces of the stream: tokens [n] and is_start [n].
 
     Attributes:
-      num_tokens, num_documents, num_bytes: of what the sink was given; final after `close`.
+      counts: num_tokens, num_documents and num_bytes of what the sink was given; final after `close`.
     """
 
     def __init__(self, tokenizer: Tokenizer, sink: Callable[[np.ndarray, np.ndarray], None]) -> None:
@@ -94,15 +90,13 @@ class StreamBuilder:
         self._sink = sink
         self._batch: list[str] = []
         self._characters = 0
-        self.num_tokens = 0
-        self.num_documents = 0
-        self.num_bytes = 0
+        self.counts = {"num_documents": 0, "num_tokens": 0, "num_bytes": 0}
 
     def add(self, text: str) -> None:
         """Adds a document."""
         self._batch.append(text)
         self._characters += len(text)
-        self.num_bytes += len(text.encode("utf-8"))
+        self.counts["num_bytes"] += len(text.encode("utf-8"))
         if self._characters >= _ENCODED_AT_ONCE:
             self._flush()
 
@@ -119,34 +113,24 @@ class StreamBuilder:
         self._batch, self._characters = [], 0
 
     def _emit(self, tokens: np.ndarray, is_start: np.ndarray) -> None:
-        self.num_tokens += len(tokens)
-        self.num_documents += int(is_start.sum())
+        self.counts["num_tokens"] += len(tokens)
+        self.counts["num_documents"] += int(is_start.sum())
         self._sink(tokens, is_start)
 
 
 def memory_stream(texts: Iterable[str], tokenizer: Tokenizer) -> MemoryStream:
     """The stream of `texts`, one document each."""
-    tokens: list[np.ndarray] = []
-    is_start: list[np.ndarray] = []
-
-    def keep(piece: np.ndarray, starts: np.ndarray) -> None:
-        tokens.append(piece)
-        is_start.append(starts)
-
-    builder = StreamBuilder(tokenizer, keep)
+    pieces: list[tuple[np.ndarray, np.ndarray]] = []
+    builder = StreamBuilder(tokenizer, lambda *piece: pieces.append(piece))
     for text in texts:
         builder.add(text)
     builder.close()
-    return MemoryStream(
-        np.concatenate(tokens),
-        np.concatenate(is_start),
-        num_bytes=builder.num_bytes,
-        starts_are_targets=tokenizer.bos_id == tokenizer.eos_id,
-    )
+    tokens, is_start = map(np.concatenate, zip(*pieces, strict=True))
+    return MemoryStream(tokens, is_start, builder.counts["num_bytes"], tokenizer.bos_id == tokenizer.eos_id)
 
 
 def _mark_documents(documents: Sequence[np.ndarray], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Concatenates [bos] + ids (+ [eos] when it is another id) of every document; returns (tokens, is_start)."""
+    """(tokens, is_start) of all documents, each of which becomes [bos] + ids, and + [eos] where that is another id."""
     has_end = int(tokenizer.bos_id != tokenizer.eos_id)
     sizes = np.array([len(ids) for ids in documents]) + 1 + has_end
     ends = np.cumsum(sizes)

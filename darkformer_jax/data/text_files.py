@@ -12,7 +12,7 @@ from typing import Any
 
 from darkformer_jax.errors import UserError
 
-OnRead = Callable[[int], None]  # told how many more bytes were read from disk; drives progress bars
+OnRead = Callable[[int], None]  # is told how many more bytes were read from disk; drives progress bars
 
 _BLOCK_BYTES = 1 << 20
 _PIECE_BYTES = 4 << 20
@@ -72,9 +72,9 @@ def read_lines(path: str, on_read: OnRead = ignore_read) -> Iterator[tuple[int, 
 
 
 def read_pieces(path: str, on_read: OnRead = ignore_read) -> Iterator[tuple[int, str]]:
-    """A text file as (byte offset, text): one piece, or several of about 4 MiB, cut after a line, when it is longer.
+    """A text file as (byte offset, text): one piece, or pieces of about 4 MiB, cut after a line, where it is longer.
 
-    Cutting bounds the memory a huge file takes, and lets a part of it be held out.
+    The cuts bound the memory that a huge file takes, and let a part of it be held out.
     """
     offset, data = 0, b""
     for block in _blocks(path, on_read):
@@ -89,7 +89,7 @@ def read_pieces(path: str, on_read: OnRead = ignore_read) -> Iterator[tuple[int,
 
 
 def _character_boundary(data: bytes) -> int:
-    """Where the last, perhaps incomplete, UTF-8 character of `data` begins."""
+    """Where the last UTF-8 character of `data`, which may be incomplete, begins."""
     cut = len(data) - 1
     while cut > len(data) - 4 and data[cut] & 0xC0 == 0x80:
         cut -= 1

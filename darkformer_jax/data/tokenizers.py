@@ -4,8 +4,8 @@
 that mark documents (`bos_id`, `eos_id`) are placed by the token stream, and before a prompt by `encode_prompt`.
 
 Families differ in what a document begins with: Llama, Mistral and Gemma put a BOS there, Qwen2, GPT-2 and SmolLM2
-nothing. It is what the post-processor of the tokenizer.json puts first, as in transformers 5; of a SentencePiece model,
-`add_bos_token` of the tokenizer_config.json decides.
+nothing. The post-processor of the tokenizer.json decides, as in transformers 5; for a SentencePiece model, the field
+`add_bos_token` of its tokenizer_config.json.
 """
 
 import hashlib
@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import sentencepiece
 import tokenizers as hf
 
-from darkformer_jax.data.files import make_directory, read_file, read_json_object, write_file
+from darkformer_jax.data.files import read_file, read_json_object, write_file, write_json
 from darkformer_jax.errors import UserError
 
 DOCUMENT_SEPARATOR = "<|doc|>"
@@ -31,9 +32,9 @@ _CHAT_FILE = "chat_template.jinja"
 _TOKENIZER_FILES = (_BYTES_FILE, _JSON_FILE, _MODEL_FILE)
 _ALLOWED_SPECS = "bytes, bpe:<vocabulary size>, or the path of a tokenizer.json, a .model or a directory with one"
 
-_CONTEXT_OF_TEXT = 8  # ids before new ones that tell how these are written: SentencePiece drops a first space
+_CONTEXT_OF_TEXT = 8  # ids to decode before new ones: SentencePiece drops the space of a text's first word
 
-# (begin, end) of document where a tokenizer.json stands alone: the names that published models use.
+# (begin, end) of a document by the names that published models use, for a tokenizer.json without a config.
 _KNOWN_DOCUMENT_TOKENS = (
     (DOCUMENT_SEPARATOR, DOCUMENT_SEPARATOR),
     ("<s>", "</s>"),
@@ -44,14 +45,14 @@ _KNOWN_DOCUMENT_TOKENS = (
 
 
 class Tokenizer(Protocol):
-    """What the rest of the library needs of a tokenizer.
+    """What the rest of the library needs from a tokenizer.
 
     Attributes:
       spec: the `data.tokenizer` value it stands for: "bytes", "bpe:<n>", or "" when it was read from a file.
       vocab_size: ids are 0 .. vocab_size - 1.
-      adds_bos: whether the family puts `bos_id` before a text that is not preceded by anything.
-      bos_id, eos_id: begin and end of a document in a stream; equal when one separator plays both parts, which is
-        always so where `adds_bos` is False: the model has not seen another token between its documents.
+      adds_bos: whether the family puts `bos_id` before a text that nothing precedes.
+      bos_id, eos_id: begin and end of a document in a stream; equal when one separator plays both parts, as it always
+        does where `adds_bos` is False: such a model has not seen another token between its documents.
       fingerprint: SHA-256 (hexadecimal) of everything that defines the mapping.
     """
 
@@ -69,7 +70,7 @@ class Tokenizer(Protocol):
         """`encode` of every text, as integer arrays."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; special ids are skipped, bytes that are not UTF-8 become U+FFFD."""
+        """The text of `ids`. Special ids are skipped, and bytes that are not UTF-8 become U+FFFD."""
 
     def save(self, directory: str) -> None:
         """Writes the files from which `load_tokenizer(directory)` makes this tokenizer again."""
@@ -95,20 +96,38 @@ class BytesTokenizer:
         return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", errors="replace")
 
     def save(self, directory: str) -> None:
-        make_directory(directory)
         write_file(os.path.join(directory, _BYTES_FILE), b"one id a byte of UTF-8; 256 separates documents\n")
 
 
-class HuggingFaceTokenizer:
+class _DefinedByFile:
+    """What the two tokenizers share that are read from a file, with the tokenizer_config.json beside it."""
+
+    _file: str  # its name
+
+    def __init__(self, definition: bytes, config: dict[str, Any] | None, marks: Sequence[Any]) -> None:
+        self._definition = definition
+        self._config = config
+        marked = hashlib.sha256(definition).digest() + json.dumps(marks).encode("utf-8")
+        self.fingerprint = hashlib.sha256(marked).hexdigest()
+
+    def save(self, directory: str) -> None:
+        if self._config is not None:
+            write_json(os.path.join(directory, _HF_CONFIG_FILE), self._config)
+        write_file(os.path.join(directory, self._file), self._definition)
+
+
+class HuggingFaceTokenizer(_DefinedByFile):
     """A tokenizer of the `tokenizers` library.
 
     Args:
-      definition: the bytes of a tokenizer.json. Truncation and padding that it may ask for are switched off.
+      definition: the bytes of a tokenizer.json. Truncation and padding are switched off, if it asks for them.
       bos_token: its token before a document; None where the family puts none.
       eos_token: its token after a document.
       spec: "bpe:<n>" when it was trained here.
       config: the tokenizer_config.json it was read with, which `save` writes again as it was; None makes one.
     """
+
+    _file = _JSON_FILE
 
     def __init__(
         self,
@@ -118,12 +137,13 @@ class HuggingFaceTokenizer:
         spec: str = "",
         config: dict[str, Any] | None = None,
     ) -> None:
-        self._definition = definition
+        first = eos_token if bos_token is None else bos_token
+        config = _new_hf_config(bos_token, eos_token, spec) if config is None else config
+        super().__init__(definition, config, [first, eos_token])
         self._tokenizer = hf.Tokenizer.from_str(definition.decode("utf-8"))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # the text's "<|doc|>" is text
-        first = eos_token if bos_token is None else bos_token
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         for token in (first, eos_token):
             if token not in vocabulary:
@@ -133,9 +153,6 @@ class HuggingFaceTokenizer:
         self.adds_bos = bos_token is not None
         self.bos_id = vocabulary[first]
         self.eos_id = vocabulary[eos_token]
-        self._config = _new_hf_config(bos_token, eos_token, spec) if config is None else config
-        marks = json.dumps([first, eos_token]).encode("utf-8")
-        self.fingerprint = hashlib.sha256(hashlib.sha256(definition).digest() + marks).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -149,13 +166,8 @@ class HuggingFaceTokenizer:
         ids = [i for i in map(int, ids) if i not in (self.bos_id, self.eos_id)]
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
-    def save(self, directory: str) -> None:
-        make_directory(directory)
-        _write_hf_config(directory, self._config)
-        write_file(os.path.join(directory, _JSON_FILE), self._definition)
 
-
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(_DefinedByFile):
     """A SentencePiece model. Decoding is as exact as the model's own normalisation of text.
 
     Args:
@@ -164,15 +176,10 @@ class SentencePieceTokenizer:
         does, and may say that no BOS is put before a text; a model that defines a BOS has it put there otherwise.
     """
 
+    _file = _MODEL_FILE
     spec = ""
 
     def __init__(self, definition: bytes, config: dict[str, Any] | None = None) -> None:
-        try:
-            import sentencepiece
-        except ImportError as error:
-            raise UserError("a .model tokenizer needs the package sentencepiece, which is not installed") from error
-        self._definition = definition
-        self._config = config
         try:
             self._processor: Any = sentencepiece.SentencePieceProcessor(model_proto=definition)
         except RuntimeError as error:
@@ -185,8 +192,7 @@ class SentencePieceTokenizer:
         self.vocab_size = self._processor.vocab_size()
         self.adds_bos = bos_id >= 0 and settings.add_bos_token is not False
         self.bos_id = bos_id if self.adds_bos else self.eos_id
-        marks = json.dumps([self.bos_id, self.eos_id]).encode("utf-8")
-        self.fingerprint = hashlib.sha256(hashlib.sha256(definition).digest() + marks).hexdigest()
+        super().__init__(definition, config, [self.bos_id, self.eos_id])
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
@@ -195,16 +201,8 @@ class SentencePieceTokenizer:
         return [np.array(ids, np.uint32) for ids in self._processor.encode(list(texts))]
 
     def decode(self, ids: Iterable[int]) -> str:
-        marks = (self.bos_id, self.eos_id)
-        return self._processor.decode(
-            [i for i in map(int, ids) if i not in marks and not self._processor.is_control(i)]
-        )
-
-    def save(self, directory: str) -> None:
-        make_directory(directory)
-        if self._config is not None:
-            _write_hf_config(directory, self._config)
-        write_file(os.path.join(directory, _MODEL_FILE), self._definition)
+        ids = [i for i in map(int, ids) if i not in (self.bos_id, self.eos_id) and not self._processor.is_control(i)]
+        return self._processor.decode(ids)
 
     def _id_of(self, token: str | None, default: int) -> int:
         if token is None:
@@ -216,9 +214,9 @@ class SentencePieceTokenizer:
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids that a model continues `text` from: BOS first where the family has one, never none.
+    """The ids that a model continues: those of `text`, after BOS where the family has one. There is at least one.
 
-    An empty text without a BOS is the end-of-document id: a new document is what follows it.
+    An empty text without a BOS is the end-of-document id: a new document follows it.
     """
     ids = tokenizer.encode(text)
     if tokenizer.adds_bos:
@@ -235,7 +233,7 @@ def decode_continuation(tokenizer: Tokenizer, prompt: Sequence[int], new: Sequen
 
 
 def stream_continuation(tokenizer: Tokenizer, prompt: Sequence[int], new: Iterable[int]) -> Iterator[str]:
-    """`decode_continuation` piece by piece as the ids come, at a cost a token that does not depend on how many came."""
+    """`decode_continuation` piece by piece as the ids come, at a cost per token that does not grow with the text."""
     ids, begin, end = list(prompt), max(0, len(prompt) - _CONTEXT_OF_TEXT), len(prompt)
     for token in new:
         ids.append(token)
@@ -277,7 +275,7 @@ def saved_or_new_tokenizer(spec: str, directory: str | None, training_texts: Cal
 
 
 def bpe_vocab_size(spec: str) -> int:
-    """The <n> of `bpe:<n>`. Raises UserError where it is no number or too small for all bytes."""
+    """The <n> of `bpe:<n>`. Raises UserError where it is not a number, or too small for all bytes."""
     size = spec.removeprefix("bpe:")
     smallest = 256 + 1  # every byte and the separator
     if not size.isdecimal() or int(size) < smallest:
@@ -308,8 +306,8 @@ def train_bpe(vocab_size: int, texts: Iterable[str]) -> HuggingFaceTokenizer:
 def read_tokenizer(path: str) -> Tokenizer:
     """The tokenizer in a tokenizer.json, a SentencePiece .model, or a directory that holds one of them.
 
-    Which tokens mark documents is read from the tokenizer_config.json beside it; without one, from the .model, or from
-    the post-processor and the usual names in the tokenizer.json.
+    The tokens that mark documents are those of the tokenizer_config.json beside it; without one, those of the .model,
+    or those that the post-processor and the usual names in the tokenizer.json suggest.
     """
     if os.path.isdir(path):
         return load_tokenizer(path)
@@ -330,7 +328,7 @@ def read_tokenizer(path: str) -> Tokenizer:
 def load_tokenizer(directory: str) -> Tokenizer:
     """The tokenizer saved in `directory`. Raises UserError unless it holds exactly one.
 
-    A tokenizer.model beside a tokenizer.json is the same tokenizer in another form, as published models have it: the
+    Of a tokenizer.json and a tokenizer.model, which published models have as two forms of one tokenizer, the
     tokenizer.json is read.
     """
     present = [name for name in _TOKENIZER_FILES if os.path.isfile(os.path.join(directory, name))]
@@ -350,7 +348,7 @@ def has_tokenizer(directory: str) -> bool:
 
 
 def check_tokenizer_is(spec: str, tokenizer: Tokenizer, where: str) -> None:
-    """Raises UserError unless `tokenizer`, which was found in `where`, is the one that `spec` asks for."""
+    """Raises UserError unless `tokenizer`, found in `where`, is the one that `spec` asks for."""
     if spec == "bytes" or spec.startswith("bpe:"):
         if tokenizer.spec != spec:
             raise UserError(
@@ -401,7 +399,7 @@ def _usual_eos(vocabulary: dict[str, int], bos: str | None) -> str:
 
 
 class _Settings(NamedTuple):
-    """What a tokenizer_config.json says about documents; None = it does not."""
+    """What a tokenizer_config.json says about documents; None = nothing."""
 
     bos_token: str | None
     eos_token: str | None
@@ -424,7 +422,7 @@ def _read_settings(config: dict[str, Any]) -> _Settings:
 
 
 def _read_hf_config(directory: str) -> dict[str, Any] | None:
-    """The tokenizer_config.json in a directory, with what other releases keep in files beside it; None without any."""
+    """The tokenizer_config.json in a directory, with what some releases keep in files beside it; None without any."""
     special, own, template = (os.path.join(directory, name) for name in (_SPECIAL_FILE, _HF_CONFIG_FILE, _CHAT_FILE))
     config = read_json_object(special) if os.path.isfile(special) else {}
     if os.path.isfile(own):
@@ -444,8 +442,3 @@ def _new_hf_config(bos_token: str | None, eos_token: str, spec: str) -> dict[str
         "clean_up_tokenization_spaces": False,
         "trained_as": spec,
     }
-
-
-def _write_hf_config(directory: str, config: dict[str, Any]) -> None:
-    content = json.dumps(config, indent=2) + "\n"
-    write_file(os.path.join(directory, _HF_CONFIG_FILE), content.encode("utf-8"))

@@ -1,11 +1,12 @@
 """Text of any length as windows of a model's context, each token scored once.
 
-Let a document's targets be its tokens t_1 .. t_n, without the first one where nothing is put before a document. Window
-k holds the `context` targets from number k * stride on. Its inputs are the tokens before them, and what comes before
-the first of them is BOS where the family has one (as before a prompt), else the document's token there. The first
-window scores all its targets, a later one those that no window before it held: with stride = context the windows are
-separate, and with a smaller stride at least context - stride tokens stand before every token scored after the first
-window, as in the sliding windows of Hugging Face's perplexity guide.
+A document's targets are its tokens; the first one is a target only where the family puts a BOS before a document.
+Window k holds the `context` targets from number k * stride on. Its inputs are the tokens before them: it begins with
+BOS where the family has one (as a prompt does), else with the document's token before its first target.
+
+The first window scores all its targets, and a later window those that no earlier one held. With stride = context the
+windows are separate. With a smaller stride, every token scored after the first window has at least context - stride
+tokens before it, as in the sliding windows of Hugging Face's perplexity guide.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ class Window(NamedTuple):
 
     Attributes:
       inputs, targets: [n] ids, 1 <= n <= context.
-      num_skipped: targets at the window's beginning that an earlier window has scored.
+      num_skipped: targets at the window's beginning that an earlier window scored.
     """
 
     inputs: np.ndarray
@@ -57,8 +58,8 @@ class ScoredDocument:
     def of(cls, text: str, tokenizer: Tokenizer, max_tokens: int | None = None) -> "ScoredDocument":
         """The targets of `text`, at most `max_tokens`.
 
-        `num_bytes` is of the whole text where all its tokens are targets. Otherwise it is of the text that the targets
-        decode to; a character that the cut splits counts with the token that completes it.
+        `num_bytes` counts the whole text where all its tokens are targets. Otherwise it counts the text that the
+        targets decode to; a character that the cut splits belongs to the token that completes it.
         """
         ids = np.asarray(tokenizer.encode_batch([text])[0], np.int32)
         first = 0 if tokenizer.adds_bos else 1
@@ -81,7 +82,7 @@ class ScoredDocument:
 
 
 def window_batch(windows: Iterable[Window], batch_size: int, context: int) -> Batch:
-    """At most `batch_size` windows as a batch of one shape, filled up with padding.
+    """At most `batch_size` windows as a batch, whose shape is always the same: the rest is padding.
 
     Returns:
       Arrays [batch_size, context]: inputs, targets, segment_ids (1, 0 = padding) and positions, int32; weights, float32
@@ -101,5 +102,5 @@ def window_batch(windows: Iterable[Window], batch_size: int, context: int) -> Ba
 
 
 def _num_bytes(tokenizer: Tokenizer, ids: np.ndarray) -> int:
-    """Of the whole characters that `ids` spell."""
+    """UTF-8 bytes of the whole characters that `ids` spell."""
     return len(tokenizer.decode(ids.tolist()).rstrip("\N{REPLACEMENT CHARACTER}").encode("utf-8"))

@@ -1,7 +1,6 @@
 """From a workdir to a Hugging Face directory: config.json, safetensors, tokenizer, generation_config.json."""
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from darkformer_jax.config.fields import flat_fields
-from darkformer_jax.data.files import whole_directory
+from darkformer_jax.data.files import whole_directory, write_json
+from darkformer_jax.data.progress import ProgressBar, no_progress
 from darkformer_jax.errors import UserError
 from darkformer_jax.pretrained.families import Family, fitting_family
+from darkformer_jax.pretrained.hf_config import GENERATION_FILE
 from darkformer_jax.pretrained.key_map import Place, places_of
 from darkformer_jax.pretrained.mechanism import STEM, exact_fields, mechanism_arrays, write_mechanism
-from darkformer_jax.pretrained.origin import GENERATION_FILE
-from darkformer_jax.pretrained.readme import mechanism_readme
 from darkformer_jax.pretrained.safetensors_files import ArrayToWrite, shard, write_safetensors
 from darkformer_jax.runs.load import WorkdirModel, load_language_model
 from darkformer_jax.runs.origin import read_origin
@@ -33,21 +32,21 @@ def export_workdir(
     step: int | None = None,
     dtype: str | None = None,
     shard_bytes: int = 5 * 10**9,
-    on_array: Callable[[int, int], None] = lambda done, total: None,
+    progress_bar: ProgressBar = no_progress,
 ) -> str:
-    """Writes the Hugging Face directory, all of it or nothing; returns a line that says what it holds.
+    """Writes the Hugging Face directory, all of it or nothing, and returns a line that says what it holds.
 
-    A model with feature mechanisms becomes the same transformer with exact attention, and its mechanisms stand beside
-    it in files of our own, with a README.md.
+    A model with feature mechanisms becomes the same transformer with exact attention. Its mechanisms are beside it, in
+    files of our own, with a README.md.
 
     Args:
       step: the checkpoint; None = the newest undamaged one.
       dtype: of the arrays written; None = as they are stored. Mechanisms keep theirs.
-      shard_bytes: size of a safetensors file, unless one array is larger.
-      on_array: called with the bytes of each array written and those of all.
+      shard_bytes: the largest size of a safetensors file, unless one array is larger.
+      progress_bar: shows the bytes written.
 
     Raises:
-      UserError: no usable checkpoint, a model that no family has, or a directory that is there already.
+      UserError: no usable checkpoint, a model that no family has, or a directory that exists already.
     """
     with whole_directory(directory) as temporary:
         model = load_language_model(workdir, step)
@@ -57,17 +56,17 @@ def export_workdir(
         exact = exact_fields(fields)
         family = fitting_family(exact, str(workdir), origin.get("model_type", ""))
         config = family.write(exact) | _config_extras(model, family, origin)
-        arrays = _write_arrays(temporary, model, family, dtype, shard_bytes, on_array)
+        arrays = _write_arrays(temporary, model, family, dtype, shard_bytes, progress_bar)
         config["torch_dtype"] = config["dtype"] = str(np.result_type(*{array.dtype for array in arrays}))
-        _write_json(temporary / "config.json", config)
-        _write_json(temporary / GENERATION_FILE, _generation_config(config, origin))
+        write_json(temporary / "config.json", config, sort_keys=True)
+        ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        write_json(temporary / GENERATION_FILE, origin.get("generation_config", ids), sort_keys=True)
         model.tokenizer.save(str(temporary))
         own = mechanism_arrays(model.network)
         if own:
             model.config.model.vocab_size = fields["vocab_size"]
-            write_mechanism(temporary, model.config)
+            write_mechanism(temporary, model.config, family.architecture)
             _write_mechanism_arrays(temporary, model)
-            (temporary / "README.md").write_text(mechanism_readme(model.config, family.architecture))
     size = sum(array.nbytes for array in arrays)
     return f"{family.architecture}, step {model.step}, {len(arrays)} arrays, {size / 1e6:,.1f} MB" + (
         f"; {len(own)} arrays of its mechanisms in {STEM}.safetensors" if own else ""
@@ -80,7 +79,7 @@ def _write_arrays(
     family: Family,
     dtype: str | None,
     shard_bytes: int,
-    on_array: Callable[[int, int], None],
+    progress_bar: ProgressBar,
 ) -> list[ArrayToWrite]:
     arrays, sources, params = [], {}, flatten_dict(model.params)
     for place in places_of(model.network, family):
@@ -89,19 +88,18 @@ def _write_arrays(
             written = jnp.dtype(dtype) if dtype else np.dtype(stored.dtype)
             arrays.append(ArrayToWrite(name, place.layout.hf_shape, written))
             sources[name] = (place, stored, row)
-    shards = shard(arrays, shard_bytes)
-    total = sum(array.nbytes for array in arrays)
 
-    def values() -> Iterator[np.ndarray]:
+    def values(bar: Any) -> Iterator[np.ndarray]:
         for array in arrays:
-            with np.errstate(over="ignore"):  # it is looked for below
+            with np.errstate(over="ignore"):  # the next line looks for it
                 value = _as_hf(*sources[array.name]).astype(array.dtype)
             if not np.isfinite(value).all():
                 raise UserError(f"array {array.name} has a number that is not finite as {array.dtype}")
+            bar.update(array.nbytes)
             yield value
-            on_array(array.nbytes, total)
 
-    write_safetensors(directory, "model", shards, values())
+    with progress_bar(sum(array.nbytes for array in arrays), "B", "export") as bar:
+        write_safetensors(directory, "model", shard(arrays, shard_bytes), values(bar))
     return arrays
 
 
@@ -123,16 +121,3 @@ def _config_extras(model: WorkdirModel, family: Family, origin: Mapping[str, Any
     longest = max(model.config.sequence_length, kept.get("max_position_embeddings", 0))
     names = {"architectures": [family.architecture], "model_type": family.model_type}
     return names | ids | kept | {"max_position_embeddings": longest}
-
-
-def _generation_config(config: Mapping[str, Any], origin: Mapping[str, Any]) -> dict[str, Any]:
-    made = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    generation: dict[str, Any] = origin.get("generation_config", made)
-    return generation
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    try:
-        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error

@@ -1,21 +1,22 @@
 """GGUF files of the Llama and Qwen architectures as a checkpoint with Hugging Face's names, layout and config.json.
 
-Quantised arrays are dequantised to float32 as they are read, some rows at a time. Types and
-quantisations are those of the package `gguf` (pip install darkformer_jax[gguf]).
+Quantised arrays are dequantised to float32 as they are read, some rows at a time, by the package `gguf`
+(pip install darkformer_jax[gguf]).
 """
 
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import gguf
 import numpy as np
 
 from darkformer_jax.data.tokenizers import Tokenizer
 from darkformer_jax.errors import UserError, one_line
 from darkformer_jax.pretrained.gguf_header import TensorInfo, read_header
-from darkformer_jax.pretrained.gguf_tokenizer import check_gguf_tokenizer, read_gguf_tokenizer
+from darkformer_jax.pretrained.gguf_tokenizer import GGUFVocabulary
 from darkformer_jax.pretrained.hf_config import HFConfig
 from darkformer_jax.pretrained.safetensors_files import StoredArray
 
@@ -42,8 +43,8 @@ _BLOCK_NAMES = {
     "ffn_up.weight": "mlp.up_proj.weight",
     "ffn_down.weight": "mlp.down_proj.weight",
 }
-_INTERLEAVED = re.compile(r".*self_attn\.[qk]_proj\.weight")  # of the llama architecture
-_ROPE_FREQS = "rope_freqs.weight"  # how Llama 3.1's scaling is written down
+_INTERLEAVED = re.compile(r".*self_attn\.[qk]_proj\.weight")  # in the llama architecture
+_ROPE_FREQS = "rope_freqs.weight"  # states Llama 3.1's scaling
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _REFUSED = {
     "expert_count": "mixtures of experts are",
@@ -56,26 +57,26 @@ _READ_ERRORS = (EOFError, KeyError, OSError, OverflowError, RecursionError, Valu
 
 
 class _Tensor(NamedTuple):
-    """Where an array stands in the file: `rows` of `row_bytes` from `offset` on."""
+    """Where an array is in the file: shape[0] rows of `row_bytes` from `offset` on."""
 
-    kind: Any  # gguf.GGMLQuantizationType
+    kind: gguf.GGMLQuantizationType
     shape: tuple[int, ...]
     offset: int
     row_bytes: int
 
 
 class GGUFFile:
-    """One .gguf file. Nothing of it stays mapped or in memory but its header.
+    """One .gguf file. Only its header stays in memory, and nothing stays mapped.
 
     Raises:
-      UserError: the package is missing; the file is truncated, damaged, split, of another architecture or quantised
-        otherwise than in `QUANTISATIONS`.
+      UserError: the file is truncated, damaged, split, of another architecture, or has a quantisation that is not in
+        `QUANTISATIONS`.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
         metadata, tensors = _read_header(path)
-        # The vocabulary is read again when it is wanted: until then its strings would take memory that arrays need.
+        # The vocabulary is read again when it is needed: until then its strings would take memory that arrays need.
         self._metadata = {name: value for name, value in metadata.items() if not isinstance(value, list)}
         self._rope_freqs = tensors.pop(_ROPE_FREQS, None)
         self._tensors = {_hf_name(path, name): tensor for name, tensor in tensors.items()}
@@ -93,14 +94,12 @@ class GGUFFile:
         return values[(slice(None), *index[1:])]
 
     def check_tokenizer(self) -> None:
-        check_gguf_tokenizer(self.path, self._metadata)
+        GGUFVocabulary(self._metadata, self.path)
 
     def tokenizer(self) -> Tokenizer:
-        return read_gguf_tokenizer(self.path, _read_header(self.path)[0])
+        return GGUFVocabulary(_read_header(self.path)[0], self.path).tokenizer()
 
     def _rows(self, name: str, tensor: _Tensor, rows: range) -> np.ndarray:
-        import gguf
-
         # One-dimensional arrays are never quantised: each element is a row.
         offset, count = tensor.offset + rows.start * tensor.row_bytes, len(rows) * tensor.row_bytes
         try:
@@ -116,7 +115,8 @@ class GGUFFile:
         """What config.json would say."""
         named = HFConfig(self._metadata, self.path)
         architecture = named.choice("general.architecture", tuple(_ARCHITECTURES))
-        get = HFConfig(dict(_below(self._metadata, architecture)), f"{self.path}: {architecture}")
+        below = {name.removeprefix(f"{architecture}."): value for name, value in self._metadata.items()}
+        get = HFConfig(below, f"{self.path}: {architecture}")
         heads, width = get.integer("attention.head_count"), get.integer("embedding_length")
         head_dim = get.integer("attention.key_length", width // heads)
         for name, why in _REFUSED.items():
@@ -162,16 +162,11 @@ class GGUFFile:
 
 def _read_header(path: str) -> tuple[dict[str, Any], dict[str, _Tensor]]:
     """Metadata and arrays' places. Raises UserError for a file that is not whole."""
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"{path}: GGUF files need the package gguf: pip install darkformer_jax[gguf]") from error
     with open(path, "rb") as file:
         try:
             metadata, infos, start = read_header(file)
         except _READ_ERRORS as error:
-            reason = one_line(error)
-            raise UserError(f"{path}: truncated, damaged or no GGUF file: {reason}") from error
+            raise UserError(f"{path}: truncated, damaged or no GGUF file: {one_line(error)}") from error
     if metadata.get("split.count", 1) not in (0, 1):
         raise UserError(f"{path}: one of {metadata['split.count']} parts; merge them with llama.cpp's gguf-split first")
     size = os.path.getsize(path)
@@ -179,8 +174,6 @@ def _read_header(path: str) -> tuple[dict[str, Any], dict[str, _Tensor]]:
 
 
 def _place(path: str, info: TensorInfo, start: int, size: int) -> _Tensor:
-    import gguf
-
     name, shape = info.name, info.shape
     try:
         quantisation = gguf.GGMLQuantizationType(info.kind)
@@ -208,12 +201,6 @@ def _hf_name(path: str, name: str) -> str:
     raise UserError(f"{path}: array {name} is not part of a model that is read from GGUF: {', '.join(_ARCHITECTURES)}")
 
 
-def _below(metadata: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, value in metadata.items():
-        if name.startswith(prefix + "."):
-            yield name.removeprefix(prefix + "."), value
-
-
 def _undo_interleaving(rows: np.ndarray, head_dim: int) -> np.ndarray:
     """From llama.cpp's pairs of neighbours (x_0, x_1), (x_2, x_3), ... to the halves that this model's RoPE rotates."""
     shape = (-1, head_dim // 2, 2, *rows.shape[1:])
@@ -221,7 +208,7 @@ def _undo_interleaving(rows: np.ndarray, head_dim: int) -> np.ndarray:
 
 
 def _llama3_scaling(path: str, factors: np.ndarray, theta: float, head_dim: int) -> dict[str, Any]:
-    """The llama3 scaling whose frequencies are slowed by `factors`; Meta has published it with one pair of bounds."""
+    """The llama3 scaling that slows frequencies by `factors`; Meta has published one pair of its bounds."""
     low, high, length = 1.0, 4.0, 8192
     factor = float(factors.max(initial=0.0))
     turns = length * theta ** (-np.arange(head_dim // 2) * 2 / head_dim) / (2 * np.pi)

@@ -1,17 +1,23 @@
-"""The vocabulary inside a GGUF file: SentencePiece, or byte-level BPE with a known splitting of text."""
+"""The vocabulary inside a GGUF file: SentencePiece (Llama 1 and 2, Mistral, TinyLlama) or byte-level BPE.
+
+Of SentencePiece the file has the pieces with their scores and types. What it leaves out is what llama.cpp takes for
+granted, as do the published models: BPE by score, bytes for what has no piece, spaces written as U+2581, and text
+otherwise left alone. Of byte-level BPE the file names how text is split before merges apply.
+"""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import tokenizers as hf
 
-from darkformer_jax.data.tokenizers import HuggingFaceTokenizer, Tokenizer
+from darkformer_jax.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 from darkformer_jax.errors import UserError
-from darkformer_jax.pretrained.gguf_sentencepiece import flag_of, list_of, marking_token, read_gguf_sentencepiece
+from darkformer_jax.pretrained.hf_config import HFConfig
 
 _SENTENCEPIECE, _BYTE_LEVEL = "llama", "gpt2"  # as llama.cpp calls them
-_CONTROL, _USER_DEFINED = 3, 4  # token types
+_CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6  # token types, which have the same numbers in SentencePiece
 
 _WORDS_LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -20,22 +26,22 @@ _WORDS_LLAMA3 = (
 _WORDS_QWEN2 = _WORDS_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
-def _byte_level(use_regex: bool) -> Any:
+def _bytes_as_letters(use_regex: bool) -> Any:
     return hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
 
 
 def _split(pattern: str) -> Any:
     words = hf.pre_tokenizers.Split(hf.Regex(pattern), "isolated")
-    return hf.pre_tokenizers.Sequence([words, _byte_level(False)])
+    return hf.pre_tokenizers.Sequence([words, _bytes_as_letters(False)])
 
 
 def _digits_apart() -> Any:
-    return hf.pre_tokenizers.Sequence([hf.pre_tokenizers.Digits(individual_digits=True), _byte_level(True)])
+    return hf.pre_tokenizers.Sequence([hf.pre_tokenizers.Digits(individual_digits=True), _bytes_as_letters(True)])
 
 
 # How text is split before merges apply, by the name that llama.cpp gives it.
 _PRE_TOKENIZERS: Mapping[str, Callable[[], Any]] = {
-    "gpt-2": lambda: _byte_level(True),
+    "gpt-2": lambda: _bytes_as_letters(True),
     "smollm": _digits_apart,
     "llama-bpe": lambda: _split(_WORDS_LLAMA3),
     "qwen2": lambda: _split(_WORDS_QWEN2),
@@ -45,45 +51,105 @@ _BEGINS_WITH_BOS = ("llama-bpe",)  # where the file does not say
 _NFC = ("qwen2",)
 
 
-def check_gguf_tokenizer(path: str, metadata: Mapping[str, Any]) -> None:
-    """Raises UserError for a vocabulary that cannot be rebuilt: of another kind, or split in an unknown way."""
-    kind, pre = (metadata.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
-    if kind not in (_SENTENCEPIECE, _BYTE_LEVEL):
-        raise UserError(
-            f"{path}: tokenizer.ggml.model = {kind!r} cannot be rebuilt exactly; allowed: {_SENTENCEPIECE} "
-            f"(SentencePiece), {_BYTE_LEVEL} (byte-level BPE); convert the model's Hugging Face directory instead"
-        )
-    if kind == _BYTE_LEVEL and pre not in _PRE_TOKENIZERS:
-        raise UserError(f"{path}: tokenizer.ggml.pre = {pre!r}: allowed: {', '.join(_PRE_TOKENIZERS)}")
-    if metadata.get("tokenizer.ggml.eos_token_id") is None:
-        raise UserError(f"{path}: tokenizer.ggml.eos_token_id is missing: no token ends a document")
+class GGUFVocabulary(HFConfig):
+    """What a file says below `tokenizer.ggml`.
+
+    Raises:
+      UserError: a vocabulary that cannot be rebuilt: of another kind, split in an unknown way, or without an end.
+    """
+
+    def __init__(self, metadata: Mapping[str, Any], path: str) -> None:
+        super().__init__(metadata, path)
+        if metadata.get("tokenizer.ggml.model") not in (_SENTENCEPIECE, _BYTE_LEVEL):
+            raise self.error(
+                "tokenizer.ggml.model",
+                f"cannot be rebuilt exactly; allowed: {_SENTENCEPIECE} (SentencePiece), {_BYTE_LEVEL} (byte-level BPE);"
+                " convert the model's Hugging Face directory instead",
+            )
+        if metadata["tokenizer.ggml.model"] == _BYTE_LEVEL:
+            self.choice("tokenizer.ggml.pre", tuple(_PRE_TOKENIZERS))
+        if metadata.get("tokenizer.ggml.eos_token_id") is None:
+            raise UserError(f"{path}: tokenizer.ggml.eos_token_id is missing: no token ends a document")
+
+    def tokenizer(self) -> Tokenizer:
+        """Raises UserError where it cannot be rebuilt exactly, or is damaged."""
+        tokens = self._list("tokens", str)
+        if self.values["tokenizer.ggml.model"] == _SENTENCEPIECE:
+            return self._sentencepiece(tokens)
+        return self._byte_level(tokens)
+
+    def _sentencepiece(self, tokens: list[str]) -> Tokenizer:
+        scores = self._list("scores", float, len(tokens))
+        types = self._list("token_type", int, len(tokens))
+        if types.count(_BYTE) not in (0, 256):
+            raise UserError(f"{self.path}: tokenizer.ggml.token_type has {types.count(_BYTE)} bytes; allowed: 0, 256")
+        if not all(math.isfinite(score) for score in scores):
+            raise UserError(f"{self.path}: tokenizer.ggml.scores has a number that is not finite")
+        config: dict[str, Any] = {"tokenizer_class": "LlamaTokenizer", "legacy": False}
+        if "tokenizer.ggml.bos_token_id" in self.values:
+            config["bos_token"] = self._mark("bos", tokens)
+        config["eos_token"] = self._mark("eos", tokens)
+        config["add_bos_token"] = self.flag("tokenizer.ggml.add_bos_token", True) and "bos_token" in config
+        config["add_prefix_space"] = self.flag("tokenizer.ggml.add_space_prefix", True)
+        try:
+            return SentencePieceTokenizer(_sentencepiece_model(tokens, scores, types, config), config)
+        except (UserError, TypeError, ValueError) as error:
+            raise UserError(f"{self.path}: tokenizer.ggml.tokens cannot be read: {error}") from error
+
+    def _byte_level(self, tokens: list[str]) -> Tokenizer:
+        pre, merges = self.values["tokenizer.ggml.pre"], self._list("merges", str)
+        vocabulary = {token: number for number, token in enumerate(tokens)}
+        if len(vocabulary) != len(tokens):
+            raise UserError(f"{self.path}: tokenizer.ggml.tokens has a token twice")
+        types = [1] * len(tokens)
+        if self.values.get("tokenizer.ggml.token_type"):
+            types = self._list("token_type", int, len(tokens))
+        adds_bos = self.flag("tokenizer.ggml.add_bos_token", pre in _BEGINS_WITH_BOS)
+        bos = self._mark("bos", tokens) if adds_bos else None
+        eos = self._mark("eos", tokens)
+        try:
+            return HuggingFaceTokenizer(_byte_level_json(vocabulary, merges, types, pre, bos), bos, eos)
+        except UserError:
+            raise
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{self.path}: tokenizer.ggml.merges do not fit the vocabulary: {error}") from error
+
+    def _list(self, name: str, kind: type, length: int | None = None) -> list[Any]:
+        """tokenizer.ggml.<name>, which must be a list of `kind`, as long as the tokens are where `length` says so."""
+        values = self.values.get(f"tokenizer.ggml.{name}")
+        if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+            raise UserError(f"{self.path}: tokenizer.ggml.{name} must be a list of {kind.__name__}")
+        if length is not None and len(values) != length:
+            raise UserError(f"{self.path}: tokenizer.ggml.{name} has {len(values)} entries for {length} tokens")
+        return values
+
+    def _mark(self, name: str, tokens: list[str]) -> str:
+        """The token that tokenizer.ggml.<name>_token_id stands for."""
+        return tokens[self.integer(f"tokenizer.ggml.{name}_token_id", smallest=0, largest=len(tokens) - 1)]
 
 
-def read_gguf_tokenizer(path: str, metadata: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer of a GGUF file. Raises UserError where it cannot be rebuilt exactly, or is damaged."""
-    check_gguf_tokenizer(path, metadata)
-    if metadata["tokenizer.ggml.model"] == _SENTENCEPIECE:
-        return read_gguf_sentencepiece(path, metadata)
-    pre = metadata["tokenizer.ggml.pre"]
-    tokens, merges = list_of(path, metadata, "tokens", str), list_of(path, metadata, "merges", str)
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    if len(vocabulary) != len(tokens):
-        raise UserError(f"{path}: tokenizer.ggml.tokens has a token twice")
-    types = [1] * len(tokens)
-    if metadata.get("tokenizer.ggml.token_type"):
-        types = list_of(path, metadata, "token_type", int, len(tokens))
-    adds_bos = flag_of(path, metadata, "add_bos_token", pre in _BEGINS_WITH_BOS)
-    bos = marking_token(path, metadata, "bos", tokens) if adds_bos else None
-    eos = marking_token(path, metadata, "eos", tokens)
-    try:
-        return HuggingFaceTokenizer(_definition(vocabulary, merges, types, pre, bos), bos, eos)
-    except UserError:
-        raise
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{path}: tokenizer.ggml.merges do not fit the vocabulary: {error}") from error
+def _sentencepiece_model(tokens: list[str], scores: list[float], types: list[int], config: Mapping[str, Any]) -> bytes:
+    """The bytes of the .model that the pieces were written from."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at run time
+    for token, score, kind in zip(tokens, scores, types, strict=True):
+        model.pieces.add(piece=token, score=score, type=kind)
+    trainer = model.trainer_spec
+    trainer.model_type = trainer.BPE
+    trainer.vocab_size = len(tokens)
+    trainer.byte_fallback = _BYTE in types
+    trainer.bos_piece = config.get("bos_token", trainer.bos_piece)
+    trainer.eos_piece = config["eos_token"]
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.add_dummy_prefix = config["add_prefix_space"]
+    model.normalizer_spec.remove_extra_whitespaces = False
+    return model.SerializeToString()
 
 
-def _definition(vocabulary: dict[str, int], merges: list[str], types: list[int], pre: str, bos: str | None) -> bytes:
+def _byte_level_json(
+    vocabulary: dict[str, int], merges: list[str], types: list[int], pre: str, bos: str | None
+) -> bytes:
     """The bytes of a tokenizer.json."""
     tokenizer = hf.Tokenizer(hf.models.BPE(ignore_merges=pre in _WHOLE_WORDS_FIRST))
     if pre in _NFC:

@@ -1,18 +1,23 @@
-"""Reading a config.json: every field checked, named where it is wrong."""
+"""Reading config.json and generation_config.json: every field checked, named where it is wrong."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from darkformer_jax.data.files import read_json_object
 from darkformer_jax.errors import UserError
 
+GENERATION_FILE = "generation_config.json"
+
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_LENGTH = "max_position_embeddings"
 _REQUIRED: Any = object()
 _LARGEST = 1e30  # of a positive number: all of them become float32
 
 
 class HFConfig:
-    """The fields of one config.json (or of what a GGUF file says in its place); null counts as absent.
+    """The fields of one config.json, or of a GGUF file's metadata; null counts as absent.
 
     Args:
       values: the JSON object.
@@ -42,7 +47,7 @@ class HFConfig:
         return value
 
     def window(self, absent: int) -> int:
-        """sliding_window: 0 where it is null, which to transformers is another thing than its absence."""
+        """sliding_window: 0 where it is null, which transformers does not take for its absence."""
         return 0 if self.values.get("sliding_window", absent) is None else self.integer("sliding_window", absent)
 
     def number(self, name: str, default: float = _REQUIRED) -> float:
@@ -65,7 +70,7 @@ class HFConfig:
         return str(value)
 
     def token_ids(self, name: str, vocab_size: int) -> int | list[int] | None:
-        """An id, several, or none, which for padding is -1 in old files."""
+        """An id, a list of ids, or None; old files also have -1 for "no padding"."""
         value = self.values.get(name)
         ids = value if isinstance(value, list) else [value] * (value is not None)
         first = -1 if name == "pad_token_id" else 0
@@ -99,3 +104,21 @@ class HFConfig:
                 raise UserError(f"{self.path}: the field {name} is missing")
             return default
         return value
+
+
+def origin_of(model_type: str, config: HFConfig, directory: str, vocab_size: int) -> dict[str, Any]:
+    """What config.json and `directory`'s generation_config.json, if it has one, say of ids and lengths.
+
+    An import keeps it and an export gives it back; see `runs.origin`. Raises UserError for ids outside the vocabulary.
+    """
+    kept = {name: config.token_ids(name, vocab_size) for name in _IDS if name in config.values}
+    if config.values.get(_LENGTH) is not None:
+        kept[_LENGTH] = config.integer(_LENGTH)
+    origin: dict[str, Any] = {"model_type": model_type, "config": kept}
+    path = os.path.join(directory, GENERATION_FILE)
+    if os.path.isfile(path):
+        generation = HFConfig.read(path)
+        for name in _IDS:
+            generation.token_ids(name, vocab_size)
+        origin["generation_config"] = dict(generation.values)
+    return origin

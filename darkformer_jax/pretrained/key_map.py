@@ -1,7 +1,7 @@
-"""Where each of our arrays stands in a checkpoint: its names there, layer by layer, and the two layouts.
+"""Where each of our arrays is in a checkpoint: its names there, layer by layer, and the two layouts.
 
-Hugging Face keeps a matrix as [out, in], heads merged; ours keeps [in, out] with heads apart. So each axis there is a
-group of our axes: q's kernel [D, H, d] is (H d, D) there, that is ((1, 2), (0,)).
+Hugging Face keeps a matrix as [out, in] with heads merged; we keep [in, out] with heads apart. So each axis there is a
+group of our axes: q's kernel [D, H, d] is [H d, D] there, that is ((1, 2), (0,)).
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from darkformer_jax.pretrained.families import Family
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]
 
-# The axes of ours that make up each axis there, by the end of our array's path.
+# Our axes that make up each axis there, by the end of our array's path.
 _GROUPS: Mapping[str, tuple[tuple[int, ...], ...]] = {
     "embedding": ((0,), (1,)),
     "head": ((0,), (1,)),
@@ -48,17 +48,17 @@ class Layout:
         return tuple(math.prod(self.shape[axis] for axis in group) for group in self.groups)
 
     def hf_index(self, index: Sequence[slice]) -> Index:
-        """The slice there that holds `index` of ours; of a merged axis only the first part may be split."""
+        """The slice there that holds our `index`; only the first part of a merged axis may be split."""
         return tuple(self._merged(group, index) for group in self.groups)
 
     def from_hf(self, piece: np.ndarray, index: Sequence[slice]) -> np.ndarray:
-        """What `hf_index(index)` selected there, as ours."""
+        """What `hf_index(index)` selects there, in our layout."""
         sizes = [len(range(*part.indices(size))) for part, size in zip(index, self.shape, strict=True)]
         order = self._order
         return piece.reshape([sizes[axis] for axis in order]).transpose(np.argsort(order))
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
-        """All of ours, as it stands there."""
+        """Our whole array, in the layout there."""
         return array.transpose(self._order).reshape(self.hf_shape)
 
     @property
@@ -69,15 +69,13 @@ class Layout:
         start, stop, _ = index[group[0]].indices(self.shape[group[0]])
         inner = math.prod(self.shape[axis] for axis in group[1:])
         if any(index[axis].indices(self.shape[axis])[:2] != (0, self.shape[axis]) for axis in group[1:]):
-            raise ValueError(
-                f"axes {group} of {self.shape} stand merged in the checkpoint: only the first may be split"
-            )
+            raise ValueError(f"axes {group} of {self.shape} are merged in the checkpoint: only the first may be split")
         return slice(start * inner, stop * inner)
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """One of our arrays: its path, and the checkpoint's array of each of its rows (of itself, where not stacked)."""
+    """One of our arrays: its path, and its name in the checkpoint, or those of its rows where it stacks layers."""
 
     path: tuple[str, ...]
     variable: Any
@@ -89,7 +87,7 @@ class Place:
 def places_of(network: Network, family: Family) -> list[Place]:
     """Every parameter that the family's checkpoints hold, in the model's order.
 
-    Parameters of feature mechanisms (M, learned projections) are none of theirs and left out.
+    Parameters of feature mechanisms (M, learned projections) are left out: no family has them.
 
     Raises:
       UserError: an array of the model that has no name in the family.

@@ -1,4 +1,4 @@
-"""From a checkpoint to a workdir: arrays stream one by one onto the devices, each of which reads its slice alone."""
+"""From a checkpoint to a workdir: arrays stream one by one onto the devices, and each device reads its own slice."""
 
 import contextlib
 import ctypes
@@ -22,10 +22,12 @@ from jax.sharding import PartitionSpec as P
 from darkformer_jax.config.specs import model_spec
 from darkformer_jax.config.validation import validate
 from darkformer_jax.data.files import whole_directory
+from darkformer_jax.data.progress import ProgressBar, no_progress
 from darkformer_jax.distributed.sharding import make_mesh, sharding_of
 from darkformer_jax.errors import UserError
 from darkformer_jax.model.network import Network, logical_axes
 from darkformer_jax.pretrained.families import Family, family_of
+from darkformer_jax.pretrained.hf_config import origin_of
 from darkformer_jax.pretrained.key_map import Layout, Place, places_of
 from darkformer_jax.pretrained.mechanism import (
     MechanismArray,
@@ -35,14 +37,11 @@ from darkformer_jax.pretrained.mechanism import (
     mechanism_arrays,
     read_mechanism,
 )
-from darkformer_jax.pretrained.origin import origin_of
 from darkformer_jax.pretrained.safetensors_files import DTYPES, SafetensorsFiles
 from darkformer_jax.pretrained.source import Source
 from darkformer_jax.runs.checkpoints import Checkpoints
 from darkformer_jax.runs.origin import write_origin
 from darkformer_jax.runs.workdir import Workdir
-
-OnArray = Callable[[int, int], None]  # called with the bytes of an array once it is there, and those of all arrays
 
 _BLOCK_BYTES = 4 * 2**20  # read at once
 _ALIGNMENT = 64  # bytes; XLA's
@@ -52,24 +51,28 @@ _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
+class PlannedArray(NamedTuple):
+    """An array of the model: where it goes, as what, and what fills a slice of it."""
+
+    path: tuple[str, ...]  # from "params" or "projections" on
+    variable: Any
+    dtype: np.dtype
+    read: Callable[[Sequence[slice], np.ndarray], None]
+
+
 class Import(NamedTuple):
     """A checkpoint whose names and shapes fit the model that its config.json describes. Nothing is loaded."""
 
     source: Source
     family: Family
     config: ml_collections.ConfigDict
-    places: list[Place]
-    dtypes: list[np.dtype]  # of the places
-    mechanism: list[MechanismArray]
-    mechanism_files: SafetensorsFiles | None
+    arrays: list[PlannedArray]
     origin: dict[str, Any]
 
     @property
     def num_bytes(self) -> int:
         """Of all arrays, as they are stored."""
-        variables = [place.variable for place in self.places] + [array.variable for array in self.mechanism]
-        dtypes = self.dtypes + [array.variable.dtype for array in self.mechanism]
-        return sum(math.prod(v.shape) * dtype.itemsize for v, dtype in zip(variables, dtypes, strict=True))
+        return sum(math.prod(array.variable.shape) * array.dtype.itemsize for array in self.arrays)
 
 
 def plan_import(source: Source, config: ml_collections.ConfigDict, dtype: str | None = None) -> Import:
@@ -96,15 +99,16 @@ def plan_import(source: Source, config: ml_collections.ConfigDict, dtype: str | 
     network = Network.of(model_spec(config, config.model.vocab_size))
     places = places_of(network, family)
     _check_arrays(source, places, config.model.tie_embeddings)
-    dtypes = [_place_dtype(source, place, dtype) for place in places]
-    mechanism = mechanism_arrays(network)
+    arrays = [_planned(source, place, dtype) for place in places]
     if own:
+        mechanism = mechanism_arrays(network)
         check_mechanism(own, mechanism)
+        arrays += [_planned_mechanism(own, array) for array in mechanism]
     origin = origin_of(family.model_type, source.config, source.path, config.model.vocab_size)
-    return Import(source, family, config, places, dtypes, mechanism, own, origin)
+    return Import(source, family, config, arrays, origin)
 
 
-def run_import(plan: Import, workdir: str, on_array: OnArray) -> None:
+def run_import(plan: Import, workdir: str, progress_bar: ProgressBar = no_progress) -> None:
     """Writes the workdir, all of it or nothing.
 
     Raises:
@@ -115,12 +119,12 @@ def run_import(plan: Import, workdir: str, on_array: OnArray) -> None:
         own.write_config(plan.config.to_dict())
         _save_tokenizer(plan.source, plan.config.model.vocab_size, temporary)
         _return_freed_memory()
-        _save_arrays(plan, own, on_array)
+        _save_arrays(plan, own, progress_bar)
         write_origin(own, plan.origin)
 
 
 def _save_tokenizer(source: Source, vocab_size: int, directory: Path) -> None:
-    """Before the arrays, so that its mistakes show at once, and not kept: it takes memory that they need."""
+    """Before the arrays, so that its mistakes show at once; not kept, because it takes memory that they need."""
     tokenizer = source.tokenizer()
     size = tokenizer.vocab_size
     # Fewer ids than rows is common: tables are padded. Less than half of them is another model's tokenizer.
@@ -133,19 +137,23 @@ def _save_tokenizer(source: Source, vocab_size: int, directory: Path) -> None:
 
 
 def _return_freed_memory() -> None:
-    """To the system, for the arrays: glibc keeps the tokenizer's, some 20 MB in a peak. Elsewhere nothing."""
+    """To the system, for the arrays: glibc keeps the tokenizer's, some 20 MB of the peak. Elsewhere does nothing."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
-def _save_arrays(plan: Import, workdir: Workdir, on_array: OnArray) -> None:
+def _save_arrays(plan: Import, workdir: Workdir, progress_bar: ProgressBar) -> None:
     mesh = _mesh(plan.config.model.embed_dim)
-    state = _load(plan, mesh, on_array)
-    state["step"] = jax.device_put(np.zeros((), np.int32), NamedSharding(mesh, P()))
+    state: dict[tuple[str, ...], jax.Array] = {}
+    with progress_bar(plan.num_bytes, "B", "import") as bar:
+        for array in plan.arrays:
+            state[array.path] = loaded = _on_devices(array, mesh)
+            bar.update(loaded.nbytes)
+    state["step",] = jax.device_put(np.zeros((), np.int32), NamedSharding(mesh, P()))
     with contextlib.closing(Checkpoints(workdir, compress=False)) as checkpoints:
-        checkpoints.save(0, state)
+        checkpoints.save(0, unflatten_dict(state))
 
 
 def _stored_dtype(source: Source, name: str, dtype: str | None) -> np.dtype:
@@ -156,12 +164,6 @@ def _stored_dtype(source: Source, name: str, dtype: str | None) -> np.dtype:
     if dtype is not None:
         return jnp.dtype(dtype)
     return _BFLOAT16 if array.dtype == "BF16" else np.dtype(np.float32)
-
-
-def _place_dtype(source: Source, place: Place, dtype: str | None) -> np.dtype:
-    """That of its layers where they agree; float32 holds every mixture."""
-    dtypes = {_stored_dtype(source, name, dtype) for name in place.names}
-    return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
 
 def _check_arrays(source: Source, places: Sequence[Place], tied: bool) -> None:
@@ -185,22 +187,7 @@ def _equal(source: Source, one: str, other: str) -> bool:
     return all(np.array_equal(source.read(one, (part,)), source.read(other, (part,))) for part in slices)
 
 
-def _load(plan: Import, mesh: Mesh, on_array: OnArray) -> dict[str, Any]:
-    """{"params": ..., "projections": ...} on the mesh."""
-    state: dict[tuple[str, ...], jax.Array] = {}
-    for place, dtype in zip(plan.places, plan.dtypes, strict=True):
-        array = _load_place(plan.source, place, dtype, mesh)
-        state["params", *place.path] = array
-        on_array(array.nbytes, plan.num_bytes)
-    for own in plan.mechanism:
-        assert plan.mechanism_files is not None
-        array = _load_mechanism(plan.mechanism_files, own, mesh)
-        state[own.tree, *own.path] = array
-        on_array(array.nbytes, plan.num_bytes)
-    return unflatten_dict(state)
-
-
-def _load_place(source: Source, place: Place, stored: np.dtype, mesh: Mesh) -> jax.Array:
+def _planned(source: Source, place: Place, dtype: str | None) -> PlannedArray:
     def read(index: Sequence[slice], piece: np.ndarray) -> None:
         if not place.stacked:
             _read_blocks(source, place.names[0], place.layout, index, piece)
@@ -208,7 +195,16 @@ def _load_place(source: Source, place: Place, stored: np.dtype, mesh: Mesh) -> j
         for name, row in zip(place.names[index[0]], piece, strict=True):
             _read_blocks(source, name, place.layout, index[1:], row)
 
-    return _on_devices("/".join(place.path), place.variable, stored, mesh, read)
+    dtypes = {_stored_dtype(source, name, dtype) for name in place.names}
+    stored = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)  # which holds every mixture
+    return PlannedArray(("params", *place.path), place.variable, stored, read)
+
+
+def _planned_mechanism(files: SafetensorsFiles, array: MechanismArray) -> PlannedArray:
+    def read(index: Sequence[slice], piece: np.ndarray) -> None:
+        piece[...] = files.read(array.name, index)
+
+    return PlannedArray((array.tree, *array.path), array.variable, np.dtype(array.variable.dtype), read)
 
 
 def _read_blocks(source: Source, name: str, layout: Layout, index: Sequence[slice], piece: np.ndarray) -> None:
@@ -228,31 +224,22 @@ def _read_blocks(source: Source, name: str, layout: Layout, index: Sequence[slic
             raise UserError(f"{file}: array {name} has a number that is not finite as {block.dtype}")
 
 
-def _load_mechanism(files: SafetensorsFiles, array: MechanismArray, mesh: Mesh) -> jax.Array:
-    def read(index: Sequence[slice], piece: np.ndarray) -> None:
-        piece[...] = files.read(array.name, index)
-
-    return _on_devices(array.name, array.variable, np.dtype(array.variable.dtype), mesh, read)
-
-
-def _on_devices(
-    name: str, variable: Any, dtype: np.dtype, mesh: Mesh, read: Callable[[Sequence[slice], np.ndarray], None]
-) -> jax.Array:
+def _on_devices(array: PlannedArray, mesh: Mesh) -> jax.Array:
     """The array on the mesh, a device's slice at a time: jax.make_array_from_callback would hold all slices at once."""
-    shape = tuple(variable.shape)
-    sharding = sharding_of(name, logical_axes(variable), shape, mesh)
+    shape = tuple(array.variable.shape)
+    sharding = sharding_of("/".join(array.path), logical_axes(array.variable), shape, mesh)
     pieces = []
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         assert index is not None  # only of a device that holds nothing
-        piece = _aligned_empty(sharding.shard_shape(shape), dtype)
-        read(index, piece)
+        piece = _aligned_empty(sharding.shard_shape(shape), array.dtype)
+        array.read(index, piece)
         pieces.append(jax.device_put(piece, device).block_until_ready())
         del piece
     return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
 
 
 def _aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """Memory that a CPU device takes over as it is; what is not aligned, it copies."""
+    """Memory that a CPU device takes over as it is: it copies what is not aligned."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     offset = -memory.ctypes.data % _ALIGNMENT

@@ -1,20 +1,21 @@
-"""What a model with feature mechanisms has beyond a Hugging Face model: darkformer.json and darkformer.safetensors.
+"""What the export of a model with feature mechanisms has beyond a Hugging Face model.
 
-The json holds every field of `model` and the seed; the arrays are M, gains, learned and random projections, under our
-paths and in our layout. config.json and model.safetensors beside them are the same transformer with exact attention.
+darkformer.json holds every field of `model` and the seed; darkformer.safetensors holds M, gains, learned and random
+projections, under our paths and in our layout. config.json and model.safetensors beside them are the same transformer
+with exact attention. README.md says so.
 """
 
 import dataclasses
 import functools
-import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 
 from darkformer_jax.config.fields import flat_fields
-from darkformer_jax.data.files import read_json_object
+from darkformer_jax.data.files import read_json_object, write_file, write_json
 from darkformer_jax.errors import UserError, one_line
 from darkformer_jax.model.network import Network
 from darkformer_jax.pretrained.families import Fields, canonical
@@ -25,6 +26,27 @@ from darkformer_jax.pretrained.safetensors_files import SafetensorsFiles, Stored
 STEM = "darkformer"
 JSON_FILE = f"{STEM}.json"
 _FORMAT = 1
+_README = """# An exported DARKFormer
+
+Attention, layer by layer: {kinds}.
+
+Plain `transformers` does not know feature attention. It reads `config.json` and the weights beside it as a
+`{architecture}`, that is the same transformer with **exact softmax attention in every layer**:
+
+* it loads without missing or unexpected keys, and its embeddings, projections, MLPs and norms are this model's;
+* its logits are **not** this model's: they are what these weights give with softmax attention, with its quadratic cost
+  and growing cache. Use it as a starting point, not to judge this model.
+
+What makes the model what it is stands in two more files, which transformers ignores:
+
+* `darkformer.json`: every field of the model, mechanism and window included, and the seed;
+* `darkformer.safetensors`: M (the learned geometry), learned and random projections, under their names here.
+
+With darkformer_jax both are read back, bit for bit:
+
+    python -m darkformer_jax.convert --source=<this directory> --workdir=runs/copy
+    python -m darkformer_jax.generate --workdir=runs/copy --prompt="..."
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +81,14 @@ def exact_fields(fields: Fields) -> Fields:
     return canonical(fields | layer_fields(kinds, fields["attention.local_window"]))
 
 
-def write_mechanism(directory: Path, config: ml_collections.ConfigDict) -> None:
-    """Writes darkformer.json."""
-    content = {"format": _FORMAT, "seed": config.seed, "model": dict(flat_fields(config.model.to_dict()))}
-    (directory / JSON_FILE).write_text(json.dumps(content, indent=2) + "\n")
+def write_mechanism(directory: Path, config: ml_collections.ConfigDict, architecture: str) -> None:
+    """Writes darkformer.json, and README.md: what plain transformers can and cannot do with the export."""
+    fields = dict(flat_fields(config.model.to_dict()))
+    write_json(directory / JSON_FILE, {"format": _FORMAT, "seed": config.seed, "model": fields})
+    counts = Counter(kinds_of(fields))
+    shown = (f"{count} x {kind}{' (exact)' * (kind in (FULL, LOCAL))}" for kind, count in counts.items())
+    readme = _README.format(kinds=", ".join(shown), architecture=architecture)
+    write_file(str(directory / "README.md"), readme.encode())
 
 
 def has_mechanism(directory: str) -> bool:
@@ -71,10 +97,10 @@ def has_mechanism(directory: str) -> bool:
 
 
 def read_mechanism(directory: str, config: ml_collections.ConfigDict, exact: Fields) -> SafetensorsFiles:
-    """Sets the fields of darkformer.json in `config`; the files then hold the mechanisms' arrays.
+    """Sets the fields of darkformer.json in `config`, and opens the files with the mechanisms' arrays.
 
     Args:
-      exact: what config.json says.
+      exact: the model's fields by config.json.
 
     Raises:
       UserError: another format, fields that this version does not have, or another transformer than config.json's.
@@ -102,10 +128,10 @@ def check_mechanism(files: SafetensorsFiles, arrays: list[MechanismArray]) -> No
 
 
 def check_shapes(arrays: dict[str, StoredArray], wanted: dict[str, tuple[int, ...]], where: str, config: str) -> None:
-    """Raises UserError for the first array that is missing, of another shape, or not wanted.
+    """Raises UserError for the first array that is missing, has another shape, or is not wanted.
 
     Args:
-      where: named for a missing array.
+      where: what should hold a missing array.
       config: the file that the shapes follow from.
     """
     for name, shape in wanted.items():

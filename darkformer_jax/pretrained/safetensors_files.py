@@ -1,4 +1,8 @@
-"""safetensors, one file or several with an index: slices read one at a time, arrays written one after another."""
+"""safetensors, one file or several with an index: slices read one at a time, arrays written one after another.
+
+The package `safetensors` reads the arrays. Headers are read by hand because it does not say which array of a file is
+cut off or of a wrong size, and files are written by hand because it takes all arrays of a file at once.
+"""
 
 import dataclasses
 import json
@@ -13,7 +17,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from darkformer_jax.data.files import read_json_object
+from darkformer_jax.data.files import read_json_object, write_json
 from darkformer_jax.errors import UserError, one_line
 
 DTYPES: dict[str, np.dtype] = {
@@ -27,7 +31,7 @@ _MAX_HEADER = 100_000_000  # bytes; the format's own limit
 
 @dataclasses.dataclass(frozen=True)
 class StoredArray:
-    """What a header says of one array. `dtype` is the format's name: F32, BF16, ..."""
+    """What a header says about one array. `dtype` is the format's name: F32, BF16, ..."""
 
     file: str
     shape: tuple[int, ...]
@@ -73,14 +77,12 @@ class SafetensorsFiles:
         except (OSError, safetensors.SafetensorError) as error:
             raise UserError(f"{array.file}: array {name} cannot be read: {one_line(error)}") from error
 
-    def _add(self, file: str) -> list[str]:
-        names = []
-        for name, array in _read_header(file):
-            if name in self.arrays:
-                raise UserError(f"{file}: array {name} is in {os.path.basename(self.arrays[name].file)}, too")
-            self.arrays[name] = array
-            names.append(name)
-        return names
+    def _add(self, file: str) -> dict[str, StoredArray]:
+        found = dict(_read_header(file))
+        for name in found.keys() & self.arrays.keys():
+            raise UserError(f"{file}: array {name} is in {os.path.basename(self.arrays[name].file)}, too")
+        self.arrays |= found
+        return found
 
     def _add_shards(self, index: str) -> None:
         weight_map = read_json_object(index).get("weight_map")
@@ -93,13 +95,13 @@ class SafetensorsFiles:
                 raise UserError(f"{index}: {file!r} is not the name of a file beside it")
             if not os.path.isfile(path):
                 raise UserError(f"{path} is missing; it should hold {listed[0]} and {len(listed) - 1} more arrays")
-            absent = sorted(set(listed) - set(self._add(path)))
+            absent = sorted(set(listed) - self._add(path).keys())
             if absent:
                 raise UserError(f"{path}: array {absent[0]} is missing, which {os.path.basename(index)} lists there")
 
 
 def _read_header(path: str) -> Iterator[tuple[str, StoredArray]]:
-    """Name and place of each array. The package would say that a header is wrong, not which array is cut off."""
+    """Name and place of each array."""
     try:
         size = os.path.getsize(path)
         with open(path, "rb") as file:
@@ -111,8 +113,9 @@ def _read_header(path: str) -> Iterator[tuple[str, StoredArray]]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        reason = one_line(error)
-        raise UserError(f"{path}: damaged, or no safetensors file: its header is not JSON: {reason}") from error
+        raise UserError(
+            f"{path}: damaged, or no safetensors file: its header is not JSON: {one_line(error)}"
+        ) from error
     if not isinstance(header, dict):
         raise UserError(f"{path}: damaged, or no safetensors file: its header is no object")
     header.pop("__metadata__", None)
@@ -186,13 +189,13 @@ def write_safetensors(
     try:
         for name, arrays in zip(names, shards, strict=True):
             _write_file(directory / name, arrays, stream)
-        if count > 1:
-            total = sum(array.nbytes for arrays in shards for array in arrays)
-            weight_map = {array.name: name for name, arrays in zip(names, shards, strict=True) for array in arrays}
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {error.filename or directory}: {error.strerror}") from error
+    if count > 1:
+        total = sum(array.nbytes for arrays in shards for array in arrays)
+        weight_map = {array.name: name for name, arrays in zip(names, shards, strict=True) for array in arrays}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(directory / f"{stem}.safetensors.index.json", index)
 
 
 def _write_file(path: Path, arrays: Sequence[ArrayToWrite], values: Iterator[np.ndarray]) -> None:

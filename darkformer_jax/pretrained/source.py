@@ -54,8 +54,10 @@ def open_source(path: str) -> Source:
     if os.path.isdir(path):
         return HFDirectory(path)
     if os.path.isfile(path) and path.endswith(".gguf"):
-        from darkformer_jax.pretrained.gguf_file import GGUFFile  # an extra
-
+        try:
+            from darkformer_jax.pretrained.gguf_file import GGUFFile
+        except ModuleNotFoundError as error:
+            raise UserError(f"{path}: GGUF files need the package gguf: pip install darkformer_jax[gguf]") from error
         return GGUFFile(path)
     if os.path.exists(path):
         raise UserError(f"--source={path}: allowed: a Hugging Face directory or a .gguf file")

@@ -34,10 +34,10 @@ class WorkdirModel(NamedTuple):
 
 
 def load_model(workdir: str | os.PathLike[str], step: int | None = None, mesh: Mesh | None = None) -> WorkdirModel:
-    """Reads the newest undamaged checkpoint of a workdir, or the one of `step`, onto the mesh or the default device.
+    """Reads the newest undamaged checkpoint of a workdir, or that of `step`, onto the mesh or the default device.
 
-    Parameters have the dtypes that they have in the checkpoint, float32 after training. Low-rank updates are merged
-    into the weights: what comes back, its config included, is a model without them.
+    Parameters keep the dtypes of the checkpoint, which are float32 after training. Low-rank updates are merged into the
+    weights: the model that it returns, its config included, has none.
 
     Raises:
       UserError: no config, no checkpoint, a damaged one, or one that does not fit the config.

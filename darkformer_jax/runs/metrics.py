@@ -61,8 +61,8 @@ class MetricWriter:
 
         Args:
           step: the optimizer step that the values belong to.
-          values: scalars (Python, numpy or jax) that are functions of the config and the step, such as `loss`; not
-            finite = null.
+          values: scalars (Python, numpy or jax) that are functions of the config and the step, such as `loss`; one
+            that is not finite becomes null.
           time: scalars that depend on a clock or the machine's state, such as `tokens_per_second`.
         """
         if not self._writes:

@@ -26,10 +26,19 @@ from darkformer_jax.training.step import TrainState, make_state_init, make_train
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """The parts of a training run. `abstract` is the state's shapes, `shardings` its layout on `mesh`.
+    """The parts of a training run.
 
-    `trained` are the parameters that `optimizer` is of, and `schedule` is the learning rate that metrics show.
-    `batch_sharding` is of arrays [rows, places].
+    Attributes:
+      config: validated, with a value for every field.
+      objective: what is learned.
+      network: the model.
+      trained: the parameters that the optimizer updates.
+      optimizer: of `trained`.
+      schedule: the learning rate that metrics show.
+      mesh: the devices.
+      abstract: the shapes of the state.
+      shardings: how the mesh holds the state.
+      batch_sharding: how it holds arrays [rows, places] of a batch.
     """
 
     config: ml_collections.ConfigDict

@@ -70,7 +70,7 @@ def test_topologies_that_libtpu_does_not_know(name, message):
 def test_mistakes_are_one_line(monkeypatch):
     with pytest.raises(UserError, match="--topology=v5e-8: expected a TPU's generation and shape .* v5e:16x16"):
         topology_devices("v5e-8")
-    with pytest.raises(UserError, match="--topology=cuda-h100: .* GPUs cannot be compiled for without one"):
+    with pytest.raises(UserError, match="--topology=cuda-h100: .* compiling for a GPU needs a GPU"):
         topology_devices("cuda-h100")
     with pytest.raises(UserError, match="--num_slices=0: must be at least 1"):
         topology_devices("v5e:2x2", 0)

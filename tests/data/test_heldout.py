@@ -3,13 +3,13 @@ import random
 import pytest
 
 from darkformer_jax.data.heldout import HeldoutSplit, hash_fraction
-from darkformer_jax.data.sources import Corpus, Document, identity_by_text
+from darkformer_jax.data.sources import Corpus, Document
 from darkformer_jax.errors import UserError
 
 
 def corpus_of(texts):
     found = [Document(f"{index}", text) for index, text in enumerate(texts)]
-    return Corpus(sum(map(len, texts)), lambda on_read: iter(found), identity_by_text)
+    return Corpus(sum(map(len, texts)), lambda on_read: iter(found))
 
 
 def sides(split):

@@ -75,9 +75,9 @@ def test_preparing_twice_gives_the_same_tokens_and_never_overwrites(arguments, t
     first, second = (load_prepared(out)[0] for out in outs)
     for one, other in zip(first.read(np.array([0]), 9999), second.read(np.array([0]), 9999), strict=True):
         np.testing.assert_array_equal(one, other)
-    with pytest.raises(UserError, match="not an empty directory"):
+    with pytest.raises(UserError, match="is there already; give a new or an empty directory"):
         prepare(outs[0], **arguments)
-    with pytest.raises(UserError, match="not an empty directory"):
+    with pytest.raises(UserError, match="is there already; give a new or an empty directory"):
         prepare(arguments["files"], **arguments)
     load_prepared(outs[0])
 
@@ -133,7 +133,7 @@ def test_a_bad_manifest(change, message, arguments, tmp_path):
     with pytest.raises(UserError, match=message):
         load_prepared(str(out))
     (out / "manifest.json").write_text(json.dumps(manifest)[:-20])
-    with pytest.raises(UserError, match="manifest.json is damaged"):
+    with pytest.raises(UserError, match="manifest.json is not JSON"):
         load_prepared(str(out))
 
 
@@ -149,11 +149,11 @@ def test_a_failed_preparation_leaves_nothing(arguments, tmp_path):
         file.write('{"no text": 1}\n')
     with pytest.raises(UserError, match='corpus.jsonl:207: no "text"'):
         prepare(str(tmp_path / "out"), **arguments)
-    assert os.listdir(tmp_path / "out") == []
+    assert os.listdir(tmp_path) == ["corpus.jsonl"]
 
 
 def test_a_killed_preparation_does_not_load(arguments, tmp_path):
-    """Killed at the worst moment: everything is on disk, and the manifest is about to appear."""
+    """Killed at the worst moment: all but the manifest is on disk."""
     out = str(tmp_path / "out")
     program = f"""
 import os, signal
@@ -168,11 +168,14 @@ prepared.prepare({out!r}, **{arguments!r})
 """
     finished = subprocess.run([sys.executable, "-c", program], check=False)
     assert finished.returncode == -signal.SIGKILL
-    assert "train-00000.array_record" in os.listdir(out)
+    (partial,) = tmp_path.glob(".out.*")
+    assert (partial / "train-00000.array_record").exists()
     with pytest.raises(UserError, match="did not finish"):
+        load_prepared(str(partial))
+    with pytest.raises(UserError, match="does not exist"):
         load_prepared(out)
-    with pytest.raises(UserError, match="not an empty directory"):
-        prepare(out, **arguments)
+    prepare(out, **arguments)
+    load_prepared(out)
 
 
 def test_a_tokenizer_saved_in_the_workdir_is_used(corpus, tmp_path):

@@ -142,7 +142,7 @@ def test_verbs_and_exports_see_the_merged_model(tmp_path):
     assert_merged(model.params, state.params)
     assert "in darkformer.safetensors" in export_workdir(Workdir(tmp_path / "run"), str(tmp_path / "out"))
     plan = plan_import(open_source(str(tmp_path / "out")), tiny_config())
-    run_import(plan, str(tmp_path / "copy"), lambda done, total: None)
+    run_import(plan, str(tmp_path / "copy"))
     again = load_model(Workdir(tmp_path / "copy"))
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
     jax.tree.map(np.testing.assert_array_equal, again.projections, model.projections)

@@ -259,18 +259,18 @@ def test_the_scaling_of_llama_31(tmp_path):
         ({"architecture": "mamba"}, 'general.architecture = "mamba": allowed: llama, qwen2, qwen3'),
         (
             {"model": "t5"},
-            "tokenizer.ggml.model = 't5' cannot be rebuilt exactly; allowed: llama (SentencePiece), gpt2",
+            'tokenizer.ggml.model = "t5": cannot be rebuilt exactly; allowed: llama (SentencePiece), gpt2',
         ),
         ({"model": "llama", "token_types": [2, 6, 6]}, "tokenizer.ggml.token_type has 3 entries for"),
         ({"model": "llama", "token_types": [3, 6] + [1] * (VOCAB - 2)}, "tokenizer.ggml.token_type has 1 bytes"),
         ({"model": "llama"}, "tokenizer.ggml.tokens cannot be read: not a SentencePiece model"),
-        ({"tokenizer__ggml__add_bos_token": "false"}, "tokenizer.ggml.add_bos_token = 'false': must be true or false"),
+        ({"tokenizer__ggml__add_bos_token": "false"}, 'tokenizer.ggml.add_bos_token = "false": must be true or false'),
         (
             {"model": "llama", "tokenizer__ggml__add_space_prefix": "no"},
-            "tokenizer.ggml.add_space_prefix = 'no': must be true or false",
+            'tokenizer.ggml.add_space_prefix = "no": must be true or false',
         ),
         ({"bos": 999}, "bos_token_id = 999: must be an id from 0 to 63"),
-        ({"pre": "jina"}, "tokenizer.ggml.pre = 'jina': allowed: gpt-2, smollm"),
+        ({"pre": "jina"}, 'tokenizer.ggml.pre = "jina": allowed: gpt-2, smollm'),
         ({"llama__expert_count": 8}, "mixtures of experts are not supported"),
         ({"llama__rope__dimension_count": 2}, "rope.dimension_count = 2: must equal the head size, 4"),
         (
@@ -305,7 +305,7 @@ def test_truncated_and_damaged_files(tmp_path):
     whole = path.read_bytes()
     for damaged, message in (
         (whole[:-2000], "truncated: array "),
-        (whole[:700], "truncated, damaged or no GGUF file: it ends in the middle of its head"),
+        (whole[:700], "truncated, damaged or no GGUF file: it ends in the middle of its header"),
         (b"", "it does not begin with GGUF"),
         (b"GGML" + whole[4:], "it does not begin with GGUF"),
         (whole[:4] + b"\x09" + whole[5:], "version 9; allowed: 2, 3"),

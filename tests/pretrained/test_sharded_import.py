@@ -16,11 +16,11 @@ from darkformer_jax.pretrained.source import open_source
 
 assert len(jax.devices()) == 8
 plan = load.plan_import(open_source(sys.argv[1]), base.get_config())
-state = load._load(plan, load._mesh(16), lambda done, total: None)
-for path, leaf in jax.tree_util.tree_leaves_with_path(state["params"]):
+for array in plan.arrays:
+    leaf = load._on_devices(array, load._mesh(16))
     shards = [shard.data.size for shard in leaf.addressable_shards]
-    assert shards == [leaf.size // 8] * 8, (path, leaf.shape, shards)
-load.run_import(plan, sys.argv[2], lambda done, total: None)
+    assert shards == [leaf.size // 8] * 8, (array.path, leaf.shape, shards)
+load.run_import(plan, sys.argv[2])
 """
 
 

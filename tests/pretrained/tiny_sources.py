@@ -83,7 +83,7 @@ def write_llama(directory: Path, dtype: Any = np.float32, shard_bytes: int = 10*
 
 def import_source(source: Path | str, workdir: Path, dtype: str | None = None) -> WorkdirModel:
     """Imports, and reads the workdir."""
-    run_import(plan_import(open_source(str(source)), base.get_config(), dtype), str(workdir), lambda done, total: None)
+    run_import(plan_import(open_source(str(source)), base.get_config(), dtype), str(workdir))
     return load_model(Workdir(workdir))
 
 

@@ -1,4 +1,4 @@
-"""The families, by the model_type of their config.json; and which of them has a given model."""
+"""The families, by the model_type of their config.json, and the choice of one that has a given model."""
 
 from darkformer_jax.errors import UserError
 from darkformer_jax.pretrained.families.family import Family, Fields, kinds_of, layer_fields
@@ -35,7 +35,7 @@ def family_of(config: HFConfig) -> Family:
 
 
 def canonical(fields: Fields) -> Fields:
-    """The same model with every field that has no effect at its default, so that equal models have equal fields."""
+    """The same model, fields without an effect at their defaults, so that equal models have equal fields."""
     scale = fields["attention.query_scale"]
     return (
         fields
@@ -46,10 +46,13 @@ def canonical(fields: Fields) -> Fields:
 
 
 def fitting_family(fields: Fields, where: str, preferred: str = "") -> Family:
-    """A family that has the exact-attention model of these fields: `preferred` where it does, else the first one.
+    """A family that has the exact-attention model of these fields: `preferred` if it does, else the first that does.
+
+    Args:
+      where: the name of the model, for the error.
 
     Raises:
-      UserError: none has it; the message says what the nearest one lacks. `where` names the model.
+      UserError: none has it; the message says what the nearest one lacks.
     """
     wanted = canonical(fields)
     lacks: dict[str, list[str]] = {}

@@ -11,7 +11,7 @@ Fields = dict[str, Any]  # a model's fields by their names below `model.`: {"num
 
 LOCAL, FULL = "softmax_local", "softmax"
 MAX_LAYERS = 10_000
-SLIDING_WINDOW = 4096  # where a config.json of a family with windows does not name one
+SLIDING_WINDOW = 4096  # of a family with windows, where config.json does not name one
 _LAYER_TYPES = {"full_attention": FULL, "sliding_attention": LOCAL}
 
 # What a family has unless it says otherwise.
@@ -26,14 +26,14 @@ PLAIN: Fields = {
     "attention.softcap": 0.0,
 }
 
-# What relatives of Llama scale, under its model_type perhaps.
+# Factors that relatives of Llama have, some of them under its model_type.
 _MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling", "logit_scale")
 
-# config.json's activation -> ours. Exact GELU is not the tanh approximation: it is not here.
+# config.json's activation -> ours. Exact GELU is missing because it is not the tanh approximation.
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _HF_ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
 
-# Our array -> the name in a checkpoint; those of a block stand behind "model.layers.<layer>.".
+# Our array -> its name in a checkpoint, which "model.layers.<layer>." precedes in a block.
 LLAMA_NAMES: Mapping[str, str] = {
     "embedding": "model.embed_tokens.weight",
     "head": "lm_head.weight",
@@ -54,7 +54,7 @@ QKV_BIAS_NAMES: Mapping[str, str] = {
 QK_NORM_NAMES: Mapping[str, str] = {
     f"attention/{name}_norm/scale": f"self_attn.{name}_norm.weight" for name in ("q", "k")
 }
-# With a norm on both sides of attention and MLP, Gemma's name of the one before the MLP changes.
+# With norms on both sides of attention and MLP, Gemma has another name for the one before the MLP.
 POST_NORM_NAMES: Mapping[str, str] = {
     "post_attention_norm/scale": "post_attention_layernorm.weight",
     "mlp_norm/scale": "pre_feedforward_layernorm.weight",
@@ -91,9 +91,9 @@ def read_sizes(
     """The fields that every family has.
 
     Args:
-      tied: what an absent tie_word_embeddings means to the family.
-      kv_heads: likewise of num_key_value_heads; null, and None here, mean as many as there are heads.
-      head_dim: likewise; None = hidden_size / num_attention_heads.
+      tied: what an absent tie_word_embeddings means in the family.
+      kv_heads: what an absent num_key_value_heads means; None, like null in the file, = as many as heads.
+      head_dim: what an absent head_dim means; None = hidden_size / num_attention_heads.
       act: the field that holds the activation.
     """
     config.refuse("quantization_config", "quantised safetensors are not read; use the unquantised model or a GGUF file")
@@ -135,7 +135,7 @@ def write_sizes(fields: Fields, act: str = "hidden_act") -> dict[str, Any]:
 
 
 def require_whole_heads(config: HFConfig) -> None:
-    """Raises unless hidden_size divides by the heads, which transformers asks of some families, head_dim or not."""
+    """Raises unless the heads divide hidden_size, as transformers demands in some families even with a head_dim."""
     heads = config.integer("num_attention_heads")
     if config.integer("hidden_size") % heads:
         raise config.error("hidden_size", f"must be a multiple of num_attention_heads = {heads} in this family")
@@ -158,7 +158,7 @@ def kinds_of(fields: Fields) -> list[str]:
 
 
 def read_layer_types(config: HFConfig, default: Sequence[str]) -> Fields:
-    """Layers as config.json's layer_types lists them, else `default` (kinds of ours)."""
+    """The layers that config.json's layer_types lists, else `default` (our kinds)."""
     names = config.strings("layer_types")
     if names is None:
         kinds = list(default)
@@ -176,6 +176,6 @@ def read_layer_types(config: HFConfig, default: Sequence[str]) -> Fields:
 
 
 def write_layer_types(fields: Fields) -> list[str]:
-    """The inverse of `read_layer_types`; what is no exact attention has no name there."""
+    """The inverse of `read_layer_types`; kinds that are not exact attention keep our name."""
     names = {kind: name for name, kind in _LAYER_TYPES.items()}
     return [names.get(kind, kind) for kind in kinds_of(fields)]

@@ -19,7 +19,7 @@ GEMMA_FIELDS: Fields = {"norm_plus_one": True, "scale_embeddings": True}
 
 def _read(config: HFConfig) -> Fields:
     config.refuse("attention_bias", "biases of q, k, v and o are not supported")
-    # Early releases say hidden_act = "gelu" and mean its tanh approximation; hidden_activation corrects them.
+    # Early releases have hidden_act = "gelu" for its tanh approximation; hidden_activation corrects them.
     act = config.values.get("hidden_act")
     act = "gelu_pytorch_tanh" if act in (None, "gelu") else act
     if config.values.get("hidden_activation") not in (None, act):

@@ -28,7 +28,7 @@ def _read(config: HFConfig) -> Fields:
 
 
 def read_gemma2_sizes(config: HFConfig, *, attention_cap: float, final_cap: float) -> Fields:
-    """What Gemma 2 and 3 have in common; the caps are those of a config.json that does not name them (null: none)."""
+    """What Gemma 2 and 3 have in common; the given caps apply where config.json does not name them (null = none)."""
     config.refuse("attention_bias", "biases of q, k, v and o are not supported")
     require_whole_heads(config)
     fields = read_sizes(config, tied=True, kv_heads=4, head_dim=256, act="hidden_activation") | GEMMA_FIELDS
@@ -54,7 +54,7 @@ def write_gemma2_sizes(fields: Fields) -> dict[str, Any]:
         "query_pre_attn_scalar": max(1, round(scale**-2)) if scale else fields["head_dim"],
         "attn_logit_softcapping": fields["attention.softcap"] or None,
         "final_logit_softcapping": fields["logit_softcap"] or None,
-        # transformers builds the windows' mask for models of global layers, too
+        # transformers builds the windows' mask even for models without windows
         "sliding_window": fields["attention.local_window"] or SLIDING_WINDOW,
         "layer_types": write_layer_types(fields),
         "attention_bias": False,

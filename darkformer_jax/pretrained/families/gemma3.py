@@ -1,4 +1,4 @@
-"""Gemma 3, text: Gemma 2's blocks with QK-norm for soft-caps; windowed layers rotate with a theta of their own."""
+"""Gemma 3, text: Gemma 2's blocks with QK-norm in place of soft-caps; windowed layers have their own RoPE theta."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Llama 1, 2, 3 and 3.x, and what shares their code: SmolLM2, TinyLlama."""
+"""Llama 1, 2, 3 and 3.x, and models of the same code: SmolLM2, TinyLlama."""
 
 from typing import Any
 

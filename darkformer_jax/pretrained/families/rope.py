@@ -26,7 +26,7 @@ _USED = {
     "yarn": ("rope_factor", "rope_original_length", "rope_beta_fast", "rope_beta_slow", "rope_attention_factor"),
 }
 
-# What a rope_parameters or rope_scaling object may hold; published ones have some that their type has no use for.
+# What a rope_parameters or rope_scaling object may hold; published ones hold keys that their type does not use.
 _KEYS_OF_ALL = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _KEYS: dict[str, set[str]] = {
     "none": {"factor", "original_max_position_embeddings"},
@@ -47,7 +47,7 @@ _KEYS: dict[str, set[str]] = {
 
 
 def read_rope(config: HFConfig, default_theta: float = 10000.0) -> Fields:
-    """rope_theta and the scaling of a model whose layers all rotate alike."""
+    """rope_theta and the scaling of a model whose layers all have the same RoPE."""
     config.refuse("partial_rotary_factor", "only rotation of the whole head is supported", 1, 1.0)
     section = config.section("rope_scaling") or config.section("rope_parameters")
     theta = config.number("rope_theta", default_theta)
@@ -60,8 +60,8 @@ def read_scaling(section: HFConfig, theta: float, max_positions: int) -> Fields:
     """The fields of one rope_parameters or rope_scaling object.
 
     Args:
-      theta: where the object has none.
-      max_positions: the original context where the object does not say; 0 = unknown.
+      theta: used where the object has none.
+      max_positions: the original context where the object does not state it; 0 = unknown.
     """
     key = "rope_type" if section.values.get("rope_type") is not None else "type"
     scaling = _TYPES[section.choice(key, tuple(_TYPES), "default")]
@@ -123,7 +123,7 @@ def write_scaling(fields: Fields) -> dict[str, Any]:
 
 
 def canonical_rope(fields: Fields) -> Fields:
-    """The rotary fields, those without an effect set to their defaults."""
+    """The rotary fields, those without an effect at their defaults."""
     used = _USED[fields["rope_scaling"]]
     kept = NO_SCALING | {name: fields[name] for name in used}
     local, theta = fields["rope_local_theta"], fields["rope_theta"]
@@ -134,7 +134,7 @@ def canonical_rope(fields: Fields) -> Fields:
 
 
 def _yarn_attention_factor(section: HFConfig, factor: float) -> float:
-    """0 where yarn's own formula holds. DeepSeek's mscale pair is a number by another name."""
+    """0 = yarn's own formula. DeepSeek states the factor as mscale and mscale_all_dim."""
     if section.values.get("attention_factor") is not None:
         return section.number("attention_factor")
     if section.values.get("mscale") and section.values.get("mscale_all_dim"):

@@ -1,0 +1,189 @@
+"""From the workdir of an exact model to one with feature attention in its place, fitted layer by layer."""
+
+import contextlib
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import nnx
+
+from darkformer_jax.calibration import REPORT_FILE
+from darkformer_jax.calibration.geometry import whitening_geometry
+from darkformer_jax.calibration.moments import Moments
+from darkformer_jax.calibration.passages import read_passages
+from darkformer_jax.calibration.transfer import LayerTensors, Mechanism, errors, fit, matched_log_gain, teacher_layers
+from darkformer_jax.config.conversion import conversion_config
+from darkformer_jax.config.validation import validate
+from darkformer_jax.data.files import whole_directory, write_json
+from darkformer_jax.data.progress import ProgressBar
+from darkformer_jax.errors import UserError
+from darkformer_jax.mixers import MIXERS
+from darkformer_jax.mixers.spec import MixerSpec
+from darkformer_jax.mixers.window_only import WindowOnly
+from darkformer_jax.model.network import Network
+from darkformer_jax.runs.checkpoints import Checkpoints
+from darkformer_jax.runs.inherit import inherit
+from darkformer_jax.runs.load import WorkdirModel, load_language_model
+from darkformer_jax.runs.origin import hand_on_origin
+from darkformer_jax.runs.workdir import Workdir
+from darkformer_jax.tasks.next_token import NextToken
+from darkformer_jax.training.experiment import Experiment
+from darkformer_jax.training.init_from import initialize_from
+from darkformer_jax.training.step import TrainState
+
+EXACT_KINDS = tuple(kind for kind, mixer in MIXERS.items() if mixer.role == "exact")
+KINDS = tuple(kind for kind, mixer in MIXERS.items() if "window" in mixer.uses)  # that can take an exact one's place
+GEOMETRY_KINDS = tuple(kind for kind in KINDS if "geometry_init" in MIXERS[kind].uses)  # those of them with an M
+GEOMETRIES = ("identity", "whitening")
+MOMENTS_FILE = "moments.npz"
+
+_TOKENS_PER_STEP = 4096
+_GAIN_PASSAGES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to do; `python -m darkformer_jax.calibrate --help` explains each."""
+
+    workdir: str
+    step: int | None
+    text: str
+    test_text: str
+    mechanism: str
+    transfer_steps: int
+    learning_rate: float
+    passages: int
+    context: int
+    num_features: int
+    window: int
+    num_sinks: int
+    geometry: str
+    geometry_init: float
+    shrinkage: float
+    far_gain: bool
+    learn_projections: bool
+    seed: int
+
+
+def calibrate(o: Options, out: str, progress_bar: ProgressBar) -> list[dict[str, Any]]:
+    """Fits every layer that feature attention takes the place of, and writes the workdir `out`, all of it or nothing.
+
+    Returns:
+      A row for each of these layers: `layer`, `seconds`, and the relative errors of its heads, `before`, `after` and,
+      where there is a window, `window_only`. calibration.json in `out` holds the options and the rows.
+
+    Raises:
+      UserError: a model that is not exact, options that contradict each other, or too little text.
+    """
+    with whole_directory(out) as directory:
+        exact = Workdir(o.workdir)
+        teacher = load_language_model(exact, o.step)
+        others = sorted(set(teacher.network.spec.layer_kinds) - set(EXACT_KINDS))
+        if others:
+            raise UserError(
+                f"--workdir={o.workdir}: its layers are {', '.join(others)}; allowed: {', '.join(EXACT_KINDS)}"
+            )
+        config = _config(o)
+        passages, num_test = read_passages(o.text, o.test_text, teacher.tokenizer, o.passages, o.context, o.seed)
+        experiment = Experiment.of(config, NextToken.of(config, teacher.tokenizer.vocab_size))
+        params, projections = jax.jit(experiment.network.init)(jax.random.key(o.seed))
+        state = TrainState(jnp.zeros((), jnp.int32), params, projections, ())
+        state, _ = initialize_from(exact, experiment, state, teacher.step)
+        params, rows, moments = _fit_layers(o, teacher, experiment.network, state, passages, num_test, progress_bar)
+        fitted = Workdir(directory)
+        fitted.write_config(config.to_dict())
+        teacher.tokenizer.save(str(directory))
+        hand_on_origin(exact, fitted)
+        saved = {"step": state.step, "params": params}
+        if state.projections:
+            saved["projections"] = state.projections
+        with contextlib.closing(Checkpoints(fitted)) as checkpoints:
+            checkpoints.save(0, saved)
+        moments.save(directory / MOMENTS_FILE)
+        write_json(directory / REPORT_FILE, dataclasses.asdict(o) | {"layers": rows})
+    return rows
+
+
+def _config(o: Options) -> ml_collections.ConfigDict:
+    config = conversion_config(o.mechanism)
+    attention = config.model.attention
+    attention.num_features, attention.window, attention.num_sinks = o.num_features, o.window, o.num_sinks
+    attention.window_kernel = "softmax" if o.window else "dark"
+    attention.geometry_init, attention.far_gain = o.geometry_init, o.far_gain
+    attention.learn_projections = o.learn_projections
+    config.init_from, config.sequence_length, config.seed = o.workdir, o.context, o.seed
+    config = inherit(config)
+    validate(config)
+    return config
+
+
+def _fit_layers(
+    o: Options,
+    teacher: WorkdirModel,
+    network: Network,
+    state: TrainState,
+    passages: np.ndarray,
+    num_test: int,
+    progress_bar: ProgressBar,
+) -> tuple[dict, list[dict[str, Any]], Moments]:
+    """(parameters with what was fitted, a row for each layer that was replaced, moments of every layer)."""
+    params, spec = state.params, network.spec
+    keys = jax.random.split(jax.random.key(o.seed), spec.num_layers)
+    exact = teacher.network.bind(teacher.params, teacher.projections)
+    student = network.bind(params, state.projections)
+    rows, moments = [], []
+    with progress_bar(spec.num_layers, "layer") as bar:
+        for index, tensors in enumerate(teacher_layers(exact, jnp.asarray(passages))):
+            test = jax.tree.map(lambda leaf: leaf[:num_test], tensors)
+            train = jax.tree.map(lambda leaf: leaf[num_test:], tensors)
+            moments.append(Moments.of(train.q, train.k))
+            if MIXERS[spec.layers[index].kind].role != "exact":
+                started = time.perf_counter()
+                attention: Any = student.layer(index).attention
+                mechanism = _started(o, attention.mechanism, train, moments[-1], index)
+                trained = mechanism.trained
+                if trained and o.transfer_steps:
+                    count = min(max(1, _TOKENS_PER_STEP // o.context), len(train.q))
+                    options = {"steps": o.transfer_steps, "learning_rate": o.learning_rate}
+                    trained = fit(mechanism, train, keys[index], passages=count, **options)
+                if trained:
+                    params = _with_layer(params, index, len(spec.pattern), nnx.to_pure_dict(trained))
+                found = _errors(attention.mechanism.spec, mechanism, trained, test)
+                rows.append({"layer": index, **found, "seconds": time.perf_counter() - started})
+                bar.set_postfix(error=f"{np.mean(found['after']):.3f}", refresh=False)
+            bar.update()
+    return params, rows, Moments.stack(moments)
+
+
+def _started(o: Options, module: Any, train: LayerTensors, moments: Moments, layer: int) -> Mechanism:
+    """A layer's mechanism with the M and the gain that the fit starts from."""
+    spec: MixerSpec = module.spec
+    if o.geometry == "whitening":  # which keeps E|M x|^2, times geometry_init
+        whitening = whitening_geometry(moments, scale=spec.scale, shrinkage=o.shrinkage, where=f"layer {layer}")
+        module.M[...] = jnp.asarray(o.geometry_init * whitening, jnp.float32)
+    if o.far_gain and o.mechanism in GEOMETRY_KINDS:  # the others' features estimate exp(q.k) itself
+        few = jax.tree.map(lambda leaf: leaf[:_GAIN_PASSAGES], train)
+        near = {"chunk_size": spec.chunk_size, "window": spec.window, "num_sinks": spec.num_sinks}
+        module.log_gain[...] = matched_log_gain(few, module.M[...], scale=spec.scale, **near)
+    return Mechanism.of(module)
+
+
+def _errors(spec: MixerSpec, mechanism: Mechanism, trained: nnx.State, test: LayerTensors) -> dict[str, list[float]]:
+    found = {"before": errors(mechanism, mechanism.trained, test), "after": errors(mechanism, trained, test)}
+    if spec.window:
+        alone = Mechanism.of(WindowOnly(spec, 0))
+        found["window_only"] = errors(alone, alone.trained, test)
+    return {name: values.tolist() for name, values in found.items()}
+
+
+def _with_layer(params: dict, index: int, num_stacks: int, trained: dict) -> dict:
+    """`params` with one layer's mechanism replaced."""
+    row, place = divmod(index, num_stacks)
+    block = params[f"blocks_{place}"]
+    own = block["attention"]["mechanism"]
+    new = own | {name: own[name].at[row].set(value) for name, value in trained.items()}
+    return params | {f"blocks_{place}": block | {"attention": block["attention"] | {"mechanism": new}}}

@@ -1,0 +1,44 @@
+"""Passages of text to fit a mechanism on, and others to measure its errors on."""
+
+import numpy as np
+from jaxtyping import Int
+
+from darkformer_jax.data.sources import open_corpus
+from darkformer_jax.data.text_files import ignore_read
+from darkformer_jax.data.tokenizers import Tokenizer, encode_prompt
+from darkformer_jax.errors import UserError
+
+_TEST_SHARE = 0.2
+
+
+def read_passages(
+    text: str, test_text: str, tokenizer: Tokenizer, count: int, context: int, seed: int
+) -> tuple[Int[np.ndarray, "passages context"], int]:
+    """`count` passages of `text`, and how many in front are for the errors alone: a fifth, or those of `test_text`.
+
+    Raises UserError where a text has too few, and where both texts have the same ones.
+    """
+    num_test = max(1, round(_TEST_SHARE * count))
+    passages = _draw(text, tokenizer, count, context, seed)
+    if not test_text:
+        return passages, num_test
+    test = _draw(test_text, tokenizer, num_test, context, seed)
+    if {row.tobytes() for row in test} & {row.tobytes() for row in passages}:
+        raise UserError(f"--test_text={test_text}: has passages of --text={text}; allowed: other text")
+    return np.concatenate([test, passages]), num_test
+
+
+def _draw(text: str, tokenizer: Tokenizer, count: int, context: int, seed: int) -> np.ndarray:
+    """[count, context] ids of different stretches of the documents, each as if a document began there."""
+    begin = [tokenizer.bos_id] if tokenizer.adds_bos else []
+    size = context - len(begin)
+    passages = []
+    for document in open_corpus("text", text).documents(ignore_read):
+        ids = encode_prompt(tokenizer, document.text)[len(begin) :]
+        passages += [begin + ids[start : start + size] for start in range(0, len(ids) - size + 1, size)]
+    if len(passages) < count:
+        raise UserError(
+            f"{text}: {len(passages)} passages of --context={context} tokens; {count} are needed (--passages)"
+        )
+    chosen = np.random.default_rng(seed).choice(len(passages), count, replace=False)
+    return np.array([passages[i] for i in chosen], np.int32)
