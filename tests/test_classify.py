@@ -4,9 +4,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from configs import classify
 from darkformer_jax import evaluate, generate
 from darkformer_jax.data.labelled import Columns, split_examples
 from darkformer_jax.errors import UserError
+from darkformer_jax.training.run import dry_run
 from tests.tasks.labelled_files import labelled_config, write_labelled
 from tests.tiny_runs import metrics_without_time, run, saved_arrays, tiny_config, write_text, write_workdir
 
@@ -92,6 +94,17 @@ def test_a_regression_runs_by_the_same_command(tmp_path, capsys):
     last = metrics_without_time(tmp_path / "run")[-1]
     result = score(tmp_path / "run", files)
     assert {"heldout_loss", "heldout_pearson", "heldout_spearman"} < last.keys() and result["examples"] == 60
+
+
+def test_the_config_takes_files_and_says_what_it_would_train(tmp_path, capsys):
+    files = write_labelled(tmp_path / "mails.jsonl")
+    dry_run(classify.get_config(f"files={files},attention=softmax,length=64,pooling=last"))
+    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert shown["classes"] == "2" and shown["layers"] == "2 x (softmax)" and shown["tokens/step"] == "1,024 = 16 x 64"
+    with_heldout = classify.get_config(f"files={files},heldout={files}")
+    assert with_heldout.data.heldout_fraction == 0 and with_heldout.task.heldout_files == files
+    with pytest.raises(UserError, match="configs/classify.py has no argument 'file'; allowed: files, heldout"):
+        classify.get_config("file=a.tsv")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What tasks on labelled texts share: examples, their tokenizer, their batches, and how a model is judged on them."""
 
 import dataclasses
+import math
 import shlex
 import time
 from abc import ABC, abstractmethod
@@ -18,7 +19,7 @@ from darkformer_jax.data.tokenizers import Tokenizer, saved_or_new_tokenizer
 from darkformer_jax.distributed.sharding import Part
 from darkformer_jax.errors import UserError
 from darkformer_jax.model.network import Network
-from darkformer_jax.runs.load import load_model
+from darkformer_jax.runs.load import WorkdirModel, load_model
 from darkformer_jax.runs.verification import LOWEST_LOSS
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.measured import on_host, total
@@ -189,13 +190,7 @@ class LabelledTask(ABC, Generic[O, E]):
         examples = read_examples(request.files, columns_of(model.config))
         rows = LabelledRows(examples, objective.labels(examples), model.tokenizer, model.config.sequence_length)
         began = time.perf_counter()
-        measure = jax.jit(lambda *arrays: objective.measure(model.network.bind(*arrays[:2]), arrays[2]))
-        parts = []
-        with progress_bar(len(rows), "example") as bar:
-            for batch in ordered_batches(rows.read, len(rows), batch_size=request.batch_size):
-                parts.append(on_host(*measure(model.params, model.projections, batch)))
-                bar.update(int(batch["weights"].sum()))
-        evaluation = objective.evaluation(*total(parts))
+        evaluation = _evaluate(model, objective, rows, request.batch_size, progress_bar)
         result = {
             "workdir": str(workdir),
             "step": model.step,
@@ -242,6 +237,21 @@ def columns_of(config: ml_collections.ConfigDict) -> Columns:
 def _examples(config: ml_collections.ConfigDict) -> tuple[list[Example], list[Example]]:
     d = config.data
     return split_examples(d.files, config.task.heldout_files, d.heldout_fraction, columns_of(config))
+
+
+def _evaluate(
+    model: WorkdirModel, objective: LabelledObjective, rows: LabelledRows, batch_size: int, progress_bar: ProgressBar
+) -> LabelledEvaluation:
+    measure = jax.jit(lambda *arrays: objective.measure(model.network.bind(*arrays[:2]), arrays[2]))
+    parts = []
+    with progress_bar(len(rows), "example") as bar:
+        for batch in ordered_batches(rows.read, len(rows), batch_size=batch_size):
+            parts.append(on_host(*measure(model.params, model.projections, batch)))
+            bar.update(int(batch["weights"].sum()))
+    evaluation = objective.evaluation(*total(parts))
+    if not math.isfinite(evaluation.loss):
+        raise UserError(f"the model's loss is {evaluation.loss}: its weights or its numbers are broken")
+    return evaluation
 
 
 def _table(
