@@ -81,7 +81,7 @@ def _train(
     watch: Stopwatch,
     progress: Progress,
 ) -> Outcome:
-    """From where the run begins to its last step; closes what it opened, however it ends."""
+    """Trains from where the run begins to its last step, and closes what it opened, however it ends."""
     keep, every = experiment.config.checkpoint.keep, experiment.config.checkpoint.every
     checkpoints = Checkpoints(workdir, keep=keep, save_every=every, best=task.best)
     with contextlib.closing(watch), contextlib.closing(checkpoints), contextlib.closing(progress):
@@ -92,7 +92,7 @@ def _train(
         with contextlib.closing(MetricWriter(workdir, step if checkpoints.committed_steps() else None)) as writer:
             log = TrainingLog(experiment, writer, progress, watch, mirror)
             try:
-                return Loop(experiment, task, workdir, checkpoints, mirror, log).train(step, state)
+                return Loop(experiment, task, workdir, checkpoints, log).train(step, state)
             except NotFinite as error:
                 checkpoints.wait()
                 raise UserError(

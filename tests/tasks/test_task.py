@@ -11,9 +11,18 @@ from darkformer_jax.distributed.sharding import Part
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks import TASKS, task_of
+from darkformer_jax.tasks.measured import on_host
+from darkformer_jax.training.experiment import Experiment
+from tests.tasks.labelled_files import labelled_config, write_labelled
 from tests.tiny_runs import tiny_config, write_text
 
-CONFIGS = {"language_model": lambda directory: tiny_config(data__files=write_text(directory / "text.txt"))}
+CONFIGS = {
+    "language_model": lambda directory: tiny_config(data__files=write_text(directory / "text.txt")),
+    "classification": lambda directory: labelled_config(write_labelled(directory / "mails.jsonl")),
+    "regression": lambda directory: labelled_config(
+        write_labelled(directory / "mails.jsonl", (0, 1.5)), task__name="regression"
+    ),
+}
 
 
 @pytest.fixture(params=TASKS)
@@ -53,9 +62,11 @@ def test_a_dry_run_has_the_objective_of_the_run(case):
 
 
 def test_what_is_best_is_a_figure_of_every_evaluation(case):
-    _, task = case
-    network_free = {name: np.ones(()) for name in ("nll", "z", "correct", "weight")}
-    evaluation = task.evaluation(network_free, {})
+    config, task = case
+    network = Experiment.of(config, task.objective).network
+    arrays = jax.jit(network.init)(jax.random.key(0))
+    measure = jax.jit(lambda batch: task.objective.measure(network.bind(*arrays), batch))
+    evaluation = task.evaluation(*on_host(*measure(next(task.heldout_batches(1, Part(0, 1))))))
     assert task.best.metric in evaluation.as_metrics()
 
 
