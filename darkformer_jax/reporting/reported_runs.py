@@ -13,7 +13,7 @@ from darkformer_jax.data.files import read_file, read_json_object, refuse_url
 from darkformer_jax.errors import UserError
 from darkformer_jax.reporting.settings import Settings, settings_of
 from darkformer_jax.runs.metrics import METRICS_FILE
-from darkformer_jax.runs.workdir import CONFIG_FILE, DATA_FILE, read_config
+from darkformer_jax.runs.workdir import CONFIG_FILE, DATA_FILE, Workdir
 
 LOSS = "heldout_loss"
 HELDOUT = (LOSS, "heldout_bits_per_byte", "heldout_accuracy")
@@ -77,7 +77,7 @@ def read_runs(workdirs: Iterable[str]) -> list[ReportedRun]:
 
 
 def _read_run(workdir: str) -> ReportedRun:
-    config = read_config(workdir)
+    config = Workdir(workdir).read_config()
     settings = settings_of(config, workdir)
     path = os.path.join(workdir, METRICS_FILE)
     lines = _read_lines(path) if os.path.lexists(path) else []
@@ -139,7 +139,7 @@ def _data_fingerprint(workdir: str) -> str:
 
 
 def _other_data(a: str, b: str) -> UserError:
-    mine, theirs = (dict(flat_fields(read_config(workdir))) for workdir in (a, b))
+    mine, theirs = (dict(flat_fields(Workdir(workdir).read_config())) for workdir in (a, b))
     fields = sorted(name for name in mine.keys() | theirs.keys() if name.startswith("data."))
     changed = [name for name in fields if mine.get(name) != theirs.get(name)]
     shown = "; ".join(f"{name}: {mine.get(name)!r} and {theirs.get(name)!r}" for name in changed)

@@ -12,7 +12,7 @@ from darkformer_jax.data.files import read_json_object
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
 from darkformer_jax.runs.metrics import METRICS_FILE
-from darkformer_jax.runs.workdir import CHANGEABLE, CONFIG_FILE, read_config
+from darkformer_jax.runs.workdir import CHANGEABLE, CONFIG_FILE, Workdir
 
 MECHANISM = "mechanism"  # the kinds of successive layers, such as "softmax,dark"; replaces attention.kind and .pattern
 TOKENS = "tokens"  # the tokens of training: steps x sequences x their length
@@ -78,7 +78,7 @@ def ancestors(workdir: str) -> list[str]:
         if os.path.realpath(workdir) in map(os.path.realpath, chain):
             raise UserError(f"{workdir} began from itself by init_from: {' <- '.join([*chain, workdir])}")
         chain.append(workdir)
-        workdir = read_config(workdir).get("init_from") or ""
+        workdir = Workdir(workdir).read_config().get("init_from") or ""
     return chain
 
 
@@ -94,7 +94,7 @@ def origin_of(init_from: str) -> Any:
     if not is_calibration and not os.path.isfile(os.path.join(init_from, METRICS_FILE)):
         return os.path.realpath(init_from)
     ancestors(init_from)  # raises before a circle is followed
-    origin = settings_of(read_config(init_from), init_from)
+    origin = settings_of(Workdir(init_from).read_config(), init_from)
     if is_calibration:
         calibration = read_json_object(calibration_file)
         chosen = {name: value for name, value in calibration.items() if name not in ("seed", "workdir", "layers")}

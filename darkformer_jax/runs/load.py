@@ -1,7 +1,6 @@
 """The model of a finished or running run, for the verbs that use one: generate and evaluate."""
 
 import functools
-import os
 from typing import NamedTuple
 
 import jax
@@ -33,7 +32,7 @@ class WorkdirModel(NamedTuple):
     step: int
 
 
-def load_model(workdir: str | os.PathLike[str], step: int | None = None, mesh: Mesh | None = None) -> WorkdirModel:
+def load_model(workdir: Workdir, step: int | None = None, mesh: Mesh | None = None) -> WorkdirModel:
     """Reads the newest undamaged checkpoint of a workdir, or that of `step`, onto the mesh or the default device.
 
     Parameters keep the dtypes of the checkpoint, which are float32 after training. Low-rank updates are merged into the
@@ -42,7 +41,6 @@ def load_model(workdir: str | os.PathLike[str], step: int | None = None, mesh: M
     Raises:
       UserError: no config, no checkpoint, a damaged one, or one that does not fit the config.
     """
-    workdir = Workdir(workdir)
     saved = workdir.read_config()
     tokenizer = load_tokenizer(str(workdir.local))
     try:

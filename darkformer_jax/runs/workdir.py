@@ -291,8 +291,3 @@ def _shown(fields: Mapping[str, Any], field: str) -> str:
 
 def _changeable(field: str) -> bool:
     return any(field == allowed or field.startswith(allowed + ".") for allowed in CHANGEABLE)
-
-
-def read_config(workdir: str) -> dict[str, Any]:
-    """As `Workdir.read_config`."""
-    return Workdir(workdir).read_config()
