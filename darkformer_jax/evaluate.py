@@ -16,6 +16,13 @@ work.
                  tokens are scored. It does not depend on the tokenizer. Within a quarter of the window: the quarter's
                  bits per token times the tokens per byte of the whole text, so that quarters differ by place alone.
   accuracy       share of tokens that had the largest logit
+
+A classifier or a regression is scored on labelled files, .tsv, .csv or .jsonl with the columns it was trained on:
+
+    python -m darkformer_jax.evaluate --workdir=runs/spam --text=more.jsonl
+
+It prints accuracy, F1, Matthews and the confusion of the classes, or squared error, Pearson and Spearman, beside the
+best constant answer.
 """
 
 import argparse
@@ -43,7 +50,8 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--text",
         required=True,
-        help="comma-separated globs of .txt, .md and .jsonl files, plain or .gz, or directories searched recursively",
+        help="comma-separated globs of .txt, .md and .jsonl files, plain or .gz, or directories searched recursively; "
+        "of labelled files (.tsv, .csv, .jsonl) where the model is a classifier",
     )
     parser.add_argument(
         "--context",

@@ -3,7 +3,7 @@
     python -m darkformer_jax.generate --workdir=runs/quickstart --prompt="def "
     python -m darkformer_jax.generate --workdir=runs/quickstart --prompts_file=prompts.txt --temperature=0
 
-The state that decoding carries has a constant size: a long continuation costs as much a token as a short one (layers of
+The state that decoding carries has a constant size: a long continuation costs as much per token as a short one (layers of
 exact attention excepted, whose cache grows). Prompts of a batch do not influence each other's probabilities.
 """
 
@@ -15,7 +15,8 @@ from absl import app
 from darkformer_jax.cli.parser import Parser, one_line_errors
 from darkformer_jax.errors import UserError
 from darkformer_jax.model.sampling import Sampler
-from darkformer_jax.runs.load import load_model
+from darkformer_jax.runs.load import load_language_model
+from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.texts import Writer
 
 
@@ -57,7 +58,7 @@ def generate(args: argparse.Namespace) -> None:
     if args.prompt is not None and not _is_utf8(args.prompt):
         raise UserError(f"--prompt={args.prompt!r}: not UTF-8 text")
     prompts = [args.prompt] if args.prompt is not None else _read_prompts(args.prompts_file)
-    model = load_model(args.workdir, args.step)
+    model = load_language_model(Workdir(args.workdir), args.step)
     sampler = Sampler(
         model.network,
         model.params,

@@ -27,7 +27,7 @@ from darkformer_jax.mixers.window_only import WindowOnly
 from darkformer_jax.model.network import Network
 from darkformer_jax.runs.checkpoints import Checkpoints
 from darkformer_jax.runs.inherit import inherit
-from darkformer_jax.runs.load import WorkdirModel, load_model
+from darkformer_jax.runs.load import WorkdirModel, load_language_model
 from darkformer_jax.runs.origin import hand_on_origin
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.next_token import NextToken
@@ -81,7 +81,7 @@ def calibrate(o: Options, out: str, progress_bar: ProgressBar) -> list[dict[str,
     """
     with whole_directory(out) as directory:
         exact = Workdir(o.workdir)
-        teacher = load_model(exact, o.step)
+        teacher = load_language_model(exact, o.step)
         others = sorted(set(teacher.network.spec.layer_kinds) - set(EXACT_KINDS))
         if others:
             raise UserError(
@@ -112,7 +112,8 @@ def _config(o: Options) -> ml_collections.ConfigDict:
     config = conversion_config(o.mechanism)
     attention = config.model.attention
     attention.num_features, attention.window, attention.num_sinks = o.num_features, o.window, o.num_sinks
-    attention.window_kernel = "softmax" if o.window else "dark"
+    if not o.window:
+        attention.window_kernel = "dark"
     attention.geometry_init, attention.far_gain = o.geometry_init, o.far_gain
     attention.learn_projections = o.learn_projections
     config.init_from, config.sequence_length, config.seed = o.workdir, o.context, o.seed

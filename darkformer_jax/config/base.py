@@ -26,12 +26,14 @@ from darkformer_jax.config.fields import (
 from darkformer_jax.mixers import MIXERS
 from darkformer_jax.mixers.layers import ACTIVATIONS
 from darkformer_jax.mixers.positions import RopeScaling
+from darkformer_jax.model.heads import Pooling
 from darkformer_jax.model.trainable import REGIMES
 from darkformer_jax.model.transformer import REMAT_POLICIES
 from darkformer_jax.ops.linear import WindowKernel
 from darkformer_jax.ops.projections import ProjectionKind
 
-TASKS = ("language_model",)  # the keys of tasks.TASKS, which stands on a floor above this one
+LABELLED_TASKS = ("classification", "regression")
+TASKS = ("language_model", *LABELLED_TASKS)  # the keys of tasks.TASKS, which stands on a floor above this one
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -54,8 +56,7 @@ def declare() -> Section:
     c.sequence_length = at_least(1, 512)  # tokens per sequence
     c.accumulation_steps = at_least(1, 1)  # micro-batches per optimizer step; divides batch_size
     c.init_from = anything("")  # a workdir whose newest weights start this run ("" = none); may change the mechanism
-    w = c.task = Section()
-    w.name = choice("language_model", TASKS, since=2)  # what is learned
+    c.task = _task()
     c.model = _model()
     c.data = _data()
     c.optimizer = _optimizer()
@@ -93,6 +94,18 @@ def declare() -> Section:
     h.tensor = anything(1)  # splits heads, MLP and vocabulary; random features where it does not divide num_kv_heads
     h.context = anything(1, since=1)  # splits sequence_length, and with it the activations; see docs/attention.md
     return c
+
+
+def _task() -> Section:
+    w = Section()
+    # What is learned; classification and regression: labels of whole texts, by a head on the last layer's outputs.
+    w.name = choice("language_model", TASKS, since=2)
+    # The other fields are theirs. Which outputs the head sees: that of the last real token, or their mean.
+    w.pooling = choice("last", get_args(Pooling), since=2)
+    w.text_column = anything("text", since=2)  # of a table, or field of a JSON object
+    w.label_column = anything("label", since=2)  # names of classes, or a regression's numbers
+    w.heldout_files = anything("", since=2)  # as data.files; "" = data.heldout_fraction of the texts of data.files
+    return w
 
 
 def _model() -> Section:
@@ -158,8 +171,10 @@ def _attention() -> Section:
 
 def _data() -> Section:
     d = Section()
-    d.source = anything("stdlib")  # stdlib | text | news | array_record
-    d.files = anything("")  # text: globs of .txt, .md, .jsonl, plain or .gz; array_record: prepare_data's directory
+    d.source = anything("stdlib")  # stdlib | text | news | array_record | labelled
+    # text: globs of .txt, .md, .jsonl, plain or .gz; labelled: of .tsv, .csv, .jsonl; array_record: prepare_data's
+    # directory.
+    d.files = anything("")
     # bytes | bpe:<vocab> (trained on the training split) | a tokenizer.json | a SentencePiece .model; "" = that of the
     # array_record's preparation, else of init_from.
     d.tokenizer = anything("bytes")

@@ -15,8 +15,10 @@ from darkformer_jax.mixers.spec import MixerSpec
 from darkformer_jax.model.spec import ModelSpec
 
 
-def model_spec(config: ml_collections.ConfigDict, tokenizer_vocab: int) -> ModelSpec:
-    """The model that a validated config and its tokenizer make.
+def model_spec(config: ml_collections.ConfigDict, tokenizer_vocab: int, num_outputs: int = 0) -> ModelSpec:
+    """The model that a validated config, its tokenizer and its task make.
+
+    num_outputs: numbers that the task asks of each sequence; 0 = logits of the next token.
 
     Raises:
       UserError: a model.vocab_size below the tokenizer's.
@@ -24,7 +26,12 @@ def model_spec(config: ml_collections.ConfigDict, tokenizer_vocab: int) -> Model
     model = config.model
     if 0 < model.vocab_size < tokenizer_vocab:
         raise UserError(f"model.vocab_size = {model.vocab_size} is smaller than the tokenizer's {tokenizer_vocab}")
-    own = {"vocab_size": model.vocab_size or tokenizer_vocab, "pattern": mixer_specs(config)}
+    own = {
+        "vocab_size": model.vocab_size or tokenizer_vocab,
+        "pattern": mixer_specs(config),
+        "num_outputs": num_outputs,
+        "pooling": config.task.pooling,
+    }
     return ModelSpec(**_by_name(ModelSpec, own, model))
 
 

@@ -5,12 +5,14 @@ from typing import Any
 
 import ml_collections
 
-from darkformer_jax.config.base import fields
+from darkformer_jax.config.base import LABELLED_TASKS, fields
 from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.config.pattern import ATTENTION, parse_pattern
 from darkformer_jax.config.specs import mixer_specs
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
+
+LABELLED_SOURCE = "labelled"
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -21,6 +23,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _validate_model(config.model)
     _validate_mixers(config)
     _validate_training(config)
+    _validate_task(config)
 
 
 def _validate_model(model: ml_collections.ConfigDict) -> None:
@@ -132,6 +135,29 @@ def _validate_training(config: ml_collections.ConfigDict) -> None:
     _require(
         bool(distill.workdir) == (distill.weight > 0),
         f"distill.weight = {distill.weight} with distill.workdir = {distill.workdir!r}; allowed: both or neither",
+    )
+
+
+def _validate_task(config: ml_collections.ConfigDict) -> None:
+    """A field that the task does not use is as it is without it."""
+    task, source = config.task, config.data.source
+    is_labelled = task.name in LABELLED_TASKS
+    _require(
+        is_labelled == (source == LABELLED_SOURCE),
+        f"data.source = {source!r} with task.name = {task.name!r}; allowed: {LABELLED_SOURCE!r} with "
+        f"{' or '.join(LABELLED_TASKS)}, other sources with language_model",
+    )
+    unused: dict[str, Any] = {"optimizer.z_loss": 0.0, "distill.weight": 0.0}
+    if not is_labelled:
+        own = [name for name in fields() if name.startswith("task.") and name != "task.name"]
+        unused = {name: fields()[name].default for name in own} | {"model.causal": True}
+    values = dict(flat_fields(config.to_dict()))
+    for name, value in unused.items():
+        _require(values[name] == value, f"{name} = {values[name]!r} with task.name = {task.name!r}; allowed: {value!r}")
+    share = config.data.heldout_fraction
+    _require(
+        not (share and task.heldout_files),
+        f"data.heldout_fraction = {share} with task.heldout_files = {task.heldout_files!r}; allowed: 0",
     )
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 
 from darkformer_jax.data.batches import Batch, heldout_batches, num_rows, train_batches
-from darkformer_jax.data.heldout import HeldoutSplit
+from darkformer_jax.data.heldout import DEFAULT_HELDOUT_FRACTION, HeldoutSplit
 from darkformer_jax.data.prepared import load_prepared
 from darkformer_jax.data.sources import CORPUS_SOURCES, open_corpus
 from darkformer_jax.data.stream import TokenStream, memory_stream
@@ -13,7 +13,7 @@ from darkformer_jax.data.tokenizers import (
     check_tokenizer_is,
     has_tokenizer,
     load_tokenizer,
-    make_tokenizer,
+    saved_or_new_tokenizer,
 )
 from darkformer_jax.errors import UserError
 
@@ -30,7 +30,6 @@ __all__ = [
 ]
 
 PREPARED_SOURCE = "array_record"
-DEFAULT_HELDOUT_FRACTION = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,25 +79,29 @@ def load_data(
     Raises:
       UserError: arguments or files that do not fit.
     """
-    saved = load_tokenizer(tokenizer_dir) if tokenizer_dir and has_tokenizer(tokenizer_dir) else None
     if source == PREPARED_SOURCE:
-        train, heldout, prepared_with = load_prepared(files, heldout_fraction, verify=verify)
-        if tokenizer:
-            check_tokenizer_is(tokenizer, prepared_with, files)
-        if saved and saved.fingerprint != prepared_with.fingerprint:
-            raise UserError(
-                f"the tokenizer in {tokenizer_dir} (fingerprint {saved.fingerprint[:12]}) is not the one of the data in"
-                f" {files} (fingerprint {prepared_with.fingerprint[:12]})"
-            )
-        return Data(train, heldout, prepared_with, None)
+        return _load_prepared_data(files, tokenizer, heldout_fraction, tokenizer_dir, verify)
     if source not in CORPUS_SOURCES:
         allowed = ", ".join((*CORPUS_SOURCES, PREPARED_SOURCE))
         raise UserError(f"data source {source!r} is unknown; allowed: {allowed}")
-    if saved:
-        check_tokenizer_is(tokenizer, saved, tokenizer_dir or "")
     texts: tuple[list[str], list[str]] = ([], [])
     split = HeldoutSplit(open_corpus(source, files), heldout_fraction or DEFAULT_HELDOUT_FRACTION)
     for is_heldout, document in split.documents():
         texts[is_heldout].append(document.text)
-    used = saved or make_tokenizer(tokenizer, lambda: texts[False])
+    used = saved_or_new_tokenizer(tokenizer, tokenizer_dir, lambda: texts[False])
     return Data(memory_stream(texts[False], used), memory_stream(texts[True], used), used, tuple(texts[True]))
+
+
+def _load_prepared_data(
+    files: str, tokenizer: str, heldout_fraction: float, tokenizer_dir: str | None, verify: tuple[int, int]
+) -> Data:
+    train, heldout, prepared_with = load_prepared(files, heldout_fraction, verify=verify)
+    if tokenizer:
+        check_tokenizer_is(tokenizer, prepared_with, files)
+    saved = load_tokenizer(tokenizer_dir) if tokenizer_dir and has_tokenizer(tokenizer_dir) else None
+    if saved and saved.fingerprint != prepared_with.fingerprint:
+        raise UserError(
+            f"the tokenizer in {tokenizer_dir} (fingerprint {saved.fingerprint[:12]}) is not the one of the data in"
+            f" {files} (fingerprint {prepared_with.fingerprint[:12]})"
+        )
+    return Data(train, heldout, prepared_with, None)

@@ -1,11 +1,11 @@
-"""From a token stream to batches of next-token prediction.
+"""From rows to batches, and from a token stream to rows of next-token prediction.
 
-Row i predicts tokens i*L + 1 .. i*L + L from tokens i*L .. i*L + L - 1, so that the rows 0 .. num_rows - 1 predict
-every token of the stream but its first exactly once. What a batch holds is a pure function of (seed, step).
+Row i of a stream predicts tokens i*L + 1 .. i*L + L from tokens i*L .. i*L + L - 1, so that the rows 0 .. num_rows - 1
+predict every token of the stream but its first exactly once. What a batch holds is a pure function of (seed, step).
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import grain
 import numpy as np
@@ -14,6 +14,7 @@ from darkformer_jax.data.stream import TokenStream
 from darkformer_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
+ReadRows = Callable[[np.ndarray], Batch]  # row numbers [n] -> their batch; rows behind the last one are padding
 
 _READ_THREADS = 4
 _PREFETCHED_BATCHES = 16
@@ -67,36 +68,17 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """Endless training batches from `start_step` on, every epoch in another order.
-
-    Step s reads the rows s*B .. (s+1)*B - 1 of the shuffled, repeated row numbers; of these process p of P gets the
-    p-th contiguous part, so the P parts concatenated do not depend on P.
-
-    Args:
-      stream: the training split.
-      seed: of the order, 0 .. 2**32 - 1.
-      batch_size: B, over all processes.
-      sequence_length: L, tokens per row.
-      start_step: the step of the first batch; resuming needs nothing else.
-      num_workers: worker processes; 0 = threads of this process. Absl flags must be parsed for workers to start.
-      process_index, process_count: p and P of this host.
-
-    Raises:
-      UserError: a batch size that the processes do not divide, a seed out of range.
-    """
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed={seed} is out of range; allowed: 0 to {2**32 - 1}")
-    rows = _row_order(stream, seed, sequence_length)
-    # Endless rows leave no remainder. But without drop_remainder grain rounds their length up, which for batches of one
-    # row gives more than sys.maxsize.
-    batches = rows.batch(_local_size(batch_size, process_count), drop_remainder=True)
-    batches = batches[process_index::process_count][start_step:]
-    read_options = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=_PREFETCHED_BATCHES)
-    dataset = batches.map(functools.partial(make_batch, stream, sequence_length)).to_iter_dataset(read_options)
-    if num_workers:
-        options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
-        dataset = dataset.mp_prefetch(options)
-    return iter(dataset)
+    """`shuffled_batches` of the stream's rows, `sequence_length` tokens each."""
+    return shuffled_batches(
+        functools.partial(make_batch, stream, sequence_length),
+        num_rows(stream, sequence_length),
+        seed=seed,
+        batch_size=batch_size,
+        start_step=start_step,
+        num_workers=num_workers,
+        process_index=process_index,
+        process_count=process_count,
+    )
 
 
 def heldout_batches(
@@ -108,19 +90,81 @@ def heldout_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """The split in order, every target once; the last batch is filled up with rows of padding.
+    """`ordered_batches` of the stream's rows, `sequence_length` tokens each: every target once."""
+    return ordered_batches(
+        functools.partial(make_batch, stream, sequence_length),
+        num_rows(stream, sequence_length),
+        batch_size=batch_size,
+        max_batches=max_batches,
+        process_index=process_index,
+        process_count=process_count,
+    )
 
-    With `max_batches`, the rows are spread evenly over the split, so that a short evaluation sees every part of it.
+
+def shuffled_batches(
+    read: ReadRows,
+    total: int,
+    *,
+    seed: int,
+    batch_size: int,
+    start_step: int = 0,
+    num_workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Endless training batches from `start_step` on, every epoch in another order.
+
+    Step s reads the rows s*B .. (s+1)*B - 1 of the shuffled, repeated row numbers; of these process p of P gets the
+    p-th contiguous part, so the P parts concatenated do not depend on P.
 
     Args:
-      stream: the held-out split.
+      read: row numbers [n] -> their batch; can be pickled where there are workers.
+      total: rows an epoch.
+      seed: of the order, 0 .. 2**32 - 1.
       batch_size: B, over all processes.
-      sequence_length: L, tokens per row.
-      max_batches: the most batches; 0 = the whole split.
-      process_index, process_count: as in `train_batches`.
+      start_step: the step of the first batch; resuming needs nothing else.
+      num_workers: worker processes; 0 = threads of this process. Absl flags must be parsed for workers to start.
+      process_index, process_count: p and P of this host.
+
+    Raises:
+      UserError: a batch size that the processes do not divide, a seed out of range.
+    """
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed={seed} is out of range; allowed: 0 to {2**32 - 1}")
+    # `.seed` hashes the seed. `.shuffle(seed)` adds the epoch to the seed as it is: the second epoch of seed 0 would be
+    # the first epoch of seed 1.
+    rows = grain.MapDataset.range(total).seed(seed).shuffle().repeat()
+    # Endless rows leave no remainder. But without drop_remainder grain rounds their length up, which for batches of one
+    # row gives more than sys.maxsize.
+    batches = rows.batch(_local_size(batch_size, process_count), drop_remainder=True)
+    batches = batches[process_index::process_count][start_step:]
+    read_options = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=_PREFETCHED_BATCHES)
+    dataset = batches.map(read).to_iter_dataset(read_options)
+    if num_workers:
+        options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
+        dataset = dataset.mp_prefetch(options)
+    return iter(dataset)
+
+
+def ordered_batches(
+    read: ReadRows,
+    total: int,
+    *,
+    batch_size: int,
+    max_batches: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """The rows in order, each once; the last batch is filled up with rows from `total` on, which `read` pads.
+
+    With `max_batches`, the rows are spread evenly over all, so that a short evaluation sees every part of the split.
+
+    Args:
+      read, total, process_index, process_count: as in `shuffled_batches`.
+      batch_size: B, over all processes.
+      max_batches: the most batches; 0 = all.
     """
     local_size = _local_size(batch_size, process_count)
-    total = num_rows(stream, sequence_length)
     num_batches = -(-total // batch_size)
     if 0 < max_batches < num_batches:
         num_batches = max_batches
@@ -128,13 +172,7 @@ def heldout_batches(
     else:
         rows = np.arange(num_batches * batch_size)
     for batch in rows.reshape(num_batches, process_count, local_size):
-        yield make_batch(stream, sequence_length, batch[process_index])
-
-
-def _row_order(stream: TokenStream, seed: int, sequence_length: int) -> grain.MapDataset:
-    # `.seed` hashes the seed. `.shuffle(seed)` adds the epoch to the seed as it is: the second epoch of seed 0 would be
-    # the first epoch of seed 1.
-    return grain.MapDataset.range(num_rows(stream, sequence_length)).seed(seed).shuffle().repeat()
+        yield read(batch[process_index])
 
 
 def _local_size(batch_size: int, process_count: int) -> int:

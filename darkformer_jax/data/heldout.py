@@ -7,6 +7,8 @@ from darkformer_jax.data.sources import Corpus, Document
 from darkformer_jax.data.text_files import OnRead, ignore_read
 from darkformer_jax.errors import UserError
 
+DEFAULT_HELDOUT_FRACTION = 0.05
+
 
 def hash_fraction(identity: str, salt: str) -> float:
     """A number in [0, 1) from the SHA-256 of `identity`; another salt gives an independent number."""

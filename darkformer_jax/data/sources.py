@@ -83,15 +83,23 @@ def _file_corpus(paths: list[str], read: Callable[[str, OnRead], Iterator[Docume
 
 def find_text_files(files: str) -> list[str]:
     """Sorted paths of the text files that comma-separated globs and directories name, each once."""
+    return find_files(files, TEXT_SUFFIXES, "text")
+
+
+def find_files(files: str, suffixes: tuple[str, ...], source: str) -> list[str]:
+    """Sorted paths of the files with these suffixes that comma-separated globs and directories name, each once.
+
+    source: what reads them, for errors.
+    """
     patterns = [pattern.strip() for pattern in files.split(",") if pattern.strip()]
     if not patterns:
-        raise UserError(f"data files are not given; the text source needs globs of {', '.join(TEXT_SUFFIXES)}")
+        raise UserError(f"data files are not given; the {source} source needs globs of {', '.join(suffixes)}")
     found: set[str] = set()
     for pattern in patterns:
         refuse_url(pattern)
         if os.path.isdir(pattern):
-            matches = [path for path in _walk(pattern) if path.endswith(TEXT_SUFFIXES)]
-            kind = f"directory {pattern!r} holds no {', '.join(TEXT_SUFFIXES)} file"
+            matches = [path for path in _walk(pattern) if path.endswith(suffixes)]
+            kind = f"directory {pattern!r} holds no {', '.join(suffixes)} file"
         else:
             matches = [path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path)]
             kind = f"no file matches {pattern!r}"
@@ -101,8 +109,8 @@ def find_text_files(files: str) -> list[str]:
     for path in sorted(found):
         if os.path.exists(path) and not os.path.isfile(path):
             raise UserError(f"{path} is not a regular file")
-        if not path.endswith(TEXT_SUFFIXES):
-            raise UserError(f"{path} is not a file the text source reads; allowed: {', '.join(TEXT_SUFFIXES)}")
+        if not path.endswith(suffixes):
+            raise UserError(f"{path} is not a file the {source} source reads; allowed: {', '.join(suffixes)}")
     return sorted(found)
 
 

@@ -8,6 +8,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from darkformer_jax.errors import UserError
 
@@ -97,6 +98,12 @@ def _character_boundary(data: bytes) -> int:
 
 def read_json_lines(path: str, on_read: OnRead = ignore_read) -> Iterator[tuple[int, str]]:
     """The "text" of every JSON object of a .jsonl file, as (line number, text); blank lines are skipped."""
+    for number, record in read_json_records(path, on_read):
+        yield number, text_field(record, "text", f"{path}:{number}")
+
+
+def read_json_records(path: str, on_read: OnRead = ignore_read) -> Iterator[tuple[int, Any]]:
+    """The JSON value of every line of a .jsonl file, as (line number, value); blank lines are skipped."""
     for number, line in read_lines(path, on_read):
         if not line.strip():
             continue
@@ -104,11 +111,16 @@ def read_json_lines(path: str, on_read: OnRead = ignore_read) -> Iterator[tuple[
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}:{number}: not a JSON object: {error}") from error
-        text = record.get("text") if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            raise UserError(f'{path}:{number}: no "text" field that is a string')
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair; UTF-8 cannot
-            raise UserError(f'{path}:{number}: "text" holds a lone surrogate at character {error.start}') from error
-        yield number, text
+        yield number, record
+
+
+def text_field(record: Any, name: str, place: str) -> str:
+    """The string that a JSON object has under `name`. Raises UserError, naming `place`, where it is no UTF-8 text."""
+    text = record.get(name) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise UserError(f'{place}: no "{name}" field that is a string')
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair; UTF-8 cannot
+        raise UserError(f'{place}: "{name}" holds a lone surrogate at character {error.start}') from error
+    return text

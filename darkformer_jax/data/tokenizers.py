@@ -261,6 +261,19 @@ def make_tokenizer(spec: str, training_texts: Callable[[], Iterable[str]]) -> To
     return read_tokenizer(spec)
 
 
+def saved_or_new_tokenizer(spec: str, directory: str | None, training_texts: Callable[[], Iterable[str]]) -> Tokenizer:
+    """The tokenizer saved in a workdir, which must be the one of `spec`; without one, `make_tokenizer`'s.
+
+    Raises:
+      UserError: what `make_tokenizer` raises, or a saved tokenizer that is another one.
+    """
+    if directory is None or not has_tokenizer(directory):
+        return make_tokenizer(spec, training_texts)
+    saved = load_tokenizer(directory)
+    check_tokenizer_is(spec, saved, directory)
+    return saved
+
+
 def bpe_vocab_size(spec: str) -> int:
     """The <n> of `bpe:<n>`. Raises UserError where it is not a number, or too small for all bytes."""
     size = spec.removeprefix("bpe:")

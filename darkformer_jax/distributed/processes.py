@@ -30,8 +30,8 @@ from darkformer_jax.errors import UserError, one_line
 
 HEARTBEAT_SECONDS = 20
 _CONNECT_SECONDS = 60  # after the rendezvous, all are there
-_START_SECONDS = 300.0  # for all to come to the same point where nobody has much to do
-WORK_SECONDS = 6 * 3600.0  # where one may read, write or hash a lot; that it has died is noticed otherwise
+_START_SECONDS = 300.0  # for all to come to a point before which nobody has much to do
+WORK_SECONDS = 6 * 3600.0  # before which one may read, write or hash a lot; the heartbeat notices its death
 _SEES_FILE_SECONDS = 5.0  # NFS shows a new file late
 _LAST_WORDS_SECONDS = 3.0  # for the others to read why a process ended
 _POLL_SECONDS = 0.5
@@ -43,13 +43,13 @@ _FAILURE, _SIGNAL = "darkformer/failure", "darkformer/signal"
 _PREEMPTION_NOTICE = "RECEIVED_PREEMPTION_NOTICE"
 _LONG_AGO = "2000-01-01T00:00:00+00:00"  # when the machine will be gone: in the past, whatever a host's clock says
 
-# Those of jax that tell by variables or a TPU VM's metadata. Not Kubernetes: it asks the cluster's API, for which pods
-# seldom have permission; launch/gke.sh passes flags.
+# The environments of jax that tell by variables or by a TPU VM's metadata. Not Kubernetes: jax asks the cluster's API
+# there, for which pods seldom have permission; launch/gke.sh passes flags.
 _ENVIRONMENTS = ("slurm", "ompi", "gcetpu", "gketpu")
 
 
 class Cluster(NamedTuple):
-    """Which of how many processes this one is, and where process 0 is reached."""
+    """The number of this process, the number of all, and the address of process 0."""
 
     coordinator: str  # host:port
     num_processes: int
@@ -58,7 +58,7 @@ class Cluster(NamedTuple):
 
 
 def cluster_of_flags(coordinator: str | None, num_processes: int | None, process_id: int | None) -> Cluster | None:
-    """What the three flags say; None where none is given. Raises UserError where they do not go together."""
+    """The cluster that the three flags name; None where none is given. Raises UserError where they do not fit."""
     given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == len(given):
@@ -76,7 +76,7 @@ def cluster_of_flags(coordinator: str | None, num_processes: int | None, process
 
 
 def cluster_of_environment(timeout: float) -> Cluster | None:
-    """What Slurm's, Open MPI's or a TPU VM's environment says; None outside of them."""
+    """The cluster that the environment of Slurm, Open MPI or a TPU VM names; None outside of them."""
     from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize itself asks, too late for the rendezvous
 
     for environment in ClusterEnv._cluster_types:
@@ -103,8 +103,8 @@ def join(cluster: Cluster | None, timeout: float = 300) -> None:
       timeout: seconds for all to come.
 
     Raises:
-      Missing: in all that came: some did not, or the coordinator cannot be reached.
-      UserError: in all that came: they do not fit together.
+      Missing: in every process that came: others did not come, or the coordinator cannot be reached.
+      UserError: in every process that came: two of them do not fit together.
     """
     if cluster is None:
         return
@@ -133,12 +133,12 @@ def is_distributed() -> bool:
 
 
 def process_index() -> int:
-    """Of this one; unlike `jax.process_index`, without looking at devices."""
+    """The number of this process; unlike `jax.process_index`, it does not look at devices."""
     return _state().process_id
 
 
 def barrier(name: str, timeout: float = WORK_SECONDS) -> None:
-    """Returns when all processes have come here. Raises Missing, which names those that have not in time."""
+    """Returns when all processes have come here. Raises Missing, which names those that did not come in time."""
     if not is_distributed():
         return
     client, prefix = _state().client, f"darkformer/at/{name}"
@@ -179,7 +179,7 @@ def require_same(what: str, fields: Mapping[str, Any]) -> None:
 
 
 def tell(what: str, value: float) -> dict[int, float]:
-    """Leaves a number for the others, and returns what each has left last, this one included. Waits for nobody."""
+    """Publishes a number, and returns the last one of each process, its own included. It waits for nobody."""
     if not is_distributed():
         return {0: value}
     client, prefix = _state().client, f"darkformer/told/{what}/"
@@ -250,7 +250,7 @@ def announce_stop(signum: int) -> None:
 
 
 def stop_agreed(step: int) -> int | None:
-    """The signal to stop for after `step`, the same in all processes; None = go on. To be called at every step."""
+    """The signal to stop for after `step`, the same in all processes; None = go on. Call it at every step."""
     if not is_distributed() or not multihost_utils.reached_preemption_sync_point(step):
         return None
     return int(_wait_for(_SIGNAL, "no process told the signal to stop for", _START_SECONDS))
@@ -292,7 +292,7 @@ def _end(message: str, status: int) -> NoReturn:
 
 
 class _Watch:
-    """A thread that looks every half second whether another process has failed."""
+    """A thread that asks every half second whether another process has failed."""
 
     def __init__(self) -> None:
         self.only_one_ends = threading.Lock()

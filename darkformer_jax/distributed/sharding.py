@@ -19,7 +19,7 @@ MESH_AXES = ("data", "fsdp", "tensor", "context")
 CONTEXT = "context"
 
 # Axes that may span slices, whose network is slow, in the order in which slices are given to them. `tensor` may not:
-# its messages are activations, several a layer.
+# it sends activations, several times per layer.
 SLOW_AXES = ("data", "fsdp", "context")
 
 # logical name of a dimension -> mesh axes
@@ -34,18 +34,18 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "features": ("tensor",),
 }
 
-# Where the mesh does not divide the first, an array that has the second splits that in its place; else the second
-# stays whole. Grouped queries: one key/value head cannot be split, its random features can.
+# dimension -> the one that is split instead where the mesh does not divide its size; otherwise that one stays whole.
+# Grouped queries: one key/value head cannot be split, its random features can.
 INSTEAD = {"kv_heads": "features"}
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The device mesh with the given number of devices an axis; one of them may be -1, what the others leave.
+    """The device mesh with the given number of devices per axis; one may be -1: as many as the others leave.
 
     Axes that `sizes` does not name have size 1.
 
     Raises:
-      UserError: where the sizes do not multiply to the number of devices, or do not fit the slices (`device_array`).
+      UserError: the sizes do not multiply to the number of devices, or do not fit the slices (`device_array`).
     """
     devices = jax.devices() if devices is None else devices
     shape = [sizes.get(name, 1) for name in MESH_AXES]
@@ -63,13 +63,13 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
 
 def device_array(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
-    """The devices as an array of the mesh's shape, so that what talks most is joined by the fastest network.
+    """The devices as an array of the mesh's shape, in which the devices that talk most share the fastest network.
 
-    Devices of several slices (TPU pods, hosts of GPUs: their `slice_index` differs) are joined by a slow network; as
-    much of `data` as the number of slices allows goes over it, then of `fsdp`, then of `context`.
+    A slow network joins the devices of different slices (TPU pods, hosts of GPUs: their `slice_index` differs). As much
+    of `data` as the number of slices allows goes over it, then of `fsdp`, then of `context`.
 
     Raises:
-      UserError: slices of different sizes, or a number of them that these three axes do not make up.
+      UserError: the slices differ in size, or their number is no product of parts of these three axes.
     """
     slices = Counter(getattr(device, "slice_index", 0) for device in devices)
     if len(slices) > 1:
@@ -95,7 +95,7 @@ def spec_of(name: str, axes: Sequence[str | None], shape: Sequence[int], mesh: M
     """The partition of array `name`, whose dimensions have the logical names `axes`.
 
     Raises:
-      UserError: two dimensions on one mesh axis, or a size that its mesh axes do not divide.
+      UserError: two dimensions are on one mesh axis, or their mesh axes do not divide a size.
     """
     if len(axes) != len(shape):
         raise UserError(f"{name} has shape {tuple(shape)} and axes {tuple(axes)}: their lengths differ")
@@ -120,7 +120,7 @@ def spec_of(name: str, axes: Sequence[str | None], shape: Sequence[int], mesh: M
 
 
 def _kept_whole(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> set[str]:
-    """Of the pairs in `INSTEAD`, the dimension that is not the one to split."""
+    """The dimension of each pair in `INSTEAD` that is not split."""
     whole = set()
     for first, second in INSTEAD.items():
         if first in axes:
@@ -144,9 +144,9 @@ class Part:
 
 @functools.cache
 def part_of_process(sharding: NamedSharding, process: int | None = None) -> Part:
-    """Of a process (None: of this one). Those between which the mesh splits something else read the same rows.
+    """The part of a process (None: of this one). Processes read the same rows if the mesh splits none between them.
 
-    Raises UserError for a mesh that gives processes rows in unequal numbers, or rows that overlap in part.
+    Raises UserError for a mesh that gives processes unequal numbers of rows, or rows that overlap in part.
     """
     if sharding.is_fully_addressable:
         return Part(0, 1)
@@ -166,7 +166,7 @@ def part_of_process(sharding: NamedSharding, process: int | None = None) -> Part
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Tells the compiler how an activation is split over the current mesh (`jax.set_mesh`); nothing without one."""
+    """Tells the compiler how the current mesh (`jax.set_mesh`) splits an activation; without a mesh, returns it."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -180,12 +180,12 @@ def map_shards(
     in_axes: Sequence[Sequence[str | None]],
     out_axes: Sequence[str | None],
 ) -> jax.Array:
-    """`function(*arrays)` of every device's own part of the arrays (`jax.shard_map`) on the current mesh.
+    """Runs `function(*arrays)` on every device's own part of the arrays (`jax.shard_map`) on the current mesh.
 
-    Where `tensor` does not divide the key/value heads, what runs over it is left to the compiler.
+    Where `tensor` does not divide the key/value heads, the compiler chooses what runs over that axis.
 
     Raises:
-      UserError: an array that the mesh does not divide.
+      UserError: the mesh does not divide an array.
     """
     mesh = jax.sharding.get_abstract_mesh()
     dimensions = [pair for axes, x in zip(in_axes, arrays, strict=True) for pair in zip(axes, x.shape, strict=True)]
@@ -203,7 +203,7 @@ def map_shards(
 
 
 def context_size(mesh: Mesh | AbstractMesh | None = None) -> int:
-    """Over how many devices a mesh (the current one; 1 where there is none) splits each sequence."""
+    """The number of devices over which a mesh (None: the current one) splits each sequence; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     return int(mesh.shape.get(CONTEXT, 1))
 

@@ -28,7 +28,7 @@ def train_step_flops(spec: ModelSpec, sequence_length: int, tokens: int) -> floa
     the embedding's look-up and the optimizer. Forward, per token, with D = embed_dim, H = num_heads, G = num_kv_heads,
     d = head_dim, m = num_features:
 
-        logits              2 D V
+        logits              2 D V              what a classifier does once per sequence is not counted
         a layer
           gated MLP         6 D F
           projections       4 D H d (q, o) + 4 D G d (k, v); `random` and `constant` look at neither q nor k: half of it
@@ -55,8 +55,9 @@ def train_step_flops(spec: ModelSpec, sequence_length: int, tokens: int) -> floa
       tokens: positions per optimizer step, batch_size * sequence_length, padding included.
     """
     mlp = 6 * spec.embed_dim * spec.mlp_dim
+    logits = 0 if spec.num_outputs else 2 * spec.embed_dim * spec.vocab_size
     layers = sum(MIXERS[mixer.kind].flops(mixer, sequence_length) + mlp for mixer in spec.layers)
-    return 3.0 * (layers + 2 * spec.embed_dim * spec.vocab_size) * tokens
+    return 3.0 * (layers + logits) * tokens
 
 
 def peak_flops(device_kind: str) -> float | None:

@@ -3,6 +3,7 @@
 import dataclasses
 
 from darkformer_jax.mixers.spec import MixerSpec
+from darkformer_jax.model.heads import Pooling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,6 +12,7 @@ class ModelSpec:
 
     Attributes:
       pattern: the mixers of successive layers, repeated over the depth; not longer than num_layers.
+      num_outputs: numbers per sequence, of a head on pooled outputs; 0 = logits of the next token.
     """
 
     vocab_size: int
@@ -27,6 +29,8 @@ class ModelSpec:
     dtype: str
     remat: str
     pattern: tuple[MixerSpec, ...]
+    num_outputs: int
+    pooling: Pooling
 
     @property
     def layers(self) -> tuple[MixerSpec, ...]:

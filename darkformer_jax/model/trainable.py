@@ -17,12 +17,17 @@ def _is_qkv(path: Path) -> bool:
     return path[1:2] == ("attention",) and path[2] in ("q", "k", "v")
 
 
+def _is_new(path: Path) -> bool:
+    """Whether a parameter is the classifier's: no pretrained model has one, so every regime trains it."""
+    return path[0] == "classifier"
+
+
 # optimizer.train -> whether it trains the parameter of a path and a variable
 REGIMES: Mapping[str, Callable[[Path, Any], bool]] = {
     "all": lambda path, variable: True,
-    "qkv_geometry": lambda path, variable: _is_qkv(path) or is_geometry(variable),
-    "geometry": lambda path, variable: is_geometry(variable),
-    "lora": lambda path, variable: is_lora(path) or is_geometry(variable),
+    "qkv_geometry": lambda path, variable: _is_qkv(path) or is_geometry(variable) or _is_new(path),
+    "geometry": lambda path, variable: is_geometry(variable) or _is_new(path),
+    "lora": lambda path, variable: is_lora(path) or is_geometry(variable) or _is_new(path),
 }
 
 
@@ -30,7 +35,7 @@ def trained_paths(network: Network, regime: str) -> Paths:
     """The parameters that `optimizer.train = regime` trains. Raises UserError where the model has none."""
     is_trained = flatten_dict(network.map_params(REGIMES[regime]))
     found = frozenset(path for path, trained in is_trained.items() if trained)
-    if not found:
+    if all(map(_is_new, found)):
         kinds = ", ".join(sorted(set(network.spec.layer_kinds)))
         raise UserError(
             f"optimizer.train = {regime!r}: a model of {kinds} layers has no M and no learned projections to train; "

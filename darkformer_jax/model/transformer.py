@@ -16,6 +16,7 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
 from darkformer_jax.mixers.layers import GatedMLP, RMSNorm
 from darkformer_jax.mixers.spec import MixerSpec
+from darkformer_jax.model.heads import make_classifier, pool
 from darkformer_jax.model.spec import ModelSpec
 
 REMAT_POLICIES = {
@@ -77,7 +78,9 @@ class Transformer(nnx.Module):
         for place in range(len(spec.pattern)):
             setattr(self, f"blocks_{place}", _stack_blocks(spec, place, block_keys[place]))
         self.final_norm = _norm(spec)
-        if not spec.tie_embeddings:
+        if spec.num_outputs:
+            self.classifier = make_classifier(spec.embed_dim, spec.num_outputs, nnx.Rngs(params=head_key))
+        elif not spec.tie_embeddings:
             self.head = nnx.Param(init(head_key, table, jnp.float32), axes=("vocab", "embed"))
 
     def __call__(
@@ -90,6 +93,13 @@ class Transformer(nnx.Module):
         """
         x, state = self.hidden(tokens, segment_ids, positions, state)
         return self.logits(x), state
+
+    def outputs(
+        self, tokens: Int[Array, "b n"], segment_ids: Int[Array, "b n"], positions: Int[Array, "b n"]
+    ) -> Float[Array, "b outputs"]:
+        """The `num_outputs` numbers of each sequence in float32: logits of the classes, say."""
+        x, _ = self.hidden(tokens, segment_ids, positions)
+        return self.classifier(pool(x, segment_ids, self.spec.pooling))
 
     def hidden(
         self, tokens: Int[Array, "b n"], segment_ids: Int[Array, "b n"], positions: Int[Array, "b n"], state: Any = None

@@ -18,7 +18,7 @@ from darkformer_jax.pretrained.hf_config import GENERATION_FILE
 from darkformer_jax.pretrained.key_map import Place, places_of
 from darkformer_jax.pretrained.mechanism import STEM, exact_fields, mechanism_arrays, write_mechanism
 from darkformer_jax.pretrained.safetensors_files import ArrayToWrite, shard, write_safetensors
-from darkformer_jax.runs.load import WorkdirModel, load_model
+from darkformer_jax.runs.load import WorkdirModel, load_language_model
 from darkformer_jax.runs.origin import read_origin
 from darkformer_jax.runs.workdir import Workdir
 
@@ -49,7 +49,7 @@ def export_workdir(
       UserError: no usable checkpoint, a model that no family has, or a directory that exists already.
     """
     with whole_directory(directory) as temporary:
-        model = load_model(workdir, step)
+        model = load_language_model(workdir, step)
         origin = read_origin(workdir)
         fields = dict(flat_fields(model.config.model.to_dict()))
         fields["vocab_size"] = model.network.spec.vocab_size

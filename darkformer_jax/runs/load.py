@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from darkformer_jax.config.specs import model_spec
 from darkformer_jax.config.validation import from_json, validate
+from darkformer_jax.data.labelled import load_class_names
 from darkformer_jax.data.tokenizers import Tokenizer, load_tokenizer
 from darkformer_jax.errors import UserError, one_line
 from darkformer_jax.model.lora import merge_lora
@@ -33,10 +34,10 @@ class WorkdirModel(NamedTuple):
 
 
 def load_model(workdir: str | os.PathLike[str], step: int | None = None, mesh: Mesh | None = None) -> WorkdirModel:
-    """Reads the newest undamaged checkpoint of a workdir, or the one of `step`, onto the mesh or the default device.
+    """Reads the newest undamaged checkpoint of a workdir, or that of `step`, onto the mesh or the default device.
 
-    Parameters have the dtypes that they have in the checkpoint, float32 after training. Low-rank updates are merged
-    into the weights: what comes back, its config included, is a model without them.
+    Parameters keep the dtypes of the checkpoint, which are float32 after training. Low-rank updates are merged into the
+    weights: the model that it returns, its config included, has none.
 
     Raises:
       UserError: no config, no checkpoint, a damaged one, or one that does not fit the config.
@@ -47,7 +48,8 @@ def load_model(workdir: str | os.PathLike[str], step: int | None = None, mesh: M
     try:
         config = from_json(saved)
         validate(config)
-        network = Network.of(model_spec(config, tokenizer.vocab_size))
+        num_outputs = _num_outputs(config.task.name, workdir)
+        network = Network.of(model_spec(config, tokenizer.vocab_size, num_outputs))
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         reason = one_line(error)
         raise UserError(f"{workdir}/{CONFIG_FILE} is not the config of a run of this version: {reason}") from error
@@ -67,8 +69,26 @@ def load_model(workdir: str | os.PathLike[str], step: int | None = None, mesh: M
     if config.model.lora_rank:
         params = merge_lora(params)
         config.model.lora_rank, config.optimizer.train = 0, "all"
-        network = Network.of(model_spec(config, tokenizer.vocab_size))
+        network = Network.of(model_spec(config, tokenizer.vocab_size, num_outputs))
     return WorkdirModel(network, params, projections, tokenizer, ends, config, step)
+
+
+def load_language_model(workdir: Workdir, step: int | None = None, mesh: Mesh | None = None) -> WorkdirModel:
+    """`load_model`, where the next token is what is asked for. Raises UserError also for a model of another task."""
+    model = load_model(workdir, step, mesh)
+    if model.network.spec.num_outputs:
+        raise UserError(
+            f"{workdir}: its model is of task.name = {model.config.task.name!r} and predicts no next token; "
+            "allowed: a language model's workdir"
+        )
+    return model
+
+
+def _num_outputs(task: str, workdir: Workdir) -> int:
+    """Numbers that the model of a task gives per sequence; 0 = logits of the next token."""
+    if task == "classification":
+        return len(load_class_names(workdir.local))
+    return 1 if task == "regression" else 0
 
 
 def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -2,7 +2,7 @@
 
     {"format": 1, "step": 100, "metrics": {...}, "files": {"d/1f0a": {"bytes": 812, "sha256": "..."}}, "digest": "..."}
 
-`step`, `format` and `digest` mean the same in every format, so that a version tells a newer one's manifest from damage.
+`step`, `format` and `digest` mean the same in every format, so that a version can tell a newer manifest from damage.
 Paths are pathlib's on a disk, and etils' in a bucket.
 """
 
@@ -26,7 +26,7 @@ class Damaged(Exception):
 
 
 def write_manifest(path: Any, step: int, files: Mapping[str, Any], metrics: Mapping[str, float | None]) -> None:
-    """Writes the manifest of `step`, whole or not at all. `files` is what `hash_files` gave. Raises OSError."""
+    """Writes the manifest of `step`, whole or not at all. `files` is what `hash_files` returned. Raises OSError."""
     content = {"format": FORMAT, "step": step, "metrics": metrics, "files": files}
     content["digest"] = _digest(content)
     data = (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
@@ -56,9 +56,9 @@ def read_manifest(path: Any, step: int) -> dict[str, Any]:
 
 
 def hash_files(directory: Any) -> dict[str, dict[str, Any]]:
-    """Each file below `directory` by its relative name, {"bytes": size, "sha256": hex}. All are on the disk then.
+    """Relative name -> {"bytes": size, "sha256": hex} of each file below `directory`; all are synced to the disk.
 
-    In a bucket {"bytes": size, "md5": hex}, as the store has computed it: nothing is read back.
+    In a bucket it is {"bytes": size, "md5": hex}, as the store computed it: nothing is read back.
     """
     if not isinstance(directory, Path):
         stored = objects(directory)
@@ -79,7 +79,7 @@ def hash_files(directory: Any) -> dict[str, dict[str, Any]]:
 
 
 def check_files(directory: Any, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises Damaged where a file is not what was written, and UserError where a bucket does not bring it."""
+    """Raises Damaged where a file differs from what was written, and UserError where a bucket does not bring it."""
     stored = None if isinstance(directory, Path) else objects(directory)
 
     def check(name: str) -> None:
@@ -93,7 +93,7 @@ def check_files(directory: Any, files: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _check_file(path: Any, expected: Mapping[str, Any], stored: Mapping[str, Any] | None) -> None:
-    """`stored`: what the bucket says of it; None = it is on a disk."""
+    """`stored`: what the bucket knows of the file; None = it is on a disk."""
     kind = "sha256" if "sha256" in expected else "md5"  # a step may have been copied from a bucket, or to one
     try:
         if stored == {}:

@@ -5,10 +5,16 @@ from typing import Any
 from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.workdir import Workdir
+from darkformer_jax.tasks.classification import Classification
 from darkformer_jax.tasks.language_model import LanguageModel
+from darkformer_jax.tasks.regression import Regression
 from darkformer_jax.tasks.task import Task
 
-TASKS: dict[str, type[Task[Any]]] = {"language_model": LanguageModel}  # config.task.name -> what is learned
+TASKS: dict[str, type[Task[Any]]] = {  # config.task.name -> what is learned
+    "language_model": LanguageModel,
+    "classification": Classification,
+    "regression": Regression,
+}
 
 
 def task_of(workdir: Workdir) -> type[Task[Any]]:

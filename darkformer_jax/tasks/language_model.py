@@ -180,7 +180,7 @@ class LanguageModel:
             seed=self.config.seed,
             vocab_size=tokenizer.vocab_size,
         )
-        ends = ends_of_text(str(workdir)) | {tokenizer.eos_id}
+        ends = ends_of_text(workdir) | {tokenizer.eos_id}
         return Writer(sampler, tokenizer, ends).continue_all(s.prompts, s.max_new_tokens)
 
     def __str__(self) -> str:

@@ -37,6 +37,8 @@ class NextToken:
     teacher: Network | None = None
     teacher_weight: float = 0.0
 
+    num_outputs = 0  # not a field
+
     @classmethod
     def of(cls, config: ml_collections.ConfigDict, vocab_size: int, teacher: Network | None = None) -> "NextToken":
         """Of a config and of the tokenizer's number of ids."""

@@ -28,10 +28,14 @@ class Objective(Protocol):
 
     Attributes:
       vocab_size: ids of the tokenizer. The model's table has as many rows or more.
+      num_outputs: numbers that the model gives per sequence; 0 = it gives logits of the next token.
     """
 
     @property
     def vocab_size(self) -> int: ...
+
+    @property
+    def num_outputs(self) -> int: ...
 
     def batch_shapes(self, num_rows: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Name -> shape and dtype of a batch of `num_rows` rows, over all processes.

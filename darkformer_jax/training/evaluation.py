@@ -9,9 +9,8 @@ from jax.sharding import PartitionSpec as P
 
 from darkformer_jax.distributed.sharding import part_of_process
 from darkformer_jax.model.network import Network
+from darkformer_jax.tasks.measured import Measured, on_host, total
 from darkformer_jax.tasks.task import Batch, Objective, Sums
-
-Measured = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
 
 
 def make_eval_step(
@@ -40,14 +39,12 @@ def measure(
     for batch in batches:
         measured = eval_step(params, projections, put_batch(batch, sharding))
         if pending is not None:  # of the batch before: the device is never waited for
-            parts.append(_on_host(*pending))
+            parts.append(on_host(*pending))
         pending = measured
     if pending is None:
         raise ValueError("there are no batches to measure")
-    parts.append(_on_host(*pending))
-    (first_sums, first_rows), *_ = parts
-    sums = {name: sum((part[0][name] for part in parts), np.zeros_like(first_sums[name])) for name in first_sums}
-    return sums, {name: np.concatenate([part[1][name] for part in parts]) for name in first_rows}
+    parts.append(on_host(*pending))
+    return total(parts)
 
 
 def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> Batch:
@@ -67,10 +64,3 @@ def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> Batch
 def rows_sharding(sharding: NamedSharding, rank: int) -> NamedSharding:
     """The first axes of a batch's sharding, for an array of this rank."""
     return NamedSharding(sharding.mesh, P(*sharding.spec[:rank]))
-
-
-def _on_host(sums: Sums, rows: dict[str, jax.Array]) -> Measured:
-    return (
-        {name: np.asarray(value, np.float64) for name, value in sums.items()},
-        {name: np.asarray(value) for name, value in rows.items()},
-    )

@@ -26,10 +26,19 @@ from darkformer_jax.training.step import TrainState, make_state_init, make_train
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """The parts of a training run. `abstract` is the state's shapes, `shardings` its layout on `mesh`.
+    """The parts of a training run.
 
-    `trained` are the parameters that `optimizer` is of, and `schedule` is the learning rate that metrics show.
-    `batch_sharding` is of arrays [rows, places].
+    Attributes:
+      config: validated, with a value for every field.
+      objective: what is learned.
+      network: the model.
+      trained: the parameters that the optimizer updates.
+      optimizer: of `trained`.
+      schedule: the learning rate that metrics show.
+      mesh: the devices.
+      abstract: the shapes of the state.
+      shardings: how the mesh holds the state.
+      batch_sharding: how it holds arrays [rows, places] of a batch.
     """
 
     config: ml_collections.ConfigDict
@@ -51,7 +60,7 @@ class Experiment:
 
         Raises UserError where the config, the objective and the devices do not fit together.
         """
-        network = Network.of(model_spec(config, objective.vocab_size))
+        network = Network.of(model_spec(config, objective.vocab_size, objective.num_outputs))
         mesh = make_mesh(config.mesh.to_dict(), devices)
         o = config.optimizer
         trained = trained_paths(network, o.train)
@@ -133,10 +142,10 @@ class Experiment:
     def step_flops(self) -> float:
         """Model FLOPs per step: `train_step_flops`, less frozen matrices' gradients, plus low-rank updates."""
         spec = self.network.spec
-        output = "embedding" if spec.tie_embeddings else "head"
+        matrices = {"kernel"} if spec.num_outputs else {"kernel", "embedding" if spec.tie_embeddings else "head"}
         frozen = flatten_dict(split_params(self.abstract.params, self.trained)[1])
         low_rank = sum(leaf.size for path, leaf in flatten_dict(self.abstract.params).items() if is_lora(path))
-        multiplied = sum(leaf.size for path, leaf in frozen.items() if path[-1] in ("kernel", output))
+        multiplied = sum(leaf.size for path, leaf in frozen.items() if path[-1] in matrices)
         whole = train_step_flops(spec, self.config.sequence_length, self.tokens_per_step)
         return whole + (6.0 * low_rank - 2.0 * multiplied) * self.tokens_per_step
 

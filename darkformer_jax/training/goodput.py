@@ -23,7 +23,7 @@ _SECONDS_BETWEEN_WRITES = 10.0  # a kill loses the account of as much
 class Stopwatch:
     """Keeps one process's account of its time in <workdir>/sessions.jsonl, a line for every start of the run.
 
-    Every `lap` gives the time since the one before to a part. On a pod, only process 0 writes.
+    `lap` adds the time since the last lap to a part. On a pod, only process 0 writes.
 
     Args:
       workdir: the run's directory.
@@ -51,7 +51,7 @@ class Stopwatch:
         self._first_step = self._step = step
 
     def lap(self, part: str, step: int) -> None:
-        """What was done since the last lap was `part`, and the last finished step is `step`."""
+        """The time since the last lap went to `part`; the last finished step is `step`."""
         now = self._clock()
         # A clock that was set back must not make time negative.
         self._seconds[part] += max(0.0, now - self._last)

@@ -1,4 +1,4 @@
-"""Starting a run from another run's weights, its mechanism changed perhaps."""
+"""Starting a run from another run's weights, perhaps with another mechanism."""
 
 from collections.abc import Collection
 from typing import NamedTuple
@@ -29,9 +29,9 @@ class _Place(NamedTuple):
 def initialize_from(
     workdir: Workdir, experiment: Experiment, state: TrainState, step: int | None = None
 ) -> tuple[TrainState, str]:
-    """`state` with every parameter that `workdir`'s checkpoint `step` has too, and a report of what it has not.
+    """`state` with every parameter that a checkpoint of `workdir` has too, and a line that says what differs.
 
-    Layers are matched by their number, whatever the two models' patterns. Low-rank updates that this model has not are
+    Layers are matched by their number, whatever the two models' patterns. Low-rank updates that this model lacks are
     merged into the weights. Projections of the same shape come along, unless the run redraws them. Optimizer moments,
     step and data order start anew.
 
@@ -83,9 +83,12 @@ def _transfer(
     shardings: dict,
     factors: Collection[Path] = (),
 ) -> dict:
-    """`current` with arrays of the checkpoint's `tree` put from their places there to those here, in its own dtypes.
+    """`current` with arrays of the checkpoint's `tree` copied into it, in the dtypes of `current`.
 
-    factors: the paths there of low-rank updates to merge first.
+    Args:
+      pairs: (place in the checkpoint, place in `current`) of each array.
+      shardings: of `current`.
+      factors: paths in the checkpoint of low-rank updates to merge first.
     """
     saved, layout = flatten_dict(checkpoints.saved_shapes(step)[tree]), flatten_dict(shardings)
     # Stacks of one parameter differ in their number of layers alone, an axis that is never split: a sharding fits both.

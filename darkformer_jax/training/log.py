@@ -98,6 +98,10 @@ class TrainingLog:
         self._restart()
         self._host.restart()
 
+    def upload(self) -> None:
+        """Returns when the lines so far are where other machines see them: before the checkpoint of their step is."""
+        self._mirror.upload()
+
     def saved(self, step: int) -> None:
         """A checkpoint was handed over to be written."""
         self._watch.lap("saves", step)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 
 from darkformer_jax.runs.checkpoints import Checkpoints
-from darkformer_jax.runs.mirror import Mirror
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.task import Batch, Evaluation, Task
 from darkformer_jax.training.evaluation import make_eval_step, measure, put_batch
@@ -32,7 +31,8 @@ class Loop:
     Args:
       experiment: what is trained, and how.
       task: what is learned, with its data.
-      workdir: of the run; checkpoints and mirror are its.
+      workdir: of the run.
+      checkpoints: of the workdir.
       log: is told of every step, evaluation and save.
     """
 
@@ -42,11 +42,10 @@ class Loop:
         task: Task[Any],
         workdir: Workdir,
         checkpoints: Checkpoints,
-        mirror: Mirror,
         log: TrainingLog,
     ) -> None:
         self._experiment, self._task, self._workdir = experiment, task, workdir
-        self._checkpoints, self._mirror, self._log = checkpoints, mirror, log
+        self._checkpoints, self._log = checkpoints, log
         self._train_step = experiment.train_step()
         self._eval_step = make_eval_step(experiment.network, experiment.objective, experiment.mesh)
 
@@ -94,7 +93,7 @@ class Loop:
             loss = (evaluation or self._evaluate(state, 1)).loss
             if not math.isfinite(loss):
                 raise NotFinite(f"step {step}: held-out loss is {loss}")
-            self._mirror.upload()  # lines up to a step are there before its checkpoint is
+            self._log.upload()
             self._checkpoints.save(step, to_saved(state), regular.as_metrics() if regular else None)
             self._log.saved(step)
         return evaluation

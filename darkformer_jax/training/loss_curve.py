@@ -29,7 +29,7 @@ def draw_loss_curve(workdir: Workdir) -> Path:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2, markersize=4)
     if not axes.lines:
         raise UserError(f"{workdir / METRICS_FILE} has no loss to draw")
-    axes.set(xlabel="step", ylabel="loss [nats]", title=workdir.local.absolute().name)
+    axes.set(xlabel="step", ylabel="loss", title=workdir.local.absolute().name)
     axes.grid(alpha=0.3)
     axes.legend()
     try:

@@ -66,7 +66,7 @@ def train(config: ml_collections.ConfigDict, workdir: Workdir, progress: Progres
 
 def _resolve(config: ml_collections.ConfigDict, workdir: Workdir | None) -> ml_collections.ConfigDict:
     """The config with a value for every field, checked, and the same in all processes."""
-    config = inherit(config, str(workdir) if workdir else None)
+    config = inherit(config, workdir)
     validate(config)
     processes.require_same("config", dict(flat_fields(config.to_dict())))
     return config
@@ -81,7 +81,7 @@ def _train(
     watch: Stopwatch,
     progress: Progress,
 ) -> Outcome:
-    """From where the run begins to its last step; closes what it opened, however it ends."""
+    """Trains from where the run begins to its last step, and closes what it opened, however it ends."""
     keep, every = experiment.config.checkpoint.keep, experiment.config.checkpoint.every
     checkpoints = Checkpoints(workdir, keep=keep, save_every=every, best=task.best)
     with contextlib.closing(watch), contextlib.closing(checkpoints), contextlib.closing(progress):
@@ -92,7 +92,7 @@ def _train(
         with contextlib.closing(MetricWriter(workdir, step if checkpoints.committed_steps() else None)) as writer:
             log = TrainingLog(experiment, writer, progress, watch, mirror)
             try:
-                return Loop(experiment, task, workdir, checkpoints, mirror, log).train(step, state)
+                return Loop(experiment, task, workdir, checkpoints, log).train(step, state)
             except NotFinite as error:
                 checkpoints.wait()
                 raise UserError(
@@ -110,7 +110,7 @@ def _claim(experiment: Experiment, task: Task[Any], workdir: Workdir, lock: Work
     if jax.process_index() == 0:
         task.save(workdir)
         if experiment.config.init_from:
-            hand_on_origin(experiment.config.init_from, str(workdir))
+            hand_on_origin(Workdir(experiment.config.init_from), workdir)
 
 
 def _report(experiment: Experiment, task: Task[Any], workdir: Workdir, outcome: Outcome, seconds: float) -> None:

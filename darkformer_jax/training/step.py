@@ -20,9 +20,9 @@ Metrics = dict[str, Array]
 
 
 class TrainState(NamedTuple):
-    """All that a run is, beside its config: the batch of a step and its projections are functions of (seed, step).
+    """Everything that changes while a run trains; the batch of a step is a function of (seed, step).
 
-    The same structure serves for the shapes and for the shardings of these arrays.
+    The same structure holds the shapes of these arrays, or their shardings.
     """
 
     step: Any  # optimizer updates made, int32
@@ -34,7 +34,7 @@ class TrainState(NamedTuple):
 def make_state_init(
     network: Network, optimizer: optax.GradientTransformation, seed: int, trained: Paths | None = None
 ) -> Callable[[], TrainState]:
-    """() -> the state before the first step. trained: the parameters that the optimizer is of; None = all."""
+    """() -> the state before the first step. trained: the parameters that the optimizer updates; None = all."""
 
     def init() -> TrainState:
         params, projections = network.init(jax.random.key(seed))
@@ -115,9 +115,9 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """(state, batch, the task's constants) -> (state, metrics).
 
-    Loss and gradients are sums over micro-batches over the total of the weight: of real tokens, say.
+    Loss and gradients are summed over micro-batches and divided by the total weight: the number of real tokens, say.
 
-    trained: the parameters that the optimizer is of (None = all). Of the others no gradient is computed.
+    trained: the parameters that the optimizer updates (None = all). Of the others no gradient is computed.
     """
 
     def loss(learned: dict, fixed: tuple[dict, dict, Any], batch: Batch) -> tuple[Float[Array, ""], Sums]:

@@ -14,7 +14,8 @@ from darkformer_jax.mixers import MIXERS
 from darkformer_jax.training.run import dry_run
 from tests.tiny_specs import rope_spec
 
-NOT_ALONE = ("arguments", "finetune")  # no config; one whose sizes are those of another run
+# No config; one whose sizes are those of another run; one whose sizes depend on the labels of its files.
+NOT_ALONE = ("arguments", "finetune", "classify")
 CONFIGS = [path.stem for path in (Path(__file__).parents[2] / "configs").glob("*.py") if path.stem not in NOT_ALONE]
 
 

@@ -28,6 +28,8 @@ SPEC = ModelSpec(
     dtype="float32",
     remat="none",
     pattern=(dataclasses.replace(ATTENTION, kind="softmax"), ATTENTION),
+    num_outputs=0,
+    pooling="last",
 )
 LOCAL_ROPE = rope_spec(theta=100.0)
 ROPE = rope_spec(scaling="yarn", factor=8.0, original_length=16)

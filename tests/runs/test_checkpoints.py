@@ -22,6 +22,7 @@ import pytest
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs import manifest as manifest_module
 from darkformer_jax.runs.checkpoints import Checkpoints
+from darkformer_jax.runs.verification import Best
 from darkformer_jax.runs.workdir import Workdir
 
 # Also run in subprocesses: the state of a step is a function of the step, as in training.
@@ -154,6 +155,14 @@ def test_newest_and_best_are_kept_and_the_others_removed(tmp_path: Path) -> None
     opened.save(7, state_of(7), {"heldout_loss": 1.9})
     opened.close()
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["6", "6.sha256.json", "7", "7.sha256.json"]
+
+
+def test_the_best_may_be_the_largest_of_another_metric(tmp_path: Path) -> None:
+    opened = Checkpoints(Workdir(tmp_path), best=Best("heldout_accuracy", smaller=False))
+    for step, accuracy in ((1, 0.5), (2, 0.9), (3, 0.9), (4, 0.2)):
+        opened.save(step, state_of(step), {"heldout_loss": float(step), "heldout_accuracy": accuracy})
+    opened.close()
+    assert opened.committed_steps() == [3, 4] and opened.best_step() == 3  # the newest of two
 
 
 def test_saving_the_same_step_again(tmp_path: Path) -> None:

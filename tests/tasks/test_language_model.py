@@ -11,12 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from darkformer_jax import generate
 from darkformer_jax.data import heldout_batches
 from darkformer_jax.data.stream import memory_stream
 from darkformer_jax.data.tokenizers import BytesTokenizer
-from darkformer_jax.tasks.language_model import TextEvaluation, compressors, tokens_per_byte
+from darkformer_jax.model.sampling import Sampler
+from darkformer_jax.runs.origin import write_origin
+from darkformer_jax.runs.workdir import Workdir
+from darkformer_jax.tasks.language_model import LanguageModel, TextEvaluation, compressors, tokens_per_byte
 from darkformer_jax.training.evaluation import make_eval_step, measure
-from tests.tiny_runs import experiment_of, tiny_config
+from tests.tiny_runs import experiment_of, tiny_config, write_text, write_workdir
 
 TEXTS = ["def f(x):\n    return x\n", "héllo wörld " * 9, "a", "import os, sys; print(os, sys)" * 3]
 LENGTH = 16
@@ -143,6 +147,28 @@ def test_names_in_the_metrics_file():
         "heldout_tokens",
     ]
     assert f"bits per byte {measured.bits_per_byte:.4f}" in str(measured)
+
+
+@pytest.mark.standard_promotion  # the state of a checkpoint is made with its optimizer
+def test_samples_stop_at_the_ends_of_the_original_model_as_generate_does(tmp_path, monkeypatch, capsys):
+    config = tiny_config(data__files=write_text(tmp_path / "text.txt"), sample__prompts=("ab", "c"))
+    workdir = Workdir(tmp_path / "run")
+    state = write_workdir(workdir.local, config)
+    write_origin(workdir, {"config": {"eos_token_id": 7}})
+
+    def stream(self, prompts, max_new_tokens):
+        for token in (*b"xy", 7, *b"z"):
+            yield np.full(len(prompts), token)
+
+    monkeypatch.setattr(Sampler, "stream", stream)
+    last = TextEvaluation(1.0, 1.0, 0.5, 9)
+    task = LanguageModel.load(config, workdir)
+    task.report(experiment_of(config).network, state.params, state.projections, workdir, last)
+    samples = (workdir / "samples.txt").read_text()
+    assert samples == "--- 'ab'\nabxy\n--- 'c'\ncxy\n" and samples in capsys.readouterr().out
+    (tmp_path / "prompts.txt").write_text("ab\nc\n")
+    generate.main(generate._parse_flags(["", f"--workdir={workdir}", f"--prompts_file={tmp_path}/prompts.txt"]))
+    assert capsys.readouterr().out == samples
 
 
 def test_compressors_are_bits_per_byte_in_the_right_order() -> None:

@@ -1,0 +1,57 @@
+"""A classifier of texts: labelled files, a small model, a head on the last token or on the mean.
+
+    python train.py --config=configs/classify.py:files=spam.jsonl --workdir=runs/spam
+    python train.py --config=configs/classify.py:files=train.tsv,heldout=dev.tsv,attention=softmax,pooling=mean
+
+Files are .tsv, .csv or .jsonl with a text and a label per line; --config.task.text_column and label_column name what is
+not called `text` and `label`. Without `heldout`, 15% of the texts are held out, chosen by a hash of each.
+
+Arguments: files, heldout (a file, or globs in quotes), attention (as in configs/ablation.py), m (random features per
+head), window and chunk (tokens), pooling (last, mean), length (tokens of a text that are read), batch, lr and
+geometry_lr (peak learning rates), steps, seed.
+"""
+
+import ml_collections
+
+from darkformer_jax.config import base
+from darkformer_jax.config.arguments import set_arguments
+
+FIELDS = {
+    "files": ("data.files", str),
+    "heldout": ("task.heldout_files", str),
+    "attention": ("model.attention.kind", str),
+    "m": ("model.attention.num_features", int),
+    "window": ("model.attention.window", int),
+    "chunk": ("model.attention.chunk_size", int),
+    "pooling": ("task.pooling", str),
+    "length": ("sequence_length", int),
+    "batch": ("batch_size", int),
+    "lr": ("optimizer.learning_rate", float),
+    "geometry_lr": ("optimizer.geometry_learning_rate", float),
+    "steps": ("num_steps", int),
+    "seed": ("seed", int),
+}
+
+
+def get_config(arguments: str = "") -> ml_collections.ConfigDict:
+    """`arguments`: comma-separated name=value."""
+    c = base.get_config()
+    c.task.name = "classification"
+    c.task.pooling = "mean"
+    c.data.source = "labelled"
+    c.model.dtype = "float32"  # CPUs have no bfloat16 units
+    c.model.num_layers = 2
+    c.model.embed_dim = 64
+    c.model.num_heads = c.model.num_kv_heads = 2
+    c.model.mlp_dim = 192
+    c.model.attention.chunk_size = 64
+    c.num_steps = 400
+    c.batch_size = 16
+    c.sequence_length = 256
+    c.optimizer.z_loss = 0.0
+    c.eval.every = 100
+    c.checkpoint.every = 100
+    set_arguments(c, filter(None, arguments.split(",")), FIELDS, "configs/classify.py")
+    if not c.task.heldout_files:
+        c.data.heldout_fraction = 0.15
+    return c

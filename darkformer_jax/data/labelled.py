@@ -1,0 +1,263 @@
+"""Labelled texts: tables and JSON lines to rows of tokens with a label each.
+
+.tsv    a header, then a line per example; quotes are text, as in the files of GLUE
+.csv    a header, then an example per record; a field in double quotes may hold commas and line ends (RFC 4180)
+.jsonl  an object per line
+
+A row of a batch is one example: BOS where the tokenizer's family has one, then the text's tokens, as a prompt is
+encoded; cut at `sequence_length`, padded at the end.
+"""
+
+import csv
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from darkformer_jax.data.files import read_json_object, write_atomically
+from darkformer_jax.data.heldout import DEFAULT_HELDOUT_FRACTION, hash_fraction
+from darkformer_jax.data.sources import find_files
+from darkformer_jax.data.text_files import read_json_records, read_lines, text_field
+from darkformer_jax.data.tokenizers import Tokenizer
+from darkformer_jax.errors import UserError
+
+LABELS_FILE = "labels.json"
+
+_TABLE_SUFFIXES = (".tsv", ".tsv.gz", ".csv", ".csv.gz")
+_SUFFIXES = (*_TABLE_SUFFIXES, ".jsonl", ".jsonl.gz")
+_MAX_FIELD_CHARACTERS = 64 << 20  # the csv module's own limit, 128 KiB, is less than a long e-mail
+_ENCODED_AT_ONCE = 1024  # examples
+_SHOWN_CLASSES = 10  # in an error
+
+
+class Columns(NamedTuple):
+    """What holds the text and the label: a table's columns, an object's fields."""
+
+    text: str
+    label: str
+
+
+class Example(NamedTuple):
+    """A text, its label as it is written, and its place: `file:line`."""
+
+    text: str
+    label: str
+    place: str
+
+
+def read_examples(files: str, columns: Columns) -> list[Example]:
+    """All examples of the files that comma-separated globs and directories name, in order.
+
+    Raises:
+      UserError: no such file, a column that is not there, an example without text or label, each with its line.
+    """
+    examples: list[Example] = []
+    for path in find_files(files, _SUFFIXES, "labelled"):
+        records = _table_records(path, columns) if path.endswith(_TABLE_SUFFIXES) else read_json_records(path)
+        examples += [_example(record, columns, f"{path}:{line}") for line, record in records]
+    if not examples:
+        raise UserError(f"{files}: there is no example")
+    return examples
+
+
+def _table_records(path: str, columns: Columns) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line, field by column) of each record of a .tsv or .csv file."""
+    csv.field_size_limit(_MAX_FIELD_CHARACTERS)
+    lines = (line + "\n" for _, line in read_lines(path))
+    if path.removesuffix(".gz").endswith(".tsv"):
+        reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        reader = csv.reader(lines, strict=True)
+    begin = 1
+    try:
+        header = [name.strip().removeprefix("\ufeff") for name in next(reader)]
+        for column in columns:
+            if column not in header:
+                raise UserError(f"{path} has no column {column!r}; it has: {', '.join(header)}")
+        begin = reader.line_num + 1
+        for fields in reader:
+            if len(fields) > len(header):
+                raise UserError(f"{path}:{begin}: {len(fields)} fields, but the header has {len(header)}")
+            if fields:  # not a blank line
+                yield begin, dict(zip(header, fields, strict=False))
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path}:{begin}: not a record: {error}") from error
+
+
+def _example(record: Any, columns: Columns, place: str) -> Example:
+    text = text_field(record, columns.text, place)
+    if not text.strip():
+        raise UserError(f"{place}: the text in {columns.text!r} is empty")
+    value = record.get(columns.label)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise UserError(f"{place}: there is no label in {columns.label!r}")
+    if not isinstance(value, str | int | float):
+        raise UserError(f"{place}: the label in {columns.label!r} is neither a string nor a number")
+    return Example(text, value.strip() if isinstance(value, str) else json.dumps(value), place)
+
+
+def split_examples(
+    files: str, heldout_files: str, heldout_fraction: float, columns: Columns
+) -> tuple[list[Example], list[Example]]:
+    """(training, held-out) examples: those of `heldout_files`, or those whose text's hash falls below the fraction.
+
+    Args:
+      files: see `read_examples`; of training, and of both where there are no `heldout_files`.
+      heldout_fraction: 0 = 0.05.
+
+    Raises:
+      UserError: what `read_examples` raises, or a side without an example.
+    """
+    examples = read_examples(files, columns)
+    if heldout_files:
+        return examples, read_examples(heldout_files, columns)
+    fraction = heldout_fraction or DEFAULT_HELDOUT_FRACTION
+    sides: tuple[list[Example], list[Example]] = ([], [])
+    for example in examples:
+        sides[hash_fraction(example.text, "heldout") < fraction].append(example)
+    if not all(sides):
+        raise UserError(
+            f"{files}: {len(sides[0])} of its {len(examples)} examples are for training, {len(sides[1])} are held out; "
+            "change data.heldout_fraction or give task.heldout_files"
+        )
+    return sides
+
+
+def class_names(examples: Sequence[Example]) -> tuple[str, ...]:
+    """The distinct labels, sorted: class i is the i-th.
+
+    Raises:
+      UserError: there is only one, or they are a regression's: numbers that are not all whole.
+    """
+    names = sorted({example.label for example in examples})
+    if len(names) == 1:
+        file = examples[0].place.rpartition(":")[0]
+        raise UserError(
+            f"{file}: all {len(examples)} training examples have the label {names[0]!r}; "
+            "a classification needs two classes or more"
+        )
+    numbers = [_number(name) for name in names]
+    fractions = [name for name, number in zip(names, numbers, strict=True) if number and not number.is_integer()]
+    if fractions and None not in numbers:
+        place = next(example.place for example in examples if example.label == fractions[0])
+        raise UserError(
+            f"{place}: the label {fractions[0]!r} is of a regression, and task.name = 'classification'; "
+            "allowed: names or whole numbers, or task.name = 'regression'"
+        )
+    return tuple(names)
+
+
+def class_labels(examples: Sequence[Example], names: Sequence[str]) -> np.ndarray:
+    """[n] int32: the class of each example. Raises UserError, with its place, for a label that is not in `names`."""
+    classes = {name: number for number, name in enumerate(names)}
+    for example in examples:
+        if example.label not in classes:
+            shown = ", ".join(names[:_SHOWN_CLASSES]) + (", ..." if len(names) > _SHOWN_CLASSES else "")
+            raise UserError(f"{example.place}: training has not seen the label {example.label!r}; it has seen: {shown}")
+    return np.array([classes[example.label] for example in examples], np.int32)
+
+
+def number_labels(examples: Sequence[Example]) -> np.ndarray:
+    """[n] float32: the number that each label is. Raises UserError, with its place, for one that is none."""
+    numbers = [_number(example.label) for example in examples]
+    for example, number in zip(examples, numbers, strict=True):
+        if number is None:
+            raise UserError(
+                f"{example.place}: the label {example.label!r} is no number, and task.name = 'regression'; "
+                "allowed: finite numbers, or task.name = 'classification'"
+            )
+    return np.array(numbers, np.float32)
+
+
+def _number(label: str) -> float | None:
+    """The finite number that a label is, if it is one."""
+    try:
+        number = float(label)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+class LabelledRows:
+    """One split, tokenised: row i is example i.
+
+    Args:
+      examples: the split.
+      labels: [n], a class (int32) or a number (float32) each.
+      tokenizer: of the texts.
+      sequence_length: tokens per row.
+
+    Attributes:
+      texts: as they were read.
+      labels: see above.
+      num_tokens: [n] of each example, before it is cut.
+      fingerprint: SHA-256 (hexadecimal) that changes with any token of a row and any label.
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], labels: np.ndarray, tokenizer: Tokenizer, sequence_length: int
+    ) -> None:
+        self.texts = tuple(example.text for example in examples)
+        self.labels = labels
+        self._sequence_length = sequence_length
+        rows, num_tokens = [], []
+        for begin in range(0, len(self.texts), _ENCODED_AT_ONCE):
+            for ids in tokenizer.encode_batch(self.texts[begin : begin + _ENCODED_AT_ONCE]):
+                prefix = [tokenizer.bos_id] if tokenizer.adds_bos or not len(ids) else []
+                rows.append(np.concatenate([np.array(prefix, np.int32), ids[: sequence_length - len(prefix)]]))
+                num_tokens.append(len(prefix) + len(ids))
+        self.num_tokens = np.array(num_tokens)
+        self._tokens = np.concatenate(rows).astype(np.int32)
+        self._ends = np.cumsum([len(row) for row in rows])
+        content = self._tokens.tobytes() + self._ends.astype(np.int64).tobytes() + labels.tobytes()
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def cut_share(self) -> float:
+        """Share of the examples that are longer than a row."""
+        return float(np.mean(self.num_tokens > self._sequence_length))
+
+    def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """The batch of the given rows [B]; rows behind the last example are padding of weight 0.
+
+        Returns:
+          inputs, segment_ids (1, 0 = padding) and positions [B, L] int32; labels [B]; weights [B] float32.
+        """
+        is_row = rows < len(self)
+        index = np.where(is_row, rows, 0)
+        begins = np.where(index > 0, self._ends[index - 1], 0)
+        lengths = np.where(is_row, self._ends[index] - begins, 0)
+        column = np.arange(self._sequence_length)
+        is_token = column < lengths[:, None]
+        places = np.minimum(begins[:, None] + column, len(self._tokens) - 1)
+        return {
+            "inputs": np.where(is_token, self._tokens[places], 0),
+            "segment_ids": is_token.astype(np.int32),
+            "positions": np.where(is_token, column, 0).astype(np.int32),
+            "labels": np.where(is_row, self.labels[index], 0).astype(self.labels.dtype),
+            "weights": is_row.astype(np.float32),
+        }
+
+
+def save_class_names(directory: str | os.PathLike[str], names: Sequence[str]) -> None:
+    """Writes labels.json, from which `load_class_names` reads them again."""
+    content = json.dumps({"labels": list(names)}, ensure_ascii=False, indent=2) + "\n"
+    write_atomically(Path(directory) / LABELS_FILE, content.encode("utf-8"))
+
+
+def load_class_names(directory: str | os.PathLike[str]) -> tuple[str, ...]:
+    """The class names of a workdir's model. Raises UserError where its labels.json cannot be read."""
+    path = os.path.join(directory, LABELS_FILE)
+    names = read_json_object(path).get("labels")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) < 2:
+        raise UserError(f"{path} has no list of two labels or more")
+    return tuple(names)

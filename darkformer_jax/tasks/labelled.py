@@ -1,0 +1,271 @@
+"""What tasks on labelled texts share: examples, their tokenizer, their batches, and how a model is judged on them."""
+
+import dataclasses
+import math
+import shlex
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Generic, Protocol, Self, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from darkformer_jax.data.batches import Batch, ordered_batches, shuffled_batches
+from darkformer_jax.data.labelled import Columns, Example, LabelledRows, read_examples, split_examples
+from darkformer_jax.data.tokenizers import Tokenizer, saved_or_new_tokenizer
+from darkformer_jax.distributed.sharding import Part
+from darkformer_jax.errors import UserError
+from darkformer_jax.model.network import Network
+from darkformer_jax.runs.load import WorkdirModel, load_model
+from darkformer_jax.runs.verification import LOWEST_LOSS
+from darkformer_jax.runs.workdir import Workdir
+from darkformer_jax.tasks.measured import on_host, total
+from darkformer_jax.tasks.scores import predict_by_bag_of_bytes
+from darkformer_jax.tasks.task import Evaluation, Objective, ProgressBar, ScoreRequest, Scores
+from darkformer_jax.tasks.tokenizer import check_same_tokenizer, tokenizer_of, vocab_size_of
+
+
+class LabelledEvaluation(Evaluation, Protocol):
+    """An evaluation that is a row of a table, too."""
+
+    @property
+    def row(self) -> Sequence[float]:
+        """The figures under `LabelledObjective.table_head`."""
+        ...
+
+    def details(self) -> list[str]:
+        """Lines that are printed below the table."""
+        ...
+
+    def as_result(self) -> dict[str, Any]:
+        """JSON values."""
+        ...
+
+
+E = TypeVar("E", bound=LabelledEvaluation)
+O = TypeVar("O", bound="LabelledObjective")
+
+
+class LabelledObjective(Objective, Protocol):
+    """An objective that also knows what labels mean.
+
+    Attributes:
+      table_head: names of the figures that judge predictions.
+    """
+
+    @property
+    def table_head(self) -> tuple[str, ...]: ...
+
+    def labels(self, examples: Sequence[Example]) -> np.ndarray:
+        """[n], of the batches' dtype. Raises UserError, with its place, for a label that means nothing here."""
+        ...
+
+    def evaluation(self, sums: Mapping[str, np.ndarray], rows: Mapping[str, np.ndarray]) -> LabelledEvaluation:
+        """The figures of what `measure` returned, as in `tasks.task.Task.evaluation`."""
+        ...
+
+    def judge(self, labels: np.ndarray, predicted: np.ndarray) -> Sequence[float]:
+        """The figures of anyone's predictions [n] of labels [n]."""
+        ...
+
+    def constant(self, labels: np.ndarray) -> tuple[str, float]:
+        """The best prediction that does not depend on the text, in words and as a label."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledTask(ABC, Generic[O, E]):
+    """A task whose rows are texts with a label each; see `tasks.task.Task`.
+
+    Attributes:
+      config: of the run.
+      objective: see above.
+      train, heldout: both splits.
+      tokenizer: of both.
+    """
+
+    config: ml_collections.ConfigDict
+    objective: O
+    train: LabelledRows
+    heldout: LabelledRows
+    tokenizer: Tokenizer
+
+    best = LOWEST_LOSS
+    constants = None
+
+    @classmethod
+    @abstractmethod
+    def make_objective(cls, config: ml_collections.ConfigDict, vocab_size: int, training: Sequence[Example]) -> O:
+        """Of a validated config, its tokenizer's number of ids and what it trains on."""
+
+    @classmethod
+    @abstractmethod
+    def trained_objective(cls, config: ml_collections.ConfigDict, vocab_size: int, workdir: Workdir) -> O:
+        """That of a workdir's model, without the data."""
+
+    @classmethod
+    def objective_of(cls, config: ml_collections.ConfigDict) -> O:
+        """Reads the labels, because the model's size depends on them."""
+        return cls.make_objective(config, vocab_size_of(config), _examples(config)[0])
+
+    @classmethod
+    def load(cls, config: ml_collections.ConfigDict, workdir: Workdir) -> Self:
+        """Reads and tokenises both splits."""
+        training, heldout = _examples(config)
+        if len(training) < config.batch_size:
+            raise UserError(
+                f"{config.data.files} has {len(training)} training examples, fewer than "
+                f"batch_size = {config.batch_size}; allowed: a smaller batch_size"
+            )
+        tokenizer = saved_or_new_tokenizer(
+            tokenizer_of(config, workdir), workdir.tokenizer_dir, lambda: (example.text for example in training)
+        )
+        if config.init_from:
+            check_same_tokenizer(Workdir(config.init_from), tokenizer.fingerprint, "init_from")
+        objective = cls.make_objective(config, tokenizer.vocab_size, training)
+        train, held = (
+            LabelledRows(side, objective.labels(side), tokenizer, config.sequence_length)
+            for side in (training, heldout)
+        )
+        return cls(config, objective, train, held, tokenizer)
+
+    @property
+    def fingerprints(self) -> Mapping[str, str]:
+        """Of both splits' tokens and labels, and of the tokenizer."""
+        data = self.train.fingerprint + self.heldout.fingerprint
+        return {"data": data, "tokenizer": self.tokenizer.fingerprint}
+
+    def train_batches(self, start_step: int, part: Part) -> Iterator[Batch]:
+        """As `LabelledRows.read` makes them, each epoch in another order."""
+        return shuffled_batches(
+            self.train.read,
+            len(self.train),
+            seed=self.config.seed,
+            batch_size=self.config.batch_size,
+            start_step=start_step,
+            num_workers=self.config.data.num_workers,
+            process_index=part.index,
+            process_count=part.count,
+        )
+
+    def heldout_batches(self, max_batches: int, part: Part) -> Iterator[Batch]:
+        """As `LabelledRows.read` makes them, in order."""
+        return ordered_batches(
+            self.heldout.read,
+            len(self.heldout),
+            batch_size=self.config.eval.batch_size,
+            max_batches=max_batches,
+            process_index=part.index,
+            process_count=part.count,
+        )
+
+    def evaluation(self, sums: Mapping[str, np.ndarray], rows: Mapping[str, np.ndarray]) -> E:
+        """The objective's."""
+        return cast(E, self.objective.evaluation(sums, rows))
+
+    def save(self, workdir: Workdir) -> None:
+        """The tokenizer, where there is none yet."""
+        if workdir.tokenizer_dir is None:
+            self.tokenizer.save(str(workdir.local))
+
+    def report(self, network: Network, params: dict, projections: dict, workdir: Workdir, last: E) -> None:
+        """The held-out figures beside those of a bag of bytes and of the best constant."""
+        bag = predict_by_bag_of_bytes(self.train.texts, self.train.labels, self.heldout.texts)
+        name, constant = self.objective.constant(self.train.labels)
+        rivals = {"bag of bytes": bag, f"always {name}": np.full_like(self.heldout.labels, constant)}
+        print("\n".join(_table(self.objective, last, self.heldout.labels, rivals)))
+        print(f"other files: python -m darkformer_jax.evaluate --workdir={shlex.quote(str(workdir))} --text=<files>")
+
+    @classmethod
+    def score(cls, workdir: Workdir, step: int | None, request: ScoreRequest, progress_bar: ProgressBar) -> Scores:
+        """Figures of labelled files, which have the columns that training had."""
+        for name in ("context", "stride", "max_tokens"):
+            if getattr(request, name) is not None:
+                raise UserError(f"--{name}={getattr(request, name)}: only a language model has windows of its text")
+        model = load_model(workdir, step)
+        objective = cls.trained_objective(model.config, model.tokenizer.vocab_size, workdir)
+        examples = read_examples(request.files, columns_of(model.config))
+        rows = LabelledRows(examples, objective.labels(examples), model.tokenizer, model.config.sequence_length)
+        began = time.perf_counter()
+        evaluation = _evaluate(model, objective, rows, request.batch_size, progress_bar)
+        result = {
+            "workdir": str(workdir),
+            "step": model.step,
+            "text": request.files,
+            "examples": len(rows),
+            "cut_share": rows.cut_share,
+            **evaluation.as_result(),
+            "seconds": time.perf_counter() - began,
+        }
+        head = (
+            f"{workdir} step {model.step}: {len(rows):,} examples, {100 * rows.cut_share:.1f}% of them cut at "
+            f"{model.config.sequence_length:,} tokens; {evaluation}; {result['seconds']:.0f} s"
+        )
+        name, constant = objective.constant(rows.labels)
+        rivals = {f"always {name}": np.full_like(rows.labels, constant)}
+        return Scores(result, "\n".join([head, *_table(objective, evaluation, rows.labels, rivals)]))
+
+    def __str__(self) -> str:
+        lengths = self.train.num_tokens
+        return (
+            f"{len(self.train):,} training examples, {len(self.heldout):,} held out; tokens per example: median "
+            f"{int(np.median(lengths)):,}, longest {lengths.max():,}; {100 * self.train.cut_share:.1f}% are cut at "
+            f"{self.config.sequence_length:,}"
+        )
+
+
+def labelled_shapes(
+    num_rows: int, sequence_length: int, label_dtype: jax.typing.DTypeLike
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Of what `LabelledRows.read` returns."""
+    shape = (num_rows, sequence_length)
+    tokens = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ("inputs", "segment_ids", "positions")}
+    return tokens | {
+        "labels": jax.ShapeDtypeStruct((num_rows,), label_dtype),
+        "weights": jax.ShapeDtypeStruct((num_rows,), jnp.float32),
+    }
+
+
+def columns_of(config: ml_collections.ConfigDict) -> Columns:
+    """Where the config's files have text and label."""
+    return Columns(config.task.text_column, config.task.label_column)
+
+
+def _examples(config: ml_collections.ConfigDict) -> tuple[list[Example], list[Example]]:
+    d = config.data
+    return split_examples(d.files, config.task.heldout_files, d.heldout_fraction, columns_of(config))
+
+
+def _evaluate(
+    model: WorkdirModel, objective: LabelledObjective, rows: LabelledRows, batch_size: int, progress_bar: ProgressBar
+) -> LabelledEvaluation:
+    measure = jax.jit(lambda *arrays: objective.measure(model.network.bind(*arrays[:2]), arrays[2]))
+    parts = []
+    with progress_bar(len(rows), "example") as bar:
+        for batch in ordered_batches(rows.read, len(rows), batch_size=batch_size):
+            parts.append(on_host(*measure(model.params, model.projections, batch)))
+            bar.update(int(batch["weights"].sum()))
+    evaluation = objective.evaluation(*total(parts))
+    if not math.isfinite(evaluation.loss):
+        raise UserError(f"the model's loss is {evaluation.loss}: its weights or its numbers are broken")
+    return evaluation
+
+
+def _table(
+    objective: LabelledObjective,
+    evaluation: LabelledEvaluation,
+    labels: np.ndarray,
+    rivals: Mapping[str, np.ndarray],
+) -> list[str]:
+    """Lines: a model's figures, those of its rivals' predictions, and its details."""
+    rows = {"this model": evaluation.row} | {name: objective.judge(labels, rivals[name]) for name in rivals}
+    names = max(map(len, rows)) + 2
+    widths = [max(len(name), 8) + 3 for name in objective.table_head]
+    lines = [" " * names + "".join(map(str.rjust, objective.table_head, widths))]
+    for name, figures in rows.items():
+        cells = (f"{figure:{width}.4f}" for figure, width in zip(figures, widths, strict=True))
+        lines.append(name.ljust(names) + "".join(cells))
+    return lines + evaluation.details()

@@ -1,0 +1,25 @@
+"""What `Objective.measure` returned of several batches, as one."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+
+from darkformer_jax.tasks.task import Sums
+
+Measured = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]  # sums, and values of rows
+
+
+def on_host(sums: Sums, rows: Mapping[str, jax.Array]) -> Measured:
+    """Of one batch, sums in float64; waits for the device that computes them."""
+    return (
+        {name: np.asarray(value, np.float64) for name, value in sums.items()},
+        {name: np.asarray(value) for name, value in rows.items()},
+    )
+
+
+def total(parts: Sequence[Measured]) -> Measured:
+    """The sums of at least one batch added, and the values of all rows end to end."""
+    first_sums, first_rows = parts[0]
+    sums = {name: sum((part[0][name] for part in parts), np.zeros_like(first_sums[name])) for name in first_sums}
+    return sums, {name: np.concatenate([part[1][name] for part in parts]) for name in first_rows}

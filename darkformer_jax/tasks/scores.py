@@ -1,0 +1,91 @@
+"""Figures of predictions, and what any model must beat: scikit-learn's and SciPy's, on counts and on predictions.
+
+scikit-learn is imported where it is used: it takes a second that other tasks need not spend.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+
+class ClassScores(NamedTuple):
+    """Figures of a classification.
+
+    Attributes:
+      accuracy: share of right answers.
+      f1: harmonic mean of precision and recall: of the second class where there are two, of each class and then
+        averaged where there are more. 0 where nothing was predicted or nothing was there.
+      matthews: the correlation of predicted and true classes, -1 to 1; 0 for answers that do not depend on the input.
+    """
+
+    accuracy: float
+    f1: float
+    matthews: float
+
+
+def class_scores(confusion: Float[np.ndarray, "true predicted"]) -> ClassScores:
+    """Of counts, `confusion[i, j]` being how many examples of class i were taken for class j."""
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    true, predicted = np.indices(confusion.shape)
+    cells = (true.ravel(), predicted.ravel())
+    weights = confusion.ravel()
+    average = "binary" if len(confusion) == 2 else "macro"
+    return ClassScores(
+        float(accuracy_score(*cells, sample_weight=weights)),
+        float(f1_score(*cells, sample_weight=weights, average=average, zero_division=0.0)),
+        float(matthews_corrcoef(*cells, sample_weight=weights)),
+    )
+
+
+def count_pairs(
+    true: Int[np.ndarray, "n"], predicted: Int[np.ndarray, "n"], num_classes: int
+) -> Float[np.ndarray, "true predicted"]:
+    """The `confusion` that `class_scores` takes."""
+    confusion = np.zeros((num_classes, num_classes))
+    np.add.at(confusion, (true, predicted), 1.0)
+    return confusion
+
+
+class Correlations(NamedTuple):
+    """Figures of a regression, -1 to 1; 0 where either side is constant.
+
+    Attributes:
+      pearson: of the numbers.
+      spearman: of their ranks.
+    """
+
+    pearson: float
+    spearman: float
+
+
+def correlations(true: Float[np.ndarray, "n"], predicted: Float[np.ndarray, "n"]) -> Correlations:
+    """Of predictions with what was to be predicted."""
+    from scipy.stats import pearsonr, spearmanr
+
+    if np.ptp(true) == 0 or np.ptp(predicted) == 0:
+        return Correlations(0.0, 0.0)
+    return Correlations(float(pearsonr(true, predicted).statistic), float(spearmanr(true, predicted).statistic))
+
+
+def predict_by_bag_of_bytes(train: Sequence[str], labels: np.ndarray, heldout: Sequence[str]) -> np.ndarray:
+    """Labels of held-out texts, from how often each byte is in the whole text, and nothing of the order.
+
+    Logistic regression where labels are classes (integers), ridge regression where they are numbers, on log(1 + count)
+    of each byte, standardised. What reads the text should beat it.
+    """
+    from sklearn.linear_model import LogisticRegression, Ridge
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    is_class = np.issubdtype(labels.dtype, np.integer)
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000) if is_class else Ridge())
+    predicted: np.ndarray = model.fit(_log_counts(train), labels).predict(_log_counts(heldout))
+    return predicted
+
+
+def _log_counts(texts: Sequence[str]) -> Float[np.ndarray, "n 256"]:
+    counts = [np.bincount(np.frombuffer(text.encode("utf-8"), np.uint8), minlength=256) for text in texts]
+    return np.log1p(np.array(counts, np.float32))

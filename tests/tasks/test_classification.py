@@ -1,0 +1,125 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from darkformer_jax.config.specs import model_spec
+from darkformer_jax.data.labelled import LABELS_FILE, load_class_names
+from darkformer_jax.distributed.sharding import Part
+from darkformer_jax.errors import UserError
+from darkformer_jax.model.network import Network
+from darkformer_jax.runs.workdir import Workdir
+from darkformer_jax.tasks.classification import Classes, Classification
+from darkformer_jax.training.evaluation import make_eval_step, measure
+from darkformer_jax.training.experiment import Experiment
+from darkformer_jax.training.step import make_state_init, make_train_step
+from tests.tasks.labelled_files import labelled_config, write_labelled
+
+pytestmark = pytest.mark.standard_promotion
+
+WHOLE = Part(0, 1)
+
+
+@pytest.fixture
+def task(tmp_path):
+    config = labelled_config(write_labelled(tmp_path / "mails.jsonl"))
+    return Classification.load(config, Workdir(tmp_path / "run"))
+
+
+def network_of(task):
+    return Network.of(model_spec(task.config, task.objective.vocab_size, task.objective.num_outputs))
+
+
+def test_the_loss_is_the_cross_entropy_of_the_real_examples(task):
+    network = network_of(task)
+    arrays = network.init(jax.random.key(0))
+    batch = next(task.train_batches(0, WHOLE))
+    batch["weights"][1] = 0
+    loss, sums = jax.jit(lambda batch: task.objective.loss(network.bind(*arrays), batch, None))(batch)
+    logits = np.asarray(
+        jax.jit(lambda b: network.bind(*arrays).outputs(b["inputs"], b["segment_ids"], b["positions"]))(batch)
+    )
+    kept = np.array([0, 2, 3])
+    log_softmax = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    wanted = -log_softmax[kept, batch["labels"][kept]].sum()
+    assert float(loss) == pytest.approx(wanted, rel=1e-5) and float(sums["weight"]) == 3
+    assert float(sums["correct"]) == (logits.argmax(-1) == batch["labels"])[kept].sum()
+
+
+def test_accumulation_divides_by_the_total_of_examples(task):
+    network, sgd = network_of(task), optax.sgd(0.1)
+    batch = next(task.train_batches(0, WHOLE))
+    batch["weights"] = np.array([1, 0, 0, 0], np.float32)  # micro-batches of one example and of none
+    state = jax.jit(make_state_init(network, sgd, 0))()
+    ends = []
+    for accumulation_steps in (1, 2):
+        step = make_train_step(
+            network,
+            task.objective,
+            sgd,
+            optax.constant_schedule(0.1),
+            accumulation_steps=accumulation_steps,
+            redraw_every=0,
+        )
+        ends.append(jax.jit(step)(state, batch))
+    for one, other in zip(*map(jax.tree.leaves, ends), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_held_out_figures_count_every_example_once(task):
+    experiment = Experiment.of(task.config, task.objective)
+    state = experiment.initial_state()
+    step = make_eval_step(experiment.network, task.objective, experiment.mesh)
+    arrays = (state.params, state.projections)
+    measured = measure(step, *arrays, task.heldout_batches(0, WHOLE), experiment.batch_sharding)
+    evaluation = task.evaluation(*measured)
+    rows = task.heldout.read(np.arange(len(task.heldout)))
+    model = experiment.network.bind(*arrays)
+    logits = model.outputs(
+        jnp.asarray(rows["inputs"]), jnp.asarray(rows["segment_ids"]), jnp.asarray(rows["positions"])
+    )
+    right = np.asarray(logits).argmax(-1) == rows["labels"]
+    assert evaluation.confusion.sum() == len(task.heldout)
+    assert evaluation.scores.accuracy == pytest.approx(right.mean())
+    assert set(evaluation.as_metrics()) == {"heldout_loss", "heldout_accuracy", "heldout_f1", "heldout_matthews"}
+    assert "F1 of 'spam'" in str(evaluation)
+
+
+def test_a_dry_run_needs_no_workdir_and_gives_the_objective_of_the_run(task):
+    assert Classification.objective_of(task.config) == task.objective == Classes(257, 32, ("ham", "spam"))
+
+
+def test_the_report_sets_the_model_beside_a_bag_of_bytes_and_the_commonest_class(task, capsys):
+    perfect = {"nll": np.array(1.0), "weight": np.array(10.0), "confusion": np.diag([6.0, 4.0])}
+    evaluation = task.evaluation(perfect, {})
+    task.report(network_of(task), {}, {}, Workdir("runs/mails"), evaluation)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["accuracy", "F1", "of", "'spam'", "Matthews"]
+    assert lines[1].split() == ["this", "model", "1.0000", "1.0000", "1.0000"]
+    assert [line[:12] for line in lines[2:4]] == ["bag of bytes", "always 'ham'"]
+    share = np.mean(task.heldout.labels == 0)
+    assert lines[3].split()[2:] == [f"{share:.4f}", "0.0000", "0.0000"]
+
+
+def test_the_classes_are_saved_and_others_are_refused(task, tmp_path):
+    workdir = Workdir(tmp_path / "run")
+    workdir.local.mkdir()
+    task.save(workdir)
+    assert load_class_names(workdir.local) == ("ham", "spam") and (workdir / LABELS_FILE).exists()
+    assert Classification.load(task.config, workdir).objective == task.objective
+    write_labelled(tmp_path / "mails.jsonl", ("good", "bad"))
+    with pytest.raises(UserError, match=r"was trained on the labels ham, spam; .*mails.jsonl has bad, good"):
+        Classification.load(task.config, workdir)
+
+
+def test_fewer_examples_than_a_batch_are_refused(task, tmp_path):
+    task.config.batch_size = 100
+    with pytest.raises(UserError, match=r"mails.jsonl has \d\d training examples, fewer than batch_size = 100"):
+        Classification.load(task.config, Workdir(tmp_path / "run"))
+
+
+def test_the_line_that_a_run_begins_with_tells_what_the_model_does_not_see(tmp_path):
+    config = labelled_config(write_labelled(tmp_path / "mails.jsonl"), sequence_length=16)
+    line = str(Classification.load(config, Workdir(tmp_path / "run")))
+    assert "training examples" in line and "% are cut at 16" in line and "0.0%" not in line
