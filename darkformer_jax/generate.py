@@ -3,8 +3,9 @@
     python -m darkformer_jax.generate --workdir=runs/quickstart --prompt="def "
     python -m darkformer_jax.generate --workdir=runs/quickstart --prompts_file=prompts.txt --temperature=0
 
-The state that decoding carries has a constant size: a long continuation costs as much per token as a short one (layers of
-exact attention excepted, whose cache grows). Prompts of a batch do not influence each other's probabilities.
+The state that decoding carries has a constant size: a long continuation costs as much per token as a short one
+(layers of exact attention excepted, whose cache grows). Prompts of a batch do not influence each other's
+probabilities.
 """
 
 import argparse
