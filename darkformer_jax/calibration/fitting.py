@@ -146,7 +146,7 @@ def _fit_layers(
                 started = time.perf_counter()
                 attention: Any = student.layer(index).attention
                 mechanism = _started(o, attention.mechanism, train, moments[-1], index)
-                trained = mechanism.trained
+                trained = mechanism.trainable
                 if trained and o.transfer_steps:
                     count = min(max(1, _TOKENS_PER_STEP // o.context), len(train.q))
                     options = {"steps": o.transfer_steps, "learning_rate": o.learning_rate}
@@ -174,10 +174,10 @@ def _started(o: Options, module: Any, train: LayerTensors, moments: Moments, lay
 
 
 def _errors(spec: MixerSpec, mechanism: Mechanism, trained: nnx.State, test: LayerTensors) -> dict[str, list[float]]:
-    found = {"before": errors(mechanism, mechanism.trained, test), "after": errors(mechanism, trained, test)}
+    found = {"before": errors(mechanism, mechanism.trainable, test), "after": errors(mechanism, trained, test)}
     if spec.window:
         alone = Mechanism.of(WindowOnly(spec, 0))
-        found["window_only"] = errors(alone, alone.trained, test)
+        found["window_only"] = errors(alone, alone.trainable, test)
     return {name: values.tolist() for name, values in found.items()}
 
 

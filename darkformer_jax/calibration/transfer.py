@@ -27,7 +27,7 @@ class Mechanism(NamedTuple):
     """A mechanism in parts: its structure, what transfer trains (M, learned projections, gain), and the rest."""
 
     graphdef: Any
-    trained: nnx.State
+    trainable: nnx.State
     fixed: nnx.State
 
     @classmethod
@@ -36,7 +36,7 @@ class Mechanism(NamedTuple):
         return cls(*parts)
 
     def attend(self, trained: nnx.State, tensors: LayerTensors) -> Float[Array, "n l hq d"]:
-        """Its output for the passages, with `trained` in place of its own trained part."""
+        """Its output for the passages, with `trained` in place of its trainable part."""
         module = nnx.merge(self.graphdef, trained, self.fixed)
         segment_ids, positions = _one_document_each(tensors.q)
         out, _ = module(tensors.q, tensors.k, tensors.v, segment_ids=segment_ids, positions=positions)
@@ -118,10 +118,10 @@ def matched_log_gain(
 def fit(
     mechanism: Mechanism, tensors: LayerTensors, key: Array, *, steps: int, passages: int, learning_rate: float
 ) -> nnx.State:
-    """`trained` after `steps` of Adam on the mean over heads of |out - exact|^2 / |exact|^2.
+    """The trainable part after `steps` of Adam on the mean over heads of |out - exact|^2 / |exact|^2.
 
     Args:
-      mechanism: its `trained` is the start.
+      mechanism: its trainable part is the start.
       key: decides the `passages` that each step draws.
       learning_rate: that of the first step; it falls to zero along a cosine.
     """
@@ -140,7 +140,7 @@ def fit(
         updates, state = optimizer.update(gradients, state, trained)
         return (optax.apply_updates(trained, updates), state), None
 
-    start = (mechanism.trained, optimizer.init(mechanism.trained))
+    start = (mechanism.trainable, optimizer.init(mechanism.trainable))
     (trained, _), _ = jax.lax.scan(step, start, jax.random.split(key, steps))
     return trained
 

@@ -38,7 +38,7 @@ def test_the_teacher_runs_layer_by_layer_as_the_model_does():
         for found, part in zip(tensors[:3], wanted, strict=True):
             np.testing.assert_allclose(found, part, atol=1e-5)
         itself = Mechanism.of(block.attention.mechanism)
-        assert np.max(errors(itself, itself.trained, tensors)) < 1e-6
+        assert np.max(errors(itself, itself.trainable, tensors)) < 1e-6
         x, _ = block(x, ones, positions, None)
         count += 1
     assert count == 3
@@ -53,7 +53,7 @@ def sharp_tensors(passages=6, length=48, heads=2):
     network = exact_network()
     exact = Mechanism.of(MIXERS["softmax"](network.spec.pattern[0], 0))
     tensors = LayerTensors(q * size[None, None, None], k * size[None, None, None], v, v)
-    return network.spec.pattern[0], tensors._replace(exact=exact.attend(exact.trained, tensors))
+    return network.spec.pattern[0], tensors._replace(exact=exact.attend(exact.trainable, tensors))
 
 
 def test_the_matched_gain_gives_the_far_part_its_exact_weight():
@@ -82,7 +82,7 @@ def test_fitting_brings_attention_closer_on_passages_it_has_not_seen(kind):
     train, test = (jax.tree.map(lambda leaf, part=part: leaf[part], tensors) for part in (slice(2, 6), slice(0, 2)))
     mechanism = Mechanism.of(MIXERS[kind](spec, 0))
     trained = fit(mechanism, train, jax.random.key(0), steps=60, passages=2, learning_rate=0.03)
-    before, after = (np.mean(errors(mechanism, state, test)) for state in (mechanism.trained, trained))
+    before, after = (np.mean(errors(mechanism, state, test)) for state in (mechanism.trainable, trained))
     assert after < 0.95 * before
     again = fit(mechanism, train, jax.random.key(0), steps=60, passages=2, learning_rate=0.03)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), trained, again))
@@ -91,7 +91,7 @@ def test_fitting_brings_attention_closer_on_passages_it_has_not_seen(kind):
 def test_the_error_is_relative_and_a_heads_own():
     spec, tensors = sharp_tensors()
     mechanism = Mechanism.of(MIXERS["performer"](spec, 0))
-    out = np.asarray(mechanism.attend(mechanism.trained, tensors), np.float64)
+    out = np.asarray(mechanism.attend(mechanism.trainable, tensors), np.float64)
     exact = np.asarray(tensors.exact, np.float64)
     wanted = [np.linalg.norm((out - exact)[:, :, h]) / np.linalg.norm(exact[:, :, h]) for h in range(2)]
-    np.testing.assert_allclose(errors(mechanism, mechanism.trained, tensors), wanted, rtol=1e-5)
+    np.testing.assert_allclose(errors(mechanism, mechanism.trainable, tensors), wanted, rtol=1e-5)

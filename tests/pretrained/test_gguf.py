@@ -3,6 +3,7 @@
 import inspect
 import io
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -315,3 +316,13 @@ def test_truncated_and_damaged_files(tmp_path):
         with pytest.raises(UserError) as error:
             open_source(str(path))
         assert message in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_without_the_package_gguf(tmp_path, monkeypatch):
+    path = write(tmp_path / "m.gguf")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.delitem(sys.modules, "darkformer_jax.pretrained.gguf_file", raising=False)
+    with pytest.raises(
+        UserError, match=r"m.gguf: GGUF files need the package gguf: pip install darkformer_jax\[gguf\]"
+    ):
+        open_source(str(path))
