@@ -14,6 +14,8 @@ CORE = [
     "grain>=0.2.18",
     "jax>=0.10.2",
     "jaxtyping>=0.3.3",  # shapes in signatures
+    "jinja2>=3.1",  # the page of `report`
+    "markdown-it-py>=3.0",  # the same page as HTML
     "matplotlib>=3.10",  # the loss curve at the end of a run
     "ml_collections>=1.1",
     "numpy>=2.1",
@@ -56,7 +58,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["darkformer_jax", "darkformer_jax.*"]),
-    package_data={"darkformer_jax": ["py.typed"]},
+    package_data={"darkformer_jax": ["py.typed"], "darkformer_jax.reporting": ["*.jinja"]},
     install_requires=CORE,
     extras_require={
         "test": TEST,

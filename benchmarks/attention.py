@@ -57,7 +57,7 @@ CROSSOVER_LENGTHS = (256, 512, 1024, 2048, 4096)
 DECODE_CONTEXTS = (1024, 4096, 16384, 65536)
 DECODE_BASE = 4096  # ratios are to this context
 DECODE_TURNS = 4  # these runs are short: this many times --repeats
-EXACT_TOKENS = 4  # at 64k a token takes long
+EXACT_TOKENS = 4  # after 64k tokens one takes long
 MEMORY_LENGTH, MEMORY_LIMIT_GIB = 65536, 3.0
 SETTLE_SECONDS = 0.05  # between two contenders: the idle threads of the one before stop spinning
 SLOW_SECONDS, SLOW_REPEATS = 5.0, 3  # what takes longer than this is repeated this often only
@@ -219,7 +219,7 @@ def decode_exact_run(context: int, dtype: str) -> Run:
 
 
 def time_decode(repeats: int, dtype: str) -> list[Row]:
-    """Milliseconds a token after short and long contexts."""
+    """Milliseconds per token after short and long contexts."""
     names = {"ours": CHUNK, "ours-hybrid": CHUNK, "exact-jax": EXACT_TOKENS}  # tokens of one run
     runs: dict[str, Run] = {}
     for context in DECODE_CONTEXTS:
@@ -231,7 +231,7 @@ def time_decode(repeats: int, dtype: str) -> list[Row]:
         seconds = interleave(runs, repeats, bar)
     rows = []
     titles = "  ".join(f"{context:>8}" for context in DECODE_CONTEXTS)
-    print(f"\ntime a token, ms, after   {titles}  tokens; ratios to {DECODE_BASE}")
+    print(f"\ntime per token, ms, after   {titles}  tokens; ratios to {DECODE_BASE}")
     for name, tokens in names.items():
         times = {context: seconds[f"{name} {context}"] for context in DECODE_CONTEXTS}
         base = times[DECODE_BASE]
@@ -320,7 +320,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--only", default=",".join(CONTENDERS), help="contenders, comma-separated (default %(default)s)"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default %(default)s)")
-    parser.add_argument("--decode", action="store_true", help="time a token after 1k to 64k tokens of context")
+    parser.add_argument("--decode", action="store_true", help="time per token after 1k to 64k tokens of context")
     parser.add_argument("--memory", action="store_true", help="peak memory growth of forward+backward at L = 65,536")
     parser.add_argument("--crossover", action="store_true", help="the length from which ours is faster than exact")
     parser.add_argument("--out", type=Path, help="also write everything to this JSON file")

@@ -65,11 +65,11 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One training run's outcome. Bits are held out, a token each but for the first."""
+    """One training run's outcome. Bits are of held-out text, per token except for the first figure."""
 
     bits_per_byte: float
     accuracy: float
-    train_loss: float  # mean of the last tenth of the steps, nats a token
+    train_loss: float  # mean of the last tenth of the steps, nats per token
     by_position: list[float]  # in each quarter of the row
     near_repeats: float  # of tokens that repeat the row, last seen less than FAR tokens back
     far_repeats: float  # FAR or more tokens back
@@ -195,7 +195,7 @@ def table(results: dict[Run, Result]) -> str:
 
 
 def ngram_bits(data: Data, order: int) -> float:
-    """Held-out bits a token given the `order` tokens before it alone, by counts that back off to the order below."""
+    """Held-out bits per token given only the `order` tokens before it, by counts that back off to lower orders."""
     size = data.tokenizer.vocab_size
 
     def contexts(stream: TokenStream) -> tuple[np.ndarray, np.ndarray]:

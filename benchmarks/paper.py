@@ -99,7 +99,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pretrain_steps", type=int, default=750, help="of the exact model (default: 750)")
     parser.add_argument("--learning_rates", type=numbers(float), default=[1e-3], help="peaks (default: 1e-3)")
     parser.add_argument("--geometry_ratio", type=float, default=3.0, help="learning rate of M over it (default: 3)")
-    parser.add_argument("--num_features", type=numbers(int), default=[64], help="m, a head (default: 64)")
+    parser.add_argument("--num_features", type=numbers(int), default=[64], help="m, features per head (default: 64)")
     args = parser.parse_args(argv)
     args.variants = [name.strip() for name in args.variants.split(";")]
     if unknown := set(args.variants) - VARIANTS.keys():

@@ -3,18 +3,18 @@
 python -m darkformer_jax.compile --config=configs/lm_1b.py --topology=v5e:4x4
 python -m darkformer_jax.compile --config=configs/lm_1b.py --topology=v5e:16x16 --num_slices=2 --config.mesh.fsdp=16
 
-The very program that train.py would run there, on the config's mesh. Prints the memory that one device needs at most
-beside what it has and where it goes, the collectives of one step, and an estimate of its least time: of computing, of
-memory traffic, of the links within a slice and of the network between slices, each as if it were alone. Exit status 1
-where the program does not fit. Needs libtpu, and neither TPUs nor data. Memory and collectives are the compiler's; the
-times come from the chips' published figures, and none was measured on a TPU.
+Without --config it takes the defaults. It compiles the very program that train.py would run there, on the config's
+mesh, and prints the memory that one device needs at most beside what it has and where it goes, the collectives of one
+step, and an estimate of its least time: of computing, of memory traffic, of the links within a slice and of the
+network between slices, each as if it were alone. Exit status 1 where the program does not fit. Needs libtpu, and
+neither TPUs nor data. Memory and collectives are the compiler's; the times come from the chips' published figures,
+and none was measured on a TPU.
 """
 
 import re
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,13 +27,14 @@ from darkformer_jax.aot.roofline import GIB, Roofline, chip_of, roofline
 from darkformer_jax.aot.topology import topology_devices
 from darkformer_jax.cli.experiment_flags import parse_experiment_flags
 from darkformer_jax.cli.parser import one_line_errors
+from darkformer_jax.config import base
 from darkformer_jax.config.validation import validate
 from darkformer_jax.errors import UserError, one_line
 from darkformer_jax.runs.inherit import inherit
 from darkformer_jax.tasks import TASKS
 from darkformer_jax.training.experiment import Experiment, bytes_per_device
 
-DEFAULT_CONFIG = str(Path(__file__).parents[1] / "configs" / "lm_1b.py")
+DEFAULT_CONFIG = base.__file__  # experiments are not installed; the defaults are
 FLAGS = flags.FLAGS
 
 

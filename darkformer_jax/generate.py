@@ -3,8 +3,9 @@
     python -m darkformer_jax.generate --workdir=runs/quickstart --prompt="def "
     python -m darkformer_jax.generate --workdir=runs/quickstart --prompts_file=prompts.txt --temperature=0
 
-The state that decoding carries has a constant size: a long continuation costs as much a token as a short one (layers of
-exact attention excepted, whose cache grows). Prompts of a batch do not influence each other's probabilities.
+The state that decoding carries has a constant size: a long continuation costs as much per token as a short one
+(layers of exact attention excepted, whose cache grows). Prompts of a batch do not influence each other's
+probabilities.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from darkformer_jax.cli.parser import Parser, one_line_errors
 from darkformer_jax.errors import UserError
 from darkformer_jax.model.sampling import Sampler
 from darkformer_jax.runs.load import load_language_model
+from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.texts import Writer
 
 
@@ -57,7 +59,7 @@ def generate(args: argparse.Namespace) -> None:
     if args.prompt is not None and not _is_utf8(args.prompt):
         raise UserError(f"--prompt={args.prompt!r}: not UTF-8 text")
     prompts = [args.prompt] if args.prompt is not None else _read_prompts(args.prompts_file)
-    model = load_language_model(args.workdir, args.step)
+    model = load_language_model(Workdir(args.workdir), args.step)
     sampler = Sampler(
         model.network,
         model.params,

@@ -112,7 +112,8 @@ def _config(o: Options) -> ml_collections.ConfigDict:
     config = conversion_config(o.mechanism)
     attention = config.model.attention
     attention.num_features, attention.window, attention.num_sinks = o.num_features, o.window, o.num_sinks
-    attention.window_kernel = "softmax" if o.window else "dark"
+    if not o.window:
+        attention.window_kernel = "dark"
     attention.geometry_init, attention.far_gain = o.geometry_init, o.far_gain
     attention.learn_projections = o.learn_projections
     config.init_from, config.sequence_length, config.seed = o.workdir, o.context, o.seed

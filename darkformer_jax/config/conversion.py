@@ -43,7 +43,7 @@ def conversion_config(kind: str) -> ml_collections.ConfigDict:
         _inherit(a, name)
     a.kind = kind
     if "window" in MIXERS[kind].uses:
-        a.update(_OF_A_WINDOW)
+        a.update({name: value for name, value in _OF_A_WINDOW.items() if name in MIXERS[kind].uses})
     c.data.tokenizer = ""
     return c
 

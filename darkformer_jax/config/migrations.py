@@ -15,9 +15,6 @@ from darkformer_jax.errors import UserError
 VERSION = 2
 _KEY = "version"
 
-# version -> what brings the fields of the version before it to its own, in place; for more than a new field
-_STEPS: Mapping[int, Callable[[dict[str, Any]], None]] = {}
-
 
 def migrate(saved: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The fields of a config.json, as nested dicts, with today's names and a value for each field that came later.
@@ -31,7 +28,8 @@ def migrate(saved: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"{where} is of version {version!r}, and this darkformer_jax reads 0 to {VERSION}; a newer one reads it"
         )
     for number in range(version + 1, VERSION + 1):
-        _STEPS.get(number, _nothing)(config)
+        if number in _STEPS:
+            _STEPS[number](config)
         for name, field in fields().items():
             if field.since == number:
                 _set_default(config, name, field.meaning_before)
@@ -43,8 +41,16 @@ def with_version(config: Mapping[str, Any]) -> dict[str, Any]:
     return {_KEY: VERSION, **config}
 
 
-def _nothing(config: dict[str, Any]) -> None:
-    """Of a version that has new fields only."""
+def _no_window_kernel_without_geometry(config: dict[str, Any]) -> None:
+    """Version 2 refuses a window_kernel that no layer uses; before, configs/finetune.py set it where M = I, too."""
+    attention = config["model"]["attention"]
+    kinds = (attention.get("pattern") or attention.get("kind", "")).replace(" ", "").split(",")
+    if "dark" not in kinds:
+        attention["window_kernel"] = "dark"
+
+
+# version -> what brings the fields of the version before it to its own, in place, before its new fields are added
+_STEPS: Mapping[int, Callable[[dict[str, Any]], None]] = {2: _no_window_kernel_without_geometry}
 
 
 def _set_default(config: dict[str, Any], name: str, value: Any) -> None:

@@ -15,7 +15,7 @@ class Dark(Performer):
     With `learn_projections` w is trained as well, and the features estimate no kernel any more.
     """
 
-    uses = Performer.uses | {"geometry_init", "learn_projections", "geometry_learning_rate"}
+    uses = Performer.uses | {"geometry_init", "learn_projections", "window_kernel", "geometry_learning_rate"}
     has_geometry = True
 
     def __init__(self, spec: MixerSpec, layer: int | Array) -> None:

@@ -19,7 +19,7 @@ from darkformer_jax.ops.dark_attention import dark_attention, init_state
 from darkformer_jax.ops.projections import draw_projections, projection_key
 from darkformer_jax.ops.state import AttentionState
 
-WINDOW_FIELDS = frozenset({"query_scale", "chunk_size", "window", "num_sinks", "window_kernel"})
+WINDOW_FIELDS = frozenset({"query_scale", "chunk_size", "window", "num_sinks"})
 PROJECTION_FIELDS = frozenset({"query_scale", "chunk_size", "num_features", "projections", "redraw_every"})
 
 

@@ -26,7 +26,7 @@ class RopeSpec:
     attention_factor: float  # 0 = yarn's formula
 
     def frequencies(self, head_dim: int) -> Float[np.ndarray, "d/2"]:
-        """Radians a token of each pair, float32: f_i = theta^(-2i/d), and with n_i = original_length f_i / 2 pi turns
+        """Radians per token of each pair, float32: f_i = theta^(-2i/d), and with n_i = original_length f_i / 2 pi turns
 
             linear   f_i / factor
             llama3   (1 - s_i) f_i / factor + s_i f_i,  s_i = clip((n_i - low) / (high - low), 0, 1)

@@ -36,7 +36,7 @@ def filter_logits(
 
 
 class Sampler:
-    """Continues batches of prompts. Memory and time a token do not depend on how many were written (KV caches aside).
+    """Continues batches of prompts. Memory and time per token do not depend on how many were written (KV caches aside).
 
     Args:
       network, params, projections: the model.

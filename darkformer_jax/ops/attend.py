@@ -92,6 +92,7 @@ def _place_tokens(
         positions = state.document_length[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
         document_length = state.document_length + length
     else:
+        # Each layer of a model asks for this, and XLA computes it once: it moves out of the scan over layers.
         positions, last_segment, document_length = jax.vmap(document_places)(
             segment_ids, state.last_segment, state.document_length
         )

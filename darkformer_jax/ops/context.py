@@ -24,7 +24,7 @@ Tree = TypeVar("Tree")
 
 
 def check_stretch(length: int, chunk_size: int, window: int) -> None:
-    """Raises UserError where a stretch of `length` tokens a device cannot have the chunks or the window."""
+    """Raises UserError where a stretch of `length` tokens per device cannot have the chunks or the window."""
     if window and (length % chunk_size or window > length):
         raise UserError(
             f"each device has {length} tokens of a sequence: with a window that must be a multiple of chunk_size = "

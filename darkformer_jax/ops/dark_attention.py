@@ -60,7 +60,7 @@ def dark_attention(
       window_kernel: what the window and the sinks are seen through: "dark", the kernel that the features estimate, or
         "softmax", exp(scale q^T k), which pretrained weights expect; it needs a window.
       log_weights: half of the importance weight of each projection that was not drawn from N(0, I); see
-        `ops.proposals.transform_projections`.
+        `ops.theory.proposals.transform_projections`.
       log_gain: per query head, added to the logarithm of everything that is seen through features; needs a window.
       state: continues the sequences that `state` has seen; the options must be those it was made with.
       return_state: also returns the state after the last token. Padding at the end leaves no trace in it.

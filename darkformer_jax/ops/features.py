@@ -57,7 +57,7 @@ def log_positive_features(
       geometry: M, or None for the identity (the softmax kernel: Performer).
       scale: of the logits; softmax attention has d^-0.5.
       log_weights: added to l_i(x), where w is not drawn from N(0, I): half the log importance weight of each w_i; see
-        `proposals.transform_projections`.
+        `theory.proposals.transform_projections`.
 
     Returns:
       float32 (float64 for float64 x). The matmul operands have x's dtype.

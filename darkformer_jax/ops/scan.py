@@ -1,6 +1,7 @@
 """Linear attention over whole sequences: a scan over chunks that carries the state, mapped over batch and heads inside.
 
-The backward pass keeps the states between chunks, (L / chunk_size) m (dv + 2) numbers a head, and recomputes the rest.
+The backward pass keeps the states between chunks, (L / chunk_size) m (dv + 2) numbers per head, and recomputes the
+rest.
 """
 
 import functools

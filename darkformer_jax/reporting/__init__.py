@@ -1,1 +1,1 @@
-"""From the workdirs of runs to tables, plots and a page; `python -m darkformer_jax.report` is the verb."""
+"""Turns the workdirs of runs into tables, plots and a page; `python -m darkformer_jax.report` is the verb."""

@@ -1,128 +1,121 @@
-"""DARK beside exact attention, Performer and the window alone, at otherwise equal settings, seed by seed."""
+"""Compares DARK with Performer, the window alone and exact attention, seed by seed and at otherwise equal settings."""
 
+import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
 from darkformer_jax.reporting.rows import Mean, Row, best_of
-from darkformer_jax.reporting.settings import EXACT_KINDS, LEARNING_RATES, is_comparable, role
+from darkformer_jax.reporting.settings import LEARNING_RATES, is_comparable
 
-SIGNIFICANT = 2.0  # standard errors
+COUNTERPARTS = {"performer": "Performer", "window_only": "the window alone"}  # kind -> name
 
-
-class Difference(NamedTuple):
-    """Held-out loss of one row minus that of another."""
-
-    value: Mean
-    num_shared: int  # seeds that both have; 0: the difference of the means
+_SIGNIFICANT = 2.0  # standard errors
 
 
-class Comparison(NamedTuple):
-    """A DARK row and its counterparts. `gap` and `share` are None where there is no exact row."""
+@dataclass(frozen=True)
+class Comparison:
+    """A DARK row beside a counterpart and, if there is one, an exact row; without it, `gap` and `share` are None."""
 
+    kind: str  # of `other`
     dark: Row
-    other: Row  # Performer, or the window alone
+    other: Row
     exact: Row | None
-    best: bool  # each at the best of its learning rates, else all at the same one
-    difference: Difference  # dark - other
-    gap: Difference | None  # other - exact
-    share: Difference | None  # of that gap that DARK closes; None too where there is no gap
+    best: bool  # whether each row has its own best learning rate; else all have the same one
+
+    @property
+    def name(self) -> str:
+        """The counterpart's name in a sentence."""
+        return COUNTERPARTS[self.kind]
+
+    @property
+    def difference(self) -> Mean:
+        """Held-out loss of DARK minus that of the counterpart."""
+        return _difference(self.dark, self.other)
+
+    @property
+    def gap(self) -> Mean | None:
+        """Held-out loss of the counterpart minus that of exact attention."""
+        return None if self.exact is None else _difference(self.other, self.exact)
+
+    @property
+    def share(self) -> Mean | None:
+        """The share of the gap that DARK closes; None also if the gap is not positive."""
+        return None if self.exact is None else closed_share(*(r.by_seed() for r in (self.exact, self.other, self.dark)))
+
+    def in_words(self) -> str:
+        """Says whether DARK is better than the counterpart, and which share of the gap to exact attention it closes."""
+        name, difference, gap, share = self.name, self.difference, self.gap, self.share
+        seeds = f"{difference.num_seeds or 'no'} shared seed{'' if difference.num_seeds == 1 else 's'}"
+        shown = f"{difference.text(sign='+')} in held-out loss, {seeds}"
+        if difference.mean >= 0:
+            text = f"DARK is not better than {name} ({shown})."
+        elif difference.standard_error is None:
+            text = f"DARK is below {name} ({shown}, no standard error: this may be chance)."
+        elif -difference.mean < _SIGNIFICANT * difference.standard_error:
+            text = f"DARK is below {name} by less than two standard errors ({shown}): not distinguishable."
+        else:
+            text = f"DARK is better than {name} ({shown})."
+        if gap is None:
+            return text
+        if share is None:
+            return f"{text} There is no gap to close: {name} is not worse than exact attention here."
+        text += f" It closes {share.percent(0)} of the gap of {gap.text()} between {name} and exact attention"
+        if gap.standard_error is not None and gap.mean < _SIGNIFICANT * gap.standard_error:
+            text += " (the gap itself is less than two standard errors)"
+        return text + "."
 
 
-def comparisons(rows: Sequence[Row], kind: str) -> list[Comparison]:
-    """DARK rows against those of `kind` at the same learning rate, then each at the best of its learning rates."""
-    found: list[Comparison] = []
+def comparisons(rows: Sequence[Row]) -> list[Comparison]:
+    """Compares rows with the same learning rates, then rows with the best of their learning rates."""
+    found: dict[tuple[Row, Row, Row | None], Comparison] = {}
     nothing: list[Row | None] = [None]
-    for best in (False, True):
+    for kind, best in itertools.product(COUNTERPARTS, (False, True)):
         without = LEARNING_RATES if best else ()
         candidates = best_of(rows) if best else rows
-        for dark in candidates:
-            if role(dark.settings) != "dark":
-                continue
-            others = [row for row in candidates if is_comparable(dark.settings, row.settings, (kind,), without)]
-            exacts = [row for row in candidates if is_comparable(dark.settings, row.settings, EXACT_KINDS, without)]
-            for other in others:
-                for exact in exacts or nothing:
-                    if not any(c.dark is dark and c.other is other and c.exact is exact for c in found):
-                        found.append(_compare(dark, other, exact, best))
-    return found
+        for dark in (row for row in candidates if row.role == "dark"):
+            others, exacts = (
+                [row for row in candidates if is_comparable(dark.settings, row.settings, counterpart, without)]
+                for counterpart in (kind, "exact")
+            )
+            for other, exact in itertools.product(others, exacts or nothing):
+                found.setdefault((dark, other, exact), Comparison(kind, dark, other, exact, best))
+    return list(found.values())
 
 
-def _compare(dark: Row, other: Row, exact: Row | None, best: bool) -> Comparison:
-    difference = _difference(dark, other)
-    if exact is None:
-        return Comparison(dark, other, None, best, difference, None, None)
-    gap = _difference(other, exact)
-    share = closed_share(exact.by_seed(), other.by_seed(), dark.by_seed())
-    return Comparison(dark, other, exact, best, difference, gap, share)
-
-
-def _difference(a: Row, b: Row) -> Difference:
+def _difference(a: Row, b: Row) -> Mean:
     of_a, of_b = a.by_seed(), b.by_seed()
     shared = sorted(of_a.keys() & of_b.keys())
     if shared:
-        return Difference(Mean.of([of_a[seed] - of_b[seed] for seed in shared]), len(shared))
-    return Difference(Mean(a.mean().mean - b.mean().mean, _root_sum([a.mean().error, b.mean().error])), 0)
+        return Mean.of([of_a[seed] - of_b[seed] for seed in shared])
+    return Mean(a.mean().mean - b.mean().mean, _root_sum([a.mean().standard_error, b.mean().standard_error]), 0)
 
 
-def closed_share(exact: dict[int, float], other: dict[int, float], dark: dict[int, float]) -> Difference | None:
-    """(other - dark) / (other - exact) of losses by seed: 1 = as good as exact, 0 = no better than `other`.
+def closed_share(exact: dict[int, float], other: dict[int, float], dark: dict[int, float]) -> Mean | None:
+    """The share s = mean(p - d) / mean(p - e), where e, p, d are the losses by seed of `exact`, `other` and `dark`.
 
-    Over the seeds that all three share: the ratio s of the mean differences, and its standard error by the first-order
-    expansion, se(p_i - d_i - s (p_i - e_i)) / |mean(p - e)|. Where they share none: of the means, with the standard
-    errors of the three taken as independent. None where `other` is not worse than exact.
+    s = 1: DARK is as good as exact attention; s = 0: no better than `other`. The means are over the seeds that all
+    three share; the standard error is the first-order expansion se(p_i - d_i - s (p_i - e_i)) / mean(p - e). If they
+    share no seed, s is of their own means, whose standard errors count as independent. None if mean(p - e) <= 0.
     """
+    rows = (exact, other, dark)
     shared = sorted(exact.keys() & other.keys() & dark.keys())
-    if shared:
-        e, p, d = (np.array([losses[seed] for seed in shared]) for losses in (exact, other, dark))
-    else:
-        e, p, d = (np.array([np.mean(list(losses.values()))]) for losses in (exact, other, dark))
+    e, p, d = (np.array([x[seed] for seed in shared] or [float(np.mean(list(x.values())))]) for x in rows)
     gap = float(np.mean(p - e))
     if gap <= 0:
         return None
     share = float(np.mean(p - d)) / gap
     if shared:
-        error = Mean.of(list((p - d) - share * (p - e))).error
+        error = Mean.of(list((p - d) - share * (p - e))).standard_error
     else:
-        errors = [Mean.of(list(losses.values())).error for losses in (exact, other, dark)]
+        errors = [Mean.of(list(x.values())).standard_error for x in rows]
         weights = (share, 1 - share, 1.0)
         error = _root_sum([None if x is None else weight * x for x, weight in zip(errors, weights, strict=True)])
-    return Difference(Mean(share, None if error is None else error / gap), len(shared))
+    return Mean(share, None if error is None else error / gap, len(shared))
 
 
 def _root_sum(errors: Sequence[float | None]) -> float | None:
     known = [error for error in errors if error is not None]
     return math.sqrt(sum(error**2 for error in known)) if len(known) == len(errors) else None
-
-
-def in_words(comparison: Comparison, name: str) -> str:
-    """One sentence: whether DARK is better than `name`, and what share of the gap to exact attention it closes."""
-    c = comparison
-    difference, seeds = c.difference.value, _seeds(c.difference.num_shared)
-    shown = f"{difference.text(sign='+')} in held-out loss, {seeds}"
-    if difference.mean >= 0:
-        verdict = f"DARK is not better than {name} ({shown})"
-    elif difference.error is None:
-        verdict = f"DARK is below {name} ({shown}: no standard error, so it may be chance)"
-    elif -difference.mean < SIGNIFICANT * difference.error:
-        verdict = f"DARK is below {name} by less than two standard errors ({shown}): not distinguishable"
-    else:
-        verdict = f"DARK is better than {name} ({shown})"
-    if c.exact is None or c.gap is None:
-        return verdict + "."
-    gap = c.gap.value
-    if c.share is None:
-        return f"{verdict}. {name} is not worse than exact attention here: there is no gap to close."
-    share = f"{gap.text()}, that it closes: {c.share.value.percent(0)}"
-    text = f"{verdict}. Share of the gap from {name} to exact attention, {share}"
-    if gap.error is not None and gap.mean < SIGNIFICANT * gap.error:
-        text += " (the gap itself is less than two standard errors)"
-    return text + "."
-
-
-def _seeds(num_shared: int) -> str:
-    if not num_shared:
-        return "no seed shared"
-    return f"{num_shared} shared seed{'s' if num_shared > 1 else ''}"

@@ -1,194 +1,185 @@
-"""Plots of rows, calibrations and spectra, a PNG each. Lines differ in colour (Okabe and Ito's) and in style."""
+"""Plots rows, calibrations and spectra. Lines differ in colour (Okabe and Ito's palette), style and marker."""
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from darkformer_jax.reporting.geometry import Calibration, Spectra
-from darkformer_jax.reporting.rows import LOSS, Mean, Row
-from darkformer_jax.reporting.runs import Run
+from darkformer_jax.reporting.calibrations import Calibration
+from darkformer_jax.reporting.findings import Findings
+from darkformer_jax.reporting.reported_runs import DIVERGED, LOSS, ReportedRun
+from darkformer_jax.reporting.rows import Mean, Row, best_of, grouped, label
+from darkformer_jax.reporting.settings import LEARNING_RATE, LEARNING_RATES, M_FEATURES
+from darkformer_jax.reporting.spectra import Spectra
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-ROWS_A_FIGURE = 7  # as many as there are colours that stand out from white
-
-_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # visible on white
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 _MARKERS = "osD^vPX"
-_SMOOTHED = 20  # a training curve's mean runs over this fraction of its points, 1 / _SMOOTHED
+_SMOOTHED = 20  # a training curve is the running mean over 1 / _SMOOTHED of its points
 
 
-def draw_curves(rows: Sequence[Row], labels: Sequence[str], diverged: Sequence[Run], path: Path) -> None:
-    """Training loss (running mean) and held-out loss against the step: mean over seeds, band from least to largest.
-
-    Of diverged runs, the training loss up to a cross.
-    """
-    figure = _figure(11, 4.8)
-    training, heldout = figure.subplots(1, 2)
-    for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
-        for axes, name, width in ((training, "loss", _SMOOTHED), (heldout, LOSS, 0)):
-            steps, values = _aligned(row, name)
-            if not len(steps):
-                continue
-            if width:
-                steps, values = _running_mean(steps, values, max(1, len(steps) // width))
-            look = _look(i) | ({"marker": _MARKERS[i]} if axes is heldout else {})
-            axes.plot(steps, values.mean(axis=0), label=label, **look)
-            axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=_COLOURS[i], alpha=0.15, linewidth=0)
-    for run in diverged:
-        curve = run.curve("loss")
-        if curve:
-            training.plot(list(curve), list(curve.values()), color="0.55", linewidth=0.8)
-            training.plot(max(curve), curve[max(curve)], "x", color="#D55E00", markersize=9, markeredgewidth=2)
-    for axes, title in ((training, "training, running mean"), (heldout, "held out")):
-        axes.set(xlabel="step", ylabel="loss [nats a token]", title=title)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-    figure.legend(*heldout.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
-    _save(figure, path)
-
-
-class Series(NamedTuple):
-    """Held-out loss of one mechanism, by the field that a plot is about."""
+class _Line(NamedTuple):
+    """The results of one mechanism against the field on the x axis."""
 
     label: str
-    points: dict[float, Mean]
-    level: Mean | None  # where the mechanism does not have the field
-    diverged: list[float]  # values of the field at which a run diverged
+    points: list[tuple[float, Mean]]  # (x, y)
+    level: Mean | None  # y if the mechanism does not use the field
+    crosses: list[float]  # the x at which a run diverged
 
 
-def draw_against(series: Sequence[Series], name: str, base: int, path: Path) -> None:
-    """Held-out loss against a field `name`, logarithmic to `base`: a line a series, crosses where runs diverged."""
-    figure = _figure(8, 5)
+def draw(found: Findings) -> Iterator[tuple[str, Figure]]:
+    """Draws everything that the runs have; yields (file name, figure)."""
+    best, diverged = best_of(found.rows), [run for run in found.runs if run.state == DIVERGED]
+    for number, start in enumerate(range(0, len(best), len(_COLOURS)), start=1):
+        some = best[start : start + len(_COLOURS)]
+        yield f"loss_curves_{number}.png", _curves(some, [label(row, found.rows) for row in some], diverged)
+    loss, m = "held-out loss [nats per token]", "m, random features per head"
+    if _values(lines := _lines(found.rows, diverged, LEARNING_RATE, LEARNING_RATES))[1:]:
+        yield "learning_rates.png", _against(lines, "learning rate", 10, loss)
+    if _values(lines := _lines(found.rows, [], M_FEATURES, (M_FEATURES, *LEARNING_RATES)))[1:]:
+        yield "features.png", _against(lines, m, 2, loss)
+    if _values(lines := _calibrated_lines(found.calibrations))[1:]:
+        yield "calibration_features.png", _against(lines, m, 2, "relative error of attention")
+    for number, calibration in enumerate(found.calibrations, start=1):
+        yield f"attention_error_{number}.png", _error_map(calibration)
+    for number, spectra in enumerate(found.spectra, start=1):
+        yield f"spectra_{number}.png", _spectra(spectra)
+
+
+def _lines(rows: Sequence[Row], diverged: Sequence[ReportedRun], field: str, without: tuple[str, ...]) -> list[_Line]:
+    """One line for the rows that differ only in the fields `without`, with the best row at each value of `field`."""
+    failed = [Row(run.settings, (run,), 1) for run in diverged]  # only their settings are used
+    lines = []
+    for members in grouped([*rows, *failed], without):
+        finished = best_of([row for row in members if row in rows], tuple(set(without) - {field}))
+        points = sorted((row.settings[field], row.mean()) for row in finished if field in row.settings)
+        level = finished[0].mean() if finished and not points else None
+        crosses = sorted({row.settings[field] for row in members if row in failed and field in row.settings})
+        lines.append(_Line(label(members[0], [*rows, *failed], without), points, level, crosses))
+    return lines
+
+
+def _calibrated_lines(calibrations: Sequence[Calibration]) -> list[_Line]:
+    """The mean error after calibration against m, one line per mechanism and window."""
+    lines: dict[str, _Line] = {}
+    for one in sorted(calibrations, key=lambda one: (one.mechanism, one.window, one.num_features)):
+        name = f"{one.mechanism}, window {one.window}"
+        error = Mean(list(one.mean_errors.values())[-1], None, 1)
+        lines.setdefault(name, _Line(name, [], None, [])).points.append((one.num_features, error))
+    return list(lines.values())
+
+
+def _values(lines: Sequence[_Line]) -> list[float]:
+    """The values on the x axis."""
+    return sorted({x for line in lines for x in (*(x for x, _ in line.points), *line.crosses)})
+
+
+def _curves(rows: Sequence[Row], labels: Sequence[str], diverged: Sequence[ReportedRun]) -> Figure:
+    """Training loss (running mean) and held-out loss against the step.
+
+    A line is the mean over seeds, its band reaches from the lowest to the highest seed. The training loss of a diverged
+    run ends in a cross.
+    """
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    training, heldout = figure.subplots(1, 2)
+    for i, (row, text) in enumerate(zip(rows, labels, strict=True)):
+        for axes, name, look in ((training, "loss", _look(i) | {"marker": ""}), (heldout, LOSS, _look(i))):
+            curves = [run.curve(name) for run in row.runs]
+            steps = np.array(sorted(set.intersection(*map(set, curves))))
+            if not len(steps):
+                continue
+            values = np.array([[curve[step] for step in steps] for curve in curves])  # [seeds, steps]
+            if axes is training:
+                width = max(1, len(steps) // _SMOOTHED)
+                windows = np.lib.stride_tricks.sliding_window_view(values, width, axis=1)
+                steps, values = steps[width - 1 :], windows.mean(axis=-1)
+            axes.plot(steps, values.mean(axis=0), label=text, **look)
+            band = {"color": look["color"], "alpha": 0.15, "linewidth": 0}
+            axes.fill_between(steps, values.min(axis=0), values.max(axis=0), **band)
+    for curve in filter(None, (run.curve("loss") for run in diverged)):
+        training.plot(list(curve), list(curve.values()), color="0.55", linewidth=0.8)
+        training.plot(max(curve), curve[max(curve)], "x", color="#D55E00", markersize=9, markeredgewidth=2)
+    for axes, title in ((training, "training, running mean"), (heldout, "held out")):
+        axes.set(xlabel="step", ylabel="loss [nats per token]", title=title)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    return _with_legend(figure, heldout)
+
+
+def _against(lines: Sequence[_Line], xlabel: str, base: int, ylabel: str) -> Figure:
+    """Lines with error bars; the x axis is logarithmic to `base`, crosses above the lines mark diverged runs."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    means = [mean.mean for one in series for mean in [*one.points.values(), *([one.level] if one.level else [])]]
+    means = [mean.mean for line in lines for mean in (*(y for _, y in line.points), line.level) if mean]
     top, low = max(means, default=1.0), min(means, default=0.0)
     height = top + 0.15 * max(top - low, 0.01 * abs(top))
-    for i, one in enumerate(series):
-        look = _look(i % ROWS_A_FIGURE)
-        marker = _MARKERS[(i + i // ROWS_A_FIGURE) % len(_MARKERS)]  # another pair with the colour in each round
-        points = sorted(one.points.items())
-        if one.level is not None:
-            axes.axhline(one.level.mean, label=one.label, **look)
+    for i, line in enumerate(lines):
+        look = _look(i)
+        if line.level is not None:
+            axes.axhline(line.level.mean, label=line.label, **look | {"marker": ""})
         else:
-            values, errors = [mean.mean for _, mean in points], [mean.error or 0.0 for _, mean in points]
-            axes.errorbar(
-                [x for x, _ in points], values, yerr=errors, label=one.label, marker=marker, capsize=3, **look
-            )
-        crosses = sorted(set(one.diverged))
-        axes.plot(crosses, [height] * len(crosses), "x", color=look["color"], markersize=10 - i % 3, markeredgewidth=2)
-    if any(one.diverged for one in series):
+            errors = [np.nan if y.standard_error is None else y.standard_error for _, y in line.points]
+            xs, ys = [x for x, _ in line.points], [y.mean for _, y in line.points]
+            axes.errorbar(xs, ys, yerr=errors, label=line.label, capsize=3, **look)
+        cross = {"color": look["color"], "markersize": 10 - i % 3, "markeredgewidth": 2}
+        axes.plot(line.crosses, [height] * len(line.crosses), "x", **cross)
+    if any(line.crosses for line in lines):
         axes.axhline(height, color="0.7", linewidth=0.8, linestyle=":")
         axes.annotate(" diverged", (1, height), xycoords=("axes fraction", "data"), va="center", annotation_clip=False)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.set_xscale("log", base=base)
-    _tick_values(axes, {x for one in series for x in (*one.points, *one.diverged)})
-    axes.set(xlabel=name, ylabel="held-out loss [nats a token]")
+    axes.minorticks_off()
+    axes.set_xticks(_values(lines), [f"{x:g}" for x in _values(lines)])  # not powers of the base
     axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
-    _save(figure, path)
+    return _with_legend(figure, axes)
 
 
-def draw_errors_against_features(calibrations: Sequence[Calibration], path: Path) -> None:
-    """Mean relative error of attention after calibration against m, a line a mechanism and window."""
-    figure = _figure(8, 5)
-    axes = figure.subplots()
-    kinds = sorted({(c.mechanism, c.window) for c in calibrations})
-    for i, kind in enumerate(kinds):
-        own = sorted((c.num_features, float(_last(c).mean())) for c in calibrations if (c.mechanism, c.window) == kind)
-        place = i % ROWS_A_FIGURE
-        label = f"{kind[0]}, window {kind[1]}"
-        axes.plot([m for m, _ in own], [error for _, error in own], label=label, **_look(place), marker=_MARKERS[place])
-    axes.set_xscale("log", base=2)
-    _tick_values(axes, {calibration.num_features for calibration in calibrations})
-    axes.set(xlabel="m, random features a head", ylabel="relative error of attention")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
-    _save(figure, path)
-
-
-def draw_error_map(calibration: Calibration, path: Path) -> None:
-    """Relative error of attention by layer and head, a panel a stage, on one scale."""
+def _error_map(calibration: Calibration) -> Figure:
+    """Relative error of attention by layer and head: one panel per stage, on one scale."""
     errors = calibration.errors
-    largest = max(float(values.max()) for values in errors.values())
     rows, heads = next(iter(errors.values())).shape
-    figure = _figure(max(1.6 + len(errors) * (1.2 + 0.24 * heads), 5.5), max(2.4, 1.4 + 0.2 * rows))
+    scale = {"vmin": 0, "vmax": max(values.max() for values in errors.values()), "cmap": "cividis"}
+    size = (max(1.6 + len(errors) * (1.2 + 0.24 * heads), 5.5), max(2.4, 1.4 + 0.2 * rows))
+    figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(1, len(errors), squeeze=False)[0]
     for axes, (stage, values) in zip(panels, errors.items(), strict=True):
-        picture = axes.imshow(values, vmin=0, vmax=largest, cmap="cividis", aspect="auto", interpolation="nearest")
+        picture = axes.imshow(values, aspect="auto", interpolation="nearest", **scale)
         axes.set(title=f"{stage.replace('_', ' ')}: {values.mean():.3f}", xlabel="head")
         shown = range(0, rows, -(-rows // 12))
         axes.set_yticks(shown, [str(calibration.layers[row]) for row in shown])
         axes.xaxis.get_major_locator().set_params(integer=True)
     panels[0].set_ylabel("layer")
     figure.colorbar(picture, ax=list(panels), label="relative error")
-    _save(figure, path)
-
-
-def draw_spectra(spectra: Spectra, path: Path) -> None:
-    """Eigenvalues of Sigma by rank: the mean over heads (of the logarithm) of every layer, and where M = init * I."""
-    import matplotlib
-    from matplotlib.ticker import MaxNLocator
-
-    figure = _figure(8, 4.8)
-    axes = figure.subplots()
-    colours = matplotlib.colormaps["viridis"]
-    scale = matplotlib.colors.Normalize(min(spectra.layers), max(max(spectra.layers), min(spectra.layers) + 1))
-    ranks = np.arange(1, spectra.eigenvalues.shape[-1] + 1)
-    tiny = np.finfo(np.float32).tiny
-    for layer, values in zip(spectra.layers, spectra.eigenvalues, strict=True):
-        mean = np.exp(np.log(np.maximum(values, tiny)).mean(axis=0))
-        axes.plot(ranks, mean, color=colours(scale(layer)), linewidth=1.2)
-    axes.axhline(spectra.initial, color="#D55E00", linestyle="--", label=f"initial: {spectra.initial:g}")
-    axes.set_yscale("log")
-    axes.set(xlabel="rank of the eigenvalue", ylabel="eigenvalue of Σ = MᵀM")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
-    figure.colorbar(
-        matplotlib.cm.ScalarMappable(scale, colours), ax=axes, label="layer", ticks=MaxNLocator(integer=True)
-    )
-    _save(figure, path)
-
-
-def _tick_values(axes: "Axes", values: set[float]) -> None:
-    """Ticks at the values that were run, as they were given, not at powers of ten."""
-    axes.minorticks_off()
-    axes.set_xticks(sorted(values), [f"{value:g}" for value in sorted(values)])
-
-
-def _aligned(row: Row, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps at which every seed has the value, values [seeds, steps])."""
-    curves = [run.curve(name) for run in row.runs]
-    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-    return np.array(steps), np.array([[curve[step] for step in steps] for curve in curves], np.float64)
-
-
-def _running_mean(steps: np.ndarray, values: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """The mean of the last `width` points, from the point on that has so many."""
-    kernel = np.full(width, 1 / width)
-    return steps[width - 1 :], np.stack([np.convolve(line, kernel, mode="valid") for line in values])
-
-
-def _last(calibration: Calibration) -> np.ndarray:
-    return list(calibration.errors.values())[-1]
-
-
-def _look(i: int) -> dict[str, Any]:
-    return {"color": _COLOURS[i], "linestyle": _STYLES[i], "linewidth": 1.6, "markersize": 5}
-
-
-def _figure(width: float, height: float) -> "Figure":
-    # Imported here: half a second that reading and refusing need not spend.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)  # draws without a display
     return figure
 
 
-def _save(figure: "Figure", path: Path) -> None:
-    figure.savefig(path, dpi=110, facecolor="white")
+def _spectra(spectra: Spectra) -> Figure:
+    """Eigenvalues of Sigma by rank: one line per layer (geometric mean over heads); dashed: M = geometry_init * I."""
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    axes = figure.subplots()
+    scale = matplotlib.colors.Normalize(min(spectra.layers), max(max(spectra.layers), min(spectra.layers) + 1))
+    colours = matplotlib.cm.ScalarMappable(scale, "viridis")
+    means = np.exp(np.log(np.maximum(spectra.eigenvalues, np.finfo(np.float32).tiny)).mean(axis=1))  # [layers, ranks]
+    for layer, mean in zip(spectra.layers, means, strict=True):
+        axes.plot(np.arange(1, len(mean) + 1), mean, color=colours.cmap(scale(layer)), linewidth=1.2)
+    axes.axhline(spectra.initial, color="#D55E00", linestyle="--", label=f"initial: {spectra.initial:g}")
+    axes.set(xlabel="rank of the eigenvalue", ylabel="eigenvalue of Σ = MᵀM", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
+    figure.colorbar(colours, ax=axes, label="layer", ticks=MaxNLocator(integer=True))
+    return figure
+
+
+def _look(i: int) -> dict[str, Any]:
+    place = i % len(_COLOURS)
+    marker = _MARKERS[(i + i // len(_COLOURS)) % len(_MARKERS)]  # each round pairs it with another colour
+    return {"color": _COLOURS[place], "linestyle": _STYLES[place], "marker": marker, "linewidth": 1.6, "markersize": 5}
+
+
+def _with_legend(figure: Figure, axes: Axes) -> Figure:
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
+    return figure

@@ -1,106 +1,153 @@
-"""Runs that differ in nothing but the seed are one row; its figures are means with their standard errors."""
+"""Runs that differ only in the seed share a row, whose figures are means with standard errors."""
 
 import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from darkformer_jax.errors import UserError
-from darkformer_jax.reporting.runs import DIVERGED, FINISHED, Run
-from darkformer_jax.reporting.settings import LEARNING_RATES, MECHANISM, Settings, key_of, role
-
-LOSS = "heldout_loss"
-
-_ROLES = ("exact", "dark", "performer", "lfk", "", "control")
-_IN_ORDER = (
-    "model.attention.num_features",
-    "model.attention.window",
-    "model.attention.num_sinks",
-    "num_steps",
-    "optimizer.learning_rate",
-    "optimizer.geometry_learning_rate",
+from darkformer_jax.reporting.reported_runs import DIVERGED, FINISHED, LOSS, ReportedRun
+from darkformer_jax.reporting.settings import (
+    HEADINGS,
+    LEARNING_RATES,
+    MECHANISM,
+    ORIGIN,
+    TOKENS,
+    Settings,
+    key_of,
+    role,
 )
+
+_ABSENT = "–"  # is shown for a field that the mechanism does not use
+_ROLES = ("exact", "dark", "performer", "lfk", "", "control")
 
 
 class Mean(NamedTuple):
-    """A mean over seeds and its standard error, sd / sqrt(n) with n - 1 in sd; None for one seed."""
+    """A mean over n seeds, and its standard error sd / sqrt(n), where sd has n - 1 in its denominator."""
 
     mean: float
-    error: float | None
+    standard_error: float | None  # None if n = 1
+    num_seeds: int  # n; 0 for a comparison of rows that share no seed
 
     @staticmethod
     def of(values: Sequence[float]) -> "Mean":
         error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
-        return Mean(float(np.mean(values)), error)
+        return Mean(float(np.mean(values)), error, len(values))
 
     def text(self, digits: int = 4, scale: float = 1.0, sign: str = "") -> str:
         """`1.2345 ± 0.0012`."""
-        spread = "" if self.error is None else f" ± {scale * self.error:.{digits}f}"
+        spread = "" if self.standard_error is None else f" ± {scale * self.standard_error:.{digits}f}"
         return f"{scale * self.mean:{sign}.{digits}f}{spread}"
 
     def percent(self, digits: int) -> str:
         """`40.80%` or `(40.80 ± 0.12)%`."""
         text = self.text(digits, 100)
-        return f"{text}%" if self.error is None else f"({text})%"
+        return f"{text}%" if self.standard_error is None else f"({text})%"
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """Finished runs of one experiment, by seed, at least one. Compared by identity."""
+    """The finished runs of one experiment, at least one. Two rows are equal only if they are the same object."""
 
     settings: Settings
-    runs: tuple[Run, ...]
-    num_diverged: int  # runs of the same experiment that are not among them
+    runs: tuple[ReportedRun, ...]  # by seed
+    num_diverged: int  # runs of the same experiment, not among `runs`
 
     def by_seed(self, figure: str = LOSS) -> dict[int, float]:
-        """seed -> the figure after the last step."""
+        """seed -> the held-out figure after the last step."""
         return {run.seed: run.final[figure] for run in self.runs}
 
     def mean(self, figure: str = LOSS) -> Mean:
-        """Over the seeds."""
+        """The mean of the held-out figure over the seeds."""
         return Mean.of(list(self.by_seed(figure).values()))
 
+    @property
+    def role(self) -> str:
+        """What the mechanism is in a comparison: see `settings.role`."""
+        return role(self.settings)
 
-def group(runs: Iterable[Run]) -> list[Row]:
-    """The rows of the finished runs, in the order of the table: exact, DARK, Performer, others, controls.
+    @property
+    def mechanism(self) -> str:
+        """The kinds of the layers, and whether they are exact or a control."""
+        return self.settings[MECHANISM] + (f" ({self.role})" if self.role in ("exact", "control") else "")
 
-    Raises UserError where two finished runs are the same experiment with the same seed: together they would feign
-    another sample.
+    def cells(self, fields: Iterable[str]) -> list[str]:
+        """The settings as text, in the order of `fields`."""
+        return [self.shown(field) for field in fields]
+
+    def shown(self, field: str) -> str:
+        """The setting `field` as text."""
+        if field == ORIGIN:
+            starts = sorted({run.init_from for run in self.runs} - {""})
+            return " and ".join(starts[:2]) + (f" and {len(starts) - 2} more" if len(starts) > 2 else "") or _ABSENT
+        value = self.settings.get(field, _ABSENT)
+        if isinstance(value, bool):
+            return str(value).lower()
+        if isinstance(value, int):
+            return f"{value:,}"
+        return f"{value:g}" if isinstance(value, float) else str(value) or "none"
+
+
+_T = TypeVar("_T", ReportedRun, Row)
+
+
+def grouped(items: Iterable[_T], without: tuple[str, ...] = ()) -> list[list[_T]]:
+    """Groups runs or rows whose settings differ at most in the fields `without`; keeps their order."""
+    groups: dict[str, list[_T]] = {}
+    for item in items:
+        groups.setdefault(key_of(item.settings, without), []).append(item)
+    return list(groups.values())
+
+
+def as_rows(runs: Iterable[ReportedRun]) -> list[Row]:
+    """Groups the finished runs into rows, in the order of the table: exact, DARK, Performer, others, controls.
+
+    Raises UserError if two finished runs are the same experiment with the same seed: they are not two samples.
     """
-    groups: dict[str, list[Run]] = {}
-    diverged: dict[str, int] = {}
-    for run in runs:
-        key = key_of(run.settings)
-        if run.state == FINISHED:
-            groups.setdefault(key, []).append(run)
-        elif run.state == DIVERGED:
-            diverged[key] = diverged.get(key, 0) + 1
     rows = []
-    for key, members in groups.items():
-        members.sort(key=lambda run: run.seed)
-        for a, b in itertools.pairwise(members):
+    for members in grouped(runs):
+        finished = tuple(sorted((run for run in members if run.state == FINISHED), key=lambda run: run.seed))
+        for a, b in itertools.pairwise(finished):
             if a.seed == b.seed:
                 raise UserError(
                     f"{a.workdir} and {b.workdir} are the same experiment with seed {a.seed}; leave one out"
                 )
-        rows.append(Row(members[0].settings, tuple(members), diverged.get(key, 0)))
+        if finished:
+            rows.append(Row(finished[0].settings, finished, sum(run.state == DIVERGED for run in members)))
     return sorted(rows, key=_place)
 
 
-def best_of(rows: Iterable[Row], without: tuple[str, ...] = LEARNING_RATES) -> list[Row]:
-    """Of rows that are equal but for `without`, the one with the lowest mean held-out loss; the order is kept."""
-    best: dict[str, Row] = {}
-    for row in rows:
-        key = key_of(row.settings, without)
-        if key not in best or row.mean().mean < best[key].mean().mean:
-            best[key] = row
-    return list(best.values())
-
-
 def _place(row: Row) -> tuple:
-    numbers = tuple(row.settings.get(name, -1) for name in _IN_ORDER)
-    own = role(row.settings)
-    return (_ROLES.index(own if own in _ROLES else ""), row.settings[MECHANISM], numbers)
+    numbers = tuple(row.settings.get(name, -1) for name in HEADINGS if name != ORIGIN)
+    return (_ROLES.index(row.role if row.role in _ROLES else ""), row.settings[MECHANISM], numbers)
+
+
+def best_of(rows: Iterable[Row], without: tuple[str, ...] = LEARNING_RATES) -> list[Row]:
+    """Keeps one of the rows that differ only in the fields `without`: the one with the lowest mean held-out loss."""
+    return [min(members, key=lambda row: row.mean().mean) for members in grouped(rows, without)]
+
+
+def columns(rows: Sequence[Row]) -> dict[str, str]:
+    """field -> heading, of the fields in which the rows differ; the mechanism is not among them."""
+    fields = [*HEADINGS, *sorted({name for row in rows for name in row.settings} - HEADINGS.keys() - {MECHANISM})]
+    return {name: HEADINGS.get(name, name) for name in fields if len(_values(rows, name)) > 1}
+
+
+def common_settings(rows: Sequence[Row]) -> str:
+    """The settings that are equal in all rows that use the field: `learning rate 0.003, steps 400`."""
+    values = ((text, _values(rows, name)) for name, text in HEADINGS.items())
+    return ", ".join(f"{text} {shown.pop()}" for text, shown in values if len(shown) == 1)
+
+
+def label(row: Row, rows: Sequence[Row], without: tuple[str, ...] = ()) -> str:
+    """The mechanism, and the settings in which `rows` differ but for the fields `without`."""
+    fields = [name for name in columns(rows) if name not in (TOKENS, *without) and row.shown(name) != _ABSENT]
+    values = (f"{HEADINGS.get(name, name.rpartition('.')[2])} {row.shown(name)}" for name in fields)
+    return ", ".join([row.mechanism, *values])
+
+
+def _values(rows: Sequence[Row], name: str) -> set[str]:
+    return {row.shown(name) for row in rows} - {_ABSENT}

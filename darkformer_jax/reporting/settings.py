@@ -1,4 +1,4 @@
-"""What sets one experiment apart from another: the config's fields that its mechanism uses, and what it began from."""
+"""The settings of an experiment: the config's fields that its mechanism uses, and what its weights began from."""
 
 import json
 import os
@@ -7,85 +7,71 @@ from typing import Any
 
 from darkformer_jax.calibration import REPORT_FILE as CALIBRATION_FILE
 from darkformer_jax.config.fields import flat_fields
-from darkformer_jax.config.pattern import pattern_kinds
+from darkformer_jax.config.pattern import ATTENTION, Layer, parse_pattern, show_layer
 from darkformer_jax.data.files import read_json_object
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
 from darkformer_jax.runs.metrics import METRICS_FILE
 from darkformer_jax.runs.workdir import CHANGEABLE, CONFIG_FILE, read_config
 
-EXACT_KINDS = tuple(kind for kind, mixer in MIXERS.items() if mixer.role == "exact")
-CONTROLS = ("window_only", "constant", "random")
-
-MECHANISM = "mechanism"  # kinds of successive layers, "dark" or "softmax,dark"; instead of attention.kind and .pattern
-TOKENS = "tokens"  # that training sees: steps x sequences x their length
+MECHANISM = "mechanism"  # the kinds of successive layers, such as "softmax,dark"; replaces attention.kind and .pattern
+TOKENS = "tokens"  # the tokens of training: steps x sequences x their length
 ORIGIN = "init_from"
-M_FEATURES = "model.attention.num_features"
+M_FEATURES = ATTENTION + "num_features"
 LEARNING_RATE = "optimizer.learning_rate"
 GEOMETRY_RATE = "optimizer.geometry_learning_rate"
 LEARNING_RATES = (LEARNING_RATE, GEOMETRY_RATE)
+# Every page shows these, in a column or once above the table; any other field has a column if rows differ in it.
+HEADINGS = {
+    M_FEATURES: "m",
+    "model.attention.window": "window",
+    "model.attention.num_sinks": "sinks",
+    LEARNING_RATE: "learning rate",
+    GEOMETRY_RATE: "learning rate of M",
+    "num_steps": "steps",
+    TOKENS: "tokens",
+    ORIGIN: "init_from",
+}
 
 Settings = dict[str, Any]
 
-_ATTENTION = "model.attention."
-# How the same batch is computed, when it is measured and saved; the data is compared by its fingerprint.
-_NO_SETTINGS = ("seed", "data", "model.remat", *(name for name in CHANGEABLE if name != "num_steps"))
-
-_FAR_GAIN = _ATTENTION + "far_gain"
-_FEATURES = {_FAR_GAIN, *(_ATTENTION + name for name in ("num_features", "projections", "redraw_every"))}
-_WINDOW = {_ATTENTION + name for name in ("window", "num_sinks", "chunk_size")}
-_GEOMETRY = {GEOMETRY_RATE, *(_ATTENTION + name for name in ("geometry_init", "learn_projections", "window_kernel"))}
-_EXACT = {_ATTENTION + name for name in ("softcap", "local_window")}
-_UNUSED_BY = {
-    "softmax": _FEATURES | _WINDOW | _GEOMETRY | {_ATTENTION + "local_window"},
-    "softmax_local": _FEATURES | _WINDOW | _GEOMETRY,
-    "performer": _GEOMETRY | _EXACT,
-    "dark": _EXACT,
-    "lfk": _EXACT | _GEOMETRY - {GEOMETRY_RATE},
-    "random": _WINDOW | _GEOMETRY | _EXACT,
-    "constant": _FEATURES | _WINDOW | _GEOMETRY | _EXACT,
-    "window_only": _FEATURES | _GEOMETRY | _EXACT,
-}
-# What two mechanisms that are compared must have in common where both use it; the rest of attention is their own.
-_SHARED = {*_FEATURES, *_WINDOW, _ATTENTION + "query_scale"}
+# They change how a batch is computed, measured or saved, not what is learned; the data has a fingerprint of its own.
+_NO_SETTINGS = ("seed.", "data.", "model.remat.", *(name + "." for name in CHANGEABLE if name != "num_steps"))
 
 
 def settings_of(config: Mapping[str, Any], where: str) -> Settings:
-    """The fields that the run's mechanism uses, flat, without the seed; MECHANISM, TOKENS and ORIGIN among them.
+    """The flat fields that the run's mechanism uses, without the seed, with MECHANISM, TOKENS and ORIGIN.
 
-    Args:
-      config: of a workdir, nested.
-      where: its path, for errors.
-
-    Raises:
-      UserError: a field is missing.
+    Raises UserError that names the workdir `where` if a field is missing.
     """
     flat = dict(flat_fields(config))
     try:
-        kinds = pattern_kinds(flat.pop(_ATTENTION + "pattern"), flat.pop(_ATTENTION + "kind"))
-        unused = set.intersection(*(_UNUSED_BY.get(kind, set()) for kind in kinds))
-        if not flat[_ATTENTION + "window"]:
-            unused |= _WINDOW - {_ATTENTION + "window"}  # the chunk then only orders the sums
-            unused |= {_FAR_GAIN, _ATTENTION + "window_kernel"}
-        if _FAR_GAIN not in unused and flat[_FAR_GAIN]:
-            unused = unused - {GEOMETRY_RATE}  # a gain learns at M's rate
+        layers = parse_pattern(flat.pop(ATTENTION + "pattern"), flat.pop(ATTENTION + "kind"))
+        used_by_mixers = set().union(*(MIXERS[layer.kind].uses for layer in layers))
+        if not flat[ATTENTION + "window"]:
+            used_by_mixers -= {"num_sinks", "chunk_size", "far_gain", "window_kernel"}  # the chunk only orders sums
+        if "far_gain" in used_by_mixers and flat[ATTENTION + "far_gain"]:
+            used_by_mixers.add("geometry_learning_rate")  # a gain has M's learning rate
+        of_mixers = [name for name in flat if name.startswith(ATTENTION) or name == GEOMETRY_RATE]
+        not_used = {name for name in of_mixers if name.rpartition(".")[2] not in used_by_mixers}
         tokens = flat["num_steps"] * flat["batch_size"] * flat["sequence_length"]
         origin = origin_of(flat[ORIGIN])
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{where}/{CONFIG_FILE} is not the config of a run of this version: {error!r}") from error
-    used = {name: value for name, value in flat.items() if name not in unused and not _is_no_setting(name)}
-    return used | {MECHANISM: ",".join(kinds), TOKENS: tokens, ORIGIN: origin}
+    used = [name for name in flat if name not in not_used and not (name + ".").startswith(_NO_SETTINGS)]
+    mechanism = ",".join(map(show_layer, layers))
+    return {name: flat[name] for name in used} | {MECHANISM: mechanism, TOKENS: tokens, ORIGIN: origin}
 
 
-def key_of(settings: Mapping[str, Any], without: tuple[str, ...] = ()) -> str:
-    """Equal for equal settings."""
+def key_of(settings: Settings, without: tuple[str, ...] = ()) -> str:
+    """A string that is equal for settings that differ at most in the fields `without`."""
     return json.dumps({name: value for name, value in settings.items() if name not in without}, sort_keys=True)
 
 
 def ancestors(workdir: str) -> list[str]:
-    """The workdir and those that it began from, as far as they are there; relative paths are of this directory.
+    """The workdir, the one that it began from, and so on, as far as they exist.
 
-    Raises UserError where one began from itself.
+    Relative paths are relative to the current directory. Raises UserError if one began from itself.
     """
     chain: list[str] = []
     while workdir and os.path.isfile(os.path.join(workdir, CONFIG_FILE)):
@@ -97,63 +83,64 @@ def ancestors(workdir: str) -> list[str]:
 
 
 def origin_of(init_from: str) -> Any:
-    """What a run began from, as a JSON value that is the same for runs that differ in the seed alone.
+    """A JSON value of what a run began from, equal for starts that differ only in the seed.
 
-    An import is its path; a run or a calibration is its own settings, and what it began from in turn.
+    It is the path of an imported model, and the settings of a run or a calibration, which hold its own origin.
     """
     if not init_from:
         return None
-    made_here = [os.path.isfile(os.path.join(init_from, name)) for name in (METRICS_FILE, CALIBRATION_FILE)]
-    if not any(made_here):
+    calibration_file = os.path.join(init_from, CALIBRATION_FILE)
+    is_calibration = os.path.isfile(calibration_file)
+    if not is_calibration and not os.path.isfile(os.path.join(init_from, METRICS_FILE)):
         return os.path.realpath(init_from)
     ancestors(init_from)  # raises before a circle is followed
     origin = settings_of(read_config(init_from), init_from)
-    if made_here[1]:
-        calibration = read_json_object(os.path.join(init_from, CALIBRATION_FILE))
+    if is_calibration:
+        calibration = read_json_object(calibration_file)
         chosen = {name: value for name, value in calibration.items() if name not in ("seed", "workdir", "layers")}
         origin["calibration"] = chosen
     return origin
 
 
-def is_comparable(dark: Settings, other: Settings, kinds: tuple[str, ...], without: tuple[str, ...] = ()) -> bool:
-    """Whether `other` is `dark` with one of `kinds` in the place of every DARK layer, and equal in all else.
+def is_comparable(dark: Settings, other: Settings, counterpart: str, without: tuple[str, ...] = ()) -> bool:
+    """Whether `other` has the counterpart in place of every DARK layer of `dark`, and equals it in all else.
 
-    Equal are: the first ancestor, every field outside attention but M's learning rate and `without`, and of attention
-    the features, the window and the scale, where both mechanisms have them.
+    All else is the first ancestor and every field except M's learning rate, attention's fields that one of the two does
+    not use, and the fields `without`. The counterpart is a kind, or "exact" for any exact kind.
     """
-    mine, theirs = _layers(dark), _layers(other)
-    if len(mine) != len(theirs) or _root(dark[ORIGIN]) != _root(other[ORIGIN]):
+    layers = zip(_layers(dark), _layers(other), strict=False)  # their number is compared below
+    if not all(_is_counterpart(a, b, counterpart) if a.kind == "dark" else a == b for a, b in layers):
         return False
-    if any(b not in kinds if a == "dark" else b != a for a, b in zip(mine, theirs, strict=True)):
+    if _root(dark[ORIGIN]) != _root(other[ORIGIN]):
         return False
-    own = {MECHANISM, ORIGIN, GEOMETRY_RATE, "model.rope_local_theta", *without}
-    for name in (dark.keys() | other.keys()) - own:
-        if name.startswith(_ATTENTION):
-            if name in _SHARED and name in dark and name in other and dark[name] != other[name]:
-                return False
-        elif (name in dark, dark.get(name)) != (name in other, other.get(name)):
-            return False
-    return True
+    may_differ = {MECHANISM, ORIGIN, GEOMETRY_RATE, "model.rope_local_theta", *without}
+    may_differ |= {name for name in dark.keys() ^ other.keys() if name.startswith(ATTENTION)}
+    return key_of(dark, tuple(may_differ)) == key_of(other, tuple(may_differ))
 
 
 def role(settings: Settings) -> str:
-    """`exact`, `control`, or the kind of the layers that are not exact; "" where they are of several kinds."""
-    kinds = set(settings[MECHANISM].split(",")) - set(EXACT_KINDS)
-    if not kinds:
+    """`exact`, `control`, or the kind of the layers that are not exact; "" if those have several kinds."""
+    roles = {layer.kind: MIXERS[layer.kind].role for layer in parse_pattern(settings[MECHANISM], "")}
+    others = [kind for kind, role in roles.items() if role != "exact"]
+    if not others:
         return "exact"
-    if kinds <= set(CONTROLS):
+    if all(roles[kind] == "control" for kind in others):
         return "control"
-    return kinds.pop() if len(kinds) == 1 else ""
+    return others[0] if len(others) == 1 else ""
 
 
-def _layers(settings: Settings) -> list[str]:
-    kinds = settings[MECHANISM].split(",")
-    return [kinds[i % len(kinds)] for i in range(settings["model.num_layers"])]
+def _is_counterpart(dark: Layer, other: Layer, counterpart: str) -> bool:
+    """Whether a layer is of the counterpart, with the DARK layer's own options as far as it has them."""
+    if counterpart not in (other.kind, MIXERS[other.kind].role):
+        return False
+    common = {name: value for name, value in dark.options.items() if name in MIXERS[other.kind].uses}
+    return dict(other.options) == common
+
+
+def _layers(settings: Settings) -> list[Layer]:
+    layers = parse_pattern(settings[MECHANISM], "")
+    return [layers[i % len(layers)] for i in range(settings["model.num_layers"])]
 
 
 def _root(origin: Any) -> Any:
     return _root(origin[ORIGIN]) if isinstance(origin, dict) and origin[ORIGIN] is not None else origin
-
-
-def _is_no_setting(name: str) -> bool:
-    return any(name == other or name.startswith(other + ".") for other in _NO_SETTINGS)

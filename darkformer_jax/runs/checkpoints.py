@@ -14,7 +14,6 @@ are our own because Orbax does not notice damage.
 import concurrent.futures
 import contextlib
 import math
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -40,7 +39,7 @@ class Checkpoints:
     every process makes the same calls on a shared workdir.
 
     Args:
-      workdir: the run's directory, or gs://bucket/name.
+      workdir: the run's directory.
       keep: newest steps kept, at least 1. Only `save` uses it.
       save_every: steps between saves, for `due`; 0 = never due.
       best: which step is the best. Only `save` and `best_step` use it.
@@ -50,7 +49,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        workdir: str | os.PathLike[str],
+        workdir: Workdir,
         keep: int = 1,
         save_every: int = 0,
         best: Best = LOWEST_LOSS,
@@ -60,7 +59,7 @@ class Checkpoints:
             raise UserError(f"checkpoint.keep = {keep}: must be at least 1")
         if save_every < 0:
             raise UserError(f"checkpoint.every = {save_every}: must be at least 0")
-        self._files = StepFiles(Workdir(workdir).checkpoints)
+        self._files = StepFiles(workdir.checkpoints)
         self._verification = Verification(self._files)
         self._keep = keep
         self._save_every = save_every

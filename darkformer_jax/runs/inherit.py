@@ -14,7 +14,7 @@ from darkformer_jax.runs.workdir import CONFIG_FILE, Workdir
 _PATTERN, _KIND = "model.attention.pattern", "model.attention.kind"
 
 
-def inherit(config: ml_collections.ConfigDict, workdir: str | None = None) -> ml_collections.ConfigDict:
+def inherit(config: ml_collections.ConfigDict, workdir: Workdir | None = None) -> ml_collections.ConfigDict:
     """`config` with a value for every field that is None: the own workdir's where it has begun, else `init_from`'s.
 
     From `init_from`, `model.attention.pattern` is taken with this config's mechanism in the place of every layer's but
@@ -36,14 +36,13 @@ def inherit(config: ml_collections.ConfigDict, workdir: str | None = None) -> ml
             f"init_from = '': {missing[0]} and {len(missing) - 1} more fields are those of the run to start from; give"
             " --config.init_from=<workdir of a run or of an imported model>"
         )
-    own = None if workdir is None else Workdir(workdir)
-    source = own if own is not None and own.has_begun else Workdir(config.init_from)
+    source = workdir if workdir is not None and workdir.has_begun else Workdir(config.init_from)
     saved = dict(flat_fields(source.read_config()))
     absent = [name for name in missing if saved.get(name) is None]
     if absent:
         raise UserError(f"{source}/{CONFIG_FILE} has no {absent[0]}; it is of another version")
     filled = {name: saved[name] for name in missing}
-    if source is not own and _PATTERN in filled:
+    if source is not workdir and _PATTERN in filled:
         filled[_PATTERN] = _with_mechanism(config.model.attention.kind, saved[_PATTERN], saved[_KIND])
     new = config.copy_and_resolve_references()
     new.update_from_flattened_dict(filled)

@@ -73,14 +73,12 @@ def load_model(workdir: str | os.PathLike[str], step: int | None = None, mesh: M
     return WorkdirModel(network, params, projections, tokenizer, ends, config, step)
 
 
-def load_language_model(
-    workdir: str | os.PathLike[str], step: int | None = None, mesh: Mesh | None = None
-) -> WorkdirModel:
+def load_language_model(workdir: Workdir, step: int | None = None, mesh: Mesh | None = None) -> WorkdirModel:
     """`load_model`, where the next token is what is asked for. Raises UserError also for a model of another task."""
     model = load_model(workdir, step, mesh)
     if model.network.spec.num_outputs:
         raise UserError(
-            f"{os.fspath(workdir)}: its model is of task.name = {model.config.task.name!r} and predicts no next token; "
+            f"{workdir}: its model is of task.name = {model.config.task.name!r} and predicts no next token; "
             "allowed: a language model's workdir"
         )
     return model

@@ -40,8 +40,8 @@ class MetricWriter:
       UserError: metrics.jsonl cannot be read or written.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], resumed_from: int | None = None) -> None:
-        self._path = Workdir(workdir) / METRICS_FILE
+    def __init__(self, workdir: Workdir, resumed_from: int | None = None) -> None:
+        self._path = workdir / METRICS_FILE
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
@@ -106,9 +106,9 @@ def _open_events(directory: Path, first_step: int) -> EventsWriter:
     return events
 
 
-def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_metrics(workdir: Workdir) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl as dicts, in file order, without a torn one. Raises UserError if absent."""
-    path = Workdir(workdir) / METRICS_FILE
+    path = workdir / METRICS_FILE
     try:
         return _parse(path)
     except OSError as error:

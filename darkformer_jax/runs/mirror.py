@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import os
 import time
 
 from darkformer_jax.runs.store import as_user_error
@@ -17,8 +16,8 @@ class Mirror(contextlib.AbstractContextManager["Mirror"]):
     Leaving the context uploads what is left, however the run ends.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str]) -> None:
-        self._workdir = Workdir(workdir)
+    def __init__(self, workdir: Workdir) -> None:
+        self._workdir = workdir
         self._uploaded = self._changed({}) if self._workdir.is_remote else {}
         self._last = time.monotonic()
         self._worker = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="mirror")

@@ -1,25 +1,24 @@
 """What a checkpoint says beside its weights: an import keeps it, training hands it on, and an export gives it back."""
 
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
-from darkformer_jax.data.files import read_json_object, write_file
+from darkformer_jax.data.files import read_json_object, write_json
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.workdir import Workdir
 
 _FILE = "pretrained.json"
 
 
-def write_origin(workdir: str | os.PathLike[str], origin: Mapping[str, Any]) -> None:
+def write_origin(workdir: Workdir, origin: Mapping[str, Any]) -> None:
     """Keeps it in the workdir."""
-    write_file(str(Workdir(workdir) / _FILE), (json.dumps(origin, indent=2) + "\n").encode())
+    write_json(workdir / _FILE, origin)
 
 
-def read_origin(workdir: str | os.PathLike[str]) -> dict[str, Any]:
+def read_origin(workdir: Workdir) -> dict[str, Any]:
     """What `write_origin` wrote; nothing for a model that comes from no other."""
-    path = str(Workdir(workdir) / _FILE)
+    path = str(workdir / _FILE)
     if not os.path.isfile(path):
         return {}
     origin = read_json_object(path)
@@ -28,14 +27,14 @@ def read_origin(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     return origin
 
 
-def hand_on_origin(source: str | os.PathLike[str], workdir: str | os.PathLike[str]) -> None:
+def hand_on_origin(source: Workdir, workdir: Workdir) -> None:
     """A run that starts from `source`'s weights has its origin."""
     origin = read_origin(source)
     if origin and not read_origin(workdir):
         write_origin(workdir, origin)
 
 
-def ends_of_text(workdir: str | os.PathLike[str]) -> frozenset[int]:
+def ends_of_text(workdir: Workdir) -> frozenset[int]:
     """The ids at which the original model stops, beside the one that its tokenizer ends documents with."""
     origin = read_origin(workdir)
     ids: set[int] = set()

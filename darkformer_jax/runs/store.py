@@ -23,26 +23,25 @@ _SCHEME = "gs://"
 _NOT_IN_NAMES = set("#?*[]\\\n\r\t")
 
 
-def is_remote(workdir: str | os.PathLike[str]) -> bool:
+def is_remote(workdir: str) -> bool:
     """Whether it is a URL. Raises UserError for one that cannot be a workdir."""
-    text = os.fspath(workdir)
-    if "://" not in text:
+    if "://" not in workdir:
         return False
-    bucket, _, name = text.removeprefix(_SCHEME).partition("/")
-    if not text.startswith(_SCHEME) or not bucket or not name.strip("/"):
-        raise UserError(f"workdir {text}: allowed: a local or mounted directory, or gs://<bucket>/<name>")
-    if odd := sorted(set(text) & _NOT_IN_NAMES):
+    bucket, _, name = workdir.removeprefix(_SCHEME).partition("/")
+    if not workdir.startswith(_SCHEME) or not bucket or not name.strip("/"):
+        raise UserError(f"workdir {workdir}: allowed: a local or mounted directory, or gs://<bucket>/<name>")
+    if odd := sorted(set(workdir) & _NOT_IN_NAMES):
         # TensorStore, which writes the arrays, takes what follows # or ? for another part of the URL; gcsfs globs.
-        raise UserError(f"workdir {text}: {odd[0]!r} may not be in the name of a bucket's directory")
+        raise UserError(f"workdir {workdir}: {odd[0]!r} may not be in the name of a bucket's directory")
     return True
 
 
-def remote_path(workdir: str | os.PathLike[str]) -> Any:
-    """The etils path of a remote workdir. Raises UserError where the packages for it are not installed."""
+def remote_path(url: str) -> Any:
+    """The etils path of a remote directory. Raises UserError where the packages for it are not installed."""
     from etils import epath
 
     file_system()
-    return epath.Path(os.fspath(workdir))
+    return epath.Path(url)
 
 
 @functools.cache
@@ -59,11 +58,6 @@ def file_system() -> Any:
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # tracebacks of what is told in a line
     return fsspec.filesystem("gcs")
-
-
-def local_path(workdir: str | os.PathLike[str]) -> Path:
-    """As `Workdir.local`, for callers that still hand on a string."""
-    return local_copy(os.fspath(workdir).rstrip("/")) if is_remote(workdir) else Path(workdir)
 
 
 @functools.cache

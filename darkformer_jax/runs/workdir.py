@@ -235,8 +235,8 @@ class WorkdirLock(contextlib.AbstractContextManager["WorkdirLock"]):
     On a pod, process 0 holds it. A workdir in a bucket cannot be locked: what is locked then is its local copy.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str]) -> None:
-        self._workdir = Workdir(workdir)
+    def __init__(self, workdir: Workdir) -> None:
+        self._workdir = workdir
         self._file: IO[str] | None = None
 
     def __enter__(self) -> "WorkdirLock":
@@ -293,29 +293,6 @@ def _changeable(field: str) -> bool:
     return any(field == allowed or field.startswith(allowed + ".") for allowed in CHANGEABLE)
 
 
-# For callers that still hand on a string.
-
-
-def write_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
-    """As `Workdir.write_config`."""
-    Workdir(workdir).write_config(config)
-
-
-def check_config(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
-    """As `Workdir.check_config`."""
-    Workdir(workdir).check_config(config)
-
-
-def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:
+def read_config(workdir: str) -> dict[str, Any]:
     """As `Workdir.read_config`."""
     return Workdir(workdir).read_config()
-
-
-def check_data(workdir: str | os.PathLike[str], fingerprint: str) -> None:
-    """As `Workdir.check_data`."""
-    Workdir(workdir).check_data(fingerprint)
-
-
-def write_data(workdir: str | os.PathLike[str], fingerprint: str) -> None:
-    """As `Workdir.write_data`."""
-    Workdir(workdir).write_data(fingerprint)

@@ -14,6 +14,7 @@ import numpy as np
 
 from darkformer_jax.data import Batch, Data, TokenStream, heldout_batches, load_data, train_batches
 from darkformer_jax.data.files import write_atomically
+from darkformer_jax.data.progress import ProgressBar
 from darkformer_jax.distributed.sharding import Part
 from darkformer_jax.model.network import Network
 from darkformer_jax.model.sampling import Sampler
@@ -21,7 +22,7 @@ from darkformer_jax.runs.origin import ends_of_text
 from darkformer_jax.runs.verification import LOWEST_LOSS
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.next_token import NextToken
-from darkformer_jax.tasks.task import ProgressBar, ScoreRequest, Scores
+from darkformer_jax.tasks.task import ScoreRequest, Scores
 from darkformer_jax.tasks.teacher import Teacher, load_teacher
 from darkformer_jax.tasks.text_scores import score_text
 from darkformer_jax.tasks.texts import Writer

@@ -4,7 +4,7 @@ A `Task` is what a run learns, with its data. Its `Objective` is the part that n
 training step and the evaluation trace. A dry run and `compile` have an objective alone.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import jax
@@ -12,6 +12,7 @@ import ml_collections
 import numpy as np
 from jaxtyping import Array, Float
 
+from darkformer_jax.data.progress import ProgressBar
 from darkformer_jax.distributed.sharding import Part
 from darkformer_jax.model.network import Network
 from darkformer_jax.model.transformer import Transformer
@@ -106,8 +107,6 @@ class Scores(NamedTuple):
     result: dict[str, Any]  # JSON values
     table: str  # the same for people
 
-
-ProgressBar = Callable[[float, str], Any]  # (total, unit) -> a context manager that gives a tqdm bar
 
 E = TypeVar("E", bound=Evaluation)
 

@@ -33,7 +33,7 @@ def load_teacher(config: ml_collections.ConfigDict, vocab_size: int, fingerprint
     """
     workdir = Workdir(config.distill.workdir)
     check_same_tokenizer(workdir, fingerprint, "distill.workdir")
-    model = load_language_model(str(workdir), mesh=make_mesh(config.mesh.to_dict()))
+    model = load_language_model(workdir, mesh=make_mesh(config.mesh.to_dict()))
     theirs, ours = model.network.spec.vocab_size, config.model.vocab_size or vocab_size
     if theirs != ours:
         raise UserError(f"distill.workdir = {workdir}: its model has {theirs} ids, this one {ours}; allowed: as many")

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from darkformer_jax.data.progress import ProgressBar
 from darkformer_jax.data.sources import Corpus, find_text_files, open_corpus
 from darkformer_jax.data.windows import ScoredDocument, Window, window_batch
 from darkformer_jax.errors import UserError
@@ -18,7 +19,7 @@ from darkformer_jax.model.network import Network
 from darkformer_jax.runs.load import WorkdirModel, load_language_model
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.next_token import token_sums
-from darkformer_jax.tasks.task import Batch, ProgressBar, ScoreRequest, Scores, Sums
+from darkformer_jax.tasks.task import Batch, ScoreRequest, Scores, Sums
 
 QUARTERS = 4
 _DEFAULT_CONTEXT = 2048
@@ -35,7 +36,7 @@ def score_text(workdir: Workdir, step: int | None, request: ScoreRequest, progre
     corpus = open_corpus("text", request.files)
     # A file that is no text must show now, not after hours of scoring the ones before it.
     num_bytes = sum(len(document.text.encode("utf-8")) for document in corpus.documents(lambda _: None))
-    model = load_language_model(str(workdir), step)
+    model = load_language_model(workdir, step)
     longest = model.config.sequence_length
     context = request.context or min(_DEFAULT_CONTEXT, longest)
     stride = request.stride or context

@@ -66,7 +66,7 @@ def train(config: ml_collections.ConfigDict, workdir: Workdir, progress: Progres
 
 def _resolve(config: ml_collections.ConfigDict, workdir: Workdir | None) -> ml_collections.ConfigDict:
     """The config with a value for every field, checked, and the same in all processes."""
-    config = inherit(config, str(workdir) if workdir else None)
+    config = inherit(config, workdir)
     validate(config)
     processes.require_same("config", dict(flat_fields(config.to_dict())))
     return config
@@ -110,7 +110,7 @@ def _claim(experiment: Experiment, task: Task[Any], workdir: Workdir, lock: Work
     if jax.process_index() == 0:
         task.save(workdir)
         if experiment.config.init_from:
-            hand_on_origin(experiment.config.init_from, workdir)
+            hand_on_origin(Workdir(experiment.config.init_from), workdir)
 
 
 def _report(experiment: Experiment, task: Task[Any], workdir: Workdir, outcome: Outcome, seconds: float) -> None:

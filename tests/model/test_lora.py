@@ -138,7 +138,11 @@ def test_verbs_and_exports_see_the_merged_model(tmp_path):
     state = some_state(RANK)
     write_workdir(tmp_path / "run", experiment(RANK).config, state)
     model = load_model(Workdir(tmp_path / "run"))
-    assert (model.config.model.lora_rank, model.config.optimizer.train, model.network.spec.lora_rank) == (0, "all", 0)
+    assert (model.config.model.lora_rank, model.config.optimizer.train, model.network.spec.pattern[0].lora_rank) == (
+        0,
+        "all",
+        0,
+    )
     assert_merged(model.params, state.params)
     assert "in darkformer.safetensors" in export_workdir(Workdir(tmp_path / "run"), str(tmp_path / "out"))
     plan = plan_import(open_source(str(tmp_path / "out")), tiny_config())

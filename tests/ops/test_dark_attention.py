@@ -7,7 +7,7 @@ import pytest
 
 from darkformer_jax import dark_attention, draw_projections
 from darkformer_jax.errors import UserError
-from darkformer_jax.ops.proposals import transform_projections
+from darkformer_jax.ops.theory.proposals import transform_projections
 from tests.ops.linear_attentions import (
     HYBRID,
     PURE,

@@ -24,7 +24,8 @@ from darkformer_jax.runs import store as bucket
 from darkformer_jax.runs.checkpoints import Checkpoints
 from darkformer_jax.runs.manifest import read_manifest
 from darkformer_jax.runs.metrics import read_metrics
-from darkformer_jax.runs.store import Mirror, file_system
+from darkformer_jax.runs.mirror import Mirror
+from darkformer_jax.runs.store import file_system
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.training.stopping import Stopped, StopSignals
 from tests.tiny_runs import (

@@ -11,7 +11,7 @@ import pytest
 
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.checkpoints import Checkpoints
-from darkformer_jax.runs.workdir import WorkdirLock
+from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks import language_model
 from darkformer_jax.training.stopping import StopSignals
 from tests.tiny_runs import (
@@ -98,7 +98,7 @@ def test_sigterm_and_ctrl_c_save_say_so_and_resume_to_the_unbroken_run(tmp_path,
         child.until(moments.randint(first, last))
         time.sleep(moments.uniform(0, 0.03))
         assert child.stop(signum) == status, child.said
-        step = Checkpoints(workdir).latest_good_step()
+        step = Checkpoints(Workdir(workdir)).latest_good_step()
         assert child.said[-1] == f"{signal.Signals(signum).name}: saved step {step}; the same command resumes there"
         assert first <= step < NUM_STEPS
     child = training(workdir, survival_text)
@@ -161,7 +161,7 @@ def test_what_a_run_leaves_behind(tmp_path, text, capsys):
             assert line.keys() == {
                 "step", "heldout_loss", "heldout_bits_per_byte", "heldout_accuracy", "heldout_tokens",
             }  # fmt: skip
-    assert Checkpoints(workdir).committed_steps() == [8]
+    assert Checkpoints(Workdir(workdir)).committed_steps() == [8]
     assert json.loads((workdir / "config.json").read_text())["model"]["attention"]["kind"] == "dark"
     assert (workdir / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
     assert (workdir / "tokenizer.bytes").exists()
@@ -203,8 +203,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(
     monkeypatch.setattr(language_model, "train_batches", poisoned(language_model.train_batches, 6))
     with pytest.raises(UserError, match=f"step 6: loss is nan; stopped .* last checkpoint is step 3 in {tmp_path}"):
         run(config, str(tmp_path / "run"))
-    assert Checkpoints(tmp_path / "run").latest_good_step() == 3
-    assert Checkpoints(tmp_path / "run").committed_steps() == [3]
+    assert Checkpoints(Workdir(tmp_path / "run")).latest_good_step() == 3
+    assert Checkpoints(Workdir(tmp_path / "run")).committed_steps() == [3]
     lines = metrics_without_time(tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["loss"] is None for line in lines] == [False] * 5 + [True]  # what tells it from a run that was stopped
@@ -228,7 +228,7 @@ def test_weights_that_overflow_are_not_saved_though_their_step_had_a_finite_loss
     )
     with pytest.raises(UserError, match=r"step 1: held-out loss is (nan|inf)"):
         run(config, str(tmp_path / "run"))
-    assert Checkpoints(tmp_path / "run").committed_steps() == []
+    assert Checkpoints(Workdir(tmp_path / "run")).committed_steps() == []
     assert [line["step"] for line in metrics_without_time(tmp_path / "run")] == [1]
 
 
@@ -252,14 +252,14 @@ def test_damaged_or_lost_checkpoints_and_other_data(tmp_path, text, caplog):
         f"what is left of the damaged step 9 is now {root}/9.damaged; remove it when you like",
     ]
     assert metrics_without_time(workdir) == metrics and saved_arrays(workdir, 9) == arrays
-    assert Checkpoints(workdir).committed_steps() == [3, 6, 9]
+    assert Checkpoints(Workdir(workdir)).committed_steps() == [3, 6, 9]
 
     def files():
         return {path: path.read_bytes() for path in sorted(workdir.rglob("*")) if path.is_file()}
 
     config.num_steps = 6
     before = files()
-    with WorkdirLock(workdir), pytest.raises(UserError, match="is in use by another run"):
+    with Workdir(workdir).lock(), pytest.raises(UserError, match="is in use by another run"):
         run(config, str(workdir))
     with pytest.raises(UserError, match=r"num_steps = 6, but .* is at step 9 already"):
         run(config, str(workdir))

@@ -9,7 +9,7 @@ from darkformer_jax.training.loss_curve import draw_loss_curve
 
 
 def test_loss_curve_draws_both_losses(tmp_path: Path) -> None:
-    writer = MetricWriter(tmp_path)
+    writer = MetricWriter(Workdir(tmp_path))
     for step in range(1, 21):
         writer.write(step, {"loss": 3.0 / step})
         if step % 5 == 0:
@@ -27,7 +27,7 @@ def test_loss_curve_draws_both_losses(tmp_path: Path) -> None:
 
 
 def test_a_run_without_evaluations_or_with_a_nan_still_has_a_curve(tmp_path: Path) -> None:
-    writer = MetricWriter(tmp_path)
+    writer = MetricWriter(Workdir(tmp_path))
     writer.write(1, {"loss": 3.0})
     writer.write(2, {"loss": float("nan")})
     writer.close()

@@ -10,7 +10,7 @@ import pytest
 from darkformer_jax import draw_projections
 from darkformer_jax.errors import UserError
 from darkformer_jax.ops.features import log_positive_features
-from darkformer_jax.ops.proposals import (
+from darkformer_jax.ops.theory.proposals import (
     log_kernel_second_moment,
     log_optimal_second_moment,
     log_second_moment,

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from darkformer_jax.errors import UserError
 from darkformer_jax.ops.features import matmul
+from darkformer_jax.ops.second_moments import head_name
 
 ProposalKind = Literal["isotropic", "optimal", "log_variance", "log_variance_isotropic"]
 
@@ -155,16 +156,6 @@ def log_kernel_second_moment(eigenvalues: Float[np.ndarray, "*heads r"]) -> Floa
     """
     lam = np.asarray(eigenvalues, np.float64)
     return -np.sum((_log_or_minus_infinity(1 - 2 * lam) + np.log1p(2 * lam)) / 2, axis=-1)
-
-
-def head_name(index: tuple[int, ...], where: str = "") -> str:
-    """How an error begins: "layer 3, head 1: " for the place (1,) with where = "layer 3", or for (3, 1)."""
-    names = [where] if where else []
-    if len(index) > 1:
-        names.append(f"layer {index[-2]}")
-    if index:
-        names.append(f"head {index[-1]}")
-    return ", ".join(names) + ": " if names else ""
 
 
 def _from_eigenvalues(vectors: np.ndarray, eigenvalues: np.ndarray) -> np.ndarray:

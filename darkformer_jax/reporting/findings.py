@@ -1,0 +1,89 @@
+"""Everything that is reported about a set of runs, and results.json, which holds the same."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from darkformer_jax.cli.progress import progress_bar
+from darkformer_jax.config.pattern import pattern_kinds
+from darkformer_jax.errors import UserError
+from darkformer_jax.reporting.calibrations import Calibration, find_calibrations
+from darkformer_jax.reporting.comparison import Comparison, comparisons
+from darkformer_jax.reporting.reported_runs import FINISHED, HELDOUT, UNTRAINED, ReportedRun, find_workdirs, read_runs
+from darkformer_jax.reporting.rows import Row, as_rows, best_of
+from darkformer_jax.reporting.settings import MECHANISM
+from darkformer_jax.reporting.spectra import Spectra, read_spectra
+
+_OF_CALIBRATIONS = ("workdir", "mechanism", "num_features", "window", "mean_errors")
+_OF_SPECTRA = ("workdir", "step", "initial", "layers", "largest", "smallest")
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What results.json, the pictures and the page are made of."""
+
+    globs: str
+    runs: list[ReportedRun]
+    rows: list[Row]
+    comparisons: list[Comparison]
+    calibrations: list[Calibration]
+    spectra: list[Spectra]  # of the first seed of each DARK row at its best learning rates
+    missing_spectra: list[str]  # "workdir: reason" where such a row has none
+
+
+def collect(globs: str) -> Findings:
+    """Reads the workdirs that match the comma-separated globs; shows progress bars.
+
+    Raises UserError if a workdir cannot be read, if two do not compare, or if none was trained or calibrated.
+    """
+    runs = read_runs(_with_progress(find_workdirs(globs), "run"))
+    rows = as_rows(runs)
+    calibrations = find_calibrations(run.workdir for run in runs)
+    if not calibrations and all(run.state == UNTRAINED for run in runs):
+        raise UserError(f"--runs={globs}: none of the {len(runs)} workdirs has been trained or calibrated")
+    spectra, missing = [], []
+    dark = [row.runs[0].workdir for row in best_of(rows) if "dark" in pattern_kinds(row.settings[MECHANISM], "")]
+    for workdir in _with_progress(dark, "checkpoint"):
+        try:
+            spectra.append(read_spectra(workdir))
+        except UserError as error:  # every other figure is there without the checkpoint, which may have been removed
+            missing.append(f"{workdir}: {error}")
+    return Findings(globs, runs, rows, comparisons(rows), calibrations, spectra, missing)
+
+
+def _with_progress(items: list[str], unit: str) -> Iterator[str]:
+    with progress_bar(len(items), unit) as bar:
+        for item in items:
+            yield item
+            bar.update()
+
+
+def as_json(found: Findings) -> dict[str, Any]:
+    """The content of results.json. Comparisons give the index of rows; `share` is None if there is no gap."""
+    return {
+        "runs": found.globs,
+        "rows": [_row(row) for row in found.rows],
+        "comparisons": [_comparison(one, found.rows) for one in found.comparisons],
+        "left_out": [_picked(run, "workdir", "state", "reason") for run in found.runs if run.state != FINISHED],
+        "calibrations": [_picked(one, *_OF_CALIBRATIONS) for one in found.calibrations],
+        "spectra": [_picked(one, *_OF_SPECTRA) for one in found.spectra],
+    }
+
+
+def _row(row: Row) -> dict[str, Any]:
+    runs = [_picked(run, "workdir", "seed") | {name: run.final[name] for name in HELDOUT} for run in row.runs]
+    means = {name: _picked(row.mean(name), "mean", "standard_error") for name in HELDOUT}
+    return {"settings": row.settings, "runs": runs, "diverged": row.num_diverged, **means}
+
+
+def _comparison(one: Comparison, rows: list[Row]) -> dict[str, Any]:
+    places = {name: row and rows.index(row) for name, row in _picked(one, "dark", "other", "exact").items()}
+    means = {
+        name: mean and _picked(mean, "mean", "standard_error") | {"shared_seeds": mean.num_seeds}
+        for name, mean in _picked(one, "difference", "gap", "share").items()
+    }
+    return {"with": one.kind, **places, "each_at_best_learning_rate": one.best, **means}
+
+
+def _picked(thing: Any, *names: str) -> dict[str, Any]:
+    return {name: getattr(thing, name) for name in names}

@@ -1,0 +1,149 @@
+"""Finds the workdirs of runs and reads what training left in them."""
+
+import glob
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from darkformer_jax.config.fields import flat_fields
+from darkformer_jax.data.files import read_file, read_json_object, refuse_url
+from darkformer_jax.errors import UserError
+from darkformer_jax.reporting.settings import Settings, settings_of
+from darkformer_jax.runs.metrics import METRICS_FILE
+from darkformer_jax.runs.workdir import CONFIG_FILE, DATA_FILE, read_config
+
+LOSS = "heldout_loss"
+HELDOUT = (LOSS, "heldout_bits_per_byte", "heldout_accuracy")
+FINISHED, DIVERGED, UNFINISHED, UNTRAINED = "finished", "diverged", "unfinished", "not trained"
+
+_CHECKED = ("loss", "grad_norm", *HELDOUT)  # null in metrics.jsonl if it was not finite
+
+
+@dataclass(frozen=True, eq=False)
+class ReportedRun:
+    """What a run left in its workdir. Two are equal only if they are the same object."""
+
+    workdir: str
+    seed: int
+    init_from: str
+    settings: Settings
+    lines: list[dict[str, Any]]  # the lines of metrics.jsonl
+    state: str  # FINISHED, DIVERGED, UNFINISHED or UNTRAINED
+    reason: str  # why the state is not FINISHED; else ""
+    final: dict[str, Any]  # the line of the evaluation after the last step; {} if there is none
+
+    def curve(self, name: str) -> dict[int, float]:
+        """step -> value, of the lines that have one."""
+        return {line["step"]: line[name] for line in self.lines if line.get(name) is not None}
+
+
+def find_workdirs(globs: str) -> list[str]:
+    """The directories with a config.json that match the comma-separated globs, each once, sorted within a glob.
+
+    Raises UserError that names a glob without a match.
+    """
+    found: dict[str, str] = {}
+    for pattern in filter(None, map(str.strip, globs.split(","))):
+        refuse_url(pattern)
+        matches = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+        workdirs = [path for path in matches if os.path.isfile(os.path.join(path, CONFIG_FILE))]
+        if not workdirs:
+            raise UserError(f"--runs={pattern}: no run matches; a run is a directory with a {CONFIG_FILE}")
+        for path in workdirs:
+            found.setdefault(os.path.realpath(path), path.rstrip("/"))
+    if not found:
+        raise UserError(f"--runs={globs}: give at least one glob of workdirs")
+    return list(found.values())
+
+
+def read_runs(workdirs: Iterable[str]) -> list[ReportedRun]:
+    """Reads every workdir.
+
+    Raises UserError if a config or a line of metrics.jsonl cannot be read, or if two runs were trained on different
+    data: their losses would be of different text.
+    """
+    runs: list[ReportedRun] = []
+    trained: dict[str, str] = {}  # fingerprint of the data -> workdir
+    for workdir in workdirs:
+        runs.append(_read_run(workdir))
+        if runs[-1].lines:
+            trained.setdefault(_data_fingerprint(workdir), workdir)
+            if len(trained) > 1:
+                raise _other_data(*trained.values())
+    return runs
+
+
+def _read_run(workdir: str) -> ReportedRun:
+    config = read_config(workdir)
+    settings = settings_of(config, workdir)
+    path = os.path.join(workdir, METRICS_FILE)
+    lines = _read_lines(path) if os.path.lexists(path) else []
+    evaluations = [line for line in lines if line["step"] == settings["num_steps"] and LOSS in line]
+    final = evaluations[-1] if evaluations else {}
+    state, reason = _state(lines, settings["num_steps"], bool(final))
+    missing = [name for name in HELDOUT if name not in final]
+    if state == FINISHED and missing:
+        raise UserError(f"{path}: the last evaluation has no {missing[0]}; it has {', '.join(final)}")
+    seed = config.get("seed")
+    if not isinstance(seed, int):
+        raise UserError(f"{workdir}/{CONFIG_FILE}: seed = {seed!r}: must be an integer")
+    return ReportedRun(workdir, seed, config["init_from"], settings, lines, state, reason, final)
+
+
+def _state(lines: list[dict[str, Any]], num_steps: int, is_evaluated: bool) -> tuple[str, str]:
+    if not lines:
+        return UNTRAINED, f"not trained: no lines in {METRICS_FILE}"
+    for line in lines:
+        for name in _CHECKED:
+            if name in line and line[name] is None:
+                return DIVERGED, f"diverged: {name} was not finite at step {line['step']} of {num_steps}"
+    if is_evaluated:
+        return FINISHED, ""
+    return UNFINISHED, f"unfinished: step {max(line['step'] for line in lines)} of {num_steps}, no last evaluation"
+
+
+def _read_lines(path: str) -> list[dict[str, Any]]:
+    """Reads and checks every line but a last one without a newline: a kill tore it, and training drops it too."""
+    *complete, _torn = read_file(path).split(b"\n")
+    lines = []
+    for number, text in enumerate(complete, start=1):
+        try:
+            lines.append(_checked(json.loads(text)))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: line {number} is not a line of metrics: {error}") from error
+    return lines
+
+
+def _checked(line: Any) -> dict[str, Any]:
+    if not isinstance(line, dict) or type(line.get("step")) is not int:
+        raise ValueError("no step that is an integer")
+    for name in line.keys() & {*_CHECKED}:
+        if type(line[name]) not in (int, float, type(None)):
+            raise ValueError(f"{name} = {line[name]!r} is not a number")
+        if line[name] is not None and not math.isfinite(line[name]):
+            line[name] = None
+    return line
+
+
+def _data_fingerprint(workdir: str) -> str:
+    path = os.path.join(workdir, DATA_FILE)
+    if not os.path.exists(path):
+        raise UserError(f"{workdir} has {METRICS_FILE} but no {DATA_FILE}: the text of the run is not known")
+    fingerprint = read_json_object(path).get("fingerprint")
+    if not isinstance(fingerprint, str):
+        raise UserError(f"{path} has no fingerprint")
+    return fingerprint
+
+
+def _other_data(a: str, b: str) -> UserError:
+    mine, theirs = (dict(flat_fields(read_config(workdir))) for workdir in (a, b))
+    fields = sorted(name for name in mine.keys() | theirs.keys() if name.startswith("data."))
+    changed = [name for name in fields if mine.get(name) != theirs.get(name)]
+    shown = "; ".join(f"{name}: {mine.get(name)!r} and {theirs.get(name)!r}" for name in changed)
+    return UserError(
+        f"{a} and {b} have different training or held-out tokens ({shown or 'the files changed'}):"
+        " their losses and bits per byte do not compare; report them separately"
+    )
