@@ -1,3 +1,6 @@
+import json
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +14,11 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.model.network import Network
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.classification import Classes, Classification
-from darkformer_jax.training.evaluation import make_eval_step, measure
+from darkformer_jax.training.evaluation import make_eval_step, measure, put_batch
 from darkformer_jax.training.experiment import Experiment
 from darkformer_jax.training.step import make_state_init, make_train_step
 from tests.tasks.labelled_files import labelled_config, write_labelled
+from tests.tiny_runs import on_eight_devices
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -84,6 +88,30 @@ def test_held_out_figures_count_every_example_once(task):
     assert evaluation.scores.accuracy == pytest.approx(right.mean())
     assert set(evaluation.as_metrics()) == {"heldout_loss", "heldout_accuracy", "heldout_f1", "heldout_matthews"}
     assert "F1 of 'spam'" in str(evaluation)
+
+
+def few_steps(directory, **mesh):
+    """[loss, gradient norm] of some steps."""
+    config = labelled_config(write_labelled(Path(directory) / "mails.jsonl"), **mesh)
+    task = Classification.load(config, Workdir(Path(directory) / "run"))
+    experiment = Experiment.of(config, task.objective, jax.devices()[: 8 if mesh else 1])
+    batches = task.train_batches(0, experiment.part)
+    result = []
+    with jax.set_mesh(experiment.mesh):
+        state, step = experiment.initial_state(), experiment.train_step()
+        for _ in range(3):
+            state, metrics = step(state, put_batch(next(batches), experiment.batch_sharding))
+            result.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+    return result
+
+
+def test_eight_devices_that_share_sequences_train_as_one_does(tmp_path):
+    code = "import json; from tests.tasks.test_classification import few_steps"
+    code += f"; print(json.dumps(few_steps({str(tmp_path)!r}, mesh__data=4, mesh__context=2)))"
+    (tmp_path / "program.py").write_text(code)
+    ended = on_eight_devices(tmp_path / "program.py", tmp_path).wait()
+    assert ended.status == 0, ended.err
+    np.testing.assert_allclose(json.loads(ended.out.splitlines()[-1]), few_steps(tmp_path), rtol=1e-5)
 
 
 def test_a_dry_run_needs_no_workdir_and_gives_the_objective_of_the_run(task):
