@@ -42,7 +42,7 @@ def attend(
     state: AttentionState | None,
     options: Options,
 ) -> Any:
-    """The output, or (output, state), of arguments that are checked; see `dark_attention`.
+    """The output, or (output, state), for arguments that are checked; see `dark_attention`.
 
     `kernel` has the arrays of all key/value heads.
 
@@ -71,7 +71,7 @@ def attend(
         kernel = kernel._replace(arrays=vary_like(k, kernel.arrays))
     state, segments, positions = _place_tokens(state, segment_ids, length)
     grouped = q.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, dim)
-    state, sums = _run(kernel, state, Tokens(grouped, k, v, segments, positions), options, resumed)
+    state, sums = _scan_or_step(kernel, state, Tokens(grouped, k, v, segments, positions), options, resumed)
     out = _normalize(sums.numerator, sums.denominator).reshape(batch, length, num_heads, value_dim).astype(v.dtype)
     return (out, state) if options.return_state else out
 
@@ -85,7 +85,7 @@ def _count_features(kernel: Kernel, k: Array) -> int:
 def _place_tokens(
     state: AttentionState, segment_ids: Array | None, length: int
 ) -> tuple[AttentionState, Int[Array, "b n"], Int[Array, "b n"]]:
-    """(the state with its document as it is after the tokens, their segments, their places in their documents)."""
+    """(the state with its document as it is after the tokens, each token's segment, its place in its document)."""
     if segment_ids is None:  # all in the document that the state is in
         last_segment = jnp.maximum(state.last_segment, 1)
         segment_ids = jnp.broadcast_to(last_segment[:, None], (*last_segment.shape, length))
@@ -99,10 +99,10 @@ def _place_tokens(
     return state._replace(last_segment=last_segment, document_length=document_length), segment_ids, positions
 
 
-def _run(
+def _scan_or_step(
     kernel: Kernel, state: AttentionState, tokens: Tokens, options: Options, resumed: bool
 ) -> tuple[AttentionState, Sums]:
-    """(the state after the tokens, their sums) by the form that fits: one token, chunks with a window, chunks."""
+    """(the state after the tokens, their sums), by a one-token step or a scan over chunks, with a window or without."""
     causal, chunk_size, window, _, return_state, axis = options
     if axis is not None:
         state = state_before(kernel, state, tokens, axis=axis, chunk_size=chunk_size, window=window)
@@ -116,13 +116,13 @@ def _run(
 
 
 def _shift_full_windows(kernel: Kernel, state: AttentionState, chunk_size: int) -> AttentionState:
-    """`shift_window` when any sequence needs it: once in chunk_size tokens, not at every one."""
+    """`shift_window`, run only when a sequence needs it: once per chunk_size tokens."""
     shift = over_heads(kernel, functools.partial(shift_window, chunk_size=chunk_size), (HEAD_AXES,), HEAD_AXES)
     return jax.lax.cond(jnp.any(state.fill == chunk_size), shift, lambda old: old, state)
 
 
 def _normalize(numerator: Array, denominator: Array) -> Array:
-    """numerator / denominator, which is at least one but for queries that see nothing (padding): those get zero."""
+    """numerator / denominator; 0 for queries that see nothing (padding). Any other denominator is at least 1."""
     inverse = 1 / jnp.where(denominator > 0, denominator, 1)
     # einsum, because the gradient of a broadcast division is slow on XLA's CPU backend.
     return jnp.einsum("...v,...->...v", numerator, inverse, precision=jax.lax.Precision.HIGHEST)

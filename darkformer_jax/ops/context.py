@@ -1,9 +1,11 @@
-"""Linear attention over a sequence that is split over devices, each of which has one stretch of it.
+"""Linear attention over a sequence that is split over devices. Each device has one stretch of it.
 
-Each device summarises its stretch in a far state (c, z, S), the devices exchange these in one all-gather, whose size
-does not depend on the length, and each merges those before its own: what a single device's scan would have carried to
-that place. With a window, the last `window` tokens before a stretch are seen exactly and come from the left neighbour,
-so stretches are summarised without their last `window` tokens, and with those of the neighbour.
+Each device summarises its stretch in a far state (c, z, S). One all-gather exchanges the far states; its size does not
+depend on the length. Each device then merges the far states of the devices before it, which gives the state that a
+single device's scan would have carried there.
+
+With a window, a stretch's first queries see the last `window` tokens of the left neighbour exactly, so the neighbour
+sends these tokens. They are summarised by the device that gets them, not by the one that sends them.
 
 Everything runs inside `jax.shard_map`, manual over the axis `axis`. Arrays have the batch in front.
 """
@@ -24,7 +26,7 @@ Tree = TypeVar("Tree")
 
 
 def check_stretch(length: int, chunk_size: int, window: int) -> None:
-    """Raises UserError where a stretch of `length` tokens per device cannot have the chunks or the window."""
+    """Raises UserError where a stretch of `length` tokens per device does not fit the chunks or the window."""
     if window and (length % chunk_size or window > length):
         raise UserError(
             f"each device has {length} tokens of a sequence: with a window that must be a multiple of chunk_size = "
@@ -33,10 +35,10 @@ def check_stretch(length: int, chunk_size: int, window: int) -> None:
 
 
 def vary_like(x: Array, tree: Tree) -> Tree:
-    """`tree`, in the eyes of shard_map different on each device wherever x is.
+    """`tree`, which shard_map then takes to differ between devices wherever x does.
 
-    What a loop carries must have that type from its start. What a loop reads must have it too: gradients of arrays that
-    all devices share are else summed over the devices at every turn of the loop, and not once behind it.
+    What a loop carries must have that type from its start. What a loop reads must have it too: otherwise the gradients
+    of arrays that all devices share are summed over the devices in every iteration instead of once after the loop.
     """
     some = x.ravel()[0] == 0
     return jax.tree.map(lambda leaf: jax.lax.select(some, leaf, leaf), tree)
@@ -73,7 +75,7 @@ def state_before(
     if window:
         left = _from_left(Recent(*(leaf[:, -window:] for leaf in keys)), axis)
         keys = Recent(*(jnp.concatenate([a, b[:, :-window]], axis=1) for a, b in zip(left, keys, strict=True)))
-        blank = Recent(*(jnp.zeros_like(leaf[:, :chunk_size]) for leaf in left))  # of the chunk in the making
+        blank = Recent(*(jnp.zeros_like(leaf[:, :chunk_size]) for leaf in left))  # the chunk that is being filled
         recent = Recent(*(jnp.concatenate(pair, axis=1) for pair in zip(left, blank, strict=True)))
         state = state._replace(recent=heads_first(recent))
     far, sinks = _merge_before(*_summarize(kernel, state, keys, chunk_size), axis)
@@ -81,7 +83,7 @@ def state_before(
 
 
 def _summarize(kernel: Kernel, state: AttentionState, keys: Recent, chunk_size: int) -> tuple[FarState, Sinks]:
-    """The far state and the sinks behind all of `keys`, from the empty ones in `state`."""
+    """The far state and the sinks after all of `keys`, from the empty ones in `state`."""
     fold_heads = over_heads(kernel, fold, (FAR_AXES, SINK_AXES, TOKEN_AXES.recent()), (FAR_AXES, SINK_AXES))
     # Recomputed from the keys alone: the backward pass does not keep the sums between chunks.
     summarize = jax.checkpoint(lambda chunk: fold_heads(state.far, state.sinks, chunk), prevent_cse=False)
@@ -95,7 +97,10 @@ def _summarize(kernel: Kernel, state: AttentionState, keys: Recent, chunk_size: 
 
 
 def _merge_sinks(first: Sinks, second: Sinks, first_segment: Array, second_segment: Array) -> Sinks:
-    """`merge_far` of the sinks: those of the second part's segment, or of the first's where the second has none."""
+    """Like `merge_far`: the second part's sinks, and the first part's in slots that the second has not filled.
+
+    The first part's count only if both parts are of one segment.
+    """
     same = (first_segment == second_segment) | (second_segment == 0)
     found = second.filled[:, None, :, None]
     return Sinks(
@@ -106,9 +111,9 @@ def _merge_sinks(first: Sinks, second: Sinks, first_segment: Array, second_segme
 
 
 def _merge_before(far: FarState, sinks: Sinks, axis: str) -> tuple[FarState, Sinks]:
-    """`merge_far` of the summaries of all devices before this one, and the same of their sinks."""
+    """Merges what all devices before this one have: far states as `merge_far` does, sinks as `_merge_sinks` does."""
     sums = jnp.concatenate([far.key_max[..., None], far.normalizer[..., None], far.values], axis=-1)
-    # Sinks in float32: so is then their gradients' sum over the devices.
+    # Sinks in float32, so that their gradients are summed over the devices in float32.
     wide = (sinks.keys.astype(sums.dtype), sinks.values.astype(sums.dtype), sinks.filled)
     sums, segments, (keys, values, filled) = jax.lax.all_gather((sums, far.segment, wide), axis)  # [devices, b, ...]
     segment, member = _open_before(segments, axis)
@@ -126,7 +131,7 @@ def _merge_before(far: FarState, sinks: Sinks, axis: str) -> tuple[FarState, Sin
 
 
 def _open_before(segments: Int[Array, "p b"], axis: str) -> tuple[Int[Array, "b"], Bool[Array, "p b"]]:
-    """(the last segment that the devices before this one end with, which of them end with it [p, b]); 0 is none."""
+    """(the segment that is open where this device's stretch begins, 0 for none; which devices before it end in it)."""
     index = jnp.arange(segments.shape[0])[:, None]
     earlier = (index < jax.lax.axis_index(axis)) & (segments != 0)
     last = jnp.max(jnp.where(earlier, index, -1), axis=0)
@@ -142,6 +147,6 @@ def gather_sequence(x: Shaped[Array, "b n *rest"], axis: str) -> Shaped[Array, "
 
 
 def _from_left(recent: Recent, axis: str) -> Recent:
-    """The left neighbour's; zeros, and so no tokens, for the first device."""
+    """The left neighbour's tokens. The first device gets zeros, which are no tokens: their segment is 0."""
     size = jax.lax.axis_size(axis)
     return Recent(*(jax.lax.ppermute(leaf, axis, [(i, i + 1) for i in range(size - 1)]) for leaf in recent))

@@ -39,34 +39,34 @@ def dark_attention(
         out_n = sum_j kappa(q_n, k_j) v_j / sum_j kappa(q_n, k_j),
         kappa(q, k) ~ 1/m sum_i exp(w_i.Mq' - |Mq'|^2/2) exp(w_i.Mk' - |Mk'|^2/2),  x' = sqrt(scale) x
 
-    (DARKFormer, arXiv 2603.04127; with M = I it is Performer, arXiv 2009.14794.) With a window, a query sees its own
-    chunk up to itself, the `window` tokens before that chunk and the first `num_sinks` tokens of its document through
-    the exact kernel, and the rest through the features, under one normaliser.
+    (DARKFormer, arXiv 2603.04127; with M = I it is Performer, arXiv 2009.14794.) With a window, a query sees some keys
+    through the exact kernel: its own chunk up to itself, the `window` tokens before that chunk, and the first
+    `num_sinks` tokens of its document. It sees the rest through the features. One normaliser covers both.
 
     Args:
       q: queries. Each group of hq / hkv consecutive query heads shares one key/value head, its features and its state.
       k: keys.
       v: values.
-      projections: w, see `draw_projections`; [m, r] is used for every head. None leaves the window and the sinks alone.
+      projections: w, see `draw_projections`; [m, r] serves every head. None: only the window and the sinks are seen.
       geometry: M; None is the identity.
-      causal: a query sees no later token. False (features only) sees all of its segment.
+      causal: True: a query sees no later token. False: it sees its whole document; needs window = 0.
       segment_ids: document of each token, in contiguous stretches; tokens see only their own. 0 is padding, whose
-        output is 0. None: one document. A window's chunks are the row's, so which keys of a packed document are
-        seen exactly depends on the place in its chunk where the document starts.
+        output is 0. None: one document. Chunks begin with the row, not with a document: which keys of a packed
+        document the window shows depends on where in a chunk the document begins.
       scale: of the logits; None is d^-0.5.
-      chunk_size: tokens that are treated at once. With a window it also defines what is exact.
+      chunk_size: tokens per chunk. With a window it decides what is exact; without one it changes only the cost.
       window: 0 for features everywhere, else a multiple of chunk_size.
-      num_sinks: needs a window.
-      window_kernel: what the window and the sinks are seen through: "dark", the kernel that the features estimate, or
-        "softmax", exp(scale q^T k), which pretrained weights expect; it needs a window.
+      num_sinks: first tokens of each document that are seen exactly; needs a window.
+      window_kernel: the exact kernel: "dark", which the features estimate, or "softmax", exp(scale q^T k), which
+        pretrained weights expect; needs a window.
       log_weights: half of the importance weight of each projection that was not drawn from N(0, I); see
         `ops.theory.proposals.transform_projections`.
-      log_gain: per query head, added to the logarithm of everything that is seen through features; needs a window.
-      state: continues the sequences that `state` has seen; the options must be those it was made with.
+      log_gain: one number per query head, added to the log weight of all that is seen through features; needs a window.
+      state: of the tokens before these, from `init_state` or an earlier call with the same options.
       return_state: also returns the state after the last token. Padding at the end leaves no trace in it.
-      sequence_axis: within `jax.shard_map`, the mesh axis over which the sequence is split: q, k, v and segment_ids are
-        this device's stretch, and out its part of what a single device computes of the whole. The devices exchange
-        their far states, windows and sinks, whose size does not depend on the length, and nothing else.
+      sequence_axis: within `jax.shard_map`, the mesh axis over which the sequence is split. q, k, v and segment_ids are
+        this device's stretch; out is this stretch of what one device would compute. The devices exchange their far
+        states, windows and sinks and nothing else: the size of their messages does not depend on the length.
 
     Returns:
       out [b, n, hq, dv] in v's dtype, or (out, state).
@@ -88,9 +88,9 @@ def _check_window_options(q: Array, window: int, window_kernel: str, log_gain: A
     if window_kernel not in get_args(WindowKernel):
         raise UserError(f"window_kernel = {window_kernel!r}: allowed: {', '.join(get_args(WindowKernel))}")
     if not window and (window_kernel != "dark" or log_gain is not None):
-        raise UserError("window_kernel and log_gain set what is seen exactly off from the rest: they need window > 0")
+        raise UserError("window_kernel and log_gain treat the window unlike the rest: they need window > 0")
     if log_gain is not None and log_gain.shape != q.shape[2:3]:
-        raise UserError(f"log_gain has shape {log_gain.shape}; expected one number a query head, {q.shape[2:3]}")
+        raise UserError(f"log_gain has shape {log_gain.shape}; expected one number per query head, {q.shape[2:3]}")
 
 
 def _kernel_arrays(
@@ -101,7 +101,10 @@ def _kernel_arrays(
     k: Array,
     window: int,
 ) -> KernelArrays:
-    """Projections [Hkv, m, r] (m = 0 for None), and geometry [Hkv, r, d], weights [Hkv, m], gains [Hkv, g] or None."""
+    """The arrays with heads in front: w [Hkv, m, r] (m = 0 for None), M [Hkv, r, d], weights [Hkv, m], gains [Hkv, g].
+
+    All but w may be None.
+    """
     num_kv_heads, dim = k.shape[2:]
     if log_gain is not None:
         log_gain = log_gain.reshape(num_kv_heads, -1)
@@ -114,9 +117,9 @@ def _kernel_arrays(
     rank = dim if geometry is None else geometry.shape[-2]
     if projections is None:
         if not window:
-            raise UserError("projections=None leaves only the window to attend to: it needs window > 0")
+            raise UserError("projections=None: a query then sees only the window, so window must be > 0")
         if log_weights is not None:
-            raise UserError("log_weights are of projections; projections=None")
+            raise UserError("log_weights belong to projections, but projections=None")
         return KernelArrays(RandomFeatures(jnp.zeros((num_kv_heads, 0, rank), jnp.float32), geometry), log_gain)
     if projections.shape[-1] != rank or projections.ndim not in (2, 3) or not projections.shape[-2]:
         raise UserError(

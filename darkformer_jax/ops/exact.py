@@ -63,14 +63,14 @@ def exact_attention(
 
 
 def choose_backend(q: Float[Array, "b n hq d"], k: Float[Array, "b t hkv d"], softcap: float) -> Backend:
-    """What computes a case, and why.
+    """Which backend computes a case, and why.
 
     plain: any case with a softcap, which `jax.nn.dot_product_attention` does not have. Logits are held whole.
     cudnn: half precision on an NVIDIA GPU, where cuDNN's flash attention takes it: d a multiple of 8 up to 128 (256
            from Hopper on), and even lengths n and t (its gradients need them) or one query at a time.
     xla:   everything else; logits are held whole.
 
-    Windows and segments decide nothing: they are in the mask, which each of the three takes.
+    Windows and segments make no difference: they are in the mask, which all three take.
     """
     if softcap:
         return "plain"

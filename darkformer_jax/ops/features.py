@@ -16,14 +16,14 @@ FeatureMap = Callable[[Any, Array, float], Array]
 
 
 def accumulator_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
-    """What sums, logits and states of inputs of `dtype` are kept in: float32, or float64 for float64."""
+    """The dtype of sums, logits and states for inputs of `dtype`: float32, or float64 for float64."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def matmul(spec: str, a: Array, b: Array, dtype: jax.typing.DTypeLike) -> Array:
     """einsum(spec, a, b) with operands rounded to `dtype` and a float32 result (float64 for float64).
 
-    float32 operands are multiplied in full: accelerators would round them to bfloat16 or tf32.
+    float32 operands keep their precision: by default accelerators would round them to bfloat16 or tf32.
     """
     a, b, wide = a.astype(dtype), b.astype(dtype), accumulator_dtype(dtype)
     if dtype != wide and target_platform() == "cpu":
@@ -49,25 +49,25 @@ def log_positive_features(
     """l_i(x) = sqrt(scale) w_i . M x - scale |M x|^2 / 2, so that E_w[exp(l_i(q) + l_i(k))] = exp(scale q^T M^T M k).
 
     Positive random features (Choromanski et al., arXiv 2009.14794, Lemma 1) in the geometry M of DARKFormer (arXiv
-    2603.04127). The 1/m of the mean over features is the caller's.
+    2603.04127). The caller divides by m.
 
     Args:
       x: queries or keys.
       projections: w, rows drawn from N(0, I_r); see `draw_projections`.
       geometry: M, or None for the identity (the softmax kernel: Performer).
       scale: of the logits; softmax attention has d^-0.5.
-      log_weights: added to l_i(x), where w is not drawn from N(0, I): half the log importance weight of each w_i; see
+      log_weights: added to l_i(x): half the log importance weight of each w_i that is not drawn from N(0, I); see
         `theory.proposals.transform_projections`.
 
     Returns:
       float32 (float64 for float64 x). The matmul operands have x's dtype.
 
     Raises:
-      UserError: where log_weights are not one for each row of projections.
+      UserError: where log_weights has not one entry per row of projections.
     """
     point = apply_geometry(x, geometry)
     projected = matmul("...r,mr->...m", point, projections, x.dtype)
-    # The norm of the very numbers that were projected: rounding x~ then moves the point, not the estimator's mean.
+    # The norm is that of x~ as it was rounded for the product: rounding moves the point, not the estimator's mean.
     # (einsum, because XLA's CPU backend is several times slower on the sum of a product.)
     point = point.astype(accumulator_dtype(x.dtype))
     squared_norm = jnp.einsum("...r,...r->...", point, point, precision=jax.lax.Precision.HIGHEST)[..., None]

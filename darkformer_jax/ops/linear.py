@@ -1,4 +1,4 @@
-"""Linear attention of one key/value head and its group of query heads, chunk by chunk or a token at a time.
+"""Linear attention of one key/value head and its group of query heads, chunk by chunk or one token at a time.
 
 Everything here is for one sequence and one key/value head; `over_heads` maps it over heads and batch. With
 a_i = l_i(q) + c_i for the far keys, s_j for the keys that are seen one by one, and r the larger of their maxima,
@@ -226,7 +226,7 @@ def chunk_features(
 def chunk_window(
     kernel: Kernel, far: FarState, sinks: Sinks, recent: Recent, tokens: Tokens, visible: Bool[Array, "n t"]
 ) -> tuple[FarState, Sinks, Recent, Sums]:
-    """One chunk of the hybrid: window and own chunk exact, then the window's oldest chunk leaves for the far state."""
+    """One chunk of the hybrid: window and own chunk exact, then the window's oldest chunk moves to the far state."""
     size = tokens.segments.shape[0]
     near = join_recent(recent, tokens.recent())
     sums = _exact_sums(kernel, tokens, far, sinks, near, visible)
@@ -254,7 +254,7 @@ def step_window(kernel: Kernel, state: AttentionState, token: Tokens, chunk_size
 
 
 def shift_window(kernel: Kernel, state: AttentionState, chunk_size: int) -> AttentionState:
-    """Where the chunk in the making is full: the oldest chunk leaves for the far state and makes room for the next."""
+    """Where the chunk that is being filled is full, the window's oldest chunk moves to the far state."""
     full = state.fill == chunk_size
     far, sinks = fold(kernel, state.far, state.sinks, slice_recent(state.recent, 0, chunk_size))
     blank = Recent(*(jnp.zeros_like(leaf[:chunk_size]) for leaf in state.recent))

@@ -42,7 +42,7 @@ def linear_attention(
         transformer (Katharopoulos et al., arXiv 2006.16236), with m = d. Static under jit.
       feature_arrays: what `feature_map` reads besides x: a pytree whose leaves have the key/value heads in front.
       causal, segment_ids, state, return_state, sequence_axis: as in `dark_attention`.
-      chunk_size: tokens that are treated at once. It changes the cost, not the result.
+      chunk_size: tokens per chunk. It changes only the cost.
 
     Returns:
       out [b, n, hq, dv] in v's dtype, or (out, state).

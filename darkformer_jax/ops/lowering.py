@@ -1,9 +1,12 @@
-"""What the program under way is compiled for."""
+"""The platform that a program is compiled for while it is traced."""
 
 import jax
 
 
 def target_platform() -> str:
-    """As jax.default_backend(), but of the current mesh's devices (`jax.set_mesh`), which may be elsewhere."""
+    """The platform of the current mesh's devices (`jax.set_mesh`), or the default backend where there is no mesh.
+
+    A mesh's devices may be of a platform that this machine does not have.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform

@@ -1,4 +1,4 @@
-"""The definition, without any of the care: every pair of tokens, every feature. Quadratic; run it in float64."""
+"""The definition, which takes no care of overflow: every pair of tokens, every feature. Quadratic; for float64."""
 
 from collections.abc import Callable
 from typing import Any
@@ -40,7 +40,7 @@ def dark_attention_oracle(
 ) -> Float[Array, "b n hq dv"]:
     """What `dark_attention` computes, from its definition: logsumexp over features, softmax over keys.
 
-    Shapes and arguments as there; `segment_ids` must not decrease but for 0 (padding) at the end.
+    Shapes and arguments as there; `segment_ids` must not decrease, except to 0 (padding) at the end.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     ids = jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
@@ -83,7 +83,7 @@ def linear_attention_oracle(
 
 
 def _feature_logits(log_q: Float[Array, "n m"], log_k: Float[Array, "n m"]) -> Float[Array, "n n"]:
-    """log sum_i exp(l_i(q) + l_i(k)), a row at a time."""
+    """log sum_i exp(l_i(q) + l_i(k)), one row at a time."""
     return jax.lax.map(lambda query: jax.nn.logsumexp(query[None, :] + log_k, axis=-1), log_q)
 
 

@@ -1,4 +1,4 @@
-"""Random projections w_i ~ N(0, I) of positive random features, and how they are redrawn without a counter."""
+"""Random projections w_i ~ N(0, I) of positive random features, and the key that each redraw uses."""
 
 from typing import Literal, get_args
 
@@ -56,8 +56,7 @@ def draw_projections(
     q, r = jnp.linalg.qr(gaussian)
     if kind == "orthogonal":
         q = q * jnp.sign(jnp.diagonal(r, axis1=-2, axis2=-1))[:, None, :]
-    # Rows of a Haar matrix, so that each block is exchangeable in the directions it keeps when the last one is cut
-    # short.
+    # Rows of a Haar matrix: where the last block is cut short, the directions that it keeps are as good as any others.
     directions = jnp.swapaxes(q, -1, -2).reshape(num_blocks * dim, dim)[:num_features]
     norms = jnp.linalg.norm(jax.random.normal(norm_key, (num_features, dim), jnp.float32), axis=-1, keepdims=True)
     return directions * norms

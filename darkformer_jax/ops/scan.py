@@ -1,7 +1,6 @@
 """Linear attention over whole sequences: a scan over chunks that carries the state, mapped over batch and heads inside.
 
-The backward pass keeps the states between chunks, (L / chunk_size) m (dv + 2) numbers per head, and recomputes the
-rest.
+The backward pass keeps the states between chunks, (L / chunk_size) m (dv + 2) numbers per head. It recomputes the rest.
 """
 
 import functools
@@ -74,7 +73,7 @@ def scan_features(
         visible &= jnp.tri(visible.shape[-1], dtype=bool)[None, None]
     one_chunk = over_heads(kernel, chunk_features, (FAR_AXES, SINK_AXES, TOKEN_AXES, None), (FAR_AXES, SUM_AXES))
 
-    # The masks are made outside: computed in the body, XLA would redo them in the loops of every head.
+    # The masks are made outside the loop: in its body XLA would compute them again for every head.
     @_recompute
     def body(far: FarState, xs: tuple[Tokens, Bool[Array, "b n n"]]) -> tuple[FarState, Sums]:
         return one_chunk(far, state.sinks, *xs)
@@ -165,7 +164,7 @@ def _recent_tokens(recent: Recent, start: int, stop: int | None) -> Recent:
 
 
 def _realign(tokens: Tokens, partial: Recent, offset: Int[Array, "b"]) -> Tokens:
-    """Puts the chunk in the making in front of the new tokens, as keys only, so that chunks start where they did."""
+    """Puts the chunk that is being filled in front of the new tokens, as keys only: chunks keep their boundaries."""
     chunk_size, length = partial.segments.shape[1], tokens.segments.shape[1]
     room = chunk_size - 1 + length
 
@@ -180,7 +179,7 @@ def _realign(tokens: Tokens, partial: Recent, offset: Int[Array, "b"]) -> Tokens
 
 
 def _partial_chunk(tokens: Tokens, room: int, start: Int[Array, "b"], chunk_size: int) -> Recent:
-    """The keys from `start` on, blank behind the end: the chunk in the making."""
+    """The chunk that is being filled: the keys from `start` on, then blanks."""
 
     def one_sequence(keys: Recent, start: Array) -> Recent:
         blank = jax.tree.map(lambda leaf: jnp.zeros((room, *leaf.shape[1:]), leaf.dtype), keys)

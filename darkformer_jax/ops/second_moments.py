@@ -18,7 +18,7 @@ def shrunk_eigh(
       where: begins the message of an error, for example "layer 3".
 
     Raises:
-      UserError: for a shrinkage outside [0, 1], and where an eigenvalue is not positive but for rounding.
+      UserError: for a shrinkage outside [0, 1], and where an eigenvalue is not larger than rounding errors.
     """
     if not 0 <= shrinkage <= 1:
         raise UserError(f"shrinkage = {shrinkage} must be between 0 and 1")

@@ -44,7 +44,7 @@ class Recent(NamedTuple):
 
 
 class AttentionState(NamedTuple):
-    """Everything a sequence needs to go on: by more tokens at once, or by one. Made by `dark_attention`.
+    """Everything a sequence needs to go on, by one token or by many. `init_state` and every linear attention make it.
 
     `last_segment` and `document_length` describe the newest token's document, `fill` counts the tokens of the chunk
     that is being filled (0 without a window). Leaves have leading axes [B, Hkv] or [B].

@@ -108,17 +108,19 @@ def test_factors_are_split_over_the_mesh_like_their_matrix():
 @pytest.mark.parametrize("pattern", ["dark", "softmax,dark"])
 def test_a_run_with_updates_starts_from_one_without_and_the_other_way_round(tmp_path, pattern):
     write_workdir(tmp_path / "plain", experiment(0).config, some_state(0))
-    state, report = initialize_from(str(tmp_path / "plain"), experiment(RANK, pattern), some_state(RANK, pattern, 1))
+    state, report = initialize_from(
+        Workdir(tmp_path / "plain"), experiment(RANK, pattern), some_state(RANK, pattern, 1)
+    )
     assert "; new: attention/k/lora_A of layers 0, 1" in report and "attention/out/lora_B of layers 0, 1" in report
     for path, leaf in jax.tree_util.tree_leaves_with_path(some_state(RANK, pattern, 1).params):
         if is_lora([key.key for key in path]):
             np.testing.assert_array_equal(functools.reduce(lambda x, key: x[key.key], path, state.params), leaf)
     updated = some_state(RANK)
     write_workdir(tmp_path / "lora", experiment(RANK).config, updated)
-    same, report = initialize_from(str(tmp_path / "lora"), experiment(RANK), some_state(RANK, seed=1))
+    same, report = initialize_from(Workdir(tmp_path / "lora"), experiment(RANK), some_state(RANK, seed=1))
     jax.tree.map(np.testing.assert_array_equal, same.params, updated.params)
     assert "merged" not in report
-    merged, report = initialize_from(str(tmp_path / "lora"), experiment(0, pattern), some_state(0, pattern, 1))
+    merged, report = initialize_from(Workdir(tmp_path / "lora"), experiment(0, pattern), some_state(0, pattern, 1))
     assert ", its low-rank updates merged" in report and "not used: attention/q" not in report
     layers = by_hand(updated.params)
     stacks = pattern.count(",") + 1
@@ -131,7 +133,7 @@ def test_a_run_with_updates_starts_from_one_without_and_the_other_way_round(tmp_
 def test_another_rank_is_refused(tmp_path):
     write_workdir(tmp_path, experiment(RANK).config, some_state(RANK))
     with pytest.raises(UserError, match=r"layer 0/attention/k/lora_A has shape \(32, 3\), this model's has \(32, 2\)"):
-        initialize_from(str(tmp_path), experiment(2), experiment(2).abstract)
+        initialize_from(Workdir(tmp_path), experiment(2), experiment(2).abstract)
 
 
 def test_verbs_and_exports_see_the_merged_model(tmp_path):

@@ -21,7 +21,7 @@ from tests.ops.linear_attentions import OPS, draw, draw_cotangent
 from tests.tiny_runs import on_eight_devices
 from tests.tiny_specs import mixer_spec
 
-# 13 tokens a device: neither they nor the whole are multiples of the chunk.
+# 13 tokens per device: neither 13 nor 104 is a multiple of the chunk.
 FEATURES = {"length": 104, "chunk_size": 4}
 HYBRID = {"length": 96, "chunk_size": 4, "window": 8, "num_sinks": 3}
 FORMS = {op: FEATURES | {"op": op} for op in OPS} | {"hybrid": HYBRID}

@@ -124,7 +124,7 @@ BAD_INPUTS = [
     ({"geometry": M[..., :9]}, r"geometry has shape \(2, 16, 9\); expected \[r, 16\] or \[2, r, 16\]"),
     ({"geometry": np.stack([M[0]] * 3)}, "geometry is for 3 heads; there are 2 key/value heads"),
     ({"geometry": M[0, 0]}, r"geometry has shape \(16,\)"),
-    ({"projections": None}, "projections=None leaves only the window to attend to: it needs window > 0"),
+    ({"projections": None}, "projections=None: a query then sees only the window, so window must be > 0"),
     ({"projections": W[..., :9]}, r"projections have shape \(2, 32, 9\); expected \[m, 16\] or \[2, m, 16\]"),
     ({"projections": W[:, :0]}, r"projections have shape \(2, 0, 16\)"),
     ({"projections": W[0, 0]}, r"projections have shape \(16,\)"),

@@ -151,8 +151,8 @@ def log_optimal_second_moment(eigenvalues: Float[np.ndarray, "*heads r"]) -> Flo
 def log_kernel_second_moment(eigenvalues: Float[np.ndarray, "*heads r"]) -> Float[np.ndarray, "*heads"]:
     """log E[exp(q' . k')^2] for q', k' iid N(0, Lam): -sum log(1 - 4 lam^2) / 2, infinite from lam = 1/2 on.
 
-    What no estimator's second moment is below. The estimate's variance, of m independent features, averaged over pairs,
-    is (exp(log_second_moment) - exp(log_kernel_second_moment)) / m.
+    No estimator's second moment is lower. With m independent features the estimate's variance, averaged over pairs, is
+    (exp(log_second_moment) - exp(log_kernel_second_moment)) / m.
     """
     lam = np.asarray(eigenvalues, np.float64)
     return -np.sum((_log_or_minus_infinity(1 - 2 * lam) + np.log1p(2 * lam)) / 2, axis=-1)

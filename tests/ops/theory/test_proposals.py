@@ -169,7 +169,7 @@ def test_theorem_3_2_beats_every_other_covariance_of_the_eigenbasis():
 
 
 def mean_log_second_moment(covariance, sum_second):
-    """Mean over pairs of log E_w[estimate^2], but for a constant of the data; from the integral over w."""
+    """Mean over pairs of log E_w[estimate^2], up to a constant of the data; from the integral over w."""
     inner = 2 * np.eye(DIM) - np.linalg.inv(covariance)
     if np.linalg.eigvalsh(inner)[0] <= 0:
         return np.inf
