@@ -31,6 +31,8 @@ def parse_pattern(pattern: str | None, kind: str) -> tuple[Layer, ...]:
 
     Raises UserError for an unknown kind, and for an option that is unknown, out of range or not used by its kind.
     """
+    if not pattern and kind not in MIXERS:
+        raise UserError(f"model.attention.kind = {kind!r}: allowed: {', '.join(MIXERS)}")
     entries = re.split(r",(?![^(]*\))", pattern or kind)
     return tuple(_parse_entry(entry) for entry in entries)
 
