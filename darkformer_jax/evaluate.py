@@ -59,7 +59,7 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         help="tokens of a window (default: 2048, or the run's sequence_length where that is less)",
     )
     parser.add_argument("--stride", type=int, help="tokens from one window to the next (default: context)")
-    parser.add_argument("--batch_size", type=int, default=4, help="windows at a time (default: 4)")
+    parser.add_argument("--batch_size", type=int, default=4, help="windows or examples at a time (default: 4)")
     parser.add_argument("--max_tokens", type=int, help="score so many tokens, from the first file on (default: all)")
     parser.add_argument("--json", help="also write the result to this file, which must not exist")
     return parser.parse_args(argv[1:])

@@ -99,7 +99,8 @@ def _example(record: Any, columns: Columns, place: str) -> Example:
         raise UserError(f"{place}: there is no label in {columns.label!r}")
     if not isinstance(value, str | int | float):
         raise UserError(f"{place}: the label in {columns.label!r} is neither a string nor a number")
-    return Example(text, value.strip() if isinstance(value, str) else json.dumps(value), place)
+    label = text_field(record, columns.label, place).strip() if isinstance(value, str) else json.dumps(value)
+    return Example(text, label, place)
 
 
 def split_examples(

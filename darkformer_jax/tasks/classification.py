@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 from jaxtyping import Array, Float
 
 from darkformer_jax.data.labelled import (
@@ -107,9 +108,8 @@ class Classes:
 
     def loss(self, model: Transformer, batch: Batch, constants: Any) -> tuple[Float[Array, ""], Sums]:
         """`nll` (nats) and `correct`, summed over examples."""
-        logits = model.outputs(batch["inputs"], batch["segment_ids"], batch["positions"])
+        logits, nll = _predict(model, batch)
         correct = (jnp.argmax(logits, axis=-1) == batch["labels"]).astype(jnp.float32)
-        nll = jnp.sum(batch["weights"] * _cross_entropy(logits, batch["labels"]))
         weights = batch["weights"]
         return nll, {"nll": nll, "correct": jnp.sum(weights * correct), "weight": jnp.sum(weights)}
 
@@ -119,12 +119,10 @@ class Classes:
 
     def measure(self, model: Transformer, batch: Batch) -> tuple[Sums, dict[str, Array]]:
         """`nll`, and `confusion` [C, C]: how many examples of class i were taken for class j."""
-        logits = model.outputs(batch["inputs"], batch["segment_ids"], batch["positions"])
-        labels, weights = batch["labels"], batch["weights"]
+        logits, nll = _predict(model, batch)
         none = jnp.zeros((self.num_outputs, self.num_outputs), jnp.float32)
-        confusion = none.at[labels, jnp.argmax(logits, axis=-1)].add(weights)
-        nll = jnp.sum(weights * _cross_entropy(logits, labels))
-        return {"nll": nll, "confusion": confusion, "weight": jnp.sum(weights)}, {}
+        confusion = none.at[batch["labels"], jnp.argmax(logits, axis=-1)].add(batch["weights"])
+        return {"nll": nll, "confusion": confusion, "weight": jnp.sum(batch["weights"])}, {}
 
     def describe(self) -> Mapping[str, str]:
         """How many classes there are."""
@@ -191,5 +189,8 @@ def f1_of(names: Sequence[str]) -> str:
     return f"F1 of {names[1]!r}" if len(names) == 2 else "macro F1"
 
 
-def _cross_entropy(logits: Float[Array, "b classes"], labels: Array) -> Float[Array, "b"]:
-    return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+def _predict(model: Transformer, batch: Batch) -> tuple[Float[Array, "b classes"], Float[Array, ""]]:
+    """Logits, and the sum of the cross-entropies in nats."""
+    logits = model.outputs(batch["inputs"], batch["segment_ids"], batch["positions"])
+    nll = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
+    return logits, jnp.sum(batch["weights"] * nll)

@@ -83,6 +83,7 @@ def test_columns_have_the_names_that_are_asked_for_and_json_labels_may_be_number
             '{"text": "x", "label": [1]}\n',
             "a.jsonl:1: the label in 'label' is neither a string nor a number",
         ),
+        ("a.jsonl", '{"text": "x", "label": "\\ud800"}\n', 'a.jsonl:1: "label" holds a lone surrogate'),
         ("a.jsonl", '{"label": "1"}\n', 'a.jsonl:1: no "text" field that is a string'),
         ("a.jsonl", "{\n", "a.jsonl:1: not a JSON object"),
         ("a.jsonl", "\n", "a.jsonl: there is no example"),
