@@ -23,6 +23,7 @@ import tqdm
 
 from configs.paper import get_config
 from darkformer_jax.errors import UserError
+from darkformer_jax.mixers import MIXERS
 
 ROOT = Path(__file__).parents[1]
 PRETRAINED = "pretrained"
@@ -50,7 +51,9 @@ def plan(args: argparse.Namespace) -> dict[str, str]:
         name, arguments = variant.replace(", ", "-").replace(" ", "-"), VARIANTS[variant]
         if variant not in WITHOUT_FEATURES:
             name, arguments = f"{name}-m{features}", f"{arguments},m={features}"
-        arguments += f",lr={rate:g},geometry_lr={rate * args.geometry_ratio:g},seed={seed},steps={args.steps}"
+        arguments += f",lr={rate:g},seed={seed},steps={args.steps}"
+        if "geometry_learning_rate" in MIXERS[arguments.partition(",")[0]].uses:
+            arguments += f",geometry_lr={rate * args.geometry_ratio:g}"
         runs[f"{name}-lr{rate:g}-s{seed}"] = arguments
     return runs
 

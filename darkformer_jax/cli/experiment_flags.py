@@ -9,8 +9,7 @@ from ml_collections import config_flags
 
 from darkformer_jax.config import base
 from darkformer_jax.config.fields import flat_fields
-from darkformer_jax.config.pattern import ATTENTION
-from darkformer_jax.config.validation import require_used
+from darkformer_jax.config.usage import require_used
 from darkformer_jax.errors import UserError, one_line
 
 FLAGS = flags.FLAGS
@@ -26,7 +25,7 @@ def parse_experiment_flags(argv: list[str], default_config: str, define: Callabl
         if len(rest) > 1:
             raise UserError(f"{rest[1]!r} is no flag; --help lists them")
         FLAGS.config.to_dict()  # raises OSError where the file could not be loaded
-        _require_used_overrides()
+        require_used(FLAGS.config, config_flags.get_override_values(FLAGS["config"]))
         return rest
     except (UserError, flags.Error, OSError) as error:
         message = _quoted_end(error)
@@ -36,14 +35,6 @@ def parse_experiment_flags(argv: list[str], default_config: str, define: Callabl
         message = _unknown_field(argv) or _quoted_end(error)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
-
-
-def _require_used_overrides() -> None:
-    """Raises UserError for a field of the command line that no layer uses, --config.model.attention.<field>=..."""
-    if FLAGS.config.model.attention.pattern is None:  # what the layers are is another run's to say
-        return
-    names = [name for name in config_flags.get_override_values(FLAGS["config"]) if name.startswith(ATTENTION)]
-    require_used(FLAGS.config, names)
 
 
 def _quoted_end(error: Exception) -> str:

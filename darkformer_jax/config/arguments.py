@@ -5,7 +5,7 @@ from typing import Any
 
 import ml_collections
 
-from darkformer_jax.config.validation import require_used
+from darkformer_jax.config.usage import require_used
 from darkformer_jax.errors import UserError
 
 Fields = Mapping[str, tuple[str, Any]]  # argument -> (field of the config, type of its value)

@@ -6,11 +6,13 @@ from typing import Any
 import ml_collections
 
 from darkformer_jax.config.base import LABELLED_TASKS, fields
-from darkformer_jax.config.fields import flat_fields
+from darkformer_jax.config.fields import Field, flat_fields
 from darkformer_jax.config.pattern import ATTENTION, parse_pattern
 from darkformer_jax.config.specs import mixer_specs
+from darkformer_jax.config.usage import require_used
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
+from darkformer_jax.mixers.spec import MixerSpec
 
 LABELLED_SOURCE = "labelled"
 
@@ -47,39 +49,20 @@ def _validate_mixers(config: ml_collections.ConfigDict) -> None:
     for mixer in mixer_specs(config):
         for name in sorted(MIXERS[mixer.kind].uses):
             field = fields().get(ATTENTION + name)
-            if field is None or field.off is None:
-                continue
-            value = getattr(mixer, name)
-            shown = repr(value) if isinstance(value, str) else value
-            _require(
-                value == field.off or not field.needs or bool(getattr(mixer, field.needs)),
-                f"{ATTENTION}{name} = {shown} needs a window; {ATTENTION}{field.needs} = 0",
-            )
-            _require(
-                value != field.off or name not in MIXERS[mixer.kind].needs,
-                f"{ATTENTION}{name} = {shown}: {mixer.kind!r} needs a window",
-            )
+            if field is not None and field.off is not None:
+                _require_needs(mixer, name, field)
         MIXERS[mixer.kind].check(mixer)
 
 
-def require_used(config: ml_collections.ConfigDict, names: list[str]) -> None:
-    """Raises UserError for the first of the fields that is set though no layer's mixer uses it.
-
-    Args:
-      config: its model.attention.pattern may be None, as of a run that inherits it.
-      names: dotted; fields that no mixer could use are passed over.
-    """
-    attention = config.model.attention
-    kinds = [layer.kind for layer in parse_pattern(attention.pattern, attention.kind)]
-    used = set().union(*(MIXERS[kind].uses for kind in kinds))
-    could_use = set().union(*(mixer.uses for mixer in MIXERS.values()))
-    values = dict(flat_fields(config.to_dict()))
-    for name in names:
-        own, value, off = name.rpartition(".")[2], values[name], fields()[name].off
-        if own in could_use - used and value is not None and value != off:
-            shown = repr(value) if isinstance(value, str) else value
-            allowed = f"; allowed: {off!r}" if off is not None else ""
-            raise UserError(f"{name} = {shown}: none of {', '.join(dict.fromkeys(kinds))} uses it{allowed}")
+def _require_needs(mixer: MixerSpec, name: str, field: Field) -> None:
+    value = getattr(mixer, name)
+    shown = repr(value) if isinstance(value, str) else value
+    if value == field.off:
+        needed = name in MIXERS[mixer.kind].needs
+        _require(not needed, f"{ATTENTION}{name} = {shown}: {mixer.kind!r} cannot do without it")
+    elif field.needs:
+        other = getattr(mixer, field.needs)
+        _require(bool(other), f"{ATTENTION}{name} = {shown} needs {field.needs}; {ATTENTION}{field.needs} = {other}")
 
 
 def _validate_rope(model: ml_collections.ConfigDict) -> None:

@@ -15,8 +15,9 @@ class Dark(Performer):
     With `learn_projections` w is trained as well, and the features estimate no kernel any more.
     """
 
-    uses = Performer.uses | {"geometry_init", "learn_projections", "window_kernel", "geometry_learning_rate"}
+    uses = Performer.uses | {"geometry_init", "learn_projections", "window_kernel"}
     has_geometry = True
+    learns_kernel = True
 
     def __init__(self, spec: MixerSpec, layer: int | Array) -> None:
         super().__init__(spec, layer)

@@ -54,6 +54,11 @@ class LinearMechanism(Mechanism):
             )
 
     @classmethod
+    def in_effect(cls, spec: MixerSpec) -> frozenset[str]:
+        without_window = {"chunk_size", "num_sinks", "window_kernel", "far_gain"}
+        return cls.uses if spec.window else cls.uses - without_window
+
+    @classmethod
     def check_stretch(cls, spec: MixerSpec, length: int) -> None:
         if not spec.causal:
             raise UserError("model.causal = False with mesh.context > 1: allowed: mesh.context = 1")
@@ -87,12 +92,18 @@ class Inputs(NamedTuple):
 class FeatureAttention(LinearMechanism):
     """`dark_attention` with an optional exact window. Subclasses say what the kernel is made of, in `inputs`."""
 
-    uses = PROJECTION_FIELDS | WINDOW_FIELDS | {"far_gain"}
+    uses = PROJECTION_FIELDS | WINDOW_FIELDS | {"far_gain", "geometry_learning_rate"}
     has_geometry = False  # whether q and k are mapped by M first
+    learns_kernel = False  # whether it has M or learned projections; they learn at geometry_learning_rate, as gains do
 
     def __init__(self, spec: MixerSpec, layer: int | Array) -> None:
         super().__init__(spec, layer)
         self.log_gain = Geometry(jnp.zeros(spec.num_heads), axes=("heads",)) if spec.far_gain else None
+
+    @classmethod
+    def in_effect(cls, spec: MixerSpec) -> frozenset[str]:
+        names = super().in_effect(spec)
+        return names if cls.learns_kernel or spec.far_gain else names - {"geometry_learning_rate"}
 
     def inputs(self, q: Array, k: Array, positions: Array) -> Inputs:
         """What the op is given in place of q and k, w and M."""

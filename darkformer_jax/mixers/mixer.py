@@ -57,6 +57,11 @@ class MixerKind(nnx.Module):
         raise NotImplementedError
 
     @classmethod
+    def in_effect(cls, spec: MixerSpec) -> frozenset[str]:
+        """Of `uses`, the fields that change what this layer computes or learns, up to the order of its sums."""
+        return cls.uses
+
+    @classmethod
     def check(cls, spec: MixerSpec) -> None:
         """Raises UserError for options that contradict each other. Ranges are the config's to check."""
         if not spec.causal and not cls.bidirectional:

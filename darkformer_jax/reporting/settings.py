@@ -8,6 +8,8 @@ from typing import Any
 from darkformer_jax.calibration import REPORT_FILE as CALIBRATION_FILE
 from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.config.pattern import ATTENTION, Layer, parse_pattern, show_layer
+from darkformer_jax.config.usage import fields_in_effect, mixer_fields
+from darkformer_jax.config.validation import from_json
 from darkformer_jax.data.files import read_json_object
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
@@ -46,14 +48,9 @@ def settings_of(config: Mapping[str, Any], where: str) -> Settings:
     """
     flat = dict(flat_fields(config))
     try:
+        read = from_json(config)
         layers = parse_pattern(flat.pop(ATTENTION + "pattern"), flat.pop(ATTENTION + "kind"))
-        used_by_mixers = set().union(*(MIXERS[layer.kind].uses for layer in layers))
-        if not flat[ATTENTION + "window"]:
-            used_by_mixers -= {"num_sinks", "chunk_size", "far_gain", "window_kernel"}  # the chunk only orders sums
-        if "far_gain" in used_by_mixers and flat[ATTENTION + "far_gain"]:
-            used_by_mixers.add("geometry_learning_rate")  # a gain has M's learning rate
-        of_mixers = [name for name in flat if name.startswith(ATTENTION) or name == GEOMETRY_RATE]
-        not_used = {name for name in of_mixers if name.rpartition(".")[2] not in used_by_mixers}
+        not_used = mixer_fields() - fields_in_effect(read)
         tokens = flat["num_steps"] * flat["batch_size"] * flat["sequence_length"]
         origin = origin_of(flat[ORIGIN])
     except (AttributeError, KeyError, TypeError) as error:

@@ -15,8 +15,11 @@ from typing import IO, Any
 import jax
 from absl import logging
 
+from darkformer_jax.config.base import fields
 from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.config.migrations import migrate, with_version
+from darkformer_jax.config.usage import unused_fields
+from darkformer_jax.config.validation import from_json
 from darkformer_jax.data.files import write_atomically
 from darkformer_jax.data.tokenizers import has_tokenizer
 from darkformer_jax.distributed.processes import is_token
@@ -199,9 +202,10 @@ class Workdir(os.PathLike[str]):
 
     def _refuse_changes(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         before, after = dict(flat_fields(old)), dict(flat_fields(new))
+        unused = _unused(old) & _unused(new)  # an experiment may set more or fewer of them than it once did
         changes = [
             f"{field}: {_shown(before, field)} -> {_shown(after, field)}"
-            for field in sorted(before.keys() | after.keys())
+            for field in sorted((before.keys() | after.keys()) - unused)
             if not _changeable(field) and _shown(before, field) != _shown(after, field)
         ]
         if changes:
@@ -283,6 +287,12 @@ class WorkdirLock(contextlib.AbstractContextManager["WorkdirLock"]):
 def _as_read_back(config: Mapping[str, Any]) -> dict[str, Any]:
     as_json: dict[str, Any] = json.loads(json.dumps(config))
     return as_json
+
+
+def _unused(config: Mapping[str, Any]) -> set[str]:
+    """Fields that no layer of a config uses; none of them where the config lacks a field."""
+    complete = fields().keys() <= dict(flat_fields(config)).keys()
+    return unused_fields(from_json(config)) if complete else set()
 
 
 def _shown(fields: Mapping[str, Any], field: str) -> str:
