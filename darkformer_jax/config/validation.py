@@ -1,4 +1,4 @@
-"""Mistakes in a config are found before any compile: values out of range, and values that contradict each other."""
+"""Finds mistakes in a config before any compile: values out of range, and values that contradict each other."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,7 @@ LABELLED_SOURCE = "labelled"
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError for the first field out of range or contradicting another, naming it and what is allowed."""
+    """Raises UserError for the first field that is out of range or contradicts another."""
     values = dict(flat_fields(config.to_dict()))
     for name, field in fields().items():
         field.check(name, values[name])
@@ -36,7 +36,7 @@ def _validate_model(model: ml_collections.ConfigDict) -> None:
 
 
 def _validate_mixers(config: ml_collections.ConfigDict) -> None:
-    """Every field that is not off is used, every layer has what it needs, and no layer contradicts itself."""
+    """Raises UserError for a field that no layer uses, a need that is not met, or layers that contradict themselves."""
     attention = config.model.attention
     layers = parse_pattern(attention.pattern, attention.kind)
     _require(
@@ -63,11 +63,11 @@ def _validate_mixers(config: ml_collections.ConfigDict) -> None:
 
 
 def require_used(config: ml_collections.ConfigDict, names: list[str]) -> None:
-    """Raises UserError for the first of the fields that is set though no layer's mixer uses it.
+    """Raises UserError for the first field that is set although no layer's mixer uses it.
 
     Args:
-      config: its model.attention.pattern may be None, as of a run that inherits it.
-      names: dotted; fields that no mixer could use are passed over.
+      config: model.attention.pattern may be None, which a run inherits.
+      names: dotted names; fields that no mixer could use are skipped.
     """
     attention = config.model.attention
     kinds = [layer.kind for layer in parse_pattern(attention.pattern, attention.kind)]
@@ -139,7 +139,7 @@ def _validate_training(config: ml_collections.ConfigDict) -> None:
 
 
 def _validate_task(config: ml_collections.ConfigDict) -> None:
-    """A field that the task does not use is as it is without it."""
+    """Raises UserError if a field that the task does not use is set."""
     task, source = config.task, config.data.source
     is_labelled = task.name in LABELLED_TASKS
     _require(
