@@ -19,7 +19,7 @@ def parse_experiment_flags(argv: list[str], default_config: str, define: Callabl
     """Defines and parses --config and what `define` defines; a mistake is one line and exit status 2."""
     try:
         define()
-        # In here because a field that does not exist is an exception of the definition already.
+        # Inside the try, because the definition already raises for a field that does not exist.
         config_flags.DEFINE_config_file("config", default_config, "The experiment; config/base.py lists all fields.")
         rest = FLAGS(argv)
         if len(rest) > 1:
@@ -38,14 +38,14 @@ def parse_experiment_flags(argv: list[str], default_config: str, define: Callabl
 
 
 def _quoted_end(error: Exception) -> str:
-    """The message of an exception in one line; of one that quotes a traceback, its beginning and its end."""
+    """The message of an exception in one line; a traceback that it quotes is cut to its last line."""
     message, traceback, quoted = str(error).partition("Traceback (most recent call last):")
     end = quoted.strip().splitlines()[-1] if traceback else ""
     return one_line(UserError(message + end))
 
 
 def _unknown_field(argv: list[str]) -> str:
-    """Which --config.<field> of the command line does not exist, and what may have been meant."""
+    """The message for the first --config.<field> that does not exist, with the closest one that does; "" if all do."""
     known = [name for name, _ in flat_fields(base.get_config().to_dict())]
     for argument in argv[1:]:
         name = argument.lstrip("-").partition("=")[0]

@@ -1,4 +1,4 @@
-"""Mistakes in a config are found before any compile: values out of range, and values that contradict each other."""
+"""Finds mistakes in a config before any compile: values out of range, and values that contradict each other."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,7 @@ LABELLED_SOURCE = "labelled"
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError for the first field out of range or contradicting another, naming it and what is allowed."""
+    """Raises UserError for the first field that is out of range or contradicts another."""
     values = dict(flat_fields(config.to_dict()))
     for name, field in fields().items():
         field.check(name, values[name])
@@ -38,7 +38,7 @@ def _validate_model(model: ml_collections.ConfigDict) -> None:
 
 
 def _validate_mixers(config: ml_collections.ConfigDict) -> None:
-    """Every field that is not off is used, every layer has what it needs, and no layer contradicts itself."""
+    """Raises UserError for a field that no layer uses, a need that is not met, or layers that contradict themselves."""
     attention = config.model.attention
     layers = parse_pattern(attention.pattern, attention.kind)
     _require(
@@ -122,7 +122,7 @@ def _validate_training(config: ml_collections.ConfigDict) -> None:
 
 
 def _validate_task(config: ml_collections.ConfigDict) -> None:
-    """A field that the task does not use is as it is without it."""
+    """Raises UserError if a field that the task does not use is set."""
     task, source = config.task, config.data.source
     is_labelled = task.name in LABELLED_TASKS
     _require(

@@ -1,4 +1,4 @@
-"""Attention that is one call of a linear op: what its mechanisms share."""
+"""What the mechanisms of linear attention share: each calls one op."""
 
 import functools
 from collections.abc import Callable
@@ -30,12 +30,12 @@ def draw_layer(spec: MixerSpec, layer: int | Array, epoch: int | Array) -> Array
 
 
 class LinearMechanism(Mechanism):
-    """A mechanism of constant state; subclasses say of what size, and call `run`."""
+    """A mechanism with a state of constant size. Subclasses set that size and call `run`."""
 
     role: ClassVar[Role] = "estimator"
     bidirectional = True
 
-    key_dim: int  # of the keys that the op sees
+    key_dim: int  # width of the keys that the op gets
     num_features: int
 
     def __init__(self, spec: MixerSpec, layer: int | Array) -> None:
@@ -72,7 +72,7 @@ class LinearMechanism(Mechanism):
     def run(
         self, attend: Callable[..., Any], q: Array, k: Array, v: Array, state: AttentionState | None, **arrays: Any
     ) -> tuple[Array, Any]:
-        """`attend(q, k, v, **arrays)`, on each device's stretch where the mesh splits sequences."""
+        """(`attend(q, k, v, **arrays)`, new state), on each device's own stretch where the mesh splits sequences."""
         attend = functools.partial(attend, causal=self.spec.causal, chunk_size=self.spec.chunk_size)
         if context_size() > 1:
             return on_stretches(attend, q, k, v, state=state, **arrays), None
@@ -81,7 +81,7 @@ class LinearMechanism(Mechanism):
 
 
 class Inputs(NamedTuple):
-    """What `dark_attention` sees of a layer."""
+    """The arrays of a layer that `dark_attention` gets."""
 
     queries: Array
     keys: Array
@@ -90,7 +90,7 @@ class Inputs(NamedTuple):
 
 
 class FeatureAttention(LinearMechanism):
-    """`dark_attention` with an optional exact window. Subclasses say what the kernel is made of, in `inputs`."""
+    """`dark_attention` with an optional exact window. Subclasses define the kernel in `inputs`."""
 
     uses = PROJECTION_FIELDS | WINDOW_FIELDS | {"far_gain", "geometry_learning_rate"}
     has_geometry = False  # whether q and k are mapped by M first
@@ -106,7 +106,7 @@ class FeatureAttention(LinearMechanism):
         return names if cls.learns_kernel or spec.far_gain else names - {"geometry_learning_rate"}
 
     def inputs(self, q: Array, k: Array, positions: Array) -> Inputs:
-        """What the op is given in place of q and k, w and M."""
+        """The q, k, w and M that the op gets."""
         raise NotImplementedError
 
     @classmethod
@@ -139,10 +139,10 @@ class FeatureAttention(LinearMechanism):
 
 
 def mean_exact_keys(spec: MixerSpec, length: int) -> float:
-    """Keys that a query meets outside the state, mean over the places of one sequence of `length` tokens.
+    """The number of keys that a query sees outside the state, averaged over a sequence of `length` tokens.
 
-    Its own chunk (up to itself where attention is causal), the `window` tokens before the chunk, and the first
-    `num_sinks` tokens, each key once.
+    They are the query's own chunk (up to itself if attention is causal), the `window` tokens before the chunk, and the
+    first `num_sinks` tokens. Each key counts once.
     """
     total = 0
     for start in range(0, length, spec.chunk_size):

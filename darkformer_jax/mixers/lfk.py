@@ -8,7 +8,7 @@ from darkformer_jax.mixers.spec import Geometry, MixerSpec
 
 
 class LearnedFeatures(FeatureAttention):
-    """w is trained, M = I. It starts as a draw, and then estimates no kernel."""
+    """M = I and w is trained. w starts as a random draw; once trained, the features no longer estimate a kernel."""
 
     uses = FeatureAttention.uses - {"redraw_every"}
     learns_kernel = True

@@ -11,7 +11,7 @@ from darkformer_jax.ops.state import AttentionState
 
 
 class LinearTransformer(LinearMechanism):
-    """The kernel phi(q) . phi(k) with phi(x) = elu(x) + 1: as many features as a head has dimensions, none random."""
+    """The kernel phi(q) . phi(k) with phi(x) = elu(x) + 1: one feature per dimension of the head, none random."""
 
     uses = frozenset({"chunk_size"})
 

@@ -1,4 +1,4 @@
-"""What `Objective.measure` returned of several batches, as one."""
+"""Combines what `Objective.measure` returned for several batches."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,7 +11,7 @@ Measured = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]  # sums, and valu
 
 
 def on_host(sums: Sums, rows: Mapping[str, jax.Array]) -> Measured:
-    """Of one batch, sums in float64; waits for the device that computes them."""
+    """(sums in float64, values of rows) of one batch, on the host. Waits for the device that computes them."""
     return (
         {name: np.asarray(value, np.float64) for name, value in sums.items()},
         {name: np.asarray(value) for name, value in rows.items()},
@@ -19,7 +19,7 @@ def on_host(sums: Sums, rows: Mapping[str, jax.Array]) -> Measured:
 
 
 def total(parts: Sequence[Measured]) -> Measured:
-    """The sums of at least one batch added, and the values of all rows end to end."""
+    """(the sums added, the values of rows concatenated) of at least one batch."""
     first_sums, first_rows = parts[0]
     sums = {name: sum((part[0][name] for part in parts), np.zeros_like(first_sums[name])) for name in first_sums}
     return sums, {name: np.concatenate([part[1][name] for part in parts]) for name in first_rows}

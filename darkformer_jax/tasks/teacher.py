@@ -1,4 +1,4 @@
-"""A teacher: a model that is not trained, and whose predictions the loss of another one compares with its own."""
+"""A teacher: a frozen model whose predictions are targets of another model."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from darkformer_jax.tasks.tokenizer import check_same_tokenizer
 
 
 class Teacher(NamedTuple):
-    """`arrays` are its parameters and projections, laid out like the student's."""
+    """A frozen model. `arrays` are its parameters and projections, sharded like the student's."""
 
     network: Network
     arrays: tuple[dict, dict]
@@ -21,12 +21,12 @@ class Teacher(NamedTuple):
 
 
 def load_teacher(config: ml_collections.ConfigDict, vocab_size: int, fingerprint: str) -> Teacher:
-    """The newest model of `distill.workdir` on the config's mesh, in the dtypes that its checkpoint has.
+    """The newest model of `distill.workdir` on the config's mesh, in the dtypes of its checkpoint.
 
     Args:
       config: the student's.
-      vocab_size: ids of the data's tokenizer.
-      fingerprint: of the data's tokenizer.
+      vocab_size: number of ids of the data's tokenizer.
+      fingerprint: that of the data's tokenizer.
 
     Raises:
       UserError: no usable checkpoint, another tokenizer, or a table of another size.
@@ -36,5 +36,5 @@ def load_teacher(config: ml_collections.ConfigDict, vocab_size: int, fingerprint
     model = load_language_model(workdir, mesh=make_mesh(config.mesh.to_dict()))
     theirs, ours = model.network.spec.vocab_size, config.model.vocab_size or vocab_size
     if theirs != ours:
-        raise UserError(f"distill.workdir = {workdir}: its model has {theirs} ids, this one {ours}; allowed: as many")
+        raise UserError(f"distill.workdir = {workdir}: its model has {theirs} ids, this one {ours}; allowed: the same")
     return Teacher(model.network, (model.params, model.projections), model.step)

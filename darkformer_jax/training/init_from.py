@@ -29,14 +29,14 @@ class _Place(NamedTuple):
 def initialize_from(
     workdir: Workdir, experiment: Experiment, state: TrainState, step: int | None = None
 ) -> tuple[TrainState, str]:
-    """`state` with every parameter that a checkpoint of `workdir` has too, and a line that says what differs.
+    """(`state` with every parameter that a checkpoint of `workdir` also has, a line that says what differs).
 
     Layers are matched by their number, whatever the two models' patterns. Low-rank updates that this model lacks are
-    merged into the weights. Projections of the same shape come along, unless the run redraws them. Optimizer moments,
+    merged into the weights. Projections of the same shape are copied, unless the run redraws them. Optimizer moments,
     step and data order start anew.
 
     Args:
-      step: of the checkpoint; None = the newest.
+      step: the checkpoint's; None = the newest.
 
     Raises:
       UserError: no usable checkpoint, another number of layers, a parameter of another shape, or nothing in common.
@@ -56,7 +56,7 @@ def initialize_from(
     report = f"initialised {len(common)} of {len(wanted)} parameter arrays from step {step} of {workdir}"
     report += ", its low-rank updates merged" if merged else ""
 
-    # M was fitted to its projections: they come along, unless the new run draws others by its own config.
+    # M was fitted to its projections, so they are copied, unless the new run's config redraws them.
     projections = state.projections
     if not experiment.config.model.attention.redraw_every and shapes.get("projections"):
         old = _by_layer(shapes["projections"], _num_stacks(shapes["params"]))
@@ -87,11 +87,11 @@ def _transfer(
 
     Args:
       pairs: (place in the checkpoint, place in `current`) of each array.
-      shardings: of `current`.
-      factors: paths in the checkpoint of low-rank updates to merge first.
+      shardings: those of `current`.
+      factors: paths in the checkpoint of low-rank updates that are merged first.
     """
     saved, layout = flatten_dict(checkpoints.saved_shapes(step)[tree]), flatten_dict(shardings)
-    # Stacks of one parameter differ in their number of layers alone, an axis that is never split: a sharding fits both.
+    # Two stacks of a parameter differ only in their number of layers. That axis is never split: a sharding fits both.
     abstract = {
         source.path: jax.ShapeDtypeStruct(
             saved[source.path].shape, saved[source.path].dtype, sharding=layout[target.path]
@@ -138,7 +138,7 @@ def _num_stacks(params: dict) -> int:
 def _by_layer(tree: dict, num_stacks: int | None = None) -> dict[Path, _Place]:
     """Every array by a name that does not depend on the pattern: ("layer 3", "attention", ...).
 
-    num_stacks: of the model, where `tree` is not its parameters and may lack some.
+    num_stacks: the model's, to be given if `tree` is not its parameters and may lack some stacks.
     """
     num_stacks = _num_stacks(tree) if num_stacks is None else num_stacks
     places: dict[Path, _Place] = {}

@@ -1,4 +1,4 @@
-"""What `train.py` does: from a config to a finished workdir."""
+"""Takes a run from its config to a finished workdir, for `train.py`."""
 
 import contextlib
 import time
@@ -28,7 +28,7 @@ from darkformer_jax.training.start import start
 
 
 def dry_run(config: ml_collections.ConfigDict) -> None:
-    """Prints the experiment's sizes. Reads the tokenizer, allocates nothing on a device."""
+    """Prints the experiment's sizes. Reads the tokenizer, but allocates nothing on a device."""
     config = _resolve(config, None)
     description = Experiment.of(config, TASKS[config.task.name].objective_of(config)).describe()
     if jax.process_index() == 0:
@@ -43,7 +43,7 @@ def train(config: ml_collections.ConfigDict, workdir: Workdir, progress: Progres
       UserError: the config, the data, the workdir and the devices do not fit together; the loss or the gradient is not
         finite; the disk cannot be written. Earlier checkpoints stay.
     """
-    # First of all, because what this run is depends on what is there.
+    # First, because the run depends on what the workdir has.
     processes.require_shared(workdir.shared, str(workdir))
     config = _resolve(config, workdir)
     workdir.check_config(config.to_dict())
@@ -51,7 +51,7 @@ def train(config: ml_collections.ConfigDict, workdir: Workdir, progress: Progres
         began, watch = time.perf_counter(), Stopwatch(workdir)
         progress.note(f"workdir {workdir}; reading {config.data.source} {config.data.files}".rstrip())
         task = TASKS[config.task.name].load(config, workdir)
-        # After this all have read what process 0 is about to write.
+        # After this, all processes have read what process 0 is about to write.
         processes.require_same("data", task.fingerprints)
         workdir.check_data(task.fingerprints["data"])
         experiment = Experiment.of(config, task.objective)
@@ -81,7 +81,7 @@ def _train(
     watch: Stopwatch,
     progress: Progress,
 ) -> Outcome:
-    """Trains from where the run begins to its last step, and closes what it opened, however it ends."""
+    """Trains from where the run begins to its last step. It closes what it opened, however the run ends."""
     keep, every = experiment.config.checkpoint.keep, experiment.config.checkpoint.every
     checkpoints = Checkpoints(workdir, keep=keep, save_every=every, best=task.best)
     with contextlib.closing(watch), contextlib.closing(checkpoints), contextlib.closing(progress):
@@ -103,7 +103,7 @@ def _train(
 
 
 def _claim(experiment: Experiment, task: Task[Any], workdir: Workdir, lock: WorkdirLock) -> None:
-    """Makes the directory this run's, and writes what it holds from the beginning on."""
+    """Claims the directory for this run, and writes the files that it has from the beginning."""
     workdir.write_config(experiment.config.to_dict())
     lock.take()
     workdir.write_data(task.fingerprints["data"])
@@ -117,7 +117,7 @@ def _report(experiment: Experiment, task: Task[Any], workdir: Workdir, outcome: 
     state, evaluation = outcome
     print(f"\n{workdir}: step {int(state.step)} after {seconds:.0f} s")
     print(f"held out ({evaluation.size}): {evaluation}")
-    if sessions := read_sessions(workdir):  # none of a run that an earlier version finished
+    if sessions := read_sessions(workdir):  # none if an earlier version finished the run
         print(describe(sessions))
     print(f"loss curve: {workdir}/{draw_loss_curve(workdir).name}")
     task.report(experiment.network, state.params, state.projections, workdir, evaluation)
