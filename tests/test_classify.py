@@ -137,7 +137,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, changes, message):
     ("labels", "message"),
     [
         (("ham", "ham"), "training examples have the label 'ham'; a classification needs two classes or more"),
-        ((1, 2.5), "the label '2.5' is of a regression, and task.name = 'classification'"),
+        ((1, 2.5), "the label '2.5' is for a regression, but task.name = 'classification'"),
         (("ham", ""), "there is no label in 'label'"),
     ],
 )
