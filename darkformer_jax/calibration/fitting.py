@@ -1,4 +1,4 @@
-"""From the workdir of an exact model to one with feature attention in its place, fitted layer by layer."""
+"""Turns the workdir of an exact model into one with feature attention, fitted layer by layer."""
 
 import contextlib
 import dataclasses
@@ -36,7 +36,7 @@ from darkformer_jax.training.init_from import initialize_from
 from darkformer_jax.training.step import TrainState
 
 EXACT_KINDS = tuple(kind for kind, mixer in MIXERS.items() if mixer.role == "exact")
-KINDS = tuple(kind for kind, mixer in MIXERS.items() if "window" in mixer.uses)  # that can take an exact one's place
+KINDS = tuple(kind for kind, mixer in MIXERS.items() if "window" in mixer.uses)  # these can replace an exact kind
 GEOMETRY_KINDS = tuple(kind for kind in KINDS if "geometry_init" in MIXERS[kind].uses)  # those of them with an M
 GEOMETRIES = ("identity", "whitening")
 MOMENTS_FILE = "moments.npz"
@@ -47,7 +47,7 @@ _GAIN_PASSAGES = 4
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to do; `python -m darkformer_jax.calibrate --help` explains each."""
+    """The options; `python -m darkformer_jax.calibrate --help` explains each."""
 
     workdir: str
     step: int | None
@@ -70,14 +70,14 @@ class Options:
 
 
 def calibrate(o: Options, out: str, progress_bar: ProgressBar) -> list[dict[str, Any]]:
-    """Fits every layer that feature attention takes the place of, and writes the workdir `out`, all of it or nothing.
+    """Fits feature attention to every layer that it replaces, and writes the workdir `out`, whole or not at all.
 
     Returns:
-      A row for each of these layers: `layer`, `seconds`, and the relative errors of its heads, `before`, `after` and,
-      where there is a window, `window_only`. calibration.json in `out` holds the options and the rows.
+      One row per replaced layer: `layer`, `seconds`, and the relative errors of its heads, `before`, `after` and, if
+      there is a window, `window_only`. calibration.json in `out` holds the options and the rows.
 
     Raises:
-      UserError: a model that is not exact, options that contradict each other, or too little text.
+      UserError: the model is not exact, options contradict each other, or there is too little text.
     """
     with whole_directory(out) as directory:
         exact = Workdir(o.workdir)
@@ -131,7 +131,7 @@ def _fit_layers(
     num_test: int,
     progress_bar: ProgressBar,
 ) -> tuple[dict, list[dict[str, Any]], Moments]:
-    """(parameters with what was fitted, a row for each layer that was replaced, moments of every layer)."""
+    """(parameters with the fitted ones, one row per replaced layer, moments of every layer)."""
     params, spec = state.params, network.spec
     keys = jax.random.split(jax.random.key(o.seed), spec.num_layers)
     exact = teacher.network.bind(teacher.params, teacher.projections)
@@ -163,7 +163,7 @@ def _fit_layers(
 def _started(o: Options, module: Any, train: LayerTensors, moments: Moments, layer: int) -> Mechanism:
     """A layer's mechanism with the M and the gain that the fit starts from."""
     spec: MixerSpec = module.spec
-    if o.geometry == "whitening":  # which keeps E|M x|^2, times geometry_init
+    if o.geometry == "whitening":  # whitening keeps E|M x|^2; geometry_init scales it
         whitening = whitening_geometry(moments, scale=spec.scale, shrinkage=o.shrinkage, where=f"layer {layer}")
         module.M[...] = jnp.asarray(o.geometry_init * whitening, jnp.float32)
     if o.far_gain and o.mechanism in GEOMETRY_KINDS:  # the others' features estimate exp(q.k) itself

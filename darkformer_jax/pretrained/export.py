@@ -34,19 +34,19 @@ def export_workdir(
     shard_bytes: int = 5 * 10**9,
     progress_bar: ProgressBar = no_progress,
 ) -> str:
-    """Writes the Hugging Face directory, all of it or nothing, and returns a line that says what it holds.
+    """Writes the Hugging Face directory, whole or not at all, and returns a line that says what it holds.
 
-    A model with feature mechanisms becomes the same transformer with exact attention. Its mechanisms are beside it, in
-    files of our own, with a README.md.
+    A model with feature mechanisms becomes the same transformer with exact attention. Its mechanisms go into files of
+    our own beside it, with a README.md.
 
     Args:
       step: the checkpoint; None = the newest undamaged one.
       dtype: of the arrays written; None = as they are stored. Mechanisms keep theirs.
-      shard_bytes: the largest size of a safetensors file, unless one array is larger.
+      shard_bytes: the largest size of a safetensors file; an array that is larger has a file of its own.
       progress_bar: shows the bytes written.
 
     Raises:
-      UserError: no usable checkpoint, a model that no family has, or a directory that exists already.
+      UserError: there is no usable checkpoint, no family has the model, or the directory exists and is not empty.
     """
     with whole_directory(directory) as temporary:
         model = load_language_model(workdir, step)
@@ -91,7 +91,7 @@ def _write_arrays(
 
     def values(bar: Any) -> Iterator[np.ndarray]:
         for array in arrays:
-            with np.errstate(over="ignore"):  # the next line looks for it
+            with np.errstate(over="ignore"):  # the next line checks for it
                 value = _as_hf(*sources[array.name]).astype(array.dtype)
             if not np.isfinite(value).all():
                 raise UserError(f"array {array.name} has a number that is not finite as {array.dtype}")
@@ -115,7 +115,7 @@ def _write_mechanism_arrays(directory: Path, model: WorkdirModel) -> None:
 
 
 def _config_extras(model: WorkdirModel, family: Family, origin: Mapping[str, Any]) -> dict[str, Any]:
-    """What does not follow from the model's fields."""
+    """The fields of config.json that do not follow from the model's fields."""
     ids = {"bos_token_id": model.tokenizer.bos_id, "eos_token_id": model.tokenizer.eos_id, "pad_token_id": None}
     kept = origin.get("config", {})
     longest = max(model.config.sequence_length, kept.get("max_position_embeddings", 0))

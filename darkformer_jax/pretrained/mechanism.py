@@ -1,7 +1,7 @@
-"""What the export of a model with feature mechanisms has beyond a Hugging Face model.
+"""The files that the export of a model with feature mechanisms has beyond a Hugging Face model.
 
-darkformer.json holds every field of `model` and the seed; darkformer.safetensors holds M, gains, learned and random
-projections, under our paths and in our layout. config.json and model.safetensors beside them are the same transformer
+darkformer.json holds every field of `model` and the seed. darkformer.safetensors holds M, gains, learned and random
+projections, under our paths and in our layout. config.json and model.safetensors beside them hold the same transformer
 with exact attention. README.md says so.
 """
 
@@ -31,18 +31,18 @@ _README = """# An exported DARKFormer
 Attention, layer by layer: {kinds}.
 
 Plain `transformers` does not know feature attention. It reads `config.json` and the weights beside it as a
-`{architecture}`, that is the same transformer with **exact softmax attention in every layer**:
+`{architecture}`: the same transformer with **exact softmax attention in every layer**.
 
-* it loads without missing or unexpected keys, and its embeddings, projections, MLPs and norms are this model's;
-* its logits are **not** this model's: they are what these weights give with softmax attention, with its quadratic cost
+* It loads without missing or unexpected keys. Its embeddings, projections, MLPs and norms are this model's.
+* Its logits are **not** this model's. They are those of softmax attention with these weights, with its quadratic cost
   and growing cache. Use it as a starting point, not to judge this model.
 
-What makes the model what it is stands in two more files, which transformers ignores:
+Two more files hold the rest of the model. transformers ignores them:
 
 * `darkformer.json`: every field of the model, mechanism and window included, and the seed;
 * `darkformer.safetensors`: M (the learned geometry), learned and random projections, under their names here.
 
-With darkformer_jax both are read back, bit for bit:
+darkformer_jax reads both back, bit for bit:
 
     python -m darkformer_jax.convert --source=<this directory> --workdir=runs/copy
     python -m darkformer_jax.generate --workdir=runs/copy --prompt="..."
@@ -63,7 +63,7 @@ class MechanismArray:
 
 
 def mechanism_arrays(network: Network) -> list[MechanismArray]:
-    """Every array of the model that a Hugging Face model has no place for."""
+    """Every array of the model that has no place in a Hugging Face model."""
     found: list[MechanismArray] = []
 
     def collect(tree: str, path: tuple[str, ...], variable: Any) -> None:
@@ -100,10 +100,11 @@ def read_mechanism(directory: str, config: ml_collections.ConfigDict, exact: Fie
     """Sets the fields of darkformer.json in `config`, and opens the files with the mechanisms' arrays.
 
     Args:
-      exact: the model's fields by config.json.
+      exact: the model's fields according to config.json.
 
     Raises:
-      UserError: another format, fields that this version does not have, or another transformer than config.json's.
+      UserError: the format is another, this version does not have a field, or config.json describes another
+        transformer.
     """
     path = os.path.join(directory, JSON_FILE)
     content = read_json_object(path)
@@ -131,7 +132,7 @@ def check_shapes(arrays: dict[str, StoredArray], wanted: dict[str, tuple[int, ..
     """Raises UserError for the first array that is missing, has another shape, or is not wanted.
 
     Args:
-      where: what should hold a missing array.
+      where: the file or directory that should hold a missing array.
       config: the file that the shapes follow from.
     """
     for name, shape in wanted.items():

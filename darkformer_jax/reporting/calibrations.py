@@ -1,4 +1,4 @@
-"""The errors of attention by layer and head that `calibrate` leaves in a workdir."""
+"""Reads the errors of attention by layer and head that `calibrate` writes into a workdir."""
 
 import itertools
 import os

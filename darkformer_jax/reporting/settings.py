@@ -1,4 +1,4 @@
-"""The settings of an experiment: the config's fields that its mechanism uses, and what its weights began from."""
+"""The settings of an experiment: the config's fields that its mechanism uses, and the origin of its weights."""
 
 import json
 import os
@@ -23,7 +23,7 @@ M_FEATURES = ATTENTION + "num_features"
 LEARNING_RATE = "optimizer.learning_rate"
 GEOMETRY_RATE = "optimizer.geometry_learning_rate"
 LEARNING_RATES = (LEARNING_RATE, GEOMETRY_RATE)
-# Every page shows these, in a column or once above the table; any other field has a column if rows differ in it.
+# Every page shows these, in a column or once above the table. Any other field has a column if rows differ in it.
 HEADINGS = {
     M_FEATURES: "m",
     "model.attention.window": "window",
@@ -37,14 +37,14 @@ HEADINGS = {
 
 Settings = dict[str, Any]
 
-# They change how a batch is computed, measured or saved, not what is learned; the data has a fingerprint of its own.
+# They change how a batch is computed, measured or saved, not what is learned. The data has a fingerprint.
 _NO_SETTINGS = ("seed.", "data.", "model.remat.", *(name + "." for name in CHANGEABLE if name != "num_steps"))
 
 
 def settings_of(config: Mapping[str, Any], where: str) -> Settings:
     """The flat fields that the run's mechanism uses, without the seed, with MECHANISM, TOKENS and ORIGIN.
 
-    Raises UserError that names the workdir `where` if a field is missing.
+    Raises UserError, which names the workdir `where`, if a field is missing.
     """
     flat = dict(flat_fields(config))
     try:
@@ -68,7 +68,7 @@ def key_of(settings: Settings, without: tuple[str, ...] = ()) -> str:
 def ancestors(workdir: str) -> list[str]:
     """The workdir, the one that it began from, and so on, as far as they exist.
 
-    Relative paths are relative to the current directory. Raises UserError if one began from itself.
+    Relative paths are relative to the current directory. Raises UserError if a workdir began from itself.
     """
     chain: list[str] = []
     while workdir and os.path.isfile(os.path.join(workdir, CONFIG_FILE)):
@@ -80,9 +80,9 @@ def ancestors(workdir: str) -> list[str]:
 
 
 def origin_of(init_from: str) -> Any:
-    """A JSON value of what a run began from, equal for starts that differ only in the seed.
+    """The origin of a run as a JSON value, equal for origins that differ only in the seed.
 
-    It is the path of an imported model, and the settings of a run or a calibration, which hold its own origin.
+    For an imported model it is its path. For a run or a calibration it is its settings, which include its own origin.
     """
     if not init_from:
         return None
@@ -127,7 +127,7 @@ def role(settings: Settings) -> str:
 
 
 def _is_counterpart(dark: Layer, other: Layer, counterpart: str) -> bool:
-    """Whether a layer is of the counterpart, with the DARK layer's own options as far as it has them."""
+    """Whether a layer has the counterpart's mechanism and all options of the DARK layer that it can have."""
     if counterpart not in (other.kind, MIXERS[other.kind].role):
         return False
     common = {name: value for name, value in dark.options.items() if name in MIXERS[other.kind].uses}

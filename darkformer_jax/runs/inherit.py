@@ -1,4 +1,4 @@
-"""Config fields that are another run's: sizes of a pretrained model are read from it, never retyped."""
+"""Config fields that come from another run: the sizes of a pretrained model are read from it, never retyped."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,32 +17,31 @@ _PATTERN, _KIND = "model.attention.pattern", "model.attention.kind"
 
 
 def inherit(config: ml_collections.ConfigDict, workdir: Workdir | None = None) -> ml_collections.ConfigDict:
-    """`config` with a value for every field that is None: the own workdir's where it has begun, else `init_from`'s.
+    """`config` with a value for every field that is None: from the own workdir if it has begun, else from `init_from`.
 
-    From `init_from`, `model.attention.pattern` is taken with this config's mechanism in the place of every layer's but
-    local ones (of all layers where all are local). Fields that no layer uses any more are then off: see
-    configs/finetune.py.
+    In the `model.attention.pattern` of `init_from`, this config's mechanism replaces every layer that is not local, or
+    every layer if all are local. Inherited fields that no layer uses any more are turned off: see configs/finetune.py.
 
     Args:
       config: left as it is.
       workdir: of this run; None = it has none.
 
     Raises:
-      UserError: there are such fields and no `init_from`, or its config.json cannot be read or lacks one of them.
+      UserError: a field is None and `init_from` is empty, or its config.json cannot be read or lacks the field.
     """
     missing = [name for name, value in flat_fields(config.to_dict()) if value is None]
     if not missing:
         return config
     if not config.init_from:
         raise UserError(
-            f"init_from = '': {missing[0]} and {len(missing) - 1} more fields are those of the run to start from; give"
+            f"init_from = '': {missing[0]} and {len(missing) - 1} more fields come from the run to start from; give"
             " --config.init_from=<workdir of a run or of an imported model>"
         )
     source = workdir if workdir is not None and workdir.has_begun else Workdir(config.init_from)
     saved = dict(flat_fields(source.read_config()))
     absent = [name for name in missing if saved.get(name) is None]
     if absent:
-        raise UserError(f"{source}/{CONFIG_FILE} has no {absent[0]}; it is of another version")
+        raise UserError(f"{source}/{CONFIG_FILE} has no {absent[0]}; another version wrote it")
     filled = {name: saved[name] for name in missing}
     if source is not workdir and _PATTERN in filled:
         filled[_PATTERN] = _with_mechanism(config, saved)

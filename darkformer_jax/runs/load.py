@@ -1,4 +1,4 @@
-"""The model of a finished or running run, for the verbs that use one: generate and evaluate."""
+"""The model of a finished or running run, for verbs that use one, such as generate and evaluate."""
 
 import functools
 from typing import NamedTuple
@@ -36,7 +36,7 @@ def load_model(workdir: Workdir, step: int | None = None, mesh: Mesh | None = No
     """Reads the newest undamaged checkpoint of a workdir, or that of `step`, onto the mesh or the default device.
 
     Parameters keep the dtypes of the checkpoint, which are float32 after training. Low-rank updates are merged into the
-    weights: the model that it returns, its config included, has none.
+    weights, so the returned model and its config have none.
 
     Raises:
       UserError: no config, no checkpoint, a damaged one, or one that does not fit the config.
@@ -72,18 +72,18 @@ def load_model(workdir: Workdir, step: int | None = None, mesh: Mesh | None = No
 
 
 def load_language_model(workdir: Workdir, step: int | None = None, mesh: Mesh | None = None) -> WorkdirModel:
-    """`load_model`, where the next token is what is asked for. Raises UserError also for a model of another task."""
+    """`load_model` for a language model. Raises UserError also for a model of another task."""
     model = load_model(workdir, step, mesh)
     if model.network.spec.num_outputs:
         raise UserError(
-            f"{workdir}: its model is of task.name = {model.config.task.name!r} and predicts no next token; "
+            f"{workdir}: a model with task.name = {model.config.task.name!r} predicts no next token; "
             "allowed: a language model's workdir"
         )
     return model
 
 
 def _num_outputs(task: str, workdir: Workdir) -> int:
-    """Numbers that the model of a task gives per sequence; 0 = logits of the next token."""
+    """How many numbers the model of a task gives per sequence; 0 = logits of the next token."""
     if task == "classification":
         return len(load_class_names(workdir.local))
     return 1 if task == "regression" else 0
@@ -94,7 +94,7 @@ def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.S
 
 
 def _with_dtypes(wanted: dict, saved: dict) -> dict:
-    """`wanted` with the dtypes of those arrays in `saved` that are floating-point numbers."""
+    """`wanted` with the dtypes of the floating-point arrays in `saved`."""
 
     def of(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         dtype = dtypes.get(path, leaf.dtype)
