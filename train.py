@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
     except UserError as error:
         # Kubernetes (launch/gke.sh) starts the processes again after 1, and gives up after 2.
         processes.fail(str(error), 1 if isinstance(error, Transient) else 2)
-    except OSError as error:  # a full disk, say, with no better message
+    except OSError as error:  # such as a full disk
         processes.fail(one_line(error), 1)
     except KeyboardInterrupt:
         processes.fail("interrupted while no step was under way", 130)
