@@ -117,7 +117,7 @@ def _model() -> Section:
     m.num_kv_heads = at_least(1, 4)  # key/value heads; divides num_heads
     m.head_dim = at_least(1, 32)
     m.mlp_dim = at_least(1, 384)  # hidden width of the gated MLP
-    m.activation = choice("silu", ACTIVATIONS)  # of the MLP's gate: silu (Llama) | gelu_tanh (Gemma)
+    m.activation = choice("silu", ACTIVATIONS)  # in the MLP's gate: silu (Llama) | gelu_tanh (Gemma)
     m.norm_eps = positive(1e-6)
     m.rope_theta = positive(10000.0)  # for all layers, except `softmax_local` ones if rope_local_theta is set
     # Theta of `softmax_local` layers, without scaling (Gemma 3: 10_000); 0 = rope_theta with its scaling.
@@ -139,7 +139,7 @@ def _model() -> Section:
     m.logit_softcap = at_least(0, 0.0)  # cap * tanh(logits / cap); 0 = none (Gemma 2: 30)
     m.lora_rank = at_least(0, 0, since=1)  # rank of low-rank updates of q, k, v and out, x W + (x A) B; 0 = none
     m.causal = anything(True, since=2)  # False: an encoder, whose tokens see the whole document; not for language_model
-    m.dtype = choice("bfloat16", ("bfloat16", "float32"))  # of activations and matmuls; weights and logits are float32
+    m.dtype = choice("bfloat16", ("bfloat16", "float32"))  # activations and matmuls; weights and logits are float32
     m.remat = choice("none", ("none", *REMAT_POLICIES))  # what backward recomputes, per block: dots = all but matmuls
     m.attention = _attention()
     return m
@@ -148,7 +148,7 @@ def _model() -> Section:
 def _attention() -> Section:
     """The mixers of the layers. Each kind states which fields it uses (darkformer_jax/mixers)."""
     a = Section()
-    a.kind = choice("dark", MIXERS)  # of every layer, unless there is a pattern
+    a.kind = choice("dark", MIXERS)  # for every layer, unless there is a pattern
     # Kinds of successive layers, repeated over the depth: "softmax,dark,dark". The last repetition may be incomplete.
     # Layers may have options of their own: "softmax,dark(m=128,window=64)".
     a.pattern = anything("")

@@ -25,7 +25,7 @@ def migrate(saved: Mapping[str, Any], where: str) -> dict[str, Any]:
     version = config.pop(_KEY, 0)
     if type(version) is not int or not 0 <= version <= VERSION:
         raise UserError(
-            f"{where} is of version {version!r}, and this darkformer_jax reads 0 to {VERSION}; a newer one reads it"
+            f"{where} is of version {version!r}, but this darkformer_jax reads 0 to {VERSION}; use a newer one"
         )
     for number in range(version + 1, VERSION + 1):
         if number in _STEPS:

@@ -30,8 +30,8 @@ from darkformer_jax.errors import UserError, one_line
 
 HEARTBEAT_SECONDS = 20
 _CONNECT_SECONDS = 60  # after the rendezvous, when all are there
-_START_SECONDS = 300.0  # to wait where no process has much to do before it comes
-WORK_SECONDS = 6 * 3600.0  # to wait where a process may first read, write or hash a lot; its death is noticed sooner
+_START_SECONDS = 300.0  # for a barrier before which processes do little
+WORK_SECONDS = 6 * 3600.0  # for a barrier before which they may read, write or hash a lot; a death is noticed sooner
 _SEES_FILE_SECONDS = 5.0  # NFS shows a new file late
 _LAST_WORDS_SECONDS = 3.0  # for the others to read why a process ended
 _POLL_SECONDS = 0.5

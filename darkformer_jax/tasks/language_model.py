@@ -35,7 +35,7 @@ class TextEvaluation(NamedTuple):
     """The figures of a language model on held-out text."""
 
     loss: float  # nats per token
-    bits_per_byte: float  # of the text, whatever its tokenizer
+    bits_per_byte: float  # comparable across tokenizers
     accuracy: float  # share of tokens whose successor has the largest logit
     tokens: int
 

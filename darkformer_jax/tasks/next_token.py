@@ -81,7 +81,7 @@ class NextToken:
         return token_sums(predict(model, batch), batch), {}
 
     def describe(self) -> Mapping[str, str]:
-        """No rows beside the model's sizes."""
+        """No rows: the model's sizes say everything."""
         return {}
 
 

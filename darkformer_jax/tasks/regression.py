@@ -95,7 +95,7 @@ class Numbers:
         return sums, {"predicted": predicted, "labels": labels, "weights": weights}
 
     def describe(self) -> Mapping[str, str]:
-        """No rows beside the model's sizes."""
+        """No rows: the model's sizes say everything."""
         return {}
 
     def labels(self, examples: Sequence[Example]) -> np.ndarray:

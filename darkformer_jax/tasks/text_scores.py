@@ -100,7 +100,7 @@ class TextScorer:
             while batch := list(itertools.islice(rows, batch_size)):
                 arrays = window_batch([row.window for row in batch], batch_size, self._context)
                 sums = step(model.params, model.projections, jax.device_put(arrays))
-                if pending is not None:  # of the batch before, so that the device never waits
+                if pending is not None:  # read the previous batch while the device computes this one
                     self._add(pending)
                     bar.set_postfix(loss=f"{self._nll.sum() / self.tokens.sum():.3f}", refresh=False)
                 pending = sums

@@ -38,7 +38,7 @@ def measure(
     pending = None
     for batch in batches:
         measured = eval_step(params, projections, put_batch(batch, sharding))
-        if pending is not None:  # of the batch before, so that the device never waits
+        if pending is not None:  # read the previous batch while the device computes this one
             parts.append(on_host(*pending))
         pending = measured
     if pending is None:
