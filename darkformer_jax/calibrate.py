@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from absl import app
 
-from darkformer_jax.calibration.fitting import GEOMETRIES, GEOMETRY_KINDS, KINDS, Options, calibrate
+from darkformer_jax.calibration.fitting import GEOMETRIES, GEOMETRY_KINDS, KINDS, FitOptions, calibrate
 from darkformer_jax.cli.parser import Parser, one_line_errors
 from darkformer_jax.cli.progress import progress_bar
 from darkformer_jax.errors import UserError
@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
     """Writes the workdir and prints the errors. A UserError becomes one line and exit status 2."""
     with one_line_errors("what was written is removed"):
         _check_flags(args)
-        options = Options(**{name: value for name, value in vars(args).items() if name != "out"})
+        options = FitOptions(**{name: value for name, value in vars(args).items() if name != "out"})
         print(_summary(args.out, calibrate(options, args.out, progress_bar)))
 
 

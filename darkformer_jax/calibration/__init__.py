@@ -1,3 +1,3 @@
 """Fits mechanisms to exact attention: moments, geometries, attention transfer, a whole model."""
 
-REPORT_FILE = "calibration.json"  # in a workdir that calibrate wrote
+CALIBRATION_FILE = "calibration.json"  # in a workdir that calibrate wrote

@@ -11,11 +11,18 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from darkformer_jax.calibration import REPORT_FILE
+from darkformer_jax.calibration import CALIBRATION_FILE
 from darkformer_jax.calibration.geometry import whitening_geometry
 from darkformer_jax.calibration.moments import Moments
 from darkformer_jax.calibration.passages import read_passages
-from darkformer_jax.calibration.transfer import LayerTensors, Mechanism, errors, fit, matched_log_gain, teacher_layers
+from darkformer_jax.calibration.transfer import (
+    FittedMechanism,
+    LayerTensors,
+    errors,
+    fit,
+    matched_log_gain,
+    teacher_layers,
+)
 from darkformer_jax.config.conversion import conversion_config
 from darkformer_jax.config.validation import validate
 from darkformer_jax.data.files import whole_directory, write_json
@@ -46,7 +53,7 @@ _GAIN_PASSAGES = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class FitOptions:
     """The options; `python -m darkformer_jax.calibrate --help` explains each."""
 
     workdir: str
@@ -69,7 +76,7 @@ class Options:
     seed: int
 
 
-def calibrate(o: Options, out: str, progress_bar: ProgressBar) -> list[dict[str, Any]]:
+def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> list[dict[str, Any]]:
     """Fits feature attention to every layer that it replaces, and writes the workdir `out`, whole or not at all.
 
     Returns:
@@ -104,11 +111,11 @@ def calibrate(o: Options, out: str, progress_bar: ProgressBar) -> list[dict[str,
         with contextlib.closing(Checkpoints(fitted)) as checkpoints:
             checkpoints.save(0, saved)
         moments.save(directory / MOMENTS_FILE)
-        write_json(directory / REPORT_FILE, dataclasses.asdict(o) | {"layers": rows})
+        write_json(directory / CALIBRATION_FILE, dataclasses.asdict(o) | {"layers": rows})
     return rows
 
 
-def _config(o: Options) -> ml_collections.ConfigDict:
+def _config(o: FitOptions) -> ml_collections.ConfigDict:
     config = conversion_config(o.mechanism)
     attention = config.model.attention
     attention.num_features, attention.window, attention.num_sinks = o.num_features, o.window, o.num_sinks
@@ -123,7 +130,7 @@ def _config(o: Options) -> ml_collections.ConfigDict:
 
 
 def _fit_layers(
-    o: Options,
+    o: FitOptions,
     teacher: WorkdirModel,
     network: Network,
     state: TrainState,
@@ -160,7 +167,7 @@ def _fit_layers(
     return params, rows, Moments.stack(moments)
 
 
-def _started(o: Options, module: Any, train: LayerTensors, moments: Moments, layer: int) -> Mechanism:
+def _started(o: FitOptions, module: Any, train: LayerTensors, moments: Moments, layer: int) -> FittedMechanism:
     """A layer's mechanism with the M and the gain that the fit starts from."""
     spec: MixerSpec = module.spec
     if o.geometry == "whitening":  # whitening keeps E|M x|^2; geometry_init scales it
@@ -170,13 +177,15 @@ def _started(o: Options, module: Any, train: LayerTensors, moments: Moments, lay
         few = jax.tree.map(lambda leaf: leaf[:_GAIN_PASSAGES], train)
         near = {"chunk_size": spec.chunk_size, "window": spec.window, "num_sinks": spec.num_sinks}
         module.log_gain[...] = matched_log_gain(few, module.M[...], scale=spec.scale, **near)
-    return Mechanism.of(module)
+    return FittedMechanism.of(module)
 
 
-def _errors(spec: MixerSpec, mechanism: Mechanism, trained: nnx.State, test: LayerTensors) -> dict[str, list[float]]:
+def _errors(
+    spec: MixerSpec, mechanism: FittedMechanism, trained: nnx.State, test: LayerTensors
+) -> dict[str, list[float]]:
     found = {"before": errors(mechanism, mechanism.trainable, test), "after": errors(mechanism, trained, test)}
     if spec.window:
-        alone = Mechanism.of(WindowOnly(spec, 0))
+        alone = FittedMechanism.of(WindowOnly(spec, 0))
         found["window_only"] = errors(alone, alone.trainable, test)
     return {name: values.tolist() for name, values in found.items()}
 

@@ -23,7 +23,7 @@ class LayerTensors(NamedTuple):
     exact: Float[Array, "n l hq d"]
 
 
-class Mechanism(NamedTuple):
+class FittedMechanism(NamedTuple):
     """A mechanism in parts: its structure, what transfer trains (M, learned projections, gain), and the rest."""
 
     graphdef: Any
@@ -31,7 +31,7 @@ class Mechanism(NamedTuple):
     fixed: nnx.State
 
     @classmethod
-    def of(cls, module: nnx.Module) -> "Mechanism":
+    def of(cls, module: nnx.Module) -> "FittedMechanism":
         parts: Any = nnx.split(module, Geometry, ...)
         return cls(*parts)
 
@@ -116,7 +116,7 @@ def matched_log_gain(
 
 @functools.partial(jax.jit, static_argnames=("steps", "passages", "learning_rate"))
 def fit(
-    mechanism: Mechanism, tensors: LayerTensors, key: Array, *, steps: int, passages: int, learning_rate: float
+    mechanism: FittedMechanism, tensors: LayerTensors, key: Array, *, steps: int, passages: int, learning_rate: float
 ) -> nnx.State:
     """The trainable part after `steps` of Adam on the mean over heads of |out - exact|^2 / |exact|^2.
 
@@ -146,7 +146,7 @@ def fit(
 
 
 @jax.jit
-def errors(mechanism: Mechanism, trained: nnx.State, tensors: LayerTensors) -> Float[Array, "hq"]:
+def errors(mechanism: FittedMechanism, trained: nnx.State, tensors: LayerTensors) -> Float[Array, "hq"]:
     """|out - exact| / |exact| of every head, with norms over all passages, tokens and dimensions."""
 
     def one_passage(passage: LayerTensors) -> Array:  # one at a time, because exact windows of many take much memory

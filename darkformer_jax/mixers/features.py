@@ -111,6 +111,14 @@ class FeatureAttention(LinearMechanism):
 
     @classmethod
     def mixing_flops(cls, spec: MixerSpec, length: int) -> float:
+        """With H query and G key/value heads, and n keys that are seen one by one (`mean_exact_keys`), per token:
+
+        geometry  2 d^2 (H + G)     M x, if there is an M
+        features  2 m d (H + G)
+        state     2 m d (H + G)     the update S += phi(k) v, and the reading phi(q) S
+        local     (2 m + 2 d) H n   the own chunk through features (window = 0), or
+                  4 H d n           the own chunk, window and sinks exactly
+        """
         m, d = spec.num_features, spec.head_dim
         width = (spec.num_heads + spec.num_kv_heads) * d
         features_and_state = 4 * m * width

@@ -21,6 +21,7 @@ class LinearTransformer(LinearMechanism):
 
     @classmethod
     def mixing_flops(cls, spec: MixerSpec, length: int) -> float:
+        """As for `FeatureAttention` with m = d, without the products that make features."""
         d = spec.head_dim
         state = 2 * d * (spec.num_heads + spec.num_kv_heads) * d
         return state + 4 * spec.num_heads * d * mean_exact_keys(spec, length)

@@ -37,6 +37,7 @@ class Softmax(Mechanism):
 
     @classmethod
     def mixing_flops(cls, spec: MixerSpec, length: int) -> float:
+        """4 H d n: scores 2 d and values 2 d, for each of n visible keys of each of H heads."""
         visible = (length + 1) / 2 if spec.causal else length
         return 4 * spec.num_heads * spec.head_dim * visible
 

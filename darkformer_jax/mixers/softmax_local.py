@@ -17,6 +17,7 @@ class LocalSoftmax(Softmax):
 
     @classmethod
     def mixing_flops(cls, spec: MixerSpec, length: int) -> float:
+        """As for `Softmax`, with the keys of the last `local_window` tokens."""
         return 4 * spec.num_heads * spec.head_dim * mean_local_keys(spec, length)
 
     def init_state(self, batch: int, max_length: int, dtype: jax.typing.DTypeLike) -> KeyValueCache:

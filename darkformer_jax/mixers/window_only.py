@@ -20,6 +20,7 @@ class WindowOnly(FeatureAttention):
 
     @classmethod
     def mixing_flops(cls, spec: MixerSpec, length: int) -> float:
+        """4 H d n, with the n keys that are seen exactly."""
         return 4 * spec.num_heads * spec.head_dim * mean_exact_keys(spec, length)
 
     def inputs(self, q: Array, k: Array, positions: Array) -> Inputs:

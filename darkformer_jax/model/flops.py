@@ -25,30 +25,12 @@ def train_step_flops(spec: ModelSpec, sequence_length: int, tokens: int) -> floa
     """FLOPs that the model's mathematics needs for one optimizer step: 3 x forward (backward = 2 x forward).
 
     A multiply-add is 2 FLOPs. Rematerialisation, norms, RoPE, exponentials, the embedding look-up and the optimizer are
-    not counted. Forward, per token, with V = vocab_size, D = embed_dim, F = mlp_dim, H = num_heads, G = num_kv_heads,
-    d = head_dim, m = num_features:
+    not counted. Forward, per token, with V = vocab_size, D = embed_dim and F = mlp_dim:
 
         logits              2 D V              none for a classifier, whose head runs once per sequence
         per layer
           gated MLP         6 D F
-          projections       4 D H d (q, o) + 4 D G d (k, v); half for `random` and `constant`, without q and k
-          attention
-            softmax         4 H d n            scores 2 d and values 2 d for each of n visible keys
-            softmax_local   4 H d n            n = the keys of the last local_window tokens
-            window_only     4 H d n            n = the keys seen exactly
-            performer, dark, lfk
-              geometry      2 d^2 (H + G)      M x, dark only
-              features      2 m d (H + G)
-              state         2 m d G            update, S += phi(k) v
-              read          2 m d H            phi(q) S
-              local         (2 m + 2 d) H n    own chunk through features (window = 0), or
-                            4 H d n            exactly: own chunk, window and sinks
-            linear_transformer                 as performer with m = d, without its features
-            random          2 H d n            fixed weights times values
-            constant        0                  a running mean
-
-    n is averaged over the positions of one whole sequence: (L + 1) / 2 for softmax and random. Boundaries of packed
-    documents hide some of these keys; n ignores that. Each mixer states its own part in `MixerKind.flops`.
+          mixer             each states its own, in `MixerKind.flops`
 
     Args:
       sequence_length: L.

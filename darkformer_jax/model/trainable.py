@@ -9,21 +9,21 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.model.lora import is_lora
 from darkformer_jax.model.network import Network, is_geometry
 
-Path = tuple[str, ...]
-Paths = frozenset[Path]
+ParamPath = tuple[str, ...]
+Paths = frozenset[ParamPath]
 
 
-def _is_qkv(path: Path) -> bool:
+def _is_qkv(path: ParamPath) -> bool:
     return path[1:2] == ("attention",) and path[2] in ("q", "k", "v")
 
 
-def _is_new(path: Path) -> bool:
+def _is_new(path: ParamPath) -> bool:
     """Whether a parameter is the classifier's. No pretrained model has a classifier, so every regime trains it."""
     return path[0] == "classifier"
 
 
 # optimizer.train -> whether it trains the parameter (path, variable)
-REGIMES: Mapping[str, Callable[[Path, Any], bool]] = {
+REGIMES: Mapping[str, Callable[[ParamPath, Any], bool]] = {
     "all": lambda path, variable: True,
     "qkv_geometry": lambda path, variable: _is_qkv(path) or is_geometry(variable) or _is_new(path),
     "geometry": lambda path, variable: is_geometry(variable) or _is_new(path),

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from darkformer_jax.calibration import REPORT_FILE as CALIBRATION_FILE
+from darkformer_jax.calibration import CALIBRATION_FILE
 from darkformer_jax.data.files import read_json_object
 from darkformer_jax.errors import UserError
 from darkformer_jax.reporting.settings import ancestors

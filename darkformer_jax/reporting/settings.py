@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from darkformer_jax.calibration import REPORT_FILE as CALIBRATION_FILE
+from darkformer_jax.calibration import CALIBRATION_FILE
 from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.config.pattern import ATTENTION, Layer, parse_pattern, show_layer
 from darkformer_jax.config.usage import fields_in_effect, mixer_fields

@@ -15,13 +15,13 @@ from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.training.experiment import Experiment
 from darkformer_jax.training.step import TrainState
 
-Path = tuple[str, ...]
+ParamPath = tuple[str, ...]
 
 
 class _Place(NamedTuple):
     """Where one layer's parameter is: the array that stacks it, and its row (None: it belongs to no layer)."""
 
-    path: Path
+    path: ParamPath
     row: int | None
     shape: tuple[int, ...]
 
@@ -78,10 +78,10 @@ def _transfer(
     checkpoints: Checkpoints,
     step: int,
     tree: str,
-    pairs: dict[Path, tuple[_Place, _Place]],
+    pairs: dict[ParamPath, tuple[_Place, _Place]],
     current: dict,
     shardings: dict,
-    factors: Collection[Path] = (),
+    factors: Collection[ParamPath] = (),
 ) -> dict:
     """`current` with arrays of the checkpoint's `tree` copied into it, in the dtypes of `current`.
 
@@ -116,7 +116,9 @@ def _transfer(
     return assembled
 
 
-def _require_fit(workdir: Workdir, saved: dict[Path, _Place], wanted: dict[Path, _Place], common: list[Path]) -> None:
+def _require_fit(
+    workdir: Workdir, saved: dict[ParamPath, _Place], wanted: dict[ParamPath, _Place], common: list[ParamPath]
+) -> None:
     layers = [len({name[0] for name, place in places.items() if place.row is not None}) for places in (saved, wanted)]
     if layers[0] != layers[1]:
         raise UserError(f"init_from = {workdir}: it has {layers[0]} layers, this model has {layers[1]}")
@@ -135,13 +137,13 @@ def _num_stacks(params: dict) -> int:
     return sum(name.startswith("blocks_") for name in params)
 
 
-def _by_layer(tree: dict, num_stacks: int | None = None) -> dict[Path, _Place]:
+def _by_layer(tree: dict, num_stacks: int | None = None) -> dict[ParamPath, _Place]:
     """Every array by a name that does not depend on the pattern: ("layer 3", "attention", ...).
 
     num_stacks: the model's, to be given if `tree` is not its parameters and may lack some stacks.
     """
     num_stacks = _num_stacks(tree) if num_stacks is None else num_stacks
-    places: dict[Path, _Place] = {}
+    places: dict[ParamPath, _Place] = {}
     for path, leaf in flatten_dict(tree).items():
         if not path[0].startswith("blocks_"):
             places[path] = _Place(path, None, tuple(leaf.shape))
@@ -153,7 +155,7 @@ def _by_layer(tree: dict, num_stacks: int | None = None) -> dict[Path, _Place]:
     return places
 
 
-def _listed(title: str, names: set[Path]) -> str:
+def _listed(title: str, names: set[ParamPath]) -> str:
     """`; new: attention/mechanism/M of layers 0, 2`; empty without names."""
     layers: dict[str, list[int]] = {}
     for name in names:

@@ -18,7 +18,7 @@ from darkformer_jax.training.step import Metrics
 from darkformer_jax.training.stragglers import HostTimer
 
 
-class Progress(Protocol):
+class RunProgress(Protocol):
     """Shows people the progress of a run."""
 
     def update(self, step: int, loss: float, tokens_per_second: float, mfu: float | None, memory_bytes: int) -> None:
@@ -50,7 +50,7 @@ class TrainingLog:
     """
 
     def __init__(
-        self, experiment: Experiment, writer: MetricWriter, progress: Progress, watch: Stopwatch, mirror: Mirror
+        self, experiment: Experiment, writer: MetricWriter, progress: RunProgress, watch: Stopwatch, mirror: Mirror
     ) -> None:
         self._writer, self._progress, self._watch, self._mirror = writer, progress, watch, mirror
         self._num_steps, self._every = experiment.config.num_steps, experiment.config.log.every

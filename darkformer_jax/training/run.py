@@ -21,7 +21,7 @@ from darkformer_jax.tasks import TASKS
 from darkformer_jax.tasks.task import Task
 from darkformer_jax.training.experiment import Experiment
 from darkformer_jax.training.goodput import Stopwatch, describe, read_sessions
-from darkformer_jax.training.log import NotFinite, Progress, TrainingLog
+from darkformer_jax.training.log import NotFinite, RunProgress, TrainingLog
 from darkformer_jax.training.loop import Loop, Outcome
 from darkformer_jax.training.loss_curve import draw_loss_curve
 from darkformer_jax.training.start import start
@@ -35,7 +35,7 @@ def dry_run(config: ml_collections.ConfigDict) -> None:
         print(description)
 
 
-def train(config: ml_collections.ConfigDict, workdir: Workdir, progress: Progress) -> None:
+def train(config: ml_collections.ConfigDict, workdir: Workdir, progress: RunProgress) -> None:
     """Trains to the last step and reports.
 
     Raises:
@@ -79,7 +79,7 @@ def _train(
     lock: WorkdirLock,
     mirror: Mirror,
     watch: Stopwatch,
-    progress: Progress,
+    progress: RunProgress,
 ) -> Outcome:
     """Trains from where the run begins to its last step. It closes what it opened, however the run ends."""
     keep, every = experiment.config.checkpoint.keep, experiment.config.checkpoint.every
