@@ -171,13 +171,13 @@ class LabelledTask(ABC, Generic[O, E]):
         if workdir.tokenizer_dir is None:
             self.tokenizer.save(str(workdir.local))
 
-    def report(self, network: Network, params: dict, projections: dict, workdir: Workdir, last: E) -> None:
+    def report(self, network: Network, params: dict, projections: dict, workdir: Workdir, last: E) -> str:
         """The held-out figures beside those of a bag of bytes and of the best constant."""
         bag = predict_by_bag_of_bytes(self.train.texts, self.train.labels, self.heldout.texts)
         name, constant = self.objective.constant(self.train.labels)
         rivals = {"bag of bytes": bag, f"always {name}": np.full_like(self.heldout.labels, constant)}
         print("\n".join(_table(self.objective, last, self.heldout.labels, rivals)))
-        print(f"other files: python -m darkformer_jax.evaluate --workdir={shlex.quote(str(workdir))} --text=<files>")
+        return f"other files: python -m darkformer_jax.evaluate --workdir={shlex.quote(str(workdir))} --text=<files>"
 
     @classmethod
     def score(cls, workdir: Workdir, step: int | None, request: ScoreRequest, progress_bar: ProgressBar) -> Scores:

@@ -150,7 +150,7 @@ class LanguageModel:
         if workdir.tokenizer_dir is None:
             self.data.tokenizer.save(str(workdir.local))
 
-    def report(self, network: Network, params: dict, projections: dict, workdir: Workdir, last: TextEvaluation) -> None:
+    def report(self, network: Network, params: dict, projections: dict, workdir: Workdir, last: TextEvaluation) -> str:
         """Bits per byte beside those of general compressors, and samples, which samples.txt keeps."""
         text = self.data.heldout_text()
         if text:
@@ -160,7 +160,7 @@ class LanguageModel:
             samples = self._samples(network, params, projections, workdir)
             print("\n" + samples)
             write_atomically(workdir / SAMPLES_FILE, samples.encode())
-        print(f"more samples: python -m darkformer_jax.generate --workdir={shlex.quote(str(workdir))} --prompt='def '")
+        return f"more samples: python -m darkformer_jax.generate --workdir={shlex.quote(str(workdir))} --prompt='def '"
 
     @classmethod
     def score(cls, workdir: Workdir, step: int | None, request: ScoreRequest, progress_bar: ProgressBar) -> Scores:

@@ -163,8 +163,11 @@ class Task(Protocol[E]):
         """Writes what belongs to the model beside its weights, a tokenizer, say. Process 0 calls it."""
         ...
 
-    def report(self, network: Network, params: dict, projections: dict, workdir: Workdir, last: E) -> None:
-        """Prints what a finished run has to show, `last` being its evaluation on all held-out data."""
+    def report(self, network: Network, params: dict, projections: dict, workdir: Workdir, last: E) -> str:
+        """Prints what a finished run has to show; returns the line that says what to do with the model next.
+
+        last: the evaluation on all held-out data.
+        """
         ...
 
     @classmethod
