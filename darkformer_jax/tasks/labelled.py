@@ -20,7 +20,6 @@ from darkformer_jax.distributed.sharding import Part
 from darkformer_jax.errors import UserError
 from darkformer_jax.model.network import Network
 from darkformer_jax.runs.load import WorkdirModel, load_model
-from darkformer_jax.runs.verification import LOWEST_LOSS
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.measured import on_host, total
 from darkformer_jax.tasks.scores import predict_by_bag_of_bytes
@@ -93,7 +92,7 @@ class LabelledTask(ABC, Generic[O, E]):
     heldout: LabelledRows
     tokenizer: Tokenizer
 
-    best = LOWEST_LOSS
+    best = "heldout_loss"
     constants = None
 
     @classmethod

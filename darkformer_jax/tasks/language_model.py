@@ -19,7 +19,6 @@ from darkformer_jax.distributed.sharding import Part
 from darkformer_jax.model.network import Network
 from darkformer_jax.model.sampling import Sampler
 from darkformer_jax.runs.origin import ends_of_text
-from darkformer_jax.runs.verification import LOWEST_LOSS
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.next_token import NextToken
 from darkformer_jax.tasks.task import ScoreRequest, Scores
@@ -74,7 +73,7 @@ class LanguageModel:
     data: Data
     teacher: Teacher | None
 
-    best = LOWEST_LOSS
+    best = "heldout_loss"
 
     @classmethod
     def objective_of(cls, config: ml_collections.ConfigDict) -> NextToken:

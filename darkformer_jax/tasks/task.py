@@ -16,7 +16,6 @@ from darkformer_jax.data.progress import ProgressBar
 from darkformer_jax.distributed.sharding import Part
 from darkformer_jax.model.network import Network
 from darkformer_jax.model.transformer import Transformer
-from darkformer_jax.runs.verification import Best
 from darkformer_jax.runs.workdir import Workdir
 
 Batch = dict[str, Array]  # [rows, ...] each; on the host, numpy's
@@ -116,7 +115,7 @@ class Task(Protocol[E]):
 
     Attributes:
       objective: of the data that was loaded.
-      best: which checkpoint is the best, by one of `Evaluation.as_metrics`.
+      best: the one of `Evaluation.as_metrics` whose smallest value is the best checkpoint's.
       constants: arrays that the objective reads beside the batch, a teacher's, say; None where there are none.
       fingerprints: of what must be the same in all processes; `data` is compared with the workdir's data.json.
     """
@@ -125,7 +124,7 @@ class Task(Protocol[E]):
     def objective(self) -> Objective: ...
 
     @property
-    def best(self) -> Best: ...
+    def best(self) -> str: ...
 
     @property
     def constants(self) -> Any: ...
