@@ -44,10 +44,8 @@ def trained_paths(network: Network, regime: str) -> Paths:
     return found
 
 
-def split_params(params: dict, trained: Paths | None) -> tuple[dict, dict]:
-    """A tree like `params` in two: the branches of `trained` (None: all), and the frozen rest."""
-    if trained is None:
-        return params, {}
+def split_params(params: dict, trained: Paths) -> tuple[dict, dict]:
+    """A tree like `params` in two: the branches of `trained`, and the frozen rest."""
     flat = flatten_dict(params)
     return (
         unflatten_dict({path: leaf for path, leaf in flat.items() if path in trained}),
