@@ -1,6 +1,7 @@
 """What tasks on labelled texts share: examples, their tokenizer, their batches, and how a model is judged on them."""
 
 import dataclasses
+import functools
 import math
 import shlex
 import time
@@ -21,7 +22,7 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.model.network import Network
 from darkformer_jax.runs.load import WorkdirModel, load_model
 from darkformer_jax.runs.workdir import Workdir
-from darkformer_jax.tasks.measured import on_host, total
+from darkformer_jax.tasks.measured import measure_all
 from darkformer_jax.tasks.scores import predict_by_bag_of_bytes
 from darkformer_jax.tasks.task import Evaluation, Objective, ProgressBar, ScoreRequest, Scores
 from darkformer_jax.tasks.tokenizer import check_same_tokenizer, tokenizer_of, vocab_size_of
@@ -242,12 +243,15 @@ def _evaluate(
     model: WorkdirModel, objective: LabelledObjective, rows: LabelledRows, batch_size: int, progress_bar: ProgressBar
 ) -> LabelledEvaluation:
     measure = jax.jit(lambda *arrays: objective.measure(model.network.bind(*arrays[:2]), arrays[2]))
-    parts = []
     with progress_bar(len(rows), "example") as bar:
-        for batch in ordered_batches(rows.read, len(rows), batch_size=batch_size):
-            parts.append(on_host(*measure(model.params, model.projections, batch)))
-            bar.update(int(batch["weights"].sum()))
-    evaluation = objective.evaluation(*total(parts))
+
+        def batches() -> Iterator[Batch]:
+            for batch in ordered_batches(rows.read, len(rows), batch_size=batch_size):
+                yield batch
+                bar.update(int(batch["weights"].sum()))
+
+        measured = measure_all(functools.partial(measure, model.params, model.projections), batches())
+    evaluation = objective.evaluation(*measured)
     if not math.isfinite(evaluation.loss):
         raise UserError(f"the model's loss is {evaluation.loss}: its weights or its numbers are broken")
     return evaluation
