@@ -44,10 +44,8 @@ def trained_paths(network: Network, regime: str) -> Paths:
     return found
 
 
-def split_params(params: dict, trained: Paths | None) -> tuple[dict, dict]:
-    """(trained, frozen): the paths of a tree like `params` that are in `trained` (None: all), and the rest."""
-    if trained is None:
-        return params, {}
+def split_params(params: dict, trained: Paths) -> tuple[dict, dict]:
+    """(trained, frozen): the paths of a tree like `params` that are in `trained`, and the rest."""
     flat = flatten_dict(params)
     return (
         unflatten_dict({path: leaf for path, leaf in flat.items() if path in trained}),

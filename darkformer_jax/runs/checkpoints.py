@@ -26,7 +26,7 @@ from darkformer_jax.distributed import processes
 from darkformer_jax.errors import Transient, UserError, one_line
 from darkformer_jax.runs.manifest import Damaged, hash_files, read_manifest, write_manifest
 from darkformer_jax.runs.step_files import StepFiles
-from darkformer_jax.runs.verification import LOWEST_LOSS, Best, Verification
+from darkformer_jax.runs.verification import Verification
 from darkformer_jax.runs.workdir import Workdir
 
 PyTree = Any
@@ -42,7 +42,7 @@ class Checkpoints:
       workdir: the run's directory.
       keep: newest steps kept, at least 1. Only `save` uses it.
       save_every: steps between saves, for `due`; 0 = never due.
-      best: which step is the best. Only `save` and `best_step` use it.
+      best: the metric whose smallest value is the best step's. Only `save` uses it.
       compress: False writes arrays as they are. `save` then makes no compressed copies, which take as much memory
         again if all arrays are written at once.
     """
@@ -52,7 +52,7 @@ class Checkpoints:
         workdir: Workdir,
         keep: int = 1,
         save_every: int = 0,
-        best: Best = LOWEST_LOSS,
+        best: str = "heldout_loss",
         compress: bool = True,
     ) -> None:
         if keep < 1:
@@ -202,10 +202,6 @@ class Checkpoints:
         """
         self.wait()
         return self._verification.newest()
-
-    def best_step(self) -> int | None:
-        """The best of the kept steps; None if no step has the metric."""
-        return self._verification.best(self.committed_steps(), self._best)
 
     def good_step(self, step: int | None = None) -> int:
         """`step`, or the newest undamaged one. Raises UserError if `step`, or every step, is damaged or absent."""

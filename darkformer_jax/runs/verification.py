@@ -4,7 +4,6 @@ Orbax alone reads a flipped bit, or a hole of zeros, as if nothing had happened.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -16,16 +15,6 @@ from darkformer_jax.runs.manifest import FORMAT, Damaged, check_files, read_mani
 from darkformer_jax.runs.step_files import StepFiles
 
 _NO_STEP, _ONLY_DAMAGED = -1, -2  # instead of a step, when process 0 tells the others
-
-
-class Best(NamedTuple):
-    """Which of several steps is the best: the one with the best value of a metric."""
-
-    metric: str  # one that is saved with the step
-    smaller: bool  # whether smaller is better
-
-
-LOWEST_LOSS = Best("heldout_loss", smaller=True)
 
 
 class Verification:
@@ -63,17 +52,17 @@ class Verification:
             raise UserError(f"checkpoint step {step} in {self._files.directory} is damaged: {self._reasons()}")
         self._refuse_newer_format(step)
 
-    def best(self, steps: list[int], best: Best) -> int | None:
-        """The best of `steps`, and the newest of equally good ones; None if no step has the metric."""
+    def best(self, steps: list[int], metric: str) -> int | None:
+        """The one of `steps` with the smallest `metric`, the newest of several; None if no step has the metric."""
         values = {}
         for step in steps:
             try:
-                value = read_manifest(self._files.manifest(step), step)["metrics"].get(best.metric)
+                value = read_manifest(self._files.manifest(step), step)["metrics"].get(metric)
             except Damaged as damage:
                 self.damage[step] = str(damage)
                 continue
             if value is not None:
-                values[step] = value if best.smaller else -value
+                values[step] = value
         return min(values, key=lambda step: (values[step], -step), default=None)
 
     def _newest_good(self) -> int:

@@ -1,6 +1,7 @@
 """What the tasks on labelled texts share: examples, tokenizer, batches, and the evaluation of a model."""
 
 import dataclasses
+import functools
 import math
 import shlex
 import time
@@ -20,9 +21,8 @@ from darkformer_jax.distributed.sharding import Part
 from darkformer_jax.errors import UserError
 from darkformer_jax.model.network import Network
 from darkformer_jax.runs.load import WorkdirModel, load_model
-from darkformer_jax.runs.verification import LOWEST_LOSS
 from darkformer_jax.runs.workdir import Workdir
-from darkformer_jax.tasks.measured import on_host, total
+from darkformer_jax.tasks.measured import measure_all
 from darkformer_jax.tasks.scores import predict_by_bag_of_bytes
 from darkformer_jax.tasks.task import Evaluation, Objective, ProgressBar, ScoreRequest, Scores
 from darkformer_jax.tasks.tokenizer import check_same_tokenizer, tokenizer_of, vocab_size_of
@@ -93,7 +93,7 @@ class LabelledTask(ABC, Generic[O, E]):
     heldout: LabelledRows
     tokenizer: Tokenizer
 
-    best = LOWEST_LOSS
+    best = "heldout_loss"
     constants = None
 
     @classmethod
@@ -171,13 +171,13 @@ class LabelledTask(ABC, Generic[O, E]):
         if workdir.tokenizer_dir is None:
             self.tokenizer.save(str(workdir.local))
 
-    def report(self, network: Network, params: dict, projections: dict, workdir: Workdir, last: E) -> None:
+    def report(self, network: Network, params: dict, projections: dict, workdir: Workdir, last: E) -> str:
         """Prints the held-out figures, and those of a bag of bytes and of the best constant for comparison."""
         bag = predict_by_bag_of_bytes(self.train.texts, self.train.labels, self.heldout.texts)
         name, constant = self.objective.constant(self.train.labels)
         rivals = {"bag of bytes": bag, f"always {name}": np.full_like(self.heldout.labels, constant)}
         print("\n".join(_table(self.objective, last, self.heldout.labels, rivals)))
-        print(f"other files: python -m darkformer_jax.evaluate --workdir={shlex.quote(str(workdir))} --text=<files>")
+        return f"other files: python -m darkformer_jax.evaluate --workdir={shlex.quote(str(workdir))} --text=<files>"
 
     @classmethod
     def score(cls, workdir: Workdir, step: int | None, request: ScoreRequest, progress_bar: ProgressBar) -> Scores:
@@ -243,12 +243,15 @@ def _evaluate(
     model: WorkdirModel, objective: LabelledObjective, rows: LabelledRows, batch_size: int, progress_bar: ProgressBar
 ) -> LabelledEvaluation:
     measure = jax.jit(lambda *arrays: objective.measure(model.network.bind(*arrays[:2]), arrays[2]))
-    parts = []
     with progress_bar(len(rows), "example") as bar:
-        for batch in ordered_batches(rows.read, len(rows), batch_size=batch_size):
-            parts.append(on_host(*measure(model.params, model.projections, batch)))
-            bar.update(int(batch["weights"].sum()))
-    evaluation = objective.evaluation(*total(parts))
+
+        def batches() -> Iterator[Batch]:
+            for batch in ordered_batches(rows.read, len(rows), batch_size=batch_size):
+                yield batch
+                bar.update(int(batch["weights"].sum()))
+
+        measured = measure_all(functools.partial(measure, model.params, model.projections), batches())
+    evaluation = objective.evaluation(*measured)
     if not math.isfinite(evaluation.loss):
         raise UserError(f"the model's loss is {evaluation.loss}: its weights are damaged, or a number overflowed")
     return evaluation

@@ -19,7 +19,6 @@ from darkformer_jax.distributed.sharding import Part
 from darkformer_jax.model.network import Network
 from darkformer_jax.model.sampling import Sampler
 from darkformer_jax.runs.origin import ends_of_text
-from darkformer_jax.runs.verification import LOWEST_LOSS
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.next_token import NextToken
 from darkformer_jax.tasks.task import ScoreRequest, Scores
@@ -74,7 +73,7 @@ class LanguageModel:
     data: Data
     teacher: Teacher | None
 
-    best = LOWEST_LOSS
+    best = "heldout_loss"
 
     @classmethod
     def objective_of(cls, config: ml_collections.ConfigDict) -> NextToken:
@@ -150,7 +149,7 @@ class LanguageModel:
         if workdir.tokenizer_dir is None:
             self.data.tokenizer.save(str(workdir.local))
 
-    def report(self, network: Network, params: dict, projections: dict, workdir: Workdir, last: TextEvaluation) -> None:
+    def report(self, network: Network, params: dict, projections: dict, workdir: Workdir, last: TextEvaluation) -> str:
         """Prints bits per byte, those of general compressors for comparison, and samples. Writes samples.txt."""
         text = self.data.heldout_text()
         if text:
@@ -160,7 +159,7 @@ class LanguageModel:
             samples = self._samples(network, params, projections, workdir)
             print("\n" + samples)
             write_atomically(workdir / SAMPLES_FILE, samples.encode())
-        print(f"more samples: python -m darkformer_jax.generate --workdir={shlex.quote(str(workdir))} --prompt='def '")
+        return f"more samples: python -m darkformer_jax.generate --workdir={shlex.quote(str(workdir))} --prompt='def '"
 
     @classmethod
     def score(cls, workdir: Workdir, step: int | None, request: ScoreRequest, progress_bar: ProgressBar) -> Scores:

@@ -16,7 +16,6 @@ from darkformer_jax.data.progress import ProgressBar
 from darkformer_jax.distributed.sharding import Part
 from darkformer_jax.model.network import Network
 from darkformer_jax.model.transformer import Transformer
-from darkformer_jax.runs.verification import Best
 from darkformer_jax.runs.workdir import Workdir
 
 Batch = dict[str, Array]  # each [rows, ...]; numpy arrays on the host
@@ -116,7 +115,7 @@ class Task(Protocol[E]):
 
     Attributes:
       objective: the objective for the loaded data.
-      best: which checkpoint is the best, by one of `Evaluation.as_metrics`.
+      best: the metric of `Evaluation.as_metrics` whose smallest value marks the best checkpoint.
       constants: further arrays that the objective reads, such as a teacher's; None = there are none.
       fingerprints: hashes of what must be the same in all processes; data.json in the workdir must match `data`.
     """
@@ -125,7 +124,7 @@ class Task(Protocol[E]):
     def objective(self) -> Objective: ...
 
     @property
-    def best(self) -> Best: ...
+    def best(self) -> str: ...
 
     @property
     def constants(self) -> Any: ...
@@ -163,8 +162,11 @@ class Task(Protocol[E]):
         """Writes what a model needs besides its weights, such as a tokenizer. Only process 0 calls it."""
         ...
 
-    def report(self, network: Network, params: dict, projections: dict, workdir: Workdir, last: E) -> None:
-        """Prints the results of a finished run. last: its evaluation on all held-out data."""
+    def report(self, network: Network, params: dict, projections: dict, workdir: Workdir, last: E) -> str:
+        """Prints what a finished run has to show; returns the line that says what to do with the model next.
+
+        last: the evaluation on all held-out data.
+        """
         ...
 
     @classmethod

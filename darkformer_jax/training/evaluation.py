@@ -1,5 +1,6 @@
 """Measures a model on held-out batches: sums over them, and values of their rows."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 
 import jax
@@ -9,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from darkformer_jax.distributed.sharding import part_of_process
 from darkformer_jax.model.network import Network
-from darkformer_jax.tasks.measured import Measured, on_host, total
+from darkformer_jax.tasks.measured import Measured, measure_all
 from darkformer_jax.tasks.task import Batch, Objective, Sums
 
 
@@ -33,18 +34,9 @@ def measure(
     batches: Iterable[Mapping[str, np.ndarray]],
     sharding: NamedSharding,
 ) -> Measured:
-    """(sums in float64, values of all rows concatenated) over `batches`, of which there must be at least one."""
-    parts: list[Measured] = []
-    pending = None
-    for batch in batches:
-        measured = eval_step(params, projections, put_batch(batch, sharding))
-        if pending is not None:  # read the previous batch while the device computes this one
-            parts.append(on_host(*pending))
-        pending = measured
-    if pending is None:
-        raise ValueError("there are no batches to measure")
-    parts.append(on_host(*pending))
-    return total(parts)
+    """`measure_all` of batches on the host, of which each process has read its part."""
+    global_batches = (put_batch(batch, sharding) for batch in batches)
+    return measure_all(functools.partial(eval_step, params, projections), global_batches)
 
 
 def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> Batch:

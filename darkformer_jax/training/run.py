@@ -119,5 +119,6 @@ def _report(experiment: Experiment, task: Task[Any], workdir: Workdir, outcome: 
     print(f"held out ({evaluation.size}): {evaluation}")
     if sessions := read_sessions(workdir):  # none if an earlier version finished the run
         print(describe(sessions))
+    what_next = task.report(experiment.network, state.params, state.projections, workdir, evaluation)
     print(f"loss curve: {workdir}/{draw_loss_curve(workdir).name}")
-    task.report(experiment.network, state.params, state.projections, workdir, evaluation)
+    print(what_next)

@@ -32,9 +32,9 @@ class TrainState(NamedTuple):
 
 
 def make_state_init(
-    network: Network, optimizer: optax.GradientTransformation, seed: int, trained: Paths | None = None
+    network: Network, optimizer: optax.GradientTransformation, seed: int, trained: Paths
 ) -> Callable[[], TrainState]:
-    """() -> the state before the first step. trained: the parameters that the optimizer updates; None = all."""
+    """() -> the state before the first step. trained: the parameters that the optimizer updates."""
 
     def init() -> TrainState:
         params, projections = network.init(jax.random.key(seed))
@@ -50,7 +50,7 @@ def state_shardings(
     optimizer: optax.GradientTransformation,
     abstract: TrainState,
     mesh: Mesh,
-    trained: Paths | None = None,
+    trained: Paths,
 ) -> TrainState:
     """The sharding of every array: parameters by their logical axes, Adam's moments like their parameter.
 
@@ -111,13 +111,13 @@ def make_train_step(
     *,
     accumulation_steps: int,
     redraw_every: int,
-    trained: Paths | None = None,
+    trained: Paths,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """(state, batch, the task's constants) -> (state, metrics).
 
     Loss and gradients are summed over micro-batches and divided by the total weight, such as the number of real tokens.
 
-    trained: the parameters that the optimizer updates (None = all). No gradient is computed for the others.
+    trained: the parameters that the optimizer updates. No gradient is computed for the others.
     """
 
     def loss(learned: dict, fixed: tuple[dict, dict, Any], batch: Batch) -> tuple[Float[Array, ""], Sums]:

@@ -22,7 +22,6 @@ import pytest
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs import manifest as manifest_module
 from darkformer_jax.runs.checkpoints import Checkpoints
-from darkformer_jax.runs.verification import Best
 from darkformer_jax.runs.workdir import Workdir
 
 # Also run in subprocesses: the state of a step is a function of the step, as in training.
@@ -150,35 +149,38 @@ def test_newest_and_best_are_kept_and_the_others_removed(tmp_path: Path) -> None
         opened.save(step, state_of(step), None if loss is None else {"heldout_loss": loss})
     opened.wait()
     assert opened.committed_steps() == [2, 5, 6]
-    assert opened.best_step() == 2
     assert_identical(opened.restore(abstract(state_of(0)), 2)[1], state_of(2))
     opened.save(7, state_of(7), {"heldout_loss": 1.9})
     opened.close()
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["6", "6.sha256.json", "7", "7.sha256.json"]
 
 
-def test_the_best_may_be_the_largest_of_another_metric(tmp_path: Path) -> None:
-    opened = Checkpoints(Workdir(tmp_path), best=Best("heldout_accuracy", smaller=False))
-    for step, accuracy in ((1, 0.5), (2, 0.9), (3, 0.9), (4, 0.2)):
-        opened.save(step, state_of(step), {"heldout_loss": float(step), "heldout_accuracy": accuracy})
+def test_the_best_may_be_the_smallest_of_another_metric(tmp_path: Path) -> None:
+    opened = Checkpoints(Workdir(tmp_path), best="heldout_error")
+    for step, error in ((1, 0.5), (2, 0.1), (3, 0.1), (4, 0.8)):
+        opened.save(step, state_of(step), {"heldout_loss": float(step), "heldout_error": error})
     opened.close()
-    assert opened.committed_steps() == [3, 4] and opened.best_step() == 3  # the newest of two
+    assert opened.committed_steps() == [3, 4]  # of two that are best, the newest
+
+
+def saved_metrics(workdir: Path, step: int) -> dict[str, float]:
+    metrics: dict[str, float] = json.loads((workdir / "checkpoints" / f"{step}.sha256.json").read_text())["metrics"]
+    return metrics
 
 
 def test_saving_the_same_step_again(tmp_path: Path) -> None:
-    opened = Checkpoints(Workdir(tmp_path), keep=2)
+    opened = Checkpoints(Workdir(tmp_path))
     opened.save(4, state_of(4))
     opened.save(4, state_of(4), {"heldout_loss": 2.0})  # the loop's last save, after the evaluation
     opened.close()
-    resumed = Checkpoints(Workdir(tmp_path), keep=2)
-    assert resumed.best_step() == 4
+    assert saved_metrics(tmp_path, 4) == {"heldout_loss": 2.0}
+    resumed = Checkpoints(Workdir(tmp_path))
     resumed.restore(abstract(state_of(4)))
     resumed.save(4, state_of(4))
     resumed.save(4, state_of(4), {"heldout_loss": 1.5})
     resumed.save(5, state_of(5))
     resumed.close()
-    assert resumed.committed_steps() == [4, 5]
-    assert resumed.best_step() == 4
+    assert resumed.committed_steps() == [4, 5]  # step 4 as the best, by a metric that came after it
     assert_identical(resumed.restore(abstract(state_of(0)), 4)[1], state_of(4))
 
 
@@ -323,7 +325,7 @@ def test_only_damaged_checkpoints_are_an_error_and_nothing_starts_from_scratch(t
 
 def test_no_checkpoint_is_an_error_that_names_the_directory_and_creates_nothing(tmp_path: Path) -> None:
     opened = Checkpoints(Workdir(tmp_path / "absent"))
-    assert opened.latest_good_step() is None and opened.best_step() is None and opened.committed_steps() == []
+    assert opened.latest_good_step() is None and opened.committed_steps() == []
     with pytest.raises(UserError, match="no checkpoint in .*absent/checkpoints"):
         opened.restore(abstract(state_of(0)))
     with pytest.raises(UserError, match="no checkpoint step 7 .*; there are: none"):
@@ -568,7 +570,8 @@ def test_two_processes_share_one_checkpoint(tmp_path: Path) -> None:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], outputs
     opened = Checkpoints(Workdir(tmp_path))
-    assert opened.committed_steps() == [1, 2, 3] and opened.best_step() == 3  # step 1 was the best when 3 was saved
+    assert saved_metrics(tmp_path, 3) == {"heldout_loss": 0.5}
+    assert opened.committed_steps() == [1, 2, 3]  # step 1 was the best when 3 was saved
     _, state = opened.restore(opened.saved_shapes(3))
     assert (np.asarray(state["w"]) == np.arange(8) + 3).all()
     opened.close()

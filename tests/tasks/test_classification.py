@@ -12,6 +12,7 @@ from darkformer_jax.data.labelled import LABELS_FILE, load_class_names
 from darkformer_jax.distributed.sharding import Part
 from darkformer_jax.errors import UserError
 from darkformer_jax.model.network import Network
+from darkformer_jax.model.trainable import trained_paths
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.classification import Classes, Classification
 from darkformer_jax.training.evaluation import make_eval_step, measure, put_batch
@@ -53,9 +54,10 @@ def test_the_loss_is_the_cross_entropy_of_the_real_examples(task):
 
 def test_accumulation_divides_by_the_total_of_examples(task):
     network, sgd = network_of(task), optax.sgd(0.1)
+    trained = trained_paths(network, "all")
     batch = next(task.train_batches(0, WHOLE))
     batch["weights"] = np.array([1, 0, 0, 0], np.float32)  # micro-batches of one example and of none
-    state = jax.jit(make_state_init(network, sgd, 0))()
+    state = jax.jit(make_state_init(network, sgd, 0, trained))()
     ends = []
     for accumulation_steps in (1, 2):
         step = make_train_step(
@@ -65,6 +67,7 @@ def test_accumulation_divides_by_the_total_of_examples(task):
             optax.constant_schedule(0.1),
             accumulation_steps=accumulation_steps,
             redraw_every=0,
+            trained=trained,
         )
         ends.append(jax.jit(step)(state, batch))
     for one, other in zip(*map(jax.tree.leaves, ends), strict=True):

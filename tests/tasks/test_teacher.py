@@ -65,7 +65,7 @@ def one_step(accumulation_steps=1, distilled=True):
     objective = NextToken(257, 32, Z_LOSS)
     if distilled:
         objective = dataclasses.replace(objective, teacher=experiment(**TEACHER).network, teacher_weight=WEIGHT)
-    options = {"accumulation_steps": accumulation_steps, "redraw_every": 0}
+    options = {"accumulation_steps": accumulation_steps, "redraw_every": 0, "trained": e.trained}
     step = jax.jit(make_train_step(e.network, objective, optimizer, e.schedule, **options))
     start = fresh_state(e)
     start = TrainState(start.step, start.params, start.projections, optimizer.init(start.params))

@@ -66,6 +66,7 @@ def losses(experiment, state):
             experiment.schedule,
             accumulation_steps=1,
             redraw_every=experiment.config.model.attention.redraw_every,
+            trained=experiment.trained,
         ),
         out_shardings=(experiment.shardings, None),
     )

@@ -9,6 +9,7 @@ import pytest
 from darkformer_jax.config.specs import model_spec
 from darkformer_jax.mixers.features import draw_layer
 from darkformer_jax.model.network import Network
+from darkformer_jax.model.trainable import trained_paths
 from darkformer_jax.tasks.next_token import NextToken, predict, token_sums
 from darkformer_jax.training.step import TrainState, from_saved, make_train_step, to_saved
 from tests.tiny_runs import experiment_of, fresh_state, random_batch, tiny_config
@@ -34,6 +35,7 @@ def step_function(kind="softmax", accumulation_steps=1, redraw_every=0):
         lambda step: jnp.float32(0.5),
         accumulation_steps=accumulation_steps,
         redraw_every=redraw_every,
+        trained=trained_paths(network(kind), "all"),
     )
     return jax.jit(make)
 
