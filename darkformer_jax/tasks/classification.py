@@ -24,6 +24,7 @@ from darkformer_jax.model.transformer import Transformer
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.labelled import LabelledTask, labelled_shapes
 from darkformer_jax.tasks.scores import ClassScores, class_scores, count_pairs
+from darkformer_jax.tasks.table import table_lines
 from darkformer_jax.tasks.task import Batch, Sums
 
 _CLASSES_PER_LINE = 12
@@ -67,13 +68,9 @@ class ClassEvaluation(NamedTuple):
         """The confusion as a table; no lines if there are too many classes for a line."""
         if len(self.names) > _CLASSES_PER_LINE:
             return []
-        names = max(map(len, (*self.names, "true \\ taken for")))
-        widths = [max(len(name), 6) + 3 for name in self.names]
-        lines = ["true \\ taken for".ljust(names) + "".join(map(str.rjust, self.names, widths))]
-        for name, counts in zip(self.names, self.confusion.astype(int).tolist(), strict=True):
-            cells = (f"{count:{width},}" for count, width in zip(counts, widths, strict=True))
-            lines.append(name.ljust(names) + "".join(cells))
-        return lines
+        cells = [[f"{count:,}" for count in counts] for counts in self.confusion.astype(int).tolist()]
+        rows = [[name, *counts] for name, counts in zip(self.names, cells, strict=True)]
+        return table_lines([["true \\ taken for", *self.names], *rows])
 
     def __str__(self) -> str:
         accuracy, f1, matthews = self.scores

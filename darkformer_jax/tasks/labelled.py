@@ -24,6 +24,7 @@ from darkformer_jax.runs.load import WorkdirModel, load_model
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.measured import measure_all
 from darkformer_jax.tasks.scores import predict_by_bag_of_bytes
+from darkformer_jax.tasks.table import table_lines
 from darkformer_jax.tasks.task import Evaluation, Objective, ProgressBar, ScoreRequest, Scores
 from darkformer_jax.tasks.tokenizer import check_same_tokenizer, tokenizer_of, vocab_size_of
 
@@ -265,10 +266,5 @@ def _table(
 ) -> list[str]:
     """Lines with a model's figures, those of its rivals' predictions, and its details."""
     rows = {"this model": evaluation.row} | {name: objective.judge(labels, rivals[name]) for name in rivals}
-    names = max(map(len, rows)) + 2
-    widths = [max(len(name), 8) + 3 for name in objective.table_head]
-    lines = [" " * names + "".join(map(str.rjust, objective.table_head, widths))]
-    for name, figures in rows.items():
-        cells = (f"{figure:{width}.4f}" for figure, width in zip(figures, widths, strict=True))
-        lines.append(name.ljust(names) + "".join(cells))
-    return lines + evaluation.details()
+    cells = [[name, *(f"{figure:.4f}" for figure in figures)] for name, figures in rows.items()]
+    return table_lines([["", *objective.table_head], *cells]) + evaluation.details()

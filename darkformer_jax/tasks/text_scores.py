@@ -19,6 +19,7 @@ from darkformer_jax.model.network import Network
 from darkformer_jax.runs.load import WorkdirModel, load_language_model
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.next_token import token_sums
+from darkformer_jax.tasks.table import table_lines
 from darkformer_jax.tasks.task import Batch, ScoreRequest, Scores, Sums
 
 QUARTERS = 4
@@ -200,7 +201,7 @@ def _table(result: dict[str, Any]) -> str:
     for quarter in result["quarters"]:
         if quarter["first_position"] <= quarter["last_position"]:  # the last quarter of 5 tokens is empty
             rows.append(_cells(f"{quarter['first_position']}-{quarter['last_position']}", quarter))
-    return "\n".join([head, *(f"{row[0]:12s}" + "".join(f"{cell:>13s}" for cell in row[1:]) for row in rows)])
+    return "\n".join([head, *table_lines(rows)])
 
 
 def _cells(name: str, figures: dict[str, Any]) -> tuple[str, ...]:
