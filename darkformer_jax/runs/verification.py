@@ -19,7 +19,7 @@ _NO_STEP, _ONLY_DAMAGED = -1, -2  # instead of a step, when process 0 tells the 
 
 
 class Best(NamedTuple):
-    """Which of several steps is the best: the one with the best value of a metric."""
+    """Which of several steps is the best: the one with the smallest or largest value of a metric."""
 
     metric: str  # one that is saved with the step
     smaller: bool  # whether smaller is better
