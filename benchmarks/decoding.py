@@ -85,7 +85,7 @@ def theirs(workdir: str) -> Decode:
 def main() -> None:
     """Prints both speeds and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", required=True, help="of an exact-attention model")
+    parser.add_argument("--workdir", required=True, help="workdir of an exact-attention model")
     parser.add_argument("--prompt_tokens", type=int, default=64, help="(default: 64)")
     parser.add_argument("--new_tokens", type=int, default=128, help="(default: 128)")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each (default: 5)")

@@ -60,7 +60,7 @@ def compare(checks: Checks, unbroken: Path, workdir: Path, what: str) -> None:
 
 
 def kill(checks: Checks, processes: Processes, victim: int, step: int) -> None:
-    """Kills one process with -9; the others must end with an error in under a minute."""
+    """Sends SIGKILL to one process; the others must end with an error in under a minute."""
     processes.all[0].until(step)
     processes.all[victim].stop(signal.SIGKILL)
     started = time.monotonic()
@@ -138,7 +138,7 @@ def four_four_two(checks: Checks, scratch: Path, begin: Callable[..., Processes]
 
 
 def meshes(checks: Checks, scratch: Path, begin: Callable[..., Processes]) -> None:
-    """The state is split over two processes, which read the same rows because the mesh has no data axis."""
+    """The state is split over two processes. They read the same rows if the mesh does not split the batch."""
     for axis in ("fsdp", "tensor", "context"):
         finish(checks, begin(2, scratch / axis, ["--config.mesh.data=1", f"--config.mesh.{axis}=2"]))
         compare(checks, scratch / "unbroken", scratch / axis, f"2 processes, mesh.{axis} = 2")

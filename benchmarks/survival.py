@@ -75,7 +75,7 @@ def kill(child: Training, started: float, good: int) -> tuple[int, str, list[str
     if newest < max(seen, good):
         problems.append(f"step {max(seen, good)} was committed, and after the kill step {newest} is the newest")
     if newest != max(committed, default=0) or checkpoints.steps_without_manifest():
-        problems.append(f"after the kill, of steps {committed} some are damaged")
+        problems.append(f"after the kill, some of the steps {committed} are damaged")
     if child.resumed_from() not in ([], [good]):
         problems.append(f"step {good} was the newest, but it went on from {child.resumed_from()}")
     marks = [path for path in root.glob("*.unfinished") if path.stat().st_mtime > started]
@@ -90,7 +90,7 @@ def main() -> int:
     """Runs, kills, compares, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: 0)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         # A cache of its own: the killed processes read it, and only the unbroken run writes it.

@@ -128,7 +128,7 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _parse(line: str, found: re.Match[str], slices: Sequence[int], scattered: bool) -> Collective:
-    """The collective of a line. `scattered`: an all-reduce of which devices keep parts, a TPU's reduce-scatter."""
+    """The collective of a line. `scattered`: each device keeps its part of the all-reduce, as in a reduce-scatter."""
     kind, start = found[1], bool(found[2])
     arrays = [
         _num_bytes(dtype, dims)

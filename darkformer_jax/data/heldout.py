@@ -69,7 +69,7 @@ class HeldoutSplit:
 
 
 def _tail_start(text: str, fraction: float) -> int:
-    """Where the last `fraction` of the characters begins, or the next line after that place if there is one."""
+    """Where the last `fraction` of the characters begins, moved on to the next line if there is one."""
     cut = len(text) - max(1, round(len(text) * fraction))
     newline = text.find("\n", cut)
     return newline + 1 if 0 <= newline < len(text) - 1 else cut

@@ -117,7 +117,7 @@ def find_files(files: str, suffixes: tuple[str, ...], source: str) -> list[str]:
 def find_news_files(directory: str) -> list[str]:
     """Sorted paths of the `news.en-?????-of-?????` files below a One Billion Word release's directory."""
     if not os.path.isdir(directory):
-        raise UserError(f"{directory!r} is not a directory; the news source needs the One Billion Word release's")
+        raise UserError(f"{directory!r} is not a directory; the news source needs that of the One Billion Word release")
     # The release's test set is cut from shard 0, which is in its held-out folder: never train on that folder.
     paths = [
         path

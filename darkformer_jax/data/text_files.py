@@ -1,4 +1,4 @@
-"""Reading text files in bounded memory: plain, gzip-compressed and JSON lines, with errors that name the place.
+"""Reads text files in bounded memory: plain, gzip-compressed and JSON lines, with errors that name the place.
 
 Everything is read as bytes and decoded here, so line endings survive and byte counts are exact. For a file that is not
 text, the error names the offset of the first bad byte (in the uncompressed data if the file is compressed).
@@ -12,7 +12,7 @@ from typing import Any
 
 from darkformer_jax.errors import UserError
 
-OnRead = Callable[[int], None]  # is told how many more bytes were read from disk; drives progress bars
+OnRead = Callable[[int], None]  # called with the number of bytes just read from disk, for progress bars
 
 _BLOCK_BYTES = 1 << 20
 _PIECE_BYTES = 4 << 20

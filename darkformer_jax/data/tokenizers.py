@@ -315,7 +315,7 @@ def read_tokenizer(path: str) -> Tokenizer:
     if os.path.isdir(path):
         return load_tokenizer(path)
     if not os.path.isfile(path):
-        raise UserError(f"tokenizer {path!r} is no file; allowed: {_ALLOWED_SPECS}")
+        raise UserError(f"tokenizer {path!r} is not a file; allowed: {_ALLOWED_SPECS}")
     data = read_file(path)
     try:
         config = _read_hf_config(os.path.dirname(path))

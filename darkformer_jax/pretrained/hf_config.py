@@ -75,7 +75,7 @@ class HFConfig:
         ids = value if isinstance(value, list) else [value] * (value is not None)
         first = -1 if name == "pad_token_id" else 0
         if not all(isinstance(i, int) and not isinstance(i, bool) and first <= i < vocab_size for i in ids):
-            raise self.error(name, f"must be an id from 0 to {vocab_size - 1}, or a list of such")
+            raise self.error(name, f"must be an id from 0 to {vocab_size - 1}, or a list of such ids")
         return value
 
     def strings(self, name: str) -> list[str] | None:

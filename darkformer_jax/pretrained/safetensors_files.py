@@ -117,7 +117,7 @@ def _read_header(path: str) -> Iterator[tuple[str, StoredArray]]:
             f"{path}: damaged, or no safetensors file: its header is not JSON: {one_line(error)}"
         ) from error
     if not isinstance(header, dict):
-        raise UserError(f"{path}: damaged, or no safetensors file: its header is no object")
+        raise UserError(f"{path}: damaged, or no safetensors file: its header is not an object")
     header.pop("__metadata__", None)
     for name, entry in header.items():
         yield name, _checked_entry(path, name, entry, size - 8 - length)
@@ -126,7 +126,7 @@ def _read_header(path: str) -> Iterator[tuple[str, StoredArray]]:
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
-        raise ValueError("a name is there twice")
+        raise ValueError("a name occurs twice")
     return values
 
 
@@ -215,7 +215,7 @@ def _write_file(path: Path, arrays: Sequence[ArrayToWrite], values: Iterator[np.
         for array in arrays:
             value = np.ascontiguousarray(next(values))
             if value.shape != array.shape or value.dtype != array.dtype:
-                raise ValueError(f"{array.name}: {value.dtype}{value.shape} where {array.dtype}{array.shape} was said")
+                raise ValueError(f"{array.name}: {value.dtype}{value.shape}, expected {array.dtype}{array.shape}")
             file.write(value.reshape(-1).view(np.uint8).data)
 
 

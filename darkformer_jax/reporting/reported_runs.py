@@ -119,7 +119,7 @@ def _read_lines(path: str) -> list[dict[str, Any]]:
 
 def _checked(line: Any) -> dict[str, Any]:
     if not isinstance(line, dict) or type(line.get("step")) is not int:
-        raise ValueError("no step that is an integer")
+        raise ValueError("there is no integer step")
     for name in line.keys() & {*_CHECKED}:
         if type(line[name]) not in (int, float, type(None)):
             raise ValueError(f"{name} = {line[name]!r} is not a number")

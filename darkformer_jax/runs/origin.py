@@ -1,4 +1,4 @@
-"""A pretrained model's own config files: an import keeps them, training hands them on, an export writes them again."""
+"""Ids and lengths of a pretrained model: an import keeps them, training hands them on, an export writes them again."""
 
 import os
 from collections.abc import Mapping

@@ -125,7 +125,7 @@ class Workdir(os.PathLike[str]):
         return WorkdirLock(self)
 
     def read_config(self) -> dict[str, Any]:
-        """The config.json of a run, as nested dicts. Fields newer than the run have the value for what it did.
+        """The config.json of a run, as nested dicts. Fields that are newer than the run get values that describe it.
 
         Raises:
           UserError: there is none, it is not JSON, or it belongs to a Hugging Face model.
@@ -194,7 +194,7 @@ class Workdir(os.PathLike[str]):
         if saved != fingerprint:
             raise UserError(
                 f"workdir {self} was trained on other data (fingerprint {saved[:12]}, now {fingerprint[:12]}): files "
-                "changed, or this is another Python's library; use a new workdir or bring the data back"
+                "changed, or another Python's library is read; use a new workdir or bring the data back"
             )
 
     def write_data(self, fingerprint: str) -> None:

@@ -281,7 +281,7 @@ def test_a_dry_run_reads_no_text(changes, vocabulary, capsys):
     [
         ("bpe:x", "tokenizer 'bpe:x' is not possible"),
         ("bpe:9", "tokenizer 'bpe:9' is not possible"),
-        ("nowhere.json", "tokenizer 'nowhere.json' is no file"),
+        ("nowhere.json", "tokenizer 'nowhere.json' is not a file"),
         ("", "must hold exactly one of"),
     ],
 )
