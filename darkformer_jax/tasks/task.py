@@ -116,7 +116,8 @@ class Task(Protocol[E]):
     Attributes:
       objective: of the data that was loaded.
       best: the one of `Evaluation.as_metrics` whose smallest value is the best checkpoint's.
-      constants: arrays that the objective reads beside the batch, a teacher's, say; None where there are none.
+      constants: arrays that the objective reads beside the batch, a teacher's, say; None where there are none. They
+        are read when they are first asked for, and kept.
       fingerprints: of what must be the same in all processes; `data` is compared with the workdir's data.json.
     """
 

@@ -55,6 +55,7 @@ def train(config: ml_collections.ConfigDict, workdir: Workdir, progress: Progres
         processes.require_same("data", task.fingerprints)
         workdir.check_data(task.fingerprints["data"])
         experiment = Experiment.of(config, task.objective)
+        jax.block_until_ready(task.constants)  # a teacher is large: it is read only now that all else fits together
         progress.note(
             f"{task}; training {experiment.num_trained:,} of {experiment.num_params:,} parameters; "
             f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
