@@ -6,9 +6,9 @@ python -m darkformer_jax.compile --config=configs/lm_1b.py --topology=v5e:16x16 
 Without --config it takes the defaults. It compiles the very program that train.py would run there, on the config's
 mesh, and prints the memory that one device needs at most beside what it has and where it goes, the collectives of one
 step, and an estimate of its least time: of computing, of memory traffic, of the links within a slice and of the
-network between slices, each as if it were alone. Exit status 1 where the program does not fit. Needs libtpu, and
-neither TPUs nor data. Memory and collectives are the compiler's; the times come from the chips' published figures,
-and none was measured on a TPU.
+network between slices, each as if it were alone. Exit status 1 where the program does not fit. Needs libtpu and
+no TPUs, and no data but a labelled task's files, whose labels are the classes. Memory and collectives are the
+compiler's; the times come from the chips' published figures, and none was measured on a TPU.
 """
 
 import re

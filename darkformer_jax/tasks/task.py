@@ -1,6 +1,6 @@
 """The seam between the training loop and what is learned: the loop knows no tokens, and a task knows no loop.
 
-A `Task` is what a run learns, with its data. Its `Objective` is the part that needs no data: the functions that the
+A `Task` is what a run learns, with its data. Its `Objective` is the part that holds no data: the functions that the
 training step and the evaluation trace. A dry run and `compile` have an objective alone.
 """
 
@@ -135,7 +135,10 @@ class Task(Protocol[E]):
 
     @classmethod
     def objective_of(cls, config: ml_collections.ConfigDict) -> Objective:
-        """The objective of a validated config, without its data: nothing large is read."""
+        """The objective of a validated config, without its data.
+
+        A language model's reads a tokenizer at most; a labelled task's reads its files, whose labels are the classes.
+        """
         ...
 
     @classmethod

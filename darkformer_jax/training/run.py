@@ -28,7 +28,7 @@ from darkformer_jax.training.start import start
 
 
 def dry_run(config: ml_collections.ConfigDict) -> None:
-    """Prints the experiment's sizes. Reads the tokenizer, allocates nothing on a device."""
+    """Prints the experiment's sizes. Reads the tokenizer and a labelled task's files, allocates nothing on a device."""
     config = _resolve(config, None)
     description = Experiment.of(config, TASKS[config.task.name].objective_of(config)).describe()
     if jax.process_index() == 0:
