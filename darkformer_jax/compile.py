@@ -11,8 +11,9 @@ prints
     step time     the least that computing, memory traffic, the links within a slice and the network between slices
                   need, each as if it were alone
 
-Exit status 1 means that the program does not fit. The verb needs libtpu, but neither TPUs nor data. Memory and
-collectives are the compiler's. The times come from the chips' published figures; none was measured on a TPU.
+Exit status 1 means that the program does not fit. The verb needs libtpu, but no TPUs, and no data but a labelled
+task's files, whose labels are the classes. Memory and collectives are the compiler's. The times come from the chips'
+published figures; none was measured on a TPU.
 """
 
 import re

@@ -28,7 +28,7 @@ from darkformer_jax.training.start import start
 
 
 def dry_run(config: ml_collections.ConfigDict) -> None:
-    """Prints the experiment's sizes. Reads the tokenizer, but allocates nothing on a device."""
+    """Prints the experiment's sizes. Reads the tokenizer and a labelled task's files, allocates nothing on a device."""
     config = _resolve(config, None)
     description = Experiment.of(config, TASKS[config.task.name].objective_of(config)).describe()
     if jax.process_index() == 0:
@@ -55,6 +55,7 @@ def train(config: ml_collections.ConfigDict, workdir: Workdir, progress: RunProg
         processes.require_same("data", task.fingerprints)
         workdir.check_data(task.fingerprints["data"])
         experiment = Experiment.of(config, task.objective)
+        jax.block_until_ready(task.constants)  # a teacher is large: it is read only now that all else fits together
         progress.note(
             f"{task}; training {experiment.num_trained:,} of {experiment.num_params:,} parameters; "
             f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
