@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -131,6 +132,12 @@ def test_the_report_sets_the_model_beside_a_bag_of_bytes_and_the_commonest_class
     assert [line[:12] for line in lines[2:4]] == ["bag of bytes", "always 'ham'"]
     share = np.mean(task.heldout.labels == 0)
     assert lines[3].split()[2:] == [f"{share:.4f}", "0.0000", "0.0000"]
+
+
+def test_the_fingerprint_of_the_data_changes_with_either_split(task):
+    others = (dataclasses.replace(task, train=task.heldout), dataclasses.replace(task, heldout=task.train))
+    begins = {each.fingerprints["data"][:12] for each in (task, *others)}  # what a message shows
+    assert len(begins) == 3
 
 
 def test_the_classes_are_saved_and_others_are_refused(task, tmp_path):
