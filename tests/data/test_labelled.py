@@ -16,6 +16,7 @@ from darkformer_jax.data.labelled import (
     number_labels,
     read_examples,
     save_class_names,
+    shown_label,
     split_examples,
 )
 from darkformer_jax.data.tokenizers import BytesTokenizer
@@ -155,6 +156,16 @@ def test_a_regression_needs_numbers():
     assert number_labels(examples([("a", "1"), ("b", "-2.5")])).tolist() == [1.0, -2.5]
     with pytest.raises(UserError, match=r"made.tsv:3: the label 'nan' is not a number, but task.name = 'regression'"):
         number_labels(examples([("a", "1"), ("b", "nan")]))
+
+
+def test_labels_are_shown_without_control_characters_and_cut():
+    assert shown_label("ham\n\x1b[31m") == r"ham\n\x1b[31m"
+    assert shown_label("x" * 5000) == "x" * 40 + "..."
+    long = examples([("a", "x" * 5000)])
+    with pytest.raises(UserError, match=r"the label 'x{40}\.\.\.'; it has seen: y{40}\.\.\.$"):
+        class_labels(long, ["y" * 5000])
+    with pytest.raises(UserError, match=r"the label 'x{40}\.\.\.' is not a number"):
+        number_labels(long)
 
 
 def test_a_batch_by_hand():
