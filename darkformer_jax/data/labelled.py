@@ -55,8 +55,11 @@ def read_examples(files: str, columns: Columns) -> list[Example]:
     """All examples of the files that comma-separated globs and directories name, in order.
 
     Raises:
-      UserError: there is no such file or column, or an example has no text or label; the line is named.
+      UserError: there is no such file, or one column for text and another for labels, or an example has no text or
+        label; the line is named.
     """
+    if columns.text == columns.label:
+        raise UserError(f"text and label have the same column {columns.text!r}; allowed: two columns")
     examples: list[Example] = []
     for path in find_files(files, _SUFFIXES, "labelled"):
         records = _table_records(path, columns) if path.endswith(_TABLE_SUFFIXES) else read_json_records(path)
@@ -77,9 +80,13 @@ def _table_records(path: str, columns: Columns) -> Iterator[tuple[int, dict[str,
     begin = 1
     try:
         header = [name.strip().removeprefix("\ufeff") for name in next(reader)]
+        if not any(header):
+            raise UserError(f"{path}: line 1 is blank; the first line names the columns")
         for column in columns:
             if column not in header:
                 raise UserError(f"{path} has no column {column!r}; it has: {', '.join(header)}")
+            if header.count(column) > 1:
+                raise UserError(f"{path} has {header.count(column)} columns {column!r}; allowed: one")
         begin = reader.line_num + 1
         for fields in reader:
             if len(fields) > len(header):

@@ -73,6 +73,8 @@ def test_columns_have_the_names_that_are_asked_for_and_json_labels_may_be_number
     [
         ("a.tsv", "sentence\tlabel\nx\t1\n", "a.tsv has no column 'text'; it has: sentence, label"),
         ("a.csv", "text,class\nx,1\n", "a.csv has no column 'label'; it has: text, class"),
+        ("a.tsv", "text\tlabel\tlabel\nx\t1\t2\n", "a.tsv has 2 columns 'label'; allowed: one"),
+        ("a.csv", "\ntext,label\nx,1\n", "a.csv: line 1 is blank; the first line names the columns"),
         ("a.tsv", "text\tlabel\nx\t1\n \t0\n", "a.tsv:3: the text in 'text' is empty"),
         ("a.tsv", "text\tlabel\nx\t1\ny\n", "a.tsv:3: there is no label in 'label'"),
         ("a.csv", 'text,label\n"a\nb",\n', "a.csv:2: there is no label in 'label'"),
@@ -95,6 +97,15 @@ def test_what_is_wrong_in_a_file_is_named_with_its_line(tmp_path, name, content,
     with pytest.raises(UserError) as error:
         read_examples(write(tmp_path, name, content), COLUMNS)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_one_column_is_not_text_and_label(tmp_path):
+    with pytest.raises(UserError, match="text and label have the same column 'text'; allowed: two columns"):
+        read_examples(write(tmp_path, "a.tsv", "text\tlabel\nx\t1\n"), Columns("text", "text"))
+
+
+def test_columns_that_are_not_read_may_have_the_same_name(tmp_path):
+    assert read_examples(write(tmp_path, "a.csv", "label,text,,\nham,hi,,\n"), COLUMNS)[0][:2] == ("hi", "ham")
 
 
 def test_the_hash_of_the_text_decides_what_is_held_out(tmp_path):
