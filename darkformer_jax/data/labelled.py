@@ -34,6 +34,7 @@ _MAX_FIELD_CHARACTERS = 64 << 20  # the csv module's own limit, 128 KiB, is less
 _ENCODED_AT_ONCE = 1024  # examples
 _SHOWN_CLASSES = 10  # in an error
 _SHOWN_CHARACTERS = 40  # of a label
+_LARGEST_NUMBER = float(np.finfo(np.float32).max)  # labels are float32 in batches
 
 
 class Columns(NamedTuple):
@@ -184,13 +185,18 @@ def class_labels(examples: Sequence[Example], names: Sequence[str]) -> np.ndarra
 
 
 def number_labels(examples: Sequence[Example]) -> np.ndarray:
-    """[n] float32: each label as a number. Raises UserError, which names its place, for a label that is not one."""
+    """[n] float32: each label as a number. Raises UserError, which names its place, for one that float32 lacks."""
     numbers = [_number(example.label) for example in examples]
     for example, number in zip(examples, numbers, strict=True):
         if number is None:
             raise UserError(
                 f"{example.place}: the label '{shown_label(example.label)}' is not a number, but task.name = "
                 "'regression'; allowed: finite numbers, or task.name = 'classification'"
+            )
+        if abs(number) > _LARGEST_NUMBER:
+            raise UserError(
+                f"{example.place}: the label '{shown_label(example.label)}' is too large for float32; "
+                f"allowed: up to {_LARGEST_NUMBER:.2e}"
             )
     return np.array(numbers, np.float32)
 

@@ -169,6 +169,12 @@ def test_a_regression_needs_numbers():
         number_labels(examples([("a", "1"), ("b", "nan")]))
 
 
+def test_a_number_beyond_float32_is_refused():
+    assert number_labels(examples([("a", "3.4e38")])).tolist() == [float(np.float32(3.4e38))]
+    with pytest.raises(UserError, match=r"made.tsv:3: the label '-1e300' is too large for float32; allowed: up to 3.4"):
+        number_labels(examples([("a", "1"), ("b", "-1e300")]))
+
+
 def test_labels_are_shown_without_control_characters_and_cut():
     assert shown_label("ham\n\x1b[31m") == r"ham\n\x1b[31m"
     assert shown_label("x" * 5000) == "x" * 40 + "..."
