@@ -93,7 +93,6 @@ def _validate_rope(model: ml_collections.ConfigDict) -> None:
 
 def _validate_training(config: ml_collections.ConfigDict) -> None:
     optimizer = config.optimizer
-    _require(config.seed < 2**32, f"seed = {config.seed}: must be below 2**32")
     _require(
         config.batch_size % config.accumulation_steps == 0,
         f"batch_size = {config.batch_size} is not a multiple of accumulation_steps = {config.accumulation_steps}",

@@ -1,6 +1,8 @@
 """The model of a finished or running run, for verbs that use one, such as generate and evaluate."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -8,9 +10,10 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh, NamedSharding
 
+from darkformer_jax.config.base import LABELLED_TASKS
+from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.config.specs import model_spec
 from darkformer_jax.config.validation import from_json, validate
-from darkformer_jax.data.labelled import load_class_names
 from darkformer_jax.data.tokenizers import Tokenizer, load_tokenizer
 from darkformer_jax.errors import UserError, one_line
 from darkformer_jax.model.lora import merge_lora
@@ -35,30 +38,26 @@ class WorkdirModel(NamedTuple):
 def load_model(workdir: Workdir, step: int | None = None, mesh: Mesh | None = None) -> WorkdirModel:
     """Reads the newest undamaged checkpoint of a workdir, or that of `step`, onto the mesh or the default device.
 
-    Parameters keep the dtypes of the checkpoint, which are float32 after training. Low-rank updates are merged into the
-    weights, so the returned model and its config have none.
+    The checkpoint says how many outputs the model has per sequence. Parameters keep the dtypes of the checkpoint, which
+    are float32 after training. Low-rank updates are merged into the weights, so the returned model and its config
+    have none.
 
     Raises:
       UserError: no config, no checkpoint, a damaged one, or one that does not fit the config.
     """
-    saved = workdir.read_config()
-    tokenizer = load_tokenizer(str(workdir.local))
-    try:
-        config = from_json(saved)
-        validate(config)
-        num_outputs = _num_outputs(config.task.name, workdir)
-        network = Network.of(model_spec(config, tokenizer.vocab_size, num_outputs))
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-        reason = one_line(error)
-        raise UserError(f"{workdir}/{CONFIG_FILE} is not the config of a run of this version: {reason}") from error
+    config, tokenizer = _read_config(workdir)
     checkpoints = Checkpoints(workdir)
     step = checkpoints.good_step(step)
+    saved = checkpoints.saved_shapes(step)["params"]
+    num_outputs = saved["classifier"]["bias"].shape[0] if "classifier" in saved else 0
+    with _config_errors(workdir):
+        network = Network.of(model_spec(config, tokenizer.vocab_size, num_outputs))
     params, projections = jax.eval_shape(lambda: network.init(jax.random.key(0)))
     if mesh is not None:
         sharding = functools.partial(variable_sharding, mesh=mesh)
         params = jax.tree.map(_with_sharding, params, network.map_params(sharding))
         projections = jax.tree.map(_with_sharding, projections, network.map_projections(sharding))
-    wanted = {"params": _with_dtypes(params, checkpoints.saved_shapes(step)["params"])}
+    wanted = {"params": _with_dtypes(params, saved)}
     wanted |= {"projections": projections} if projections else {}
     _, restored = checkpoints.restore(wanted, step, partial=True, verify=False)
     checkpoints.close()
@@ -73,20 +72,45 @@ def load_model(workdir: Workdir, step: int | None = None, mesh: Mesh | None = No
 
 def load_language_model(workdir: Workdir, step: int | None = None, mesh: Mesh | None = None) -> WorkdirModel:
     """`load_model` for a language model. Raises UserError also for a model of another task."""
-    model = load_model(workdir, step, mesh)
-    if model.network.spec.num_outputs:
+    _require_language_model(workdir)
+    return load_model(workdir, step, mesh)
+
+
+def language_model_network(workdir: Workdir) -> Network:
+    """The network that `load_language_model` loads, without its checkpoint. Raises UserError as it does."""
+    _require_language_model(workdir)
+    config, tokenizer = _read_config(workdir)
+    config.model.lora_rank = 0  # as `load_model` merges it
+    with _config_errors(workdir):
+        return Network.of(model_spec(config, tokenizer.vocab_size))
+
+
+def _require_language_model(workdir: Workdir) -> None:
+    task = dict(flat_fields(workdir.read_config())).get("task.name")
+    if task in LABELLED_TASKS:
         raise UserError(
-            f"{workdir}: a model with task.name = {model.config.task.name!r} predicts no next token; "
-            "allowed: a language model's workdir"
+            f"{workdir}: a model with task.name = {task!r} predicts no next token; allowed: a language model's workdir"
         )
-    return model
 
 
-def _num_outputs(task: str, workdir: Workdir) -> int:
-    """How many numbers the model of a task gives per sequence; 0 = logits of the next token."""
-    if task == "classification":
-        return len(load_class_names(workdir.local))
-    return 1 if task == "regression" else 0
+def _read_config(workdir: Workdir) -> tuple[ml_collections.ConfigDict, Tokenizer]:
+    """The validated config of a workdir, and its tokenizer."""
+    saved = workdir.read_config()
+    tokenizer = load_tokenizer(str(workdir.local))
+    with _config_errors(workdir):
+        config = from_json(saved)
+        validate(config)
+        return config, tokenizer
+
+
+@contextlib.contextmanager
+def _config_errors(workdir: Workdir) -> Iterator[None]:
+    """Whatever a broken config raises is a UserError that names its file."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        reason = one_line(error)
+        raise UserError(f"{workdir}/{CONFIG_FILE} is not the config of a run of this version: {reason}") from error
 
 
 def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -189,6 +189,11 @@ class LabelledTask(ABC, Generic[O, E]):
                 raise UserError(f"--{name}={getattr(request, name)}: only a language model has windows of its text")
         model = load_model(workdir, step)
         objective = cls.trained_objective(model.config, model.tokenizer.vocab_size, workdir)
+        if model.network.spec.num_outputs != objective.num_outputs:
+            raise UserError(
+                f"{workdir}: its checkpoint has {model.network.spec.num_outputs} outputs per text, its "
+                f"{model.config.task.name} {objective.num_outputs}; allowed: a checkpoint of the same run"
+            )
         examples = read_examples(request.files, columns_of(model.config))
         rows = LabelledRows(examples, objective.labels(examples), model.tokenizer, model.config.sequence_length)
         began = time.perf_counter()

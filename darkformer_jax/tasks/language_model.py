@@ -22,7 +22,7 @@ from darkformer_jax.runs.origin import ends_of_text
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.next_token import NextToken
 from darkformer_jax.tasks.task import ScoreRequest, Scores
-from darkformer_jax.tasks.teacher import Teacher, load_teacher
+from darkformer_jax.tasks.teacher import Teacher
 from darkformer_jax.tasks.text_scores import score_text
 from darkformer_jax.tasks.texts import Writer
 from darkformer_jax.tasks.tokenizer import check_same_tokenizer, tokenizer_of, vocab_size_of
@@ -82,7 +82,7 @@ class LanguageModel:
 
     @classmethod
     def load(cls, config: ml_collections.ConfigDict, workdir: Workdir) -> "LanguageModel":
-        """Reads both splits, and restores the teacher onto the config's mesh."""
+        """Reads both splits. The first use of `constants` reads the teacher's weights."""
         d = config.data
         part = (jax.process_index(), jax.process_count())
         data = load_data(
@@ -96,8 +96,7 @@ class LanguageModel:
         fingerprint = data.tokenizer.fingerprint
         if config.init_from:
             check_same_tokenizer(Workdir(config.init_from), fingerprint, "init_from")
-        weight = config.distill.weight
-        teacher = load_teacher(config, data.tokenizer.vocab_size, fingerprint) if weight else None
+        teacher = Teacher.of(config, data.tokenizer.vocab_size, fingerprint) if config.distill.weight else None
         return cls(config, data, teacher)
 
     @property

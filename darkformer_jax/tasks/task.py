@@ -1,6 +1,6 @@
 """The interface between the training loop and a task: the loop knows no tokens, and a task knows no loop.
 
-A `Task` is what a run learns, with its data. Its `Objective` is the part that needs no data: the functions that the
+A `Task` is what a run learns, with its data. Its `Objective` is the part that holds no data: the functions that the
 training step and the evaluation trace. A dry run and `compile` need only an objective.
 """
 
@@ -116,7 +116,8 @@ class Task(Protocol[E]):
     Attributes:
       objective: the objective for the loaded data.
       best: the metric of `Evaluation.as_metrics` whose smallest value marks the best checkpoint.
-      constants: further arrays that the objective reads, such as a teacher's; None = there are none.
+      constants: further arrays that the objective reads, such as a teacher's; None = there are none. They are read at
+        the first use, and kept.
       fingerprints: hashes of what must be the same in all processes; data.json in the workdir must match `data`.
     """
 
@@ -134,7 +135,10 @@ class Task(Protocol[E]):
 
     @classmethod
     def objective_of(cls, config: ml_collections.ConfigDict) -> Objective:
-        """The objective of a validated config, without its data: nothing large is read."""
+        """The objective of a validated config, without its data.
+
+        A language model's reads a tokenizer at most; a labelled task's reads its files, whose labels are the classes.
+        """
         ...
 
     @classmethod

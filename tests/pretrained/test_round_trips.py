@@ -145,9 +145,7 @@ def test_a_classifier_is_refused(tmp_path, causal):
     task = Classification.load(config, Workdir(tmp_path / "run"))
     write_workdir(tmp_path / "run", config, fresh_state(Experiment.of(config, task.objective)))
     save_class_names(tmp_path / "run", ("ham", "spam"))
-    with pytest.raises(
-        UserError, match=r"its model is of task.name = 'classification' and predicts no next token;[^\n]*$"
-    ):
+    with pytest.raises(UserError, match=r"a model with task.name = 'classification' predicts no next token;[^\n]*$"):
         export_workdir(Workdir(tmp_path / "run"), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 

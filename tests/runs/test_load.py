@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 
 from darkformer_jax.errors import UserError
-from darkformer_jax.runs.load import load_model
+from darkformer_jax.runs.load import load_language_model, load_model
 from darkformer_jax.runs.workdir import Workdir
-from tests.tiny_runs import experiment_of, tiny_config, write_workdir
+from darkformer_jax.tasks.classification import Classes
+from darkformer_jax.training.experiment import Experiment
+from tests.tasks.labelled_files import labelled_config
+from tests.tiny_runs import experiment_of, fresh_state, tiny_config, write_workdir
 
 pytestmark = pytest.mark.standard_promotion  # the state of a checkpoint is made with its optimizer
 
@@ -42,6 +45,20 @@ def test_a_step_that_is_absent_or_damaged_is_named(experiment, tmp_path):
     for step in (None, 3):
         with pytest.raises(UserError, match="damaged: step 3: file _METADATA is missing"):
             load_model(Workdir(tmp_path), step)
+
+
+def test_a_checkpoint_says_how_many_outputs_its_model_has(tmp_path):
+    config = labelled_config("mails.jsonl")
+    of_three = Experiment.of(config, Classes(257, 32, ("a", "b", "c")))
+    write_workdir(tmp_path, config, fresh_state(of_three))
+    model = load_model(Workdir(tmp_path))
+    assert model.network.spec.num_outputs == 3 and model.params["classifier"]["kernel"].shape == (32, 3)
+
+
+def test_a_model_of_labels_is_refused_as_a_language_model_before_its_checkpoint_is_read(tmp_path):
+    Workdir(tmp_path).write_config(labelled_config("mails.jsonl").to_dict())
+    with pytest.raises(UserError, match="a model with task.name = 'classification' predicts no next token"):
+        load_language_model(Workdir(tmp_path))
 
 
 def test_integers_are_no_parameters(experiment, tmp_path):

@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
+from darkformer_jax.cli.progress import progress_bar
 from darkformer_jax.config.specs import model_spec
-from darkformer_jax.data.labelled import LABELS_FILE, load_class_names
+from darkformer_jax.data.labelled import LABELS_FILE, load_class_names, save_class_names
 from darkformer_jax.distributed.sharding import Part
 from darkformer_jax.errors import UserError
 from darkformer_jax.model.network import Network
@@ -17,11 +18,12 @@ from darkformer_jax.model.trainable import trained_paths
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.classification import Classes, ClassEvaluation, Classification
 from darkformer_jax.tasks.scores import class_scores
+from darkformer_jax.tasks.task import ScoreRequest
 from darkformer_jax.training.evaluation import make_eval_step, measure, put_batch
 from darkformer_jax.training.experiment import Experiment
 from darkformer_jax.training.step import make_state_init, make_train_step
 from tests.tasks.labelled_files import labelled_config, write_labelled
-from tests.tiny_runs import on_eight_devices
+from tests.tiny_runs import fresh_state, on_eight_devices, write_workdir
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -159,6 +161,15 @@ def test_the_classes_are_saved_and_others_are_refused(task, tmp_path):
     write_labelled(tmp_path / "mails.jsonl", ("good", "bad"))
     with pytest.raises(UserError, match=r"was trained on the labels ham, spam; .*mails.jsonl has bad, good"):
         Classification.load(task.config, workdir)
+
+
+def test_names_of_another_checkpoint_are_refused(task, tmp_path):
+    workdir = Workdir(tmp_path / "run")
+    write_workdir(workdir.local, task.config, fresh_state(Experiment.of(task.config, task.objective)))
+    save_class_names(workdir.local, ("a", "b", "c"))
+    request = ScoreRequest(task.config.data.files, 4, None, None, None)
+    with pytest.raises(UserError, match="run: its checkpoint has 2 outputs per text, its classification 3; allowed"):
+        Classification.score(workdir, None, request, progress_bar)
 
 
 def test_fewer_examples_than_a_batch_are_refused(task, tmp_path):

@@ -9,8 +9,9 @@ import pytest
 
 from darkformer_jax.data.tokenizers import BytesTokenizer
 from darkformer_jax.errors import UserError
+from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.next_token import NextToken, kl_divergence
-from darkformer_jax.tasks.teacher import load_teacher
+from darkformer_jax.tasks.teacher import Teacher
 from darkformer_jax.training.step import TrainState, make_train_step
 from tests.tiny_runs import (
     experiment_of,
@@ -117,7 +118,7 @@ def test_micro_batches_add_up_and_without_a_teacher_nothing_is_reported():
 def test_what_is_no_teacher_of_this_model(tmp_path):
     def load(fingerprint=BytesTokenizer.fingerprint, workdir=tmp_path, **changes):
         config = tiny_config(**STUDENT | changes, distill__workdir=str(workdir), distill__weight=WEIGHT)
-        return load_teacher(config, 257, fingerprint)
+        return Teacher.of(config, 257, fingerprint)
 
     with pytest.raises(UserError, match=f"{tmp_path}/none/config.json cannot be read"):
         load(workdir=tmp_path / "none")
@@ -130,6 +131,29 @@ def test_what_is_no_teacher_of_this_model(tmp_path):
         load("0" * 64)
     with pytest.raises(UserError, match=f"distill.workdir = {tmp_path}: its model has 257 ids, this one 300"):
         load(model__vocab_size=300)
+
+
+def test_a_run_that_does_not_fit_together_reads_no_teacher(tmp_path):
+    workdir = Workdir(tmp_path / "teacher")
+    workdir.write_config(experiment(**TEACHER).config.to_dict())
+    BytesTokenizer().save(str(workdir))
+    config = tiny_config(
+        **STUDENT,
+        data__files=write_text(tmp_path / "text.txt"),
+        optimizer__train="geometry",
+        distill__workdir=str(workdir),
+        distill__weight=WEIGHT,
+    )
+    with pytest.raises(UserError, match="a model of softmax layers has no M"):
+        run(config, tmp_path / "run")
+    config.optimizer.train = "all"
+    config.model.vocab_size = 300
+    with pytest.raises(UserError, match="its model has 257 ids, this one 300"):
+        run(config, tmp_path / "run")
+    config.model.vocab_size = 0
+    with pytest.raises(UserError, match="no checkpoint in .*teacher"):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_resumed_run_has_the_same_teacher_and_saves_none(tmp_path):
