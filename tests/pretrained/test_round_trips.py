@@ -190,7 +190,7 @@ def test_what_a_damaged_or_contradictory_export_says(tmp_path):
     )
     refused(
         lambda path: (path / "darkformer.json").write_text(json.dumps(newer)),
-        f"darkformer.json is of version {VERSION + 1}, and this darkformer_jax reads 0 to {VERSION}",
+        f"darkformer.json is of version {VERSION + 1}, but this darkformer_jax reads 0 to {VERSION}",
     )
     refused(with_model(sauce=1), "darkformer.json does not fit this version")
     refused(with_model(**{"attention.num_features": 4}), "darkformer.json makes it")
