@@ -7,14 +7,15 @@ Files are .tsv, .csv or .jsonl with a text and a label per line; --config.task.t
 not called `text` and `label`. Without `heldout`, 15% of the texts are held out, chosen by a hash of each.
 
 Arguments: files, heldout (a file, or globs in quotes), attention (as in configs/ablation.py), m (random features per
-head), window and chunk (tokens), pooling (last, mean), length (tokens of a text that are read), batch, lr and
-geometry_lr (peak learning rates), steps, seed.
+head), window and chunk (tokens), causal (False: tokens see their whole text), pooling (last, mean), length (tokens of a
+text that are read), batch, lr and geometry_lr (peak learning rates), steps, seed.
 """
 
 import ml_collections
 
 from darkformer_jax.config import base
 from darkformer_jax.config.arguments import set_arguments
+from darkformer_jax.config.fields import boolean
 
 FIELDS = {
     "files": ("data.files", str),
@@ -23,6 +24,7 @@ FIELDS = {
     "m": ("model.attention.num_features", int),
     "window": ("model.attention.window", int),
     "chunk": ("model.attention.chunk_size", int),
+    "causal": ("model.causal", boolean),
     "pooling": ("task.pooling", str),
     "length": ("sequence_length", int),
     "batch": ("batch_size", int),
@@ -52,6 +54,4 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
     c.eval.every = 100
     c.checkpoint.every = 100
     set_arguments(c, filter(None, arguments.split(",")), FIELDS, "configs/classify.py")
-    if not c.task.heldout_files:
-        c.data.heldout_fraction = 0.15
     return c

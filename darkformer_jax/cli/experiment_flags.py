@@ -10,7 +10,7 @@ from ml_collections import config_flags
 from darkformer_jax.config import base
 from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.config.pattern import ATTENTION
-from darkformer_jax.config.validation import require_used
+from darkformer_jax.config.validation import require_task_uses, require_used
 from darkformer_jax.errors import UserError, one_line
 
 FLAGS = flags.FLAGS
@@ -39,11 +39,12 @@ def parse_experiment_flags(argv: list[str], default_config: str, define: Callabl
 
 
 def _require_used_overrides() -> None:
-    """Raises UserError for a field of the command line that no layer uses, --config.model.attention.<field>=..."""
+    """Raises UserError for a field of the command line, --config.<field>=..., that no layer or not the task uses."""
+    overrides = list(config_flags.get_override_values(FLAGS["config"]))
+    require_task_uses(FLAGS.config, overrides)
     if FLAGS.config.model.attention.pattern is None:  # what the layers are is another run's to say
         return
-    names = [name for name in config_flags.get_override_values(FLAGS["config"]) if name.startswith(ATTENTION)]
-    require_used(FLAGS.config, names)
+    require_used(FLAGS.config, [name for name in overrides if name.startswith(ATTENTION)])
 
 
 def _quoted_end(error: Exception) -> str:

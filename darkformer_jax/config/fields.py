@@ -25,7 +25,7 @@ class Field:
       default: its value unless an experiment sets another; its type is the field's.
       rule, allowed: which values are allowed, as a test and in words.
       off: the value that means "not used"; None = the field has always a value. A field that is not off must be used by
-        a layer of the model (`config.validation`).
+        a layer of the model or by the task (`config.validation`).
       needs: a field of the same section that must not be off where this one is not.
       since: the version of config.json that has the field first (`config.migrations`); 0 = all of them.
       before: what earlier runs meant, where that is not the default.
@@ -89,6 +89,13 @@ def anything(default: Any, **more: Any) -> Any:
 def strings(*default: str) -> Any:
     """Texts."""
     return Field(default, lambda value: all(isinstance(x, str) for x in value), "must be strings")
+
+
+def boolean(text: str) -> bool:
+    """True or False, in capitals or not. Raises ValueError for other texts."""
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"
 
 
 def flat_section(section: Section, prefix: str = "") -> Iterator[tuple[str, Field]]:

@@ -1,6 +1,6 @@
 """Mistakes in a config are found before any compile: values out of range, and values that contradict each other."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_collections
@@ -13,6 +13,7 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
 
 LABELLED_SOURCE = "labelled"
+_OF_LANGUAGE_MODELS = ("optimizer.z_loss", "distill.weight")
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -139,7 +140,7 @@ def _validate_training(config: ml_collections.ConfigDict) -> None:
 
 
 def _validate_task(config: ml_collections.ConfigDict) -> None:
-    """A field that the task does not use is as it is without it."""
+    """A field that the task does not use is off, or as it is without anyone's doing."""
     task, source = config.task, config.data.source
     is_labelled = task.name in LABELLED_TASKS
     _require(
@@ -147,18 +148,31 @@ def _validate_task(config: ml_collections.ConfigDict) -> None:
         f"data.source = {source!r} with task.name = {task.name!r}; allowed: {LABELLED_SOURCE!r} with "
         f"{' or '.join(LABELLED_TASKS)}, other sources with language_model",
     )
-    unused: dict[str, Any] = {"optimizer.z_loss": 0.0, "distill.weight": 0.0}
-    if not is_labelled:
-        own = [name for name in fields() if name.startswith("task.") and name != "task.name"]
-        unused = {name: fields()[name].default for name in own} | {"model.causal": True}
-    values = dict(flat_fields(config.to_dict()))
-    for name, value in unused.items():
-        _require(values[name] == value, f"{name} = {values[name]!r} with task.name = {task.name!r}; allowed: {value!r}")
+    of_labelled = [name for name in fields() if name.startswith("task.") and name != "task.name"] + ["model.causal"]
+    for name in _OF_LANGUAGE_MODELS if is_labelled else of_labelled:
+        field = fields()[name]
+        _require_unset(config, name, field.default if field.off is None else field.off, field.default)
     share = config.data.heldout_fraction
     _require(
         not (share and task.heldout_files),
         f"data.heldout_fraction = {share} with task.heldout_files = {task.heldout_files!r}; allowed: 0",
     )
+
+
+def require_task_uses(config: ml_collections.ConfigDict, names: Iterable[str]) -> None:
+    """Raises UserError for the first of the fields that only a language model uses, if the task is another one.
+
+    names: of fields that were set by hand. Their defaults count as set, too; only what is off is not.
+    """
+    if config.task.name in LABELLED_TASKS:
+        for name in names:
+            if name in _OF_LANGUAGE_MODELS:
+                _require_unset(config, name, fields()[name].off)
+
+
+def _require_unset(config: ml_collections.ConfigDict, name: str, *allowed: Any) -> None:
+    value = dict(flat_fields(config.to_dict()))[name]
+    _require(value in allowed, f"{name} = {value!r} with task.name = {config.task.name!r}; allowed: {allowed[0]!r}")
 
 
 def from_json(saved: Mapping[str, Any]) -> ml_collections.ConfigDict:
