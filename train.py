@@ -1,4 +1,4 @@
-"""Trains what a config describes; run again with the same --workdir, it resumes.
+"""Trains the experiment that a config describes. Run it again with the same --workdir to resume.
 
 python train.py                                                          the quickstart: a small model, real text
 python train.py --config=configs/lm_1b.py --workdir=runs/lm_1b           another experiment
@@ -6,8 +6,8 @@ python train.py --config=configs/ablation.py:attention=performer,m=128   an abla
 python train.py --config=configs/finetune.py:dark --config.init_from=runs/smollm2   a pretrained model, fine-tuned
 python train.py --config.optimizer.learning_rate=1e-3 --dry_run          override any field; print sizes and stop
 
-On several machines, the same command on each: TPU VMs and srun tell the processes of each other. Elsewhere flags do:
---coordinator=HOST:PORT --num_processes=N --process_id=I, where HOST is that of process 0. launch/ has scripts.
+On several machines, run the same command on each. On TPU VMs and under srun, the processes find each other. Elsewhere,
+give --coordinator=HOST:PORT --num_processes=N --process_id=I, where HOST is that of process 0. launch/ has scripts.
 """
 
 import sys
@@ -30,12 +30,12 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def define_flags() -> None:
-    """Those beside --config."""
+    """Defines the flags beside --config."""
     flags.DEFINE_string("workdir", None, "Directory of the run (default: runs/<name of the config file>).")
     flags.DEFINE_bool("dry_run", False, "Print parameters, state size and tokens per step, without training.")
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where nothing else tells the processes of it.")
-    flags.DEFINE_integer("num_processes", None, "How many processes train together; with --coordinator.")
-    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0; with --coordinator.")
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if the processes cannot find it themselves.")
+    flags.DEFINE_integer("num_processes", None, "Number of processes that train together; with --coordinator.")
+    flags.DEFINE_integer("process_id", None, "Index of this process, from 0; with --coordinator.")
     flags.DEFINE_integer(
         "coordinator_timeout", 300, "Seconds to wait for all processes at the start.", lower_bound=1, upper_bound=86400
     )
@@ -48,12 +48,12 @@ def default_workdir() -> str:
 
 
 def main(argv: list[str]) -> None:
-    """Hands the config over; a mistake is one line and exit status 2 (1 if it may pass), a signal 128 + its number."""
+    """Trains. Exit status: 2 after a mistake, in one line (1 if it may pass), and 128 + its number after a signal."""
     from darkformer_jax.distributed import processes  # in here because --help needs no jax
     from darkformer_jax.training.stopping import Stopped
 
     if not FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save
+        logging.set_verbosity(logging.WARNING)  # Orbax logs every step of every save
     stop: Stopped | None = None
     try:
         try:
@@ -63,9 +63,9 @@ def main(argv: list[str]) -> None:
             print(stop, file=sys.stderr)
         processes.leave()
     except UserError as error:
-        # What starts the processes again (launch/gke.sh) does so after 1, and gives up after 2.
+        # Kubernetes (launch/gke.sh) starts the processes again after 1, and gives up after 2.
         processes.fail(str(error), 1 if isinstance(error, Transient) else 2)
-    except OSError as error:  # a full disk, where nothing more can be said about it
+    except OSError as error:  # such as a full disk
         processes.fail(one_line(error), 1)
     except KeyboardInterrupt:
         processes.fail("interrupted while no step was under way", 130)

@@ -5,12 +5,12 @@
     python -m benchmarks.attention --crossover --decode --memory --out=attention.json
 
 Sizes: batch 1, 8 heads of 64, 256 features; inputs are N(0, 1), in each library's own axis order. "forward+backward" is
-the output and the gradients of q, k, v and of the learned geometry where there is one. The contenders take turns within
-every repetition, so that noise hits all of them. On a busy machine still read the minima: PyTorch's threads wait for
-each other and lose more to other processes than XLA's, which flatters ours in the medians.
-Contenders that are not installed, or need more memory than is free, are left out with the reason.
+the output and the gradients of q, k, v and of the learned geometry if there is one. The contenders take turns within
+every repetition, so noise hits all of them. On a busy machine, still read the minima: PyTorch's threads wait for each
+other and lose more to other processes than XLA's, so the medians flatter ours.
+Contenders that are not installed, or need more memory than is free, are left out, and the table says why.
 
-With --memory, --decode or --crossover only those are measured; add --lengths to get the table as well.
+--memory, --decode and --crossover measure only what they name; add --lengths to get the table as well.
 """
 
 import argparse
@@ -57,15 +57,15 @@ CROSSOVER_LENGTHS = (256, 512, 1024, 2048, 4096)
 DECODE_CONTEXTS = (1024, 4096, 16384, 65536)
 DECODE_BASE = 4096  # ratios are to this context
 DECODE_TURNS = 4  # these runs are short: this many times --repeats
-EXACT_TOKENS = 4  # after 64k tokens one takes long
+EXACT_TOKENS = 4  # one takes long after 64k tokens
 MEMORY_LENGTH, MEMORY_LIMIT_GIB = 65536, 3.0
-SETTLE_SECONDS = 0.05  # between two contenders: the idle threads of the one before stop spinning
-SLOW_SECONDS, SLOW_REPEATS = 5.0, 3  # what takes longer than this is repeated this often only
+SETTLE_SECONDS = 0.05  # between two contenders, until the idle threads of the first stop spinning
+SLOW_SECONDS, SLOW_REPEATS = 5.0, 3  # a run that takes longer is repeated only so often
 PEERS = ("torch", "darkformer-pytorch", "performer-pytorch")
 
 
 def interleave(runs: dict[str, Run], repeats: int, bar: tqdm) -> dict[str, list[float]]:
-    """Seconds of each run, taking turns; the first turn of each (compilation, caches) is not counted."""
+    """Seconds of each run. The runs take turns; the first turn of each (compilation, caches) is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     turns = dict.fromkeys(runs, repeats)
     for turn in range(-1, repeats):
@@ -106,7 +106,7 @@ def time_problem(problem: Problem, names: Sequence[str], repeats: int, bar: tqdm
             row |= {"runs_ms": [1e3 * s for s in seconds[name]]}
             for base in ("ours", "ours-hybrid"):
                 if base in runs:
-                    # Of runs in the same repetition: what slowed both down cancels.
+                    # A pair is from the same repetition, so what slowed both down cancels.
                     pairs = zip(seconds[name], seconds[base], strict=False)
                     row[f"times_{base}"] = statistics.median(mine / theirs for mine, theirs in pairs)
                     row[f"min_times_{base}"] = min(seconds[name]) / min(seconds[base])
@@ -133,7 +133,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def time_table(lengths: Sequence[int], names: Sequence[str], repeats: int, dtype: str) -> list[Row]:
-    """All lengths, forward and forward+backward; each part is printed as soon as it is there."""
+    """All lengths, forward and forward+backward. Each part is printed as soon as it is there."""
     rows: list[Row] = []
     problems = [Problem(length, backward, dtype) for length in lengths for backward in (False, True)]
     with tqdm(total=len(problems) * len(names) * (repeats + 1), disable=None, leave=False) as bar:
@@ -180,7 +180,7 @@ def time_crossover(names: Sequence[str], repeats: int, dtype: str) -> tuple[list
 
 
 def decode_run(context: int, window: int, dtype: str) -> Run:
-    """CHUNK tokens, one after the other, after `context` tokens: so that every run folds the window exactly once."""
+    """A run of CHUNK one-token steps after `context` tokens, so that every run folds the window exactly once."""
     inputs = (*jax_inputs(context, dtype), kernel_parameters()[1])
     q, k, v = (x[:, :1] for x in inputs[:3])
     projections, geometry = kernel_parameters()
@@ -205,7 +205,7 @@ def decode_run(context: int, window: int, dtype: str) -> Run:
 
 
 def decode_exact_run(context: int, dtype: str) -> Run:
-    """EXACT_TOKENS times one query against a cache of `context` keys, to compare with."""
+    """A run of EXACT_TOKENS queries, one at a time, against a cache of `context` keys."""
     q, k, v = jax_inputs(context, dtype)
     q = q[:, -1:]
     attend = jax.jit(functools.partial(jax.nn.dot_product_attention, implementation="xla"))
@@ -247,7 +247,7 @@ def time_decode(repeats: int, dtype: str) -> list[Row]:
 
 
 def resident_bytes() -> int:
-    """Memory of this process now (Linux), or the most it ever had."""
+    """The memory of this process now, or, where Linux's /proc is missing, the most it ever had."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
@@ -262,7 +262,7 @@ def peak_resident_bytes() -> int:
 
 
 def memory_growth(window: int, dtype: str) -> int:
-    """Bytes that forward+backward adds, gradients included, on top of the inputs. Needs a process of its own."""
+    """Bytes that forward+backward, gradients included, adds to the inputs. Needs a process of its own."""
     run = build_ours(Problem(MEMORY_LENGTH, True, dtype), window)
     device = jax.devices()[0]
     stats = device.memory_stats() or {}
@@ -288,7 +288,7 @@ def measure_memory(dtype: str) -> list[Row]:
 
 
 def environment(dtype: str) -> Row:
-    """What the numbers depend on."""
+    """The machine, versions and sizes that the numbers depend on."""
     versions: dict[str, str | None] = {}
     for package in ("jax", "jaxlib", *PEERS):
         try:
@@ -308,7 +308,7 @@ def environment(dtype: str) -> Row:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Flags, checked."""
+    """Parses and checks the flags."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -346,7 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs what the flags ask for."""
     flags = parse(arguments)
     if flags.dtype == "float32":
-        jax.config.update("jax_default_matmul_precision", "float32")  # as torch does: no tf32 behind float32's name
+        jax.config.update("jax_default_matmul_precision", "float32")  # as torch does: float32 must not mean tf32
     results: Row = {"environment": environment(flags.dtype)}
     described = results["environment"]
     print(

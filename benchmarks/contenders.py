@@ -1,4 +1,4 @@
-"""What benchmarks/attention.py times: causal attention in JAX and in PyTorch, built for one problem, ready to run."""
+"""The contenders of benchmarks/attention.py: causal attention in JAX and PyTorch, built for one problem."""
 
 import functools
 import importlib.util
@@ -26,7 +26,7 @@ class Skipped(Exception):
 
 
 class Problem(NamedTuple):
-    """What is timed."""
+    """The problem that is timed."""
 
     length: int
     backward: bool
@@ -41,7 +41,7 @@ Row = dict[str, Any]
 
 
 def free_bytes() -> float:
-    """Memory that is free on the device, or on the host where the device is the host; infinite where it is unknown."""
+    """Bytes of free memory on the device, or on the host if the device is the host; infinite if they are unknown."""
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
@@ -53,7 +53,7 @@ def free_bytes() -> float:
 
 
 def require_memory(needed: float) -> None:
-    """Raises Skipped where `needed` bytes are more than this run may take."""
+    """Raises Skipped if `needed` bytes are more than this run may take."""
     free = free_bytes()
     if needed > MEMORY_SHARE * free:
         raise Skipped(f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
@@ -63,7 +63,7 @@ def require_memory(needed: float) -> None:
 
 
 def jax_run(attend: Callable[..., Array], inputs: tuple[Array, ...], backward: bool) -> Run:
-    """Compiles attend(*inputs), with its gradients if asked, and checks what it will need before it runs."""
+    """Compiles attend(*inputs), with its gradients if asked, and checks the memory that it will need."""
     cotangent = jax.random.normal(jax.random.key(1), inputs[0].shape).astype(inputs[0].dtype)
 
     def forward_backward(inputs: tuple[Array, ...], cotangent: Array) -> tuple[Array, tuple[Array, ...]]:
@@ -77,7 +77,7 @@ def jax_run(attend: Callable[..., Array], inputs: tuple[Array, ...], backward: b
         compiled = jax.jit(attend).lower(*inputs).compile()
         arguments = inputs
     memory = compiled.memory_analysis()
-    if memory is not None:  # not every backend tells
+    if memory is not None:  # not every backend knows
         require_memory(memory.temp_size_in_bytes + memory.output_size_in_bytes)
     return lambda: jax.block_until_ready(compiled(*arguments))
 
@@ -98,7 +98,7 @@ def kernel_parameters() -> tuple[Array, Array]:
 
 
 def ours_attend(window: int) -> Callable[..., Array]:
-    """(q, k, v, M) -> out."""
+    """`dark_attention` as a function (q, k, v, M) -> out."""
     projections, _ = kernel_parameters()
 
     def attend(q: Array, k: Array, v: Array, geometry: Array) -> Array:
@@ -114,7 +114,7 @@ def build_ours(problem: Problem, window: int) -> Run:
 
 
 def build_exact_jax(problem: Problem) -> Run:
-    """`jax.nn.dot_product_attention`; cuDNN's flash attention where that works, for half precision on a GPU."""
+    """`jax.nn.dot_product_attention`; for half precision on a GPU, its cuDNN flash attention."""
     fused = problem.dtype != "float32" and jax.default_backend() == "gpu"
     attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn" if fused else "xla")
     return jax_run(attend, jax_inputs(problem.length, problem.dtype), problem.backward)
@@ -148,12 +148,12 @@ def torch_run(attend: Callable[..., Any], problem: Problem, parameters: Sequence
 
 
 def torch_device() -> str:
-    """Where JAX runs, torch runs."""
+    """The device for torch: the one that JAX runs on. Raises Skipped if torch cannot use it."""
     if importlib.util.find_spec("torch") is None:
         raise Skipped("torch is not installed")
     import torch
 
-    # XLA's CPU threads are as many as the process may use cores.
+    # XLA has as many CPU threads as the process may use cores.
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     if jax.default_backend() == "cpu":
         return "cpu"

@@ -1,10 +1,10 @@
-"""Tokens a second of greedy decoding, ours beside transformers, from the same weights on the same machine.
+"""Tokens per second of greedy decoding: ours and transformers', from the same weights on the same machine.
 
     python -m benchmarks.decoding --workdir=runs/smollm2 --out=docs/results/decoding.json
 
 The workdir's model is exported and loaded by transformers (PyTorch, its KV cache, float32); both continue the same
-prompt. Each is warmed up, then they take turns; a turn's time is that of the tokens behind the first. The tokens must
-be the same, or the run stops. Needs torch and transformers: bash launch/install.sh test.
+prompt. Each is warmed up, then they take turns. A turn's time is that of the tokens after the first. The tokens must be
+the same, or the run stops. Needs torch and transformers: bash launch/install.sh test.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from darkformer_jax.pretrained.export import export_workdir
 from darkformer_jax.runs.load import load_model
 from darkformer_jax.runs.workdir import Workdir
 
-Decode = Callable[[list[int], int], tuple[list[int], float]]  # (new tokens, seconds of those behind the first)
+Decode = Callable[[list[int], int], tuple[list[int], float]]  # (new tokens, seconds of those after the first)
 
 
 def ours(workdir: str) -> Decode:
@@ -85,7 +85,7 @@ def theirs(workdir: str) -> Decode:
 def main() -> None:
     """Prints both speeds and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", required=True, help="of an exact-attention model")
+    parser.add_argument("--workdir", required=True, help="workdir of an exact-attention model")
     parser.add_argument("--prompt_tokens", type=int, default=64, help="(default: 64)")
     parser.add_argument("--new_tokens", type=int, default=128, help="(default: 128)")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each (default: 5)")

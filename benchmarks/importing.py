@@ -3,8 +3,8 @@
     python -m benchmarks.importing --source=SmolLM2-135M-Instruct.Q4_1.gguf     # limit: 1.5 of its float32 size
     python -m benchmarks.importing --synthetic_gb=3 --devices=8                 # limit: 1.3 of 3 GB, kept in bfloat16
 
-Runs `python -m darkformer_jax.convert` in a process of its own and reads its peak resident size, Python, JAX and the
-devices' memory (which on a CPU is the host's) included. A synthetic checkpoint is a Llama of random bfloat16 weights in
+Runs `python -m darkformer_jax.convert` in a process of its own and reads its peak resident size, which includes Python,
+JAX and the devices' memory (on a CPU, the host's). A synthetic checkpoint is a Llama of random bfloat16 weights in
 shards of 500 MB, written to --scratch and removed.
 """
 
@@ -50,7 +50,7 @@ def layer_shapes(layer: int) -> dict[str, tuple[int, ...]]:
 
 
 def write_synthetic(directory: Path, num_bytes: float) -> None:
-    """A sharded Hugging Face directory of about `num_bytes`."""
+    """Writes a sharded Hugging Face directory of about `num_bytes`."""
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, WIDTH), "model.norm.weight": (WIDTH,)}
     per_layer = sum(np.prod(shape) for shape in layer_shapes(0).values()) * BFLOAT16.itemsize
     layers = max(1, round((num_bytes - VOCAB * WIDTH * BFLOAT16.itemsize) / per_layer))
@@ -85,7 +85,7 @@ def write_synthetic(directory: Path, num_bytes: float) -> None:
 
 
 def peak_of_import(source: str, workdir: str, devices: int) -> int:
-    """Bytes: the largest resident size of the verb that imports `source`."""
+    """The largest resident size, in bytes, of the process that imports `source`."""
     environment = dict(os.environ)
     if devices > 1:
         flag = f"--xla_force_host_platform_device_count={devices}"
@@ -99,7 +99,7 @@ def main() -> None:
     """Imports, measures, prints the line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--source", help="what `convert --source` takes")
+    what.add_argument("--source", help="a source for `convert --source`")
     what.add_argument("--synthetic_gb", type=float, help="size of a checkpoint that is made for the measurement")
     parser.add_argument("--devices", type=int, default=1, help="emulated CPU devices to spread it over (default: 1)")
     parser.add_argument("--scratch", type=Path, help="an existing directory for all that is written")

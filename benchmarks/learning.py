@@ -1,12 +1,12 @@
-"""What each mechanism learns from the same data in the same number of steps, and by which learning rates.
+"""Compares what mechanisms learn from the same data in the same number of steps, each at its best learning rate.
 
     python -m benchmarks.learning --out=docs/results/learning
     python -m benchmarks.learning --out=docs/results/geometry --variants='dark' --learning_rates=3e-3 \\
         --set=model.attention.geometry_init=1.0
 
-Trains every variant at each learning rate from configs/ablation.py and keeps the best by held-out bits per byte. Says
-what far text is worth in two ways: bits by quarter of the row, and bits of the bytes that repeat what the row already
-holds (the eight bytes up to and with them), by how far back that was. Runs that --out already holds are not repeated.
+Trains every variant of configs/ablation.py at each learning rate and keeps the best by held-out bits per byte. Two
+figures show what far text is worth: bits by quarter of the row, and bits of repeats by their distance. A byte is a
+repeat if the row already holds the eight bytes that end with it. Runs that --out already holds are not repeated.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from darkformer_jax.training.evaluation import put_batch
 from darkformer_jax.training.experiment import Experiment
 
 QUARTERS = 4
-REPEATED = 8  # tokens that have to be seen before for a target to count as a repeat
+REPEATED = 8  # a target is a repeat if so many tokens, up to and with it, were seen before
 FAR = 128  # tokens back: no window of the variants reaches that far
 
 # name -> changes to configs/ablation.py
@@ -52,7 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training run: everything that sets it apart."""
+    """One training run, by everything that tells it from others."""
 
     variant: str
     changes: str  # --set, as "field=value field=value"
@@ -60,12 +60,12 @@ class Run:
     geometry_ratio: float  # learning rate of M and of learned projections over the model's
     steps: int
     seed: int
-    batches: int  # held out
+    batches: int  # held-out batches
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One training run's outcome. Bits are of held-out text, per token except for the first figure."""
+    """The outcome of one training run. Bits are of held-out text, per token except in the first figure."""
 
     bits_per_byte: float
     accuracy: float
@@ -169,7 +169,7 @@ def config_of(run: Run) -> ml_collections.ConfigDict:
 
 
 def table(results: dict[Run, Result]) -> str:
-    """Markdown: of each variant and change the best learning rate (by the mean over seeds), and what it reached."""
+    """The Markdown table: per variant and change, the best learning rate (by the mean over seeds) and its results."""
     lines = [
         "| variant | learning rate | bits per byte | accuracy | training loss | bits by quarter of the row "
         "| bits of repeats: near, far; of the rest |",
@@ -216,7 +216,7 @@ def ngram_bits(data: Data, order: int) -> float:
 
 
 def load(path: Path | None) -> dict[Run, Result]:
-    """What <out>.jsonl holds."""
+    """The results in <out>.jsonl."""
     if path is None or not path.exists():
         return {}
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -265,7 +265,7 @@ def main() -> None:
     log = args.out and args.out.with_suffix(".jsonl")
     results = load(log)
     missing = [run for run in runs if run not in results]
-    configs = {run: config_of(run) for run in missing}  # refuses before any work what cannot be run
+    configs = {run: config_of(run) for run in missing}  # refuses impossible runs before any work
     fields = ablation.get_config().data
     data = load_data(fields.source, fields.files, fields.tokenizer, fields.heldout_fraction)
     if log:
@@ -284,7 +284,7 @@ def main() -> None:
                     file.write(
                         json.dumps({"run": dataclasses.asdict(run), "result": dataclasses.asdict(results[run])}) + "\n"
                     )
-    if log:  # with what another process may have added meanwhile
+    if log:  # another process may have added results meanwhile
         results = load(log)
     orders = ", ".join(f"{order}: {ngram_bits(data, order) * tokens_per_byte(data.heldout):.3f}" for order in range(3))
     text = table(results) + f"\n\nBits per byte given only the last n bytes, by counts, n = {orders}.\n"

@@ -6,8 +6,8 @@
     python -m darkformer_jax.report --runs='runs/paper/*-s*' --out=docs/results/paper
 
 Trains the exact model of configs/paper.py:pretrain once (<out>/pretrained), then continues it with every variant,
-learning rate, m and seed, each in a workdir of its own. What --out holds is not repeated; a run
-that was cut short goes on. A run that diverges is a result: the others go on. From scratch: benchmarks/learning.py.
+learning rate, m and seed, each in a workdir of its own. Runs that --out holds are not repeated; a run that was cut
+short goes on. A run that diverges is a result, and the others go on. For runs from scratch, see benchmarks/learning.py.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import tqdm
 
 from configs.paper import get_config
 from darkformer_jax.errors import UserError
+from darkformer_jax.mixers import MIXERS
 
 ROOT = Path(__file__).parents[1]
 PRETRAINED = "pretrained"
@@ -50,15 +51,17 @@ def plan(args: argparse.Namespace) -> dict[str, str]:
         name, arguments = variant.replace(", ", "-").replace(" ", "-"), VARIANTS[variant]
         if variant not in WITHOUT_FEATURES:
             name, arguments = f"{name}-m{features}", f"{arguments},m={features}"
-        arguments += f",lr={rate:g},geometry_lr={rate * args.geometry_ratio:g},seed={seed},steps={args.steps}"
+        arguments += f",lr={rate:g},seed={seed},steps={args.steps}"
+        if "geometry_learning_rate" in MIXERS[arguments.partition(",")[0]].uses:
+            arguments += f",geometry_lr={rate * args.geometry_ratio:g}"
         runs[f"{name}-lr{rate:g}-s{seed}"] = arguments
     return runs
 
 
 def is_done(workdir: Path, arguments: str) -> bool:
-    """Whether the run got to its last step, whose weights were measured and saved.
+    """Whether the run reached its last step, and measured and saved its weights.
 
-    Raises UserError where the workdir is of another number of steps or other learning rates than `arguments`.
+    Raises UserError if the workdir has another number of steps or other learning rates than `arguments`.
     """
     try:
         saved = json.loads((workdir / "config.json").read_text())
@@ -78,7 +81,7 @@ def is_done(workdir: Path, arguments: str) -> bool:
 
 
 def train(workdir: Path, arguments: str, *flags: str) -> bool:
-    """Runs train.py, its output in <workdir>.log; whether it got to its end."""
+    """Runs train.py with its output in <workdir>.log. Returns whether it reached its end."""
     config = f"--config=configs/paper.py:{arguments}"
     command = [sys.executable, str(ROOT / "train.py"), f"--workdir={workdir}", config, *flags]
     with workdir.with_name(f"{workdir.name}.log").open("w") as log:
@@ -95,10 +98,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--variants", default=";".join(VARIANTS), help="separated by a semicolon (default: all)")
     parser.add_argument("--seeds", type=int, default=1, help="seeds 0 .. n-1 of each run (default: 1)")
-    parser.add_argument("--steps", type=int, default=150, help="of fine-tuning (default: 150)")
-    parser.add_argument("--pretrain_steps", type=int, default=750, help="of the exact model (default: 750)")
+    parser.add_argument("--steps", type=int, default=150, help="steps of fine-tuning (default: 150)")
+    parser.add_argument("--pretrain_steps", type=int, default=750, help="steps of the exact model (default: 750)")
     parser.add_argument("--learning_rates", type=numbers(float), default=[1e-3], help="peaks (default: 1e-3)")
-    parser.add_argument("--geometry_ratio", type=float, default=3.0, help="learning rate of M over it (default: 3)")
+    parser.add_argument(
+        "--geometry_ratio", type=float, default=3.0, help="learning rate of M over the rest's (default: 3)"
+    )
     parser.add_argument("--num_features", type=numbers(int), default=[64], help="m, features per head (default: 64)")
     args = parser.parse_args(argv)
     args.variants = [name.strip() for name in args.variants.split(";")]
@@ -108,7 +113,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains what is missing; ends with status 1 where a run did not get to its end, naming it."""
+    """Trains what is missing. Ends with status 1, and names the runs, if some did not reach their end."""
     args = _arguments(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     exact = args.out / PRETRAINED
@@ -128,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if not train(workdir, runs[workdir], f"--config.init_from={exact}"):
                 failed.append(workdir.name)
     if failed:
-        raise SystemExit(f"did not get to their end (diverged?), see their .log: {', '.join(failed)}")
+        raise SystemExit(f"did not reach their end (diverged?), see their .log: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

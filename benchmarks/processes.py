@@ -1,10 +1,10 @@
-"""Several real processes on this machine: trained, killed, stopped, started again in another number, and refused.
+"""Trains with several real processes on this machine: kills, stops and restarts them, and checks what they refuse.
 
     python -m benchmarks.processes
 
-Each of a tiny run's processes has one CPU device, and gloo carries what they say to each other. Whatever happened to it
-and however many processes it had, a run must end with the losses of one process that nothing disturbed, to 1e-5: sums
-over two devices are added in another order than over one. Prints each check; exit status 1 if one failed. From the
+Each process of a tiny run has one CPU device, and gloo carries their messages. However a run was interrupted, and
+whatever its number of processes, it must end with the losses of one undisturbed process, to 1e-5: sums over two devices
+are added in another order than over one. Prints each check; the exit status is 1 if one failed. Run it from the
 repository's root.
 """
 
@@ -24,7 +24,7 @@ STEPS, SAVE_EVERY, MINUTE = 60, 10, 60.0
 
 
 class Checks:
-    """Prints what was checked, and counts what did not hold."""
+    """Prints each check, and counts those that fail."""
 
     def __init__(self) -> None:
         self.failed = 0
@@ -35,12 +35,12 @@ class Checks:
 
 
 def last_lines(ended: Sequence[Finished]) -> str:
-    """For a line of the report."""
+    """The last line of each process's stderr, for a line of the report."""
     return " | ".join((end.err.splitlines() or [""])[-1][:150] for end in ended)
 
 
 def losses(workdir: Path) -> dict[tuple[int, str], float]:
-    """All numbers of metrics.jsonl by step and name."""
+    """All losses in metrics.jsonl, by step and name."""
     return {
         (line["step"], name): value
         for line in metrics_without_time(workdir)
@@ -50,7 +50,7 @@ def losses(workdir: Path) -> dict[tuple[int, str], float]:
 
 
 def compare(checks: Checks, unbroken: Path, workdir: Path, what: str) -> None:
-    """The losses of two runs."""
+    """Checks that two runs have the same losses."""
     expected, found = losses(unbroken), losses(workdir)
     same = expected.keys() == found.keys()
     difference = max((abs(expected[key] - found[key]) for key in expected.keys() & found.keys()), default=float("nan"))
@@ -60,7 +60,7 @@ def compare(checks: Checks, unbroken: Path, workdir: Path, what: str) -> None:
 
 
 def kill(checks: Checks, processes: Processes, victim: int, step: int) -> None:
-    """kill -9 one; the others must end with an error in under a minute."""
+    """Sends SIGKILL to one process; the others must end with an error in under a minute."""
     processes.all[0].until(step)
     processes.all[victim].stop(signal.SIGKILL)
     started = time.monotonic()
@@ -75,7 +75,7 @@ def kill(checks: Checks, processes: Processes, victim: int, step: int) -> None:
 
 
 def stop(checks: Checks, processes: Processes, victim: int, signum: int, step: int) -> None:
-    """A signal to one; all must save the same step and end cleanly."""
+    """Sends a signal to one process; all must save the same step and end cleanly."""
     processes.all[0].until(step)
     os.kill(processes.all[victim].pid, signum)
     ended = processes.wait()
@@ -88,7 +88,7 @@ def stop(checks: Checks, processes: Processes, victim: int, signum: int, step: i
 
 
 def finish(checks: Checks, processes: Processes) -> None:
-    """To the last step."""
+    """Waits until all processes end, which must be well."""
     ended = processes.wait()
     statuses = [end.status for end in ended]
     checks.check(not any(statuses), f"{len(ended)} processes to the end: {statuses}")
@@ -97,7 +97,7 @@ def finish(checks: Checks, processes: Processes) -> None:
 
 
 def refused(checks: Checks, what: str, words: str, processes: Processes, status: int = 2) -> None:
-    """Every process must say so in one line and end with the status."""
+    """Checks that every process ends with the status and one error line that has `words`."""
     started = time.monotonic()
     ended = processes.wait()
     seconds = time.monotonic() - started
@@ -110,7 +110,7 @@ def refused(checks: Checks, what: str, words: str, processes: Processes, status:
 
 
 def two_one_two(checks: Checks, scratch: Path, begin: Callable[..., Processes], flags: Sequence[str]) -> None:
-    """Two processes, one killed; one process, stopped; two processes."""
+    """Two processes, one of them killed; then one process, stopped; then two processes."""
     workdir = scratch / "two"
     kill(checks, begin(2, workdir), victim=1, step=2 * SAVE_EVERY + 3)
     alone = Training(workdir, flags, READS_COMPILED)
@@ -128,7 +128,7 @@ def two_one_two(checks: Checks, scratch: Path, begin: Callable[..., Processes], 
 
 
 def four_four_two(checks: Checks, scratch: Path, begin: Callable[..., Processes]) -> None:
-    """Four processes, the first killed; four, stopped by the last one; four, by Ctrl-C; two."""
+    """Four processes, the first killed; four, stopped through the last one; four, stopped by Ctrl-C; then two."""
     workdir = scratch / "four"
     kill(checks, begin(4, workdir), victim=0, step=SAVE_EVERY + 3)
     stop(checks, begin(4, workdir), victim=3, signum=signal.SIGTERM, step=2 * SAVE_EVERY + 3)
@@ -138,14 +138,14 @@ def four_four_two(checks: Checks, scratch: Path, begin: Callable[..., Processes]
 
 
 def meshes(checks: Checks, scratch: Path, begin: Callable[..., Processes]) -> None:
-    """The state split over two processes, which then read the same rows where the mesh has no data axis."""
+    """The state is split over two processes. They read the same rows if the mesh does not split the batch."""
     for axis in ("fsdp", "tensor", "context"):
         finish(checks, begin(2, scratch / axis, ["--config.mesh.data=1", f"--config.mesh.{axis}=2"]))
         compare(checks, scratch / "unbroken", scratch / axis, f"2 processes, mesh.{axis} = 2")
 
 
 def refusals(checks: Checks, scratch: Path, begin: Callable[..., Processes]) -> None:
-    """What must not hang."""
+    """Mistakes that must be refused and must not hang."""
     new = scratch / "new"
     short = ["--coordinator_timeout=3"]
     each = {1: ["--config.optimizer.learning_rate=0.5"]}
@@ -165,16 +165,16 @@ def refusals(checks: Checks, scratch: Path, begin: Callable[..., Processes]) -> 
 
 
 def main() -> int:
-    """The exit status."""
+    """Runs all checks and returns the exit status."""
     checks = Checks()
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
-        # Its own, so that the killed processes read it and only the unbroken run writes it.
+        # A cache of its own: the killed processes read it, and only the unbroken run writes it.
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(scratch / "compiled")
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         files: dict[str, object] = {"data__files": write_text(scratch / "text.txt")}
         files["model__vocab_size"] = 290  # even, for mesh.tensor = 2
-        files["sequence_length"] = 64  # of which mesh.context = 2 leaves each process as much as a window
+        files["sequence_length"] = 64  # with mesh.context = 2, a process has as many tokens as a window
         flags = tiny_flags(
             num_steps=STEPS, checkpoint__keep=2, checkpoint__every=SAVE_EVERY, eval__every=SAVE_EVERY, **files
         )

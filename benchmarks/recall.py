@@ -1,17 +1,16 @@
-"""Who remembers: multi-query associative recall, where averages over text hide what linear attention forgets.
+"""Multi-query associative recall: shows what linear attention forgets, which averages over text hide.
 
     python -m benchmarks.recall --out=docs/results/recall
     python -m benchmarks.recall --variants='softmax;dark, window' --steps=500
 
-A row begins with PAIRS tokens, each of which says which value one key has; then it asks for keys, at every place that
-is left, and shows no answer again. The loss is that of the answers alone. Trains every variant from scratch on rows
-that are a function of (seed, step), and prints the share of right answers on rows it has not seen, by how many tokens
-lie between a pair and its question. Chance is one in VALUES. Windows are 16 tokens and the own chunk of 16: none
-reaches what is further back than 31 tokens.
+A row begins with PAIRS tokens, each of which gives the value of one key. Every other token asks for a key; no answer is
+shown again. Only the answers count in the loss. Trains every variant from scratch on rows that are a function of (seed,
+step), and prints the share of right answers on unseen rows, by the number of tokens between a pair and its question.
+Chance is one in VALUES. A window shows 16 tokens and the own chunk of 16, so none reaches further back than 31 tokens.
 
-After Arora et al., Zoology, arXiv 2312.04927, where key and value are two tokens. Then a model must first find that
-each value belongs to the token before it, which takes two layers, and more than 1,500 steps in which even exact
-attention knows values and not whose: a test of patience. With one token a pair, what is compared is memory.
+In Arora et al., Zoology, arXiv 2312.04927, key and value are two tokens. A model must then first find that each value
+belongs to the token before it. That takes two layers, and more than 1,500 steps in which even exact attention knows the
+values but not their keys. With one token per pair, only memory is compared.
 """
 
 import argparse
@@ -42,7 +41,7 @@ _TEST = 2**31  # steps of the held-out rows
 
 
 def make_rows(seed: int, step: int, count: int) -> Batch:
-    """`count` rows, a function of (seed, step); `distance` [count, LENGTH] of each question, 0 elsewhere."""
+    """`count` rows, a function of (seed, step). `distance` [count, LENGTH] is that of each question, 0 elsewhere."""
     random = np.random.default_rng([seed, step])
     inputs = np.empty((count, LENGTH), np.int32)
     targets, distance = np.zeros_like(inputs), np.zeros_like(inputs)
@@ -67,7 +66,7 @@ def training_rows(config: ml_collections.ConfigDict) -> Iterator[Batch]:
 
 
 def config_of(variant: str, learning_rate: float, steps: int, seed: int) -> ml_collections.ConfigDict:
-    """Two small layers of the variant."""
+    """The config of two small layers of the variant."""
     config = ablation.get_config()
     config.update_from_flattened_dict(
         {
@@ -117,7 +116,7 @@ def recall(config: ml_collections.ConfigDict, bar: tqdm.tqdm) -> list[float]:
 
 
 def table(results: list[dict]) -> str:
-    """Markdown: a row for each variant, the best of its learning rates by the mean over its columns and seeds."""
+    """The Markdown table: one row per variant, with its best learning rate by the mean over columns and seeds."""
     columns = [f"{first + (not first)} to {last - 1}" for first, last in itertools.pairwise(DISTANCES)]
     lines = [f"| variant | learning rate | {' | '.join(columns)} tokens back |", "|---" * (len(columns) + 2) + "|"]
     for variant in dict.fromkeys(result["variant"] for result in results):

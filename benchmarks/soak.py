@@ -2,12 +2,14 @@
 
     python -m benchmarks.soak --steps=2000
 
-Trains in a process of its own, saves every 10 steps, evaluates every 20, redraws the projections every 50, and looks at
-the process every 100 steps: resident memory that is no file's, open file descriptors, threads, programs compiled since
-the start. Prints them; exit status 1 if a program was compiled in the run's second half, or if from the first half to
-the second the median of the descriptors or threads rose by more than 5, or that of the memory by more than 2%. On
-Linux, on CPU; from the repository's root. Below that some 70 kB a save remain; at least a part of them is TensorStore
-0.1.86's, where each `KvStore.Spec.to_json`, which Orbax calls for every array, keeps four Python objects.
+Trains in a process of its own, saves every 10 steps, evaluates every 20 and redraws the projections every 50. Every 100
+steps it prints the process's anonymous resident memory, open file descriptors, threads, and programs compiled since the
+start. The exit status is 1 if a program was compiled in the run's second half, or if from the first half to the second
+the median of the descriptors or threads rose by more than 5, or that of the memory by more than 2%. Run it on Linux, on
+CPU, from the repository's root.
+
+A growth of some 70 kB per save remains below that limit. At least a part of it is TensorStore 0.1.86's: each
+`KvStore.Spec.to_json`, which Orbax calls for every array, keeps four Python objects.
 """
 
 import argparse
@@ -26,11 +28,11 @@ from tests.tiny_runs import COMPILES, Training, tiny_flags, write_text
 SAMPLE_EVERY = 100  # steps
 WARM_UP = 200  # steps
 MEMORY_GROWTH = 0.02
-NOISE = 5  # files and threads, of saves that are under way; one a save that stays would be 10 and more
+NOISE = 5  # files and threads of saves under way; a leak of one per save would be 10 or more
 
 
 class Sample(NamedTuple):
-    """What the process holds at a step."""
+    """The process's resources at a step."""
 
     step: int
     memory_bytes: int
@@ -40,7 +42,7 @@ class Sample(NamedTuple):
 
 
 def sample(child: Training) -> Sample:
-    """Of a process that runs."""
+    """The sample of a running process."""
     process = Path(f"/proc/{child.pid}")
     status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
     return Sample(
@@ -67,7 +69,7 @@ def watch(child: Training, steps: int) -> list[Sample]:
 
 
 def growth(samples: list[Sample]) -> list[str]:
-    """What grew, in words."""
+    """The names of what grew."""
     warm = [each for each in samples if each.step >= WARM_UP]
     first, second = warm[: len(warm) // 2], warm[len(warm) // 2 :]
     medians = {

@@ -5,8 +5,8 @@
     python train.py --config=configs/classify.py:files=spam.jsonl --workdir=runs/spam
 
 6,046 e-mails of 2002 and 2003, ham or spam (the collection is CC0, its packaging PDDL 1.0 and Apache 2.0). Headers give
-the class away, by dates, servers and lists: the text is what stands in the parts of an e-mail's body that are text,
-decoded. E-mails without text, and copies of one text, are left out.
+the class away by dates, servers and lists, so the text is that of the body's text parts, decoded. E-mails without text,
+and copies of one text, are left out.
 """
 
 import argparse
@@ -20,7 +20,7 @@ LABELS = {"easy-ham-1": "ham", "easy-ham-2": "ham", "hard-ham-1": "ham", "spam-1
 
 
 def text_of(message: Message) -> str:
-    """The text parts, decoded; what is no text of its character set becomes U+FFFD."""
+    """The text parts, decoded. Bytes that their character set does not have become U+FFFD."""
     parts = [part for part in message.walk() if part.get_content_maintype() == "text"]
     payloads = ((part.get_payload(decode=True), part.get_content_charset()) for part in parts)
     return "\n".join(_decode(payload, charset) for payload, charset in payloads if isinstance(payload, bytes)).strip()
@@ -34,7 +34,7 @@ def _decode(content: bytes, charset: str | None) -> str:
 
 
 def main() -> None:
-    """Writes the file; says what was left out."""
+    """Writes the file and says what was left out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--package", required=True, type=Path, help="the unpacked npm package")
     parser.add_argument("--out", required=True, type=Path, help="the .jsonl file to write")

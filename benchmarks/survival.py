@@ -1,11 +1,11 @@
-"""kill -9 at random moments, saves included: does the run lose a committed step, or end otherwise than an unbroken one?
+"""kill -9 at random moments, saves included: does a run lose a committed step, or end differently from an unbroken one?
 
     python -m benchmarks.survival --kills=20
 
-A tiny run is killed while it starts, while it steps and while it saves, and started again each time. After each kill
-the newest step that the disk had must be there and undamaged, and the next process must go on from it. At the end
-metrics.jsonl and every array of the last checkpoint must equal, bit for bit, those of a run that nothing disturbed.
-Prints what happened; exit status 1 if any of this failed. On CPU; from the repository's root.
+A tiny run is killed while it starts, steps or saves, and started again each time. After each kill, the newest step that
+the disk had must be there and undamaged, and the next process must go on from it. At the end, metrics.jsonl and every
+array of the last checkpoint must equal those of an undisturbed run, bit for bit. Prints what happened; the exit status
+is 1 if any of this failed. Run it on CPU, from the repository's root.
 """
 
 import argparse
@@ -33,11 +33,11 @@ from tests.tiny_runs import (
 )
 
 SAVE_EVERY = 20
-KINDS = ("start", "step", "step", "save", "save")  # moments, as often as they stand here
+KINDS = ("start", "step", "step", "save", "save")  # moments; one that is listed twice is twice as likely
 
 
 def flags(text: str, kills: int) -> list[str]:
-    """Enough steps for `kills`, with evaluations and redraws, and a line of progress for each step."""
+    """Flags of a run with enough steps for `kills`, with evaluations, redraws and a line of progress per step."""
     return tiny_flags(
         num_steps=80 * (kills + 1),
         checkpoint__every=SAVE_EVERY,
@@ -58,12 +58,12 @@ def wait_for(moment: str, child: Training, good: int, rng: random.Random) -> Non
         child.until(good + rng.randint(1, 2 * SAVE_EVERY))
         time.sleep(rng.uniform(0, 0.03))
     else:
-        child.until((good // SAVE_EVERY + rng.randint(1, 2)) * SAVE_EVERY)  # said right before it is saved
+        child.until((good // SAVE_EVERY + rng.randint(1, 2)) * SAVE_EVERY)  # printed right before the step is saved
         time.sleep(rng.uniform(0, 0.4))
 
 
 def kill(child: Training, started: float, good: int) -> tuple[int, str, list[str]]:
-    """Kills what began at the time `started`; gives the newest good step then, what was under way, what is wrong."""
+    """Kills `child`, which began at `started`. Returns (the newest good step then, what was under way, problems)."""
     root = child.workdir / "checkpoints"
     seen = max(Checkpoints(Workdir(child.workdir)).committed_steps(), default=0)
     if child.stop(signal.SIGKILL) != -signal.SIGKILL:
@@ -75,7 +75,7 @@ def kill(child: Training, started: float, good: int) -> tuple[int, str, list[str
     if newest < max(seen, good):
         problems.append(f"step {max(seen, good)} was committed, and after the kill step {newest} is the newest")
     if newest != max(committed, default=0) or checkpoints.steps_without_manifest():
-        problems.append(f"after the kill, of steps {committed} some are damaged")
+        problems.append(f"after the kill, some of the steps {committed} are damaged")
     if child.resumed_from() not in ([], [good]):
         problems.append(f"step {good} was the newest, but it went on from {child.resumed_from()}")
     marks = [path for path in root.glob("*.unfinished") if path.stat().st_mtime > started]
@@ -90,17 +90,17 @@ def main() -> int:
     """Runs, kills, compares, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: 0)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        # Its own, so that the killed processes read it and only the unbroken run writes it.
+        # A cache of its own: the killed processes read it, and only the unbroken run writes it.
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(scratch) / "compiled")
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
         return survive(Path(scratch), args.kills, random.Random(args.seed))
 
 
 def survive(scratch: Path, kills: int, rng: random.Random) -> int:
-    """The exit status."""
+    """Kills the run, compares it with an unbroken one, and returns the exit status."""
     text = write_text(scratch / "text.txt")
     unbroken, killed = scratch / "unbroken", scratch / "killed"
     Training(unbroken, flags(text, kills)).assert_ends_well()

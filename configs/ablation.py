@@ -1,12 +1,12 @@
-"""One model, one data set, any mechanism: what every ablation of the paper and every control is run with.
+"""One model and one data set with any mechanism, for the paper's ablations and the controls.
 
     python train.py --config=configs/ablation.py:attention=performer --workdir=runs/performer
     python train.py --config=configs/ablation.py:attention=dark,m=128,window=64,seed=1 --workdir=runs/dark-hybrid
 
-Arguments, all optional: attention (softmax, performer, dark, lfk, random, constant, window_only), m (random features a
-head), window and chunk (tokens), sinks, lr (peak learning rate), geometry_lr, steps, seed. Any other field is
-overridden as ever: --config.model.qk_norm=True. Bytes of the Python standard library, 0.9 M parameters; about
-15 minutes on two CPU cores.
+Arguments, all optional: attention (softmax, performer, dark, lfk, linear_transformer, random, constant, window_only),
+m (random features per head), window and chunk (tokens), sinks, lr (peak learning rate), geometry_lr, steps, seed. Any
+other field is overridden as usual: --config.model.qk_norm=True. The data are bytes of the Python standard library. With
+0.9 M parameters, a run takes about 15 minutes on two CPU cores.
 """
 
 import ml_collections
@@ -28,7 +28,7 @@ FIELDS = {
 
 
 def get_config(arguments: str = "") -> ml_collections.ConfigDict:
-    """`arguments`: comma-separated name=value."""
+    """The config. arguments: comma-separated name=value."""
     c = base.get_config()
     c.model.dtype = "float32"
     c.model.attention.chunk_size = 64

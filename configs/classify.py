@@ -3,12 +3,12 @@
     python train.py --config=configs/classify.py:files=spam.jsonl --workdir=runs/spam
     python train.py --config=configs/classify.py:files=train.tsv,heldout=dev.tsv,attention=softmax,pooling=mean
 
-Files are .tsv, .csv or .jsonl with a text and a label per line; --config.task.text_column and label_column name what is
-not called `text` and `label`. Without `heldout`, 15% of the texts are held out, chosen by a hash of each.
+Files are .tsv, .csv or .jsonl with a text and a label per line. If the columns are not called `text` and `label`,
+--config.task.text_column and label_column name them. Without `heldout`, 15% of the texts are held out, chosen by hash.
 
 Arguments: files, heldout (a file, or globs in quotes), attention (as in configs/ablation.py), m (random features per
-head), window and chunk (tokens), causal (False: tokens see their whole text), pooling (last, mean), length (tokens of a
-text that are read), batch, lr and geometry_lr (peak learning rates), steps, seed.
+head), window and chunk (tokens), causal (False: tokens see their whole text), pooling (last, mean), length (tokens read
+per text), batch, lr and geometry_lr (peak learning rates), steps, seed.
 """
 
 import ml_collections
@@ -36,7 +36,7 @@ FIELDS = {
 
 
 def get_config(arguments: str = "") -> ml_collections.ConfigDict:
-    """`arguments`: comma-separated name=value."""
+    """The config. arguments: comma-separated name=value."""
     c = base.get_config()
     c.task.name = "classification"
     c.task.pooling = "mean"

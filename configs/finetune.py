@@ -1,28 +1,28 @@
-"""Fine-tuning from another run's weights, or an imported model's, with another attention mechanism perhaps.
+"""Fine-tuning from the weights of another run or an imported model, perhaps with another attention mechanism.
 
     python -m darkformer_jax.convert --source=SmolLM2-135M --workdir=runs/smollm2
     python train.py --config=configs/finetune.py:dark --config.init_from=runs/smollm2 --workdir=runs/smollm2-dark
     python train.py --config=configs/finetune.py:softmax --config.init_from=runs/smollm2 --workdir=runs/smollm2-exact
 
-The first argument is the mechanism (default: dark); others follow it: m (random features a head), window, chunk and
-context (tokens), sinks, init (M starts as this times the identity), batch (sequences a step), lr and geometry_lr (peak
-learning rates), steps, seed, train (what is trained: all, qkv_geometry, geometry, lora) and lora (the rank that
-train=lora needs: `dark,train=lora,lora=16`). As in configs/ablation.py any other field is overridden by its name.
+The first argument is the mechanism (default: dark). Others follow it: m (random features per head), window, chunk and
+context (tokens), sinks, init (M starts as this times the identity), batch (sequences per step), lr and geometry_lr
+(peak learning rates), steps, seed, train (what is trained: all, qkv_geometry, geometry, lora) and lora (the rank that
+train=lora needs: `dark,train=lora,lora=16`). As in configs/ablation.py, any other field is overridden by its name.
 
 Sizes, positions, norms and the tokenizer are those of `init_from`: fields that are None here are filled from its
-config.json, and stand in this run's own. The mechanism takes the place of every layer but the local ones
-(`softmax_local`), so that models which alternate local and global layers keep the local ones; where all layers are
-local it takes the place of all. Fields that no layer uses any more (model.attention.local_window, say) are then off.
+config.json, and this run's config.json has their values. The mechanism replaces every layer except the local ones
+(`softmax_local`), so that models with alternating local and global layers keep the local ones. If all layers are local,
+it replaces all. Fields that no layer uses any more, such as model.attention.local_window, are then off.
 
-`--config.distill.workdir=runs/smollm2 --config.distill.weight=0.5` lets the run learn from the exact model's
-predictions beside the text.
+With `--config.distill.workdir=runs/smollm2 --config.distill.weight=0.5` the run also learns from the exact model's
+predictions.
 
 Every query sees its own chunk of 64 tokens, the chunk before it and the first 4 tokens exactly, and the rest through
-64 random features; what is seen exactly keeps the pretrained kernel, without M. M starts at half the identity and
-learns faster than the weights, which need little change (darkformer_jax/config/conversion.py says why). Fit it first
-with darkformer_jax.calibrate.
+64 random features. Keys seen exactly keep the pretrained kernel, without M. M starts at half the identity and learns
+faster than the weights, which need little change (darkformer_jax/config/conversion.py says why). Fit M first with
+darkformer_jax.calibrate.
 
-window=0 leaves window and sinks out: features everywhere, the paper's form.
+window=0 turns off window and sinks: features everywhere, the paper's form.
 """
 
 import ml_collections
@@ -48,7 +48,7 @@ FIELDS = {
 
 
 def get_config(arguments: str = "dark") -> ml_collections.ConfigDict:
-    """`arguments`: the mechanism, then comma-separated name=value."""
+    """The config. arguments: the mechanism, then comma-separated name=value."""
     kind, *others = arguments.split(",")
     c = conversion_config(kind)
     c.model.remat = "full"  # pretrained models are deep
@@ -68,7 +68,7 @@ def get_config(arguments: str = "dark") -> ml_collections.ConfigDict:
     c.eval.batches = 16
     c.eval.batch_size = 8
     c.checkpoint.every = 100
-    c.checkpoint.keep = 1  # of three times the model's float32 size each
+    c.checkpoint.keep = 1  # each has three times the model's float32 size
     set_arguments(c, others, FIELDS, "configs/finetune.py")
     if not any(argument.startswith("sinks=") for argument in others):
         without_window(c)

@@ -1,11 +1,11 @@
-"""Shapes of public models with linear attention, to plan with before there are machines: memory, messages, time.
+"""Shapes of public models with linear attention, for plans before there are machines: memory, collectives, time.
 
     python -m darkformer_jax.compile --config=configs/large.py:gemma_2b --topology=v5e:16x16 --config.mesh.fsdp=-1
     python -m darkformer_jax.compile --config=configs/large.py:llama_7b,batch=64,context=8192 --topology=v5p:4x4x4 ...
 
 The first argument is the shape: gemma_2b (Gemma 1, arXiv 2403.08295: 18 layers, one kv head of 256) or llama_7b (Llama
 2, arXiv 2307.09288: 32 layers, 32 heads of 128). Others follow: attention (default: dark), m (256), window, chunk (256)
-and sinks, context (tokens a row) and batch (rows a step). Data and steps are lm_1b's; no such run has been made.
+and sinks, context (tokens per row) and batch (rows per step). Data and steps are lm_1b's. No such run has been made.
 """
 
 import ml_collections
@@ -46,7 +46,7 @@ ARGUMENTS |= {"context": ("sequence_length", int), "batch": ("batch_size", int)}
 
 
 def get_config(arguments: str = "gemma_2b") -> ml_collections.ConfigDict:
-    """`arguments`: the shape, then comma-separated name=value."""
+    """The config. arguments: the shape, then comma-separated name=value."""
     shape, *others = arguments.split(",")
     if shape not in SHAPES:
         raise UserError(f"configs/large.py has no shape {shape!r}; allowed: {', '.join(SHAPES)}")

@@ -5,9 +5,9 @@
     python train.py --config=configs/lm_1b.py --workdir=runs/lm_1b
 
 The preparation takes about half an hour on two cores. 262,144 tokens per step for 20,000 steps are 5.2 G tokens, some
-six passes over the text; `--dry_run` prints parameters, state size and FLOPs. Made for a TPU v5e-16 or one node of
-GPUs, a step's batch in data parallel; with less memory raise accumulation_steps. Sentences are packed into rows of
-1,024 tokens and attend only to themselves.
+six passes over the text; `--dry_run` prints parameters, state size and FLOPs. The config is for a TPU v5e-16 or one
+node of GPUs, which split each batch (data parallelism). With less memory, raise accumulation_steps. Sentences are
+packed into rows of 1,024 tokens and attend only to themselves.
 """
 
 import ml_collections
@@ -16,7 +16,7 @@ from darkformer_jax.config import base
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """See above."""
+    """The config."""
     c = base.get_config()
     c.num_steps = 20_000
     c.batch_size = 256

@@ -1,12 +1,13 @@
-"""The paper's experiments at a size that two CPU cores can do: from scratch, and from exactly pretrained weights.
+"""The paper's experiments at a size for two CPU cores: from scratch, and from a model pretrained with exact attention.
 
     python train.py --config=configs/paper.py:pretrain --workdir=runs/paper/pretrained
     python train.py --config=configs/paper.py:dark --config.init_from=runs/paper/pretrained --workdir=runs/paper/dark
     python train.py --config=configs/paper.py:dark,window=32 --config.init_from=runs/paper/pretrained --workdir=...
 
-1.1 M parameters, rows of 256 tokens of the Python standard library (a BPE of 2,048). `pretrain` is the exact model. Any
-other first argument is the mechanism that goes on from `init_from`, with the arguments of configs/finetune.py after it:
-window=0 (the default here) is the paper's form, features everywhere; window=32 the hybrid. See benchmarks/paper.py.
+The model has 1.1 M parameters and reads rows of 256 tokens of the Python standard library (a BPE of 2,048). `pretrain`
+is the exact model. Any other first argument is a mechanism that starts from `init_from`; the arguments of
+configs/finetune.py follow it. window=0 (the default here) is the paper's form, features everywhere; window=32 is the
+hybrid. See benchmarks/paper.py.
 """
 
 import ml_collections
@@ -21,7 +22,7 @@ OF_MECHANISMS = {"window=0": "window", "chunk=32": "chunk_size", "geometry_lr=3e
 
 
 def get_config(arguments: str = "pretrain") -> ml_collections.ConfigDict:
-    """`arguments`: pretrain or a mechanism, then comma-separated name=value."""
+    """The config. arguments: pretrain or a mechanism, then comma-separated name=value."""
     kind, *others = arguments.split(",")
     if kind == "pretrain":
         c = quickstart.get_config()

@@ -1,17 +1,19 @@
-"""Puts feature attention in the place of a pretrained model's exact attention, and fits it to the model's own text.
+"""Replaces a pretrained model's exact attention with feature attention, and fits that to text.
 
     python -m darkformer_jax.calibrate --workdir=runs/smollm2 --text='books/*.txt' --out=runs/smollm2-dark
     python train.py --config=configs/finetune.py:dark --config.init_from=runs/smollm2-dark --workdir=runs/smollm2-tuned
 
-Layer by layer, the geometry M (of `lfk`: the projections) learns to give what exact attention gives from the same q,
-k and v (attention transfer); nothing else in the model changes. The new workdir serves generate, evaluate and
-init_from like any other. What is seen exactly keeps the pretrained kernel (but no soft-cap). The relative error of
-attention, |out - exact| / |exact|, is reported as its mean over heads: of the window alone, before the fit and after
-it, on passages that are not trained on (a fifth of them, or those of --test_text). In the new workdir,
-calibration.json has the errors of every head, and moments.npz the first and second moments of every layer's q and k.
+Layer by layer, the geometry M (for `lfk`: the projections) learns to give the output of exact attention from the same
+q, k and v (attention transfer). Nothing else in the model changes. generate, evaluate and init_from read the new
+workdir like any other. Keys that are seen exactly keep the pretrained kernel, without its soft-cap.
 
---far_gain lets each head scale what its features see. For dark, the gain starts at the value that gives the far part
-about the weight that exact attention gives it; with --transfer_steps=0 it stays there.
+The verb prints the relative error of attention, |out - exact| / |exact|, averaged over heads: with the window alone,
+before the fit and after it. It is measured on passages that are not trained on: a fifth of them, or those of
+--test_text. In the new workdir, calibration.json has the errors of every head, and moments.npz has the first and second
+moments of every layer's q and k.
+
+--far_gain lets each head scale the far part, which its features see. For dark, the gain starts where the far part has
+about the weight that exact attention gives it. With --transfer_steps=0 it stays there.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from typing import Any
 import numpy as np
 from absl import app
 
-from darkformer_jax.calibration.fitting import GEOMETRIES, GEOMETRY_KINDS, KINDS, Options, calibrate
+from darkformer_jax.calibration.fitting import GEOMETRIES, GEOMETRY_KINDS, KINDS, FitOptions, calibrate
 from darkformer_jax.cli.parser import Parser, one_line_errors
 from darkformer_jax.cli.progress import progress_bar
 from darkformer_jax.errors import UserError
@@ -36,18 +38,18 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--mechanism", default="dark", choices=KINDS, help="what replaces exact attention")
     parser.add_argument("--test_text", default="", help="like --text; errors are then measured on this text")
     parser.add_argument("--transfer_steps", type=int, default=200, help="per layer; 0 = fit nothing (default: 200)")
-    parser.add_argument("--learning_rate", type=float, default=1e-2, help="of the transfer (default: 1e-2)")
+    parser.add_argument("--learning_rate", type=float, default=1e-2, help="that of the transfer (default: 1e-2)")
     parser.add_argument("--passages", type=int, default=20, help="passages of --context tokens to read (default: 20)")
     parser.add_argument("--context", type=int, default=1024, help="tokens per passage (default: 1024)")
     parser.add_argument("--num_features", type=int, default=64, help="m, features per head (default: 64)")
     parser.add_argument("--window", type=int, default=64, help="tokens before a query's chunk seen exactly; 0 = none")
     parser.add_argument("--num_sinks", type=int, help="first tokens seen exactly (default: 4, without a window 0)")
-    parser.add_argument("--geometry", default="identity", choices=GEOMETRIES, help="what M starts as (dark)")
-    parser.add_argument("--geometry_init", type=float, default=0.5, help="multiplies that start (default: 0.5)")
-    parser.add_argument("--shrinkage", type=float, default=0.0, help="of whitened moments towards isotropic, 0 to 1")
-    parser.add_argument("--far_gain", action="store_true", help="learn a gain per head on what features see")
-    parser.add_argument("--learn_projections", action="store_true", help="dark: learn w beside M")
-    parser.add_argument("--seed", type=int, default=0, help="of projections and passages (default: 0)")
+    parser.add_argument("--geometry", default="identity", choices=GEOMETRIES, help="what M starts from (dark)")
+    parser.add_argument("--geometry_init", type=float, default=0.5, help="factor on that start (default: 0.5)")
+    parser.add_argument("--shrinkage", type=float, default=0.0, help="pulls whitened moments towards isotropic, 0 to 1")
+    parser.add_argument("--far_gain", action="store_true", help="learn a gain per head on the far part")
+    parser.add_argument("--learn_projections", action="store_true", help="dark: learn w, too")
+    parser.add_argument("--seed", type=int, default=0, help="seed of projections and passages (default: 0)")
     args = parser.parse_args(argv[1:])
     if args.num_sinks is None:
         args.num_sinks = 4 if args.window else 0
@@ -55,10 +57,10 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Writes the workdir and prints the errors; on a UserError one line and exit status 2."""
+    """Writes the workdir and prints the errors. A UserError becomes one line and exit status 2."""
     with one_line_errors("what was written is removed"):
         _check_flags(args)
-        options = Options(**{name: value for name, value in vars(args).items() if name != "out"})
+        options = FitOptions(**{name: value for name, value in vars(args).items() if name != "out"})
         print(_summary(args.out, calibrate(options, args.out, progress_bar)))
 
 

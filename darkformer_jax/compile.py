@@ -3,12 +3,17 @@
 python -m darkformer_jax.compile --config=configs/lm_1b.py --topology=v5e:4x4
 python -m darkformer_jax.compile --config=configs/lm_1b.py --topology=v5e:16x16 --num_slices=2 --config.mesh.fsdp=16
 
-Without --config it takes the defaults. It compiles the very program that train.py would run there, on the config's
-mesh, and prints the memory that one device needs at most beside what it has and where it goes, the collectives of one
-step, and an estimate of its least time: of computing, of memory traffic, of the links within a slice and of the
-network between slices, each as if it were alone. Exit status 1 where the program does not fit. Needs libtpu and
-no TPUs, and no data but a labelled task's files, whose labels are the classes. Memory and collectives are the
-compiler's; the times come from the chips' published figures, and none was measured on a TPU.
+Without --config it takes the defaults. It compiles the program that train.py would run there, on the config's mesh, and
+prints
+
+    memory        what a device needs at the peak and what for, and what it has
+    collectives   those of one step
+    step time     the least that computing, memory traffic, the links within a slice and the network between slices
+                  need, each as if it were alone
+
+Exit status 1 means that the program does not fit. The verb needs libtpu, but no TPUs, and no data but a labelled
+task's files, whose labels are the classes. Memory and collectives are the compiler's. The times come from the chips'
+published figures; none was measured on a TPU.
 """
 
 import re
@@ -48,13 +53,13 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def define_flags() -> None:
-    """Those beside --config."""
+    """Defines the flags beside --config."""
     flags.DEFINE_string("topology", "v5e:4x4", "Generation and shape in chips of one slice: v5e:16x16, v5p:4x4x4.")
-    flags.DEFINE_integer("num_slices", 1, "Slices of that shape, with the data center's network between them.")
+    flags.DEFINE_integer("num_slices", 1, "Number of such slices, with the data center's network between them.")
 
 
 def main(argv: list[str]) -> None:
-    """Prints the plan; exit status 1 where it does not fit, 2 on a mistake."""
+    """Prints the plan. Exit status: 1 if it does not fit, 2 after a mistake."""
     del argv
     with one_line_errors("nothing was written"):
         devices = topology_devices(FLAGS.topology, FLAGS.num_slices)
@@ -66,16 +71,16 @@ def main(argv: list[str]) -> None:
 
 
 def plan(config: ml_collections.ConfigDict, devices: list[jax.Device], topology: str) -> str:
-    """What `main` prints.
+    """The text that `main` prints.
 
     Raises:
-      DoesNotFit: with what the compiler says of it.
-      UserError: a config and devices that do not go together.
+      DoesNotFit: with the compiler's message.
+      UserError: the config and the devices do not fit together.
     """
     config = inherit(config)
     validate(config)
     if config.distill.weight:
-        raise UserError(f"distill.weight = {config.distill.weight}: a teacher cannot be planned for; allowed: 0")
+        raise UserError(f"distill.weight = {config.distill.weight}: compile plans without a teacher; allowed: 0")
     experiment = Experiment.of(config, TASKS[config.task.name].objective_of(config), devices)
     kind = devices[0].device_kind
     chip_of(kind)  # raises before the long part
@@ -103,7 +108,7 @@ def compile_step(experiment: Experiment) -> jax.stages.Compiled:
     """
     cached = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)  # programs for absent devices cannot be read back
-    compilation_cache.reset_cache()  # jax asks the setting once, at its first compilation
+    compilation_cache.reset_cache()  # jax reads the setting once, at its first compilation
     try:
         with jax.set_mesh(experiment.mesh):
             return experiment.train_step().lower(experiment.sharded_state, experiment.sharded_batch).compile()
@@ -119,7 +124,7 @@ def compile_step(experiment: Experiment) -> jax.stages.Compiled:
 
 
 def _bound(experiment: Experiment, kind: str, messages: Counter[Collective], memory: Any) -> Roofline:
-    # Layers alone are computed again; a third of a step's FLOPs are its forward pass.
+    # Only layers are recomputed; a third of a step's FLOPs is its forward pass.
     spec = experiment.network.spec
     logits = 2.0 * spec.embed_dim * spec.vocab_size * experiment.tokens_per_step
     again = experiment.step_flops / 3 - logits if experiment.config.model.remat == "full" else 0.0
@@ -128,14 +133,14 @@ def _bound(experiment: Experiment, kind: str, messages: Counter[Collective], mem
         experiment.mesh.size,
         model_flops=experiment.step_flops,
         recomputed_flops=again,
-        # The state is read and written, and what lives at the peak was written and is read.
+        # The state is read and written once; what is in memory at the peak was written once and is read once.
         hbm_traffic=2 * memory.argument_size_in_bytes + 2 * _temporary(memory),
         messages=messages,
     )
 
 
 def _temporary(memory: Any) -> int:
-    """Of the peak, what is neither state nor batch."""
+    """The bytes at the peak that are neither state nor batch."""
     return max(0, memory.peak_memory_in_bytes - memory.argument_size_in_bytes)
 
 

@@ -4,8 +4,8 @@
     python -m darkformer_jax.convert --source=SmolLM2-135M.Q4_1.gguf --workdir=runs/smollm2   # needs the package gguf
     python -m darkformer_jax.convert --workdir=runs/smollm2 --export_hf=exported/smollm2
 
-The workdir serves generate, evaluate and --config.init_from like that of any run. Nothing is downloaded, and nothing in
-a checkpoint is executed: only the safetensors, JSON and tokenizer files of a Hugging Face directory are read.
+generate, evaluate and --config.init_from read the workdir like that of any run. Nothing is downloaded, and nothing in a
+checkpoint is executed: of a Hugging Face directory, only safetensors, JSON and tokenizer files are read.
 """
 
 import argparse
@@ -29,14 +29,16 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser("convert", __doc__)
     other = parser.add_mutually_exclusive_group(required=True)
-    other.add_argument("--source", help="a Hugging Face directory, or a .gguf file, to bring into --workdir")
+    other.add_argument("--source", help="a Hugging Face directory, or a .gguf file, to import into --workdir")
     other.add_argument("--export_hf", help="directory to write the model of --workdir to; must be empty or not exist")
-    parser.add_argument("--workdir", required=True, help="with --source: the one to write; must be empty or not exist")
+    parser.add_argument(
+        "--workdir", required=True, help="workdir to export; with --source, to write: it must be empty or not exist"
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="to store the arrays in (default: as they are; a GGUF file and float16 become float32). "
-        "A workdir takes no float16",
+        help="dtype of the written arrays (default: unchanged, but a GGUF file and float16 become float32); "
+        "float16 only for an export",
     )
     parser.add_argument("--step", type=int, help="checkpoint to export (default: the newest)")
     parser.add_argument("--max_shard_size", help="largest exported file, in KB, MB or GB (default: 5GB)")
@@ -44,7 +46,7 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Converts and prints what was written; on a UserError one line and exit status 2."""
+    """Converts and prints what was written. A UserError becomes one line and exit status 2."""
     with one_line_errors("what was written is removed"):
         if args.source is None:
             _export(args)
@@ -83,7 +85,7 @@ def _import(args: argparse.Namespace) -> None:
 def _bytes(text: str) -> int:
     found = re.fullmatch(r"([0-9]+)(KB|MB|GB)", text)
     if not found or int(found[1]) == 0:
-        raise UserError(f"--max_shard_size={text}: must be a number and a unit, as 500MB; units: {', '.join(_UNITS)}")
+        raise UserError(f"--max_shard_size={text}: must be a number and a unit, like 500MB; units: {', '.join(_UNITS)}")
     return int(found[1]) * _UNITS[found[2]]
 
 

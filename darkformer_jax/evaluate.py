@@ -3,26 +3,26 @@
     python -m darkformer_jax.evaluate --workdir=runs/smollm2 --text='books/*.txt' --context=2048
     python -m darkformer_jax.evaluate --workdir=runs/smollm2 --text=a.txt,b.jsonl.gz --stride=512 --json=smollm2.json
 
-Each document (a .txt or .md file, a line of a .jsonl file; a file longer than 4 MiB is several) is read in windows of
-`context` tokens that advance by `stride`. Every token of a document is scored once, from the tokens before it in its
-window; the document's first one from the tokenizer's BOS, with which then every window begins, or not at all where the
-model's family has no BOS. The end of a document is not scored. With the default stride = context the windows are
-separate; a smaller one gives every token at least context - stride tokens to look at, for context / stride times the
+A document is a .txt or .md file (several if it is longer than 4 MiB) or a line of a .jsonl file. It is read in windows
+of `context` tokens that advance by `stride`. Every token is scored once, from the tokens before it in its window. If
+the model's family has a BOS token, every window begins with it, and it predicts the document's first token. Otherwise
+the first token is not scored. The end of a document is not scored. With the default, stride = context, the windows are
+separate. A smaller stride gives every token at least context - stride tokens to look at, for context / stride times the
 work.
 
   loss           mean of -log p(token), nats
   perplexity     exp(loss)
-  bits/byte      sum of -log2 p(token) over the UTF-8 bytes of the scored tokens' text: of whole files when all their
-                 tokens are scored. It does not depend on the tokenizer. Within a quarter of the window: the quarter's
-                 bits per token times the tokens per byte of the whole text, so that quarters differ by place alone.
+  bits/byte      sum of -log2 p(token) / UTF-8 bytes of the scored tokens' text (whole files if all their tokens are
+                 scored). It is comparable across tokenizers. A quarter's figure is its bits per token times the tokens
+                 per byte of the whole text, so that quarters differ only by place.
   accuracy       share of tokens that had the largest logit
 
 A classifier or a regression is scored on labelled files, .tsv, .csv or .jsonl with the columns it was trained on:
 
     python -m darkformer_jax.evaluate --workdir=runs/spam --text=more.jsonl
 
-It prints accuracy, F1, Matthews and the confusion of the classes, or squared error, Pearson and Spearman, beside the
-best constant answer.
+It prints accuracy, F1, Matthews and the confusion of the classes, or squared error, Pearson and Spearman; for
+comparison also those of the best constant answer.
 """
 
 import argparse
@@ -51,12 +51,12 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         "--text",
         required=True,
         help="comma-separated globs of .txt, .md and .jsonl files, plain or .gz, or directories searched recursively; "
-        "of labelled files (.tsv, .csv, .jsonl) where the model is a classifier",
+        "for a classifier or a regression, of labelled files (.tsv, .csv, .jsonl)",
     )
     parser.add_argument(
         "--context",
         type=int,
-        help="tokens of a window (default: 2048, or the run's sequence_length where that is less)",
+        help="tokens per window (default: 2048, or the run's sequence_length if that is less)",
     )
     parser.add_argument("--stride", type=int, help="tokens from one window to the next (default: context)")
     parser.add_argument("--batch_size", type=int, default=4, help="windows or examples at a time (default: 4)")
@@ -66,13 +66,13 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Prints the table; on a UserError one line and exit status 2."""
+    """Prints the table. A UserError becomes one line and exit status 2."""
     with one_line_errors("nothing was written"):
         evaluate(args)
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """Scores the text, prints a table, writes the JSON file if one was asked for, and returns what it holds."""
+    """Scores the text, prints a table, writes the JSON file if one was asked for, and returns its content."""
     _check_flags(args)
     workdir = Workdir(args.workdir)
     request = ScoreRequest(args.text, args.batch_size, args.context, args.stride, args.max_tokens)

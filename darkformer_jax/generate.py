@@ -27,30 +27,28 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument(
         "--prompt",
-        help="text to continue; the tokenizer's BOS goes before it where the model's family has one. It may be empty: "
-        "then a document is written from its beginning, from BOS or, without one, from the end-of-document token",
+        help="text to continue; the tokenizer's BOS goes before it if the model's family has one. An empty prompt "
+        "writes a document from its beginning, from BOS or, without one, from the end-of-document token",
     )
-    prompts.add_argument("--prompts_file", help="a file with a prompt a line, continued as one batch")
-    parser.add_argument(
-        "--max_new_tokens", type=int, default=200, help="at most so many tokens a prompt (default: 200)"
-    )
+    prompts.add_argument("--prompts_file", help="a file with one prompt per line, continued as one batch")
+    parser.add_argument("--max_new_tokens", type=int, default=200, help="most new tokens per prompt (default: 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 = always the likeliest token (default: 0.8)")
     parser.add_argument("--top_k", type=int, default=0, help="choose among the k likeliest tokens; 0 = all (default)")
     parser.add_argument(
-        "--top_p", type=float, default=1.0, help="choose among the likeliest tokens of this probability"
+        "--top_p", type=float, default=1.0, help="choose among the likeliest tokens that have this probability together"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the random choices (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random choices (default: 0)")
     return parser.parse_args(argv[1:])
 
 
 def main(args: argparse.Namespace) -> None:
-    """Prints the continuations; on a UserError one line and exit status 2."""
-    with one_line_errors("what was shown is all there is"):
+    """Prints the continuations. A UserError becomes one line and exit status 2."""
+    with one_line_errors("the text is incomplete"):
         generate(args)
 
 
 def generate(args: argparse.Namespace) -> None:
-    """Loads the model, and writes as it goes for one prompt, or prompt by prompt for several."""
+    """Loads the model and continues the prompts: one prompt token by token, several as one batch."""
     if not 1 <= args.max_new_tokens < 2**31:
         raise UserError(f"--max_new_tokens={args.max_new_tokens}: must be from 1 to {2**31 - 1}")
     if not 0 <= args.seed < 2**32:
@@ -92,7 +90,7 @@ def _read_prompts(path: str) -> list[str]:
         reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text: {error}"
         raise UserError(f"--prompts_file={path}: {reason}") from error
     if not lines:
-        raise UserError(f"--prompts_file={path}: the file is empty; expected a prompt a line")
+        raise UserError(f"--prompts_file={path}: the file is empty; expected one prompt per line")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Tokenises text once, so that training on any amount of it starts at once: writes ArrayRecord shards and a manifest.
+"""Tokenises text once into ArrayRecord shards and a manifest, so that training on any amount of it starts immediately.
 
     python -m darkformer_jax.prepare_data --source=news --files=1-billion-word-language-modeling-benchmark-r13output \\
         --tokenizer=bpe:8192 --out=data/lm_1b
@@ -25,8 +25,8 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         "--source",
         required=True,
         choices=CORPUS_SOURCES,
-        help='text: .txt, .md (a file is a document), .jsonl (a line\'s "text" is one); '
-        "news: the One Billion Word release (a line is one); stdlib: the Python standard library",
+        help='text: .txt, .md (one document per file), .jsonl (one per line, in "text"); '
+        "news: the One Billion Word release (one per line); stdlib: the Python standard library",
     )
     parser.add_argument(
         "--files",
@@ -44,7 +44,7 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         "--heldout_fraction",
         type=float,
         default=0.01,
-        help="share of the documents, chosen by their hash, that is never trained on (default: 0.01)",
+        help="share of the documents, chosen by hash, that is never trained on (default: 0.01)",
     )
     parser.add_argument(
         "--shard_tokens",
@@ -56,7 +56,7 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Prepares the data and prints what it holds; on a UserError one line and exit status 2."""
+    """Prepares the data and prints its sizes. A UserError becomes one line and exit status 2."""
     with one_line_errors("what was written is removed"):
         manifest = prepare(
             args.out,

@@ -3,8 +3,8 @@
     python -m darkformer_jax.report --runs='runs/ft-*' --out=docs/results/finetune
 
 Runs that differ only in the seed share a row: the mean and standard error of held-out loss, bits per byte and accuracy
-after the last step. Where DARK, exact attention, and Performer or the window alone ran with otherwise equal settings,
-the page says which share of the gap to exact attention DARK closes. Runs that did not finish are listed with the
+after the last step. If DARK, exact attention, and Performer or the window alone ran with otherwise equal settings, the
+page says which share of the gap to exact attention DARK closes. Runs that did not finish are listed with the
 reason. The plots show loss curves, the loss against the learning rate and against m, calibration errors by layer and
 head, and the spectra of Sigma = M^T M, as far as the runs have them. All runs must have the same data.
 
@@ -33,16 +33,16 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Writes the page; a UserError becomes one line and exit status 2."""
+    """Writes the page. A UserError becomes one line and exit status 2."""
     with one_line_errors("nothing was written"):
         report(args)
 
 
 def report(args: argparse.Namespace) -> dict[str, Any]:
-    """Reads the runs, writes --out, prints its place, and returns the content of results.json."""
+    """Reads the runs, writes --out, prints its path, and returns the content of results.json."""
     with whole_directory(args.out) as directory:
         found = collect(args.runs)
-        from darkformer_jax.reporting.plots import draw  # here: an error need not wait for matplotlib
+        from darkformer_jax.reporting.plots import draw  # here, because an error need not wait for matplotlib
 
         pictures = []
         for name, figure in draw(found):

@@ -30,7 +30,7 @@ quoted() { # its words as one line that a shell reads back as the same words
 }
 
 # parse_flags VALUES SWITCHES ARGUMENTS...: assigns --name=value to the variable name for each name in VALUES, yes to the
-# variables in SWITCHES, and gathers --env=NAME=VALUE in environment and what stands behind -- in train_flags. The caller
+# variables in SWITCHES, and gathers --env=NAME=VALUE in environment and the words after -- in train_flags. The caller
 # declares the variables and has a function usage. The locals begin with _, because flags have names like name.
 parse_flags() {
     local _values="$1" _switches="$2" _flag
@@ -73,17 +73,17 @@ refuse_flag() { # refuse_flag FLAG VALUES SWITCHES
     local _flag allowed=""
     for _flag in $2; do allowed+=" --$_flag="; done
     for _flag in $3; do allowed+=" --$_flag"; done
-    fail "${1%%=*}: there is no such flag here; allowed:${allowed//_/-} --help, and train.py's behind --"
+    fail "${1%%=*}: there is no such flag here; allowed:${allowed//_/-} --help, and train.py's after --"
 }
 
-need() { # need FLAG...: that must have been given
+need() { # need FLAG...: fails unless each was given
     local _flag
     for _flag in "$@"; do
         [ -n "${!_flag}" ] || fail "--${_flag//_/-} is missing; --help says what it is"
     done
 }
 
-need_number() { # need_number FLAG...: positive whole numbers
+need_number() { # need_number FLAG...: fails unless each is a positive whole number
     local _flag
     for _flag in "$@"; do
         case "${!_flag}" in
@@ -92,15 +92,15 @@ need_number() { # need_number FLAG...: positive whole numbers
     done
 }
 
-need_plain_name() { # need_plain_name NAME: clouds allow lower case letters, digits and -, a letter first
+need_plain_name() { # need_plain_name NAME: clouds allow lower case letters, digits and -, beginning with a letter
     case "$1" in
         [!a-z]* | *[!a-z0-9-]* | *-) fail "--name=$1: lower case letters, digits and -, a letter first, no - at the end" ;;
     esac
     [ "${#1}" -le 40 ] || fail "--name=$1: ${#1} characters, at most 40"
 }
 
-# Sets workdir to the --workdir of train_flags. Every process writes there, and a restart resumes from there: a default
-# would be on the disk of one machine.
+# Sets workdir to the --workdir of train_flags. Every process writes there, and a restart resumes from there. It has no
+# default, which would be on the disk of one machine.
 need_workdir() {
     local i
     workdir=""
@@ -111,14 +111,14 @@ need_workdir() {
         esac
     done
     local allowed="a directory that all machines share, or gs://BUCKET/NAME (launch/README.md)"
-    [ -n "$workdir" ] || fail "--workdir is missing behind --; it must be $allowed"
+    [ -n "$workdir" ] || fail "--workdir is missing after --; it must be $allowed"
     case "$workdir" in
         gs://?*/?*) ;;
         *://*) fail "--workdir=$workdir: must be $allowed" ;;
     esac
 }
 
-# take_command COMMANDS ARGUMENTS...: sets command, or ends with the help or with what is allowed
+# take_command COMMANDS ARGUMENTS...: sets command, or ends with the help or an error that says what is allowed
 take_command() {
     local allowed="$1"
     case "${2:-}" in

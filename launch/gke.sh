@@ -10,13 +10,13 @@ launch/gke.sh COMMAND --name=NAME [--namespace=NAMESPACE] [flags] [--dry-run] [-
 
   run      creates the JobSet; needs --image, --claim, and --tpu or --gpu
              --image=IMAGE        of launch/Dockerfile, in a registry that the cluster can read
-             --claim=NAME         PersistentVolumeClaim (ReadWriteMany) that all pods mount, where --workdir lies; none for gs://
+             --claim=NAME         PersistentVolumeClaim (ReadWriteMany) that all pods mount and --workdir is on; none for gs://
              --mount=PATH         where (default: /runs)
              --tpu=LABEL --topology=AxB   tpu-v5-lite-podslice 4x4, tpu-v6e-slice 8x8, tpu-v5p-slice 4x4x4, ...
-             --slices=N           that many slices of it (default: 1)
-             --chips=N            chips a node has (default: 4; 1 where the topology is 1x1)
+             --slices=N           how many such slices (default: 1)
+             --chips=N            chips per node (default: 4; 1 if the topology is 1x1)
              --gpu=LABEL --nodes=N --gpus=N   nvidia-h100-80gb, ..., nodes, GPUs on each (default: 1 and 8)
-             --spot               on Spot nodes, which are taken away at any time
+             --spot               on Spot nodes, which may be taken away at any time
              --restarts=N         how often a preempted or failed run starts again by itself (default: 100)
              --env=NAME=VALUE     for train.py; may be given several times
   follow   shows the output of the first process
@@ -49,7 +49,7 @@ yaml_list() { # the arguments as [..., ...]
     printf '[%s]' "${list#, }"
 }
 
-yaml_variables() { # NAME=VALUE..., one a line
+yaml_variables() { # NAME=VALUE..., one per line
     local variable
     for variable in "$@"; do
         printf '                    - {name: %s, value: %s}\n' "$(yaml_string "${variable%%=*}")" "$(yaml_string "${variable#*=}")"
@@ -110,7 +110,7 @@ placement() { # which nodes
     [ -z "$spot" ] || echo '              tolerations: [{key: cloud.google.com/gke-spot, operator: Equal, value: "true", effect: NoSchedule}]'
 }
 
-container_command() { # on TPUs GKE tells JAX who the processes are; on GPUs nobody does, so the flags do
+container_command() { # on TPUs GKE tells JAX which processes there are; on GPUs the flags must
     local coordinator="--coordinator=$name-train-0-0.$name:8476"
     if [ -n "$tpu" ] || [ "$pods" = 1 ]; then
         yaml_list .venv/bin/python -u train.py "${train_flags[@]}"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs this clone into .venv with the versions that were tested:  launch/install.sh [core|test|dev|gguf|gcs|aot|gpu|tpu|peers]
-# Does nothing when that is already done and neither setup.py nor the constraints have changed since.
+# Does nothing if that is already done and neither setup.py nor the constraints have changed since.
 #
 #   PYTHON            the interpreter to make .venv from (default: the first of python3, python3.12, python3.11 that fits)
 #   DARKFORMER_VENV   another place for the environment (default: .venv in the clone)
@@ -47,14 +47,14 @@ make_venv() {
     say "making $venv with $("$python" --version)"
     if "$python" -c 'import ensurepip' 2>/dev/null; then
         "$python" -m venv --clear "$venv" >/dev/null || fail "$python cannot make $venv (see above)"
-    else # Debian's python3 without python3-venv: let the pip outside put one inside
+    else # Debian's python3 without python3-venv: its own pip installs one into the environment
         "$python" -m pip --version >/dev/null 2>&1 || fail "$python has neither ensurepip nor pip; $hint"
         "$python" -m venv --clear --without-pip "$venv" || fail "$python cannot make $venv (see above)"
         "$python" -m pip --python "$venv/bin/python" install --quiet pip || fail "pip cannot be installed into $venv"
     fi
 }
 
-show_progress() { # of pip's output: what is fetched from 1 MB up, and the long quiet part at the end
+show_progress() { # shows of pip's output the downloads from 1 MB up and the long quiet part at the end
     local line name
     while IFS= read -r line; do
         case "$line" in
@@ -75,12 +75,12 @@ show_progress() { # of pip's output: what is fetched from 1 MB up, and the long 
     done
 }
 
-install_cpu_torch() { # tests need PyTorch on the CPU alone; the package index has it for Linux with gigabytes of CUDA
+install_cpu_torch() { # tests need PyTorch only for the CPU; the package index's Linux builds bring gigabytes of CUDA
     [ "$(uname)" = Linux ] || return 0
     "$python" -m pip show --quiet torch 2>/dev/null && return 0
     "$python" -m pip install --disable-pip-version-check --no-input --progress-bar off --no-compile --no-deps \
         --retries 0 --timeout 20 --index-url https://download.pytorch.org/whl/cpu \
-        --constraint "$constraints" torch >"$log" 2>&1 || say "  PyTorch's CPU builds are out of reach, taking the default"
+        --constraint "$constraints" torch >"$log" 2>&1 || say "  PyTorch's CPU builds cannot be reached, taking the default"
 }
 
 case "$extra" in

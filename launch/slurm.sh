@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Submits a run on GPUs to Slurm, one process a GPU; --help says how.
+# Submits a run on GPUs to Slurm, one process per GPU; --help says how.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/common.sh
@@ -9,8 +9,8 @@ usage() {
 launch/slurm.sh --nodes=N --gpus=N --time=TIME [flags] [--dry-run] -- --workdir=DIRECTORY [flags of train.py]
 
   --nodes=N            how many nodes
-  --gpus=N             GPUs, and so processes, on each node
-  --time=TIME          limit of one stretch, as sbatch takes it (24:00:00, 2-00:00:00); at its end the run saves and queues again
+  --gpus=N             GPUs per node, with one process each
+  --time=TIME          time limit, as sbatch takes it (24:00:00, 2-00:00:00); before its end the run saves and queues again
   --partition= --account= --qos=   as your cluster wants them
   --cpus=N             CPU cores for each process (default: the cluster's)
   --grace=SECONDS      how long before the limit the run is told to save (default: 120)
@@ -53,9 +53,10 @@ $([ -z "$cpus" ] || printf 'export SRUN_CPUS_PER_TASK=%s  # srun no longer takes
 ended_by=limit
 trap 'ended_by=other' TERM
 
-# JAX finds the coordinator, the number of processes and its own in what srun sets, and takes the GPU of its number on the
-# node: every process must see all GPUs of its node, so nothing binds them. Of processes that save and end together none
-# may be killed because another was first, so --kill-on-bad-exit=0; of those that wait for a dead one, --wait ends them.
+# JAX finds the coordinator, the number of processes and its own number in srun's variables, and takes the GPU of its
+# number on the node. So every process must see all GPUs of its node, and nothing binds them. --kill-on-bad-exit=0,
+# because processes that save and end together must not be killed when the first has ended. --wait ends those that wait
+# for a dead one.
 srun --kill-on-bad-exit=0 --wait=120 $(quoted "$venv/bin/python" -u train.py "${train_flags[@]}")
 status=\$?
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what is missing, then runs the tests, two at a time:  launch/test.sh [pytest's arguments]
+# Installs what is missing, then runs the tests in two processes:  launch/test.sh [pytest's arguments]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/install.sh test

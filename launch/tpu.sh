@@ -10,15 +10,15 @@ launch/tpu.sh COMMAND --name=NAME --zone=ZONE [--project=PROJECT] [flags] [--dry
 
   create   asks for the machines and waits until they are there
              --type=TYPE         v5litepod-16, v6e-64, v5p-128, ...
-             --spot              cheaper, and taken away at any time
-             --slices=N          that many slices of TYPE, joined by the data centre network (default: 1)
+             --spot              cheaper, but may be taken away at any time
+             --slices=N          how many slices of TYPE, joined by the data centre network (default: 1)
              --runtime=VERSION   the machines' image (default: the one Google names for JAX on TYPE)
   setup    copies this clone, as it is now, to all workers and installs it
              --prepare=COMMAND   run on each worker first; mount the directory of the run here
   run      starts train.py on all workers, detached; --workdir is gs://BUCKET/NAME, or a directory that all share
              --env=NAME=VALUE    for train.py; may be given several times
   follow   shows the output of one worker until its process ends
-             --slice=I --worker=I  which (default: 0 and 0, whose process prints the progress)
+             --slice=I --worker=I  which one (default: 0 and 0, whose process prints the progress)
   stop     SIGTERM: the run saves and ends; "run" again resumes
   kill     SIGKILL, for what hangs: nothing is saved
   retry    after a preemption: deletes what is left of the request, then create, setup and run with the flags of all three
@@ -39,13 +39,13 @@ on_workers() { # on_workers COMMAND: in the copy of the clone, on all workers
     gcloud_tpu ssh "$name" "${everywhere[@]}" "--command=cd darkformer_jax && $1"
 }
 
-query_state() { # prints the state of the request; nothing where there is none
+query_state() { # prints the state of the request; nothing if there is none
     gcloud_tpu list "--filter=name~(^|/)$name\$" "--format=value(state.state)"
 }
 
 wait_while() { # wait_while STATE...: sets now to the first other state
     while true; do
-        now="$(query_state 2>/dev/null)" || { # once is no reason to give up what waited for hours
+        now="$(query_state 2>/dev/null)" || { # one failure must not end a wait of hours
             sleep 30
             now="$(query_state)" || fail "gcloud cannot tell the state of $name (above)"
         }
@@ -90,7 +90,7 @@ wait_active() {
     say "$name is ACTIVE"
 }
 
-pack() { # the clone's files, as they are now, except what git ignores; deleted ones that git still has are left out
+pack() { # the clone's files as they are now, without those that git ignores and those that are deleted but still in git
     local file
     git ls-files -z --cached --others --exclude-standard | while IFS= read -r -d '' file; do
         [ ! -e "$file" ] || printf '%s\0' "$file"
@@ -109,7 +109,7 @@ setup() {
     fi
     gcloud_tpu scp "$archive" "$name:" "${everywhere[@]}"
     [ -z "$scratch" ] || rm -r "$scratch"
-    # What was sent before goes first: a file that was deleted or renamed here must not stay there.
+    # The files that were sent before are removed first: one that was deleted or renamed here must not stay there.
     gcloud_tpu ssh "$name" "${everywhere[@]}" "--command=mkdir -p darkformer_jax && cd darkformer_jax && \
 if [ -e .sent ]; then xargs -d '\\n' -a .sent rm -f; fi && \
 tar -xzf ../darkformer_jax.tar.gz && tar -tzf ../darkformer_jax.tar.gz >.sent"

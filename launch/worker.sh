@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What launch/tpu.sh runs on each TPU VM, in the copy of the clone there:
+# launch/tpu.sh runs this on each TPU VM, in the copy of the clone there:
 #   launch/worker.sh install               Python if the machine's is too old, then launch/install.sh tpu
 #   launch/worker.sh start [NAME=VALUE...] -- [flags of train.py]      detached; output is appended to train.log
 #   launch/worker.sh follow                train.log, until the process ends
@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 venv="${DARKFORMER_VENV:-.venv}"
 host="$(hostname)"
-boot="$(cat /proc/sys/kernel/random/boot_id)" # a number from before a reboot may be another process by now
+boot="$(cat /proc/sys/kernel/random/boot_id)" # a number from before a reboot may now be another process's
 read -r pid started_in <<<"$(cat train.pid 2>/dev/null || true)"
 [ "${started_in:-}" = "$boot" ] || pid=""
 
@@ -48,7 +48,7 @@ start() {
     ! alive || fail "$host: process $pid still runs; stop it first, or kill it if it hangs"
     echo "== $(date -u +%Y-%m-%dT%H:%M:%SZ) $host: train.py $(quoted "$@")" >>train.log
     # setsid: its own group, which outlives this connection and which kill ends as a whole.
-    # JAX_PLATFORMS: without a TPU that works it is an error, not a run on the CPU.
+    # JAX_PLATFORMS: without a working TPU there is an error, not a run on the CPU.
     setsid env JAX_PLATFORMS=tpu,cpu ${variables[@]+"${variables[@]}"} "$venv/bin/python" -u train.py "$@" >>train.log 2>&1 </dev/null &
     echo "$! $boot" >train.pid
     say "$host: process $! started, output in $PWD/train.log"

@@ -5,6 +5,7 @@ import pytest
 
 from benchmarks import paper, recall
 from benchmarks.learning import FAR, REPEATED, Result, Run, ngram_bits, repeat_distance, table
+from configs.paper import get_config
 from darkformer_jax.data import Data
 from darkformer_jax.data.stream import memory_stream
 from darkformer_jax.data.tokenizers import BytesTokenizer
@@ -47,6 +48,13 @@ def test_ngram_bits_of_a_text_that_its_last_byte_decides():
     assert ngram_bits(data, 1) < 0.2
 
 
+def test_the_config_of_every_run_of_the_paper_builds():
+    runs = paper.plan(paper._arguments(["--out=nowhere", "--learning_rates=1e-3", "--num_features=16"]))
+    assert len(runs) >= len(paper.VARIANTS)
+    for arguments in runs.values():
+        assert get_config(arguments).optimizer.learning_rate == 1e-3
+
+
 def test_recall_asks_for_what_was_named_once_and_is_not_shown_again():
     rows = recall.make_rows(0, 3, 4)
     again, other = recall.make_rows(0, 3, 4), recall.make_rows(0, 4, 4)
@@ -74,7 +82,7 @@ def test_paper_runs_differ_and_a_run_is_done_with_its_last_checkpoint(tmp_path):
         "dark-window-m16-lr0.001-s0", "dark-window-m16-lr0.001-s1",
     ]  # fmt: skip
     arguments = runs["dark-window-m16-lr0.001-s1"]
-    assert arguments == "dark,window=32,m=16,lr=0.001,geometry_lr=0.003,seed=1,steps=150"
+    assert arguments == "dark,window=32,m=16,lr=0.001,seed=1,steps=150,geometry_lr=0.003"
     workdir = tmp_path / "run"
     workdir.mkdir()
     assert not paper.is_done(workdir, arguments)

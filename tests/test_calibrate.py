@@ -154,7 +154,7 @@ def test_fine_tuning_goes_on_from_it(fitted):
         (["--geometry=whitening", "--shrinkage=2"], "--shrinkage=2.0: must be from 0 to 1"),
         (["--shrinkage=0.1"], "--shrinkage=0.1: allowed: 0, or --geometry=whitening"),
         (["--learn_projections", "--mechanism=lfk"], "none of lfk uses it; allowed: False"),
-        (["--far_gain", "--window=0", "--num_sinks=0"], "far_gain = True needs a window"),
+        (["--far_gain", "--window=0", "--num_sinks=0"], "far_gain = True needs window"),
         (["--window=7"], "model.attention.window = 7"),
         (["--window=0"], "model.attention.num_sinks = 2"),
         (["--passages=1"], "--passages=1: must be from 2 to"),

@@ -55,9 +55,7 @@ def test_a_classifier_learns_and_a_file_is_scored_as_in_training(tmp_path, capsy
     for name in ("loss", "accuracy", "f1", "matthews"):
         assert result[name] == pytest.approx(last[f"heldout_{name}"], rel=1e-4)
     assert np.sum(result["confusion"]) == result["examples"] == len(heldout) and result["labels"] == ["ham", "spam"]
-    with pytest.raises(
-        UserError, match=r"run: its model is of task.name = 'classification' and predicts no next token"
-    ):
+    with pytest.raises(UserError, match=r"run: a model with task.name = 'classification' predicts no next token"):
         continue_text(tmp_path / "run")
     with pytest.raises(UserError, match="--context=8: only a language model has windows"):
         score(tmp_path / "run", again, context=8)
@@ -152,7 +150,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, changes, message):
     ("labels", "message"),
     [
         (("ham", "ham"), "training examples have the label 'ham'; a classification needs two classes or more"),
-        ((1, 2.5), "the label '2.5' is of a regression, and task.name = 'classification'"),
+        ((1, 2.5), "the label '2.5' is for a regression, but task.name = 'classification'"),
         (("ham", ""), "there is no label in 'label'"),
     ],
 )

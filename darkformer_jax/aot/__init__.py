@@ -1,1 +1,1 @@
-"""Programs compiled for machines that are not there: memory, collectives and time bounds before any money is spent."""
+"""Compiles programs for machines that are not there: memory, collectives and time bounds before money is spent."""

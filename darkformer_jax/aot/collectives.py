@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its HLO text, as jax gives it in no other form."""
+"""The messages that a compiled program sends between devices, read from its HLO text: jax has no other form of them."""
 
 import dataclasses
 import math
@@ -39,7 +39,7 @@ class Collective:
 
     @property
     def slice_bytes(self) -> float:
-        """What one device sends within its slice: its part of the ring there."""
+        """Bytes that one device sends within its slice: its part of the ring there."""
         if self.kind == "collective-permute":
             return self.num_bytes if self.num_slices == 1 else 0
         inside = self.group_size / self.num_slices
@@ -47,21 +47,21 @@ class Collective:
 
     @property
     def network_bytes(self) -> float:
-        """What one device sends to other slices, where the devices of a slice share that work."""
+        """Bytes that one device sends to other slices. The devices of a slice share that work."""
         if self.kind == "collective-permute":
             return self.num_bytes if self.num_slices > 1 else 0
         return self._passes * (self.num_slices - 1) / self.group_size * self.num_bytes
 
     @property
     def _passes(self) -> int:
-        """An all-reduce scatters sums, then gathers them."""
+        """How often the bytes go round: an all-reduce scatters sums, then gathers them."""
         return 2 if self.kind == "all-reduce" else 1
 
 
 def collectives(hlo: str, slices: Sequence[int]) -> tuple[Counter[Collective], int]:
     """How often each collective runs in one execution of the program, and how many loops have an unknown length.
 
-    Loop bodies count as often as they run; those of loops without a known length count once.
+    Loop bodies count as often as they run. The body of a loop without a known length counts once.
 
     Args:
       hlo: `compiled.as_text()` of a program for len(slices) devices.
@@ -91,10 +91,10 @@ def collectives(hlo: str, slices: Sequence[int]) -> tuple[Counter[Collective], i
 
 
 def _identity(computation: str, line: str) -> tuple[str, ...]:
-    """What tells one collective from another.
+    """The key that tells one collective from another.
 
-    TPUs cut a collective into a chain of fusions that run beside other work, and each fusion repeats its text. That
-    work may be a loop's body; the collective itself runs as often as the fusion that runs least often.
+    TPU programs cut a collective into a chain of fusions that run beside other work, and each fusion repeats the
+    collective's text. The other work may be a loop's body, so the collective runs as often as its rarest fusion.
     """
     chain = _CHAIN.search(line)
     if not chain:
@@ -128,7 +128,7 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _parse(line: str, found: re.Match[str], slices: Sequence[int], scattered: bool) -> Collective:
-    """scattered: it is an all-reduce of which each device keeps its part, as TPUs write a reduce-scatter."""
+    """The collective of a line. `scattered`: each device keeps its part of the all-reduce, as in a reduce-scatter."""
     kind, start = found[1], bool(found[2])
     arrays = [
         _num_bytes(dtype, dims)
@@ -145,9 +145,9 @@ def _parse(line: str, found: re.Match[str], slices: Sequence[int], scattered: bo
 
 
 def _between_slices(line: str, found: re.Match[str]) -> Collective:
-    """What TPUs send over the data center's network: each device sends to those in its place in the other slices.
+    """A collective of TPUs over the data center's network: a device sends to those in its place in the other slices.
 
-    The compiler writes such a collective as a send and a receive by the runtime; in "{1,2}x{0:3}" the slices come
+    The compiler writes such a collective as a send and a receive by the runtime. In "{1,2}x{0:3}" the slices come
     first, then the devices of a slice.
     """
     ends = [[int(end) for end in part.split(":")] for part in found[1].split(",")]
@@ -159,13 +159,13 @@ def _between_slices(line: str, found: re.Match[str]) -> Collective:
 
 
 def _num_bytes(dtype: str, dims: str) -> int:
-    """Of an array such as bf16[4,64]; the numbers of bits are in the names of all types but pred."""
+    """Bytes of an array such as bf16[4,64]. The name of every type but pred contains its number of bits."""
     bits = re.search(r"\d+", dtype)
     return math.prod(int(n) for n in dims.split(",") if n) * max(1, int(bits[0]) // 8 if bits else 1)
 
 
 def _groups(line: str, num_devices: int) -> list[list[int]]:
-    """The devices that talk to each other; for a permutation, its pairs."""
+    """The groups of devices that talk to each other; for a permutation, its pairs."""
     if pairs := _PAIRS.search(line):
         ends = [int(n) for n in re.findall(r"\d+", pairs[1])]
         return [ends[i : i + 2] for i in range(0, len(ends), 2)] or [[0]]
@@ -184,7 +184,7 @@ def _groups(line: str, num_devices: int) -> list[list[int]]:
 
 
 def mesh_groups(mesh: str, axes: str) -> list[list[int]]:
-    """The devices that differ in the given axes alone: for "'a'=2,'b'=4" and "'b'", a group for every a.
+    """Groups of devices that differ only in the given axes: for "'a'=2,'b'=4" and "'b'", one group for every a.
 
     "'b':(2)2" names a part of b: the one of size 2 that follows a first part of size 2.
     """

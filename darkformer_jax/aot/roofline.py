@@ -1,4 +1,4 @@
-"""What chips can do, and the least time that a training step needs on them."""
+"""The speed of chips, and the least time that a training step needs on them."""
 
 import dataclasses
 from collections import Counter
@@ -12,7 +12,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One jax device. Bandwidths are in bytes per second; those of links count what a device sends over all of them.
+    """One jax device. Bandwidths are in bytes per second; `ici_bandwidth` is what it sends over all its links.
 
     `dcn_bandwidth` is a device's share of its host's network.
     """
@@ -23,7 +23,7 @@ class Chip:
     dcn_bandwidth: float
 
 
-# By what device_kind starts with; the first match counts. From Google Cloud's pages on each TPU.
+# By the start of device_kind; the first match counts. From Google Cloud's page on each TPU.
 _CHIPS = (
     ("TPU v4", Chip(32 * GIB, 1228e9, 300e9, 6.25e9)),
     ("TPU v5 lite", Chip(16 * GIB, 819e9, 200e9, 3.125e9)),
@@ -38,7 +38,7 @@ _CHIPS = (
 class Roofline:
     """Seconds that one step takes for each resource alone, and the model FLOP/s utilisation that the longest allows.
 
-    Estimates from published figures, which take all links of a chip to be busy with every message.
+    They are estimates from published figures, and assume that every message keeps all links of a chip busy.
     """
 
     compute: float
@@ -49,7 +49,7 @@ class Roofline:
 
     @property
     def step(self) -> float:
-        """Seconds of a step that uses all four at once."""
+        """Seconds of a step that uses all four resources at once."""
         return max(self.compute, self.memory, self.interconnect, self.network)
 
 
@@ -73,9 +73,9 @@ def roofline(
     """The estimate of one step.
 
     Args:
-      model_flops: those of the step, on all devices; see `model.flops.train_step_flops`.
-      recomputed_flops: those that rematerialisation adds.
-      hbm_traffic: the least bytes that one device reads and writes.
+      model_flops: of the step, on all devices; see `model.flops.train_step_flops`.
+      recomputed_flops: FLOPs that rematerialisation adds.
+      hbm_traffic: the fewest bytes that one device reads and writes.
       messages: how often each collective runs.
     """
     chip, peak = chip_of(device_kind), peak_flops(device_kind)

@@ -1,4 +1,4 @@
-"""The devices of a TPU that is not there, for the compiler."""
+"""The devices of a TPU that this machine does not have, for the compiler."""
 
 import importlib.util
 import os
@@ -9,7 +9,7 @@ import jax
 from darkformer_jax.errors import UserError, one_line
 
 _INSTALL = "bash launch/install.sh aot, or pip install libtpu (the version that jax[tpu] names)"
-# Without these, libtpu asks the cloud's metadata server what it runs on, and fails where another process has its lock.
+# Without these, libtpu asks the cloud's metadata server what it runs on, and fails if another process holds its lock.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -21,10 +21,10 @@ _ENVIRONMENT = {
 def topology_devices(name: str, num_slices: int = 1) -> list[jax.Device]:
     """The devices of `num_slices` slices of the TPU topology `name`, such as "v5e:16x16", in libtpu's order.
 
-    Must be called before jax looks for devices: it keeps jax on the CPU.
+    Must be called before jax looks for devices, because it keeps jax on the CPU.
 
     Raises:
-      UserError: a topology that libtpu does not know, or no libtpu.
+      UserError: libtpu does not know the topology, or there is no libtpu.
     """
     if num_slices < 1:
         raise UserError(f"--num_slices={num_slices}: must be at least 1")
@@ -41,7 +41,7 @@ def topology_devices(name: str, num_slices: int = 1) -> list[jax.Device]:
     from jax.experimental import topologies
 
     options: dict[str, Any] = {"num_slices": num_slices} if num_slices > 1 else {}
-    if name.endswith(":1x1"):  # a host has four or eight chips otherwise
+    if name.endswith(":1x1"):  # otherwise a host has four or eight chips
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)

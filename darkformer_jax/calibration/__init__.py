@@ -1,3 +1,3 @@
-"""Fitting a mechanism to what exact attention does: moments, geometries, attention transfer, a whole model."""
+"""Fits mechanisms to exact attention: moments, geometries, attention transfer, a whole model."""
 
-REPORT_FILE = "calibration.json"  # of a workdir that calibrate wrote
+CALIBRATION_FILE = "calibration.json"  # in a workdir that calibrate wrote

@@ -1,4 +1,4 @@
-"""From the workdir of an exact model to one with feature attention in its place, fitted layer by layer."""
+"""Turns the workdir of an exact model into one with feature attention, fitted layer by layer."""
 
 import contextlib
 import dataclasses
@@ -11,11 +11,18 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from darkformer_jax.calibration import REPORT_FILE
+from darkformer_jax.calibration import CALIBRATION_FILE
 from darkformer_jax.calibration.geometry import whitening_geometry
 from darkformer_jax.calibration.moments import Moments
 from darkformer_jax.calibration.passages import read_passages
-from darkformer_jax.calibration.transfer import LayerTensors, Mechanism, errors, fit, matched_log_gain, teacher_layers
+from darkformer_jax.calibration.transfer import (
+    FittedMechanism,
+    LayerTensors,
+    errors,
+    fit,
+    matched_log_gain,
+    teacher_layers,
+)
 from darkformer_jax.config.conversion import conversion_config
 from darkformer_jax.config.validation import validate
 from darkformer_jax.data.files import whole_directory, write_json
@@ -36,7 +43,7 @@ from darkformer_jax.training.init_from import initialize_from
 from darkformer_jax.training.step import TrainState
 
 EXACT_KINDS = tuple(kind for kind, mixer in MIXERS.items() if mixer.role == "exact")
-KINDS = tuple(kind for kind, mixer in MIXERS.items() if "window" in mixer.uses)  # that can take an exact one's place
+KINDS = tuple(kind for kind, mixer in MIXERS.items() if "window" in mixer.uses)  # these can replace an exact kind
 GEOMETRY_KINDS = tuple(kind for kind in KINDS if "geometry_init" in MIXERS[kind].uses)  # those of them with an M
 GEOMETRIES = ("identity", "whitening")
 MOMENTS_FILE = "moments.npz"
@@ -46,8 +53,8 @@ _GAIN_PASSAGES = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """What to do; `python -m darkformer_jax.calibrate --help` explains each."""
+class FitOptions:
+    """The options; `python -m darkformer_jax.calibrate --help` explains each."""
 
     workdir: str
     step: int | None
@@ -69,15 +76,15 @@ class Options:
     seed: int
 
 
-def calibrate(o: Options, out: str, progress_bar: ProgressBar) -> list[dict[str, Any]]:
-    """Fits every layer that feature attention takes the place of, and writes the workdir `out`, all of it or nothing.
+def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> list[dict[str, Any]]:
+    """Fits feature attention to every layer that it replaces, and writes the workdir `out`, whole or not at all.
 
     Returns:
-      A row for each of these layers: `layer`, `seconds`, and the relative errors of its heads, `before`, `after` and,
-      where there is a window, `window_only`. calibration.json in `out` holds the options and the rows.
+      One row per replaced layer: `layer`, `seconds`, and the relative errors of its heads, `before`, `after` and, if
+      there is a window, `window_only`. calibration.json in `out` holds the options and the rows.
 
     Raises:
-      UserError: a model that is not exact, options that contradict each other, or too little text.
+      UserError: the model is not exact, options contradict each other, or there is too little text.
     """
     with whole_directory(out) as directory:
         exact = Workdir(o.workdir)
@@ -104,11 +111,11 @@ def calibrate(o: Options, out: str, progress_bar: ProgressBar) -> list[dict[str,
         with contextlib.closing(Checkpoints(fitted)) as checkpoints:
             checkpoints.save(0, saved)
         moments.save(directory / MOMENTS_FILE)
-        write_json(directory / REPORT_FILE, dataclasses.asdict(o) | {"layers": rows})
+        write_json(directory / CALIBRATION_FILE, dataclasses.asdict(o) | {"layers": rows})
     return rows
 
 
-def _config(o: Options) -> ml_collections.ConfigDict:
+def _config(o: FitOptions) -> ml_collections.ConfigDict:
     config = conversion_config(o.mechanism)
     attention = config.model.attention
     attention.num_features, attention.window, attention.num_sinks = o.num_features, o.window, o.num_sinks
@@ -123,7 +130,7 @@ def _config(o: Options) -> ml_collections.ConfigDict:
 
 
 def _fit_layers(
-    o: Options,
+    o: FitOptions,
     teacher: WorkdirModel,
     network: Network,
     state: TrainState,
@@ -131,7 +138,7 @@ def _fit_layers(
     num_test: int,
     progress_bar: ProgressBar,
 ) -> tuple[dict, list[dict[str, Any]], Moments]:
-    """(parameters with what was fitted, a row for each layer that was replaced, moments of every layer)."""
+    """(parameters with the fitted ones, one row per replaced layer, moments of every layer)."""
     params, spec = state.params, network.spec
     keys = jax.random.split(jax.random.key(o.seed), spec.num_layers)
     exact = teacher.network.bind(teacher.params, teacher.projections)
@@ -160,23 +167,25 @@ def _fit_layers(
     return params, rows, Moments.stack(moments)
 
 
-def _started(o: Options, module: Any, train: LayerTensors, moments: Moments, layer: int) -> Mechanism:
+def _started(o: FitOptions, module: Any, train: LayerTensors, moments: Moments, layer: int) -> FittedMechanism:
     """A layer's mechanism with the M and the gain that the fit starts from."""
     spec: MixerSpec = module.spec
-    if o.geometry == "whitening":  # which keeps E|M x|^2, times geometry_init
+    if o.geometry == "whitening":  # whitening keeps E|M x|^2; geometry_init scales it
         whitening = whitening_geometry(moments, scale=spec.scale, shrinkage=o.shrinkage, where=f"layer {layer}")
         module.M[...] = jnp.asarray(o.geometry_init * whitening, jnp.float32)
     if o.far_gain and o.mechanism in GEOMETRY_KINDS:  # the others' features estimate exp(q.k) itself
         few = jax.tree.map(lambda leaf: leaf[:_GAIN_PASSAGES], train)
         near = {"chunk_size": spec.chunk_size, "window": spec.window, "num_sinks": spec.num_sinks}
         module.log_gain[...] = matched_log_gain(few, module.M[...], scale=spec.scale, **near)
-    return Mechanism.of(module)
+    return FittedMechanism.of(module)
 
 
-def _errors(spec: MixerSpec, mechanism: Mechanism, trained: nnx.State, test: LayerTensors) -> dict[str, list[float]]:
+def _errors(
+    spec: MixerSpec, mechanism: FittedMechanism, trained: nnx.State, test: LayerTensors
+) -> dict[str, list[float]]:
     found = {"before": errors(mechanism, mechanism.trainable, test), "after": errors(mechanism, trained, test)}
     if spec.window:
-        alone = Mechanism.of(WindowOnly(spec, 0))
+        alone = FittedMechanism.of(WindowOnly(spec, 0))
         found["window_only"] = errors(alone, alone.trainable, test)
     return {name: values.tolist() for name, values in found.items()}
 

@@ -17,16 +17,16 @@ def whitening_geometry(
 ) -> Float[np.ndarray, "*layers hkv d d"]:
     """M = c Lam^(-1/2), Lam = (E[q q^T] + E[k k^T]) / 2: queries and keys get isotropic second moments.
 
-    It makes another kernel, exp(scale q^T M^T M k): the directions in which q and k vary much no longer rule it.
-    c decides what the second moment of x' = sqrt(scale) M x becomes, on which the variance of random features hangs:
+    The kernel changes to exp(scale q^T M^T M k), which the directions of large variance no longer dominate. c decides
+    the second moment of x' = sqrt(scale) M x, on which the variance of random features depends:
 
-    * `literal`: I, the paper's equation M Lam M^T = I taken for x scaled by d^(-1/4). On Gaussian data
-      the kernel itself, and so every estimate of it, then has infinite variance.
+    * `literal`: I, the paper's equation M Lam M^T = I taken for x scaled by d^(-1/4). On Gaussian data the kernel
+      itself, and so every estimate of it, then has infinite variance.
     * `inverse_sqrt_dim`: d^(-1/2) I. M Lam M^T = I for unscaled x, then softmax's temperature d^(-1/4) on each side
       (where scale = d^-0.5); a logit of independent q and k has variance 1. Isotropic features have finite variance
       from d = 37 on, Theorem 3.2's from d = 5 on.
-    * `temperature`: (scale tr Lam / d) I. E|M x|^2 = E|x|^2, so that the mean logit of a point with itself is that of
-      the pretrained kernel; M = I for data that are isotropic already.
+    * `temperature`: (scale tr Lam / d) I. E|M x|^2 = E|x|^2, so the mean logit of a point with itself is that of the
+      pretrained kernel. Data that are already isotropic give M = I.
     * `unit_norm`: I / d. E|x'|^2 = 1. Isotropic features have finite variance from d = 7 on.
 
     Args:
@@ -37,7 +37,8 @@ def whitening_geometry(
       where: begins the message of an error, for example "layer 3".
 
     Raises:
-      UserError: for an unknown policy, a shrinkage outside [0, 1], too few tokens, and singular second moments.
+      UserError: the policy is unknown, the shrinkage is outside [0, 1], there are too few tokens, or the second moments
+        are singular.
     """
     if policy not in get_args(ScalePolicy):
         raise UserError(f"scale policy {policy!r} is unknown; allowed: {', '.join(get_args(ScalePolicy))}")

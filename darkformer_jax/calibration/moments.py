@@ -12,7 +12,7 @@ from darkformer_jax.errors import UserError, one_line
 
 
 class Moments(NamedTuple):
-    """E[q], E[k], E[q q^T] and E[k k^T] of each key/value head, its group's queries pooled; float64, on the host.
+    """E[q], E[k], E[q q^T] and E[k k^T] of each key/value head, with its group's queries pooled; float64, on the host.
 
     The moments of one layer have the leading axis [hkv]; `stack` makes it [layers, hkv]. Coordinates are those of the
     given q and k; `in_coordinates` maps them to sqrt(scale) M x, the coordinates of proposals.
@@ -31,7 +31,7 @@ class Moments(NamedTuple):
         """The moments of one batch of one layer. Tokens whose `mask` is False do not count.
 
         Raises:
-          UserError: for shapes that do not fit, and for values that are not finite.
+          UserError: shapes do not fit, or values are not finite.
         """
         if q.ndim != 4 or k.ndim != 4 or k.shape != (*q.shape[:2], k.shape[2], q.shape[3]) or q.shape[2] % k.shape[2]:
             raise UserError(f"q {q.shape} and k {k.shape} do not fit: [B, L, Hq, d] and [B, L, Hkv, d], Hq = G Hkv")
@@ -84,11 +84,11 @@ class Moments(NamedTuple):
 
     @property
     def pooled_second(self) -> Float[np.ndarray, "*layers hkv d d"]:
-        """Lam = (E[q q^T] + E[k k^T]) / 2, the paper's one law of queries and keys."""
+        """Lam = (E[q q^T] + E[k k^T]) / 2. The paper has one distribution for queries and keys."""
         return (self.second_q + self.second_k) / 2
 
     def require_full_rank(self, where: str = "") -> None:
-        """Raises a UserError where there are fewer tokens than the d + 1 that a full-rank covariance needs."""
+        """Raises UserError if there are fewer tokens than the d + 1 that a full-rank covariance needs."""
         dim = self.mean_k.shape[-1]
         for index in np.ndindex(self.tokens.shape):
             if self.tokens[index] <= dim:
@@ -134,7 +134,7 @@ class Moments(NamedTuple):
 
     @classmethod
     def load(cls, path: str | PathLike) -> "Moments":
-        """What `save` wrote. Raises a UserError where `path` is no such file."""
+        """Reads what `save` wrote. Raises UserError if `path` is not such a file."""
         try:
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return cls(*(arrays[name] for name in cls._fields))
@@ -143,7 +143,7 @@ class Moments(NamedTuple):
 
 
 def _mean_and_second(x: Array | np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(E[x], E[x x^T]) over rows, in float64; zeros where there are none. `name` is for the error."""
+    """(E[x], E[x x^T]) over rows, in float64; zeros if there are no rows. `name` is for the error."""
     wide = np.asarray(x).astype(np.float64)
     if not np.all(np.isfinite(wide)):
         raise UserError(f"{name}: {np.sum(~np.isfinite(wide))} of {wide.size} values are not finite")

@@ -14,9 +14,10 @@ _TEST_SHARE = 0.2
 def read_passages(
     text: str, test_text: str, tokenizer: Tokenizer, count: int, context: int, seed: int
 ) -> tuple[Int[np.ndarray, "passages context"], int]:
-    """`count` passages of `text`, and how many in front are for the errors alone: a fifth, or those of `test_text`.
+    """(passages, how many of them, in front, are only for measuring errors).
 
-    Raises UserError where a text has too few, and where both texts have the same ones.
+    `count` passages come from `text`. Without `test_text`, a fifth of them are for the errors; with it, passages of
+    `test_text` are added for them. Raises UserError if a text has too few passages, or if both texts share some.
     """
     num_test = max(1, round(_TEST_SHARE * count))
     passages = _draw(text, tokenizer, count, context, seed)
@@ -29,7 +30,7 @@ def read_passages(
 
 
 def _draw(text: str, tokenizer: Tokenizer, count: int, context: int, seed: int) -> np.ndarray:
-    """[count, context] ids of different stretches of the documents, each as if a document began there."""
+    """[count, context] ids of different stretches of the documents, each encoded as the beginning of a document."""
     begin = [tokenizer.bos_id] if tokenizer.adds_bos else []
     size = context - len(begin)
     passages = []

@@ -1,4 +1,4 @@
-"""Attention transfer: a layer's mechanism learns to give what exact attention gives from the same q, k and v."""
+"""Attention transfer: a layer's mechanism learns to give the output of exact attention for the same q, k and v."""
 
 import functools
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from darkformer_jax.model.transformer import Block, Transformer
 
 
 class LayerTensors(NamedTuple):
-    """What one layer's attention reads and gives on n passages of L tokens, one document each."""
+    """Inputs and exact output of one layer's attention on n passages of L tokens, one document each."""
 
     q: Float[Array, "n l hq d"]
     k: Float[Array, "n l hkv d"]
@@ -23,7 +23,7 @@ class LayerTensors(NamedTuple):
     exact: Float[Array, "n l hq d"]
 
 
-class Mechanism(NamedTuple):
+class FittedMechanism(NamedTuple):
     """A mechanism in parts: its structure, what transfer trains (M, learned projections, gain), and the rest."""
 
     graphdef: Any
@@ -31,12 +31,12 @@ class Mechanism(NamedTuple):
     fixed: nnx.State
 
     @classmethod
-    def of(cls, module: nnx.Module) -> "Mechanism":
+    def of(cls, module: nnx.Module) -> "FittedMechanism":
         parts: Any = nnx.split(module, Geometry, ...)
         return cls(*parts)
 
     def attend(self, trained: nnx.State, tensors: LayerTensors) -> Float[Array, "n l hq d"]:
-        """Its output for the passages, with `trained` in place of its trainable part."""
+        """The mechanism's output for the passages, with `trained` in place of its trainable part."""
         module = nnx.merge(self.graphdef, trained, self.fixed)
         segment_ids, positions = _one_document_each(tensors.q)
         out, _ = module(tensors.q, tensors.k, tensors.v, segment_ids=segment_ids, positions=positions)
@@ -44,7 +44,7 @@ class Mechanism(NamedTuple):
 
 
 def teacher_layers(model: Transformer, tokens: Int[Array, "n l"]) -> Iterator[LayerTensors]:
-    """The exact model's attention on `tokens`, layer by layer: the tensors of one layer exist at a time."""
+    """The exact model's attention on `tokens`, layer by layer. Only one layer's tensors exist at a time."""
     x = [model.embed(row[None]) for row in tokens]
     for index in range(model.spec.num_layers):
         graphdef, arrays = nnx.split(model.layer(index))
@@ -77,16 +77,16 @@ def matched_log_gain(
 ) -> Float[Array, "hq"]:
     """The log-gain that gives the far part about the weight that exact attention gives it.
 
-    Exact attention weighs keys by exp(s), s = scale q.k, and features with M estimate exp(s'), s' = scale Mq.Mk. Where
-    M shrinks, far weights are too small beside the window's; where it stretches, they are too large. The gain of a head
-    is the mean over queries of log sum_far exp(s) - log sum_far exp(s'), weighted by the far share of the query's
-    attention.
+    Exact attention weights keys by exp(s), s = scale q.k. Features with M estimate exp(s'), s' = scale Mq.Mk. Where M
+    shrinks, far weights are too small compared with the window's; where it stretches, they are too large. The gain of
+    a head is the mean over queries of log sum_far exp(s) - log sum_far exp(s'), weighted by the far share of the
+    query's attention.
 
     Args:
       tensors: q and k of passages, one document each.
       geometry: M of each key/value head.
       scale: of q.k.
-      chunk_size, window, num_sinks: what is near, as in `dark_attention`.
+      chunk_size, window, num_sinks: decide which keys are near, as in `dark_attention`.
     """
     length, num_queries = tensors.q.shape[1:3]
     key, query = jnp.arange(length)[None], jnp.arange(length)[:, None]
@@ -116,14 +116,14 @@ def matched_log_gain(
 
 @functools.partial(jax.jit, static_argnames=("steps", "passages", "learning_rate"))
 def fit(
-    mechanism: Mechanism, tensors: LayerTensors, key: Array, *, steps: int, passages: int, learning_rate: float
+    mechanism: FittedMechanism, tensors: LayerTensors, key: Array, *, steps: int, passages: int, learning_rate: float
 ) -> nnx.State:
     """The trainable part after `steps` of Adam on the mean over heads of |out - exact|^2 / |exact|^2.
 
     Args:
       mechanism: its trainable part is the start.
       key: decides the `passages` that each step draws.
-      learning_rate: that of the first step; it falls to zero along a cosine.
+      learning_rate: of the first step; it falls to zero along a cosine.
     """
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(learning_rate, max(steps, 1)))
@@ -146,10 +146,10 @@ def fit(
 
 
 @jax.jit
-def errors(mechanism: Mechanism, trained: nnx.State, tensors: LayerTensors) -> Float[Array, "hq"]:
+def errors(mechanism: FittedMechanism, trained: nnx.State, tensors: LayerTensors) -> Float[Array, "hq"]:
     """|out - exact| / |exact| of every head, with norms over all passages, tokens and dimensions."""
 
-    def one_passage(passage: LayerTensors) -> Array:  # one at a time: exact windows of many would take much memory
+    def one_passage(passage: LayerTensors) -> Array:  # one at a time, because exact windows of many take much memory
         passage = jax.tree.map(lambda leaf: leaf[None], passage)
         return _squared_norms(mechanism.attend(trained, passage) - passage.exact)
 

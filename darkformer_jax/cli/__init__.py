@@ -1,1 +1,1 @@
-"""What the verbs share: flags, errors, progress."""
+"""What the verbs share: flags, errors and progress."""

@@ -9,8 +9,8 @@ from ml_collections import config_flags
 
 from darkformer_jax.config import base
 from darkformer_jax.config.fields import flat_fields
-from darkformer_jax.config.pattern import ATTENTION
-from darkformer_jax.config.validation import require_task_uses, require_used
+from darkformer_jax.config.usage import require_used
+from darkformer_jax.config.validation import require_task_uses
 from darkformer_jax.errors import UserError, one_line
 
 FLAGS = flags.FLAGS
@@ -20,13 +20,15 @@ def parse_experiment_flags(argv: list[str], default_config: str, define: Callabl
     """Defines and parses --config and what `define` defines; a mistake is one line and exit status 2."""
     try:
         define()
-        # In here because a field that does not exist is an exception of the definition already.
+        # Inside the try, because the definition already raises for a field that does not exist.
         config_flags.DEFINE_config_file("config", default_config, "The experiment; config/base.py lists all fields.")
         rest = FLAGS(argv)
         if len(rest) > 1:
             raise UserError(f"{rest[1]!r} is no flag; --help lists them")
         FLAGS.config.to_dict()  # raises OSError where the file could not be loaded
-        _require_used_overrides()
+        overrides = list(config_flags.get_override_values(FLAGS["config"]))
+        require_used(FLAGS.config, overrides)
+        require_task_uses(FLAGS.config, overrides)
         return rest
     except (UserError, flags.Error, OSError) as error:
         message = _quoted_end(error)
@@ -38,24 +40,15 @@ def parse_experiment_flags(argv: list[str], default_config: str, define: Callabl
     sys.exit(2)
 
 
-def _require_used_overrides() -> None:
-    """Raises UserError for a field of the command line, --config.<field>=..., that no layer or not the task uses."""
-    overrides = list(config_flags.get_override_values(FLAGS["config"]))
-    require_task_uses(FLAGS.config, overrides)
-    if FLAGS.config.model.attention.pattern is None:  # what the layers are is another run's to say
-        return
-    require_used(FLAGS.config, [name for name in overrides if name.startswith(ATTENTION)])
-
-
 def _quoted_end(error: Exception) -> str:
-    """The message of an exception in one line; of one that quotes a traceback, its beginning and its end."""
+    """The message of an exception in one line; a traceback that it quotes is cut to its last line."""
     message, traceback, quoted = str(error).partition("Traceback (most recent call last):")
     end = quoted.strip().splitlines()[-1] if traceback else ""
     return one_line(UserError(message + end))
 
 
 def _unknown_field(argv: list[str]) -> str:
-    """Which --config.<field> of the command line does not exist, and what may have been meant."""
+    """The message for the first --config.<field> that does not exist, with the closest one that does; "" if all do."""
     known = [name for name, _ in flat_fields(base.get_config().to_dict())]
     for argument in argv[1:]:
         name = argument.lstrip("-").partition("=")[0]

@@ -28,16 +28,16 @@ class Parser(argparse_flags.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """One line, as for every other mistake."""
+        """Prints one line and exits with status 2, as for every other mistake."""
         self.exit(2, f"error: {message} (--help lists the flags)\n")
 
 
 @contextlib.contextmanager
 def one_line_errors(if_interrupted: str) -> Iterator[None]:
-    """Ends the program on a UserError with one line and exit status 2, on Ctrl-C with `if_interrupted` and 130.
+    """Ends the program with one line: status 2 on a UserError, `if_interrupted` and status 130 on Ctrl-C.
 
-    SIGTERM and a closed terminal are taken like Ctrl-C, so that what is half written is removed. Memory that ran out is
-    the user's to change, too: it takes fewer or shorter rows.
+    SIGTERM and a closed terminal count as Ctrl-C, so that half-written files are removed. The user can fix memory that
+    runs out, too, with fewer or shorter rows.
     """
     logging.set_verbosity(logging.WARNING)
     before = {number: signal.signal(number, _interrupt) for number in _INTERRUPTING}
@@ -58,7 +58,7 @@ def one_line_errors(if_interrupted: str) -> Iterator[None]:
 
 
 class _Interrupted(KeyboardInterrupt):
-    """A signal that asks for the end."""
+    """A signal that asks the program to end."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)

@@ -1,4 +1,4 @@
-"""How far a command is: one live line on a terminal, plain lines elsewhere."""
+"""The progress of a command: one live line on a terminal, plain lines elsewhere."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ _SECONDS_BETWEEN_LINES = 30.0  # where the output is no terminal
 
 
 def progress_bar(total: float, unit: str, label: str = "") -> Any:
-    """A tqdm bar on stderr: counts bytes, tokens and other large units in thousands (`unit` "B": in kB, MB, ...)."""
+    """A tqdm bar on stderr. It counts bytes and tokens (`unit` "B" and "token") in thousands, millions and so on."""
     interval = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES
     large = unit in ("B", "token")
     return tqdm.tqdm(desc=label or None, total=total, unit=unit, unit_scale=large, mininterval=interval)
@@ -23,14 +23,14 @@ def progress_bar(total: float, unit: str, label: str = "") -> Any:
 class Progress:
     """Shows `step 120/1000  loss 2.345  12.3k tok/s  mfu 3.1%  1.2 GiB  eta 03:21`.
 
-    On a terminal one line, rewritten in place and never wider than the window; elsewhere (a file, a pipe) a line every
-    `log_every` steps and one for the last step, which tqdm cannot do. On a pod, only process 0 prints.
+    On a terminal it is one line, rewritten in place and never wider than the window. Elsewhere (a file, a pipe) it is a
+    line per `log_every` steps and one for the last step, which tqdm cannot do. Only process 0 prints.
 
     Args:
       num_steps: the run's last step.
       log_every: steps between plain lines.
-      stream: where to; None = stderr, so that a verb's output stays clean on stdout.
-      clock: seconds that only grow; tests pass their own.
+      stream: the output; None = stderr, so that a verb's output stays clean on stdout.
+      clock: monotonic seconds; tests pass their own.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Progress:
           loss: nats per token, or per example.
           tokens_per_second: over all devices.
           mfu: model FLOP/s over the devices' peak, from 0 to 1; None = not known.
-          memory_bytes: of the device, or of the host where the device is the CPU.
+          memory_bytes: of the device, or of the host if the device is the CPU.
         """
         fields = {
             "step": f"step {step}/{self._num_steps}",
@@ -107,7 +107,7 @@ class Progress:
 
 def _fit(fields: dict[str, str], width: int) -> str:
     shown = dict(fields)
-    for name in ("mfu", "memory", "speed", "eta", "loss"):  # the first to give up on a narrow terminal comes first
+    for name in ("mfu", "memory", "speed", "eta", "loss"):  # in the order in which a narrow terminal drops them
         if len(_join(shown)) <= width:
             break
         shown.pop(name)

@@ -1,1 +1,1 @@
-"""Every field of an experiment in one place: its default, its range, and what earlier workdirs meant."""
+"""Every field of an experiment in one place: its default, its range, and its meaning in earlier workdirs."""

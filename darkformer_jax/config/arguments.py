@@ -1,11 +1,11 @@
-"""What stands behind the colon of --config=configs/<experiment>.py:name=value,name=value."""
+"""The arguments after the colon of --config=configs/<experiment>.py:name=value,name=value."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_collections
 
-from darkformer_jax.config.validation import require_used
+from darkformer_jax.config.usage import require_used
 from darkformer_jax.errors import UserError
 
 Fields = Mapping[str, tuple[str, Any]]  # argument -> (field of the config, what parses its value: a type, `boolean`)
@@ -14,7 +14,7 @@ Fields = Mapping[str, tuple[str, Any]]  # argument -> (field of the config, what
 def set_arguments(c: ml_collections.ConfigDict, arguments: Iterable[str], fields: Fields, file: str) -> None:
     """Sets the fields that `name=value` strings name.
 
-    Raises UserError, which names `file`, for an argument that it does not know, or that the mixer does not use.
+    Raises UserError for an argument that `file` does not know, or whose field no mixer uses.
     """
     names = []
     for argument in arguments:

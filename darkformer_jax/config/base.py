@@ -1,8 +1,8 @@
 """Every field of an experiment, with its default, its range and its unit. The only place with defaults.
 
-Experiments call `get_config()` from here and change what they need. ml_collections refuses a field that is not here,
-`config.validation.validate` a value that is out of range or contradicts another; both before any compile.
-`config.fields` says what `off`, `needs` and `since` mean.
+Experiments call `get_config()` from here and change what they need. ml_collections refuses a field that is not here.
+`config.validation.validate` refuses a value that is out of range or contradicts another. Both come before any compile.
+`config.fields` explains `off`, `needs` and `since`.
 """
 
 import functools
@@ -33,7 +33,7 @@ from darkformer_jax.ops.linear import WindowKernel
 from darkformer_jax.ops.projections import ProjectionKind
 
 LABELLED_TASKS = ("classification", "regression")
-TASKS = ("language_model", *LABELLED_TASKS)  # the keys of tasks.TASKS, which stands on a floor above this one
+TASKS = ("language_model", *LABELLED_TASKS)  # the keys of tasks.TASKS, which this module may not import
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -51,7 +51,7 @@ def declare() -> Section:
     """The fields, section by section."""
     c = Section()
     c.seed = at_least(0, 0)  # every random choice (weights, projections, data order) is a function of this and the step
-    c.num_steps = at_least(1, 1000)  # optimizer steps; a resumed run may have more, and a cosine then ends later
+    c.num_steps = at_least(1, 1000)  # optimizer steps; a resumed run may have more, and its cosine then ends later
     c.batch_size = at_least(1, 16)  # sequences per optimizer step, over all devices
     c.sequence_length = at_least(1, 512)  # tokens per sequence
     c.accumulation_steps = at_least(1, 1)  # micro-batches per optimizer step; divides batch_size
@@ -61,19 +61,19 @@ def declare() -> Section:
     c.data = _data()
     c.optimizer = _optimizer()
 
-    t = c.distill = Section()  # learning from a teacher; its arrays take memory, and it is not saved
-    t.workdir = anything("", since=1)  # whose newest weights teach: a model with the same tokenizer and as many ids
-    # w in (1 - w) cross-entropy + w KL(teacher || student); `loss` is the former.
+    t = c.distill = Section()  # learning from a teacher, whose arrays take memory and are not saved
+    t.workdir = anything("", since=1)  # the teacher, by its newest weights; same tokenizer and number of ids
+    # w in (1 - w) `loss` + w KL(teacher || student); `loss` is the cross-entropy.
     t.weight = fraction(0.0, off=0.0, since=1)
 
     e = c.eval = Section()
     e.every = at_least(0, 100)  # steps; 0 = only at the end
-    e.batches = at_least(0, 0)  # held-out batches per evaluation; 0 = the whole split, as always after the last step
+    e.batches = at_least(0, 0)  # held-out batches per evaluation; 0 = the whole split; after the last step always 0
     e.batch_size = at_least(1, 16)
 
     k = c.checkpoint = Section()
     k.every = at_least(0, 100)  # steps; 0 = only at the end
-    k.keep = at_least(1, 3)  # newest checkpoints kept; beside them the best of those that were evaluated
+    k.keep = at_least(1, 3)  # newest checkpoints to keep; the best evaluated one is kept as well
 
     g = c.log = Section()
     g.every = at_least(1, 10)  # steps between lines of metrics.jsonl
@@ -86,26 +86,26 @@ def declare() -> Section:
     s.top_p = fraction(1.0, low="(")
 
     p = c.profile = Section()  # a profiler's recording in <workdir>/profile, for TensorBoard or xprof
-    p.first_step = at_least(0, 0, since=1)  # 0 = none; 1 holds the compilation
+    p.first_step = at_least(0, 0, since=1)  # 0 = none; step 1 includes the compilation
     p.steps = at_least(1, 3, since=1)
 
-    h = c.mesh = Section()  # devices per axis; at most one -1 = what is left
+    h = c.mesh = Section()  # devices per axis; at most one may be -1 = all that are left
     h.data = anything(-1)
-    h.fsdp = anything(1)  # splits the batch, as data does, and parameters and optimizer state by their width
-    h.tensor = anything(1)  # splits heads, MLP and vocabulary; random features where it does not divide num_kv_heads
+    h.fsdp = anything(1)  # splits the batch, like data, and also the width of parameters and optimizer state
+    h.tensor = anything(1)  # splits heads, MLP and vocabulary; random features if it does not divide num_kv_heads
     h.context = anything(1, since=1)  # splits sequence_length, and with it the activations; see docs/attention.md
     return c
 
 
 def _task() -> Section:
     w = Section()
-    # What is learned; classification and regression: labels of whole texts, by a head on the last layer's outputs.
+    # What is learned. classification, regression: labels of whole texts, by a head on the last layer's outputs.
     w.name = choice("language_model", TASKS, since=2)
-    # The other fields are theirs. Which outputs the head sees: that of the last real token, or their mean.
+    # These two alone use the other fields. The head sees the output of the last real token, or the mean output.
     w.pooling = choice("last", get_args(Pooling), since=2)
-    w.text_column = anything("text", since=2)  # of a table, or field of a JSON object
-    w.label_column = anything("label", since=2)  # names of classes, or a regression's numbers
-    w.heldout_files = anything("", since=2)  # as data.files; "" = data.heldout_fraction of the texts of data.files
+    w.text_column = anything("text", since=2)  # column of a table, or field of a JSON object
+    w.label_column = anything("label", since=2)  # holds class names, or the numbers of a regression
+    w.heldout_files = anything("", since=2)  # like data.files; "" = data.heldout_fraction of the texts in data.files
     return w
 
 
@@ -118,68 +118,68 @@ def _model() -> Section:
     m.num_kv_heads = at_least(1, 4)  # key/value heads; divides num_heads
     m.head_dim = at_least(1, 32)
     m.mlp_dim = at_least(1, 384)  # hidden width of the gated MLP
-    m.activation = choice("silu", ACTIVATIONS)  # of the MLP's gate: silu (Llama) | gelu_tanh (Gemma)
+    m.activation = choice("silu", ACTIVATIONS)  # in the MLP's gate: silu (Llama) | gelu_tanh (Gemma)
     m.norm_eps = positive(1e-6)
-    m.rope_theta = positive(10000.0)  # of every layer; of all but `softmax_local` ones where rope_local_theta is set
-    # Of `softmax_local` layers, never scaled (Gemma 3: 10_000); 0 = rope_theta and its scaling.
+    m.rope_theta = positive(10000.0)  # for all layers, except `softmax_local` ones if rope_local_theta is set
+    # Theta of `softmax_local` layers, without scaling (Gemma 3: 10_000); 0 = rope_theta with its scaling.
     m.rope_local_theta = at_least(0, 0.0, off=0.0, since=1)
     m.rope_scaling = choice("none", get_args(RopeScaling), since=1)  # linear | llama3 (Llama 3.1) | yarn (2309.00071)
     m.rope_factor = at_least(1, 1.0, since=1)  # linear, llama3, yarn: new context length over that of pretraining
-    m.rope_low_freq_factor = positive(1.0, since=1)  # llama3: fewer turns than this are slowed by rope_factor
-    m.rope_high_freq_factor = positive(4.0, since=1)  # llama3: more turns than this are kept; in between, a mixture
+    m.rope_low_freq_factor = positive(1.0, since=1)  # llama3: pairs with fewer turns are slowed by rope_factor
+    m.rope_high_freq_factor = positive(4.0, since=1)  # llama3: pairs with more turns are kept; in between, a mixture
     m.rope_original_length = at_least(1, 8192, since=1)  # llama3, yarn: context of pretraining, tokens
-    m.rope_beta_fast = positive(32.0, since=1)  # yarn: more turns in rope_original_length than this are kept
-    m.rope_beta_slow = positive(1.0, since=1)  # yarn: fewer turns are slowed by rope_factor; in between, a mixture
+    m.rope_beta_fast = positive(32.0, since=1)  # yarn: pairs with more turns in rope_original_length are kept
+    m.rope_beta_slow = positive(1.0, since=1)  # yarn: pairs with fewer are slowed by rope_factor; in between, a mixture
     m.rope_attention_factor = at_least(0, 0.0, since=1)  # yarn: multiplies the rotated q and k; 0 = 0.1 ln(factor) + 1
     m.qk_norm = anything(False)  # RMSNorm of each head's q and k before RoPE
     m.qkv_bias = anything(False, since=1)  # biases of the projections to q, k and v (Qwen2)
     m.norm_plus_one = anything(False, since=1)  # norms multiply by 1 + weight, and weights start at 0 (Gemma)
-    m.post_norms = anything(False, since=1)  # norms behind attention and MLP too, before the residual sums (Gemma 2, 3)
+    m.post_norms = anything(False, since=1)  # norms after attention and MLP, too, before the residual sums (Gemma 2, 3)
     m.tie_embeddings = anything(True)
     m.scale_embeddings = anything(False)  # multiply embeddings by sqrt(embed_dim) (Gemma)
     m.logit_softcap = at_least(0, 0.0)  # cap * tanh(logits / cap); 0 = none (Gemma 2: 30)
-    m.lora_rank = at_least(0, 0, since=1)  # of low-rank updates of q, k, v and out, x W + (x A) B; 0 = none
-    m.causal = anything(True, since=2)  # False: an encoder, whose tokens see their whole document; for classification
-    m.dtype = choice("bfloat16", ("bfloat16", "float32"))  # of activations and matmuls; weights and logits are float32
+    m.lora_rank = at_least(0, 0, since=1)  # rank of low-rank updates of q, k, v and out, x W + (x A) B; 0 = none
+    m.causal = anything(True, since=2)  # False: an encoder, whose tokens see the whole document; not for language_model
+    m.dtype = choice("bfloat16", ("bfloat16", "float32"))  # activations and matmuls; weights and logits are float32
     m.remat = choice("none", ("none", *REMAT_POLICIES))  # what backward recomputes, per block: dots = all but matmuls
     m.attention = _attention()
     return m
 
 
 def _attention() -> Section:
-    """What the layers of `kind`, or of `pattern`, do; each kind says which fields it uses (darkformer_jax/mixers)."""
+    """The mixers of the layers. Each kind states which fields it uses (darkformer_jax/mixers)."""
     a = Section()
-    a.kind = choice("dark", MIXERS)  # of every layer, unless there is a pattern
-    # Kinds of successive layers, repeated over the depth: "softmax,dark,dark"; the last repetition may be cut short.
+    a.kind = choice("dark", MIXERS)  # for every layer, unless there is a pattern
+    # Kinds of successive layers, repeated over the depth: "softmax,dark,dark". The last repetition may be incomplete.
     # Layers may have options of their own: "softmax,dark(m=128,window=64)".
     a.pattern = anything("")
-    a.query_scale = at_least(0, 0.0, since=1)  # of the products of q and k; 0 = head_dim^-0.5
+    a.query_scale = at_least(0, 0.0, since=1)  # factor on the products of q and k; 0 = head_dim^-0.5
     a.softcap = at_least(0, 0.0, off=0.0, since=1)  # exact attention: cap * tanh(logits / cap); 0 = none (Gemma 2: 50)
     a.local_window = at_least(0, 0, off=0, since=1)  # softmax_local: tokens that a query sees, its own included
     a.num_features = at_least(1, 64)  # m, random features per head
     a.projections = choice("orthogonal", get_args(ProjectionKind))  # orthogonal_unsigned: biased (docs/attention.md)
     a.redraw_every = at_least(0, 0, off=0)  # optimizer steps between redraws of the projections; 0 = never
     a.geometry_init = positive(1.0)  # M starts as this times the identity; 1 is Performer
-    a.learn_projections = anything(False, off=False, since=1)  # dark: w is trained beside M, and estimates no kernel
+    a.learn_projections = anything(False, off=False, since=1)  # dark: w is trained, too, and then estimates no kernel
     a.chunk_size = at_least(1, 128)  # tokens per chunk of the linear scan
-    a.window = at_least(0, 0, off=0)  # tokens before the own chunk seen exactly, whole chunks; 0 = features everywhere
+    a.window = at_least(0, 0, off=0)  # tokens seen exactly before the own chunk, whole chunks; 0 = features everywhere
     a.num_sinks = at_least(0, 0, off=0, needs="window")  # first tokens of a document that every query sees exactly
-    # Of what is seen exactly: dark (the kernel that features estimate) | softmax (M left out).
+    # Kernel of the keys seen exactly: dark (which the features estimate) | softmax (without M).
     a.window_kernel = choice("dark", get_args(WindowKernel), off="dark", needs="window", since=1)
-    a.far_gain = anything(False, off=False, needs="window", since=1)  # a learned log gain per head on what features see
+    a.far_gain = anything(False, off=False, needs="window", since=1)  # a learned log gain per head on the far part
     return a
 
 
 def _data() -> Section:
     d = Section()
     d.source = anything("stdlib")  # stdlib | text | news | array_record | labelled
-    # text: globs of .txt, .md, .jsonl, plain or .gz; labelled: of .tsv, .csv, .jsonl; array_record: prepare_data's
-    # directory.
+    # text: globs of .txt, .md, .jsonl, plain or .gz. labelled: globs of .tsv, .csv, .jsonl. array_record: the directory
+    # that prepare_data wrote.
     d.files = anything("")
-    # bytes | bpe:<vocab> (trained on the training split) | a tokenizer.json | a SentencePiece .model; "" = that of the
-    # array_record's preparation, else of init_from.
+    # bytes | bpe:<vocab> (trained on the training split) | a tokenizer.json | a SentencePiece .model; "" = the one that
+    # prepared the array_record, else that of init_from.
     d.tokenizer = anything("bytes")
-    # Of the documents, chosen by their hash; 0 = 0.05, or 0.15 of labelled texts, or as array_record was prepared.
+    # Share of the documents, chosen by hash; 0 = 0.05, or 0.15 of labelled texts, or as prepared.
     d.heldout_fraction = fraction(0.0, high=")")
     d.num_workers = at_least(0, 0)  # grain worker processes; 0 = threads in this process
     return d
@@ -188,17 +188,17 @@ def _data() -> Section:
 def _optimizer() -> Section:
     o = Section()  # AdamW
     # all | qkv_geometry (q, k, v projections and M) | geometry (M, learned projections) | lora (low-rank updates of
-    # rank model.lora_rank, and M); what is not trained is frozen and takes no moments.
+    # rank model.lora_rank, and M). Other parameters are frozen and have no moments.
     o.train = choice("all", REGIMES, since=1)
     o.learning_rate = positive(3e-3)  # peak
-    o.geometry_learning_rate = at_least(0, 3e-4)  # peak, of M and learned projections: they set the scale of exponents
+    o.geometry_learning_rate = at_least(0, 3e-4)  # peak, for M and learned projections, which scale exponents
     o.warmup_steps = at_least(0, 50)
     o.schedule = choice("cosine", ("cosine", "rsqrt", "constant"))  # after the warm-up
     o.final_fraction = fraction(0.1)  # cosine ends at this fraction of the peak
     o.b1 = fraction(0.9, high=")")
     o.b2 = fraction(0.95, high=")")
     o.eps = positive(1e-8)
-    o.weight_decay = at_least(0, 0.1)  # of matrices; never of M, norms or biases
+    o.weight_decay = at_least(0, 0.1)  # on matrices; never on M, norms or biases
     o.clip_norm = at_least(0, 1.0)  # global gradient norm; 0 = no clipping
     o.z_loss = at_least(0, 1e-4, off=0.0)  # weight of mean(logsumexp(logits)^2), of a language model; 0 = none
     return o

@@ -1,9 +1,9 @@
-"""The config of a run that goes on from another run's weights, with another mechanism perhaps.
+"""The config of a run that starts from another run's weights, perhaps with another mechanism.
 
-What the model is comes from the other run: fields that are None here are filled in from its config.json
-(`runs.inherit`). Pretrained queries and keys are too large for features to estimate their products alone. So a
-mechanism that can have a window gets one of 64 tokens and 4 sinks, which keeps the pretrained kernel, and M starts at
-half the identity, where the features' variance is small.
+The other run determines the model: `runs.inherit` fills fields that are None here from its config.json. Pretrained
+queries and keys are too large for features alone to estimate their products. A mechanism that can have a window
+therefore gets one of 64 tokens and 4 sinks, which keeps the pretrained kernel. M starts at half the identity, where the
+variance of the features is small.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from darkformer_jax.config.pattern import ATTENTION
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
 
-_CHOSEN_HERE = ("attention", "dtype", "remat", "lora_rank")  # of model: how it is computed and trained, not what it is
+_CHOSEN_HERE = ("attention", "dtype", "remat", "lora_rank")  # how a model is computed and trained, not what it is
 _INHERITED_BY_ATTENTION = ("pattern", "query_scale", "softcap", "local_window", "far_gain", "learn_projections")
 _OF_A_WINDOW: dict[str, Any] = {
     "num_features": 64,
@@ -31,7 +31,7 @@ _OF_A_WINDOW: dict[str, Any] = {
 def conversion_config(kind: str) -> ml_collections.ConfigDict:
     """The base config with the mechanism `kind`; the model's sizes and the data's tokenizer are those of `init_from`.
 
-    Raises UserError for a kind that there is not.
+    Raises UserError for an unknown kind.
     """
     if kind not in MIXERS:
         raise UserError(f"model.attention.kind = {kind!r}: allowed: {', '.join(MIXERS)}")
@@ -49,12 +49,12 @@ def conversion_config(kind: str) -> ml_collections.ConfigDict:
 
 
 def without_window(c: ml_collections.ConfigDict) -> None:
-    """Turns off what needs a window, where the config has none."""
+    """Turns off the fields that need a window if the config has none."""
     for name, field in base.fields().items():
         if name.startswith(ATTENTION) and field.needs and not c.model.attention[field.needs]:
             c.update_from_flattened_dict({name: field.off})
 
 
 def _inherit(section: ml_collections.ConfigDict, name: str) -> None:
-    """None until `runs.inherit` fills it in; overrides are checked for its type as ever."""
+    """Makes a field None until `runs.inherit` fills it in. The type of overrides is still checked."""
     section[name] = config_dict.placeholder(type(section[name]))

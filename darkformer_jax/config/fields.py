@@ -1,4 +1,4 @@
-"""What a field of the config is: its default, its range, and what a run meant that began before the field."""
+"""A field of the config: its default, its range, and its value in runs from before the field."""
 
 import dataclasses
 import math
@@ -24,11 +24,11 @@ class Field:
     Attributes:
       default: its value unless an experiment sets another; its type is the field's.
       rule, allowed: which values are allowed, as a test and in words.
-      off: the value that means "not used"; None = the field has always a value. A field that is not off must be used by
-        a layer of the model or by the task (`config.validation`).
-      needs: a field of the same section that must not be off where this one is not.
-      since: the version of config.json that has the field first (`config.migrations`); 0 = all of them.
-      before: what earlier runs meant, where that is not the default.
+      off: the value that means "not used"; None = the field is never off. A field that is not off must be used by a
+        layer of the model or by the task (`config.validation`).
+      needs: a field of the same section that must not be off if this one is not.
+      since: the first version of config.json that has the field (`config.migrations`); 0 = all versions.
+      before: the value in runs from before the field; None = the default.
     """
 
     default: Any
@@ -41,7 +41,7 @@ class Field:
 
     @property
     def meaning_before(self) -> Any:
-        """The value that stands for an earlier run, which had no such field."""
+        """The value in a run from before the field."""
         return self.default if self.before is None else self.before
 
     def check(self, name: str, value: Any) -> None:
@@ -58,7 +58,7 @@ class Field:
 
 
 def at_least(smallest: float, default: float, **more: Any) -> Any:
-    """A number from `smallest` on."""
+    """A number that is at least `smallest`."""
     return Field(default, lambda value: value >= smallest, f"must be at least {smallest}", **more)
 
 
@@ -68,7 +68,7 @@ def positive(default: float, **more: Any) -> Any:
 
 
 def fraction(default: float, low: str = "[", high: str = "]", **more: Any) -> Any:
-    """A number between 0 and 1; `(` and `)` leave the bound out."""
+    """A number from 0 to 1; `(` and `)` exclude the bound."""
 
     def rule(value: float) -> bool:
         return (value >= 0 if low == "[" else value > 0) and (value <= 1 if high == "]" else value < 1)
@@ -82,12 +82,12 @@ def choice(default: str, allowed: Mapping[str, Any] | tuple[str, ...], **more: A
 
 
 def anything(default: Any, **more: Any) -> Any:
-    """A text, a switch, or a number whose range depends on what is not in the config."""
+    """A string, a bool, or a number whose range depends on more than the config."""
     return Field(default, lambda value: True, "", **more)
 
 
 def strings(*default: str) -> Any:
-    """Texts."""
+    """Several strings."""
     return Field(default, lambda value: all(isinstance(x, str) for x in value), "must be strings")
 
 

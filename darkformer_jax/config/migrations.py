@@ -1,9 +1,9 @@
-"""From a config.json of any earlier version to today's fields.
+"""Brings a config.json of any earlier version to today's fields.
 
-config.json holds the number of the version that wrote it, `"version"`; files from before version 2 hold none. A field
-that is younger than the file means what `config.base` says of the time before it. So a new field needs nothing here:
-it is declared with `since=VERSION`, after VERSION went up by one if a release lies between. What is renamed or
-removed gets a function in `_STEPS`.
+config.json holds the version that wrote it as `"version"`; files from before version 2 hold none. A field that is newer
+than the file gets the value that `config.base` declares for earlier runs. So a new field needs nothing here: declare it
+with `since=VERSION`, and first raise VERSION by one if there was a release since its last change. A renamed or removed
+field needs a function in `_STEPS`.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,13 +19,13 @@ _KEY = "version"
 def migrate(saved: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The fields of a config.json, as nested dicts, with today's names and a value for each field that came later.
 
-    Raises UserError, which names `where`, for a version that is not known.
+    Raises UserError, which names `where`, for an unknown version.
     """
     config = _copied(saved)
     version = config.pop(_KEY, 0)
     if type(version) is not int or not 0 <= version <= VERSION:
         raise UserError(
-            f"{where} is of version {version!r}, and this darkformer_jax reads 0 to {VERSION}; a newer one reads it"
+            f"{where} is of version {version!r}, but this darkformer_jax reads 0 to {VERSION}; use a newer one"
         )
     for number in range(version + 1, VERSION + 1):
         if number in _STEPS:
@@ -37,19 +37,19 @@ def migrate(saved: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def with_version(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json holds."""
+    """The content of config.json: `config` and the version."""
     return {_KEY: VERSION, **config}
 
 
 def _no_window_kernel_without_geometry(config: dict[str, Any]) -> None:
-    """Version 2 refuses a window_kernel that no layer uses; before, configs/finetune.py set it where M = I, too."""
+    """Version 2 refuses a window_kernel that no layer uses. Before, configs/finetune.py set it even for M = I."""
     attention = config["model"]["attention"]
     kinds = (attention.get("pattern") or attention.get("kind", "")).replace(" ", "").split(",")
     if "dark" not in kinds:
         attention["window_kernel"] = "dark"
 
 
-# version -> what brings the fields of the version before it to its own, in place, before its new fields are added
+# version -> changes fields of the version before it, in place; fields that are new in it are added afterwards
 _STEPS: Mapping[int, Callable[[dict[str, Any]], None]] = {2: _no_window_kernel_without_geometry}
 
 

@@ -44,7 +44,7 @@ def pattern_kinds(pattern: str | None, kind: str) -> tuple[str, ...]:
 
 
 def show_layer(layer: Layer) -> str:
-    """The entry of a pattern that reads as `layer`."""
+    """The entry of a pattern that parses as `layer`."""
     options = ",".join(f"{name}={value}" for name, value in layer.options.items())
     return f"{layer.kind}({options})" if options else layer.kind
 

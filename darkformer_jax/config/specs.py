@@ -1,4 +1,4 @@
-"""From a config to the specs that the model is made from. Specs have no defaults: every field comes from the config."""
+"""Makes a model's specs from a config. Specs have no defaults: every field comes from the config."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,12 +16,12 @@ from darkformer_jax.model.spec import ModelSpec
 
 
 def model_spec(config: ml_collections.ConfigDict, tokenizer_vocab: int, num_outputs: int = 0) -> ModelSpec:
-    """The model that a validated config, its tokenizer and its task make.
+    """The spec of the model, for a validated config, its tokenizer and its task.
 
-    num_outputs: numbers that the task asks of each sequence; 0 = logits of the next token.
+    num_outputs: outputs per sequence that the task needs; 0 = logits of the next token.
 
     Raises:
-      UserError: a model.vocab_size below the tokenizer's.
+      UserError: model.vocab_size is below the tokenizer's.
     """
     model = config.model
     if 0 < model.vocab_size < tokenizer_vocab:
@@ -52,7 +52,7 @@ def _mixer_spec(config: ml_collections.ConfigDict, layer: Layer) -> MixerSpec:
 
 
 def _rope(model: ml_collections.ConfigDict, is_local: bool) -> RopeSpec:
-    """Of a layer; `is_local`: one that `rope_local_theta`, which is never scaled, is of."""
+    """The rotary positions of a layer. is_local: `rope_local_theta`, which is never scaled, applies to it."""
     rope = RopeSpec(**{field.name: model[f"rope_{field.name}"] for field in dataclasses.fields(RopeSpec)})
     if is_local and model.rope_local_theta:
         return dataclasses.replace(rope, theta=model.rope_local_theta, scaling="none")

@@ -1,4 +1,4 @@
-"""Mistakes in a config are found before any compile: values out of range, and values that contradict each other."""
+"""Finds mistakes in a config before any compile: values out of range, and values that contradict each other."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -6,18 +6,20 @@ from typing import Any
 import ml_collections
 
 from darkformer_jax.config.base import LABELLED_TASKS, fields
-from darkformer_jax.config.fields import flat_fields
+from darkformer_jax.config.fields import Field, flat_fields
 from darkformer_jax.config.pattern import ATTENTION, parse_pattern
 from darkformer_jax.config.specs import mixer_specs
+from darkformer_jax.config.usage import require_used
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
+from darkformer_jax.mixers.spec import MixerSpec
 
 LABELLED_SOURCE = "labelled"
 _OF_LANGUAGE_MODELS = ("optimizer.z_loss", "distill.weight")
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError for the first field out of range or contradicting another, naming it and what is allowed."""
+    """Raises UserError for the first field that is out of range or contradicts another."""
     values = dict(flat_fields(config.to_dict()))
     for name, field in fields().items():
         field.check(name, values[name])
@@ -37,7 +39,7 @@ def _validate_model(model: ml_collections.ConfigDict) -> None:
 
 
 def _validate_mixers(config: ml_collections.ConfigDict) -> None:
-    """Every field that is not off is used, every layer has what it needs, and no layer contradicts itself."""
+    """Raises UserError for a field that no layer uses, a need that is not met, or layers that contradict themselves."""
     attention = config.model.attention
     layers = parse_pattern(attention.pattern, attention.kind)
     _require(
@@ -48,39 +50,20 @@ def _validate_mixers(config: ml_collections.ConfigDict) -> None:
     for mixer in mixer_specs(config):
         for name in sorted(MIXERS[mixer.kind].uses):
             field = fields().get(ATTENTION + name)
-            if field is None or field.off is None:
-                continue
-            value = getattr(mixer, name)
-            shown = repr(value) if isinstance(value, str) else value
-            _require(
-                value == field.off or not field.needs or bool(getattr(mixer, field.needs)),
-                f"{ATTENTION}{name} = {shown} needs a window; {ATTENTION}{field.needs} = 0",
-            )
-            _require(
-                value != field.off or name not in MIXERS[mixer.kind].needs,
-                f"{ATTENTION}{name} = {shown}: {mixer.kind!r} needs a window",
-            )
+            if field is not None and field.off is not None:
+                _require_needs(mixer, name, field)
         MIXERS[mixer.kind].check(mixer)
 
 
-def require_used(config: ml_collections.ConfigDict, names: list[str]) -> None:
-    """Raises UserError for the first of the fields that is set though no layer's mixer uses it.
-
-    Args:
-      config: its model.attention.pattern may be None, as of a run that inherits it.
-      names: dotted; fields that no mixer could use are passed over.
-    """
-    attention = config.model.attention
-    kinds = [layer.kind for layer in parse_pattern(attention.pattern, attention.kind)]
-    used = set().union(*(MIXERS[kind].uses for kind in kinds))
-    could_use = set().union(*(mixer.uses for mixer in MIXERS.values()))
-    values = dict(flat_fields(config.to_dict()))
-    for name in names:
-        own, value, off = name.rpartition(".")[2], values[name], fields()[name].off
-        if own in could_use - used and value is not None and value != off:
-            shown = repr(value) if isinstance(value, str) else value
-            allowed = f"; allowed: {off!r}" if off is not None else ""
-            raise UserError(f"{name} = {shown}: none of {', '.join(dict.fromkeys(kinds))} uses it{allowed}")
+def _require_needs(mixer: MixerSpec, name: str, field: Field) -> None:
+    value = getattr(mixer, name)
+    shown = repr(value) if isinstance(value, str) else value
+    if value == field.off:
+        needed = name in MIXERS[mixer.kind].needs
+        _require(not needed, f"{ATTENTION}{name} = {shown}: {mixer.kind!r} cannot do without it")
+    elif field.needs:
+        other = getattr(mixer, field.needs)
+        _require(bool(other), f"{ATTENTION}{name} = {shown} needs {field.needs}; {ATTENTION}{field.needs} = {other}")
 
 
 def _validate_rope(model: ml_collections.ConfigDict) -> None:
@@ -140,7 +123,7 @@ def _validate_training(config: ml_collections.ConfigDict) -> None:
 
 
 def _validate_task(config: ml_collections.ConfigDict) -> None:
-    """A field that the task does not use is off, or as it is without anyone's doing."""
+    """Raises UserError if a field that the task does not use is set: is neither off nor as it is by default."""
     task, source = config.task, config.data.source
     is_labelled = task.name in LABELLED_TASKS
     _require(

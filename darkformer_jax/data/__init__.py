@@ -38,8 +38,8 @@ class Data:
 
     Attributes:
       train, heldout: the splits.
-      tokenizer: of both.
-      heldout_documents: texts of the held-out split where it is in memory, else None.
+      tokenizer: of both splits.
+      heldout_documents: the held-out texts if they are in memory, else None.
     """
 
     train: TokenStream
@@ -72,9 +72,9 @@ def load_data(
       source: stdlib | text | news, read into memory; array_record, read from a prepared directory during training.
       files: globs or directories of the source; for array_record the prepared directory.
       tokenizer: bytes | bpe:<n> | a path. For array_record: the one the data was prepared with, or "".
-      heldout_fraction: of the documents; 0 = 0.05. For array_record: that of the preparation, or 0.
+      heldout_fraction: share of the documents; 0 = 0.05. For array_record: the one the data was prepared with, or 0.
       tokenizer_dir: a workdir; a tokenizer saved there is used and must match.
-      verify: for array_record, (i, n) = compare the hashes of shards i, i + n, ..., which reads them once.
+      verify: for array_record, (i, n): read shards i, i + n, ... once and compare their hashes.
 
     Raises:
       UserError: arguments or files that do not fit.

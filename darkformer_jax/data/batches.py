@@ -1,7 +1,7 @@
 """From rows to batches, and from a token stream to rows of next-token prediction.
 
-Row i of a stream predicts tokens i*L + 1 .. i*L + L from tokens i*L .. i*L + L - 1, so that the rows 0 .. num_rows - 1
-predict every token of the stream but its first exactly once. What a batch holds is a pure function of (seed, step).
+Row i of a stream predicts tokens i*L + 1 .. i*L + L from tokens i*L .. i*L + L - 1. Rows 0 .. num_rows - 1 together
+predict every token but the stream's first exactly once. A batch is a pure function of (seed, step).
 """
 
 import functools
@@ -14,7 +14,7 @@ from darkformer_jax.data.stream import TokenStream
 from darkformer_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
-ReadRows = Callable[[np.ndarray], Batch]  # row numbers [n] -> their batch; rows behind the last one are padding
+ReadRows = Callable[[np.ndarray], Batch]  # row numbers [n] -> their batch; rows past the last one are padding
 
 _READ_THREADS = 4
 _PREFETCHED_BATCHES = 16
@@ -26,7 +26,7 @@ def num_rows(stream: TokenStream, sequence_length: int) -> int:
 
 
 def make_batch(stream: TokenStream, sequence_length: int, rows: np.ndarray) -> Batch:
-    """The batch of the given rows; rows behind the stream's end are padding.
+    """The batch of the given rows; rows past the stream's end are padding.
 
     Args:
       stream: the split.
@@ -34,9 +34,9 @@ def make_batch(stream: TokenStream, sequence_length: int, rows: np.ndarray) -> B
       rows: [B] row numbers.
 
     Returns:
-      Arrays [B, L]: inputs and targets (int32 ids), segment_ids (int32; documents of the row counted from 1, 0 =
-      padding), positions (int32; from 0 at each document's start, and at the row's where it cuts a document), weights
-      (float32; 1 = the target counts in the loss).
+      Arrays [B, L]: inputs and targets (int32 ids), segment_ids (int32; the row's documents counted from 1, 0 =
+      padding), positions (int32; from 0 at the start of the row and of each document), weights (float32; 1 = the
+      target counts in the loss).
     """
     starts = rows.astype(np.int64) * sequence_length
     tokens, is_start = stream.read(starts, sequence_length + 1)
@@ -44,7 +44,7 @@ def make_batch(stream: TokenStream, sequence_length: int, rows: np.ndarray) -> B
     has_target = starts[:, None] + column + 1 < stream.num_tokens
 
     begins = is_start[:, :-1].copy()
-    begins[:, 0] = True  # a document cut by the row's start begins again
+    begins[:, 0] = True  # a document that the row's start cuts begins again
     segment_ids = np.cumsum(begins, axis=1, dtype=np.int32)
     positions = column - np.maximum.accumulate(np.where(begins, column, 0), axis=1)
     counts = has_target if stream.starts_are_targets else has_target & ~is_start[:, 1:]
@@ -114,12 +114,12 @@ def shuffled_batches(
 ) -> Iterator[Batch]:
     """Endless training batches from `start_step` on, every epoch in another order.
 
-    Step s reads the rows s*B .. (s+1)*B - 1 of the shuffled, repeated row numbers; of these process p of P gets the
-    p-th contiguous part, so the P parts concatenated do not depend on P.
+    Step s reads the rows s*B .. (s+1)*B - 1 of the shuffled, repeated row numbers. Process p of P gets the p-th
+    contiguous part of these rows, so all parts concatenated are the same for every P.
 
     Args:
-      read: row numbers [n] -> their batch; can be pickled where there are workers.
-      total: rows an epoch.
+      read: row numbers [n] -> their batch; must be picklable if there are workers.
+      total: rows per epoch.
       seed: of the order, 0 .. 2**32 - 1.
       batch_size: B, over all processes.
       start_step: the step of the first batch; resuming needs nothing else.
@@ -134,8 +134,8 @@ def shuffled_batches(
     # `.seed` hashes the seed. `.shuffle(seed)` adds the epoch to the seed as it is: the second epoch of seed 0 would be
     # the first epoch of seed 1.
     rows = grain.MapDataset.range(total).seed(seed).shuffle().repeat()
-    # Endless rows leave no remainder. But without drop_remainder grain rounds their length up, which for batches of one
-    # row gives more than sys.maxsize.
+    # Endless rows leave no remainder. But without drop_remainder grain rounds their length up, and for batches of one
+    # row the result is more than sys.maxsize.
     batches = rows.batch(_local_size(batch_size, process_count), drop_remainder=True)
     batches = batches[process_index::process_count][start_step:]
     read_options = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=_PREFETCHED_BATCHES)
@@ -157,12 +157,12 @@ def ordered_batches(
 ) -> Iterator[Batch]:
     """The rows in order, each once; the last batch is filled up with rows from `total` on, which `read` pads.
 
-    With `max_batches`, the rows are spread evenly over all, so that a short evaluation sees every part of the split.
+    With `max_batches`, the rows that are read are spread evenly, so a short evaluation sees every part of the split.
 
     Args:
       read, total, process_index, process_count: as in `shuffled_batches`.
       batch_size: B, over all processes.
-      max_batches: the most batches; 0 = all.
+      max_batches: most batches to read; 0 = all.
     """
     local_size = _local_size(batch_size, process_count)
     num_batches = -(-total // batch_size)

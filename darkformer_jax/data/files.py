@@ -14,7 +14,7 @@ from darkformer_jax.errors import UserError, one_line
 
 
 def read_file(path: str) -> bytes:
-    """The bytes of a file. Raises UserError naming it when it cannot be read."""
+    """The bytes of a file. Raises UserError, which names it, if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return file.read()
@@ -23,7 +23,7 @@ def read_file(path: str) -> bytes:
 
 
 def read_json_object(path: str) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises UserError naming the file."""
+    """The object in a JSON file. Raises UserError, which names the file, if there is none."""
     try:
         value = json.loads(read_file(path))
     except (ValueError, RecursionError) as error:
@@ -36,7 +36,7 @@ def read_json_object(path: str) -> dict[str, Any]:
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes `content` to `path` so that a kill at any moment leaves the old file or the new one, never a part.
 
-    Bytes and directory entry are on the disk when it returns. Raises OSError.
+    The bytes and the directory entry are on the disk when it returns. Raises OSError.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -56,7 +56,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_file(path: str, data: bytes) -> None:
-    """`write_atomically` for a user's path, whose directory is made: raises UserError where it cannot be written."""
+    """`write_atomically` for a user's path. Makes its directory. Raises UserError if it cannot be written."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(path), data)
@@ -65,21 +65,21 @@ def write_file(path: str, data: bytes) -> None:
 
 
 def write_json(path: str | Path, value: Mapping[str, Any], *, sort_keys: bool = False) -> None:
-    """`write_file` of a JSON object, indented."""
+    """Writes an indented JSON object by `write_file`."""
     write_file(str(path), (json.dumps(value, indent=2, sort_keys=sort_keys) + "\n").encode("utf-8"))
 
 
 def refuse_url(path: str) -> None:
-    """Raises UserError for gs://bucket/x and other URLs: only a workdir may be one."""
+    """Raises UserError for gs://bucket/x and other URLs: only a workdir may be a URL."""
     if "://" in path:
         raise UserError(f"{path!r} is not a local path; mount a bucket and give the mount point")
 
 
 @contextlib.contextmanager
 def whole_directory(path: str) -> Iterator[Path]:
-    """A new directory beside `path`, to be filled: it takes the place of `path` at the end, or vanishes on an error.
+    """A new directory beside `path` for the caller to fill. It replaces `path` at the end; an error removes it.
 
-    `~` is expanded, as a shell leaves it alone in `--out=~/x`.
+    `~` is expanded here, because a shell does not expand it in `--out=~/x`.
 
     Raises:
       UserError: `path` is a file, or a directory that is not empty or cannot be replaced; the disk is full, or the
@@ -89,7 +89,7 @@ def whole_directory(path: str) -> Iterator[Path]:
         raise UserError(f"{path!r} is not a path")
     refuse_url(path)
     try:
-        target = Path(path).expanduser().resolve()  # of a link, what it points to
+        target = Path(path).expanduser().resolve()  # follows links
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise UserError(f"{path} is there already; give a new or an empty directory")
         if target.is_mount():

@@ -19,9 +19,9 @@ def hash_fraction(identity: str, salt: str) -> float:
 class HeldoutSplit:
     """A corpus split once and for all into training and held-out documents.
 
-    A document is held out when the hash of its identity falls below `fraction`. Where this leaves one side empty (the
-    corpus is one big file, say), documents are split inside instead: the last `fraction` of each is held out, from the
-    beginning of a line if possible.
+    A document is held out if the hash of its identity is below `fraction`. If this leaves one side empty (the corpus
+    is one big file, say), each document is split instead: its last `fraction` is held out, from the beginning of a
+    line if possible.
 
     Args:
       corpus: the documents.
@@ -61,7 +61,7 @@ class HeldoutSplit:
                 yield hash_fraction(getattr(document, self._corpus.identity), "heldout") < self._fraction, document
 
     def training_sample(self, max_bytes: int, on_read: OnRead = ignore_read) -> Iterator[str]:
-        """Texts of training documents chosen by hash: about `max_bytes` in all, or every text where there are fewer."""
+        """Texts of training documents, chosen by hash: about `max_bytes` in all, or every text if there are fewer."""
         rate = max_bytes / max(self._corpus.num_bytes, 1)
         for is_heldout, document in self.documents(on_read):
             if not is_heldout and (rate >= 1 or hash_fraction(document.text, "sample") < rate):
@@ -69,7 +69,7 @@ class HeldoutSplit:
 
 
 def _tail_start(text: str, fraction: float) -> int:
-    """Where the last `fraction` of the characters begins, moved on to the beginning of a line if there is one."""
+    """Where the last `fraction` of the characters begins, moved on to the next line if there is one."""
     cut = len(text) - max(1, round(len(text) * fraction))
     newline = text.find("\n", cut)
     return newline + 1 if 0 <= newline < len(text) - 1 else cut

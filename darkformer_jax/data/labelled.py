@@ -1,11 +1,11 @@
-"""Labelled texts: tables and JSON lines to rows of tokens with a label each.
+"""Labelled texts: from tables and JSON lines to rows of tokens, one label per row.
 
 .tsv    a header, then a line per example; quotes are text, as in the files of GLUE
 .csv    a header, then an example per record; a field in double quotes may hold commas and line ends (RFC 4180)
 .jsonl  an object per line
 
-A row of a batch is one example: BOS where the tokenizer's family has one, then the text's tokens, as a prompt is
-encoded; cut at `sequence_length`, padded at the end.
+A row of a batch is one example, encoded like a prompt: BOS if the tokenizer's family has one, then the text's tokens.
+It is cut at `sequence_length` and padded at the end.
 """
 
 import csv
@@ -38,14 +38,14 @@ _SHOWN_CLASSES = 10  # in an error
 
 
 class Columns(NamedTuple):
-    """What holds the text and the label: a table's columns, an object's fields."""
+    """Names of the table's columns, or of the object's fields, that hold the text and the label."""
 
     text: str
     label: str
 
 
 class Example(NamedTuple):
-    """A text, its label as it is written, and its place: `file:line`."""
+    """A text, its label as the file spells it, and its place: `file:line`."""
 
     text: str
     label: str
@@ -56,7 +56,7 @@ def read_examples(files: str, columns: Columns) -> list[Example]:
     """All examples of the files that comma-separated globs and directories name, in order.
 
     Raises:
-      UserError: no such file, a column that is not there, an example without text or label, each with its line.
+      UserError: there is no such file or column, or an example has no text or label; the line is named.
     """
     examples: list[Example] = []
     for path in find_files(files, _SUFFIXES, "labelled"):
@@ -108,14 +108,17 @@ def _example(record: Any, columns: Columns, place: str) -> Example:
 def split_examples(
     files: str, heldout_files: str, heldout_fraction: float, columns: Columns
 ) -> tuple[list[Example], list[Example]]:
-    """(training, held-out) examples: those of `heldout_files`, or those whose text's hash falls below the fraction.
+    """(training, held-out) examples.
+
+    The held-out examples are those of `heldout_files`. If that is empty, they are the examples of `files` whose text's
+    hash is below the fraction.
 
     Args:
-      files: see `read_examples`; of training, and of both where there are no `heldout_files`.
+      files, heldout_files: see `read_examples`.
       heldout_fraction: 0 = 0.15.
 
     Raises:
-      UserError: what `read_examples` raises, or a side without an example.
+      UserError: what `read_examples` raises, or one side has no example.
     """
     examples = read_examples(files, columns)
     if heldout_files:
@@ -133,10 +136,10 @@ def split_examples(
 
 
 def class_names(examples: Sequence[Example]) -> tuple[str, ...]:
-    """The distinct labels, sorted: class i is the i-th.
+    """The distinct labels, sorted: class i has the i-th label.
 
     Raises:
-      UserError: there is only one, or they are a regression's: numbers that are not all whole.
+      UserError: there is only one label, or all labels are numbers but not all are whole, as in a regression.
     """
     names = sorted({example.label for example in examples})
     if len(names) == 1:
@@ -150,14 +153,14 @@ def class_names(examples: Sequence[Example]) -> tuple[str, ...]:
     if fractions and None not in numbers:
         place = next(example.place for example in examples if example.label == fractions[0])
         raise UserError(
-            f"{place}: the label {fractions[0]!r} is of a regression, and task.name = 'classification'; "
+            f"{place}: the label {fractions[0]!r} is for a regression, but task.name = 'classification'; "
             "allowed: names or whole numbers, or task.name = 'regression'"
         )
     return tuple(names)
 
 
 def class_labels(examples: Sequence[Example], names: Sequence[str]) -> np.ndarray:
-    """[n] int32: the class of each example. Raises UserError, with its place, for a label that is not in `names`."""
+    """[n] int32: the class of each example. Raises UserError, which names its place, for a label not in `names`."""
     classes = {name: number for number, name in enumerate(names)}
     for example in examples:
         if example.label not in classes:
@@ -167,19 +170,19 @@ def class_labels(examples: Sequence[Example], names: Sequence[str]) -> np.ndarra
 
 
 def number_labels(examples: Sequence[Example]) -> np.ndarray:
-    """[n] float32: the number that each label is. Raises UserError, with its place, for one that is none."""
+    """[n] float32: each label as a number. Raises UserError, which names its place, for a label that is not one."""
     numbers = [_number(example.label) for example in examples]
     for example, number in zip(examples, numbers, strict=True):
         if number is None:
             raise UserError(
-                f"{example.place}: the label {example.label!r} is no number, and task.name = 'regression'; "
+                f"{example.place}: the label {example.label!r} is not a number, but task.name = 'regression'; "
                 "allowed: finite numbers, or task.name = 'classification'"
             )
     return np.array(numbers, np.float32)
 
 
 def _number(label: str) -> float | None:
-    """The finite number that a label is, if it is one."""
+    """The finite number that a label spells, or None."""
     try:
         number = float(label)
     except ValueError:
@@ -192,14 +195,14 @@ class LabelledRows:
 
     Args:
       examples: the split.
-      labels: [n], a class (int32) or a number (float32) each.
+      labels: [n]: each example's class (int32) or number (float32).
       tokenizer: of the texts.
       sequence_length: tokens per row.
 
     Attributes:
       texts: as they were read.
       labels: see above.
-      num_tokens: [n] of each example, before it is cut.
+      num_tokens: [n]: tokens of each example before it is cut.
       fingerprint: SHA-256 (hexadecimal) that changes with any token of a row and any label.
     """
 
@@ -230,7 +233,7 @@ class LabelledRows:
         return float(np.mean(self.num_tokens > self._sequence_length))
 
     def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """The batch of the given rows [B]; rows behind the last example are padding of weight 0.
+        """The batch of the given rows [B]; rows past the last example are padding of weight 0.
 
         Returns:
           inputs, segment_ids (1, 0 = padding) and positions [B, L] int32; labels [B]; weights [B] float32.
@@ -252,13 +255,13 @@ class LabelledRows:
 
 
 def save_class_names(directory: str | os.PathLike[str], names: Sequence[str]) -> None:
-    """Writes labels.json, from which `load_class_names` reads them again."""
+    """Writes labels.json, which `load_class_names` reads."""
     content = json.dumps({"labels": list(names)}, ensure_ascii=False, indent=2) + "\n"
     write_atomically(Path(directory) / LABELS_FILE, content.encode("utf-8"))
 
 
 def load_class_names(directory: str | os.PathLike[str]) -> tuple[str, ...]:
-    """The class names of a workdir's model. Raises UserError where its labels.json cannot be read."""
+    """The class names of a workdir's model. Raises UserError if its labels.json cannot be read."""
     path = os.path.join(directory, LABELS_FILE)
     names = read_json_object(path).get("labels")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) < 2:

@@ -33,13 +33,13 @@ def prepare(
     shard_tokens: int = DEFAULT_SHARD_TOKENS,
     progress_bar: ProgressBar = no_progress,
 ) -> dict[str, Any]:
-    """Tokenises a corpus into a new prepared directory, holding a shard's buffers and never the corpus in memory.
+    """Tokenises a corpus into a new prepared directory. Memory holds one shard's buffers, never the corpus.
 
     Args:
-      out: the directory to write; must not exist or be empty. It appears when it is complete.
+      out: the directory to write, new or empty. It appears when it is complete.
       source: stdlib | text | news (see `open_corpus`).
-      files: of the source.
-      tokenizer_spec: see `make_tokenizer`; bpe:<n> is trained on (at most 512 MiB of) the training documents.
+      files: the source's files.
+      tokenizer_spec: see `make_tokenizer`; bpe:<n> is trained on at most 512 MiB of the training documents.
       heldout_fraction: see `HeldoutSplit`.
       shard_tokens: tokens per shard, rounded up to whole records.
       progress_bar: shows each pass over the data.
@@ -48,7 +48,7 @@ def prepare(
       The manifest.
 
     Raises:
-      UserError: bad arguments or data, or a disk that cannot be written. Whatever was written is removed.
+      UserError: bad arguments or data, or a disk that cannot be written. All that was written is removed.
     """
     if shard_tokens < 1:
         raise UserError(f"shard_tokens={shard_tokens} is out of range; allowed: 1 or more")
@@ -99,13 +99,13 @@ def load_prepared(
 
     Args:
       directory: what `prepare` wrote.
-      heldout_fraction: what it must have been prepared with; 0 = anything.
-      verify: (i, n) = read shards i, i + n, ... once and compare their SHA-256 with the manifest's: of n processes,
-        each reads its part of the corpus.
+      heldout_fraction: the one it must have been prepared with; 0 = any.
+      verify: (i, n): read shards i, i + n, ... once and compare their SHA-256 with the manifest's. With n processes,
+        each reads its own part of the corpus.
 
     Raises:
-      UserError: no finished preparation there, another format version or held-out fraction, a tokenizer that is not
-        the manifest's, a shard that is missing or (verify) damaged.
+      UserError: there is no finished preparation, the format version or held-out fraction is another, the tokenizer is
+        not the manifest's, or a shard is missing or (if verified) damaged.
     """
     manifest = _read_manifest(directory)
     tokenizer = load_tokenizer(directory)

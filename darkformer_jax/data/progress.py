@@ -1,4 +1,4 @@
-"""How library code shows how far it is: verbs hand down `cli.progress.progress_bar`."""
+"""Progress bars for library code. The verbs hand down `cli.progress.progress_bar`."""
 
 from typing import Any, Protocol
 
@@ -6,7 +6,7 @@ import tqdm
 
 
 class ProgressBar(Protocol):
-    """Makes a tqdm bar, to be used as a context."""
+    """Makes a tqdm bar that is used as a context manager."""
 
     def __call__(self, total: float, unit: str, label: str = "") -> Any: ...
 

@@ -1,10 +1,10 @@
 """Token streams in ArrayRecord files.
 
-A record holds RECORD_TOKENS consecutive tokens of its split (the split's last record what is left), little-endian
-uint16 or uint32, followed by the places in the record, uint16, at which documents start. Shards are consecutive runs of
-records, so any range of tokens is found by division, and the training sequence length stays free.
+A record holds RECORD_TOKENS consecutive tokens of its split, as little-endian uint16 or uint32; the split's last record
+holds the rest. After the tokens come the places in the record where documents start, as uint16. Shards are consecutive
+runs of records: a division finds any token, so the training sequence length stays free.
 
-Each shard's SHA-256 is in the manifest because ArrayRecord finds damage only when it reads the damaged record.
+The manifest has each shard's SHA-256, because ArrayRecord finds damage only when it reads the damaged record.
 """
 
 import dataclasses
@@ -40,13 +40,13 @@ class RecordWriter:
     """Writes one split as shards `<split>-00000.array_record`, ... of a directory.
 
     Args:
-      directory: where.
+      directory: where they go.
       split: "train" or "heldout".
       vocab_size: decides the width of a token.
       shard_tokens: tokens per shard, rounded up to whole records.
 
     Attributes:
-      shards: those that are finished.
+      shards: the finished ones.
     """
 
     def __init__(self, directory: str, split: str, vocab_size: int, shard_tokens: int) -> None:
@@ -99,26 +99,26 @@ class RecordWriter:
 
 
 class RecordStream(TokenStream):
-    """A token stream over the shards of one split; may be sent to worker processes.
+    """A token stream over the shards of one split. It can be pickled for worker processes.
 
     Args:
-      directory: where the shards lie.
+      directory: where the shards are.
       shards: in order.
       vocab_size: decides the width of a token.
-      attributes: of the TokenStream, except `fingerprint`, which is the shards'.
+      attributes: the TokenStream's, except `fingerprint`, which is computed from the shards' hashes.
     """
 
     def __init__(self, directory: str, shards: list[Shard], vocab_size: int, **attributes: Any) -> None:
         hashes = "".join(shard.sha256 for shard in shards)
         super().__init__(**attributes, fingerprint=hashlib.sha256(hashes.encode()).hexdigest())
         self._dtype = token_dtype(vocab_size)
-        # With the range of its records in its name a shard is not opened before it is read.
+        # A path that ends in its range of records is not opened before it is read.
         paths = [f"{os.path.join(directory, shard.file)}[0:{shard.num_records}]" for shard in shards]
         self._records = grain.sources.ArrayRecordDataSource(paths)
 
     def _at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         of_position = positions // RECORD_TOKENS
-        # Neighbours are mostly in one record: only the first position in each names it.
+        # Neighbours are mostly in one record, so a record is noted only where it changes.
         changes = np.diff(of_position, axis=1, prepend=-1) != 0
         records = np.unique(of_position[changes])
         tokens, is_start = self._decode(records)
@@ -143,7 +143,7 @@ def _file_sha256(path: str) -> str:
 
 
 def verify_shards(directory: str, shards: list[Shard]) -> None:
-    """Raises UserError naming the first shard that is missing or whose bytes are not those that were written."""
+    """Raises UserError, which names the first shard that is missing or whose bytes have changed."""
 
     def problem(shard: Shard) -> str:
         path = os.path.join(directory, shard.file)

@@ -27,7 +27,7 @@ _TOPICS = "pydoc_data/topics.py"
 
 
 class Document(NamedTuple):
-    """One document and where it was found (a path, with a line or an offset where a file holds several)."""
+    """One document and where it was found: a path, with a line or an offset if the file holds several documents."""
 
     name: str
     text: str
@@ -38,7 +38,7 @@ class Corpus:
     """Documents in a fixed order.
 
     Attributes:
-      num_bytes: bytes on disk (compressed where the files are); what `on_read` adds up to over one pass.
+      num_bytes: bytes on disk (of compressed files, the compressed size); `on_read` adds up to it over one pass.
       documents: `documents(on_read)` begins one pass.
       identity: the field of a document that the held-out split hashes: "text", so that copies of a document fall on
         the same side, or "name", so that the same modules are held out on every machine and Python version.
@@ -89,7 +89,7 @@ def find_text_files(files: str) -> list[str]:
 def find_files(files: str, suffixes: tuple[str, ...], source: str) -> list[str]:
     """Sorted paths of the files with these suffixes that comma-separated globs and directories name, each once.
 
-    source: what reads them, for errors.
+    source: the name of the source that reads them, for errors.
     """
     patterns = [pattern.strip() for pattern in files.split(",") if pattern.strip()]
     if not patterns:
@@ -117,8 +117,8 @@ def find_files(files: str, suffixes: tuple[str, ...], source: str) -> list[str]:
 def find_news_files(directory: str) -> list[str]:
     """Sorted paths of the `news.en-?????-of-?????` files below a One Billion Word release's directory."""
     if not os.path.isdir(directory):
-        raise UserError(f"{directory!r} is not a directory; the news source needs the One Billion Word release's")
-    # The release's test set is cut from shard 0, which it puts into the held-out folder: never train on that.
+        raise UserError(f"{directory!r} is not a directory; the news source needs that of the One Billion Word release")
+    # The release's test set is cut from shard 0, which is in its held-out folder: never train on that folder.
     paths = [
         path
         for path in _walk(directory)

@@ -1,8 +1,8 @@
 """One split as one flat sequence of tokens with marked document starts.
 
 With one separator for both ends (bos == eos) the stream is  sep d1 sep d2 sep ... sep : the target of every token is
-the token after it, and the end of a document is predicted as the separator that begins the next. Otherwise it is
-bos d1 eos bos d2 eos ..., and what follows an eos is not predicted.
+the token after it, and the separator that begins the next document is predicted as the end of this one. Otherwise it is
+bos d1 eos bos d2 eos ..., and the bos after an eos is not predicted.
 """
 
 import abc
@@ -23,7 +23,7 @@ class TokenStream(abc.ABC):
 
     Attributes:
       num_tokens: N, separators included.
-      num_documents: documents.
+      num_documents: documents in the split.
       num_bytes: UTF-8 bytes of the documents' text, the unit of "bits per byte".
       starts_are_targets: whether a document's first token is predicted from the token before it (bos == eos).
       fingerprint: SHA-256 (hexadecimal) that changes with any token.
@@ -39,11 +39,11 @@ class TokenStream(abc.ABC):
         """`length` tokens from each position of `starts`.
 
         Args:
-          starts: [B] int64, each >= 0; may lie behind the end.
+          starts: [B] int64, each >= 0; may be past the end.
           length: tokens per row.
 
         Returns:
-          tokens [B, length] int32 and is_start [B, length] bool (the token begins a document); 0 and False behind the
+          tokens [B, length] int32 and is_start [B, length] bool (the token begins a document); 0 and False past the
           stream's end.
         """
         positions = starts[:, None] + np.arange(length)
@@ -75,14 +75,14 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class StreamBuilder:
-    """Turns documents into the tokens of a stream, a batch of documents at a time.
+    """Turns documents into the tokens of a stream, one batch of documents at a time.
 
     Args:
       tokenizer: of the stream.
       sink: called with consecutive pieces of the stream: tokens [n] and is_start [n].
 
     Attributes:
-      counts: num_tokens, num_documents and num_bytes of what the sink was given; final after `close`.
+      counts: num_tokens, num_documents and num_bytes that the sink was given; final after `close`.
     """
 
     def __init__(self, tokenizer: Tokenizer, sink: Callable[[np.ndarray, np.ndarray], None]) -> None:
@@ -101,7 +101,7 @@ class StreamBuilder:
             self._flush()
 
     def close(self) -> None:
-        """Adds the separator that ends the stream, which is only ever a target, when bos == eos."""
+        """Ends the stream. If bos == eos, a last separator is added, which is only ever a target."""
         self._flush()
         if self._tokenizer.bos_id == self._tokenizer.eos_id:
             end = np.array([self._tokenizer.eos_id], token_dtype(self._tokenizer.vocab_size))
@@ -130,7 +130,7 @@ def memory_stream(texts: Iterable[str], tokenizer: Tokenizer) -> MemoryStream:
 
 
 def _mark_documents(documents: Sequence[np.ndarray], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, is_start) of all documents, each of which becomes [bos] + ids, and + [eos] where that is another id."""
+    """(tokens, is_start) of all documents. Each becomes [bos] + ids, plus [eos] if bos != eos."""
     has_end = int(tokenizer.bos_id != tokenizer.eos_id)
     sizes = np.array([len(ids) for ids in documents]) + 1 + has_end
     ends = np.cumsum(sizes)

@@ -1,7 +1,7 @@
-"""Reading text files in bounded memory: plain, gzip-compressed and JSON lines, with errors that name the place.
+"""Reads text files in bounded memory: plain, gzip-compressed and JSON lines, with errors that name the place.
 
-Everything is read as bytes and decoded here, so that line endings survive, byte counts are exact and a file that is not
-text is reported with the offset of its first bad byte (in the uncompressed data when the file is compressed).
+Everything is read as bytes and decoded here, so line endings survive and byte counts are exact. For a file that is not
+text, the error names the offset of the first bad byte (in the uncompressed data if the file is compressed).
 """
 
 import gzip
@@ -12,7 +12,7 @@ from typing import Any
 
 from darkformer_jax.errors import UserError
 
-OnRead = Callable[[int], None]  # is told how many more bytes were read from disk; drives progress bars
+OnRead = Callable[[int], None]  # called with the number of bytes just read from disk, for progress bars
 
 _BLOCK_BYTES = 1 << 20
 _PIECE_BYTES = 4 << 20
@@ -24,7 +24,7 @@ def ignore_read(num_bytes: int) -> None:
 
 
 def _blocks(path: str, on_read: OnRead) -> Iterator[bytes]:
-    """The file's (uncompressed) bytes, a block at a time. Raises UserError if it is unreadable or empty."""
+    """The file's uncompressed bytes, one block at a time. Raises UserError if it is unreadable or empty."""
     seen = 0
     is_empty = True
     try:
@@ -57,7 +57,7 @@ def _decode(data: bytes, path: str, offset: int) -> str:
 
 
 def read_lines(path: str, on_read: OnRead = ignore_read) -> Iterator[tuple[int, str]]:
-    """Numbered lines (from 1) without their line feed. Raises UserError where the file is not text."""
+    """Lines without their line feed, as (number from 1, line). Raises UserError if the file is not text."""
     number, offset, rest = 1, 0, b""
     for block in _blocks(path, on_read):
         *lines, rest = (rest + block).split(b"\n")
@@ -72,7 +72,7 @@ def read_lines(path: str, on_read: OnRead = ignore_read) -> Iterator[tuple[int, 
 
 
 def read_pieces(path: str, on_read: OnRead = ignore_read) -> Iterator[tuple[int, str]]:
-    """A text file as (byte offset, text): one piece, or pieces of about 4 MiB, cut after a line, where it is longer.
+    """The pieces of a text file, as (byte offset, text). A file over 4 MiB is cut, after a line, every 4 MiB or so.
 
     The cuts bound the memory that a huge file takes, and let a part of it be held out.
     """
@@ -115,7 +115,7 @@ def read_json_records(path: str, on_read: OnRead = ignore_read) -> Iterator[tupl
 
 
 def text_field(record: Any, name: str, place: str) -> str:
-    """The string that a JSON object has under `name`. Raises UserError, naming `place`, where it is no UTF-8 text."""
+    """The string that a JSON object has under `name`. Raises UserError, which names `place`, if it is not UTF-8."""
     text = record.get(name) if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise UserError(f'{place}: no "{name}" field that is a string')

@@ -1,11 +1,11 @@
 """Text to token ids and back: raw bytes, a Hugging Face tokenizer.json, a SentencePiece model, or a BPE trained here.
 
-`encode` never adds special ids and never reads one out of the text: a document that spells "<|doc|>" stays text. Ids
-that mark documents (`bos_id`, `eos_id`) are placed by the token stream, and before a prompt by `encode_prompt`.
+`encode` never adds special ids and never reads one out of the text: a document that spells "<|doc|>" stays text. The
+token stream adds the ids that mark documents (`bos_id`, `eos_id`); `encode_prompt` adds those of a prompt.
 
-Families differ in what a document begins with: Llama, Mistral and Gemma put a BOS there, Qwen2, GPT-2 and SmolLM2
-nothing. The post-processor of the tokenizer.json decides, as in transformers 5; for a SentencePiece model, the field
-`add_bos_token` of its tokenizer_config.json.
+Families differ in how a document begins: Llama, Mistral and Gemma put a BOS there, Qwen2, GPT-2 and SmolLM2 put
+nothing. The post-processor of the tokenizer.json decides, as in transformers 5. For a SentencePiece model, the field
+`add_bos_token` of its tokenizer_config.json decides.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ _ALLOWED_SPECS = "bytes, bpe:<vocabulary size>, or the path of a tokenizer.json,
 
 _CONTEXT_OF_TEXT = 8  # ids to decode before new ones: SentencePiece drops the space of a text's first word
 
-# (begin, end) of a document by the names that published models use, for a tokenizer.json without a config.
+# (begin, end) of a document, by the names that published models use. For a tokenizer.json without a config.
 _KNOWN_DOCUMENT_TOKENS = (
     (DOCUMENT_SEPARATOR, DOCUMENT_SEPARATOR),
     ("<s>", "</s>"),
@@ -48,11 +48,11 @@ class Tokenizer(Protocol):
     """What the rest of the library needs from a tokenizer.
 
     Attributes:
-      spec: the `data.tokenizer` value it stands for: "bytes", "bpe:<n>", or "" when it was read from a file.
+      spec: the `data.tokenizer` value it stands for: "bytes", "bpe:<n>", or "" if it was read from a file.
       vocab_size: ids are 0 .. vocab_size - 1.
       adds_bos: whether the family puts `bos_id` before a text that nothing precedes.
-      bos_id, eos_id: begin and end of a document in a stream; equal when one separator plays both parts, as it always
-        does where `adds_bos` is False: such a model has not seen another token between its documents.
+      bos_id, eos_id: begin and end of a document in a stream. They are equal if one separator does both, which is so
+        wherever `adds_bos` is False: such a model has seen no other token between its documents.
       fingerprint: SHA-256 (hexadecimal) of everything that defines the mapping.
     """
 
@@ -64,7 +64,7 @@ class Tokenizer(Protocol):
     fingerprint: str
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, no special ones."""
+        """Ids of `text`, without special ones."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of every text, as integer arrays."""
@@ -96,11 +96,11 @@ class BytesTokenizer:
         return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", errors="replace")
 
     def save(self, directory: str) -> None:
-        write_file(os.path.join(directory, _BYTES_FILE), b"one id a byte of UTF-8; 256 separates documents\n")
+        write_file(os.path.join(directory, _BYTES_FILE), b"one id per byte of UTF-8; 256 separates documents\n")
 
 
 class _DefinedByFile:
-    """What the two tokenizers share that are read from a file, with the tokenizer_config.json beside it."""
+    """The common part of tokenizers that are read from a file and the tokenizer_config.json beside it."""
 
     _file: str  # its name
 
@@ -120,11 +120,11 @@ class HuggingFaceTokenizer(_DefinedByFile):
     """A tokenizer of the `tokenizers` library.
 
     Args:
-      definition: the bytes of a tokenizer.json. Truncation and padding are switched off, if it asks for them.
+      definition: the bytes of a tokenizer.json. If it asks for truncation or padding, they are switched off.
       bos_token: its token before a document; None where the family puts none.
       eos_token: its token after a document.
-      spec: "bpe:<n>" when it was trained here.
-      config: the tokenizer_config.json it was read with, which `save` writes again as it was; None makes one.
+      spec: "bpe:<n>" if it was trained here.
+      config: the tokenizer_config.json it was read with, which `save` writes unchanged. None: one is made.
     """
 
     _file = _JSON_FILE
@@ -147,7 +147,7 @@ class HuggingFaceTokenizer(_DefinedByFile):
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         for token in (first, eos_token):
             if token not in vocabulary:
-                raise UserError(f"the tokenizer has no token {token!r}, which is to mark documents")
+                raise UserError(f"the tokenizer has no token {token!r}, which should mark documents")
         self.spec = spec
         self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps
         self.adds_bos = bos_token is not None
@@ -158,7 +158,7 @@ class HuggingFaceTokenizer(_DefinedByFile):
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        # The fast form skips character offsets, which nobody reads: half the time.
+        # The fast form skips character offsets, which nobody reads, and takes half the time.
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
@@ -172,8 +172,8 @@ class SentencePieceTokenizer(_DefinedByFile):
 
     Args:
       definition: the bytes of a .model file, which must define an end-of-document id.
-      config: the tokenizer_config.json beside it. It may name other tokens for the ends of a document than the model
-        does, and may say that no BOS is put before a text; a model that defines a BOS has it put there otherwise.
+      config: the tokenizer_config.json beside it. It may name other tokens than the model for the ends of a document,
+        and may say that no BOS precedes a text. Otherwise a BOS that the model defines precedes it.
     """
 
     _file = _MODEL_FILE
@@ -188,7 +188,7 @@ class SentencePieceTokenizer(_DefinedByFile):
         bos_id = self._id_of(settings.bos_token, self._processor.bos_id())
         self.eos_id = self._id_of(settings.eos_token, self._processor.eos_id())
         if self.eos_id < 0:
-            raise UserError("the SentencePiece model defines no end-of-sentence id, which is to mark documents")
+            raise UserError("the SentencePiece model defines no end-of-sentence id, which should mark documents")
         self.vocab_size = self._processor.vocab_size()
         self.adds_bos = bos_id >= 0 and settings.add_bos_token is not False
         self.bos_id = bos_id if self.adds_bos else self.eos_id
@@ -208,15 +208,15 @@ class SentencePieceTokenizer(_DefinedByFile):
         if token is None:
             return default
         found = self._processor.piece_to_id(token)
-        if self._processor.id_to_piece(found) != token:  # the unknown piece's id stands for all that are not there
+        if self._processor.id_to_piece(found) != token:  # an absent piece gets the unknown piece's id
             raise UserError(f"the SentencePiece model has no piece {token!r}, which {_HF_CONFIG_FILE} names")
         return found
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids that a model continues: those of `text`, after BOS where the family has one. There is at least one.
+    """The ids that a model continues, at least one: BOS if the family has one, then those of `text`.
 
-    An empty text without a BOS is the end-of-document id: a new document follows it.
+    Without a BOS, an empty text becomes the end-of-document id: a new document follows it.
     """
     ids = tokenizer.encode(text)
     if tokenizer.adds_bos:
@@ -227,13 +227,13 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
 def decode_continuation(tokenizer: Tokenizer, prompt: Sequence[int], new: Sequence[int]) -> str:
     """The text that the ids `new` add to the prompt's.
 
-    Not `decode(new)`: SentencePiece models drop the space that a text's first word begins with.
+    It is not `decode(new)`: SentencePiece models drop the space that a text's first word begins with.
     """
     return tokenizer.decode([*prompt, *new])[len(tokenizer.decode(prompt)) :]
 
 
 def stream_continuation(tokenizer: Tokenizer, prompt: Sequence[int], new: Iterable[int]) -> Iterator[str]:
-    """`decode_continuation` piece by piece as the ids come, at a cost per token that does not grow with the text."""
+    """`decode_continuation` in pieces, as the ids come. The cost per token does not grow with the text."""
     ids, begin, end = list(prompt), max(0, len(prompt) - _CONTEXT_OF_TEXT), len(prompt)
     for token in new:
         ids.append(token)
@@ -249,7 +249,7 @@ def make_tokenizer(spec: str, training_texts: Callable[[], Iterable[str]]) -> To
 
     Args:
       spec: bytes | bpe:<vocabulary size> | a path.
-      training_texts: called for the texts to train on, only when `spec` asks for training.
+      training_texts: gives the texts to train on; called only if `spec` asks for training.
 
     Raises:
       UserError: an unknown spec, a path that does not exist or is no tokenizer, a vocabulary too small for bytes.
@@ -262,10 +262,10 @@ def make_tokenizer(spec: str, training_texts: Callable[[], Iterable[str]]) -> To
 
 
 def saved_or_new_tokenizer(spec: str, directory: str | None, training_texts: Callable[[], Iterable[str]]) -> Tokenizer:
-    """The tokenizer saved in a workdir, which must be the one of `spec`; without one, `make_tokenizer`'s.
+    """The tokenizer saved in `directory`, which must be the one of `spec`. If there is none, `make_tokenizer`'s.
 
     Raises:
-      UserError: what `make_tokenizer` raises, or a saved tokenizer that is another one.
+      UserError: what `make_tokenizer` raises, or the saved tokenizer is another one.
     """
     if directory is None or not has_tokenizer(directory):
         return make_tokenizer(spec, training_texts)
@@ -275,7 +275,7 @@ def saved_or_new_tokenizer(spec: str, directory: str | None, training_texts: Cal
 
 
 def bpe_vocab_size(spec: str) -> int:
-    """The <n> of `bpe:<n>`. Raises UserError where it is not a number, or too small for all bytes."""
+    """The <n> of `bpe:<n>`. Raises UserError if it is not a number, or is too small for all bytes."""
     size = spec.removeprefix("bpe:")
     smallest = 256 + 1  # every byte and the separator
     if not size.isdecimal() or int(size) < smallest:
@@ -284,7 +284,10 @@ def bpe_vocab_size(spec: str) -> int:
 
 
 def train_bpe(vocab_size: int, texts: Iterable[str]) -> HuggingFaceTokenizer:
-    """Byte-level BPE with id 0 as separator (Sennrich et al., 2016, on bytes as in GPT-2); a function of the texts."""
+    """Trains byte-level BPE (Sennrich et al., 2016, on bytes as in GPT-2) with id 0 as separator.
+
+    The same texts give the same tokenizer.
+    """
     tokenizer = hf.Tokenizer(hf.models.BPE())
     tokenizer.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = hf.decoders.ByteLevel()
@@ -306,13 +309,13 @@ def train_bpe(vocab_size: int, texts: Iterable[str]) -> HuggingFaceTokenizer:
 def read_tokenizer(path: str) -> Tokenizer:
     """The tokenizer in a tokenizer.json, a SentencePiece .model, or a directory that holds one of them.
 
-    The tokens that mark documents are those of the tokenizer_config.json beside it; without one, those of the .model,
-    or those that the post-processor and the usual names in the tokenizer.json suggest.
+    The tokenizer_config.json beside it names the tokens that mark documents. Without one, the .model does, or the
+    post-processor and the usual names in the tokenizer.json do.
     """
     if os.path.isdir(path):
         return load_tokenizer(path)
     if not os.path.isfile(path):
-        raise UserError(f"tokenizer {path!r} is no file; allowed: {_ALLOWED_SPECS}")
+        raise UserError(f"tokenizer {path!r} is not a file; allowed: {_ALLOWED_SPECS}")
     data = read_file(path)
     try:
         config = _read_hf_config(os.path.dirname(path))
@@ -328,8 +331,7 @@ def read_tokenizer(path: str) -> Tokenizer:
 def load_tokenizer(directory: str) -> Tokenizer:
     """The tokenizer saved in `directory`. Raises UserError unless it holds exactly one.
 
-    Of a tokenizer.json and a tokenizer.model, which published models have as two forms of one tokenizer, the
-    tokenizer.json is read.
+    Published models may have two forms of one tokenizer, tokenizer.json and tokenizer.model: then the first is read.
     """
     present = [name for name in _TOKENIZER_FILES if os.path.isfile(os.path.join(directory, name))]
     if present == [_JSON_FILE, _MODEL_FILE]:
@@ -381,7 +383,7 @@ def _read_hf_tokenizer(data: bytes, config: dict[str, Any] | None) -> HuggingFac
 
 
 def _first_token(tokenizer: hf.Tokenizer) -> str | None:
-    """The token that the post-processor puts before every text, if it does."""
+    """The token that the post-processor puts before every text, or None."""
     bare = tokenizer.encode("a", add_special_tokens=False).ids
     ids = tokenizer.encode("a", add_special_tokens=True).ids
     begins = len(ids) > len(bare) and ids[: len(bare)] != bare
@@ -399,7 +401,7 @@ def _usual_eos(vocabulary: dict[str, int], bos: str | None) -> str:
 
 
 class _Settings(NamedTuple):
-    """What a tokenizer_config.json says about documents; None = nothing."""
+    """What a tokenizer_config.json says about documents; None = it does not say."""
 
     bos_token: str | None
     eos_token: str | None
@@ -422,7 +424,7 @@ def _read_settings(config: dict[str, Any]) -> _Settings:
 
 
 def _read_hf_config(directory: str) -> dict[str, Any] | None:
-    """The tokenizer_config.json in a directory, with what some releases keep in files beside it; None without any."""
+    """The tokenizer_config.json in a directory, merged with files in which some releases keep parts of it, or None."""
     special, own, template = (os.path.join(directory, name) for name in (_SPECIAL_FILE, _HF_CONFIG_FILE, _CHAT_FILE))
     config = read_json_object(special) if os.path.isfile(special) else {}
     if os.path.isfile(own):
@@ -433,7 +435,7 @@ def _read_hf_config(directory: str) -> dict[str, Any] | None:
 
 
 def _new_hf_config(bos_token: str | None, eos_token: str, spec: str) -> dict[str, Any]:
-    """Enough for transformers to read the tokenizer.json beside it as this library does."""
+    """A config with which transformers reads the tokenizer.json beside it as this library does."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": bos_token,

@@ -1,8 +1,8 @@
 """Text of any length as windows of a model's context, each token scored once.
 
 A document's targets are its tokens; the first one is a target only where the family puts a BOS before a document.
-Window k holds the `context` targets from number k * stride on. Its inputs are the tokens before them: it begins with
-BOS where the family has one (as a prompt does), else with the document's token before its first target.
+Window k holds the `context` targets from number k * stride on. Its inputs are those targets moved by one place. The
+first input is BOS if the family has one (as in a prompt), else the document's token before the first target.
 
 The first window scores all its targets, and a later window those that no earlier one held. With stride = context the
 windows are separate. With a smaller stride, every token scored after the first window has at least context - stride
@@ -34,7 +34,7 @@ class Window(NamedTuple):
 
     @property
     def num_scored(self) -> int:
-        """Targets that count."""
+        """The number of targets that are scored."""
         return len(self.targets) - self.num_skipped
 
 
@@ -44,7 +44,7 @@ class ScoredDocument:
 
     Attributes:
       before: the id before the first target: BOS, or the document's own first token.
-      begins_with_bos: whether `before` is a BOS, which every window then begins with.
+      begins_with_bos: whether `before` is BOS; if so, every window begins with it.
       targets: [n] ids.
       num_bytes: UTF-8 bytes of the targets' text.
     """
@@ -58,8 +58,8 @@ class ScoredDocument:
     def of(cls, text: str, tokenizer: Tokenizer, max_tokens: int | None = None) -> "ScoredDocument":
         """The targets of `text`, at most `max_tokens`.
 
-        `num_bytes` counts the whole text where all its tokens are targets. Otherwise it counts the text that the
-        targets decode to; a character that the cut splits belongs to the token that completes it.
+        `num_bytes` counts the whole text if all its tokens are targets. Otherwise it counts the text that the targets
+        decode to; a character that the cut splits belongs to the token that completes it.
         """
         ids = np.asarray(tokenizer.encode_batch([text])[0], np.int32)
         first = 0 if tokenizer.adds_bos else 1
@@ -82,7 +82,7 @@ class ScoredDocument:
 
 
 def window_batch(windows: Iterable[Window], batch_size: int, context: int) -> Batch:
-    """At most `batch_size` windows as a batch, whose shape is always the same: the rest is padding.
+    """A batch of at most `batch_size` windows. The rest is padding, so the shape is always the same.
 
     Returns:
       Arrays [batch_size, context]: inputs, targets, segment_ids (1, 0 = padding) and positions, int32; weights, float32

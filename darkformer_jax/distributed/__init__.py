@@ -1,1 +1,1 @@
-"""Several devices and several processes: sharding, rendezvous, agreement, failure."""
+"""Several devices and several processes: sharding, rendezvous, agreement and failure."""

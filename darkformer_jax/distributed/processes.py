@@ -1,12 +1,12 @@
 """Several processes that train as one: how they find each other, agree, and end together.
 
-One process is the usual case: then nothing here does anything. With several, `jax.distributed` gives every process the
-devices of all, a store of keys and barriers. What jax leaves open is done here: an error in one process ends the others
-with the same line, instead of leaving them in a collective that never completes; a signal to one stops all at the same
-step; and what must be the same everywhere is compared before it can do harm.
+With one process, nothing here does anything. With several, `jax.distributed` gives each process the devices of all, a
+key-value store and barriers. This module adds what jax lacks. An error in one process ends the others with the same
+line, instead of leaving them in a collective that never completes. A signal to one process stops all at the same step.
+Values that must be the same everywhere are compared before they can do harm.
 
-A process that dies without a word (kill -9, a lost host) is noticed by jax's coordinator after `HEARTBEAT_SECONDS`;
-jax then ends the others itself, with status 134 and a stack trace that names no line of ours.
+jax's coordinator notices a process that dies silently (kill -9, a lost host) after `HEARTBEAT_SECONDS`. jax then ends
+the others itself, with status 134 and a stack trace that names no line of ours.
 """
 
 import contextlib
@@ -29,27 +29,27 @@ from darkformer_jax.distributed.rendezvous import Missing, named, rendezvous
 from darkformer_jax.errors import UserError, one_line
 
 HEARTBEAT_SECONDS = 20
-_CONNECT_SECONDS = 60  # after the rendezvous, all are there
-_START_SECONDS = 300.0  # for all to come to a point before which nobody has much to do
-WORK_SECONDS = 6 * 3600.0  # before which one may read, write or hash a lot; the heartbeat notices its death
+_CONNECT_SECONDS = 60  # after the rendezvous, when all are there
+_START_SECONDS = 300.0  # for a barrier before which processes do little
+WORK_SECONDS = 6 * 3600.0  # for a barrier before which they may read, write or hash a lot; a death is noticed sooner
 _SEES_FILE_SECONDS = 5.0  # NFS shows a new file late
 _LAST_WORDS_SECONDS = 3.0  # for the others to read why a process ended
 _POLL_SECONDS = 0.5
 _TOKEN = ".shared-"
 
 _FAILURE, _SIGNAL = "darkformer/failure", "darkformer/signal"
-# What jax's preemption manager waits for in every process. Its own way there is a handler for SIGTERM, which swallows a
-# second signal and knows no Ctrl-C.
+# The key that jax's preemption manager waits for in every process. jax sets it in a SIGTERM handler, which swallows a
+# second signal and does not handle Ctrl-C.
 _PREEMPTION_NOTICE = "RECEIVED_PREEMPTION_NOTICE"
-_LONG_AGO = "2000-01-01T00:00:00+00:00"  # when the machine will be gone: in the past, whatever a host's clock says
+_LONG_AGO = "2000-01-01T00:00:00+00:00"  # the time of the preemption: in the past by every host's clock
 
-# The environments of jax that tell by variables or by a TPU VM's metadata. Not Kubernetes: jax asks the cluster's API
-# there, for which pods seldom have permission; launch/gke.sh passes flags.
+# jax's environments that are read from variables or a TPU VM's metadata. Not Kubernetes: there jax asks the cluster's
+# API, for which pods seldom have permission; launch/gke.sh passes flags instead.
 _ENVIRONMENTS = ("slurm", "ompi", "gcetpu", "gketpu")
 
 
 class Cluster(NamedTuple):
-    """The number of this process, the number of all, and the address of process 0."""
+    """The address of process 0, the number of processes, and the index of this one."""
 
     coordinator: str  # host:port
     num_processes: int
@@ -58,7 +58,7 @@ class Cluster(NamedTuple):
 
 
 def cluster_of_flags(coordinator: str | None, num_processes: int | None, process_id: int | None) -> Cluster | None:
-    """The cluster that the three flags name; None where none is given. Raises UserError where they do not fit."""
+    """The cluster that the three flags name; None if none is given. Raises UserError if they do not fit together."""
     given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == len(given):
@@ -77,10 +77,10 @@ def cluster_of_flags(coordinator: str | None, num_processes: int | None, process
 
 def cluster_of_environment(timeout: float) -> Cluster | None:
     """The cluster that the environment of Slurm, Open MPI or a TPU VM names; None outside of them."""
-    from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize itself asks, too late for the rendezvous
+    from jax._src.clusters import ClusterEnv  # jax.distributed.initialize asks it as well, but after the rendezvous
 
     for environment in ClusterEnv._cluster_types:
-        # On one worker of a TPU slice, JAX_PLATFORMS=cpu is a run without the TPU, and without the other workers.
+        # On one worker of a TPU slice, JAX_PLATFORMS=cpu means a run without the TPU and without the other workers.
         without_tpu = environment.name.endswith("tpu") and jax.config.values["jax_platforms"] == "cpu"
         if environment.name in _ENVIRONMENTS and not without_tpu and environment.is_env_present():
             try:
@@ -100,11 +100,11 @@ def join(cluster: Cluster | None, timeout: float = 300) -> None:
 
     Args:
       cluster: None = there are no others.
-      timeout: seconds for all to come.
+      timeout: seconds to wait for all processes.
 
     Raises:
-      Missing: in every process that came: others did not come, or the coordinator cannot be reached.
-      UserError: in every process that came: two of them do not fit together.
+      Missing: in every process that came, if others did not come or the coordinator cannot be reached.
+      UserError: in every process that came, if two of them do not fit together.
     """
     if cluster is None:
         return
@@ -122,7 +122,7 @@ def join(cluster: Cluster | None, timeout: float = 300) -> None:
         initialization_timeout=_CONNECT_SECONDS,
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
     )
-    # jax's handler would swallow it: until the run can save (StopSignals), a SIGTERM ends this process as ever.
+    # jax's handler would swallow SIGTERM. Until the run can save (StopSignals), SIGTERM ends this process as usual.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _watch.start()
 
@@ -133,12 +133,12 @@ def is_distributed() -> bool:
 
 
 def process_index() -> int:
-    """The number of this process; unlike `jax.process_index`, it does not look at devices."""
+    """The index of this process. Unlike `jax.process_index`, it does not look at devices."""
     return _state().process_id
 
 
 def barrier(name: str, timeout: float = WORK_SECONDS) -> None:
-    """Returns when all processes have come here. Raises Missing, which names those that did not come in time."""
+    """Returns when all processes have come to it. Raises Missing, which names those that did not come in time."""
     if not is_distributed():
         return
     client, prefix = _state().client, f"darkformer/at/{name}"
@@ -149,7 +149,7 @@ def barrier(name: str, timeout: float = WORK_SECONDS) -> None:
     except jax.errors.JaxRuntimeError as error:
         came = {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get(prefix)}
         missing = [number for number in range(_state().num_processes) if number not in came]
-        what = f"{named(missing)} did not" if missing else one_line(error)
+        what = f"{named(missing)} did not come" if missing else one_line(error)
         raise Missing(f"waited {timeout:.0f} s for all processes at {name!r}: {what}") from error
     client.key_value_delete(mine)
 
@@ -157,7 +157,7 @@ def barrier(name: str, timeout: float = WORK_SECONDS) -> None:
 def require_same(what: str, fields: Mapping[str, Any]) -> None:
     """Compares JSON values with those of process 0, and returns when all processes have done so.
 
-    Raises UserError in a process where they differ: each field, with both values. `fail` then ends the others.
+    Raises UserError in a process whose values differ; it shows the fields and both values. `fail` then ends the others.
     """
     if not is_distributed():
         return
@@ -166,7 +166,7 @@ def require_same(what: str, fields: Mapping[str, Any]) -> None:
     if process_index() == 0:
         client.key_value_set(key, json.dumps(mine))
     else:
-        theirs = json.loads(_wait_for(key, f"process 0 did not tell its {what}", WORK_SECONDS))
+        theirs = json.loads(_wait_for(key, f"process 0 did not publish its {what}", WORK_SECONDS))
         differing = [
             f"{name}: {mine.get(name, '(absent)')} here, {theirs.get(name, '(absent)')} in process 0"
             for name in sorted(mine.keys() | theirs.keys())
@@ -179,7 +179,7 @@ def require_same(what: str, fields: Mapping[str, Any]) -> None:
 
 
 def tell(what: str, value: float) -> dict[int, float]:
-    """Publishes a number, and returns the last one of each process, its own included. It waits for nobody."""
+    """Publishes a number, and returns the latest number of each process, this one included. It does not wait."""
     if not is_distributed():
         return {0: value}
     client, prefix = _state().client, f"darkformer/told/{what}/"
@@ -188,13 +188,13 @@ def tell(what: str, value: float) -> dict[int, float]:
 
 
 def require_shared(directory: Any, name: str) -> None:
-    """Raises UserError, in every process, where one does not see what process 0 writes to a directory.
+    """Raises UserError in every process if one of them does not see what process 0 writes to a directory.
 
-    Process 0 puts a file with a random name there and takes it away again, and the directories that it made for it.
+    Process 0 writes a file with a random name there. Then it removes the file and the directories that it made for it.
 
     Args:
       directory: an absolute Path, or a path in a bucket that has pathlib's methods.
-      name: what messages call it.
+      name: the directory's name in messages.
     """
     if not is_distributed():
         return
@@ -230,7 +230,7 @@ def require_shared(directory: Any, name: str) -> None:
 
 
 def is_token(name: str) -> bool:
-    """Whether a file of this name is what a process killed in `require_shared` left."""
+    """Whether a file of this name was left by a process that was killed in `require_shared`."""
     return name.startswith(_TOKEN)
 
 
@@ -243,32 +243,32 @@ def _wait_for(key: str, otherwise: str, seconds: float) -> str:
 
 
 def announce_stop(signum: int) -> None:
-    """Tells all processes that this one was sent a signal. Each then stops where `stop_agreed` says so."""
+    """Tells all processes that this one received a signal. Each then stops when `stop_agreed` says so."""
     for key, value in ((_SIGNAL, str(signum)), (_PREEMPTION_NOTICE, _LONG_AGO)):
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first
             _state().client.key_value_set(key, value)
 
 
 def stop_agreed(step: int) -> int | None:
-    """The signal to stop for after `step`, the same in all processes; None = go on. Call it at every step."""
+    """The signal to stop for after `step`, the same in all processes; None = continue. Call it at every step."""
     if not is_distributed() or not multihost_utils.reached_preemption_sync_point(step):
         return None
-    return int(_wait_for(_SIGNAL, "no process told the signal to stop for", _START_SECONDS))
+    return int(_wait_for(_SIGNAL, "no process published the signal to stop for", _START_SECONDS))
 
 
 def leave() -> None:
-    """Waits for the others before this process ends well: until then, their errors are its errors."""
+    """Waits for the others before this process ends with success. Until then, an error of theirs ends it, too."""
     if is_distributed():
         barrier("the end")
         _watch.stop()
 
 
 def fail(message: str, status: int) -> NoReturn:
-    """Prints `error: <message>` and ends this process, and with it all others in the same way."""
+    """Prints `error: <message>` and ends this process, and all others in the same way."""
     if not is_distributed():
         print(f"error: {message}", file=sys.stderr)
         sys.exit(status)
-    _watch.only_one_ends.acquire()  # never released: whoever comes second waits for the end
+    _watch.only_one_ends.acquire()  # never released: a second caller waits here for the end
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first, or the coordinator is gone
         words = json.dumps({"message": f"process {process_index()}: {message}", "status": status})
         _state().client.key_value_set(_FAILURE, words)
@@ -276,9 +276,9 @@ def fail(message: str, status: int) -> NoReturn:
 
 
 def _end(message: str, status: int) -> NoReturn:
-    """Ends at once: the interpreter's own end would wait for threads, and jax's for the other processes."""
+    """Exits at once. The interpreter's exit would wait for threads, and jax's for the other processes."""
     try:
-        with contextlib.suppress(OSError, ValueError):  # the log's disk may be what is full
+        with contextlib.suppress(OSError, ValueError):  # the disk of the log may be full
             print(f"error: {message}", file=sys.stderr, flush=True)
             sys.stdout.flush()
         for child in multiprocessing.active_children():  # grain's workers
@@ -286,7 +286,7 @@ def _end(message: str, status: int) -> NoReturn:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             _state().client.wait_at_barrier("darkformer/failed", int(_LAST_WORDS_SECONDS * 1000))
         if process_index() == 0:
-            time.sleep(_POLL_SECONDS)  # with it goes the coordinator; who loses that is ended by jax, with status 134
+            time.sleep(_POLL_SECONDS)  # the coordinator ends with it, and jax ends those that lose it, with status 134
     finally:
         os._exit(status)
 
@@ -303,7 +303,7 @@ class _Watch:
         self._thread.start()
 
     def stop(self) -> None:
-        # Before the interpreter ends: a thread that is inside of jax then would abort the process.
+        # Before the interpreter exits: a thread that is inside jax at that time would abort the process.
         self._stopped.set()
         self._thread.join()
 
@@ -311,7 +311,7 @@ class _Watch:
         while not self._stopped.wait(_POLL_SECONDS):
             try:
                 failure = json.loads(_state().client.key_value_try_get(_FAILURE))
-            except jax.errors.JaxRuntimeError:  # nobody has; or the coordinator is gone, and jax ends this process
+            except jax.errors.JaxRuntimeError:  # none has; or the coordinator is gone, and jax ends this process
                 continue
             if self.only_one_ends.acquire(blocking=False):
                 _end(failure["message"], failure["status"])
@@ -322,7 +322,7 @@ _watch = _Watch()
 
 
 def _state() -> Any:
-    from jax._src import distributed  # the store and the barriers have no public name; Orbax takes them from here, too
+    from jax._src import distributed  # store and barriers have no public name; Orbax takes them from here, too
 
     return distributed.global_state
 
@@ -333,7 +333,7 @@ def _comes_to_be(path: Any) -> bool:
         if time.monotonic() > deadline:
             return False
         with contextlib.suppress(OSError):
-            os.listdir(path.parent.parent)  # makes NFS look again whether there is a directory that there was not
+            os.listdir(path.parent.parent)  # makes NFS look again for a directory that was not there
         time.sleep(0.1)
     return True
 

@@ -1,7 +1,7 @@
-"""The rendezvous of all processes before `jax.distributed`, which ends with a stack trace where one of them is missing.
+"""The rendezvous of all processes before `jax.distributed`, which ends with a stack trace if one of them is missing.
 
-Process 0 listens on the coordinator's port, the others say who they are, and all are told at once whether to go on.
-Then the port is free again, and jax's own coordinator takes it.
+Process 0 listens on the coordinator's port, and the others say who they are. Process 0 tells all of them at once
+whether to go on. Then the port is free again, and jax's own coordinator takes it.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ class Missing(Transient):
     """A process did not come, or cannot be reached."""
 
 
-_HELLO_SECONDS = 5.0  # for a few bytes from whoever has connected
+_HELLO_SECONDS = 5.0  # to wait for the few bytes that a new connection sends
 _RETRY_SECONDS = 0.2
 _LONGEST_LINE = 10_000
 
@@ -32,8 +32,8 @@ def rendezvous(host: str, port: int, num_processes: int, process_id: int, timeou
       timeout: seconds that this process waits for the others.
 
     Raises:
-      Missing: in every process that came: others did not come, and which; or the coordinator cannot be reached.
-      UserError: in every process that came: two of them do not fit together, and which.
+      Missing: in every process that came, if others did not come (it names them) or the coordinator cannot be reached.
+      UserError: in every process that came, if two of them do not fit together (it names them).
     """
     deadline = time.monotonic() + timeout
     if process_id == 0:
@@ -43,7 +43,7 @@ def rendezvous(host: str, port: int, num_processes: int, process_id: int, timeou
 
 
 def _gather(port: int, num_processes: int, deadline: float, timeout: float) -> None:
-    """What process 0 does."""
+    """The part of process 0: waits for the others and answers all of them."""
     with contextlib.ExitStack() as stack:
         here: dict[int, socket.socket] = {}
         newest: list[socket.socket] = []
@@ -82,14 +82,14 @@ def _gather(port: int, num_processes: int, deadline: float, timeout: float) -> N
 
 
 def _register(host: str, port: int, num_processes: int, process_id: int, deadline: float, timeout: float) -> None:
-    """What every other process does."""
+    """The part of every other process: says who it is and waits for the answer."""
     hello = json.dumps({"process": process_id, "of": num_processes}).encode() + b"\n"
     reason = "it gave no answer"
     while True:
         try:
             with socket.create_connection((host, port), timeout=max(deadline - time.monotonic(), 0.1)) as connection:
                 connection.sendall(hello)
-                # Process 0 may have begun later than this one, and waits as long.
+                # Process 0 may have begun later than this one, and it waits as long.
                 answer = _read(connection, timeout + _HELLO_SECONDS)
             if answer is not None and "error" in answer:
                 if answer["error"]:
@@ -113,7 +113,7 @@ def _listen(port: int) -> socket.socket:
 
 
 def _read(connection: socket.socket, seconds: float) -> dict[str, Any] | None:
-    """The line that the other side sent; None where it sent none in time, or no JSON object."""
+    """The JSON object in the line that the other side sent; None if it sent none in time."""
     connection.settimeout(seconds)
     try:
         with connection.makefile("rb") as stream:
@@ -124,13 +124,13 @@ def _read(connection: socket.socket, seconds: float) -> dict[str, Any] | None:
 
 
 def _forget_gone(here: dict[int, socket.socket]) -> None:
-    """Removes those that have closed their side since: they were killed."""
+    """Removes the processes that have closed their connection: they were killed."""
     for number, connection in tuple(here.items()):
         connection.setblocking(False)
         try:
             gone = not connection.recv(1, socket.MSG_PEEK)
         except OSError as error:
-            gone = not isinstance(error, BlockingIOError)  # that is one who waits
+            gone = not isinstance(error, BlockingIOError)  # it is waiting
         connection.settimeout(_HELLO_SECONDS)
         if gone:
             del here[number]

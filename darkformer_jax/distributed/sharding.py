@@ -18,8 +18,8 @@ from darkformer_jax.errors import UserError
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 CONTEXT = "context"
 
-# Axes that may span slices, whose network is slow, in the order in which slices are given to them. `tensor` may not:
-# it sends activations, several times per layer.
+# Axes that may span slices, in the order in which they are spread over them. The network between slices is slow, so
+# `tensor` may not span them: it sends activations several times per layer.
 SLOW_AXES = ("data", "fsdp", "context")
 
 # logical name of a dimension -> mesh axes
@@ -34,13 +34,13 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "features": ("tensor",),
 }
 
-# dimension -> the one that is split instead where the mesh does not divide its size; otherwise that one stays whole.
-# Grouped queries: one key/value head cannot be split, its random features can.
+# dimension -> the dimension that is split instead if the mesh does not divide it, and otherwise stays whole. With
+# grouped queries, a single key/value head cannot be split, but its random features can.
 INSTEAD = {"kv_heads": "features"}
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The device mesh with the given number of devices per axis; one may be -1: as many as the others leave.
+    """The device mesh with the given number of devices per axis; one may be -1 = all that the others leave.
 
     Axes that `sizes` does not name have size 1.
 
@@ -69,7 +69,7 @@ def device_array(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndar
     of `data` as the number of slices allows goes over it, then of `fsdp`, then of `context`.
 
     Raises:
-      UserError: the slices differ in size, or their number is no product of parts of these three axes.
+      UserError: the slices differ in size, or data * fsdp * context is not a multiple of their number.
     """
     slices = Counter(getattr(device, "slice_index", 0) for device in devices)
     if len(slices) > 1:
@@ -130,7 +130,7 @@ def _kept_whole(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | A
 
 
 def sharding_of(name: str, axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """`spec_of` on its mesh."""
+    """The sharding by `spec_of` on a mesh."""
     return NamedSharding(mesh, spec_of(name, axes, shape, mesh))
 
 
@@ -144,29 +144,29 @@ class Part:
 
 @functools.cache
 def part_of_process(sharding: NamedSharding, process: int | None = None) -> Part:
-    """The part of a process (None: of this one). Processes read the same rows if the mesh splits none between them.
+    """The part of a process (None: this one). Processes read the same rows if the mesh splits none between them.
 
     Raises UserError for a mesh that gives processes unequal numbers of rows, or rows that overlap in part.
     """
     if sharding.is_fully_addressable:
         return Part(0, 1)
     held: dict[int, set[int]] = {}
-    whole = sharding.num_devices  # any number of rows that all axes divide shows who holds what
+    whole = sharding.num_devices  # a number of rows that all axes divide, to see who holds what
     indices: Mapping[Any, Any] = sharding.devices_indices_map((whole, whole))
     for device, (rows, _) in indices.items():
         held.setdefault(device.process_index, set()).update(range(*rows.indices(whole)))
     parts = sorted({tuple(sorted(rows)) for rows in held.values()})
     if len({len(rows) for rows in parts}) > 1 or sum(map(len, parts)) > whole:
         raise UserError(
-            f"mesh {dict(sharding.mesh.shape)}: of the rows of a batch, two processes must hold the same or none in "
-            f"common, and all as many; let data x fsdp be a multiple or a divisor of the {len(held)} processes"
+            f"mesh {dict(sharding.mesh.shape)}: two processes must hold the same rows of a batch, or none in common, "
+            f"and all must hold as many; let data x fsdp be a multiple or a divisor of the {len(held)} processes"
         )
     own = held[jax.process_index() if process is None else process]
     return Part(parts.index(tuple(sorted(own))), len(parts))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Tells the compiler how the current mesh (`jax.set_mesh`) splits an activation; without a mesh, returns it."""
+    """Tells the compiler how the current mesh (`jax.set_mesh`) splits an activation. Without a mesh, returns `x`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x

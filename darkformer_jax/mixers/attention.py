@@ -15,10 +15,10 @@ from darkformer_jax.mixers.spec import MixerSpec
 
 
 class Mechanism(MixerKind):
-    """From q, k, v to their mixture; `build` puts an `Attention` around it.
+    """Maps q, k and v to mixed values; `build` puts an `Attention` around it.
 
     Attributes:
-      reads_q_and_k: False where the weights do not depend on them, so that nothing has to compute them.
+      reads_q_and_k: False if the weights depend on neither q nor k, which then need not be computed.
     """
 
     reads_q_and_k: ClassVar[bool] = True
@@ -38,7 +38,7 @@ class Mechanism(MixerKind):
 
     @classmethod
     def mixing_flops(cls, spec: MixerSpec, length: int) -> float:
-        """Of the mechanism alone, without the projections to q, k, v and out."""
+        """Forward FLOPs per token of the mechanism alone, without the projections to q, k, v and out."""
         raise NotImplementedError
 
     def init_state(self, batch: int, max_length: int, dtype: jax.typing.DTypeLike) -> Any:
@@ -60,7 +60,7 @@ class Mechanism(MixerKind):
 
 
 class Attention(nnx.Module):
-    """x -> x: q, k, v = x Wq, x Wk, x Wv (plus biases); RMSNorm of q and k if asked; RoPE; the mechanism; Wo."""
+    """x -> y: q, k, v = x Wq, x Wk, x Wv (plus biases); RMSNorm of q and k if asked; RoPE; the mechanism; Wo."""
 
     def __init__(self, spec: MixerSpec, mechanism: Mechanism, *, rngs: nnx.Rngs) -> None:
         self.rope = spec.rope
@@ -77,13 +77,13 @@ class Attention(nnx.Module):
         self.mechanism = mechanism
 
     def __call__(self, x: Array, segment_ids: Array, positions: Array, state: Any = None) -> tuple[Array, Any]:
-        """x [b, n, embed_dim]; segment_ids and positions [b, n]. Returns the same shape and the mechanism's state."""
+        """(y, the mechanism's state). x and y are [b, n, embed_dim], segment_ids and positions [b, n]."""
         q, k, v = self.project(x, positions)
         mixed, state = self.mechanism(q, k, v, segment_ids=segment_ids, positions=positions, state=state)
         return self.out(constrain(mixed, "batch", "sequence", "heads", None)), state
 
     def init_state(self, batch: int, max_length: int, dtype: jax.typing.DTypeLike) -> Any:
-        """The mechanism's."""
+        """The mechanism's state."""
         return self.mechanism.init_state(batch, max_length, dtype)
 
     def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:

@@ -1,4 +1,4 @@
-"""A floor: attention that takes the mean of the visible values."""
+"""A control: attention that takes the mean of the visible values."""
 
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -10,7 +10,7 @@ from darkformer_jax.mixers.spec import MixerSpec
 class Constant(FeatureAttention):
     """The mean of the visible values: one feature, equal to one for every query and key.
 
-    The DARKFormer paper names this floor and does not define it; the definition is this project's own.
+    The DARKFormer paper names this control but does not define it; the definition is this project's own.
     """
 
     role = "control"

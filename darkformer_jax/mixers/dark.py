@@ -10,13 +10,14 @@ from darkformer_jax.mixers.spec import Geometry, MixerSpec
 
 
 class Dark(Performer):
-    """exp(q^T M^T M k), M learned per key/value head and shared by its queries.
+    """exp(q^T M^T M k); M is learned per key/value head and shared by that head's queries.
 
-    With `learn_projections` w is trained as well, and the features estimate no kernel any more.
+    With `learn_projections`, w is trained as well; the features then no longer estimate a kernel.
     """
 
-    uses = Performer.uses | {"geometry_init", "learn_projections", "window_kernel", "geometry_learning_rate"}
+    uses = Performer.uses | {"geometry_init", "learn_projections", "window_kernel"}
     has_geometry = True
+    learns_kernel = True
 
     def __init__(self, spec: MixerSpec, layer: int | Array) -> None:
         super().__init__(spec, layer)

@@ -1,4 +1,4 @@
-"""Attention that is one call of a linear op: what its mechanisms share."""
+"""What the mechanisms of linear attention share: each calls one op."""
 
 import functools
 from collections.abc import Callable
@@ -30,12 +30,12 @@ def draw_layer(spec: MixerSpec, layer: int | Array, epoch: int | Array) -> Array
 
 
 class LinearMechanism(Mechanism):
-    """A mechanism of constant state; subclasses say of what size, and call `run`."""
+    """A mechanism with a state of constant size. Subclasses set that size and call `run`."""
 
     role: ClassVar[Role] = "estimator"
     bidirectional = True
 
-    key_dim: int  # of the keys that the op sees
+    key_dim: int  # width of the keys that the op gets
     num_features: int
 
     def __init__(self, spec: MixerSpec, layer: int | Array) -> None:
@@ -54,6 +54,11 @@ class LinearMechanism(Mechanism):
             )
 
     @classmethod
+    def in_effect(cls, spec: MixerSpec) -> frozenset[str]:
+        without_window = {"chunk_size", "num_sinks", "window_kernel", "far_gain"}
+        return cls.uses if spec.window else cls.uses - without_window
+
+    @classmethod
     def check_stretch(cls, spec: MixerSpec, length: int) -> None:
         if not spec.causal:
             raise UserError("model.causal = False with mesh.context > 1: allowed: mesh.context = 1")
@@ -67,7 +72,7 @@ class LinearMechanism(Mechanism):
     def run(
         self, attend: Callable[..., Any], q: Array, k: Array, v: Array, state: AttentionState | None, **arrays: Any
     ) -> tuple[Array, Any]:
-        """`attend(q, k, v, **arrays)`, on each device's stretch where the mesh splits sequences."""
+        """(`attend(q, k, v, **arrays)`, new state), on each device's own stretch where the mesh splits sequences."""
         attend = functools.partial(attend, causal=self.spec.causal, chunk_size=self.spec.chunk_size)
         if context_size() > 1:
             return on_stretches(attend, q, k, v, state=state, **arrays), None
@@ -76,7 +81,7 @@ class LinearMechanism(Mechanism):
 
 
 class Inputs(NamedTuple):
-    """What `dark_attention` sees of a layer."""
+    """The arrays of a layer that `dark_attention` gets."""
 
     queries: Array
     keys: Array
@@ -85,21 +90,35 @@ class Inputs(NamedTuple):
 
 
 class FeatureAttention(LinearMechanism):
-    """`dark_attention` with an optional exact window. Subclasses say what the kernel is made of, in `inputs`."""
+    """`dark_attention` with an optional exact window. Subclasses define the kernel in `inputs`."""
 
-    uses = PROJECTION_FIELDS | WINDOW_FIELDS | {"far_gain"}
+    uses = PROJECTION_FIELDS | WINDOW_FIELDS | {"far_gain", "geometry_learning_rate"}
     has_geometry = False  # whether q and k are mapped by M first
+    learns_kernel = False  # whether it has M or learned projections; they learn at geometry_learning_rate, as gains do
 
     def __init__(self, spec: MixerSpec, layer: int | Array) -> None:
         super().__init__(spec, layer)
         self.log_gain = Geometry(jnp.zeros(spec.num_heads), axes=("heads",)) if spec.far_gain else None
 
+    @classmethod
+    def in_effect(cls, spec: MixerSpec) -> frozenset[str]:
+        names = super().in_effect(spec)
+        return names if cls.learns_kernel or spec.far_gain else names - {"geometry_learning_rate"}
+
     def inputs(self, q: Array, k: Array, positions: Array) -> Inputs:
-        """What the op is given in place of q and k, w and M."""
+        """The q, k, w and M that the op gets."""
         raise NotImplementedError
 
     @classmethod
     def mixing_flops(cls, spec: MixerSpec, length: int) -> float:
+        """With H query and G key/value heads, and n keys that are seen one by one (`mean_exact_keys`), per token:
+
+        geometry  2 d^2 (H + G)     M x, if there is an M
+        features  2 m d (H + G)
+        state     2 m d (H + G)     the update S += phi(k) v, and the reading phi(q) S
+        local     (2 m + 2 d) H n   the own chunk through features (window = 0), or
+                  4 H d n           the own chunk, window and sinks exactly
+        """
         m, d = spec.num_features, spec.head_dim
         width = (spec.num_heads + spec.num_kv_heads) * d
         features_and_state = 4 * m * width
@@ -128,10 +147,10 @@ class FeatureAttention(LinearMechanism):
 
 
 def mean_exact_keys(spec: MixerSpec, length: int) -> float:
-    """Keys that a query meets outside the state, mean over the places of one sequence of `length` tokens.
+    """The number of keys that a query sees outside the state, averaged over a sequence of `length` tokens.
 
-    Its own chunk (up to itself where attention is causal), the `window` tokens before the chunk, and the first
-    `num_sinks` tokens, each key once.
+    They are the query's own chunk (up to itself if attention is causal), the `window` tokens before the chunk, and the
+    first `num_sinks` tokens. Each key counts once.
     """
     total = 0
     for start in range(0, length, spec.chunk_size):

@@ -17,7 +17,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 class Linear(nnx.Module):
     """Contracts the last `num_inputs` axes of x with the first ones of a kernel, in `dtype`; adds a bias if asked.
 
-    rank: of a low-rank update beside the kernel, see darkformer_jax/model/lora.py; 0 = none.
+    rank: that of the low-rank update of the kernel (darkformer_jax/model/lora.py); 0 = no update.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(init(key, shape, jnp.float32), axes=axes)
         zeros = jnp.zeros(shape[num_inputs:], jnp.float32)
         self.bias = nnx.Param(zeros, axes=axes[num_inputs:]) if use_bias else None
-        # A has a key of its own: the kernels are the same with any rank.
+        # A has its own key, so that the kernel is the same with any rank.
         sizes, std = (*shape[:num_inputs], rank), math.prod(shape[:num_inputs]) ** -0.5
         low = (jax.random.fold_in(key, 1), sizes, jnp.float32)
         self.lora_A = nnx.Param(std * jax.random.normal(*low), axes=(*axes[:num_inputs], None)) if rank else None

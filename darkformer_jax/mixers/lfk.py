@@ -8,9 +8,10 @@ from darkformer_jax.mixers.spec import Geometry, MixerSpec
 
 
 class LearnedFeatures(FeatureAttention):
-    """w is trained, M = I. It starts as a draw, and then estimates no kernel."""
+    """M = I and w is trained. w starts as a random draw; once trained, the features no longer estimate a kernel."""
 
-    uses = FeatureAttention.uses - {"redraw_every"} | {"geometry_learning_rate"}
+    uses = FeatureAttention.uses - {"redraw_every"}
+    learns_kernel = True
 
     def __init__(self, spec: MixerSpec, layer: int | Array) -> None:
         super().__init__(spec, layer)

@@ -11,7 +11,7 @@ from darkformer_jax.ops.state import AttentionState
 
 
 class LinearTransformer(LinearMechanism):
-    """The kernel phi(q) . phi(k) with phi(x) = elu(x) + 1: as many features as a head has dimensions, none random."""
+    """The kernel phi(q) . phi(k) with phi(x) = elu(x) + 1: one feature per dimension of the head, none random."""
 
     uses = frozenset({"chunk_size"})
 
@@ -21,6 +21,7 @@ class LinearTransformer(LinearMechanism):
 
     @classmethod
     def mixing_flops(cls, spec: MixerSpec, length: int) -> float:
+        """As for `FeatureAttention` with m = d, without the products that make features."""
         d = spec.head_dim
         state = 2 * d * (spec.num_heads + spec.num_kv_heads) * d
         return state + 4 * spec.num_heads * d * mean_exact_keys(spec, length)

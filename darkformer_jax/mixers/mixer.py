@@ -1,4 +1,4 @@
-"""What every mixer answers to, and what each kind states about itself."""
+"""The interface of every mixer, and what each kind states about itself."""
 
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -23,21 +23,21 @@ class Mixer(Protocol):
     def __call__(
         self, x: Float[Array, "b n d"], segment_ids: Int[Array, "b n"], positions: Int[Array, "b n"], state: Any = None
     ) -> tuple[Float[Array, "b n d"], Any]:
-        """Mixes the tokens of each segment; 0 is padding. The returned state is None when none was given."""
+        """Mixes the tokens of each segment; segment 0 is padding. The returned state is None if none was given."""
         ...
 
 
 class MixerKind(nnx.Module):
-    """A row of MIXERS.
+    """A class of mixers: one row of MIXERS.
 
     Attributes:
-      role: exact = softmax attention itself; estimator = estimates its kernel or has one of its own; control = a floor
-        that others are compared with.
+      role: exact = softmax attention itself; estimator = estimates its kernel or has its own; control = a baseline that
+        others are compared with.
       uses: the fields of model.attention and model that change what it computes, and optimizer.geometry_learning_rate
-        where it has a geometry. A field that is not off must be used by a layer of the model.
-      needs: those of them that must not be off.
+        if it has a geometry. Each field that is not off must be used by a layer of the model.
+      needs: the fields among them that must not be off.
       bidirectional: whether `causal = False` is possible.
-      is_local: whether a token sees its last neighbours only: a conversion keeps such layers as they are.
+      is_local: whether a token sees only the tokens shortly before it. A conversion leaves such layers as they are.
     """
 
     role: ClassVar[Role]
@@ -48,20 +48,25 @@ class MixerKind(nnx.Module):
 
     @classmethod
     def build(cls, spec: MixerSpec, layer: int | Array, *, rngs: nnx.Rngs) -> Mixer:
-        """The mixer of a layer. What depends on the layer's number is a function of (spec.seed, layer)."""
+        """The mixer of a layer. Fixed random arrays are functions of (spec.seed, layer)."""
         raise NotImplementedError
 
     @classmethod
     def flops(cls, spec: MixerSpec, length: int) -> float:
-        """Forward FLOPs per token, mean over the places of a sequence of `length` tokens; 2 per multiply-add."""
+        """Forward FLOPs per token, averaged over a sequence of `length` tokens; a multiply-add is 2."""
         raise NotImplementedError
 
     @classmethod
+    def in_effect(cls, spec: MixerSpec) -> frozenset[str]:
+        """Of `uses`, the fields that change what this layer computes or learns, up to the order of its sums."""
+        return cls.uses
+
+    @classmethod
     def check(cls, spec: MixerSpec) -> None:
-        """Raises UserError for options that contradict each other. Ranges are the config's to check."""
+        """Raises UserError for options that contradict each other. The config checks ranges."""
         if not spec.causal and not cls.bidirectional:
             raise UserError(f"model.causal = False: {spec.kind!r} is causal only; allowed: True")
 
     @classmethod
     def check_stretch(cls, spec: MixerSpec, length: int) -> None:
-        """Raises UserError where devices that split the sequence cannot have `length` tokens each."""
+        """Raises UserError if the devices that split a sequence cannot have `length` tokens each."""

@@ -8,7 +8,7 @@ from darkformer_jax.mixers.spec import Geometry, MixerSpec, Projection
 
 
 class Performer(FeatureAttention):
-    """The softmax kernel, w drawn isotropically and M = I."""
+    """The softmax kernel, with w drawn isotropically and M = I."""
 
     def __init__(self, spec: MixerSpec, layer: int | Array) -> None:
         super().__init__(spec, layer)

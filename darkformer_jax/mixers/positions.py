@@ -1,4 +1,4 @@
-"""Rotary position embeddings, and how a pretrained model's frequencies are stretched to longer contexts."""
+"""Rotary position embeddings, and the scaling of a pretrained model's frequencies to longer contexts."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ RopeScaling = Literal["none", "linear", "llama3", "yarn"]
 
 @dataclasses.dataclass(frozen=True)
 class RopeSpec:
-    """Rotary positions of one layer: theta, and the scaling of its frequencies (`model.rope_*` in config/base.py)."""
+    """Rotary positions of one layer: theta and the scaling of the frequencies (`model.rope_*` in config/base.py)."""
 
     theta: float
     scaling: str  # a RopeScaling
@@ -26,14 +26,16 @@ class RopeSpec:
     attention_factor: float  # 0 = yarn's formula
 
     def frequencies(self, head_dim: int) -> Float[np.ndarray, "d/2"]:
-        """Radians per token of each pair, float32: f_i = theta^(-2i/d), and with n_i = original_length f_i / 2 pi turns
+        """Radians per token of each pair, float32.
+
+        They are f_i = theta^(-2i/d) without scaling. With n_i = original_length f_i / 2 pi turns, scaling gives
 
             linear   f_i / factor
             llama3   (1 - s_i) f_i / factor + s_i f_i,  s_i = clip((n_i - low) / (high - low), 0, 1)
             yarn     (1 - s_i) f_i / factor + s_i f_i,  s_i falls linearly in i, from 1 where n_i = beta_fast to 0
                      where n_i = beta_slow, both rounded outwards to whole pairs (arXiv 2309.00071)
 
-        Raises ValueError for another scaling.
+        Raises ValueError for an unknown scaling.
         """
         half = head_dim // 2
         exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
@@ -56,12 +58,12 @@ class RopeSpec:
         return (1 - kept) * slowed + kept * plain
 
     def _pair_of_turns(self, turns: float, head_dim: int) -> float:
-        """The i, not rounded, whose pair makes so many turns in the original length."""
+        """The index i, not rounded, of the pair that makes `turns` turns in the original length."""
         return head_dim * math.log(self.original_length / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
 
     @property
     def amplitude(self) -> float:
-        """What the rotated q and k are multiplied by: 1, but for yarn."""
+        """The factor on the rotated q and k: 1 except for yarn."""
         if self.scaling != "yarn":
             return 1.0
         return self.attention_factor or 0.1 * math.log(self.factor) + 1
@@ -70,7 +72,7 @@ class RopeSpec:
 def rope(x: Float[Array, "b n h d"], positions: Int[Array, "b n"], spec: RopeSpec) -> Float[Array, "b n h d"]:
     """Rotates the pairs (x_i, x_{i + d/2}) by the angle positions * f_i, in float32; f are the spec's frequencies.
 
-    The half-split layout of Hugging Face's Llama and Gemma. Su et al., arXiv 2104.09864.
+    This is the half-split layout of Hugging Face's Llama and Gemma. Source: Su et al., arXiv 2104.09864.
     """
     frequencies = jnp.asarray(spec.frequencies(x.shape[-1]))
     angles = positions.astype(jnp.float32)[..., None, None] * frequencies[None, None, None, :]

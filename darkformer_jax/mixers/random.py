@@ -1,4 +1,4 @@
-"""A floor: attention whose weights are random and do not depend on the input."""
+"""A control: attention whose weights are random and do not depend on the input."""
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +11,14 @@ from darkformer_jax.ops.projections import projection_key
 
 
 class NoiseKey(Projection):
-    """Key data of the positions' noise; not redrawn."""
+    """Key data for the noise of each position; never redrawn."""
 
 
 class Random(Performer):
-    """Fixed random weights: Performer on q and k replaced by N(0, I) vectors of (seed, layer, position, head).
+    """Fixed random weights: a Performer whose q and k are N(0, I) draws, functions of (seed, layer, position, head).
 
-    The weight of position j for position n is thus a fixed positive random number, at linear cost and with a constant
-    state. The DARKFormer paper names this floor and does not define it; the definition is this project's own.
+    The weight of position j for position n is thus a fixed positive random number. The cost is linear and the state
+    constant. The DARKFormer paper names this control but does not define it; the definition is this project's own.
     """
 
     role = "control"
@@ -31,7 +31,7 @@ class Random(Performer):
 
     @classmethod
     def mixing_flops(cls, spec: MixerSpec, length: int) -> float:
-        """Of its weights times the values: the weights themselves are constants."""
+        """FLOPs of the weights times the values; the weights themselves are constants."""
         return 2 * spec.num_heads * spec.head_dim * (length + 1) / 2
 
     def inputs(self, q: Array, k: Array, positions: Array) -> Inputs:

@@ -15,7 +15,7 @@ from darkformer_jax.ops.exact import exact_attention
 
 
 class KeyValueCache(NamedTuple):
-    """Keys and values of tokens so far, in slots; an empty slot has segment 0. Padding at the end takes no slot."""
+    """Keys and values of the tokens so far, in slots. An empty slot has segment 0; padding at the end takes no slot."""
 
     keys: Float[Array, "b t hkv d"]
     values: Float[Array, "b t hkv d"]
@@ -25,9 +25,9 @@ class KeyValueCache(NamedTuple):
 
 
 class Softmax(Mechanism):
-    """softmax(cap(scale q k^T)) v: quadratic in the length, and a state that grows with it.
+    """softmax(cap(scale q k^T)) v. Its cost is quadratic in the length, and its state grows with the length.
 
-    Where the mesh splits sequences over devices, each of them gathers all keys and values: a message and a memory that
+    Where the mesh splits sequences over devices, each device gathers all keys and values. The message and the memory
     grow with the length, unlike those of linear attention.
     """
 
@@ -37,6 +37,7 @@ class Softmax(Mechanism):
 
     @classmethod
     def mixing_flops(cls, spec: MixerSpec, length: int) -> float:
+        """4 H d n: scores 2 d and values 2 d, for each of n visible keys of each of H heads."""
         visible = (length + 1) / 2 if spec.causal else length
         return 4 * spec.num_heads * spec.head_dim * visible
 
@@ -75,15 +76,15 @@ class Softmax(Mechanism):
     def _attend_to_all(
         self, q: Array, k: Array, v: Array, segment_ids: Array, positions: Array, sequence_axis: str
     ) -> Array:
-        """The queries of this device's stretch, and the keys of every device's."""
+        """Attention of this device's queries to the keys and values of all devices."""
         own = (k, v, segment_ids, positions)
         keys, values, segments, places = (gather_sequence(x, sequence_axis) for x in own)
         count = jnp.sum(segments != 0, axis=1, dtype=jnp.int32)
         return self._attend(q, segment_ids, positions, KeyValueCache(keys, values, segments, places, count))
 
     def update(self, state: KeyValueCache, new: KeyValueCache) -> tuple[KeyValueCache, KeyValueCache]:
-        """(what the new tokens attend to, the state behind them). What exceeds the slots is not kept."""
-        # Padding is written behind the tokens and overwritten by the next ones: `length` does not count it.
+        """(the cache that the new tokens attend to, the state after them). Tokens beyond the last slot are dropped."""
+        # Padding is written after the tokens, and the next tokens overwrite it: `length` does not count it.
         places = state.length[:, None] + jnp.arange(new.keys.shape[1], dtype=jnp.int32)[None, :]
         state = write_slots(state, new, places)
         return state, state
@@ -91,7 +92,7 @@ class Softmax(Mechanism):
 
 def write_slots(state: KeyValueCache, new: KeyValueCache, places: Int[Array, "b n"]) -> KeyValueCache:
     """`state` with the new tokens in their slots; places beyond the last slot are dropped."""
-    # Not dynamic_update_slice, which moves a write that does not fit back over older keys.
+    # Not dynamic_update_slice: it would move a write that does not fit back over older keys.
     write = jax.vmap(lambda old, x, place: old.at[place].set(x.astype(old.dtype), mode="drop"))
     keys, values, segments, positions = (write(old, x, places) for old, x in zip(state[:4], new[:4], strict=True))
     return KeyValueCache(keys, values, segments, positions, state.length + new.length)

@@ -17,14 +17,15 @@ class LocalSoftmax(Softmax):
 
     @classmethod
     def mixing_flops(cls, spec: MixerSpec, length: int) -> float:
+        """As for `Softmax`, with the keys of the last `local_window` tokens."""
         return 4 * spec.num_heads * spec.head_dim * mean_local_keys(spec, length)
 
     def init_state(self, batch: int, max_length: int, dtype: jax.typing.DTypeLike) -> KeyValueCache:
         return super().init_state(batch, min(max_length, self.spec.local_window), dtype)
 
     def update(self, state: KeyValueCache, new: KeyValueCache) -> tuple[KeyValueCache, KeyValueCache]:
-        """As for `Softmax`; the slots are a ring in which token i of the row has slot i % slots."""
-        # The old keys beside the new ones: of many new tokens, the first still see keys that the last push out.
+        """As `Softmax.update`; the slots are a ring, in which token i of a row has slot i % slots."""
+        # Old and new keys together: the first of many new tokens still see keys that the last ones overwrite.
         keys, values, segments, positions = (
             jnp.concatenate([old, x.astype(old.dtype)], axis=1) for old, x in zip(state[:4], new[:4], strict=True)
         )
@@ -38,6 +39,6 @@ class LocalSoftmax(Softmax):
 
 
 def mean_local_keys(spec: MixerSpec, length: int) -> float:
-    """Keys among a query's last `local_window` tokens, its own included, mean over the places of one sequence."""
+    """The number of keys in a query's local window, its own included, averaged over a sequence of `length` tokens."""
     window = min(spec.local_window, length)
     return window * (2 * length - window + 1) / (2 * length)

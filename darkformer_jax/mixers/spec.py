@@ -1,4 +1,4 @@
-"""What a mixer is made from, and the kinds of its variables."""
+"""The sizes and options of a mixer, and the kinds of its variables."""
 
 import dataclasses
 
@@ -11,14 +11,14 @@ from darkformer_jax.ops.projections import ProjectionKind
 
 @dataclasses.dataclass(frozen=True)
 class MixerSpec:
-    """Sizes and options of one layer's mixer; config/base.py explains the fields, `config.specs` fills them in.
+    """Sizes and options of one layer's mixer. config/base.py explains the fields; `config.specs` fills them in.
 
     Fields that the kind does not use are off.
     """
 
     kind: str  # a name in MIXERS
     seed: int
-    # of model
+    # from model
     embed_dim: int
     num_heads: int
     num_kv_heads: int
@@ -31,7 +31,7 @@ class MixerSpec:
     lora_rank: int
     causal: bool
     dtype: str
-    # of model.attention
+    # from model.attention
     query_scale: float
     softcap: float
     local_window: int
@@ -48,7 +48,7 @@ class MixerSpec:
 
     @property
     def scale(self) -> float:
-        """What multiplies the products of q and k: head_dim^-0.5 unless the model has another."""
+        """The factor on the products of q and k: query_scale, or head_dim^-0.5 if that is 0."""
         return self.query_scale or self.head_dim**-0.5
 
 
@@ -57,4 +57,4 @@ class Projection(nnx.Variable):
 
 
 class Geometry(nnx.Param):
-    """What shapes the kernel (M, learned projections, gain): trained at its own learning rate, without weight decay."""
+    """A parameter of the kernel (M, learned projections, gain), with its own learning rate and no weight decay."""

@@ -1,4 +1,4 @@
-"""Attention over sequences that the mesh splits: each device calls an op with its own stretch of them."""
+"""Attention over sequences that the mesh splits: each device calls an op on its own stretch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -31,7 +31,7 @@ def on_stretches(
     """`attend(q, k, v, **arrays, sequence_axis=...)` on each device's part of the arrays; see `AXES` for their names.
 
     Raises:
-      UserError: a sequence that the devices do not divide, or a state.
+      UserError: the number of devices does not divide the length, or a state is given.
     """
     ways, length = context_size(), q.shape[1]
     if state is not None or length % ways:

@@ -1,4 +1,4 @@
-"""The control of every hybrid: its exact window and sinks, and nothing behind them."""
+"""The control for every hybrid: its exact window and sinks, without features."""
 
 from jaxtyping import Array
 
@@ -7,7 +7,7 @@ from darkformer_jax.mixers.spec import MixerSpec
 
 
 class WindowOnly(FeatureAttention):
-    """Exact attention to the own chunk, the window before it and the sinks."""
+    """Exact attention to the query's own chunk, the window before it and the sinks."""
 
     role = "control"
     uses = WINDOW_FIELDS
@@ -20,6 +20,7 @@ class WindowOnly(FeatureAttention):
 
     @classmethod
     def mixing_flops(cls, spec: MixerSpec, length: int) -> float:
+        """4 H d n, with the n keys that are seen exactly."""
         return 4 * spec.num_heads * spec.head_dim * mean_exact_keys(spec, length)
 
     def inputs(self, q: Array, k: Array, positions: Array) -> Inputs:

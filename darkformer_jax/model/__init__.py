@@ -1,1 +1,1 @@
-"""The transformer, and what is asked of it: sizes, trainable sets, low-rank updates, sampling."""
+"""The transformer, with its sizes, trainable sets, low-rank updates and sampling."""

@@ -1,9 +1,9 @@
-"""Analytic FLOPs of a training step, and the devices' peak: model FLOP/s utilisation (MFU) is their ratio over time."""
+"""Analytic FLOPs of a training step, and each device's peak FLOP/s. MFU = FLOPs / (seconds * devices * peak)."""
 
 from darkformer_jax.mixers import MIXERS
 from darkformer_jax.model.spec import ModelSpec
 
-# Dense bf16 FLOP/s of one jax device, by what its `device_kind` starts with; the first match counts.
+# Start of a jax device's `device_kind` -> its dense bf16 FLOP/s. The first match counts.
 _PEAK_FLOPS = (
     ("TPU v4 lite", None),
     ("TPU v4", 275e12),
@@ -24,31 +24,13 @@ _PEAK_FLOPS = (
 def train_step_flops(spec: ModelSpec, sequence_length: int, tokens: int) -> float:
     """FLOPs that the model's mathematics needs for one optimizer step: 3 x forward (backward = 2 x forward).
 
-    A multiply-add is 2 FLOPs. What rematerialisation computes again is not counted, nor are norms, RoPE, exponentials,
-    the embedding's look-up and the optimizer. Forward, per token, with D = embed_dim, H = num_heads, G = num_kv_heads,
-    d = head_dim, m = num_features:
+    A multiply-add is 2 FLOPs. Rematerialisation, norms, RoPE, exponentials, the embedding look-up and the optimizer are
+    not counted. Forward, per token, with V = vocab_size, D = embed_dim and F = mlp_dim:
 
-        logits              2 D V              what a classifier does once per sequence is not counted
-        a layer
+        logits              2 D V              none for a classifier, whose head runs once per sequence
+        per layer
           gated MLP         6 D F
-          projections       4 D H d (q, o) + 4 D G d (k, v); `random` and `constant` look at neither q nor k: half of it
-          attention
-            softmax         4 H d n            scores 2 d and values 2 d for each of n visible keys
-            softmax_local   4 H d n            n = the keys of the last local_window tokens
-            window_only     4 H d n            n = the keys seen exactly
-            performer, dark, lfk
-              geometry      2 d^2 (H + G)      M x, dark only
-              features      2 m d (H + G)
-              state         2 m d G            update, S += phi(k) v
-              read          2 m d H            phi(q) S
-              local         (2 m + 2 d) H n    own chunk through features (window = 0), or
-                            4 H d n            exactly: own chunk, window and sinks
-            linear_transformer                 as performer with m = d, without its features
-            random          2 H d n            fixed weights times values
-            constant        0                  a running mean
-
-    n is the mean over positions of one whole sequence: (L + 1) / 2 for softmax and random. A boundary between packed
-    documents hides keys; that is not counted. Each mixer states its own part, `Mixer.flops`.
+          mixer             each states its own, in `MixerKind.flops`
 
     Args:
       sequence_length: L.
@@ -61,7 +43,7 @@ def train_step_flops(spec: ModelSpec, sequence_length: int, tokens: int) -> floa
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bf16 FLOP/s of one jax device; None where the kind is not known or has none (CPU): MFU is not reported."""
+    """Dense bf16 FLOP/s of one jax device. None if the kind is unknown or has none (CPU); MFU is then not reported."""
     for kind, peak in _PEAK_FLOPS:
         if device_kind.startswith(kind):
             return peak

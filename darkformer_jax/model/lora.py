@@ -1,7 +1,7 @@
 """Low-rank updates (LoRA, arXiv 2106.09685): y = x W + (x A) B, of the attention's projections to q, k, v and out.
 
-The scale of the update is 1 (alpha = rank). A starts as N(0, 1 / inputs) and B as zero: the model with them is the
-model without. Merged, W + A B, they cost nothing.
+The scale of the update is 1 (alpha = rank). A starts as N(0, 1 / inputs) and B as zero, so at the start the updates
+change nothing. Once they are merged into W + A B, they cost nothing.
 """
 
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ LORA_A, LORA_B = "lora_A", "lora_B"
 
 
 def is_lora(path: Sequence[str]) -> bool:
-    """Whether the parameter of a path is a factor of a low-rank update."""
+    """Whether the parameter at a path is a factor of a low-rank update."""
     return path[-1] in (LORA_A, LORA_B)
 
 
 def merge_lora(params: dict) -> dict:
-    """The same model without low-rank updates: W + A B in place of W, in W's dtype, and no A and no B.
+    """The same model with its low-rank updates merged: W + A B in place of W, in W's dtype, and neither A nor B.
 
     Args:
-      params: those of a `Network`, or any part of the tree in which W, A and B stand together.
+      params: parameters of a `Network`, or any subtree that holds W, A and B together.
     """
     flat = flatten_dict(params)
     merged = {path: leaf for path, leaf in flat.items() if not is_lora(path)}

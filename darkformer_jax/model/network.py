@@ -1,4 +1,4 @@
-"""A model as pure functions of its arrays, and what its variables say of themselves."""
+"""A model as pure functions of its arrays, and the metadata of its variables."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from darkformer_jax.model.transformer import Transformer
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A model as pure functions of two nested dicts of arrays: trained parameters, and projections."""
+    """A model as pure functions of two nested dicts of arrays: parameters and projections."""
 
     spec: ModelSpec
     graphdef: Any
@@ -43,7 +43,7 @@ class Network:
         return nnx.merge(self.graphdef, params, projections)
 
     def redraw(self, projections: dict, epoch: Array) -> dict:
-        """The projections of another redraw epoch; other fixed noise stays."""
+        """The projections of another redraw epoch. Other fixed noise does not change."""
         redrawn = dict(projections)
         count = len(self.spec.pattern)
         for place, mixer in enumerate(self.spec.pattern):
@@ -66,13 +66,13 @@ class Network:
 
 
 def logical_axes(variable: nnx.Variable) -> tuple[str | None, ...]:
-    """Names of a variable's dimensions; a stacked one has an unnamed axis of layers in front."""
+    """Names of a variable's dimensions. A stacked variable has an unnamed axis of layers in front."""
     axes = tuple(variable.get_metadata()["axes"])
     return (None,) * (len(variable.shape) - len(axes)) + axes
 
 
 def variable_sharding(path: tuple, variable: nnx.Variable, mesh: Mesh) -> NamedSharding:
-    """How a mesh holds a variable, by its logical axes. Raises UserError for one that the mesh does not divide."""
+    """The sharding of a variable, by its logical axes. Raises UserError if the mesh does not divide it."""
     return sharding_of("/".join(map(str, path)), logical_axes(variable), variable.shape, mesh)
 
 

@@ -1,4 +1,4 @@
-"""Text from a model: prefill with the chunked form, then a token at a time from the state."""
+"""Text from a model: prefill with the chunked form, then one token at a time from the state."""
 
 import math
 from collections.abc import Collection, Iterator, Sequence
@@ -18,8 +18,7 @@ from darkformer_jax.ops.state import NEG
 def filter_logits(
     logits: Float[Array, "b vocab"], *, temperature: float, top_k: int, top_p: float
 ) -> Float[Array, "b vocab"]:
-    """Logits / temperature, kept where they are among the `top_k` largest and in the smallest set of probability
-    `top_p`.
+    """Logits / temperature, very negative outside the `top_k` largest and the smallest set of probability `top_p`.
 
     top_k = 0 and top_p = 1 keep all. Ties at the border are kept. temperature > 0.
     """
@@ -36,14 +35,14 @@ def filter_logits(
 
 
 class Sampler:
-    """Continues batches of prompts. Memory and time per token do not depend on how many were written (KV caches aside).
+    """Continues batches of prompts. Memory and time per token do not grow with the length, except for KV caches.
 
     Args:
       network, params, projections: the model.
       temperature: 0 takes the most likely token.
       top_k, top_p: see `filter_logits`.
-      seed: with a prompt's index in its batch and the token's place, it decides every draw.
-      vocab_size: of the tokenizer, where the model's table is larger: ids from it on mean nothing and are never drawn.
+      seed: every draw is a function of it, the prompt's index in the batch and the token's place.
+      vocab_size: the tokenizer's, if the model's table is larger. Ids from it on have no meaning and are never drawn.
     """
 
     def __init__(
@@ -96,7 +95,7 @@ class Sampler:
         """Yields the next token of every prompt, int32 [b], `max_new_tokens` times.
 
         Args:
-          prompts: token ids, each prompt at least one; see `encode_prompt`.
+          prompts: token ids, at least one per prompt; see `encode_prompt`.
         """
         if not prompts or not all(prompts):
             raise UserError("there is no prompt, or one has no tokens")
@@ -119,7 +118,7 @@ class Sampler:
 def _prefill(
     model: Transformer, tokens: Int[Array, "b n"], lengths: Int[Array, "b"], room: int, choose: Any, key: Array
 ) -> tuple[Array, Any]:
-    """The first new token of each prompt, and the state after the prompts; they are padded at the end."""
+    """(the first new token of each prompt, the state after the prompts). The prompts are padded at the end."""
     index = jnp.arange(tokens.shape[1])
     segment_ids = (index[None] < lengths[:, None]).astype(jnp.int32)
     positions = jnp.broadcast_to(index[None], tokens.shape)
@@ -132,7 +131,7 @@ def _prefill(
 def continue_prompts(
     sampler: Sampler, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: Collection[int]
 ) -> list[list[int]]:
-    """The new tokens of each prompt, up to and without the first of `ends`."""
+    """The new tokens of each prompt, before the first one that is in `ends`."""
     new: list[list[int]] = [[] for _ in prompts]
     running = [True] * len(prompts)
     for tokens in sampler.stream(prompts, max_new_tokens):

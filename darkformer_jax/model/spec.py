@@ -1,4 +1,4 @@
-"""Everything that decides a model's shape and function."""
+"""Everything that determines a model's shape and function."""
 
 import dataclasses
 
@@ -8,11 +8,11 @@ from darkformer_jax.model.heads import Pooling
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """config/base.py explains the fields, `config.specs` fills them in.
+    """The fields of a model. config/base.py explains them; `config.specs` fills them in.
 
     Attributes:
       pattern: the mixers of successive layers, repeated over the depth; not longer than num_layers.
-      num_outputs: numbers per sequence, of a head on pooled outputs; 0 = logits of the next token.
+      num_outputs: outputs per sequence, from a head on the pooled hidden state; 0 = logits of the next token.
     """
 
     vocab_size: int
@@ -48,5 +48,5 @@ class ModelSpec:
         return all(mixer.causal for mixer in self.pattern)
 
     def num_rows(self, place: int) -> int:
-        """Layers that stand at one place in the pattern: rows of its stack."""
+        """The number of layers at one place in the pattern, which are the rows of its stack."""
         return len(range(place, self.num_layers, len(self.pattern)))

@@ -1,4 +1,4 @@
-"""Which parameters a run trains: all of them, or some while the others stay, bit for bit, what they were."""
+"""Which parameters a run trains: all, or some. The others do not change by a single bit."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,21 +9,21 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.model.lora import is_lora
 from darkformer_jax.model.network import Network, is_geometry
 
-Path = tuple[str, ...]
-Paths = frozenset[Path]
+ParamPath = tuple[str, ...]
+Paths = frozenset[ParamPath]
 
 
-def _is_qkv(path: Path) -> bool:
+def _is_qkv(path: ParamPath) -> bool:
     return path[1:2] == ("attention",) and path[2] in ("q", "k", "v")
 
 
-def _is_new(path: Path) -> bool:
-    """Whether a parameter is the classifier's: no pretrained model has one, so every regime trains it."""
+def _is_new(path: ParamPath) -> bool:
+    """Whether a parameter is the classifier's. No pretrained model has a classifier, so every regime trains it."""
     return path[0] == "classifier"
 
 
-# optimizer.train -> whether it trains the parameter of a path and a variable
-REGIMES: Mapping[str, Callable[[Path, Any], bool]] = {
+# optimizer.train -> whether it trains the parameter (path, variable)
+REGIMES: Mapping[str, Callable[[ParamPath, Any], bool]] = {
     "all": lambda path, variable: True,
     "qkv_geometry": lambda path, variable: _is_qkv(path) or is_geometry(variable) or _is_new(path),
     "geometry": lambda path, variable: is_geometry(variable) or _is_new(path),
@@ -32,7 +32,7 @@ REGIMES: Mapping[str, Callable[[Path, Any], bool]] = {
 
 
 def trained_paths(network: Network, regime: str) -> Paths:
-    """The parameters that `optimizer.train = regime` trains. Raises UserError where the model has none."""
+    """The parameters that `optimizer.train = regime` trains. Raises UserError if the model has none."""
     is_trained = flatten_dict(network.map_params(REGIMES[regime]))
     found = frozenset(path for path, trained in is_trained.items() if trained)
     if all(map(_is_new, found)):
@@ -45,7 +45,7 @@ def trained_paths(network: Network, regime: str) -> Paths:
 
 
 def split_params(params: dict, trained: Paths) -> tuple[dict, dict]:
-    """A tree like `params` in two: the branches of `trained`, and the frozen rest."""
+    """(trained, frozen): the paths of a tree like `params` that are in `trained`, and the rest."""
     flat = flatten_dict(params)
     return (
         unflatten_dict({path: leaf for path, leaf in flat.items() if path in trained}),

@@ -1,7 +1,7 @@
 """A decoder-only transformer of the Llama and Gemma family whose attention is a pattern of mechanisms.
 
-Layers of one position in the pattern are stacked and run in one scan over the whole repetitions of the pattern, so that
-the program's size does not grow with depth. Layers of a last repetition that is cut short follow the scan.
+Layers at the same place in the pattern are stacked. One scan goes over the complete repetitions of the pattern, so that
+the program's size does not grow with depth. The layers of an incomplete last repetition follow the scan.
 """
 
 from typing import Any
@@ -52,7 +52,7 @@ def _norm(spec: ModelSpec) -> RMSNorm:
 
 
 def _stack_blocks(spec: ModelSpec, place: int, key: Array) -> Block:
-    """The blocks of one place in the pattern, as one module whose arrays have a leading axis of layers."""
+    """The blocks at one place in the pattern, as one module whose arrays have a leading axis of layers."""
     mixer, rows = spec.pattern[place], spec.num_rows(place)
     layers = place + len(spec.pattern) * jnp.arange(rows)
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Block(spec, mixer, 0, rngs=nnx.Rngs(params=0))))
@@ -66,7 +66,7 @@ def _stack_blocks(spec: ModelSpec, place: int, key: Array) -> Block:
 class Transformer(nnx.Module):
     """Token ids -> float32 logits; activations and matmuls have `spec.dtype`.
 
-    Parameters are initialised in float32, and may be bound in another floating dtype (an import in bfloat16).
+    Parameters are initialised in float32. They may be bound in another floating dtype, such as an import in bfloat16.
     """
 
     def __init__(self, spec: ModelSpec, key: Array) -> None:
@@ -86,9 +86,9 @@ class Transformer(nnx.Module):
     def __call__(
         self, tokens: Int[Array, "b n"], segment_ids: Int[Array, "b n"], positions: Int[Array, "b n"], state: Any = None
     ) -> tuple[Float[Array, "b n vocab"], Any]:
-        """Logits of each token's successor, and the state after the last token (None where none was given).
+        """(logits of each token's successor, the state after the last token or None if none was given).
 
-        segment_ids: document of each token, 0 = padding; positions: place in its document. A state comes from
+        segment_ids: each token's document, 0 = padding; positions: its place in the document. A state comes from
         `init_state` or an earlier call, and holds what the sequences have seen so far.
         """
         x, state = self.hidden(tokens, segment_ids, positions, state)
@@ -97,19 +97,19 @@ class Transformer(nnx.Module):
     def outputs(
         self, tokens: Int[Array, "b n"], segment_ids: Int[Array, "b n"], positions: Int[Array, "b n"]
     ) -> Float[Array, "b outputs"]:
-        """The `num_outputs` numbers of each sequence in float32: logits of the classes, say."""
+        """The `num_outputs` outputs of each sequence in float32, such as class logits."""
         x, _ = self.hidden(tokens, segment_ids, positions)
         return self.classifier(pool(x, segment_ids, self.spec.pooling))
 
     def hidden(
         self, tokens: Int[Array, "b n"], segment_ids: Int[Array, "b n"], positions: Int[Array, "b n"], state: Any = None
     ) -> tuple[Float[Array, "b n embed"], Any]:
-        """What `logits` maps to logits: the final norm's output."""
+        """The output of the final norm, which `logits` maps to logits."""
         x = self.embed(tokens)
         split = [nnx.split(getattr(self, f"blocks_{place}")) for place in range(len(self.spec.pattern))]
 
         def layers(x: Array, stacks: Any) -> tuple[Array, Any]:
-            """One layer of each of the first places in the pattern, as many as there are arrays."""
+            """Applies one layer per entry of the arrays, at the first places of the pattern."""
             arrays, states = stacks
             new_states = []
             for (graphdef, _), block_arrays, block_state in zip(split, arrays, states, strict=False):
@@ -133,22 +133,22 @@ class Transformer(nnx.Module):
         return self.final_norm(x), None if state is None else (new_states, new_last_states)
 
     def embed(self, tokens: Int[Array, "b n"]) -> Float[Array, "b n embed"]:
-        """What the first layer reads."""
-        # Gathered over the width first, as every layer's weights are: looked up in a table split both ways, XLA would
-        # make the activations of the whole batch on each device.
+        """The embeddings that the first layer reads."""
+        # The table is gathered over its width first, as every layer's weights are. With a table that is split both
+        # ways, XLA would make the activations of the whole batch on each device.
         x = constrain(self.embedding[...].astype(self.spec.dtype), "vocab", None)[tokens]
         if self.spec.scale_embeddings:
             x = x * jnp.asarray(self.spec.embed_dim**0.5, x.dtype)
         return constrain(x, "batch", "sequence", None)
 
     def layer(self, index: int) -> Block:
-        """One layer by itself, its arrays cut out of their stack."""
+        """One layer, with its arrays cut out of their stack."""
         row, place = divmod(index, len(self.spec.pattern))
         graphdef, arrays = nnx.split(getattr(self, f"blocks_{place}"))
         return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[row], arrays))
 
     def logits(self, x: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:
-        """x E^T in float32, capped if the model says so."""
+        """x E^T in float32, soft-capped if `logit_softcap` is not 0."""
         table = self.embedding if self.spec.tie_embeddings else self.head
         kernel = table[...].astype(self.spec.dtype)
         out = jnp.einsum("...d,vd->...v", x, kernel, preferred_element_type=jnp.float32)

@@ -81,7 +81,9 @@ class Tokens(NamedTuple):
         return Recent(self.keys, self.values, self.segments, self.positions)
 
 
-def feature_scores(log_q: Float[Array, "n g m"], log_k: Float[Array, "t m"], dtype: jnp.dtype) -> Float[Array, "n g t"]:
+def feature_scores(
+    log_q: Float[Array, "n g m"], log_k: Float[Array, "t m"], dtype: jax.typing.DTypeLike
+) -> Float[Array, "n g t"]:
     """log sum_i exp(l_i(q) + l_i(k)), as one matmul.
 
     Scaled by each query's and each key's own maximum over features, so that no key can push another into underflow.

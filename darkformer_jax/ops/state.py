@@ -69,7 +69,7 @@ HEAD_AXES = AttentionState(
 )
 
 
-def empty_far(num_features: int, value_dim: int, dtype: jnp.dtype = jnp.float32) -> FarState:
+def empty_far(num_features: int, value_dim: int, dtype: jax.typing.DTypeLike = jnp.float32) -> FarState:
     """The identity of `merge_far`, for one head."""
     return FarState(
         key_max=jnp.full((num_features,), NEG, dtype),
@@ -86,7 +86,7 @@ def empty_state(
     value_dim: int,
     recent: int,
     num_sinks: int,
-    dtype: jnp.dtype,
+    dtype: jax.typing.DTypeLike,
 ) -> AttentionState:
     """The state of one head before its first token; `recent` is window + chunk_size, or 0 without a window."""
     zero = jnp.zeros((), jnp.int32)
@@ -113,7 +113,7 @@ def init_state(
     key_dim: int,
     value_dim: int,
     num_features: int,
-    dtype: jnp.dtype,
+    dtype: jax.typing.DTypeLike,
     chunk_size: int = 128,
     window: int = 0,
     num_sinks: int = 0,

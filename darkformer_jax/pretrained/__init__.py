@@ -1,1 +1,1 @@
-"""Models of the Hugging Face world: in from safetensors or GGUF, and out again. One family a file, in families/."""
+"""Imports Hugging Face models from safetensors or GGUF, and exports them. families/ has one file per family."""

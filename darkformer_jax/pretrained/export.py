@@ -16,13 +16,18 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.pretrained.families import Family, fitting_family
 from darkformer_jax.pretrained.hf_config import GENERATION_FILE
 from darkformer_jax.pretrained.key_map import Place, places_of
-from darkformer_jax.pretrained.mechanism import STEM, exact_fields, mechanism_arrays, write_mechanism
+from darkformer_jax.pretrained.mechanism import (
+    JSON_FILE,
+    STEM,
+    exact_fields,
+    is_exact,
+    mechanism_arrays,
+    write_mechanism,
+)
 from darkformer_jax.pretrained.safetensors_files import ArrayToWrite, shard, write_safetensors
 from darkformer_jax.runs.load import WorkdirModel, load_language_model
 from darkformer_jax.runs.origin import read_origin
 from darkformer_jax.runs.workdir import Workdir
-
-_NO_LIMIT = 2**63
 
 
 def export_workdir(
@@ -34,26 +39,26 @@ def export_workdir(
     shard_bytes: int = 5 * 10**9,
     progress_bar: ProgressBar = no_progress,
 ) -> str:
-    """Writes the Hugging Face directory, all of it or nothing, and returns a line that says what it holds.
+    """Writes the Hugging Face directory, whole or not at all, and returns a line that says what it holds.
 
-    A model with feature mechanisms becomes the same transformer with exact attention. Its mechanisms are beside it, in
-    files of our own, with a README.md.
+    A model with feature mechanisms becomes the same transformer with exact attention. Its mechanisms go into files of
+    our own beside it, with a README.md.
 
     Args:
       step: the checkpoint; None = the newest undamaged one.
       dtype: of the arrays written; None = as they are stored. Mechanisms keep theirs.
-      shard_bytes: the largest size of a safetensors file, unless one array is larger.
+      shard_bytes: the largest size of a safetensors file; an array that is larger has a file of its own.
       progress_bar: shows the bytes written.
 
     Raises:
-      UserError: no usable checkpoint, a model that no family has, or a directory that exists already.
+      UserError: there is no usable checkpoint, no family has the model, or the directory exists and is not empty.
     """
     with whole_directory(directory) as temporary:
         model = load_language_model(workdir, step)
         origin = read_origin(workdir)
         fields = dict(flat_fields(model.config.model.to_dict()))
         fields["vocab_size"] = model.network.spec.vocab_size
-        exact = exact_fields(fields)
+        exact = exact_fields(fields, str(workdir))
         family = fitting_family(exact, str(workdir), origin.get("model_type", ""))
         config = family.write(exact) | _config_extras(model, family, origin)
         arrays = _write_arrays(temporary, model, family, dtype, shard_bytes, progress_bar)
@@ -62,14 +67,14 @@ def export_workdir(
         ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         write_json(temporary / GENERATION_FILE, origin.get("generation_config", ids), sort_keys=True)
         model.tokenizer.save(str(temporary))
-        own = mechanism_arrays(model.network)
-        if own:
+        has_own = not is_exact(fields)
+        if has_own:
             model.config.model.vocab_size = fields["vocab_size"]
             write_mechanism(temporary, model.config, family.architecture)
             _write_mechanism_arrays(temporary, model)
     size = sum(array.nbytes for array in arrays)
     return f"{family.architecture}, step {model.step}, {len(arrays)} arrays, {size / 1e6:,.1f} MB" + (
-        f"; {len(own)} arrays of its mechanisms in {STEM}.safetensors" if own else ""
+        f"; its mechanisms in {JSON_FILE} and in {STEM}.safetensors" if has_own else ""
     )
 
 
@@ -91,7 +96,7 @@ def _write_arrays(
 
     def values(bar: Any) -> Iterator[np.ndarray]:
         for array in arrays:
-            with np.errstate(over="ignore"):  # the next line looks for it
+            with np.errstate(over="ignore"):  # the next line checks for it
                 value = _as_hf(*sources[array.name]).astype(array.dtype)
             if not np.isfinite(value).all():
                 raise UserError(f"array {array.name} has a number that is not finite as {array.dtype}")
@@ -111,11 +116,11 @@ def _write_mechanism_arrays(directory: Path, model: WorkdirModel) -> None:
     trees = {"params": flatten_dict(model.params), "projections": flatten_dict(model.projections)}
     found = {array.name: trees[array.tree][array.path] for array in mechanism_arrays(model.network)}
     arrays = [ArrayToWrite(name, tuple(value.shape), np.dtype(value.dtype)) for name, value in found.items()]
-    write_safetensors(directory, STEM, shard(arrays, _NO_LIMIT), (np.asarray(value) for value in found.values()))
+    write_safetensors(directory, STEM, [arrays], (np.asarray(value) for value in found.values()))
 
 
 def _config_extras(model: WorkdirModel, family: Family, origin: Mapping[str, Any]) -> dict[str, Any]:
-    """What does not follow from the model's fields."""
+    """The fields of config.json that do not follow from the model's fields."""
     ids = {"bos_token_id": model.tokenizer.bos_id, "eos_token_id": model.tokenizer.eos_id, "pad_token_id": None}
     kept = origin.get("config", {})
     longest = max(model.config.sequence_length, kept.get("max_position_embeddings", 0))

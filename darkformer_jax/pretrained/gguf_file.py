@@ -1,7 +1,7 @@
 """GGUF files of the Llama and Qwen architectures as a checkpoint with Hugging Face's names, layout and config.json.
 
-Quantised arrays are dequantised to float32 as they are read, some rows at a time, by the package `gguf`
-(pip install darkformer_jax[gguf]).
+The package `gguf` (pip install darkformer_jax[gguf]) dequantises arrays to float32 as they are read, some rows at a
+time.
 """
 
 import math
@@ -57,7 +57,7 @@ _READ_ERRORS = (EOFError, KeyError, OSError, OverflowError, RecursionError, Valu
 
 
 class _Tensor(NamedTuple):
-    """Where an array is in the file: shape[0] rows of `row_bytes` from `offset` on."""
+    """Where an array is in the file: shape[0] rows of `row_bytes` bytes each, from `offset` on."""
 
     kind: gguf.GGMLQuantizationType
     shape: tuple[int, ...]
@@ -69,14 +69,14 @@ class GGUFFile:
     """One .gguf file. Only its header stays in memory, and nothing stays mapped.
 
     Raises:
-      UserError: the file is truncated, damaged, split, of another architecture, or has a quantisation that is not in
+      UserError: the file is truncated, damaged, split or of another architecture, or has a quantisation that is not in
         `QUANTISATIONS`.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
         metadata, tensors = _read_header(path)
-        # The vocabulary is read again when it is needed: until then its strings would take memory that arrays need.
+        # The vocabulary is read again when it is needed; until then its strings would take memory that arrays need.
         self._metadata = {name: value for name, value in metadata.items() if not isinstance(value, list)}
         self._rope_freqs = tensors.pop(_ROPE_FREQS, None)
         self._tensors = {_hf_name(path, name): tensor for name, tensor in tensors.items()}
@@ -85,7 +85,7 @@ class GGUFFile:
         self.config = HFConfig(self._hf_config(), path)
 
     def read(self, name: str, index: Sequence[slice]) -> np.ndarray:
-        """A slice of an array in float32. A slice of rows of q or k must hold whole heads."""
+        """A slice of an array, in float32. A slice of the rows of q or k must hold whole heads."""
         tensor = self._tensors[name]
         rows = range(*index[0].indices(tensor.shape[0]))
         values = self._rows(name, tensor, rows)
@@ -107,12 +107,12 @@ class GGUFFile:
         except OSError as error:
             raise UserError(f"{self.path}: array {name} cannot be read: {error.strerror}") from error
         if data.size != count:
-            raise UserError(f"{self.path}: truncated: array {name} ends behind the end of the file")
+            raise UserError(f"{self.path}: truncated: array {name} ends past the end of the file")
         values = gguf.quants.dequantize(data.reshape(len(rows), tensor.row_bytes), tensor.kind)
         return values.reshape(len(rows), *tensor.shape[1:]).astype(np.float32, copy=False)
 
     def _hf_config(self) -> dict[str, Any]:
-        """What config.json would say."""
+        """The fields of the config.json that the model would have."""
         named = HFConfig(self._metadata, self.path)
         architecture = named.choice("general.architecture", tuple(_ARCHITECTURES))
         below = {name.removeprefix(f"{architecture}."): value for name, value in self._metadata.items()}
@@ -161,7 +161,7 @@ class GGUFFile:
 
 
 def _read_header(path: str) -> tuple[dict[str, Any], dict[str, _Tensor]]:
-    """Metadata and arrays' places. Raises UserError for a file that is not whole."""
+    """(metadata, array name -> its place). Raises UserError for a file that is not whole."""
     with open(path, "rb") as file:
         try:
             metadata, infos, start = read_header(file)
@@ -202,13 +202,13 @@ def _hf_name(path: str, name: str) -> str:
 
 
 def _undo_interleaving(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """From llama.cpp's pairs of neighbours (x_0, x_1), (x_2, x_3), ... to the halves that this model's RoPE rotates."""
+    """Turns llama.cpp's pairs of neighbours (x_0, x_1), (x_2, x_3), ... into the halves that our RoPE rotates."""
     shape = (-1, head_dim // 2, 2, *rows.shape[1:])
     return rows.reshape(shape).swapaxes(1, 2).reshape(rows.shape)
 
 
 def _llama3_scaling(path: str, factors: np.ndarray, theta: float, head_dim: int) -> dict[str, Any]:
-    """The llama3 scaling that slows frequencies by `factors`; Meta has published one pair of its bounds."""
+    """The llama3 scaling that slows frequencies by `factors`, with the one pair of bounds that Meta has published."""
     low, high, length = 1.0, 4.0, 8192
     factor = float(factors.max(initial=0.0))
     turns = length * theta ** (-np.arange(head_dim // 2) * 2 / head_dim) / (2 * np.pi)

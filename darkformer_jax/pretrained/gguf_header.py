@@ -1,8 +1,8 @@
 """The header of a GGUF file: its metadata and where its arrays are.
 
-Read by hand because the package `gguf` keeps array objects for every string: for 150,000 tokens and 280,000 merges its
-reader takes 640 MB and 17 s where this one takes 32 MB and 0.3 s. Nor does it say which array of a truncated file is
-cut off.
+It is read by hand because the package `gguf` keeps array objects for every string: for 150,000 tokens and 280,000
+merges its reader takes 640 MB and 17 s, this one 32 MB and 0.3 s. The package also does not say which array of a
+truncated file is cut off.
 """
 
 import math
@@ -17,7 +17,7 @@ _STRING, _ARRAY = 8, 9
 
 
 class TensorInfo(NamedTuple):
-    """An array: its shape as numpy has it, the number of its quantisation, its offset behind the header."""
+    """An array: its shape in numpy's order, the number of its quantisation, its offset from the end of the header."""
 
     name: str
     shape: tuple[int, ...]
@@ -29,7 +29,7 @@ def read_header(file: BinaryIO) -> tuple[dict[str, Any], list[TensorInfo], int]:
     """(metadata as plain values, arrays, offset of the data).
 
     Raises:
-      ValueError, EOFError: no GGUF file of a known version, or one that ends early.
+      ValueError, EOFError: the file is no GGUF file of a known version, or ends early.
     """
     if file.read(4) != _MAGIC:
         raise ValueError("it does not begin with GGUF")

@@ -1,8 +1,8 @@
 """The vocabulary inside a GGUF file: SentencePiece (Llama 1 and 2, Mistral, TinyLlama) or byte-level BPE.
 
-Of SentencePiece the file has the pieces with their scores and types. What it leaves out is what llama.cpp takes for
-granted, as do the published models: BPE by score, bytes for what has no piece, spaces written as U+2581, and text
-otherwise left alone. Of byte-level BPE the file names how text is split before merges apply.
+For SentencePiece, the file has the pieces with their scores and types. It leaves out what llama.cpp and the published
+models take for granted: BPE by score, bytes for text that has no piece, spaces written as U+2581, and text otherwise
+unchanged. For byte-level BPE, the file names how text is split before merges apply.
 """
 
 import json
@@ -17,7 +17,7 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.pretrained.hf_config import HFConfig
 
 _SENTENCEPIECE, _BYTE_LEVEL = "llama", "gpt2"  # as llama.cpp calls them
-_CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6  # token types, which have the same numbers in SentencePiece
+_CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6  # token types, with the same numbers as in SentencePiece
 
 _WORDS_LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -39,23 +39,24 @@ def _digits_apart() -> Any:
     return hf.pre_tokenizers.Sequence([hf.pre_tokenizers.Digits(individual_digits=True), _bytes_as_letters(True)])
 
 
-# How text is split before merges apply, by the name that llama.cpp gives it.
+# llama.cpp's name -> how text is split before merges apply.
 _PRE_TOKENIZERS: Mapping[str, Callable[[], Any]] = {
     "gpt-2": lambda: _bytes_as_letters(True),
     "smollm": _digits_apart,
     "llama-bpe": lambda: _split(_WORDS_LLAMA3),
     "qwen2": lambda: _split(_WORDS_QWEN2),
 }
-_WHOLE_WORDS_FIRST = ("llama-bpe",)  # a word of the vocabulary is taken as it is, whatever the merges say
-_BEGINS_WITH_BOS = ("llama-bpe",)  # where the file does not say
+_WHOLE_WORDS_FIRST = ("llama-bpe",)  # a word of the vocabulary stays whole, whatever the merges say
+_BEGINS_WITH_BOS = ("llama-bpe",)  # if the file does not say
 _NFC = ("qwen2",)
 
 
 class GGUFVocabulary(HFConfig):
-    """What a file says below `tokenizer.ggml`.
+    """The fields of a file below `tokenizer.ggml`.
 
     Raises:
-      UserError: a vocabulary that cannot be rebuilt: of another kind, split in an unknown way, or without an end.
+      UserError: the vocabulary cannot be rebuilt: its kind or its way to split text is unknown, or no token ends a
+        document.
     """
 
     def __init__(self, metadata: Mapping[str, Any], path: str) -> None:
@@ -72,7 +73,7 @@ class GGUFVocabulary(HFConfig):
             raise UserError(f"{path}: tokenizer.ggml.eos_token_id is missing: no token ends a document")
 
     def tokenizer(self) -> Tokenizer:
-        """Raises UserError where it cannot be rebuilt exactly, or is damaged."""
+        """The tokenizer. Raises UserError if it cannot be rebuilt exactly, or is damaged."""
         tokens = self._list("tokens", str)
         if self.values["tokenizer.ggml.model"] == _SENTENCEPIECE:
             return self._sentencepiece(tokens)
@@ -115,7 +116,7 @@ class GGUFVocabulary(HFConfig):
             raise UserError(f"{self.path}: tokenizer.ggml.merges do not fit the vocabulary: {error}") from error
 
     def _list(self, name: str, kind: type, length: int | None = None) -> list[Any]:
-        """tokenizer.ggml.<name>, which must be a list of `kind`, as long as the tokens are where `length` says so."""
+        """tokenizer.ggml.<name>, which must be a list of `kind`, with `length` entries if that is given."""
         values = self.values.get(f"tokenizer.ggml.{name}")
         if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
             raise UserError(f"{self.path}: tokenizer.ggml.{name} must be a list of {kind.__name__}")
@@ -124,12 +125,12 @@ class GGUFVocabulary(HFConfig):
         return values
 
     def _mark(self, name: str, tokens: list[str]) -> str:
-        """The token that tokenizer.ggml.<name>_token_id stands for."""
+        """The token whose id is tokenizer.ggml.<name>_token_id."""
         return tokens[self.integer(f"tokenizer.ggml.{name}_token_id", smallest=0, largest=len(tokens) - 1)]
 
 
 def _sentencepiece_model(tokens: list[str], scores: list[float], types: list[int], config: Mapping[str, Any]) -> bytes:
-    """The bytes of the .model that the pieces were written from."""
+    """The bytes of the .model from which these pieces come."""
     from sentencepiece import sentencepiece_model_pb2
 
     model: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at run time
@@ -156,11 +157,11 @@ def _byte_level_json(
         tokenizer.normalizer = hf.normalizers.NFC()
     tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]()
     tokenizer.decoder = hf.decoders.ByteLevel()
-    if bos is not None:  # so that programs that read the tokenizer.json alone place it, too
+    if bos is not None:  # so that programs that read only the tokenizer.json add it too
         tokenizer.post_processor = hf.processors.TemplateProcessing(
             single=[bos, "$A"], pair=[bos, "$A", bos, "$B:1"], special_tokens=[(bos, vocabulary[bos])]
         )
-    # Vocabulary and merges join the text rather than the tokenizer, which would hold them a second time.
+    # Vocabulary and merges go into the JSON, not into the tokenizer, which would hold them a second time.
     definition = json.loads(tokenizer.to_str())
     definition["model"] |= {"vocab": vocabulary, "merges": merges}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}

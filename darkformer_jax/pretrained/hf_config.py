@@ -1,4 +1,4 @@
-"""Reading config.json and generation_config.json: every field checked, named where it is wrong."""
+"""Reads config.json and generation_config.json. Every field is checked, and an error names the field."""
 
 import json
 import os
@@ -13,7 +13,7 @@ GENERATION_FILE = "generation_config.json"
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LENGTH = "max_position_embeddings"
 _REQUIRED: Any = object()
-_LARGEST = 1e30  # of a positive number: all of them become float32
+_LARGEST = 1e30  # bound of positive numbers, because all of them become float32
 
 
 class HFConfig:
@@ -30,11 +30,11 @@ class HFConfig:
 
     @classmethod
     def read(cls, path: str) -> "HFConfig":
-        """Raises UserError where the file is unreadable or no JSON object."""
+        """The fields of a file. Raises UserError if it is unreadable or not a JSON object."""
         return cls(read_json_object(path), path)
 
     def section(self, name: str) -> "HFConfig | None":
-        """A nested object; None where it is absent or empty."""
+        """A nested object; None if it is absent or empty."""
         value = self.values.get(name)
         if value is not None and not isinstance(value, Mapping):
             raise self.error(name, "must be an object")
@@ -47,7 +47,7 @@ class HFConfig:
         return value
 
     def window(self, absent: int) -> int:
-        """sliding_window: 0 where it is null, which transformers does not take for its absence."""
+        """sliding_window: 0 if it is null, `absent` if it is absent; transformers tells the two apart."""
         return 0 if self.values.get("sliding_window", absent) is None else self.integer("sliding_window", absent)
 
     def number(self, name: str, default: float = _REQUIRED) -> float:
@@ -70,12 +70,12 @@ class HFConfig:
         return str(value)
 
     def token_ids(self, name: str, vocab_size: int) -> int | list[int] | None:
-        """An id, a list of ids, or None; old files also have -1 for "no padding"."""
+        """An id, a list of ids, or None. Old files also have -1 for "no padding"."""
         value = self.values.get(name)
         ids = value if isinstance(value, list) else [value] * (value is not None)
         first = -1 if name == "pad_token_id" else 0
         if not all(isinstance(i, int) and not isinstance(i, bool) and first <= i < vocab_size for i in ids):
-            raise self.error(name, f"must be an id from 0 to {vocab_size - 1}, or a list of such")
+            raise self.error(name, f"must be an id from 0 to {vocab_size - 1}, or a list of such ids")
         return value
 
     def strings(self, name: str) -> list[str] | None:
@@ -107,9 +107,10 @@ class HFConfig:
 
 
 def origin_of(model_type: str, config: HFConfig, directory: str, vocab_size: int) -> dict[str, Any]:
-    """What config.json and `directory`'s generation_config.json, if it has one, say of ids and lengths.
+    """The ids and lengths in config.json and in `directory`'s generation_config.json, if it has one.
 
-    An import keeps it and an export gives it back; see `runs.origin`. Raises UserError for ids outside the vocabulary.
+    An import keeps them and an export writes them again: see `runs.origin`. Raises UserError for ids outside the
+    vocabulary.
     """
     kept = {name: config.token_ids(name, vocab_size) for name in _IDS if name in config.values}
     if config.values.get(_LENGTH) is not None:

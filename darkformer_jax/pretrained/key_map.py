@@ -1,7 +1,7 @@
-"""Where each of our arrays is in a checkpoint: its names there, layer by layer, and the two layouts.
+"""Where each of our arrays is in a Hugging Face checkpoint: its names, layer by layer, and the two layouts.
 
-Hugging Face keeps a matrix as [out, in] with heads merged; we keep [in, out] with heads apart. So each axis there is a
-group of our axes: q's kernel [D, H, d] is [H d, D] there, that is ((1, 2), (0,)).
+Hugging Face stores a matrix as [out, in] with heads merged. We store it as [in, out] with heads apart. So each axis
+there is a group of our axes: q's kernel [D, H, d] is [H d, D] there, that is ((1, 2), (0,)).
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from darkformer_jax.pretrained.families import Family
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]
 
-# Our axes that make up each axis there, by the end of our array's path.
+# End of our array's path -> the group of our axes that each axis there consists of.
 _GROUPS: Mapping[str, tuple[tuple[int, ...], ...]] = {
     "embedding": ((0,), (1,)),
     "head": ((0,), (1,)),
@@ -38,7 +38,7 @@ _GROUPS: Mapping[str, tuple[tuple[int, ...], ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One layer's array, `shape` here, and its transposed and merged form there."""
+    """One layer's array: its `shape` here, and its transposed and merged form in the checkpoint ("there")."""
 
     shape: Shape
     groups: tuple[tuple[int, ...], ...]
@@ -52,13 +52,13 @@ class Layout:
         return tuple(self._merged(group, index) for group in self.groups)
 
     def from_hf(self, piece: np.ndarray, index: Sequence[slice]) -> np.ndarray:
-        """What `hf_index(index)` selects there, in our layout."""
+        """The piece that `hf_index(index)` selects there, in our layout."""
         sizes = [len(range(*part.indices(size))) for part, size in zip(index, self.shape, strict=True)]
         order = self._order
         return piece.reshape([sizes[axis] for axis in order]).transpose(np.argsort(order))
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
-        """Our whole array, in the layout there."""
+        """Our whole array in the checkpoint's layout."""
         return array.transpose(self._order).reshape(self.hf_shape)
 
     @property
@@ -75,7 +75,7 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """One of our arrays: its path, and its name in the checkpoint, or those of its rows where it stacks layers."""
+    """One of our arrays: its path, and its name in the checkpoint, or one name per row if it stacks layers."""
 
     path: tuple[str, ...]
     variable: Any
@@ -90,7 +90,7 @@ def places_of(network: Network, family: Family) -> list[Place]:
     Parameters of feature mechanisms (M, learned projections) are left out: no family has them.
 
     Raises:
-      UserError: an array of the model that has no name in the family.
+      UserError: an array of the model has no name in the family.
     """
     found: list[Place] = []
     strides = len(network.spec.pattern)

@@ -1,4 +1,4 @@
-"""From a checkpoint to a workdir: arrays stream one by one onto the devices, and each device reads its own slice."""
+"""Imports a checkpoint into a workdir. Arrays stream one by one onto the devices; each device reads its own slice."""
 
 import contextlib
 import ctypes
@@ -52,7 +52,7 @@ _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 class PlannedArray(NamedTuple):
-    """An array of the model: where it goes, as what, and what fills a slice of it."""
+    """An array of the model: its path, variable and dtype, and a function that reads a slice of it into memory."""
 
     path: tuple[str, ...]  # from "params" or "projections" on
     variable: Any
@@ -71,7 +71,7 @@ class Import(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Of all arrays, as they are stored."""
+        """Bytes of all arrays as they are stored."""
         return sum(math.prod(array.variable.shape) * array.dtype.itemsize for array in self.arrays)
 
 
@@ -80,10 +80,10 @@ def plan_import(source: Source, config: ml_collections.ConfigDict, dtype: str | 
 
     Args:
       config: the base config; its model becomes the checkpoint's.
-      dtype: to store the parameters in; None = their own, float16 excepted, which becomes float32.
+      dtype: to store the parameters in; None = their own, but float16 becomes float32.
 
     Raises:
-      UserError: an unsupported architecture or option, or a name, shape or dtype that does not fit.
+      UserError: an architecture or option is not supported, or a name, shape or dtype does not fit.
     """
     family = family_of(source.config)
     fields = family.read(source.config)
@@ -109,10 +109,10 @@ def plan_import(source: Source, config: ml_collections.ConfigDict, dtype: str | 
 
 
 def run_import(plan: Import, workdir: str, progress_bar: ProgressBar = no_progress) -> None:
-    """Writes the workdir, all of it or nothing.
+    """Writes the workdir, whole or not at all.
 
     Raises:
-      UserError: the workdir is there and not empty, the disk is full, a file is damaged, or the tokenizer does not fit.
+      UserError: the workdir is not empty, the disk is full, a file is damaged, or the tokenizer does not fit.
     """
     with whole_directory(workdir) as temporary:
         own = Workdir(temporary)
@@ -124,10 +124,10 @@ def run_import(plan: Import, workdir: str, progress_bar: ProgressBar = no_progre
 
 
 def _save_tokenizer(source: Source, vocab_size: int, directory: Path) -> None:
-    """Before the arrays, so that its mistakes show at once; not kept, because it takes memory that they need."""
+    """Saves the tokenizer: before the arrays, to show its errors at once. It is not kept: arrays need the memory."""
     tokenizer = source.tokenizer()
     size = tokenizer.vocab_size
-    # Fewer ids than rows is common: tables are padded. Less than half of them is another model's tokenizer.
+    # Fewer ids than rows are common, because tables are padded. Fewer than half belong to another model's tokenizer.
     if not vocab_size / 2 <= size <= vocab_size:
         raise UserError(
             f"{source.path}: its tokenizer has {size} ids, which does not fit "
@@ -137,7 +137,7 @@ def _save_tokenizer(source: Source, vocab_size: int, directory: Path) -> None:
 
 
 def _return_freed_memory() -> None:
-    """To the system, for the arrays: glibc keeps the tokenizer's, some 20 MB of the peak. Elsewhere does nothing."""
+    """Returns the tokenizer's memory to the system: glibc keeps it, some 20 MB of the peak. Without glibc, a no-op."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -157,7 +157,7 @@ def _save_arrays(plan: Import, workdir: Workdir, progress_bar: ProgressBar) -> N
 
 
 def _stored_dtype(source: Source, name: str, dtype: str | None) -> np.dtype:
-    """What an array becomes. Raises UserError for one that is no float of 16 or 32 bits."""
+    """The dtype to store an array in. Raises UserError unless it is a float of 16 or 32 bits."""
     array = source.arrays[name]
     if array.dtype not in DTYPES:
         raise UserError(f"{array.file}: array {name} is {array.dtype}; allowed: {', '.join(DTYPES)}")
@@ -172,7 +172,7 @@ def _check_arrays(source: Source, places: Sequence[Place], tied: bool) -> None:
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     shapes = {arrays[name].shape for name in (head, embedding) if name in arrays}
     if tied and head in arrays and shapes == {wanted[embedding]}:
-        # A tied head saved twice is the embedding again. Another matrix would be another model.
+        # A tied head that is saved too must equal the embedding. Another matrix would be another model.
         if not _equal(source, head, embedding):
             raise UserError(
                 f"{arrays[head].file}: array {head} differs from {embedding}, but tie_word_embeddings says they are one"
@@ -196,7 +196,7 @@ def _planned(source: Source, place: Place, dtype: str | None) -> PlannedArray:
             _read_blocks(source, name, place.layout, index[1:], row)
 
     dtypes = {_stored_dtype(source, name, dtype) for name in place.names}
-    stored = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)  # which holds every mixture
+    stored = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)  # float32 holds any mixture
     return PlannedArray(("params", *place.path), place.variable, stored, read)
 
 
@@ -208,7 +208,7 @@ def _planned_mechanism(files: SafetensorsFiles, array: MechanismArray) -> Planne
 
 
 def _read_blocks(source: Source, name: str, layout: Layout, index: Sequence[slice], piece: np.ndarray) -> None:
-    """Fills `piece` with `index` of an array, some rows of the checkpoint's array at a time."""
+    """Fills `piece` with the slice `index` of an array, some rows of the checkpoint's array at a time."""
     axis = layout.groups[0][0]
     start, stop, _ = index[axis].indices(layout.shape[axis])
     step = max(1, _BLOCK_BYTES * (stop - start) // max(piece.nbytes, 1))
@@ -217,7 +217,7 @@ def _read_blocks(source: Source, name: str, layout: Layout, index: Sequence[slic
         part = (*index[:axis], rows, *index[axis + 1 :])
         there = source.read(name, layout.hf_index(part))
         block = piece[(slice(None),) * axis + (slice(rows.start - start, rows.stop - start),)]
-        with np.errstate(over="ignore"):  # it is looked for below
+        with np.errstate(over="ignore"):  # it is checked below
             block[...] = layout.from_hf(there, part)
         if not np.isfinite(block).all():
             file = source.arrays[name].file
@@ -225,12 +225,12 @@ def _read_blocks(source: Source, name: str, layout: Layout, index: Sequence[slic
 
 
 def _on_devices(array: PlannedArray, mesh: Mesh) -> jax.Array:
-    """The array on the mesh, a device's slice at a time: jax.make_array_from_callback would hold all slices at once."""
+    """The array on the mesh, read one device's slice at a time: jax.make_array_from_callback would hold all slices."""
     shape = tuple(array.variable.shape)
     sharding = sharding_of("/".join(array.path), logical_axes(array.variable), shape, mesh)
     pieces = []
     for device, index in sharding.addressable_devices_indices_map(shape).items():
-        assert index is not None  # only of a device that holds nothing
+        assert index is not None  # None is only for a device that holds nothing
         piece = _aligned_empty(sharding.shard_shape(shape), array.dtype)
         array.read(index, piece)
         pieces.append(jax.device_put(piece, device).block_until_ready())
@@ -239,7 +239,7 @@ def _on_devices(array: PlannedArray, mesh: Mesh) -> jax.Array:
 
 
 def _aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """Memory that a CPU device takes over as it is: it copies what is not aligned."""
+    """An empty array that a CPU device takes over without a copy, because its memory is aligned."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     offset = -memory.ctypes.data % _ALIGNMENT
@@ -247,6 +247,6 @@ def _aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 
 def _mesh(embed_dim: int) -> Mesh:
-    """As many devices as divide the width share every array; others would hold copies, and stay out of it."""
+    """A mesh of as many devices as divide the width. They share every array; more devices would only hold copies."""
     count = math.gcd(embed_dim, len(jax.devices()))
     return make_mesh({"data": 1, "fsdp": count, "tensor": 1}, jax.devices()[:count])

@@ -1,7 +1,7 @@
-"""What the export of a model with feature mechanisms has beyond a Hugging Face model.
+"""The files that the export of a model with feature mechanisms has beyond a Hugging Face model.
 
-darkformer.json holds every field of `model` and the seed; darkformer.safetensors holds M, gains, learned and random
-projections, under our paths and in our layout. config.json and model.safetensors beside them are the same transformer
+darkformer.json holds every field of `model` and the seed. darkformer.safetensors holds M, gains, learned and random
+projections, under our paths and in our layout. config.json and model.safetensors beside them hold the same transformer
 with exact attention. README.md says so.
 """
 
@@ -13,10 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import ml_collections
+from flax.traverse_util import unflatten_dict
 
+from darkformer_jax.config import base
 from darkformer_jax.config.fields import flat_fields
+from darkformer_jax.config.migrations import migrate, with_version
+from darkformer_jax.config.pattern import parse_pattern
 from darkformer_jax.data.files import read_json_object, write_file, write_json
 from darkformer_jax.errors import UserError, one_line
+from darkformer_jax.mixers import MIXERS
 from darkformer_jax.model.network import Network
 from darkformer_jax.pretrained.families import Fields, canonical
 from darkformer_jax.pretrained.families.family import FULL, LOCAL, kinds_of, layer_fields
@@ -31,18 +36,19 @@ _README = """# An exported DARKFormer
 Attention, layer by layer: {kinds}.
 
 Plain `transformers` does not know feature attention. It reads `config.json` and the weights beside it as a
-`{architecture}`, that is the same transformer with **exact softmax attention in every layer**:
+`{architecture}`: the same transformer with **exact softmax attention in every layer**.
 
-* it loads without missing or unexpected keys, and its embeddings, projections, MLPs and norms are this model's;
-* its logits are **not** this model's: they are what these weights give with softmax attention, with its quadratic cost
+* It loads without missing or unexpected keys. Its embeddings, projections, MLPs and norms are this model's.
+* Its logits are **not** this model's. They are those of softmax attention with these weights, with its quadratic cost
   and growing cache. Use it as a starting point, not to judge this model.
 
-What makes the model what it is stands in two more files, which transformers ignores:
+Two more files hold the rest of the model. transformers ignores them:
 
 * `darkformer.json`: every field of the model, mechanism and window included, and the seed;
-* `darkformer.safetensors`: M (the learned geometry), learned and random projections, under their names here.
+* `darkformer.safetensors`: M (the learned geometry), learned and random projections, under their names here;
+  empty if these mechanisms have no arrays.
 
-With darkformer_jax both are read back, bit for bit:
+darkformer_jax reads both back, bit for bit:
 
     python -m darkformer_jax.convert --source=<this directory> --workdir=runs/copy
     python -m darkformer_jax.generate --workdir=runs/copy --prompt="..."
@@ -63,7 +69,7 @@ class MechanismArray:
 
 
 def mechanism_arrays(network: Network) -> list[MechanismArray]:
-    """Every array of the model that a Hugging Face model has no place for."""
+    """Every array of the model that has no place in a Hugging Face model."""
     found: list[MechanismArray] = []
 
     def collect(tree: str, path: tuple[str, ...], variable: Any) -> None:
@@ -75,18 +81,47 @@ def mechanism_arrays(network: Network) -> list[MechanismArray]:
     return found
 
 
-def exact_fields(fields: Fields) -> Fields:
-    """The same transformer with exact attention in place of every feature mechanism."""
-    kinds = [kind if kind in (FULL, LOCAL) else FULL for kind in kinds_of(fields)]
-    return canonical(fields | layer_fields(kinds, fields["attention.local_window"]))
+def is_exact(fields: Fields) -> bool:
+    """Whether every layer has exact attention, so that a Hugging Face model is all of the model."""
+    return all(map(_is_exact_kind, kinds_of(fields)))
+
+
+def exact_fields(fields: Fields, where: str) -> Fields:
+    """The same transformer with exact attention in place of every feature mechanism.
+
+    Options of single layers become those of the model: the exact layers' options, or all layers' if none is exact.
+
+    Args:
+      where: the name of the model, for the error.
+
+    Raises:
+      UserError: these layers have different values of an option, and a Hugging Face model has one.
+    """
+    layers = parse_pattern(fields["attention.pattern"], fields["attention.kind"])
+    deciding = [layer for layer in layers if _is_exact_kind(layer.kind)] or layers
+    common = fields.copy()
+    for name in sorted(MIXERS[FULL].uses | MIXERS[LOCAL].uses):
+        field = f"attention.{name}"
+        using = [layer for layer in deciding if name in MIXERS[layer.kind].uses]
+        if field not in fields or not using:
+            continue
+        common[field], *others = sorted({layer.options.get(name, fields[field]) for layer in using})
+        if others:
+            raise UserError(
+                f"{where}: {name} is {common[field]} in some layers and {others[0]} in others, by "
+                f"model.attention.pattern = {fields['attention.pattern']!r}; a Hugging Face model has one {name}"
+            )
+    kinds = [kind if _is_exact_kind(kind) else FULL for kind in kinds_of(fields)]
+    return canonical(common | layer_fields(kinds, common["attention.local_window"]))
 
 
 def write_mechanism(directory: Path, config: ml_collections.ConfigDict, architecture: str) -> None:
     """Writes darkformer.json, and README.md: what plain transformers can and cannot do with the export."""
     fields = dict(flat_fields(config.model.to_dict()))
-    write_json(directory / JSON_FILE, {"format": _FORMAT, "seed": config.seed, "model": fields})
+    content = {"format": _FORMAT, "seed": config.seed, "model": fields}
+    write_json(directory / JSON_FILE, with_version(content))
     counts = Counter(kinds_of(fields))
-    shown = (f"{count} x {kind}{' (exact)' * (kind in (FULL, LOCAL))}" for kind, count in counts.items())
+    shown = (f"{count} x {kind}{' (exact)' * _is_exact_kind(kind)}" for kind, count in counts.items())
     readme = _README.format(kinds=", ".join(shown), architecture=architecture)
     write_file(str(directory / "README.md"), readme.encode())
 
@@ -97,24 +132,30 @@ def has_mechanism(directory: str) -> bool:
 
 
 def read_mechanism(directory: str, config: ml_collections.ConfigDict, exact: Fields) -> SafetensorsFiles:
-    """Sets the fields of darkformer.json in `config`, and opens the files with the mechanisms' arrays.
+    """Sets the fields of darkformer.json in `config`, migrated, and opens the files with the mechanisms' arrays.
 
     Args:
-      exact: the model's fields by config.json.
+      exact: the model's fields according to config.json.
 
     Raises:
-      UserError: another format, fields that this version does not have, or another transformer than config.json's.
+      UserError: the format is another, this version does not have a field, or config.json describes another
+        transformer.
     """
     path = os.path.join(directory, JSON_FILE)
     content = read_json_object(path)
     if content.get("format") != _FORMAT or not isinstance(content.get("model"), dict):
         raise UserError(f"{path}: format = {content.get('format')!r}: allowed: {_FORMAT}, with an object `model`")
     try:
-        config.update_from_flattened_dict({f"model.{name}": value for name, value in content["model"].items()})
+        saved = migrate(content | {"model": unflatten_dict(content["model"], sep=".")}, path)["model"]
+        fields = {f"model.{name}": value for name, value in flat_fields(saved)}
+        missing = [name for name in base.fields() if name.startswith("model.") and name not in fields]
+        if missing:
+            raise UserError(f"{path}: {missing[0]} is missing")
+        config.update_from_flattened_dict(fields)
         config.seed = content["seed"]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} does not fit this version: {one_line(error)}") from error
-    said, exact = exact_fields(dict(flat_fields(config.model.to_dict()))), canonical(exact)
+    said, exact = exact_fields(dict(flat_fields(config.model.to_dict())), path), canonical(exact)
     for name in exact:
         if said[name] != exact[name]:
             raise UserError(f"{path}: model.{name} = {said[name]!r}, but config.json beside it says {exact[name]!r}")
@@ -131,7 +172,7 @@ def check_shapes(arrays: dict[str, StoredArray], wanted: dict[str, tuple[int, ..
     """Raises UserError for the first array that is missing, has another shape, or is not wanted.
 
     Args:
-      where: what should hold a missing array.
+      where: the file or directory that should hold a missing array.
       config: the file that the shapes follow from.
     """
     for name, shape in wanted.items():
@@ -143,3 +184,7 @@ def check_shapes(arrays: dict[str, StoredArray], wanted: dict[str, tuple[int, ..
     for name in arrays:
         if name not in wanted:
             raise UserError(f"{arrays[name].file}: array {name} is not part of the model that {config} describes")
+
+
+def _is_exact_kind(kind: str) -> bool:
+    return MIXERS[kind].role == "exact"

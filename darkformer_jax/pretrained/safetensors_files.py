@@ -1,7 +1,7 @@
-"""safetensors, one file or several with an index: slices read one at a time, arrays written one after another.
+"""Reads and writes safetensors, one file or several with an index, one slice or array at a time.
 
-The package `safetensors` reads the arrays. Headers are read by hand because it does not say which array of a file is
-cut off or of a wrong size, and files are written by hand because it takes all arrays of a file at once.
+The package `safetensors` reads the arrays. Headers are read by hand because the package does not say which array of a
+file is cut off or has a wrong size. Files are written by hand because it takes all arrays of a file at once.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ DTYPES: dict[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_READABLE = DTYPES | {"U32": np.dtype(np.uint32)}  # and key data of a mechanism's noise
+_READABLE = DTYPES | {"U32": np.dtype(np.uint32)}  # U32: the key data of a mechanism's noise
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
 
 
@@ -41,11 +41,11 @@ class StoredArray:
 class SafetensorsFiles:
     """The arrays of `<stem>.safetensors`, or of the files that `<stem>.safetensors.index.json` lists.
 
-    Only headers are read at first, and checked against the files' sizes.
+    At first, only headers are read and checked against the files' sizes.
 
     Raises:
-      UserError: no such file, a missing shard, a file that is truncated or no safetensors, an array listed but absent
-        or present twice. The message names the file and the array.
+      UserError: a file or shard is missing, is truncated or is no safetensors file, or an array is absent or present
+        twice. The message names the file and the array.
     """
 
     def __init__(self, directory: str, stem: str = "model") -> None:
@@ -64,13 +64,13 @@ class SafetensorsFiles:
         """A slice of an array, read from the disk and owned by the caller.
 
         Raises:
-          UserError: a dtype that is not read, or a file that changed meanwhile.
+          UserError: the dtype cannot be read, or the file has changed meanwhile.
         """
         array = self.arrays[name]
         if array.dtype not in _READABLE:
             raise UserError(f"{array.file}: array {name} is {array.dtype}; allowed: {', '.join(DTYPES)}")
         try:
-            # Closed again each time: the pages of a mapped file count as this process's memory.
+            # It is closed each time, because the pages of a mapped file count as this process's memory.
             with safetensors.safe_open(array.file, framework="numpy") as file:
                 piece = file.get_slice(name)
                 return piece[tuple(index)] if array.shape else file.get_tensor(name)
@@ -101,7 +101,7 @@ class SafetensorsFiles:
 
 
 def _read_header(path: str) -> Iterator[tuple[str, StoredArray]]:
-    """Name and place of each array."""
+    """Yields the name and the header entry of each array."""
     try:
         size = os.path.getsize(path)
         with open(path, "rb") as file:
@@ -117,7 +117,7 @@ def _read_header(path: str) -> Iterator[tuple[str, StoredArray]]:
             f"{path}: damaged, or no safetensors file: its header is not JSON: {one_line(error)}"
         ) from error
     if not isinstance(header, dict):
-        raise UserError(f"{path}: damaged, or no safetensors file: its header is no object")
+        raise UserError(f"{path}: damaged, or no safetensors file: its header is not an object")
     header.pop("__metadata__", None)
     for name, entry in header.items():
         yield name, _checked_entry(path, name, entry, size - 8 - length)
@@ -126,7 +126,7 @@ def _read_header(path: str) -> Iterator[tuple[str, StoredArray]]:
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
-        raise ValueError("a name is there twice")
+        raise ValueError("a name occurs twice")
     return values
 
 
@@ -158,7 +158,7 @@ class ArrayToWrite:
 
 
 def shard(arrays: Iterable[ArrayToWrite], max_bytes: int) -> list[list[ArrayToWrite]]:
-    """Arrays in their order, in groups of at most `max_bytes`; a larger array has a group of its own."""
+    """The arrays in their order, in groups of at most `max_bytes`. A larger array has a group of its own."""
     shards: list[list[ArrayToWrite]] = []
     size = 0
     for array in arrays:
@@ -215,7 +215,7 @@ def _write_file(path: Path, arrays: Sequence[ArrayToWrite], values: Iterator[np.
         for array in arrays:
             value = np.ascontiguousarray(next(values))
             if value.shape != array.shape or value.dtype != array.dtype:
-                raise ValueError(f"{array.name}: {value.dtype}{value.shape} where {array.dtype}{array.shape} was said")
+                raise ValueError(f"{array.name}: {value.dtype}{value.shape}, expected {array.dtype}{array.shape}")
             file.write(value.reshape(-1).view(np.uint8).data)
 
 

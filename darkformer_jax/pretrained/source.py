@@ -1,4 +1,4 @@
-"""What an import reads from: a Hugging Face directory or a GGUF file, under one interface."""
+"""The source of an import: a Hugging Face directory or a GGUF file, under one interface."""
 
 import os
 from collections.abc import Sequence
@@ -24,10 +24,10 @@ class Source(Protocol):
         """A slice of an array."""
 
     def check_tokenizer(self) -> None:
-        """Raises UserError where there is clearly none; takes no time or memory."""
+        """Raises UserError if there is clearly no tokenizer. Takes no time or memory."""
 
     def tokenizer(self) -> Tokenizer:
-        """Raises UserError where there is none, or none that can be read exactly."""
+        """The tokenizer. Raises UserError if there is none, or if it cannot be read exactly."""
 
 
 class HFDirectory:

@@ -1,4 +1,4 @@
-"""The errors of attention by layer and head that `calibrate` leaves in a workdir."""
+"""Reads the errors of attention by layer and head that `calibrate` writes into a workdir."""
 
 import itertools
 import os
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from darkformer_jax.calibration import REPORT_FILE as CALIBRATION_FILE
+from darkformer_jax.calibration import CALIBRATION_FILE
 from darkformer_jax.data.files import read_json_object
 from darkformer_jax.errors import UserError
 from darkformer_jax.reporting.settings import ancestors

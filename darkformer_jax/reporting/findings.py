@@ -1,4 +1,4 @@
-"""Everything that is reported about a set of runs, and results.json, which holds the same."""
+"""Everything that is reported about a set of runs, and results.json, which holds it all."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ _OF_SPECTRA = ("workdir", "step", "initial", "layers", "largest", "smallest")
 
 @dataclass(frozen=True)
 class Findings:
-    """What results.json, the pictures and the page are made of."""
+    """The content of results.json, the pictures and the page."""
 
     globs: str
     runs: list[ReportedRun]
@@ -28,7 +28,7 @@ class Findings:
     comparisons: list[Comparison]
     calibrations: list[Calibration]
     spectra: list[Spectra]  # of the first seed of each DARK row at its best learning rates
-    missing_spectra: list[str]  # "workdir: reason" where such a row has none
+    missing_spectra: list[str]  # "workdir: reason" for each such row without spectra
 
 
 def collect(globs: str) -> Findings:
@@ -46,7 +46,7 @@ def collect(globs: str) -> Findings:
     for workdir in _with_progress(dark, "checkpoint"):
         try:
             spectra.append(read_spectra(workdir))
-        except UserError as error:  # every other figure is there without the checkpoint, which may have been removed
+        except UserError as error:  # the checkpoint may have been removed; no other figure needs it
             missing.append(f"{workdir}: {error}")
     return Findings(globs, runs, rows, comparisons(rows), calibrations, spectra, missing)
 

@@ -26,7 +26,7 @@ def as_markdown(found: Findings, pictures: Sequence[str]) -> str:
 def as_html(title: str, markdown: str, directory: Path) -> str:
     """The same page as one HTML file, with the pictures of `directory` inside.
 
-    It loads nothing, and its content-security policy forbids it to. HTML in the Markdown is shown as text.
+    It loads nothing, and its content-security policy forbids loading. HTML in the Markdown is shown as text.
     """
     parser = MarkdownIt("js-default")
     parser.add_render_rule("table_open", lambda *_: '<div class="wide"><table>\n')

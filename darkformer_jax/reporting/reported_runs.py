@@ -36,14 +36,14 @@ class ReportedRun:
     final: dict[str, Any]  # the line of the evaluation after the last step; {} if there is none
 
     def curve(self, name: str) -> dict[int, float]:
-        """step -> value, of the lines that have one."""
+        """step -> value, for the lines that have one."""
         return {line["step"]: line[name] for line in self.lines if line.get(name) is not None}
 
 
 def find_workdirs(globs: str) -> list[str]:
     """The directories with a config.json that match the comma-separated globs, each once, sorted within a glob.
 
-    Raises UserError that names a glob without a match.
+    Raises UserError, which names the glob, if one has no match.
     """
     found: dict[str, str] = {}
     for pattern in filter(None, map(str.strip, globs.split(","))):
@@ -63,7 +63,7 @@ def read_runs(workdirs: Iterable[str]) -> list[ReportedRun]:
     """Reads every workdir.
 
     Raises UserError if a config or a line of metrics.jsonl cannot be read, or if two runs were trained on different
-    data: their losses would be of different text.
+    data: their losses do not compare.
     """
     runs: list[ReportedRun] = []
     trained: dict[str, str] = {}  # fingerprint of the data -> workdir
@@ -106,7 +106,7 @@ def _state(lines: list[dict[str, Any]], num_steps: int, is_evaluated: bool) -> t
 
 
 def _read_lines(path: str) -> list[dict[str, Any]]:
-    """Reads and checks every line but a last one without a newline: a kill tore it, and training drops it too."""
+    """Reads and checks every line. Skips a last line without a newline: a kill tore it, and training drops it too."""
     *complete, _torn = read_file(path).split(b"\n")
     lines = []
     for number, text in enumerate(complete, start=1):
@@ -119,7 +119,7 @@ def _read_lines(path: str) -> list[dict[str, Any]]:
 
 def _checked(line: Any) -> dict[str, Any]:
     if not isinstance(line, dict) or type(line.get("step")) is not int:
-        raise ValueError("no step that is an integer")
+        raise ValueError("there is no integer step")
     for name in line.keys() & {*_CHECKED}:
         if type(line[name]) not in (int, float, type(None)):
             raise ValueError(f"{name} = {line[name]!r} is not a number")

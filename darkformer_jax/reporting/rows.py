@@ -1,4 +1,4 @@
-"""Runs that differ only in the seed share a row, whose figures are means with standard errors."""
+"""Rows of the table. Runs that differ only in the seed share a row; its figures are means with standard errors."""
 
 import itertools
 import math
@@ -21,7 +21,7 @@ from darkformer_jax.reporting.settings import (
     role,
 )
 
-_ABSENT = "–"  # is shown for a field that the mechanism does not use
+_ABSENT = "–"  # shown for a field that the mechanism does not use
 _ROLES = ("exact", "dark", "performer", "lfk", "", "control")
 
 
@@ -66,7 +66,7 @@ class Row:
 
     @property
     def role(self) -> str:
-        """What the mechanism is in a comparison: see `settings.role`."""
+        """The role of the mechanism in a comparison: see `settings.role`."""
         return role(self.settings)
 
     @property
@@ -131,7 +131,7 @@ def best_of(rows: Iterable[Row], without: tuple[str, ...] = LEARNING_RATES) -> l
 
 
 def columns(rows: Sequence[Row]) -> dict[str, str]:
-    """field -> heading, of the fields in which the rows differ; the mechanism is not among them."""
+    """field -> heading, for the fields in which the rows differ, without the mechanism."""
     fields = [*HEADINGS, *sorted({name for row in rows for name in row.settings} - HEADINGS.keys() - {MECHANISM})]
     return {name: HEADINGS.get(name, name) for name in fields if len(_values(rows, name)) > 1}
 
@@ -143,7 +143,7 @@ def common_settings(rows: Sequence[Row]) -> str:
 
 
 def label(row: Row, rows: Sequence[Row], without: tuple[str, ...] = ()) -> str:
-    """The mechanism, and the settings in which `rows` differ but for the fields `without`."""
+    """The mechanism and the settings in which `rows` differ, without the fields `without`."""
     fields = [name for name in columns(rows) if name not in (TOKENS, *without) and row.shown(name) != _ABSENT]
     values = (f"{HEADINGS.get(name, name.rpartition('.')[2])} {row.shown(name)}" for name in fields)
     return ", ".join([row.mechanism, *values])

@@ -1,13 +1,15 @@
-"""The settings of an experiment: the config's fields that its mechanism uses, and what its weights began from."""
+"""The settings of an experiment: the config's fields that its mechanism uses, and the origin of its weights."""
 
 import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
-from darkformer_jax.calibration import REPORT_FILE as CALIBRATION_FILE
+from darkformer_jax.calibration import CALIBRATION_FILE
 from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.config.pattern import ATTENTION, Layer, parse_pattern, show_layer
+from darkformer_jax.config.usage import fields_in_effect, mixer_fields
+from darkformer_jax.config.validation import from_json
 from darkformer_jax.data.files import read_json_object
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
@@ -21,7 +23,7 @@ M_FEATURES = ATTENTION + "num_features"
 LEARNING_RATE = "optimizer.learning_rate"
 GEOMETRY_RATE = "optimizer.geometry_learning_rate"
 LEARNING_RATES = (LEARNING_RATE, GEOMETRY_RATE)
-# Every page shows these, in a column or once above the table; any other field has a column if rows differ in it.
+# Every page shows these, in a column or once above the table. Any other field has a column if rows differ in it.
 HEADINGS = {
     M_FEATURES: "m",
     "model.attention.window": "window",
@@ -35,25 +37,20 @@ HEADINGS = {
 
 Settings = dict[str, Any]
 
-# They change how a batch is computed, measured or saved, not what is learned; the data has a fingerprint of its own.
+# They change how a batch is computed, measured or saved, not what is learned. The data has a fingerprint.
 _NO_SETTINGS = ("seed.", "data.", "model.remat.", *(name + "." for name in CHANGEABLE if name != "num_steps"))
 
 
 def settings_of(config: Mapping[str, Any], where: str) -> Settings:
     """The flat fields that the run's mechanism uses, without the seed, with MECHANISM, TOKENS and ORIGIN.
 
-    Raises UserError that names the workdir `where` if a field is missing.
+    Raises UserError, which names the workdir `where`, if a field is missing.
     """
     flat = dict(flat_fields(config))
     try:
+        read = from_json(config)
         layers = parse_pattern(flat.pop(ATTENTION + "pattern"), flat.pop(ATTENTION + "kind"))
-        used_by_mixers = set().union(*(MIXERS[layer.kind].uses for layer in layers))
-        if not flat[ATTENTION + "window"]:
-            used_by_mixers -= {"num_sinks", "chunk_size", "far_gain", "window_kernel"}  # the chunk only orders sums
-        if "far_gain" in used_by_mixers and flat[ATTENTION + "far_gain"]:
-            used_by_mixers.add("geometry_learning_rate")  # a gain has M's learning rate
-        of_mixers = [name for name in flat if name.startswith(ATTENTION) or name == GEOMETRY_RATE]
-        not_used = {name for name in of_mixers if name.rpartition(".")[2] not in used_by_mixers}
+        not_used = mixer_fields() - fields_in_effect(read)
         tokens = flat["num_steps"] * flat["batch_size"] * flat["sequence_length"]
         origin = origin_of(flat[ORIGIN])
     except (AttributeError, KeyError, TypeError) as error:
@@ -71,7 +68,7 @@ def key_of(settings: Settings, without: tuple[str, ...] = ()) -> str:
 def ancestors(workdir: str) -> list[str]:
     """The workdir, the one that it began from, and so on, as far as they exist.
 
-    Relative paths are relative to the current directory. Raises UserError if one began from itself.
+    Relative paths are relative to the current directory. Raises UserError if a workdir began from itself.
     """
     chain: list[str] = []
     while workdir and os.path.isfile(os.path.join(workdir, CONFIG_FILE)):
@@ -83,9 +80,9 @@ def ancestors(workdir: str) -> list[str]:
 
 
 def origin_of(init_from: str) -> Any:
-    """A JSON value of what a run began from, equal for starts that differ only in the seed.
+    """The origin of a run as a JSON value, equal for origins that differ only in the seed.
 
-    It is the path of an imported model, and the settings of a run or a calibration, which hold its own origin.
+    For an imported model it is its path. For a run or a calibration it is its settings, which include its own origin.
     """
     if not init_from:
         return None
@@ -130,7 +127,7 @@ def role(settings: Settings) -> str:
 
 
 def _is_counterpart(dark: Layer, other: Layer, counterpart: str) -> bool:
-    """Whether a layer is of the counterpart, with the DARK layer's own options as far as it has them."""
+    """Whether a layer has the counterpart's mechanism and all options of the DARK layer that it can have."""
     if counterpart not in (other.kind, MIXERS[other.kind].role):
         return False
     common = {name: value for name, value in dark.options.items() if name in MIXERS[other.kind].uses}

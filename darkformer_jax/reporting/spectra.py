@@ -1,4 +1,4 @@
-"""The spectra of Sigma = M^T M, which show what training made of each layer's geometry."""
+"""The spectra of Sigma = M^T M, which show how training changed each layer's geometry."""
 
 from typing import Any, NamedTuple
 

@@ -1,14 +1,14 @@
 """Checkpoints that survive kill -9 and notice damaged bytes: Orbax's asynchronous writer and one manifest per step.
 
-A step exists when its manifest does: the manifest is written after Orbax's commit, and compared with the bytes before
-anything is read back. A step without one is what a kill left where it is marked as unfinished, and the next save
-removes it; elsewhere its manifest was lost, which is damage like any other: its bytes cannot be checked. Every decision
+A step exists if its manifest does. The manifest is written after Orbax's commit, and compared with the bytes before
+anything is read back. If a step has no manifest but is marked as unfinished, a kill left it, and the next save removes
+it. If it has neither, its manifest was lost; it counts as damaged, because its bytes cannot be checked. Every decision
 (which steps exist, which are the newest and the best) is read from the disk, never from memory, so a killed run leaves
 nothing to repair. step_files.py names the files; verification.py judges their bytes.
 
-Orbax's CheckpointManager is not used because it counts stray directories as steps and, once a step is committed,
-removes older ones on its own: before the new step has its manifest, or though the new step is damaged. The manifests
-are our own because Orbax does not notice damage.
+Orbax's CheckpointManager is not used because it counts stray directories as steps, and because it removes older steps
+on its own once a step is committed: before the new step has its manifest, even if the new step is damaged. The
+manifests are our own because Orbax does not notice damage.
 """
 
 import concurrent.futures
@@ -33,7 +33,7 @@ PyTree = Any
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest `keep` and, beside them, the best one.
+    """The checkpoints of one run: the newest `keep` and the best one.
 
     Nothing is created or removed before the first `save`, so a reader may open the workdir of a running run. On a pod,
     every process makes the same calls on a shared workdir.
@@ -43,8 +43,8 @@ class Checkpoints:
       keep: newest steps kept, at least 1. Only `save` uses it.
       save_every: steps between saves, for `due`; 0 = never due.
       best: the metric whose smallest value is the best step's. Only `save` uses it.
-      compress: False writes arrays as they are: `save` makes no compressed copies, which for arrays that are written
-        all at once would take as much memory again.
+      compress: False writes arrays as they are. `save` then makes no compressed copies, which take as much memory
+        again if all arrays are written at once.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Checkpoints:
         )
         self._committer = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint_commit")
         self._pending: concurrent.futures.Future[None] | None = None
-        self._held: int | None = None  # the step whose state this process holds and the disk has
+        self._held: int | None = None  # the step whose state is both in this process and on the disk
 
     @property
     def directory(self) -> Any:
@@ -86,15 +86,15 @@ class Checkpoints:
     def save(self, step: int, state: PyTree, metrics: Mapping[str, float] | None = None) -> None:
         """Starts saving `state` and returns once it is copied to host memory; the caller may donate it right away.
 
-        A save still under way is waited for first. The step counts from the moment its manifest is on disk; only then
-        are older steps removed. Steps newer than `step` (a continuation that was given up) go with them; damaged ones
-        are kept beside as `<step>.damaged`, and a warning says so. Saving the step that was just saved or restored
-        writes nothing but its metrics: the state is a function of the step.
+        It first waits for the save before it. The step exists once its manifest is on disk. Only then are older steps
+        removed, and with them steps newer than `step` (from a continuation that was given up). Damaged steps are
+        renamed to `<step>.damaged`, with a warning. Saving the step that was just saved or restored writes only its
+        metrics: the state is a function of the step.
 
         Args:
           step: at least 0.
           state: nested dicts of jax.Arrays, none of size 0; on a pod, of global arrays.
-          metrics: numbers that belong to the step; the one that `best` names decides which step is the best.
+          metrics: numbers that belong to the step. The one that `best` names decides which step is the best.
 
         Raises:
           UserError: the directory cannot be written or the disk is full, in this save or in the one before it.
@@ -138,7 +138,7 @@ class Checkpoints:
         self._files.remove_leftovers(step)
 
     def _set_aside_damaged(self, step: int) -> None:
-        """Renames what must not be in the way of `step` and those after it, and is not ours to delete."""
+        """Renames damaged and foreign steps that are in the way of `step` or later steps and are not ours to delete."""
         lost = {number for number in self._files.without_manifest() if number >= step}
         foreign = {step} if self._files.is_foreign(step) else set()
         for number in sorted({*self._verification.damage, *lost, *foreign}):
@@ -180,31 +180,31 @@ class Checkpoints:
     def _not_written(self, step: int | None, error: Exception) -> UserError:
         reason = (error.strerror if isinstance(error, OSError) else None) or f"{type(error).__name__}: {error}"
         first_line = reason.splitlines()[0]
-        if error.__cause__ is not None:  # of a time-out, who did not come
+        if error.__cause__ is not None:  # for a time-out: which process is missing
             first_line += f" ({one_line(error.__cause__)[:300]})"
         return Transient(f"checkpoint step {step} could not be written to {self.directory}: {first_line}")
 
     # Reading
 
     def committed_steps(self) -> list[int]:
-        """All steps that have a manifest, ascending. Their bytes are not checked. Empty for a run without any."""
+        """All steps that have a manifest, ascending. Their bytes are not checked."""
         return self._files.committed()
 
     def steps_without_manifest(self) -> list[int]:
-        """Checkpoints that were finished once and have lost their manifest, ascending. They count as damaged."""
+        """Finished checkpoints that have lost their manifest, ascending. They count as damaged."""
         return self._files.without_manifest()
 
     def latest_good_step(self) -> int | None:
         """The newest step whose bytes match its manifest; None if no step was ever committed.
 
-        Says in a warning which newer steps are damaged, and how. Raises UserError if all are, or if the step was saved
-        by a newer version.
+        A warning says which newer steps are damaged, and how. Raises UserError if all steps are damaged, or if a newer
+        version saved the step.
         """
         self.wait()
         return self._verification.newest()
 
     def good_step(self, step: int | None = None) -> int:
-        """`step`, or the newest undamaged one. Raises UserError: no checkpoint, or the asked one damaged or absent."""
+        """`step`, or the newest undamaged one. Raises UserError if `step`, or every step, is damaged or absent."""
         self.wait()
         if step is not None:
             self._verification.require(step)
@@ -221,7 +221,7 @@ class Checkpoints:
 
         Args:
           abstract_state: nested dicts of jax.ShapeDtypeStruct with shardings (without one: the default device).
-          step: None = the newest undamaged one; a warning names each damaged step passed over, and why.
+          step: None = the newest undamaged one. A warning says which damaged steps are passed over, and why.
           partial: `abstract_state` may leave out leaves of the checkpoint, which are then not read.
           verify: compare the hashes; not needed for a step that comes from `good_step`.
 
@@ -229,7 +229,7 @@ class Checkpoints:
           The step and its state.
 
         Raises:
-          UserError: no checkpoint, none undamaged, the asked one damaged or absent, or names, shapes or dtypes differ.
+          UserError: `step`, or every step, is damaged or absent; or names, shapes or dtypes differ.
         """
         if step is None or verify:
             step = self.good_step(step)

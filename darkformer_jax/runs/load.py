@@ -1,4 +1,4 @@
-"""The model of a finished or running run, for the verbs that use one: generate and evaluate."""
+"""The model of a finished or running run, for verbs that use one, such as generate and evaluate."""
 
 import contextlib
 import functools
@@ -39,8 +39,8 @@ def load_model(workdir: Workdir, step: int | None = None, mesh: Mesh | None = No
     """Reads the newest undamaged checkpoint of a workdir, or that of `step`, onto the mesh or the default device.
 
     The checkpoint says how many outputs the model has per sequence. Parameters keep the dtypes of the checkpoint, which
-    are float32 after training. Low-rank updates are merged into the weights: the model that it returns, its config
-    included, has none.
+    are float32 after training. Low-rank updates are merged into the weights, so the returned model and its config
+    have none.
 
     Raises:
       UserError: no config, no checkpoint, a damaged one, or one that does not fit the config.
@@ -71,13 +71,13 @@ def load_model(workdir: Workdir, step: int | None = None, mesh: Mesh | None = No
 
 
 def load_language_model(workdir: Workdir, step: int | None = None, mesh: Mesh | None = None) -> WorkdirModel:
-    """`load_model`, where the next token is what is asked for. Raises UserError also for a model of another task."""
+    """`load_model` for a language model. Raises UserError also for a model of another task."""
     _require_language_model(workdir)
     return load_model(workdir, step, mesh)
 
 
 def language_model_network(workdir: Workdir) -> Network:
-    """That of `load_language_model`, without its checkpoint: nothing large is read. Raises UserError as it does."""
+    """The network that `load_language_model` loads, without its checkpoint. Raises UserError as it does."""
     _require_language_model(workdir)
     config, tokenizer = _read_config(workdir)
     config.model.lora_rank = 0  # as `load_model` merges it
@@ -89,8 +89,7 @@ def _require_language_model(workdir: Workdir) -> None:
     task = dict(flat_fields(workdir.read_config())).get("task.name")
     if task in LABELLED_TASKS:
         raise UserError(
-            f"{workdir}: its model is of task.name = {task!r} and predicts no next token; "
-            "allowed: a language model's workdir"
+            f"{workdir}: a model with task.name = {task!r} predicts no next token; allowed: a language model's workdir"
         )
 
 
@@ -119,7 +118,7 @@ def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.S
 
 
 def _with_dtypes(wanted: dict, saved: dict) -> dict:
-    """`wanted` with the dtypes of those arrays in `saved` that are floating-point numbers."""
+    """`wanted` with the dtypes of the floating-point arrays in `saved`."""
 
     def of(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         dtype = dtypes.get(path, leaf.dtype)

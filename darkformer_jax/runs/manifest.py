@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: size and checksum of each of its files, and metrics; signed by a digest of its own.
+"""The manifest of a checkpoint: size and checksum of each of its files, metrics, and a digest of the manifest itself.
 
     {"format": 1, "step": 100, "metrics": {...}, "files": {"d/1f0a": {"bytes": 812, "sha256": "..."}}, "digest": "..."}
 
@@ -18,7 +18,7 @@ from typing import Any
 from darkformer_jax.data.files import write_atomically
 from darkformer_jax.runs.store import objects, store_error
 
-FORMAT = 1  # of the whole checkpoint. Raise it when the versions before could not read it, or would read it wrongly
+FORMAT = 1  # of the whole checkpoint; raise it if earlier versions could not read a new one, or would read it wrongly
 
 
 class Damaged(Exception):
@@ -39,7 +39,7 @@ def write_manifest(path: Any, step: int, files: Mapping[str, Any], metrics: Mapp
 def read_manifest(path: Any, step: int) -> dict[str, Any]:
     """The manifest of `step` as it was written, perhaps in a newer format.
 
-    Raises Damaged, and UserError where a bucket does not bring it.
+    Raises Damaged, or UserError if a bucket cannot be read.
     """
     try:
         with _reached(path):
@@ -56,9 +56,9 @@ def read_manifest(path: Any, step: int) -> dict[str, Any]:
 
 
 def hash_files(directory: Any) -> dict[str, dict[str, Any]]:
-    """Relative name -> {"bytes": size, "sha256": hex} of each file below `directory`; all are synced to the disk.
+    """Relative name -> {"bytes": size, "sha256": hex} of each file below `directory`. Syncs all files to the disk.
 
-    In a bucket it is {"bytes": size, "md5": hex}, as the store computed it: nothing is read back.
+    In a bucket it is {"bytes": size, "md5": hex}. The store computed the md5; only files without one are read back.
     """
     if not isinstance(directory, Path):
         stored = objects(directory)
@@ -79,7 +79,7 @@ def hash_files(directory: Any) -> dict[str, dict[str, Any]]:
 
 
 def check_files(directory: Any, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises Damaged where a file differs from what was written, and UserError where a bucket does not bring it."""
+    """Raises Damaged if a file differs from what was written, and UserError if a bucket cannot be read."""
     stored = None if isinstance(directory, Path) else objects(directory)
 
     def check(name: str) -> None:
@@ -93,8 +93,8 @@ def check_files(directory: Any, files: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _check_file(path: Any, expected: Mapping[str, Any], stored: Mapping[str, Any] | None) -> None:
-    """`stored`: what the bucket knows of the file; None = it is on a disk."""
-    kind = "sha256" if "sha256" in expected else "md5"  # a step may have been copied from a bucket, or to one
+    """Raises Damaged if the file is not as expected. `stored`: the bucket's listing of it; None = it is on a disk."""
+    kind = "sha256" if "sha256" in expected else "md5"  # a step may have been copied from or to a bucket
     try:
         if stored == {}:
             raise FileNotFoundError(path)
@@ -118,7 +118,7 @@ def _hash(path: Any, kind: str) -> str:
 
 @contextlib.contextmanager
 def _reached(path: Any) -> Iterator[None]:
-    """What a disk cannot read is lost; what a network does not bring is there later, and is not always an OSError."""
+    """Turns errors of a bucket's library, which need not be OSErrors, into UserErrors. A disk's errors mean damage."""
     try:
         yield
     except FileNotFoundError:
@@ -130,7 +130,7 @@ def _reached(path: Any) -> Iterator[None]:
 
 
 def _hash_and_sync(path: Path) -> str:
-    # Orbax leaves its small files to the system's time. Older steps are removed next: no power cut may undo this one.
+    # Orbax does not sync its small files. Older steps are removed next, so a power cut must not undo this one.
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -26,15 +26,15 @@ METRICS_FILE = "metrics.jsonl"
 class MetricWriter:
     """Appends lines `{"step": 10, "loss": 2.3, ..., "time": {...}}` to metrics.jsonl, and the same to TensorBoard.
 
-    A line is in the file when `write` returns, so kill -9 loses at most the line being written. What a clock measured
-    goes under `time` and nowhere else: without that key, the file of a killed and resumed run equals that of an
-    unbroken one, provided the lines of all steps <= N are written before checkpoint N is saved.
+    A line is in the file when `write` returns, so kill -9 loses at most the line that is being written. Measured times
+    go under `time` and nowhere else. Without that key, the file of a killed and resumed run equals that of an unbroken
+    one, provided the lines of all steps <= N are written before checkpoint N is saved.
     On a pod, only process 0 writes.
 
     Args:
       workdir: the run's directory; created if absent.
-      resumed_from: the restored step: lines of later steps, and a line that a kill tore, are dropped, because they
-        will be written again. None = the run starts from scratch: all lines are dropped.
+      resumed_from: the restored step. Lines of later steps and a line that a kill tore are dropped, because the run
+        writes them again. None = the run starts from scratch: all lines are dropped.
 
     Raises:
       UserError: metrics.jsonl cannot be read or written.
@@ -84,7 +84,7 @@ class MetricWriter:
             raise self._not_written(error) from error
 
     def close(self) -> None:
-        """Closes both files. `write` has flushed them: what cannot be written now was already refused."""
+        """Closes both files. `write` has flushed them, so an error here loses nothing."""
         if self._writes:
             for file in (self._file, self._events):
                 with contextlib.suppress(OSError):
@@ -97,7 +97,7 @@ class MetricWriter:
 def _open_events(directory: Path, first_step: int) -> EventsWriter:
     """A new event file that makes TensorBoard forget the steps that will be written again.
 
-    tensorboardX's SummaryWriter writes in a thread, which a full disk ends without a word; then its queue blocks.
+    tensorboardX's SummaryWriter is not used: a full disk silently ends its writing thread, and then its queue blocks.
     """
     directory.mkdir(exist_ok=True)
     events = EventsWriter(str(directory / "events"), f".{os.getpid()}")
@@ -107,7 +107,7 @@ def _open_events(directory: Path, first_step: int) -> EventsWriter:
 
 
 def read_metrics(workdir: Workdir) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl as dicts, in file order, without a torn one. Raises UserError if absent."""
+    """The lines of a run's metrics.jsonl, in file order, without torn ones. Raises UserError if there is no file."""
     path = workdir / METRICS_FILE
     try:
         return _parse(path)
@@ -137,5 +137,5 @@ def _number(value: Any) -> int | float:
 
 
 def _plain(numbers: Mapping[str, int | float]) -> dict[str, int | float | None]:
-    # JSON has no NaN or infinity; the run that meets one says so and stops.
+    # JSON has no NaN or infinity. A run that meets one says so and stops.
     return {name: number if math.isfinite(number) else None for name, number in numbers.items()}

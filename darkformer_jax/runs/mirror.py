@@ -11,9 +11,9 @@ _SECONDS_BETWEEN_UPLOADS = 30.0  # a kill loses the lines since then, and the re
 
 
 class Mirror(contextlib.AbstractContextManager["Mirror"]):
-    """Uploads the files that this process changes in the local copy of a workdir. For a local one it does nothing.
+    """Uploads the files that this process changes in the local copy of a workdir. A local workdir needs no uploads.
 
-    Leaving the context uploads what is left, however the run ends.
+    Leaving the context uploads the rest, however the run ends.
     """
 
     def __init__(self, workdir: Workdir) -> None:
@@ -30,18 +30,18 @@ class Mirror(contextlib.AbstractContextManager["Mirror"]):
             self._worker.shutdown()
 
     def soon(self) -> None:
-        """Uploads in the background if the last upload was a while ago. It may be called at every step."""
+        """Uploads in the background if the last upload was a while ago. May be called at every step."""
         idle = self._running is None or self._running.done()
         if self._workdir.is_remote and idle and time.monotonic() - self._last > _SECONDS_BETWEEN_UPLOADS:
             self._last = time.monotonic()
             self._running = self._worker.submit(self._upload)
 
     def upload(self) -> None:
-        """Returns when all is in the bucket. Raises Transient where it cannot be written."""
+        """Uploads all changes and returns when they are in the bucket. Raises Transient if it cannot be written."""
         if not self._workdir.is_remote:
             return
         if self._running is not None:
-            concurrent.futures.wait([self._running])  # what failed there is tried again here
+            concurrent.futures.wait([self._running])  # what failed there is retried below
         with as_user_error(str(self._workdir), "written"):
             self._upload()
 

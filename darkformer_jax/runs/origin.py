@@ -1,4 +1,4 @@
-"""What a checkpoint says beside its weights: an import keeps it, training hands it on, and an export gives it back."""
+"""Ids and lengths of a pretrained model: an import keeps them, training hands them on, an export writes them again."""
 
 import os
 from collections.abc import Mapping
@@ -12,12 +12,12 @@ _FILE = "pretrained.json"
 
 
 def write_origin(workdir: Workdir, origin: Mapping[str, Any]) -> None:
-    """Keeps it in the workdir."""
+    """Writes the origin of a model into its workdir."""
     write_json(workdir / _FILE, origin)
 
 
 def read_origin(workdir: Workdir) -> dict[str, Any]:
-    """What `write_origin` wrote; nothing for a model that comes from no other."""
+    """What `write_origin` wrote; {} for a model that does not come from a pretrained one."""
     path = str(workdir / _FILE)
     if not os.path.isfile(path):
         return {}
@@ -28,14 +28,14 @@ def read_origin(workdir: Workdir) -> dict[str, Any]:
 
 
 def hand_on_origin(source: Workdir, workdir: Workdir) -> None:
-    """A run that starts from `source`'s weights has its origin."""
+    """Gives a run that starts from `source`'s weights the origin of `source`, unless it has one."""
     origin = read_origin(source)
     if origin and not read_origin(workdir):
         write_origin(workdir, origin)
 
 
 def ends_of_text(workdir: Workdir) -> frozenset[int]:
-    """The ids at which the original model stops, beside the one that its tokenizer ends documents with."""
+    """The ids at which the original model stops, apart from its tokenizer's end-of-document id."""
     origin = read_origin(workdir)
     ids: set[int] = set()
     for section in ("config", "generation_config"):

@@ -1,12 +1,12 @@
-"""The files of a checkpoints directory, and which steps are there by their names alone.
+"""The files of a checkpoints directory. Their names alone tell which steps are there.
 
     checkpoints/<step>/              what Orbax wrote
     checkpoints/<step>.sha256.json   the manifest: size and sha256 of each of its files, and the step's metrics
     checkpoints/<step>.unfinished    a mark, there while the step is written or removed
-    checkpoints/<step>.damaged       a damaged step that a new one took the place of; yours to remove
+    checkpoints/<step>.damaged       a damaged step that a new one has replaced; yours to remove
 
-A step exists when its manifest does. A step without one is what a kill left if it has the mark; otherwise its manifest
-was lost. All answers are read from the disk, never from memory.
+A step exists if its manifest does. If a step has no manifest but has the mark, a kill left it; if it has neither, its
+manifest was lost. All answers are read from the disk, never from memory.
 """
 
 import contextlib
@@ -31,13 +31,13 @@ _OF_ORBAX = ("_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt", "d")  # tell
 class StepFiles:
     """The entries of one directory, on a disk (pathlib's path) or in a bucket (etils').
 
-    Methods raise `errors`, unless they say otherwise, where the directory cannot be read or written.
+    If the directory cannot be read or written, methods raise one of `errors`, unless they say otherwise.
     """
 
     def __init__(self, directory: Any) -> None:
         self.directory = directory
         self._on_disk = isinstance(directory, Path)
-        # A store's library raises what its network does.
+        # A store's library passes on the errors of its network libraries.
         self.errors: tuple[type[Exception], ...] = (OSError,) if self._on_disk else (Exception,)
 
     def path(self, step: int) -> Any:
@@ -45,7 +45,7 @@ class StepFiles:
         return self.directory / str(step)
 
     def manifest(self, step: int) -> Any:
-        """The file that says what is in it."""
+        """The manifest of a step."""
         return self._entry(step, _MANIFEST)
 
     def committed(self) -> list[int]:
@@ -53,25 +53,25 @@ class StepFiles:
         return sorted(self._found()[_MANIFEST])
 
     def without_manifest(self) -> list[int]:
-        """Checkpoints that were finished once and have lost their manifest, ascending."""
+        """Finished checkpoints that have lost their manifest, ascending."""
         lost, found = [], self._found()
         for step in sorted(found[""] - found[_MANIFEST]):
-            # One by one, and the mark twice, because a run may be writing or removing the step just now.
+            # The mark is looked for twice, because a run may be writing or removing the step just now.
             ends = (_UNFINISHED, _MANIFEST, _UNFINISHED)
             if not any(self._entry(step, end).exists() for end in ends) and self._is_orbax(step):
                 lost.append(step)
         return lost
 
     def is_foreign(self, step: int) -> bool:
-        """Whether a directory is in the way of `step` that no run of ours is known to have made."""
+        """Whether the directory of `step` has files that no run is known to have written."""
         found, path = self._found(), self.path(step)
         return step not in found[_MANIFEST] | found[_UNFINISHED] and path.is_dir() and any(path.iterdir())
 
     def require_space(self, step: int, size: int) -> None:
-        """Makes the directory. Raises UserError where the disk has less than `size` bytes free; a bucket has any."""
+        """Makes the directory. Raises UserError if the disk has fewer than `size` bytes free; a bucket has no limit."""
         if not self._on_disk:
             return
-        # Asked beforehand because Orbax fails in a thread, with a page of traceback on stderr.
+        # Checked beforehand because Orbax fails in a thread, with a page of traceback on stderr.
         self.directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=self.directory):
             free = shutil.disk_usage(self.directory).free
@@ -81,21 +81,21 @@ class StepFiles:
             )
 
     def begin(self, step: int) -> None:
-        """Marks `step` as unfinished: from here on, what there is of it is a leftover."""
+        """Marks `step` as unfinished: until `finish`, its files are leftovers."""
         self._entry(step, _UNFINISHED).touch()
         self.manifest(step).unlink(missing_ok=True)
 
     def finish(self, step: int) -> None:
-        """Takes the mark away, when the manifest is written."""
+        """Removes the mark. To be called once the manifest is written."""
         self._entry(step, _UNFINISHED).unlink()
 
     def remove(self, step: int) -> None:
-        """Removes a committed step. Its manifest goes before its files: a step half removed must not count."""
+        """Removes a committed step: first its manifest, then its files. A half-removed step must not count."""
         self.begin(step)
         self._remove_unfinished(step)
 
     def remove_leftovers(self, step: int) -> None:
-        """Removes all that killed saves and removals left, except the mark of `step`, which is about to be written."""
+        """Removes all that killed saves and removals left, except the mark of `step`, which is saved next."""
         for name, is_directory in self._entries().items():
             if _TEMPORARY.fullmatch(name):
                 path = self.directory / name
@@ -108,7 +108,7 @@ class StepFiles:
                 self._remove_unfinished(unfinished)
 
     def set_aside(self, step: int) -> None:
-        """Renames what there is of `step` to <step>.damaged, and says so in a warning."""
+        """Renames the files of `step` to <step>.damaged, with a warning."""
         names = (f"{step}.damaged" + (f"-{count}" if count > 1 else "") for count in itertools.count(1))
         name = next(n for n in names if not any((self.directory / f"{n}{end}").exists() for end in ("", _MANIFEST)))
         there = [end for end in (_MANIFEST, "") if self._entry(step, end).exists()]
@@ -122,7 +122,7 @@ class StepFiles:
         return self.directory / f"{step}{end}"
 
     def _found(self) -> dict[str, set[int]]:
-        """The steps of which there is `<step><end>`, by end."""
+        """end -> the steps that have an entry `<step><end>`."""
         found: dict[str, set[int]] = {"": set(), _MANIFEST: set(), _UNFINISHED: set()}
         for entry in self._entries():
             if name := _ENTRY.fullmatch(entry):
@@ -130,7 +130,7 @@ class StepFiles:
         return found
 
     def _entries(self) -> dict[str, bool]:
-        """The names in the directory, and whether each is one; none where there is no directory yet."""
+        """Name -> whether it is a directory, for each entry; empty if there is no directory yet."""
         if not self._on_disk:
             return list_directory(self.directory)
         return {entry.name: entry.is_dir() for entry in self.directory.iterdir()} if self.directory.is_dir() else {}

@@ -1,9 +1,9 @@
-"""Google Cloud Storage, for workdirs at gs://bucket/run of machines that share no file system.
+"""Google Cloud Storage: workdirs at gs://bucket/run, for machines that share no file system.
 
-An object store can neither append to a file nor rename a directory nor lock. So the small files of such a workdir
-(config, tokenizer, metrics, ...) are read and written in a local copy, `local_copy`, and a `Mirror` uploads what this
-process changes there; checkpoints go from every process straight to the bucket, through Orbax and etils. Other stores
-have to be mounted: Orbax's array driver knows files and gs:// alone.
+An object store can neither append to a file nor rename a directory nor lock. So each process reads and writes the small
+files of such a workdir (config, tokenizer, metrics, ...) in a local copy, `local_copy`, and a `Mirror` uploads its
+changes. Checkpoints go from every process straight to the bucket, through Orbax and etils. Other stores must be
+mounted: Orbax's array driver knows only files and gs://.
 """
 
 import atexit
@@ -24,20 +24,20 @@ _NOT_IN_NAMES = set("#?*[]\\\n\r\t")
 
 
 def is_remote(workdir: str) -> bool:
-    """Whether it is a URL. Raises UserError for one that cannot be a workdir."""
+    """Whether `workdir` is a URL. Raises UserError for a URL that cannot be a workdir."""
     if "://" not in workdir:
         return False
     bucket, _, name = workdir.removeprefix(_SCHEME).partition("/")
     if not workdir.startswith(_SCHEME) or not bucket or not name.strip("/"):
         raise UserError(f"workdir {workdir}: allowed: a local or mounted directory, or gs://<bucket>/<name>")
     if odd := sorted(set(workdir) & _NOT_IN_NAMES):
-        # TensorStore, which writes the arrays, takes what follows # or ? for another part of the URL; gcsfs globs.
+        # TensorStore, which writes the arrays, splits a URL at # and ?; gcsfs expands globs.
         raise UserError(f"workdir {workdir}: {odd[0]!r} may not be in the name of a bucket's directory")
     return True
 
 
 def remote_path(url: str) -> Any:
-    """The etils path of a remote directory. Raises UserError where the packages for it are not installed."""
+    """The etils path of a remote directory. Raises UserError if the packages for it are not installed."""
     from etils import epath
 
     file_system()
@@ -46,7 +46,7 @@ def remote_path(url: str) -> Any:
 
 @functools.cache
 def file_system() -> Any:
-    """gcsfs, without its cache of listings: Orbax writes objects that gcsfs would not know of."""
+    """gcsfs, without its cache of listings, which would miss the objects that Orbax writes."""
     try:
         import fsspec
         import gcsfs  # noqa: F401 (what fsspec needs)
@@ -56,15 +56,15 @@ def file_system() -> Any:
             "or mount the bucket and give the mount point"
         ) from error
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # tracebacks of what is told in a line
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # its tracebacks repeat what our errors say in one line
     return fsspec.filesystem("gcs")
 
 
 @functools.cache
 def local_copy(url: str) -> Path:
-    """The small files of a remote workdir, copied into a temporary directory that goes with the process.
+    """The small files of a remote workdir, copied into a temporary directory that is removed when the process ends.
 
-    Raises UserError where they cannot be read, or the copy cannot be written.
+    Raises UserError if they cannot be read or the copy cannot be written.
     """
     root = Path(tempfile.mkdtemp(prefix="darkformer-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
@@ -78,7 +78,7 @@ def local_copy(url: str) -> Path:
         }
     try:
         for name in filter(entries.get, entries):
-            (copy / name).mkdir(parents=True)  # empty: so that a directory which is no run's is noticed
+            (copy / name).mkdir(parents=True)  # empty, so that foreign directories are noticed
         for name, content in contents.items():
             copy.mkdir(parents=True, exist_ok=True)
             (copy / name).write_bytes(content)
@@ -89,10 +89,10 @@ def local_copy(url: str) -> Path:
 
 
 def list_directory(path: str | os.PathLike[str]) -> dict[str, bool]:
-    """The names in a remote directory, and whether each is a directory; none where there is no such directory.
+    """Name -> whether it is a directory, for each entry of a remote directory; empty if there is no such directory.
 
-    (etils' own `is_dir` says no where a store cannot be reached, too.) Raises UserError where there is no such bucket,
-    or an object of this name, and Transient where it cannot be listed.
+    Raises UserError if there is no such bucket or if `path` is an object, and Transient if it cannot be listed. (etils'
+    own `is_dir` would say False if the store cannot be reached.)
     """
     url = os.fspath(path).rstrip("/")
     own = url.removeprefix(_SCHEME)
@@ -113,17 +113,17 @@ def list_directory(path: str | os.PathLike[str]) -> dict[str, bool]:
 
 
 def objects(directory: Any) -> dict[str, dict[str, Any]]:
-    """Each object below a remote directory by its relative name: {"bytes": size, "md5": hex}, by one listing.
+    """Relative name -> {"bytes": size, "md5": hex} of each object below a remote directory, from one listing.
 
-    The store computes the md5 of what it is sent; an object that was put together from parts has none. (Every object
-    has a CRC32C, but some of a checkpoint's files end in their own, which makes it the same for all of them.)
+    The store computes the md5 of what it is sent; an object that was composed of parts has none. (Every object has a
+    CRC32C. But some files of a checkpoint end in their own CRC32C, and theirs are therefore all the same.)
     """
     prefix = os.fspath(directory).removeprefix(_SCHEME).rstrip("/") + "/"
     with as_user_error(os.fspath(directory), "read"):
         found = file_system().find(prefix, detail=True)
     listed = {}
     for name, entry in found.items():
-        if not name.endswith("/"):  # what some tools leave for a directory
+        if not name.endswith("/"):  # some tools leave an object for a directory
             md5 = {"md5": base64.b64decode(entry["md5Hash"]).hex()} if "md5Hash" in entry else {}
             listed[name.removeprefix(prefix)] = {"bytes": int(entry["size"]), **md5}
     return listed
@@ -131,9 +131,9 @@ def objects(directory: Any) -> dict[str, dict[str, Any]]:
 
 @contextlib.contextmanager
 def as_user_error(url: str, what: str) -> Any:
-    """Every other error becomes one: gcsfs raises OSError, its own HttpError, and aiohttp's and google-auth's.
+    """Turns every error into a UserError: gcsfs raises OSError, its own HttpError, and aiohttp's and google-auth's.
 
-    Transient, but for what would be so the next time: no such bucket, and no permission.
+    It is Transient unless a retry would fail too: no such bucket, or no permission.
     """
     try:
         yield
@@ -147,7 +147,7 @@ def as_user_error(url: str, what: str) -> Any:
 
 
 def store_error(url: str, what: str, error: Exception) -> UserError:
-    """Of what a store's library has raised: Transient, but where permission is missing."""
+    """The UserError for an error of a store's library: Transient, unless permission is missing."""
     refused = "Forbidden" in str(error) or getattr(error, "code", None) in (401, 403)
     kind = UserError if refused else Transient
     return kind(f"{url} cannot be {what}: {type(error).__name__}: {one_line(error)[:200]}")

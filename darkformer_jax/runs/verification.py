@@ -1,6 +1,6 @@
-"""Which steps may be restored: the bytes of each are compared with its manifest before anything is read back.
+"""Decides which steps may be restored: compares a step's bytes with its manifest before anything is read back.
 
-Orbax reads a flipped bit, or a hole of zeros, as if nothing had happened.
+Orbax alone reads a flipped bit, or a hole of zeros, as if nothing had happened.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,8 @@ _NO_STEP, _ONLY_DAMAGED = -1, -2  # instead of a step, when process 0 tells the 
 class Verification:
     """Chooses steps by their bytes. Process 0 reads and judges; all processes get its answer.
 
-    damage: the steps found damaged so far, and why.
+    Attributes:
+      damage: step -> why, for the steps found damaged so far.
     """
 
     def __init__(self, files: StepFiles) -> None:
@@ -28,10 +29,10 @@ class Verification:
         self.damage: dict[int, str] = {}
 
     def newest(self) -> int | None:
-        """The newest step whose bytes match its manifest; None where there is no step at all.
+        """The newest step whose bytes match its manifest; None if there is no step at all.
 
-        Says in a warning which newer steps are damaged, and how. Raises UserError if all are, or if the step was saved
-        by a newer version.
+        A warning says which newer steps are damaged, and how. Raises UserError if all steps are damaged, or if a newer
+        version saved the step.
         """
         step = _from_process_0(self._newest_good)
         if step == _ONLY_DAMAGED:
@@ -42,7 +43,7 @@ class Verification:
         return step
 
     def require(self, step: int) -> None:
-        """Raises UserError where `step` is absent or damaged, or was saved by a newer version."""
+        """Raises UserError if `step` is absent or damaged, or if a newer version saved it."""
         answer = _from_process_0(lambda: self._judged(step))
         if answer == _NO_STEP:
             there = ", ".join(map(str, self._files.committed())) or "none"
@@ -79,7 +80,7 @@ class Verification:
     def _is_good(self, step: int) -> bool:
         try:
             manifest = read_manifest(self._files.manifest(step), step)
-            if manifest["format"] <= FORMAT:  # what a newer one means, `_refuse_newer_format` says on every process
+            if manifest["format"] <= FORMAT:  # `_refuse_newer_format` refuses a newer one on every process
                 check_files(self._files.path(step), manifest["files"])
         except Damaged as damage:
             self.damage[step] = str(damage)

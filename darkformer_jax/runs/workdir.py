@@ -15,8 +15,11 @@ from typing import IO, Any
 import jax
 from absl import logging
 
+from darkformer_jax.config.base import fields
 from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.config.migrations import migrate, with_version
+from darkformer_jax.config.usage import unused_fields
+from darkformer_jax.config.validation import from_json
 from darkformer_jax.data.files import write_atomically
 from darkformer_jax.data.tokenizers import has_tokenizer
 from darkformer_jax.distributed.processes import is_token
@@ -29,7 +32,7 @@ CHECKPOINTS = "checkpoints"
 LOCK_FILE = ".lock"
 
 # What a resumed run may change: how long it runs, what it prints and keeps, and how the same batch is laid out on the
-# devices. Everything else would continue another experiment under the old one's name.
+# devices. Any other change would continue another experiment under the old one's name.
 CHANGEABLE = (
     "num_steps",
     "accumulation_steps",
@@ -44,16 +47,16 @@ CHANGEABLE = (
 
 
 class Workdir(os.PathLike[str]):
-    """The directory of one run. `str` and `os.fspath` give its name, which two equal workdirs have in common.
+    """The directory of one run. `str` and `os.fspath` give its name; workdirs with the same name are equal.
 
-    The small files of a workdir in a bucket are read and written in a local copy, `local`, whose changes a `Mirror`
-    uploads; its checkpoints go straight to the bucket.
+    The small files of a workdir in a bucket are read and written in a local copy, `local`. A `Mirror` uploads its
+    changes. Checkpoints go straight to the bucket.
 
     Args:
       name: a local or mounted directory, in which `~` is expanded, or gs://bucket/name.
 
     Raises:
-      UserError: another URL, a name that a bucket cannot have, or the home directory of a user who is not there.
+      UserError: another URL, a name that a bucket cannot have, or an unknown user's home directory.
     """
 
     def __init__(self, name: str | os.PathLike[str]) -> None:
@@ -63,7 +66,9 @@ class Workdir(os.PathLike[str]):
         self.is_remote = is_remote(given)
         expanded = given if self.is_remote else os.path.expanduser(given)
         if expanded.startswith("~"):
-            raise UserError(f"workdir {given}: there is no such home directory; for one of this name, give ./{given}")
+            raise UserError(
+                f"workdir {given}: there is no such home directory; for a directory of this name, give ./{given}"
+            )
         self._name = expanded.rstrip("/") or "/"
 
     def __str__(self) -> str:
@@ -88,7 +93,7 @@ class Workdir(os.PathLike[str]):
     def local(self) -> Path:
         """Where this process reads and writes small files: the workdir itself, or the local copy of a remote one.
 
-        The copy is made when it is first asked for. Raises UserError where the bucket cannot be read.
+        The copy is made when it is first asked for. Raises UserError if the bucket cannot be read.
         """
         return local_copy(self._name) if self.is_remote else Path(self._name)
 
@@ -96,13 +101,13 @@ class Workdir(os.PathLike[str]):
     def shared(self) -> Any:
         """The directory that all processes see: an absolute Path, or etils' path in the bucket, with the same methods.
 
-        Raises UserError where the packages for buckets are not installed.
+        Raises UserError if the packages for buckets are not installed.
         """
         return remote_path(self._name) if self.is_remote else Path(self._name).absolute()
 
     @property
     def checkpoints(self) -> Any:
-        """The directory of the checkpoints, as `shared`."""
+        """The directory of the checkpoints, a path like `shared`."""
         return self.shared / CHECKPOINTS
 
     @property
@@ -112,20 +117,20 @@ class Workdir(os.PathLike[str]):
 
     @property
     def tokenizer_dir(self) -> str | None:
-        """The directory to load its tokenizer from; None = it has none yet."""
+        """The directory to load the tokenizer from; None = there is none yet."""
         return str(self.local) if has_tokenizer(str(self.local)) else None
 
     def lock(self) -> "WorkdirLock":
-        """A lock to be entered: see `WorkdirLock`."""
+        """A lock to use as a context manager: see `WorkdirLock`."""
         return WorkdirLock(self)
 
     def read_config(self) -> dict[str, Any]:
-        """The config.json of a run, as nested dicts; fields that came after the run began mean what it did without.
+        """The config.json of a run, as nested dicts. Fields that are newer than the run get values that describe it.
 
         Raises:
           UserError: there is none, it is not JSON, or it belongs to a Hugging Face model.
         """
-        path = f"{self}/{CONFIG_FILE}"  # of a workdir in a bucket, not where its copy is
+        path = f"{self}/{CONFIG_FILE}"  # names the bucket, not the local copy
         try:
             config = json.loads((self / CONFIG_FILE).read_bytes())
         except OSError as error:
@@ -137,7 +142,7 @@ class Workdir(os.PathLike[str]):
             raise UserError(f"{path} holds a {type(config).__name__}, not a config")
         if "model_type" in config:
             raise UserError(
-                f"{path} is a Hugging Face model's; bring it into a workdir first: python -m darkformer_jax.convert "
+                f"{path} is a Hugging Face model's; import it into a workdir first: python -m darkformer_jax.convert "
                 f"--source={self} --workdir=<a new directory>"
             )
         return migrate(config, path)
@@ -152,10 +157,10 @@ class Workdir(os.PathLike[str]):
           config: the resolved config as nested dicts of JSON values (tuples count as lists).
 
         Raises:
-          UserError: the directory holds another experiment (each changed field is printed as `field: old -> new`), or
+          UserError: the directory holds another experiment (each changed field is printed as `field: old -> new`), has
             files but no config.json, or cannot be written.
         """
-        if jax.process_index() != 0:  # they called check_config; by now there may be files of process 0's
+        if jax.process_index() != 0:  # it called check_config; by now process 0 may have written files
             return
         self.check_config(config)
         path = self / CONFIG_FILE
@@ -178,7 +183,7 @@ class Workdir(os.PathLike[str]):
             raise UserError(f"workdir {self} cannot be read: {error.strerror or error}") from error
 
     def check_data(self, fingerprint: str) -> None:
-        """Raises UserError where the run trained on other tokens than those of `fingerprint`."""
+        """Raises UserError if the run was trained on tokens with another fingerprint."""
         path = self / DATA_FILE
         if not path.exists():
             return
@@ -189,19 +194,20 @@ class Workdir(os.PathLike[str]):
         if saved != fingerprint:
             raise UserError(
                 f"workdir {self} was trained on other data (fingerprint {saved[:12]}, now {fingerprint[:12]}): files "
-                "changed, or this is another Python's library; use a new workdir or bring the data back"
+                "changed, or another Python's library is read; use a new workdir or bring the data back"
             )
 
     def write_data(self, fingerprint: str) -> None:
-        """Notes what `check_data` compares. On a pod, process 0 writes."""
+        """Writes the fingerprint that `check_data` compares. On a pod, process 0 writes."""
         if jax.process_index() == 0 and not (self / DATA_FILE).exists():
             write_atomically(self / DATA_FILE, (json.dumps({"fingerprint": fingerprint}) + "\n").encode())
 
     def _refuse_changes(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         before, after = dict(flat_fields(old)), dict(flat_fields(new))
+        unused = _unused(old) & _unused(new)  # an experiment may set more or fewer of them than it once did
         changes = [
             f"{field}: {_shown(before, field)} -> {_shown(after, field)}"
-            for field in sorted(before.keys() | after.keys())
+            for field in sorted((before.keys() | after.keys()) - unused)
             if not _changeable(field) and _shown(before, field) != _shown(after, field)
         ]
         if changes:
@@ -231,8 +237,8 @@ class Workdir(os.PathLike[str]):
 class WorkdirLock(contextlib.AbstractContextManager["WorkdirLock"]):
     """Keeps a second run out of a workdir. The lock is the kernel's: it ends with the process, however that ends.
 
-    Entering takes it where the workdir has begun (has a config.json); a new run calls `take` when it has written that.
-    On a pod, process 0 holds it. A workdir in a bucket cannot be locked: what is locked then is its local copy.
+    Entering takes the lock if the workdir has a config.json; a new run calls `take` once it has written one. On a pod,
+    process 0 holds the lock. A bucket cannot be locked, so only its local copy is.
     """
 
     def __init__(self, workdir: Workdir) -> None:
@@ -250,7 +256,7 @@ class WorkdirLock(contextlib.AbstractContextManager["WorkdirLock"]):
             self._file = None
 
     def take(self) -> None:
-        """Does nothing where it is held already. Raises UserError: another run has it, or it cannot be written."""
+        """Takes the lock if it is not held yet. Raises UserError if another run has it or it cannot be written."""
         if self._file is not None or jax.process_index() != 0:
             return
         file: IO[str] | None = None
@@ -283,6 +289,12 @@ class WorkdirLock(contextlib.AbstractContextManager["WorkdirLock"]):
 def _as_read_back(config: Mapping[str, Any]) -> dict[str, Any]:
     as_json: dict[str, Any] = json.loads(json.dumps(config))
     return as_json
+
+
+def _unused(config: Mapping[str, Any]) -> set[str]:
+    """Fields that no layer of a config uses; none of them where the config lacks a field."""
+    complete = fields().keys() <= dict(flat_fields(config)).keys()
+    return unused_fields(from_json(config)) if complete else set()
 
 
 def _shown(fields: Mapping[str, Any], field: str) -> str:

@@ -1,4 +1,4 @@
-"""What is learned: batches, loss, figures, and what is best. One task a file, behind the protocol of tasks/task.py."""
+"""Tasks: batches, loss, figures and best checkpoint. One file per task, behind the protocol of tasks/task.py."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from darkformer_jax.tasks.language_model import LanguageModel
 from darkformer_jax.tasks.regression import Regression
 from darkformer_jax.tasks.task import Task
 
-TASKS: dict[str, type[Task[Any]]] = {  # config.task.name -> what is learned
+TASKS: dict[str, type[Task[Any]]] = {  # by config.task.name
     "language_model": LanguageModel,
     "classification": Classification,
     "regression": Regression,
@@ -18,7 +18,7 @@ TASKS: dict[str, type[Task[Any]]] = {  # config.task.name -> what is learned
 
 
 def task_of(workdir: Workdir) -> type[Task[Any]]:
-    """What the model of a workdir has learned. Raises UserError where config.json is not a run's, or of a newer one."""
+    """The task of a workdir's model. Raises UserError if its config.json is not a run's, or a newer version's."""
     name = dict(flat_fields(workdir.read_config())).get("task.name")
     if name not in TASKS:
         raise UserError(f"{workdir}: its task {name!r} is not known; allowed: {', '.join(TASKS)}")

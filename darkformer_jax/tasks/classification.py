@@ -1,4 +1,4 @@
-"""Classification of whole texts: which of the classes that the training labels name."""
+"""Classification of whole texts into the classes that the training labels name."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -31,13 +31,13 @@ _CLASSES_PER_LINE = 12
 
 
 class ClassEvaluation(NamedTuple):
-    """What a classifier makes of held-out examples.
+    """The figures of a classifier on held-out examples.
 
     Attributes:
       loss: nats per example.
-      scores: see there.
-      confusion: [C, C], examples of class i that were taken for class j.
-      names: of the C classes.
+      scores: accuracy, F1 and Matthews.
+      confusion: [C, C]; entry (i, j) counts the examples of class i that were taken for class j.
+      names: the names of the C classes.
     """
 
     loss: float
@@ -47,7 +47,7 @@ class ClassEvaluation(NamedTuple):
 
     @property
     def size(self) -> str:
-        """What was classified."""
+        """How much was classified."""
         return f"{int(self.confusion.sum()):,} examples"
 
     @property
@@ -56,16 +56,16 @@ class ClassEvaluation(NamedTuple):
         return self.scores
 
     def as_metrics(self) -> dict[str, float]:
-        """Names for metrics.jsonl."""
+        """The figures by their names in metrics.jsonl."""
         return {f"heldout_{name}": value for name, value in {"loss": self.loss, **self.scores._asdict()}.items()}
 
     def as_result(self) -> dict[str, Any]:
-        """With the classes' names and the confusion."""
+        """The figures with the classes' names and the confusion, as JSON values."""
         counts = self.confusion.astype(int).tolist()
         return {"loss": self.loss, **self.scores._asdict(), "labels": list(self.names), "confusion": counts}
 
     def details(self) -> list[str]:
-        """The confusion as a table; without it where there are too many classes for a line."""
+        """The confusion as a table; no lines if there are too many classes for a line."""
         if len(self.names) > _CLASSES_PER_LINE:
             return []
         cells = [[f"{count:,}" for count in counts] for counts in self.confusion.astype(int).tolist()]
@@ -82,12 +82,12 @@ class ClassEvaluation(NamedTuple):
 class Classes:
     """The objective of a classification; see `tasks.labelled.LabelledObjective`.
 
-    Its loss is the cross-entropy, mean over examples.
+    Its loss is the cross-entropy, averaged over examples.
 
     Attributes:
-      vocab_size: ids of the tokenizer.
-      sequence_length: tokens of a row.
-      names: of the classes, in the order of the model's outputs.
+      vocab_size: number of the tokenizer's ids.
+      sequence_length: tokens per row.
+      names: the names of the classes, in the order of the model's outputs.
     """
 
     vocab_size: int
@@ -96,11 +96,11 @@ class Classes:
 
     @property
     def num_outputs(self) -> int:
-        """A logit per class."""
+        """One logit per class."""
         return len(self.names)
 
     def batch_shapes(self, num_rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """A label is the number of its class."""
+        """The shapes of a batch; a label is the index of its class."""
         return labelled_shapes(num_rows, self.sequence_length, jnp.int32)
 
     def loss(self, model: Transformer, batch: Batch, constants: Any) -> tuple[Float[Array, ""], Sums]:
@@ -122,25 +122,25 @@ class Classes:
         return {"nll": nll, "confusion": confusion, "weight": jnp.sum(batch["weights"])}, {}
 
     def describe(self) -> Mapping[str, str]:
-        """How many classes there are."""
+        """The number of classes."""
         return {"classes": f"{self.num_outputs:,}"}
 
     def labels(self, examples: Sequence[Example]) -> np.ndarray:
-        """The classes' numbers."""
+        """The index of each example's class."""
         return class_labels(examples, self.names)
 
     def evaluation(self, sums: Mapping[str, np.ndarray], rows: Mapping[str, np.ndarray]) -> ClassEvaluation:
-        """All figures are of sums."""
+        """The figures, which need only the sums."""
         loss = float(sums["nll"]) / max(float(sums["weight"]), 1.0)
         return ClassEvaluation(loss, class_scores(sums["confusion"]), sums["confusion"], self.names)
 
     @property
     def table_head(self) -> tuple[str, ...]:
-        """As `ClassScores`."""
+        """The names of `ClassScores`."""
         return "accuracy", f1_of(self.names), "Matthews"
 
     def judge(self, labels: np.ndarray, predicted: np.ndarray) -> ClassScores:
-        """The scores."""
+        """The scores of the predictions."""
         return class_scores(count_pairs(labels, predicted, self.num_outputs))
 
     def constant(self, labels: np.ndarray) -> tuple[str, float]:
@@ -150,21 +150,21 @@ class Classes:
 
 
 class Classification(LabelledTask[Classes, ClassEvaluation]):
-    """Which class a text is of. The classes' names are saved in labels.json, and a resumed run has the same."""
+    """The task of classifying texts. labels.json has the classes' names, which a resumed run must have, too."""
 
     @classmethod
     def make_objective(cls, config: ml_collections.ConfigDict, vocab_size: int, training: Sequence[Example]) -> Classes:
-        """Of the training labels' names."""
+        """The objective for the classes that the training labels name."""
         return Classes(vocab_size, config.sequence_length, class_names(training))
 
     @classmethod
     def trained_objective(cls, config: ml_collections.ConfigDict, vocab_size: int, workdir: Workdir) -> Classes:
-        """Of the names in labels.json."""
+        """The objective for the classes in labels.json."""
         return Classes(vocab_size, config.sequence_length, load_class_names(workdir.local))
 
     @classmethod
     def load(cls, config: ml_collections.ConfigDict, workdir: Workdir) -> "Classification":
-        """Also compares the classes with those that the run began with."""
+        """Reads the data. Raises UserError also if the classes are not those that the run began with."""
         task = super().load(config, workdir)
         names = task.objective.names
         if (workdir / LABELS_FILE).exists() and (saved := load_class_names(workdir.local)) != names:
@@ -175,14 +175,14 @@ class Classification(LabelledTask[Classes, ClassEvaluation]):
         return task
 
     def save(self, workdir: Workdir) -> None:
-        """The tokenizer and the classes' names, where there are none yet."""
+        """Writes the tokenizer and the classes' names if the workdir has none."""
         super().save(workdir)
         if not (workdir / LABELS_FILE).exists():
             save_class_names(workdir.local, self.objective.names)
 
 
 def f1_of(names: Sequence[str]) -> str:
-    """What `ClassScores.f1` is of these classes."""
+    """The name of `ClassScores.f1` for these classes."""
     return f"F1 of {names[1]!r}" if len(names) == 2 else "macro F1"
 
 

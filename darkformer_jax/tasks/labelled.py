@@ -1,4 +1,4 @@
-"""What tasks on labelled texts share: examples, their tokenizer, their batches, and how a model is judged on them."""
+"""What the tasks on labelled texts share: examples, tokenizer, batches, and the evaluation of a model."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ from darkformer_jax.tasks.tokenizer import check_same_tokenizer, tokenizer_of, v
 
 
 class LabelledEvaluation(Evaluation, Protocol):
-    """An evaluation that is a row of a table, too."""
+    """An evaluation that is also a row of a table."""
 
     @property
     def row(self) -> Sequence[float]:
@@ -42,7 +42,7 @@ class LabelledEvaluation(Evaluation, Protocol):
         ...
 
     def as_result(self) -> dict[str, Any]:
-        """JSON values."""
+        """The figures as JSON values."""
         ...
 
 
@@ -54,26 +54,26 @@ class LabelledObjective(Objective, Protocol):
     """An objective that also knows what labels mean.
 
     Attributes:
-      table_head: names of the figures that judge predictions.
+      table_head: names of the figures that `judge` returns.
     """
 
     @property
     def table_head(self) -> tuple[str, ...]: ...
 
     def labels(self, examples: Sequence[Example]) -> np.ndarray:
-        """[n], of the batches' dtype. Raises UserError, with its place, for a label that means nothing here."""
+        """The labels [n], in the batches' dtype. Raises UserError for a label that this task cannot use; says where."""
         ...
 
     def evaluation(self, sums: Mapping[str, np.ndarray], rows: Mapping[str, np.ndarray]) -> LabelledEvaluation:
-        """The figures of what `measure` returned, as in `tasks.task.Task.evaluation`."""
+        """The figures for what `measure` returned, as in `tasks.task.Task.evaluation`."""
         ...
 
     def judge(self, labels: np.ndarray, predicted: np.ndarray) -> Sequence[float]:
-        """The figures of anyone's predictions [n] of labels [n]."""
+        """The figures of any predictions [n] of labels [n]."""
         ...
 
     def constant(self, labels: np.ndarray) -> tuple[str, float]:
-        """The best prediction that does not depend on the text, in words and as a label."""
+        """The best prediction that does not depend on the text: (in words, as a label)."""
         ...
 
 
@@ -82,10 +82,10 @@ class LabelledTask(ABC, Generic[O, E]):
     """A task whose rows are texts with a label each; see `tasks.task.Task`.
 
     Attributes:
-      config: of the run.
-      objective: see above.
+      config: the run's.
+      objective: what the run learns.
       train, heldout: both splits.
-      tokenizer: of both.
+      tokenizer: that of both splits.
     """
 
     config: ml_collections.ConfigDict
@@ -100,16 +100,16 @@ class LabelledTask(ABC, Generic[O, E]):
     @classmethod
     @abstractmethod
     def make_objective(cls, config: ml_collections.ConfigDict, vocab_size: int, training: Sequence[Example]) -> O:
-        """Of a validated config, its tokenizer's number of ids and what it trains on."""
+        """The objective for a validated config, its tokenizer's number of ids and its training examples."""
 
     @classmethod
     @abstractmethod
     def trained_objective(cls, config: ml_collections.ConfigDict, vocab_size: int, workdir: Workdir) -> O:
-        """That of a workdir's model, without the data."""
+        """The objective of a workdir's model, without the data."""
 
     @classmethod
     def objective_of(cls, config: ml_collections.ConfigDict) -> O:
-        """Reads the labels, because the model's size depends on them."""
+        """The objective of a config. Reads the labels, because the model's size depends on them."""
         return cls.make_objective(config, vocab_size_of(config), _examples(config)[0])
 
     @classmethod
@@ -135,12 +135,12 @@ class LabelledTask(ABC, Generic[O, E]):
 
     @property
     def fingerprints(self) -> Mapping[str, str]:
-        """Of both splits' tokens and labels, and of the tokenizer."""
+        """SHA-256 of both splits' tokens and labels, and the tokenizer's fingerprint."""
         data = self.train.fingerprint + self.heldout.fingerprint
         return {"data": data, "tokenizer": self.tokenizer.fingerprint}
 
     def train_batches(self, start_step: int, part: Part) -> Iterator[Batch]:
-        """As `LabelledRows.read` makes them, each epoch in another order."""
+        """Batches of `LabelledRows.read`, each epoch in another order."""
         return shuffled_batches(
             self.train.read,
             len(self.train),
@@ -153,7 +153,7 @@ class LabelledTask(ABC, Generic[O, E]):
         )
 
     def heldout_batches(self, max_batches: int, part: Part) -> Iterator[Batch]:
-        """As `LabelledRows.read` makes them, in order."""
+        """Batches of `LabelledRows.read`, in order."""
         return ordered_batches(
             self.heldout.read,
             len(self.heldout),
@@ -164,16 +164,16 @@ class LabelledTask(ABC, Generic[O, E]):
         )
 
     def evaluation(self, sums: Mapping[str, np.ndarray], rows: Mapping[str, np.ndarray]) -> E:
-        """The objective's."""
+        """The objective's evaluation."""
         return cast(E, self.objective.evaluation(sums, rows))
 
     def save(self, workdir: Workdir) -> None:
-        """The tokenizer, where there is none yet."""
+        """Writes the tokenizer if the workdir has none."""
         if workdir.tokenizer_dir is None:
             self.tokenizer.save(str(workdir.local))
 
     def report(self, network: Network, params: dict, projections: dict, workdir: Workdir, last: E) -> str:
-        """The held-out figures beside those of a bag of bytes and of the best constant."""
+        """Prints the held-out figures, and those of a bag of bytes and of the best constant for comparison."""
         bag = predict_by_bag_of_bytes(self.train.texts, self.train.labels, self.heldout.texts)
         name, constant = self.objective.constant(self.train.labels)
         rivals = {"bag of bytes": bag, f"always {name}": np.full_like(self.heldout.labels, constant)}
@@ -182,7 +182,7 @@ class LabelledTask(ABC, Generic[O, E]):
 
     @classmethod
     def score(cls, workdir: Workdir, step: int | None, request: ScoreRequest, progress_bar: ProgressBar) -> Scores:
-        """Figures of labelled files, which have the columns that training had."""
+        """Scores labelled files, which must have the columns of the training files."""
         for name in ("context", "stride", "max_tokens"):
             if getattr(request, name) is not None:
                 raise UserError(f"--{name}={getattr(request, name)}: only a language model has windows of its text")
@@ -226,7 +226,7 @@ class LabelledTask(ABC, Generic[O, E]):
 def labelled_shapes(
     num_rows: int, sequence_length: int, label_dtype: jax.typing.DTypeLike
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Of what `LabelledRows.read` returns."""
+    """The shapes of what `LabelledRows.read` returns."""
     shape = (num_rows, sequence_length)
     tokens = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ("inputs", "segment_ids", "positions")}
     return tokens | {
@@ -236,7 +236,7 @@ def labelled_shapes(
 
 
 def columns_of(config: ml_collections.ConfigDict) -> Columns:
-    """Where the config's files have text and label."""
+    """The columns with text and label in the config's files."""
     return Columns(config.task.text_column, config.task.label_column)
 
 
@@ -259,7 +259,7 @@ def _evaluate(
         measured = measure_all(functools.partial(measure, model.params, model.projections), batches())
     evaluation = objective.evaluation(*measured)
     if not math.isfinite(evaluation.loss):
-        raise UserError(f"the model's loss is {evaluation.loss}: its weights or its numbers are broken")
+        raise UserError(f"the model's loss is {evaluation.loss}: its weights are damaged, or a number overflowed")
     return evaluation
 
 
@@ -269,7 +269,7 @@ def _table(
     labels: np.ndarray,
     rivals: Mapping[str, np.ndarray],
 ) -> list[str]:
-    """Lines: a model's figures, those of its rivals' predictions, and its details."""
+    """Lines with a model's figures, those of its rivals' predictions, and its details."""
     rows = {"this model": evaluation.row} | {name: objective.judge(labels, rivals[name]) for name in rivals}
     cells = [[name, *(f"{figure:.4f}" for figure in figures)] for name, figures in rows.items()]
     return table_lines([["", *objective.table_head], *cells]) + evaluation.details()

@@ -31,16 +31,16 @@ SAMPLES_FILE = "samples.txt"
 
 
 class TextEvaluation(NamedTuple):
-    """What a model makes of held-out text."""
+    """The figures of a language model on held-out text."""
 
     loss: float  # nats per token
-    bits_per_byte: float  # of the text, whatever its tokenizer
+    bits_per_byte: float  # comparable across tokenizers
     accuracy: float  # share of tokens whose successor has the largest logit
     tokens: int
 
     @classmethod
     def of(cls, sums: Mapping[str, np.ndarray], tokens_per_byte: float) -> "TextEvaluation":
-        """Of `token_sums` added up. tokens_per_byte: of the whole split, predicted tokens over bytes of its text."""
+        """The figures for added `token_sums`. tokens_per_byte: predicted tokens / bytes of text, in the whole split."""
         tokens = max(float(sums["weight"]), 1.0)
         loss = float(sums["nll"]) / tokens
         bits = loss / math.log(2) * tokens_per_byte
@@ -48,11 +48,11 @@ class TextEvaluation(NamedTuple):
 
     @property
     def size(self) -> str:
-        """What was predicted."""
+        """How much was predicted."""
         return f"{self.tokens:,} tokens"
 
     def as_metrics(self) -> dict[str, float]:
-        """Names for metrics.jsonl."""
+        """The figures by their names in metrics.jsonl."""
         return {f"heldout_{name}": value for name, value in self._asdict().items()}
 
     def __str__(self) -> str:
@@ -64,9 +64,9 @@ class LanguageModel:
     """The task of predicting the next token; see `tasks.task.Task`.
 
     Attributes:
-      config: of the run.
+      config: the run's.
       data: both splits and their tokenizer.
-      teacher: None = the text alone teaches.
+      teacher: None = the model learns from text alone.
     """
 
     config: ml_collections.ConfigDict
@@ -77,12 +77,12 @@ class LanguageModel:
 
     @classmethod
     def objective_of(cls, config: ml_collections.ConfigDict) -> NextToken:
-        """Of the text and the tokenizer's size alone: without a teacher."""
+        """The objective of a config, without a teacher."""
         return NextToken.of(config, vocab_size_of(config))
 
     @classmethod
     def load(cls, config: ml_collections.ConfigDict, workdir: Workdir) -> "LanguageModel":
-        """Reads both splits; the teacher's weights are not read before `constants` are asked for."""
+        """Reads both splits. The first use of `constants` reads the teacher's weights."""
         d = config.data
         part = (jax.process_index(), jax.process_count())
         data = load_data(
@@ -101,7 +101,7 @@ class LanguageModel:
 
     @property
     def objective(self) -> NextToken:
-        """Of this tokenizer, with the teacher if there is one."""
+        """The objective for this tokenizer, with the teacher if there is one."""
         network = self.teacher.network if self.teacher else None
         return NextToken.of(self.config, self.data.tokenizer.vocab_size, network)
 
@@ -112,11 +112,11 @@ class LanguageModel:
 
     @property
     def fingerprints(self) -> Mapping[str, str]:
-        """Of both splits' tokens, and of the tokenizer."""
+        """SHA-256 of both splits' tokens, and the tokenizer's fingerprint."""
         return {"data": self.data.fingerprint, "tokenizer": self.data.tokenizer.fingerprint}
 
     def train_batches(self, start_step: int, part: Part) -> Iterator[Batch]:
-        """As darkformer_jax.data.batches makes them."""
+        """The batches of `darkformer_jax.data.train_batches`."""
         return train_batches(
             self.data.train,
             seed=self.config.seed,
@@ -129,7 +129,7 @@ class LanguageModel:
         )
 
     def heldout_batches(self, max_batches: int, part: Part) -> Iterator[Batch]:
-        """As darkformer_jax.data.batches makes them."""
+        """The batches of `darkformer_jax.data.heldout_batches`."""
         return heldout_batches(
             self.data.heldout,
             batch_size=self.config.eval.batch_size,
@@ -140,21 +140,21 @@ class LanguageModel:
         )
 
     def evaluation(self, sums: Mapping[str, np.ndarray], rows: Mapping[str, np.ndarray]) -> TextEvaluation:
-        """Means over tokens; there are no values of rows."""
+        """The figures, as means over tokens. `rows` is empty."""
         return TextEvaluation.of(sums, tokens_per_byte(self.data.heldout))
 
     def save(self, workdir: Workdir) -> None:
-        """The tokenizer, where there is none yet."""
+        """Writes the tokenizer if the workdir has none."""
         if workdir.tokenizer_dir is None:
             self.data.tokenizer.save(str(workdir.local))
 
     def report(self, network: Network, params: dict, projections: dict, workdir: Workdir, last: TextEvaluation) -> str:
-        """Bits per byte beside those of general compressors, and samples, which samples.txt keeps."""
+        """Prints bits per byte, those of general compressors for comparison, and samples. Writes samples.txt."""
         text = self.data.heldout_text()
         if text:
             others = "  ".join(f"{name} {bits:.3f}" for name, bits in compressors(text).items())
             print(f"bits per byte of the same {len(text):,} bytes: this model {last.bits_per_byte:.3f}  {others}")
-        if self.config.sample.prompts and jax.process_count() == 1:  # this process alone has not the whole state
+        if self.config.sample.prompts and jax.process_count() == 1:  # else no process has the whole state
             samples = self._samples(network, params, projections, workdir)
             print("\n" + samples)
             write_atomically(workdir / SAMPLES_FILE, samples.encode())
@@ -162,11 +162,11 @@ class LanguageModel:
 
     @classmethod
     def score(cls, workdir: Workdir, step: int | None, request: ScoreRequest, progress_bar: ProgressBar) -> Scores:
-        """By quarter of the window."""
+        """Scores text by quarter of the window."""
         return score_text(workdir, step, request, progress_bar)
 
     def _samples(self, network: Network, params: dict, projections: dict, workdir: Workdir) -> str:
-        """The config's prompts and how the model continues them, as `generate` would."""
+        """The config's prompts and the model's continuations, as `generate` prints them."""
         s, tokenizer = self.config.sample, self.data.tokenizer
         sampler = Sampler(
             network,
@@ -187,15 +187,15 @@ class LanguageModel:
 
 
 def tokens_per_byte(stream: TokenStream) -> float:
-    """Predicted tokens over bytes of text: what turns nats per token into bits per byte."""
+    """Predicted tokens / bytes of text, the factor that turns nats per token into bits per byte."""
     ends = 1 if stream.starts_are_targets else stream.num_documents  # tokens without a successor
     return (stream.num_tokens - ends) / stream.num_bytes
 
 
 def compressors(data: bytes) -> dict[str, float]:
-    """Bits per byte of `data` under `gzip -9` and `xz -9`: what a language model's bits per byte should beat.
+    """Bits per byte of `data` under `gzip -9` and `xz -9`, which a language model should beat.
 
-    About 0.1 s and 0.5 s per MB; xz holds up to 0.7 GB while it works. Raises ValueError if `data` is empty.
+    They take about 0.1 s and 0.5 s per MB, and xz up to 0.7 GB of memory. Raises ValueError if `data` is empty.
     """
     if not data:
         raise ValueError("nothing to compress")

@@ -1,4 +1,4 @@
-"""What `Objective.measure` returns of several batches, as one."""
+"""Combines what `Objective.measure` returns for several batches."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -11,7 +11,7 @@ Measured = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]  # sums, and valu
 
 
 def measure_all(step: Callable[[dict], tuple[Sums, dict[str, jax.Array]]], batches: Iterable[dict]) -> Measured:
-    """Sums in float64 over `batches`, of which there is at least one, and the values of all their rows end to end.
+    """(sums in float64, values of all rows concatenated) over `batches`, of which there must be at least one.
 
     step: batch -> what `Objective.measure` returns, jitted. A batch is dispatched before the one before it is read.
     """
@@ -29,7 +29,7 @@ def measure_all(step: Callable[[dict], tuple[Sums, dict[str, jax.Array]]], batch
 
 
 def _on_host(sums: Sums, rows: Mapping[str, jax.Array]) -> Measured:
-    """Of one batch, sums in float64; waits for the device that computes them."""
+    """(sums in float64, values of rows) of one batch, on the host. Waits for the device that computes them."""
     return (
         {name: np.asarray(value, np.float64) for name, value in sums.items()},
         {name: np.asarray(value) for name, value in rows.items()},
@@ -37,7 +37,7 @@ def _on_host(sums: Sums, rows: Mapping[str, jax.Array]) -> Measured:
 
 
 def _total(parts: Sequence[Measured]) -> Measured:
-    """The sums of at least one batch added, and the values of all rows end to end."""
+    """(the sums added, the values of rows concatenated) of at least one batch."""
     first_sums, first_rows = parts[0]
     sums = {name: sum((part[0][name] for part in parts), np.zeros_like(first_sums[name])) for name in first_sums}
     return sums, {name: np.concatenate([part[1][name] for part in parts]) for name in first_rows}

@@ -1,4 +1,4 @@
-"""Next-token prediction: the loss of a language model, with a teacher's predictions beside the text's own if wanted.
+"""Next-token prediction: the loss of a language model, which may also learn from a teacher's predictions.
 
 The teacher is frozen, and its predictions are targets (distillation, Hinton et al., arXiv 1503.02531).
 """
@@ -21,13 +21,13 @@ from darkformer_jax.tasks.task import Batch, Sums
 class NextToken:
     """The objective of a language model; see `tasks.task.Objective`.
 
-    Its loss is (1 - w) cross-entropy + w KL(teacher || student) + z_loss (log normaliser)^2, means over real tokens.
+    Its loss is (1 - w) cross-entropy + w KL(teacher || student) + z_loss (log normaliser)^2, averaged over real tokens.
 
     Attributes:
-      vocab_size: ids of the tokenizer.
-      sequence_length: tokens of a row.
+      vocab_size: number of the tokenizer's ids.
+      sequence_length: tokens per row.
       z_loss: weight of the squared log normaliser.
-      teacher: whose arrays the loss takes as constants, (params, projections).
+      teacher: the loss gets its arrays as constants, (params, projections).
       teacher_weight: w.
     """
 
@@ -41,12 +41,12 @@ class NextToken:
 
     @classmethod
     def of(cls, config: ml_collections.ConfigDict, vocab_size: int, teacher: Network | None = None) -> "NextToken":
-        """Of a config and of the tokenizer's number of ids."""
+        """The objective for a config and the tokenizer's number of ids."""
         z_loss = config.optimizer.z_loss
         return cls(vocab_size, config.sequence_length, z_loss, teacher, config.distill.weight if teacher else 0.0)
 
     def batch_shapes(self, num_rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """As darkformer_jax.data.batches makes them."""
+        """The shapes of a batch of darkformer_jax.data.batches."""
         shape = (num_rows, self.sequence_length)
         ids = ("inputs", "targets", "segment_ids", "positions")
         return {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ids} | {
@@ -54,7 +54,7 @@ class NextToken:
         }
 
     def loss(self, model: Transformer, batch: Batch, constants: Any) -> tuple[Float[Array, ""], Sums]:
-        """`token_sums`, and with a teacher `distill`, the sum of the divergences from it, in nats."""
+        """The loss, and `token_sums`; with a teacher also `distill`, the sum of divergences from it, in nats."""
         logits = predict(model, batch)
         sums = token_sums(logits, batch)
         loss = sums["nll"]
@@ -65,7 +65,7 @@ class NextToken:
         return loss + self.z_loss * sums["z"], sums
 
     def metrics(self, sums: Sums, weight: Float[Array, ""]) -> dict[str, Array]:
-        """`loss` is the cross-entropy, distilled or not, so that runs compare."""
+        """Means over the batch. `loss` is the cross-entropy even with a teacher, so that runs can be compared."""
         metrics = {
             "loss": sums["nll"] / weight,
             "accuracy": sums["correct"] / weight,
@@ -77,11 +77,11 @@ class NextToken:
         return metrics
 
     def measure(self, model: Transformer, batch: Batch) -> tuple[Sums, dict[str, Array]]:
-        """`token_sums`; no figure needs the rows."""
+        """`token_sums`, and no values of rows."""
         return token_sums(predict(model, batch), batch), {}
 
     def describe(self) -> Mapping[str, str]:
-        """Nothing that the model's own sizes do not say."""
+        """No rows: the model's sizes say everything."""
         return {}
 
 

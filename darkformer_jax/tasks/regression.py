@@ -1,4 +1,4 @@
-"""Regression on whole texts: one number for each, judged by its correlation with the labels."""
+"""Regression on whole texts: one number per text, judged by its correlation with the label."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -19,12 +19,12 @@ from darkformer_jax.tasks.task import Batch, Sums
 
 
 class NumberEvaluation(NamedTuple):
-    """What a regression makes of held-out examples.
+    """The figures of a regression on held-out examples.
 
     Attributes:
       loss: mean squared error.
-      correlations: see there.
-      examples: how many.
+      correlations: Pearson and Spearman.
+      examples: the number of examples.
     """
 
     loss: float
@@ -33,24 +33,24 @@ class NumberEvaluation(NamedTuple):
 
     @property
     def size(self) -> str:
-        """What was predicted."""
+        """How much was predicted."""
         return f"{self.examples:,} examples"
 
     @property
     def row(self) -> tuple[float, ...]:
-        """As in metrics.jsonl."""
+        """The figures under `Numbers.table_head`."""
         return self.loss, *self.correlations
 
     def as_metrics(self) -> dict[str, float]:
-        """Names for metrics.jsonl."""
+        """The figures by their names in metrics.jsonl."""
         return {f"heldout_{name}": value for name, value in self.as_result().items()}
 
     def as_result(self) -> dict[str, Any]:
-        """The same without `heldout_`."""
+        """The figures as JSON values."""
         return {"loss": self.loss, **self.correlations._asdict()}
 
     def details(self) -> list[str]:
-        """None."""
+        """No lines."""
         return []
 
     def __str__(self) -> str:
@@ -61,11 +61,11 @@ class NumberEvaluation(NamedTuple):
 class Numbers:
     """The objective of a regression; see `tasks.labelled.LabelledObjective`.
 
-    Its loss is the squared error, mean over examples.
+    Its loss is the squared error, averaged over examples.
 
     Attributes:
-      vocab_size: ids of the tokenizer.
-      sequence_length: tokens of a row.
+      vocab_size: number of the tokenizer's ids.
+      sequence_length: tokens per row.
     """
 
     vocab_size: int
@@ -75,11 +75,11 @@ class Numbers:
     table_head = ("squared error", "Pearson", "Spearman")
 
     def batch_shapes(self, num_rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """A label is a number."""
+        """The shapes of a batch; a label is a number."""
         return labelled_shapes(num_rows, self.sequence_length, jnp.float32)
 
     def loss(self, model: Transformer, batch: Batch, constants: Any) -> tuple[Float[Array, ""], Sums]:
-        """`squared_error`, summed over examples."""
+        """The squared error and the other sums over examples."""
         sums, _ = self.measure(model, batch)
         return sums["squared_error"], sums
 
@@ -88,45 +88,45 @@ class Numbers:
         return {"loss": sums["squared_error"] / weight, "examples": sums["weight"]}
 
     def measure(self, model: Transformer, batch: Batch) -> tuple[Sums, dict[str, Array]]:
-        """`squared_error`; and of each row its prediction, label and weight, because ranks are no sums."""
+        """`squared_error`, and each row's prediction, label and weight, because ranks cannot be summed."""
         predicted = model.outputs(batch["inputs"], batch["segment_ids"], batch["positions"])[:, 0]
         labels, weights = batch["labels"], batch["weights"]
         sums = {"squared_error": jnp.sum(weights * jnp.square(predicted - labels)), "weight": jnp.sum(weights)}
         return sums, {"predicted": predicted, "labels": labels, "weights": weights}
 
     def describe(self) -> Mapping[str, str]:
-        """Nothing that the model's own sizes do not say."""
+        """No rows: the model's sizes say everything."""
         return {}
 
     def labels(self, examples: Sequence[Example]) -> np.ndarray:
-        """The labels' numbers."""
+        """The labels as numbers."""
         return number_labels(examples)
 
     def evaluation(self, sums: Mapping[str, np.ndarray], rows: Mapping[str, np.ndarray]) -> NumberEvaluation:
-        """Correlations of the rows that are no padding."""
+        """The figures; correlations are over the rows that are not padding."""
         loss = float(sums["squared_error"]) / max(float(sums["weight"]), 1.0)
         is_real = rows["weights"] > 0
         correlated = correlations(rows["labels"][is_real], rows["predicted"][is_real])
         return NumberEvaluation(loss, correlated, int(is_real.sum()))
 
     def judge(self, labels: np.ndarray, predicted: np.ndarray) -> tuple[float, ...]:
-        """Squared error and correlations."""
+        """The squared error and the correlations."""
         return float(np.mean(np.square(predicted - labels))), *correlations(labels, predicted)
 
     def constant(self, labels: np.ndarray) -> tuple[str, float]:
-        """The mean."""
+        """The mean label."""
         return "the mean", float(labels.mean())
 
 
 class Regression(LabelledTask[Numbers, NumberEvaluation]):
-    """Which number a text has."""
+    """The task of predicting a number for each text."""
 
     @classmethod
     def make_objective(cls, config: ml_collections.ConfigDict, vocab_size: int, training: Sequence[Example]) -> Numbers:
-        """Of sizes alone."""
+        """The objective, which depends on sizes alone."""
         return Numbers(vocab_size, config.sequence_length)
 
     @classmethod
     def trained_objective(cls, config: ml_collections.ConfigDict, vocab_size: int, workdir: Workdir) -> Numbers:
-        """Of sizes alone."""
+        """The objective, which depends on sizes alone."""
         return Numbers(vocab_size, config.sequence_length)

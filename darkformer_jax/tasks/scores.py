@@ -1,6 +1,6 @@
-"""Figures of predictions, and what any model must beat: scikit-learn's and SciPy's, on counts and on predictions.
+"""Figures of predictions, and a baseline that any model must beat, by scikit-learn and SciPy.
 
-scikit-learn is imported where it is used: it takes a second that other tasks need not spend.
+scikit-learn is imported where it is used, because the import takes a second that other tasks need not spend.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ class ClassScores(NamedTuple):
     """Figures of a classification.
 
     Attributes:
-      accuracy: share of right answers.
-      f1: harmonic mean of precision and recall: of the second class where there are two, of each class and then
-        averaged where there are more. 0 where nothing was predicted or nothing was there.
-      matthews: the correlation of predicted and true classes, -1 to 1; 0 for answers that do not depend on the input.
+      accuracy: share of correct predictions.
+      f1: harmonic mean of precision and recall. With two classes it is that of the second; with more, the average over
+        classes. A class that never occurs, or is never predicted, has 0.
+      matthews: correlation of predicted and true classes, -1 to 1; 0 for predictions that ignore the input.
     """
 
     accuracy: float
@@ -26,7 +26,7 @@ class ClassScores(NamedTuple):
 
 
 def class_scores(confusion: Float[np.ndarray, "true predicted"]) -> ClassScores:
-    """Of counts, `confusion[i, j]` being how many examples of class i were taken for class j."""
+    """The scores for counts: `confusion[i, j]` examples of class i were taken for class j."""
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     true, predicted = np.indices(confusion.shape)
@@ -50,11 +50,11 @@ def count_pairs(
 
 
 class Correlations(NamedTuple):
-    """Figures of a regression, -1 to 1; 0 where either side is constant.
+    """Figures of a regression, -1 to 1; 0 if predictions or true numbers are constant.
 
     Attributes:
-      pearson: of the numbers.
-      spearman: of their ranks.
+      pearson: correlation of the numbers.
+      spearman: correlation of their ranks.
     """
 
     pearson: float
@@ -62,7 +62,7 @@ class Correlations(NamedTuple):
 
 
 def correlations(true: Float[np.ndarray, "n"], predicted: Float[np.ndarray, "n"]) -> Correlations:
-    """Of predictions with what was to be predicted."""
+    """The correlations of predictions with the true numbers."""
     from scipy.stats import pearsonr, spearmanr
 
     if np.ptp(true) == 0 or np.ptp(predicted) == 0:
@@ -71,10 +71,10 @@ def correlations(true: Float[np.ndarray, "n"], predicted: Float[np.ndarray, "n"]
 
 
 def predict_by_bag_of_bytes(train: Sequence[str], labels: np.ndarray, heldout: Sequence[str]) -> np.ndarray:
-    """Labels of held-out texts, from how often each byte is in the whole text, and nothing of the order.
+    """Labels of held-out texts, predicted from the counts of each text's bytes, whatever their order.
 
-    Logistic regression where labels are classes (integers), ridge regression where they are numbers, on log(1 + count)
-    of each byte, standardised. What reads the text should beat it.
+    The features are log(1 + count) of each byte, standardised. Labels that are classes (integers) get a logistic
+    regression, labels that are numbers a ridge regression. A model that reads the text should beat it.
     """
     from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.pipeline import make_pipeline

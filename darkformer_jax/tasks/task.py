@@ -1,7 +1,7 @@
-"""The seam between the training loop and what is learned: the loop knows no tokens, and a task knows no loop.
+"""The interface between the training loop and a task: the loop knows no tokens, and a task knows no loop.
 
 A `Task` is what a run learns, with its data. Its `Objective` is the part that holds no data: the functions that the
-training step and the evaluation trace. A dry run and `compile` have an objective alone.
+training step and the evaluation trace. A dry run and `compile` need only an objective.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,16 +18,16 @@ from darkformer_jax.model.network import Network
 from darkformer_jax.model.transformer import Transformer
 from darkformer_jax.runs.workdir import Workdir
 
-Batch = dict[str, Array]  # [rows, ...] each; on the host, numpy's
-Sums = dict[str, Array]  # additive over batches; "weight" is what means are divided by
+Batch = dict[str, Array]  # each [rows, ...]; numpy arrays on the host
+Sums = dict[str, Array]  # additive over batches; means are sums / "weight"
 
 
 class Objective(Protocol):
     """What a model learns from a batch: pure functions, and the shapes that they take.
 
     Attributes:
-      vocab_size: ids of the tokenizer. The model's table has as many rows or more.
-      num_outputs: numbers that the model gives per sequence; 0 = it gives logits of the next token.
+      vocab_size: number of the tokenizer's ids. The model's table has as many rows or more.
+      num_outputs: the model's outputs per sequence; 0 = logits of the next token.
     """
 
     @property
@@ -39,44 +39,44 @@ class Objective(Protocol):
     def batch_shapes(self, num_rows: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Name -> shape and dtype of a batch of `num_rows` rows, over all processes.
 
-        The first axis counts rows, the second one, of those arrays that have it, the places of a sequence.
+        The first axis is over rows. The second, if an array has one, is over the places of a sequence.
         """
         ...
 
     def loss(self, model: Transformer, batch: Batch, constants: Any) -> tuple[Float[Array, ""], Sums]:
-        """The sum to minimise over a batch, and sums to report, "weight" among them.
+        """(the sum to minimise over a batch, sums to report with "weight" among them).
 
         The training step adds both over micro-batches and divides by the total of "weight".
 
         Args:
           model: bound to its parameters, inside a jitted function.
           batch: as in `batch_shapes`.
-          constants: the task's.
+          constants: those of the task.
         """
         ...
 
     def metrics(self, sums: Sums, weight: Float[Array, ""]) -> dict[str, Array]:
-        """What metrics.jsonl says of a training step, "loss" among it: of the added sums, and their weight >= 1."""
+        """A step's figures for metrics.jsonl, "loss" among them, from the added sums and their weight >= 1."""
         ...
 
     def measure(self, model: Transformer, batch: Batch) -> tuple[Sums, dict[str, Array]]:
-        """Sums over a held-out batch, and values of each row ([rows] each) for figures that are not made of sums.
+        """(sums over a held-out batch, values of each row ([rows] each) for figures that cannot be made from sums).
 
-        Rows of padding have the weight 0; who needs a row's weight returns it as one of the values.
+        Rows of padding have weight 0. An objective that needs a row's weight returns it as one of the values.
         """
         ...
 
     def describe(self) -> Mapping[str, str]:
-        """Rows of what --dry_run prints."""
+        """Rows that --dry_run prints."""
         ...
 
 
 class Evaluation(Protocol):
-    """What a model makes of held-out data. As a string, one line for people.
+    """The figures of a model on held-out data. As a string, one line for people.
 
     Attributes:
-      loss: a run whose loss is not finite is stopped.
-      size: how much was measured: "12,345 tokens".
+      loss: a run stops if it is not finite.
+      size: how much was measured, such as "12,345 tokens".
     """
 
     @property
@@ -86,22 +86,22 @@ class Evaluation(Protocol):
     def size(self) -> str: ...
 
     def as_metrics(self) -> dict[str, float]:
-        """Names for metrics.jsonl."""
+        """The figures by their names in metrics.jsonl."""
         ...
 
 
 class ScoreRequest(NamedTuple):
-    """What a finished model is to be scored on; None = as the task does it by itself."""
+    """What to score a finished model on; None = the task's default."""
 
     files: str  # comma-separated globs, or directories
     batch_size: int
-    context: int | None  # tokens of a window
+    context: int | None  # tokens per window
     stride: int | None  # tokens from one window to the next
     max_tokens: int | None
 
 
 class Scores(NamedTuple):
-    """How good a model is on some files."""
+    """The figures of a model on some files."""
 
     result: dict[str, Any]  # JSON values
     table: str  # the same for people
@@ -114,11 +114,11 @@ class Task(Protocol[E]):
     """What a run learns, with its data.
 
     Attributes:
-      objective: of the data that was loaded.
-      best: the one of `Evaluation.as_metrics` whose smallest value is the best checkpoint's.
-      constants: arrays that the objective reads beside the batch, a teacher's, say; None where there are none. They
-        are read when they are first asked for, and kept.
-      fingerprints: of what must be the same in all processes; `data` is compared with the workdir's data.json.
+      objective: the objective for the loaded data.
+      best: the metric of `Evaluation.as_metrics` whose smallest value marks the best checkpoint.
+      constants: further arrays that the objective reads, such as a teacher's; None = there are none. They are read at
+        the first use, and kept.
+      fingerprints: hashes of what must be the same in all processes; data.json in the workdir must match `data`.
     """
 
     @property
@@ -143,27 +143,27 @@ class Task(Protocol[E]):
 
     @classmethod
     def load(cls, config: ml_collections.ConfigDict, workdir: Workdir) -> Self:
-        """Reads the data, for a run in `workdir`, and writes nothing.
+        """Reads the data for a run in `workdir`, and writes nothing.
 
         Raises:
-          UserError: anything in the config, the files and the workdir that does not fit together.
+          UserError: the config, the files and the workdir do not fit together.
         """
         ...
 
     def train_batches(self, start_step: int, part: Part) -> Iterator[dict[str, np.ndarray]]:
-        """Endless: a process's rows of the batches of the steps after `start_step`, each a function of its step."""
+        """A process's rows of the batches after `start_step`, without end. Each batch is a function of its step."""
         ...
 
     def heldout_batches(self, max_batches: int, part: Part) -> Iterator[dict[str, np.ndarray]]:
-        """A process's rows of at most `max_batches` batches from all over the held-out data; 0 = all of it."""
+        """A process's rows of at most `max_batches` batches, spread over the held-out data; 0 = all of it."""
         ...
 
     def evaluation(self, sums: Mapping[str, np.ndarray], rows: Mapping[str, np.ndarray]) -> E:
-        """The figures of what `Objective.measure` returned: `sums` added, and `rows` of all batches end to end."""
+        """The figures for what `Objective.measure` returned: added `sums`, and `rows` of all batches concatenated."""
         ...
 
     def save(self, workdir: Workdir) -> None:
-        """Writes what belongs to the model beside its weights, a tokenizer, say. Process 0 calls it."""
+        """Writes what a model needs besides its weights, such as a tokenizer. Only process 0 calls it."""
         ...
 
     def report(self, network: Network, params: dict, projections: dict, workdir: Workdir, last: E) -> str:
@@ -175,7 +175,7 @@ class Task(Protocol[E]):
 
     @classmethod
     def score(cls, workdir: Workdir, step: int | None, request: ScoreRequest, progress_bar: ProgressBar) -> Scores:
-        """Scores the model of a workdir (step None: its newest) on files: what `evaluate` prints.
+        """Scores the model of a workdir (step None: its newest) on files, for `evaluate` to print.
 
         Raises:
           UserError: the files, the model and the request do not fit together.
@@ -183,5 +183,5 @@ class Task(Protocol[E]):
         ...
 
     def __str__(self) -> str:
-        """How much data there is, for the line that a run begins with."""
+        """How much data there is, for the first line of a run."""
         ...

@@ -1,4 +1,4 @@
-"""A teacher: a model that is not trained, and whose predictions the loss of another one compares with its own."""
+"""A teacher: a frozen model whose predictions are targets of another model."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from darkformer_jax.tasks.tokenizer import check_same_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """The newest model of `distill.workdir`, whose weights are read when they are first asked for.
+    """The newest model of `distill.workdir`. The first use of `arrays` or `step` reads its weights.
 
     Attributes:
       config: the student's.
@@ -31,8 +31,8 @@ class Teacher:
 
         Args:
           config: the student's.
-          vocab_size: ids of the data's tokenizer.
-          fingerprint: of the data's tokenizer.
+          vocab_size: number of ids of the data's tokenizer.
+          fingerprint: that of the data's tokenizer.
 
         Raises:
           UserError: no workdir of a language model, another tokenizer, or a table of another size.
@@ -43,7 +43,7 @@ class Teacher:
         theirs, ours = network.spec.vocab_size, config.model.vocab_size or vocab_size
         if theirs != ours:
             raise UserError(
-                f"distill.workdir = {workdir}: its model has {theirs} ids, this one {ours}; allowed: as many"
+                f"distill.workdir = {workdir}: its model has {theirs} ids, this one {ours}; allowed: the same"
             )
         return cls(config, network)
 
@@ -51,13 +51,13 @@ class Teacher:
     def arrays(self) -> tuple[dict, dict]:
         """Its parameters and projections on the config's mesh, in the dtypes of its checkpoint.
 
-        Raises UserError where there is no usable checkpoint.
+        Raises UserError if there is no usable checkpoint.
         """
         return self._model.params, self._model.projections
 
     @property
     def step(self) -> int:
-        """That of its checkpoint. Raises as `arrays` does."""
+        """The step of its checkpoint. Raises UserError as `arrays` does."""
         return self._model.step
 
     @functools.cached_property

@@ -27,7 +27,7 @@ _DEFAULT_CONTEXT = 2048
 
 
 def score_text(workdir: Workdir, step: int | None, request: ScoreRequest, progress_bar: ProgressBar) -> Scores:
-    """Scores every token of the files that `request` names once; see `darkformer_jax.evaluate`.
+    """Scores every token of the files in `request` once; see `darkformer_jax.evaluate`.
 
     Raises:
       UserError: files that cannot be read, a window that does not fit, no usable checkpoint, or a loss that is not
@@ -35,7 +35,7 @@ def score_text(workdir: Workdir, step: int | None, request: ScoreRequest, progre
     """
     files = find_text_files(request.files)
     corpus = open_corpus("text", request.files)
-    # A file that is no text must show now, not after hours of scoring the ones before it.
+    # A file that is not text must fail now, not after hours of scoring the files before it.
     num_bytes = sum(len(document.text.encode("utf-8")) for document in corpus.documents(lambda _: None))
     model = load_language_model(workdir, step)
     longest = model.config.sequence_length
@@ -69,18 +69,18 @@ def score_text(workdir: Workdir, step: int | None, request: ScoreRequest, progre
 
 
 class _Row(NamedTuple):
-    """A window, and how much of the whole it is, for the progress bar."""
+    """A window, and its share of the work for the progress bar."""
 
     window: Window
     work: float
 
 
 class TextScorer:
-    """Adds up what a model makes of text, by quarter of the window: [4] float64 each.
+    """Adds up a model's sums over text by quarter of the window, each [4] float64.
 
     Args:
-      model: with its tokenizer.
-      context: tokens of a window.
+      model: a model with its tokenizer.
+      context: tokens per window.
       stride: tokens from one window to the next.
     """
 
@@ -101,7 +101,7 @@ class TextScorer:
             while batch := list(itertools.islice(rows, batch_size)):
                 arrays = window_batch([row.window for row in batch], batch_size, self._context)
                 sums = step(model.params, model.projections, jax.device_put(arrays))
-                if pending is not None:  # of the batch before: the device is never waited for
+                if pending is not None:  # read the previous batch while the device computes this one
                     self._add(pending)
                     bar.set_postfix(loss=f"{self._nll.sum() / self.tokens.sum():.3f}", refresh=False)
                 pending = sums
@@ -110,9 +110,9 @@ class TextScorer:
                 self._add(pending)
 
     def figures(self, quarter: int | None = None) -> dict[str, Any]:
-        """Tokens, loss, perplexity, bits per byte and accuracy, of one quarter or of all; None where none is scored.
+        """Tokens, loss, perplexity, bits per byte and accuracy of one quarter or of all; None if none was scored.
 
-        Raises UserError where the loss is not finite.
+        Raises UserError if the loss is not finite.
         """
         chosen = slice(None) if quarter is None else slice(quarter, quarter + 1)
         tokens = int(self.tokens[chosen].sum())
@@ -120,25 +120,25 @@ class TextScorer:
             return {"tokens": 0} | dict.fromkeys(("loss", "perplexity", "bits_per_byte", "accuracy"))
         loss = float(self._nll[chosen].sum()) / tokens
         if not math.isfinite(loss):
-            raise UserError(f"the model's loss is {loss}: its weights or its numbers are broken")
+            raise UserError(f"the model's loss is {loss}: its weights are damaged, or a number overflowed")
         tokens_per_byte = self.tokens.sum() / max(self.num_bytes, 1)
         return {
             "tokens": tokens,
             "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),  # what a float holds
+            "perplexity": math.exp(min(loss, 700.0)),  # a float holds no more
             "bits_per_byte": loss / math.log(2) * tokens_per_byte,
             "accuracy": float(self._correct[chosen].sum()) / tokens,
         }
 
     def _rows(self, corpus: Corpus, max_tokens: int | None) -> Iterator[_Row]:
-        """The windows of all documents, whose bytes are counted as they come."""
+        """The windows of all documents. Counts the documents and their bytes."""
         left = max_tokens
         for document in corpus.documents(lambda _: None):
             scored = ScoredDocument.of(document.text, self._model.tokenizer, left)
             self.num_bytes += scored.num_bytes
             self.num_documents += 1
             num_tokens = len(scored.targets)
-            # Bytes of the text, or tokens where it is them that are limited.
+            # In bytes of the text, or in tokens if their number is limited.
             work = num_tokens if left is not None else len(document.text.encode("utf-8"))
             for window in scored.windows(self._context, self._stride):
                 yield _Row(window, work * window.num_scored / num_tokens)
@@ -157,8 +157,8 @@ class TextScorer:
 def make_quarter_step(network: Network) -> Callable[[dict, dict, Batch], Sums]:
     """(params, projections, batch) -> `token_sums`, each summed within the quarters of the rows: [4].
 
-    Quarter j of rows of L tokens has the places j * ceil(L / 4) .. (j + 1) * ceil(L / 4) - 1. The logits of one
-    quarter are held at a time: for a large vocabulary they are most of an evaluation's memory.
+    Quarter j of rows of L tokens has the places j * ceil(L / 4) .. (j + 1) * ceil(L / 4) - 1. Only the logits of one
+    quarter are in memory at a time: with a large vocabulary, logits take most of an evaluation's memory.
     """
 
     def quarter_step(params: dict, projections: dict, batch: Batch) -> Sums:
@@ -199,7 +199,7 @@ def _table(result: dict[str, Any]) -> str:
     )
     rows = [("position", "tokens", "loss", "perplexity", "bits/byte", "accuracy"), _cells("all", result)]
     for quarter in result["quarters"]:
-        if quarter["first_position"] <= quarter["last_position"]:  # the last one of 5 tokens has none
+        if quarter["first_position"] <= quarter["last_position"]:  # the last quarter of 5 tokens is empty
             rows.append(_cells(f"{quarter['first_position']}-{quarter['last_position']}", quarter))
     return "\n".join([head, *table_lines(rows)])
 

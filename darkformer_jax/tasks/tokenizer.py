@@ -9,7 +9,7 @@ from darkformer_jax.runs.workdir import Workdir
 
 
 def tokenizer_of(config: ml_collections.ConfigDict, workdir: Workdir | None = None) -> str:
-    """What `data.tokenizer` says; where it says nothing, the workdir's own once it has one, else `init_from`'s."""
+    """`data.tokenizer` if it is set, else the workdir's own if there is one, else that of `init_from`."""
     d = config.data
     if d.tokenizer or d.source == PREPARED_SOURCE:
         return d.tokenizer
@@ -18,7 +18,7 @@ def tokenizer_of(config: ml_collections.ConfigDict, workdir: Workdir | None = No
 
 
 def vocab_size_of(config: ml_collections.ConfigDict) -> int:
-    """Ids of the tokenizer, or of the model where it says; without reading the text, which a dry run may lack."""
+    """`model.vocab_size`, or the tokenizer's if that is 0. Does not read the text, which a dry run may lack."""
     if config.model.vocab_size:
         return config.model.vocab_size
     tokenizer = tokenizer_of(config)
@@ -30,9 +30,9 @@ def vocab_size_of(config: ml_collections.ConfigDict) -> int:
 
 
 def check_same_tokenizer(workdir: Workdir, fingerprint: str, field: str) -> None:
-    """Raises UserError where `workdir` was trained with another tokenizer: its embeddings would mean other tokens.
+    """Raises UserError if `workdir` was trained with another tokenizer, so that its embeddings mean other tokens.
 
-    field: of the config, that names the workdir.
+    field: the config field that names the workdir.
     """
     directory = workdir.tokenizer_dir
     if directory is not None:

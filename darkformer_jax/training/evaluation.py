@@ -1,4 +1,4 @@
-"""What a model makes of held-out batches: sums over them, and values of their rows."""
+"""Measures a model on held-out batches: sums over them, and values of their rows."""
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +17,7 @@ from darkformer_jax.tasks.task import Batch, Objective, Sums
 def make_eval_step(
     network: Network, objective: Objective, mesh: Mesh
 ) -> Callable[[dict, dict, Batch], tuple[Sums, dict[str, jax.Array]]]:
-    """(params, projections, batch) -> what `objective.measure` returns, jitted; every device has all rows."""
+    """(params, projections, batch) -> what `objective.measure` returns, jitted; every device gets all rows."""
     everywhere = NamedSharding(mesh, P())
 
     def eval_step(params: dict, projections: dict, batch: Batch) -> tuple[Sums, dict[str, jax.Array]]:
@@ -40,9 +40,9 @@ def measure(
 
 
 def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> Batch:
-    """The global batch, of which this process has read the rows that are its part (`part_of_process`).
+    """The global batch, from the rows that this process has read, its part (`part_of_process`).
 
-    sharding: of arrays [rows, places]; those without places are split by rows alone.
+    sharding: that of arrays [rows, places]; arrays without places are split by rows alone.
     """
     count = part_of_process(sharding).count
 

@@ -1,4 +1,4 @@
-"""Everything a run is made of, put together from its config, without allocating an array."""
+"""All parts of a training run, made from its config without allocating an array."""
 
 import dataclasses
 import math
@@ -33,7 +33,7 @@ class Experiment:
       objective: what is learned.
       network: the model.
       trained: the parameters that the optimizer updates.
-      optimizer: of `trained`.
+      optimizer: that of `trained`.
       schedule: the learning rate that metrics show.
       mesh: the devices.
       abstract: the shapes of the state.
@@ -56,9 +56,9 @@ class Experiment:
     def of(
         cls, config: ml_collections.ConfigDict, objective: Objective, devices: Sequence[jax.Device] | None = None
     ) -> "Experiment":
-        """On all devices there are, or on `devices`.
+        """The experiment on `devices`; None = on all.
 
-        Raises UserError where the config, the objective and the devices do not fit together.
+        Raises UserError if the config, the objective and the devices do not fit together.
         """
         network = Network.of(model_spec(config, objective.vocab_size, objective.num_outputs))
         mesh = make_mesh(config.mesh.to_dict(), devices)
@@ -80,15 +80,15 @@ class Experiment:
         return cls(config, objective, network, trained, optimizer, schedule, mesh, abstract, shardings, batch_sharding)
 
     def initial_state(self) -> TrainState:
-        """The state before the first step, created where it is to stay."""
+        """The state before the first step, created already sharded."""
         init = make_state_init(self.network, self.optimizer, self.config.seed, self.trained)
-        # It runs once. On a CPU, LLVM takes 13 s for the quickstart's random draws at its usual level, as long as for
-        # the training step, and 4 s at this one; the bits are the same.
+        # This runs once. On a CPU, LLVM takes 13 s for the quickstart's random draws at its usual level, as long as for
+        # the training step. At this level it takes 4 s, and the bits are the same.
         options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
         return jax.jit(init, out_shardings=self.shardings, compiler_options=options)()
 
     def train_step(self) -> jax.stages.Wrapped:
-        """The jitted (state, batch, the task's constants) -> (state, metrics); it takes over the state's memory."""
+        """The jitted (state, batch, the task's constants) -> (state, metrics); the state is donated."""
         step = make_train_step(
             self.network,
             self.objective,
@@ -120,12 +120,12 @@ class Experiment:
 
     @property
     def num_params(self) -> int:
-        """Parameters, trained or not."""
+        """The number of parameters, trained or not."""
         return _size(self.abstract.params)
 
     @property
     def num_trained(self) -> int:
-        """Parameters that `optimizer.train` names."""
+        """The number of parameters that `optimizer.train` trains."""
         return _size(split_params(self.abstract.params, self.trained)[0])
 
     @property
@@ -135,7 +135,7 @@ class Experiment:
 
     @property
     def tokens_per_step(self) -> int:
-        """Positions of a step's batch, padding included."""
+        """The number of positions in a step's batch, padding included."""
         return self.config.batch_size * self.config.sequence_length
 
     @property
@@ -150,7 +150,7 @@ class Experiment:
         return whole + (6.0 * low_rank - 2.0 * multiplied) * self.tokens_per_step
 
     def describe(self) -> str:
-        """What --dry_run prints."""
+        """The sizes of the experiment, which --dry_run prints."""
         spec = self.network.spec
         per_device = bytes_per_device(self.abstract, self.shardings)
         rows = (
@@ -169,7 +169,7 @@ class Experiment:
 
 
 def bytes_per_device(abstract: Any, shardings: Any) -> int:
-    """Bytes of the arrays' part on one device."""
+    """Bytes of the arrays' shards on one device."""
     pairs = zip(jax.tree.leaves(abstract), jax.tree.leaves(shardings), strict=True)
     return sum(math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, sharding in pairs)
 

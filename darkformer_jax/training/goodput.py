@@ -1,4 +1,4 @@
-"""Where a run's time went: steps that count, and what was spent on everything else, over all its restarts."""
+"""Where a run's time went, over all its restarts: steps that count, and everything else."""
 
 import contextlib
 import json
@@ -17,13 +17,13 @@ from darkformer_jax.runs.workdir import Workdir
 SESSIONS_FILE = "sessions.jsonl"
 PARTS = ("starting", "steps", "evaluation", "saves")  # "starting": to the end of the first step
 
-_SECONDS_BETWEEN_WRITES = 10.0  # a kill loses the account of as much
+_SECONDS_BETWEEN_WRITES = 10.0  # a kill loses this much of the account
 
 
 class Stopwatch:
-    """Keeps one process's account of its time in <workdir>/sessions.jsonl, a line for every start of the run.
+    """Keeps an account of a run's time in <workdir>/sessions.jsonl, with a line for every start of the run.
 
-    `lap` adds the time since the last lap to a part. On a pod, only process 0 writes.
+    `lap` adds the time since the last lap to a part. Only process 0 writes.
 
     Args:
       workdir: the run's directory.
@@ -38,7 +38,7 @@ class Stopwatch:
         self._first_step = self._step = 0
 
     def begin(self, step: int) -> None:
-        """The session starts with the weights after `step`. An account that cannot be read is put aside."""
+        """Begins a session with the weights after `step`. An account that cannot be read is renamed."""
         if jax.process_index() != 0:
             return
         try:
@@ -51,7 +51,7 @@ class Stopwatch:
         self._first_step = self._step = step
 
     def lap(self, part: str, step: int) -> None:
-        """The time since the last lap went to `part`; the last finished step is `step`."""
+        """Adds the time since the last lap to `part`. step: the last finished step."""
         now = self._clock()
         # A clock that was set back must not make time negative.
         self._seconds[part] += max(0.0, now - self._last)
@@ -60,14 +60,14 @@ class Stopwatch:
             self.write()
 
     def close(self) -> None:
-        """The session ends, with a wait for the last save."""
+        """Ends the session; the time since the last lap was a wait for the last save."""
         self.lap("saves", self._step)
         self.write()
 
     def write(self) -> None:
-        """Brings the file up to date; where it cannot be written, training goes on without.
+        """Writes the account. If the file cannot be written, training continues without it.
 
-        A session without a step is none: the same command again changes nothing.
+        A session without a step is not written, so that a finished run's command changes nothing when it runs again.
         """
         if self._earlier is None or self._step == self._first_step:
             return
@@ -87,9 +87,9 @@ class Stopwatch:
 
 
 def read_sessions(workdir: Workdir) -> list[dict[str, Any]]:
-    """The accounts of all sessions so far; none where there is no file.
+    """The accounts of all sessions so far; empty if there is no file.
 
-    Raises UserError where the file is damaged.
+    Raises UserError if the file is damaged.
     """
     return _read(workdir / SESSIONS_FILE)
 
@@ -106,8 +106,8 @@ def _read(path: Path) -> list[dict[str, Any]]:
 def goodput(sessions: list[dict[str, Any]]) -> dict[str, float]:
     """Shares of the time from the first start to the last end, which sum to one.
 
-    steps: those whose result was kept. repeated: steps behind the checkpoint that the next session started from.
-    stopped: between two sessions. other: everything that no lap named. The rest as in PARTS.
+    steps: those whose result was kept. repeated: steps after the checkpoint that a later session started from.
+    stopped: time between sessions. other: time without a lap. The rest are as in PARTS.
     """
     total = sessions[-1]["ended"] - sessions[0]["began"]
     shares = dict.fromkeys((*PARTS, "repeated", "stopped"), 0.0)
@@ -119,7 +119,7 @@ def goodput(sessions: list[dict[str, Any]]) -> dict[str, float]:
         if later:
             shares["stopped"] += max(0.0, later[0]["began"] - session["ended"])
             made = session["last_step"] - session["first_step"]
-            # A session may go back behind the one before, when that one's checkpoints turn out to be damaged.
+            # A session may start before the previous one's first step, if the checkpoints in between are damaged.
             lost = max(0, session["last_step"] - min(other["first_step"] for other in later))
             repeated = seconds["steps"] * min(1.0, lost / made) if made else 0.0
             shares["steps"] -= repeated
@@ -130,7 +130,7 @@ def goodput(sessions: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def describe(sessions: list[dict[str, Any]]) -> str:
-    """One line: goodput, and what took the rest, the largest first. There is at least one session."""
+    """One line: the goodput, then what took the rest of the time, largest first. Needs at least one session."""
     shares = goodput(sessions)
     steps = shares.pop("steps")
     rest = sorted(((share, name) for name, share in shares.items() if share >= 5e-4), reverse=True)

@@ -15,13 +15,13 @@ from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.training.experiment import Experiment
 from darkformer_jax.training.step import TrainState
 
-Path = tuple[str, ...]
+ParamPath = tuple[str, ...]
 
 
 class _Place(NamedTuple):
     """Where one layer's parameter is: the array that stacks it, and its row (None: it belongs to no layer)."""
 
-    path: Path
+    path: ParamPath
     row: int | None
     shape: tuple[int, ...]
 
@@ -29,14 +29,14 @@ class _Place(NamedTuple):
 def initialize_from(
     workdir: Workdir, experiment: Experiment, state: TrainState, step: int | None = None
 ) -> tuple[TrainState, str]:
-    """`state` with every parameter that a checkpoint of `workdir` has too, and a line that says what differs.
+    """(`state` with every parameter that a checkpoint of `workdir` also has, a line that says what differs).
 
     Layers are matched by their number, whatever the two models' patterns. Low-rank updates that this model lacks are
-    merged into the weights. Projections of the same shape come along, unless the run redraws them. Optimizer moments,
+    merged into the weights. Projections of the same shape are copied, unless the run redraws them. Optimizer moments,
     step and data order start anew.
 
     Args:
-      step: of the checkpoint; None = the newest.
+      step: the checkpoint's; None = the newest.
 
     Raises:
       UserError: no usable checkpoint, another number of layers, a parameter of another shape, or nothing in common.
@@ -56,7 +56,7 @@ def initialize_from(
     report = f"initialised {len(common)} of {len(wanted)} parameter arrays from step {step} of {workdir}"
     report += ", its low-rank updates merged" if merged else ""
 
-    # M was fitted to its projections: they come along, unless the new run draws others by its own config.
+    # M was fitted to its projections, so they are copied, unless the new run's config redraws them.
     projections = state.projections
     if not experiment.config.model.attention.redraw_every and shapes.get("projections"):
         old = _by_layer(shapes["projections"], _num_stacks(shapes["params"]))
@@ -78,20 +78,20 @@ def _transfer(
     checkpoints: Checkpoints,
     step: int,
     tree: str,
-    pairs: dict[Path, tuple[_Place, _Place]],
+    pairs: dict[ParamPath, tuple[_Place, _Place]],
     current: dict,
     shardings: dict,
-    factors: Collection[Path] = (),
+    factors: Collection[ParamPath] = (),
 ) -> dict:
     """`current` with arrays of the checkpoint's `tree` copied into it, in the dtypes of `current`.
 
     Args:
       pairs: (place in the checkpoint, place in `current`) of each array.
-      shardings: of `current`.
-      factors: paths in the checkpoint of low-rank updates to merge first.
+      shardings: those of `current`.
+      factors: paths in the checkpoint of low-rank updates that are merged first.
     """
     saved, layout = flatten_dict(checkpoints.saved_shapes(step)[tree]), flatten_dict(shardings)
-    # Stacks of one parameter differ in their number of layers alone, an axis that is never split: a sharding fits both.
+    # Two stacks of a parameter differ only in their number of layers. That axis is never split: a sharding fits both.
     abstract = {
         source.path: jax.ShapeDtypeStruct(
             saved[source.path].shape, saved[source.path].dtype, sharding=layout[target.path]
@@ -116,7 +116,9 @@ def _transfer(
     return assembled
 
 
-def _require_fit(workdir: Workdir, saved: dict[Path, _Place], wanted: dict[Path, _Place], common: list[Path]) -> None:
+def _require_fit(
+    workdir: Workdir, saved: dict[ParamPath, _Place], wanted: dict[ParamPath, _Place], common: list[ParamPath]
+) -> None:
     layers = [len({name[0] for name, place in places.items() if place.row is not None}) for places in (saved, wanted)]
     if layers[0] != layers[1]:
         raise UserError(f"init_from = {workdir}: it has {layers[0]} layers, this model has {layers[1]}")
@@ -135,13 +137,13 @@ def _num_stacks(params: dict) -> int:
     return sum(name.startswith("blocks_") for name in params)
 
 
-def _by_layer(tree: dict, num_stacks: int | None = None) -> dict[Path, _Place]:
+def _by_layer(tree: dict, num_stacks: int | None = None) -> dict[ParamPath, _Place]:
     """Every array by a name that does not depend on the pattern: ("layer 3", "attention", ...).
 
-    num_stacks: of the model, where `tree` is not its parameters and may lack some.
+    num_stacks: the model's, to be given if `tree` is not its parameters and may lack some stacks.
     """
     num_stacks = _num_stacks(tree) if num_stacks is None else num_stacks
-    places: dict[Path, _Place] = {}
+    places: dict[ParamPath, _Place] = {}
     for path, leaf in flatten_dict(tree).items():
         if not path[0].startswith("blocks_"):
             places[path] = _Place(path, None, tuple(leaf.shape))
@@ -153,7 +155,7 @@ def _by_layer(tree: dict, num_stacks: int | None = None) -> dict[Path, _Place]:
     return places
 
 
-def _listed(title: str, names: set[Path]) -> str:
+def _listed(title: str, names: set[ParamPath]) -> str:
     """`; new: attention/mechanism/M of layers 0, 2`; empty without names."""
     layers: dict[str, list[int]] = {}
     for name in names:

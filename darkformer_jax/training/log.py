@@ -1,4 +1,4 @@
-"""What a run tells while it trains: metrics.jsonl, the progress line, and the account of its time."""
+"""What a run reports while it trains: metrics.jsonl, the progress line, and the account of its time."""
 
 import math
 import time
@@ -18,24 +18,24 @@ from darkformer_jax.training.step import Metrics
 from darkformer_jax.training.stragglers import HostTimer
 
 
-class Progress(Protocol):
-    """Where a run shows people how far it is."""
+class RunProgress(Protocol):
+    """Shows people the progress of a run."""
 
     def update(self, step: int, loss: float, tokens_per_second: float, mfu: float | None, memory_bytes: int) -> None:
-        """A step is finished. mfu: model FLOP/s over the devices' peak, from 0 to 1; None = not known."""
+        """Shows a finished step. mfu: model FLOP/s over the devices' peak, from 0 to 1; None = not known."""
         ...
 
     def note(self, text: str) -> None:
-        """A line that stays."""
+        """Prints a line that stays."""
         ...
 
     def close(self) -> None:
-        """There are no more updates."""
+        """Ends the display, after the last update."""
         ...
 
 
 class NotFinite(Exception):
-    """A number of a run is no longer finite."""
+    """A loss or a gradient of a run is not finite."""
 
 
 class TrainingLog:
@@ -43,14 +43,14 @@ class TrainingLog:
 
     Args:
       experiment: what is trained.
-      writer: of metrics.jsonl.
+      writer: writes metrics.jsonl.
       progress: what people see.
-      watch: of the session; it gets a lap for every step and evaluation.
+      watch: the session's stopwatch; it gets a lap for every step, evaluation and save.
       mirror: uploads the lines from time to time.
     """
 
     def __init__(
-        self, experiment: Experiment, writer: MetricWriter, progress: Progress, watch: Stopwatch, mirror: Mirror
+        self, experiment: Experiment, writer: MetricWriter, progress: RunProgress, watch: Stopwatch, mirror: Mirror
     ) -> None:
         self._writer, self._progress, self._watch, self._mirror = writer, progress, watch, mirror
         self._num_steps, self._every = experiment.config.num_steps, experiment.config.log.every
@@ -63,14 +63,14 @@ class TrainingLog:
         self._restart()
 
     def finished(self, step: int, metrics: Metrics) -> None:
-        """A step was dispatched. Raises NotFinite as `flush` does, of the step before."""
+        """Takes the metrics of a step that was dispatched, and flushes those of the step before."""
         self.flush()
         self._pending = (step, metrics)
 
     def flush(self) -> None:
-        """Reads, checks and writes the metrics that are pending.
+        """Reads, checks and writes the pending metrics.
 
-        Raises NotFinite where the loss or the gradient is not finite.
+        Raises NotFinite if the loss or the gradient is not finite.
         """
         if self._pending is None:
             return
@@ -81,11 +81,11 @@ class TrainingLog:
         self._host.waited(time.perf_counter() - began)
         for name in ("loss", "grad_norm"):
             if not math.isfinite(metrics[name]):
-                self._writer.write(step, metrics)  # as null: without it, the file is that of a run that was stopped
+                self._writer.write(step, metrics)  # as null; without it, the file is that of a stopped run
                 raise NotFinite(f"step {step}: {name} is {metrics[name]}")
         self._watch.lap("starting" if self._first else "steps", step)
         if self._first:
-            self._host.restart()  # it has compiled
+            self._host.restart()  # this step was the compilation
         self._first = False
         self._steps += 1
         self._show(step, metrics)
@@ -99,11 +99,11 @@ class TrainingLog:
         self._host.restart()
 
     def upload(self) -> None:
-        """Returns when the lines so far are where other machines see them: before the checkpoint of their step is."""
+        """Uploads the lines so far, and waits. Other machines must see them before their step's checkpoint."""
         self._mirror.upload()
 
     def saved(self, step: int) -> None:
-        """A checkpoint was handed over to be written."""
+        """Notes that a checkpoint was handed over to be written."""
         self._watch.lap("saves", step)
 
     def _show(self, step: int, metrics: dict[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""The training loop: step, measure, evaluate, save, and stop well whatever happens."""
+"""The training loop: step, measure, evaluate, save, and stop cleanly whatever happens."""
 
 import contextlib
 import math
@@ -19,21 +19,21 @@ from darkformer_jax.training.trace import TraceWindow
 
 
 class Outcome(NamedTuple):
-    """What a run has come to: its state after the last step, and the evaluation of it on all held-out data."""
+    """The result of a run: its state after the last step, and that state's evaluation on all held-out data."""
 
     state: TrainState
     evaluation: Evaluation
 
 
 class Loop:
-    """Brings a run to `num_steps`, from wherever it is.
+    """Trains a run from any step to `num_steps`.
 
     Args:
       experiment: what is trained, and how.
       task: what is learned, with its data.
-      workdir: of the run.
-      checkpoints: of the workdir.
-      log: is told of every step, evaluation and save.
+      workdir: the run's.
+      checkpoints: the workdir's.
+      log: gets every step, evaluation and save.
     """
 
     def __init__(
@@ -50,11 +50,11 @@ class Loop:
         self._eval_step = make_eval_step(experiment.network, experiment.objective, experiment.mesh)
 
     def train(self, step: int, state: TrainState) -> Outcome:
-        """Trains on from `state`, which is after `step`, and evaluates on all held-out data.
+        """Trains from `state`, the state after `step`, and evaluates on all held-out data.
 
         Raises:
           Stopped: a signal came; the finished step is saved.
-          NotFinite: the loss or the gradient of a step, or the held-out loss of weights that were to be saved.
+          NotFinite: a step's loss or gradient, or the held-out loss of weights to be saved, is not finite.
           UserError: the disk cannot be written.
         """
         config, evaluation = self._experiment.config, None
@@ -76,20 +76,20 @@ class Loop:
             return Outcome(state, evaluation or self._evaluate(state, 0))
 
     def _evaluate_and_save(self, step: int, state: TrainState, stop: bool) -> Evaluation | None:
-        """What is due after a step; returns the evaluation that was made, of all held-out data after the last step."""
+        """Evaluates and saves if due. Returns the evaluation; after the last step, it is on all held-out data."""
         config = self._experiment.config
         last = step == config.num_steps
         evaluate = bool(config.eval.every) and step % config.eval.every == 0
         save = stop or last or self._checkpoints.due(step)
         if evaluate or save:
             self._log.flush()
-        # Of the same batches at every step, so that the best checkpoint is the best at one thing.
+        # On the same batches at every step, so that the best checkpoint is the best by one measure.
         regular = self._evaluate(state, config.eval.batches) if evaluate or last else None
         evaluation = self._evaluate(state, 0) if last and config.eval.batches else regular
         if evaluation:
             self._log.evaluated(step, evaluation)
         if save:
-            # Step N's loss is that of the weights before its update: those after it are what is saved.
+            # Step N's loss is that of the weights before its update, but the weights after it are saved.
             loss = (evaluation or self._evaluate(state, 1)).loss
             if not math.isfinite(loss):
                 raise NotFinite(f"step {step}: held-out loss is {loss}")
@@ -99,7 +99,7 @@ class Loop:
         return evaluation
 
     def _evaluate(self, state: TrainState, num_batches: int) -> Evaluation:
-        """On `num_batches` batches from all over the held-out data; 0 = all of it."""
+        """The evaluation on `num_batches` batches, spread over the held-out data; 0 = all of it."""
         batches = self._task.heldout_batches(num_batches, self._experiment.part)
         sharding = self._experiment.batch_sharding
         evaluation: Evaluation = self._task.evaluation(

@@ -1,4 +1,4 @@
-"""The loss curve that a run leaves for people."""
+"""Draws a run's loss curve."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def draw_loss_curve(workdir: Workdir) -> Path:
 
     Raises UserError if metrics.jsonl is absent, holds neither, or the picture cannot be written.
     """
-    # Imported here: half a second that generation and evaluation need not spend.
+    # Imported here, because the import takes half a second that generation and evaluation need not spend.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -8,7 +8,7 @@ import jax
 
 
 def host_memory_bytes() -> int:
-    """Resident memory of this process now; where the system does not tell (not Linux), its peak."""
+    """Resident memory of this process now; its peak on systems that do not tell more (other than Linux)."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
@@ -18,6 +18,6 @@ def host_memory_bytes() -> int:
 
 
 def device_memory_bytes() -> int | None:
-    """The largest peak of bytes in use among this process's devices; None where the backend does not count (CPU)."""
+    """The largest peak of bytes in use among this process's devices; None if the backend does not count (CPU)."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     return max((stat["peak_bytes_in_use"] for stat in stats if stat and "peak_bytes_in_use" in stat), default=None)

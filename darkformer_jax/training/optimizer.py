@@ -1,4 +1,4 @@
-"""AdamW with a learning rate of its own for the geometry."""
+"""AdamW with a separate learning rate for the geometry."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ MODEL, GEOMETRY = "model", "geometry"
 def make_schedule(optimizer: ml_collections.ConfigDict, num_steps: int, peak: float) -> optax.Schedule:
     """Linear warm-up to `peak`, then cosine to final_fraction * peak at num_steps, peak sqrt(warm-up / step), or flat.
 
-    Called with the number of updates made before: the first update is step 1 of the warm-up.
+    Its argument is the number of earlier updates: the first update is step 1 of the warm-up.
     """
     warmup = optimizer.warmup_steps
 
@@ -38,12 +38,11 @@ def make_schedule(optimizer: ml_collections.ConfigDict, num_steps: int, peak: fl
 def make_optimizer(
     optimizer: ml_collections.ConfigDict, num_steps: int, network: Network
 ) -> optax.GradientTransformation:
-    """Clipping by the global norm, Adam, decoupled weight decay of matrices, one learning rate for M and one for the
-    rest.
+    """Clipping by the global norm, Adam, decoupled weight decay of matrices, and a separate learning rate for M.
 
-    M and learned projections, norms and biases are never decayed. The transformation is of the parameters that
-    `optimizer.train` names, as `split_params` cuts them out: frozen ones have no moments, no part in the norm that is
-    clipped, and no decay.
+    M, learned projections, norms and biases are never decayed. The transformation applies to the parameters that
+    `optimizer.train` trains, as `split_params` separates them. Frozen parameters have no moments and no decay, and do
+    not count in the norm that is clipped.
 
     Raises:
       UserError: the model has nothing that `optimizer.train` trains.

@@ -1,4 +1,4 @@
-"""What `train.py` does: from a config to a finished workdir."""
+"""Takes a run from its config to a finished workdir, for `train.py`."""
 
 import contextlib
 import time
@@ -21,7 +21,7 @@ from darkformer_jax.tasks import TASKS
 from darkformer_jax.tasks.task import Task
 from darkformer_jax.training.experiment import Experiment
 from darkformer_jax.training.goodput import Stopwatch, describe, read_sessions
-from darkformer_jax.training.log import NotFinite, Progress, TrainingLog
+from darkformer_jax.training.log import NotFinite, RunProgress, TrainingLog
 from darkformer_jax.training.loop import Loop, Outcome
 from darkformer_jax.training.loss_curve import draw_loss_curve
 from darkformer_jax.training.start import start
@@ -35,7 +35,7 @@ def dry_run(config: ml_collections.ConfigDict) -> None:
         print(description)
 
 
-def train(config: ml_collections.ConfigDict, workdir: Workdir, progress: Progress) -> None:
+def train(config: ml_collections.ConfigDict, workdir: Workdir, progress: RunProgress) -> None:
     """Trains to the last step and reports.
 
     Raises:
@@ -43,7 +43,7 @@ def train(config: ml_collections.ConfigDict, workdir: Workdir, progress: Progres
       UserError: the config, the data, the workdir and the devices do not fit together; the loss or the gradient is not
         finite; the disk cannot be written. Earlier checkpoints stay.
     """
-    # First of all, because what this run is depends on what is there.
+    # First, because the run depends on what the workdir has.
     processes.require_shared(workdir.shared, str(workdir))
     config = _resolve(config, workdir)
     workdir.check_config(config.to_dict())
@@ -51,7 +51,7 @@ def train(config: ml_collections.ConfigDict, workdir: Workdir, progress: Progres
         began, watch = time.perf_counter(), Stopwatch(workdir)
         progress.note(f"workdir {workdir}; reading {config.data.source} {config.data.files}".rstrip())
         task = TASKS[config.task.name].load(config, workdir)
-        # After this all have read what process 0 is about to write.
+        # After this, all processes have read what process 0 is about to write.
         processes.require_same("data", task.fingerprints)
         workdir.check_data(task.fingerprints["data"])
         experiment = Experiment.of(config, task.objective)
@@ -80,9 +80,9 @@ def _train(
     lock: WorkdirLock,
     mirror: Mirror,
     watch: Stopwatch,
-    progress: Progress,
+    progress: RunProgress,
 ) -> Outcome:
-    """Trains from where the run begins to its last step, and closes what it opened, however it ends."""
+    """Trains from where the run begins to its last step. It closes what it opened, however the run ends."""
     keep, every = experiment.config.checkpoint.keep, experiment.config.checkpoint.every
     checkpoints = Checkpoints(workdir, keep=keep, save_every=every, best=task.best)
     with contextlib.closing(watch), contextlib.closing(checkpoints), contextlib.closing(progress):
@@ -104,7 +104,7 @@ def _train(
 
 
 def _claim(experiment: Experiment, task: Task[Any], workdir: Workdir, lock: WorkdirLock) -> None:
-    """Makes the directory this run's, and writes what it holds from the beginning on."""
+    """Claims the directory for this run, and writes the files that it has from the beginning."""
     workdir.write_config(experiment.config.to_dict())
     lock.take()
     workdir.write_data(task.fingerprints["data"])
@@ -118,7 +118,7 @@ def _report(experiment: Experiment, task: Task[Any], workdir: Workdir, outcome: 
     state, evaluation = outcome
     print(f"\n{workdir}: step {int(state.step)} after {seconds:.0f} s")
     print(f"held out ({evaluation.size}): {evaluation}")
-    if sessions := read_sessions(workdir):  # none of a run that an earlier version finished
+    if sessions := read_sessions(workdir):  # none if an earlier version finished the run
         print(describe(sessions))
     what_next = task.report(experiment.network, state.params, state.projections, workdir, evaluation)
     print(f"loss curve: {workdir}/{draw_loss_curve(workdir).name}")

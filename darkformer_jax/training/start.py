@@ -14,7 +14,7 @@ from darkformer_jax.training.step import TrainState, from_saved, to_saved
 def start(
     experiment: Experiment, workdir: Workdir, checkpoints: Checkpoints, note: Callable[[str], None]
 ) -> tuple[int, TrainState]:
-    """The step to go on from, and its state. `note` is told where they come from.
+    """(the step to continue from, the state after it). `note` gets a line that says where they come from.
 
     Raises UserError: the checkpoints are damaged, lost, another model's or later than num_steps, or init_from does not
     fit.
@@ -38,15 +38,15 @@ def start(
 
 
 def _require_new(save_every: int, workdir: Workdir, checkpoints: Checkpoints) -> None:
-    """Raises UserError where checkpoints must have been lost: starting again would overwrite what is left.
+    """Raises UserError if checkpoints must have been lost: starting again would overwrite what is left.
 
-    A kill during the first save leaves no line of metrics that comes after the second save began, which had waited
-    for the first.
+    The second save waits for the first. So a kill during the first save leaves no line of metrics from after the second
+    save began.
     """
     if not (workdir / METRICS_FILE).exists():
         return
     reached = max((line["step"] for line in read_metrics(workdir)), default=0)
-    # config.json is still that of the start before, which may have saved less often.
+    # config.json is still that of the previous start, which may have saved less often.
     intervals = (save_every, workdir.read_config()["checkpoint"]["every"])
     if all(intervals) and reached > 2 * max(intervals):
         raise UserError(

@@ -55,7 +55,7 @@ def state_shardings(
     """The sharding of every array: parameters by their logical axes, Adam's moments like their parameter.
 
     Raises:
-      UserError: an array that the mesh does not divide.
+      UserError: the mesh does not divide an array.
     """
     sharding = functools.partial(variable_sharding, mesh=mesh)
     everywhere = NamedSharding(mesh, P())
@@ -71,14 +71,14 @@ def state_shardings(
 
 
 def to_saved(state: TrainState) -> dict:
-    """Nested dicts of arrays, what a checkpoint holds."""
+    """The nested dicts of arrays that a checkpoint holds."""
     saved = {"step": state.step, "params": state.params, "optimizer": serialization.to_state_dict(state.optimizer)}
     saved["projections"] = state.projections
     return _without_empty(saved)
 
 
 def from_saved(saved: dict, like: TrainState) -> TrainState:
-    """The inverse of `to_saved`; `like` is any state of the same structure, abstract ones included."""
+    """The inverse of `to_saved`. `like` is any state of the same structure, which may be abstract."""
     full = _with_empty(saved, to_full(like))
     optimizer = serialization.from_state_dict(like.optimizer, full["optimizer"])
     return TrainState(full["step"], full["params"], full["projections"], optimizer)
@@ -115,9 +115,9 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """(state, batch, the task's constants) -> (state, metrics).
 
-    Loss and gradients are summed over micro-batches and divided by the total weight: the number of real tokens, say.
+    Loss and gradients are summed over micro-batches and divided by the total weight, such as the number of real tokens.
 
-    trained: the parameters that the optimizer updates. Of the others no gradient is computed.
+    trained: the parameters that the optimizer updates. No gradient is computed for the others.
     """
 
     def loss(learned: dict, fixed: tuple[dict, dict, Any], batch: Batch) -> tuple[Float[Array, ""], Sums]:
@@ -152,7 +152,7 @@ def make_train_step(
             )
         learned, frozen = split_params(state.params, trained)
         gradients, sums = gradient_sums(learned, (frozen, projections, constants), batch)
-        total = jnp.maximum(sums["weight"], 1.0)  # a batch of padding alone has no gradient, and no NaN
+        total = jnp.maximum(sums["weight"], 1.0)  # so that a batch of only padding has gradient 0, not NaN
         gradients = jax.tree.map(lambda g: g / total, gradients)
         updates, moments = optimizer.update(gradients, state.optimizer, learned)
         metrics = objective.metrics(sums, total) | {

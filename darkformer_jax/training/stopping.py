@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end a run after the step under way, with that step saved."""
+"""SIGTERM and Ctrl-C end a run after the current step, and that step is saved."""
 
 import signal
 from types import FrameType
@@ -18,10 +18,10 @@ class Stopped(Exception):
 class StopSignals:
     """While active, remembers the first SIGTERM or Ctrl-C; a second one ends the process at once.
 
-    Of several processes, a signal to any one stops all after the same step.
+    With several processes, a signal to any one stops all after the same step.
 
     Args:
-      step: the last one that is finished.
+      step: the last finished step.
     """
 
     def __init__(self, step: int) -> None:
@@ -31,8 +31,8 @@ class StopSignals:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        # jax agrees on the step after the last that a process has asked about: it must know where this run begins
-        # before there can be a signal. Nobody has announced one that would be answered here.
+        # jax agrees on the step after the last one that any process has asked about. So it must know where this run
+        # begins before a signal can come. No signal is announced yet, so there is no answer to read here.
         processes.stop_agreed(self._step)
         self._previous = {signum: signal.signal(signum, self._remember) for signum in (signal.SIGTERM, signal.SIGINT)}
         return self
@@ -42,7 +42,7 @@ class StopSignals:
             signal.signal(signum, handler)
 
     def to_stop(self, step: int) -> int | None:
-        """The signal to stop for after `step`, if there is one. To be called at every step."""
+        """The signal to stop for after `step`, if there is one. Call it at every step."""
         if not processes.is_distributed():
             return self.received
         if self.received is not None and not self._announced:
@@ -52,6 +52,6 @@ class StopSignals:
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:
         self.received = signum
-        # The system's own action for the next one: a Python handler would wait for a long evaluation or compile to end.
+        # The next signal gets the system's action: a Python handler would wait until a long evaluation or compile ends.
         for name in self._previous:
             signal.signal(name, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""Which process keeps the others waiting: what each does alone, between its waits for the device, compared."""
+"""Finds the straggler: compares the time that each process spends between its waits for the device."""
 
 import time
 from typing import NamedTuple
@@ -9,8 +9,8 @@ from darkformer_jax.distributed import processes
 class HostTimes(NamedTuple):
     """Seconds per step that processes spend on their hosts: reading the batch, dispatching, writing metrics.
 
-    A step's collectives end for all at once, so its time says nothing about who was late; this does. What a slow device
-    costs is not in it.
+    The collectives of a step end for all processes at once, so the step time does not show which process was late, but
+    these times do. They do not include what a slow device costs.
     """
 
     own: float
@@ -18,26 +18,26 @@ class HostTimes(NamedTuple):
     straggler: int  # the process with the largest
 
     def __str__(self) -> str:
-        return f"the slowest host is that of process {self.straggler}: {self.largest:.4f} s per step beside its device"
+        return f"the slowest host is process {self.straggler}'s: {self.largest:.4f} s per step, without its device"
 
 
 class HostTimer:
-    """Adds up what this process does between waits for its device."""
+    """Adds up the time that this process spends between its waits for the device."""
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
-        """What was since the last `read` does not count: an evaluation, a save."""
+        """Discards the time since the last `read`, such as that of an evaluation or a save."""
         self._began, self._waited, self._steps = time.perf_counter(), 0.0, 0
 
     def waited(self, seconds: float) -> None:
-        """For the device, as a step's metrics were read."""
+        """Notes a wait for the device, when a step's metrics were read."""
         self._waited += seconds
         self._steps += 1
 
     def read(self) -> HostTimes:
-        """Since the last `read`, beside what the others have told last; waits for none of them. Then it restarts."""
+        """The time since the last `read`, and the others' latest times; it waits for none of them. Then it restarts."""
         own = (time.perf_counter() - self._began - self._waited) / max(1, self._steps)
         self.restart()
         told = processes.tell("host_seconds", own)

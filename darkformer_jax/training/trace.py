@@ -1,4 +1,4 @@
-"""A profiler's window on some steps of a run."""
+"""Profiles some steps of a run."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ class TraceWindow:
         self._runs = False
 
     def begin(self, step: int, last_step: int) -> None:
-        """The session goes from the weights after `step` to `last_step`."""
+        """Begins a session from the weights after `step` to `last_step`. Warns if the window does not begin in it."""
         if self._first and not step < self._first <= last_step:
             logging.warning(
                 "profile.first_step = %d records nothing: this session's steps are %d to %d",
@@ -32,19 +32,19 @@ class TraceWindow:
             )
 
     def before(self, step: int) -> None:
-        """Step `step` is about to be dispatched."""
+        """Call it before step `step` is dispatched."""
         if self._first and step == self._first:
             jax.profiler.start_trace(self._directory)
             self._runs = True
 
     def after(self, step: int, state: Any) -> None:
-        """It was dispatched, and will make `state`."""
+        """Call it after step `step` was dispatched; `state` is its result."""
         if self._runs and step >= self._last:
             jax.block_until_ready(state)
             self.close()
 
     def close(self) -> None:
-        """Ends a recording that is under way: a signal or an error may come within the window."""
+        """Ends a recording that is running, because a signal or an error may come within the window."""
         if self._runs:
             self._runs = False
             jax.profiler.stop_trace()

@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from darkformer_jax.calibration.transfer import LayerTensors, Mechanism, errors, fit, matched_log_gain, teacher_layers
+from darkformer_jax.calibration.transfer import (
+    FittedMechanism,
+    LayerTensors,
+    errors,
+    fit,
+    matched_log_gain,
+    teacher_layers,
+)
 from darkformer_jax.config.specs import model_spec
 from darkformer_jax.mixers import MIXERS
 from darkformer_jax.model.network import Network
@@ -37,7 +44,7 @@ def test_the_teacher_runs_layer_by_layer_as_the_model_does():
         wanted = block.attention.project(block.attention_norm(x), positions)
         for found, part in zip(tensors[:3], wanted, strict=True):
             np.testing.assert_allclose(found, part, atol=1e-5)
-        itself = Mechanism.of(block.attention.mechanism)
+        itself = FittedMechanism.of(block.attention.mechanism)
         assert np.max(errors(itself, itself.trainable, tensors)) < 1e-6
         x, _ = block(x, ones, positions, None)
         count += 1
@@ -51,7 +58,7 @@ def sharp_tensors(passages=6, length=48, heads=2):
     size = jnp.where(jnp.arange(8) < 2, 3.0, 0.3)
     q, k, v = (jax.random.normal(key, (passages, length, heads, 8)) for key in keys)
     network = exact_network()
-    exact = Mechanism.of(MIXERS["softmax"](network.spec.pattern[0], 0))
+    exact = FittedMechanism.of(MIXERS["softmax"](network.spec.pattern[0], 0))
     tensors = LayerTensors(q * size[None, None, None], k * size[None, None, None], v, v)
     return network.spec.pattern[0], tensors._replace(exact=exact.attend(exact.trainable, tensors))
 
@@ -80,7 +87,7 @@ def test_the_matched_gain_gives_the_far_part_its_exact_weight():
 def test_fitting_brings_attention_closer_on_passages_it_has_not_seen(kind):
     spec, tensors = sharp_tensors()
     train, test = (jax.tree.map(lambda leaf, part=part: leaf[part], tensors) for part in (slice(2, 6), slice(0, 2)))
-    mechanism = Mechanism.of(MIXERS[kind](spec, 0))
+    mechanism = FittedMechanism.of(MIXERS[kind](spec, 0))
     trained = fit(mechanism, train, jax.random.key(0), steps=60, passages=2, learning_rate=0.03)
     before, after = (np.mean(errors(mechanism, state, test)) for state in (mechanism.trainable, trained))
     assert after < 0.95 * before
@@ -90,7 +97,7 @@ def test_fitting_brings_attention_closer_on_passages_it_has_not_seen(kind):
 
 def test_the_error_is_relative_and_a_heads_own():
     spec, tensors = sharp_tensors()
-    mechanism = Mechanism.of(MIXERS["performer"](spec, 0))
+    mechanism = FittedMechanism.of(MIXERS["performer"](spec, 0))
     out = np.asarray(mechanism.attend(mechanism.trainable, tensors), np.float64)
     exact = np.asarray(tensors.exact, np.float64)
     wanted = [np.linalg.norm((out - exact)[:, :, h]) / np.linalg.norm(exact[:, :, h]) for h in range(2)]

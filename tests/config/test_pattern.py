@@ -54,7 +54,7 @@ def test_a_field_that_one_kind_uses_is_off_for_the_others():
         ("dark(redraw_every=3)", r"dark has no option 'redraw_every'"),
         ("dark(m=3", r"model.attention.pattern has 'dark\(m=3': allowed: softmax"),
         ("dark(window=64)", r"model.attention.window = 64 is not a multiple of chunk_size = 128"),
-        ("dark(sinks=2)", r"model.attention.num_sinks = 2 needs a window; model.attention.window = 0"),
+        ("dark(sinks=2)", r"model.attention.num_sinks = 2 needs window; model.attention.window = 0"),
     ],
 )
 def test_what_an_entry_refuses(pattern, message):

@@ -94,21 +94,21 @@ RULES = [
     ),
     (
         {"model.attention.pattern": "softmax_local,dark"},
-        "model.attention.local_window = 0: 'softmax_local' needs a window",
+        "model.attention.local_window = 0: 'softmax_local' cannot do without it",
     ),
     (
         {"model.attention.local_window": 64, "model.attention.kind": "softmax"},
         "model.attention.local_window = 64: none of softmax uses it; allowed: 0",
     ),
     ({"model.attention.window": 64}, "model.attention.window = 64 is not a multiple of chunk_size = 128"),
-    ({"model.attention.num_sinks": 4}, "model.attention.num_sinks = 4 needs a window; model.attention.window = 0"),
+    ({"model.attention.num_sinks": 4}, "model.attention.num_sinks = 4 needs window; model.attention.window = 0"),
     (
         {"model.attention.window": 128, "model.attention.kind": "softmax"},
         "128: none of softmax uses it; allowed: 0",
     ),
     ({"model.attention.window": 128, "model.attention.kind": "constant"}, "window = 128: none of constant uses it"),
-    ({"model.attention.window_kernel": "softmax"}, "model.attention.window_kernel = 'softmax' needs a window"),
-    ({"model.attention.far_gain": True}, "far_gain = True needs a window; model.attention.window = 0"),
+    ({"model.attention.window_kernel": "softmax"}, "model.attention.window_kernel = 'softmax' needs window"),
+    ({"model.attention.far_gain": True}, "far_gain = True needs window; model.attention.window = 0"),
     (
         {"model.attention.far_gain": True, "model.attention.window": 128, "model.attention.kind": "window_only"},
         "far_gain = True: none of window_only uses it; allowed: False",
@@ -121,7 +121,7 @@ RULES = [
         {"model.attention.learn_projections": True, "model.attention.redraw_every": 5},
         "redraw_every = 5 with learn_projections = True; allowed: 0",
     ),
-    ({"model.attention.kind": "window_only"}, "model.attention.window = 0: 'window_only' needs a window"),
+    ({"model.attention.kind": "window_only"}, "model.attention.window = 0: 'window_only' cannot do without it"),
     (
         {"model.attention.redraw_every": 5, "model.attention.kind": "lfk"},
         "model.attention.redraw_every = 5: none of lfk uses it; allowed: 0",
@@ -283,7 +283,7 @@ def test_a_dry_run_reads_no_text(changes, vocabulary, capsys):
     [
         ("bpe:x", "tokenizer 'bpe:x' is not possible"),
         ("bpe:9", "tokenizer 'bpe:9' is not possible"),
-        ("nowhere.json", "tokenizer 'nowhere.json' is no file"),
+        ("nowhere.json", "tokenizer 'nowhere.json' is not a file"),
         ("", "must hold exactly one of"),
     ],
 )

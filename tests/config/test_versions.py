@@ -1,5 +1,6 @@
 """Workdirs of earlier versions: versions/ has the config.json that the defaults gave at each of them, as it was."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from darkformer_jax.config import base
 from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.config.specs import model_spec
 from darkformer_jax.config.validation import from_json, validate
+from darkformer_jax.errors import UserError
+from darkformer_jax.runs.inherit import inherit
 from darkformer_jax.runs.workdir import Workdir
 
 VERSIONS = sorted((Path(__file__).parent / "versions").glob("*.json"))
@@ -58,3 +61,23 @@ def test_the_model_that_the_defaults_gave_at_each_version_is_the_one_they_give(p
     assert model_spec(read, 257) == model_spec(base.get_config(), 257)
     workdir.write_config(read.to_dict())  # the run goes on
     assert workdir.read_config() == json.loads(json.dumps(read.to_dict()))
+
+
+FINE_TUNED = sorted((Path(__file__).parent / "fine_tuned").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", FINE_TUNED, ids=lambda path: path.stem)
+def test_a_run_of_every_mechanism_that_the_former_configs_made_goes_on_with_todays(path, tmp_path):
+    """fine_tuned/ has what configs/finetune.py and configs/paper.py made before version 2, filled in."""
+    (tmp_path / "config.json").write_text(path.read_text())
+    experiment, _, kind = path.stem.partition("_")
+    arguments = f"{kind},window=32" if path.stem == "paper_window_only" else kind
+    config = importlib.import_module(f"configs.{experiment}").get_config(arguments)
+    config.init_from = "source"
+    workdir = Workdir(tmp_path)
+    config = inherit(config, workdir)
+    validate(config)
+    workdir.check_config(config.to_dict())
+    config.model.attention.update({"softmax": {"softcap": 3.0}}.get(kind, {"chunk_size": 16}))
+    with pytest.raises(UserError, match="belongs to another experiment"):
+        workdir.check_config(config.to_dict())

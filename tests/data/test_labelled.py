@@ -137,7 +137,7 @@ def test_whole_numbers_and_names_are_classes(labels):
         ),
         (
             [("a", "4"), ("b", "3.8")],
-            r"made.tsv:3: the label '3.8' is of a regression, and task.name = 'classification'",
+            r"made.tsv:3: the label '3.8' is for a regression, but task.name = 'classification'",
         ),
     ],
 )
@@ -153,7 +153,7 @@ def test_a_held_out_label_that_training_has_not_seen_is_refused():
 
 def test_a_regression_needs_numbers():
     assert number_labels(examples([("a", "1"), ("b", "-2.5")])).tolist() == [1.0, -2.5]
-    with pytest.raises(UserError, match=r"made.tsv:3: the label 'nan' is no number, and task.name = 'regression'"):
+    with pytest.raises(UserError, match=r"made.tsv:3: the label 'nan' is not a number, but task.name = 'regression'"):
         number_labels(examples([("a", "1"), ("b", "nan")]))
 
 

@@ -325,7 +325,7 @@ def id_of(tokenizer, token):
         ("bpe:256", "bpe:256.*at least 257"),
         ("bpe:many", "bpe:many"),
         ("word", "word.*bytes, bpe"),
-        ("{dir}/none.json", "none.json.*is no file"),
+        ("{dir}/none.json", "none.json.*is not a file"),
         ("{dir}/bad.json", "bad.json: not a tokenizer.json"),
         ("{dir}/bad.model", "bad.model: not a SentencePiece model"),
         ("{dir}/bad.txt", "bad.txt.*unknown kind"),

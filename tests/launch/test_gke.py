@@ -131,7 +131,7 @@ def test_refused_flags():
         ((*RUN, *GPU, "--topology=4x4", *TRAIN), "--topology and --chips are for --tpu"),
         ((*RUN, *GPU, "--nodes=two", *TRAIN), "--nodes=two: not a positive whole number"),
         ((*RUN, *GPU, "--image=a b", *TRAIN), "--image=a b: letters, digits and"),
-        ((*RUN, *GPU), "--workdir is missing behind --"),
+        ((*RUN, *GPU), "--workdir is missing after --"),
         ((*RUN[:-1], *GPU, *TRAIN), "--claim is missing"),
         ((*RUN, *GPU, "--", "--workdir=/mnt/lm"), "--workdir=/mnt/lm is not in --mount=/runs"),
         (

@@ -51,7 +51,7 @@ def test_refused_flags():
         ((*SIZE, "--node=2", *TRAIN), "--node: there is no such flag here; allowed: --name= --nodes="),
         ((*SIZE, "--account=my lab", *TRAIN), "--account=my lab: no spaces"),
         ((*SIZE, "--name=a/b", *TRAIN), "--name=a/b: no / and no %"),
-        (SIZE, "--workdir is missing behind --"),
+        (SIZE, "--workdir is missing after --"),
         (
             (*SIZE, "--", "--workdir=s3://b/lm"),
             "--workdir=s3://b/lm: must be a directory that all machines share, or gs://",

@@ -77,8 +77,8 @@ def test_refused_flags():
         (("create", "--name=My_Run", "--zone=z"), "--name=My_Run: lower case letters, digits and -"),
         (("setup", *NAMED, "--type=v6e-8"), "--type: there is no such flag here"),
         (("setup", *NAMED, *TRAIN), "setup takes no flags of train.py"),
-        (run, "--workdir is missing behind --"),
-        ((*run, "--", "--workdir"), "--workdir is missing behind --"),
+        (run, "--workdir is missing after --"),
+        ((*run, "--", "--workdir"), "--workdir is missing after --"),
         (
             (*run, "--", "--workdir=runs/lm"),
             "--workdir=runs/lm: on TPU VMs it must be gs://BUCKET/NAME, or an",

@@ -10,7 +10,7 @@ def test_it_is_the_normalised_product_of_elu_plus_one_in_values_and_gradients():
     random = np.random.default_rng(0)
     q, k, v = (random.standard_normal((1, 37, heads, 8)) for heads in (4, 2, 2))
     cotangent = random.standard_normal(q.shape)
-    ids, positions = np.ones((1, 37), np.int32), np.arange(37, dtype=np.int32)[None]
+    ids, positions = jnp.ones((1, 37), jnp.int32), jnp.arange(37, dtype=jnp.int32)[None]
     mixer = LinearTransformer(mixer_spec("linear_transformer"), 0)
 
     def attend(q, k, v):

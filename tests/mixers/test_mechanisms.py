@@ -34,6 +34,8 @@ K = random.standard_normal((1, LENGTH, 2, 8)).astype(np.float32)
 V = random.standard_normal((1, LENGTH, 2, 8)).astype(np.float32)
 ONE = np.ones((1, LENGTH), np.int32)
 POSITIONS = np.arange(LENGTH, dtype=np.int32)[None]
+ARRAYS = tuple(map(jnp.asarray, (Q, K, V)))  # for calls outside of jit, which annotations check
+PLACES = {"segment_ids": jnp.asarray(ONE), "positions": jnp.asarray(POSITIONS)}
 
 
 def make(kind, spec, layer=0):
@@ -160,7 +162,9 @@ def test_constant_is_the_mean_of_what_is_visible():
 def test_random_looks_at_nothing_but_positions():
     graphdef, state = nnx.split(MIXERS["random"](SPEC, 0))
     run = jax.jit(
-        lambda state, q, k, v, positions: nnx.merge(graphdef, state)(q, k, v, segment_ids=ONE, positions=positions)[0]
+        lambda state, q, k, v, positions: nnx.merge(graphdef, state)(
+            q, k, v, segment_ids=PLACES["segment_ids"], positions=positions
+        )[0]
     )
     out = np.asarray(run(state, Q, K, V, POSITIONS))
     np.testing.assert_array_equal(run(state, 5 * Q, -K, V, POSITIONS), out)
@@ -187,7 +191,7 @@ def test_dark_is_performer_at_the_identity_and_its_own_kernel_elsewhere(spec):
     dark, _ = make("dark", spec)
     np.testing.assert_array_equal(dark.M[...], np.tile(np.float32(0.7) * np.eye(8, dtype=np.float32), (2, 1, 1)))
     dark.M[...] = jnp.asarray(random.standard_normal((2, 8, 8)), jnp.float32) / 3
-    out = jax.jit(lambda: dark(Q, K, V, segment_ids=ONE, positions=POSITIONS)[0])()
+    out = jax.jit(lambda: dark(*ARRAYS, **PLACES)[0])()
     with jax.enable_x64(True):
         w, m = (np.asarray(x[...], np.float64) for x in (dark.projections, dark.M))
         q, k, v = (x.astype(np.float64) for x in (Q, K, V))
@@ -203,7 +207,7 @@ def test_lfk_starts_as_performer_and_learns_its_projections():
     graphdef, params = nnx.split(lfk)
 
     def loss(params):
-        out, _ = nnx.merge(graphdef, params)(Q, K, V, segment_ids=ONE, positions=POSITIONS)
+        out, _ = nnx.merge(graphdef, params)(*ARRAYS, **PLACES)
         return jnp.sum(jnp.square(out))
 
     gradient = jax.tree.leaves(jax.jit(jax.grad(loss))(params))
@@ -240,7 +244,7 @@ def test_a_far_part_without_gain_leaves_the_pretrained_window():
 
     def difference(gain):
         mechanism.log_gain[...] = jnp.full(4, gain)
-        out, _ = mechanism(Q, K, V, segment_ids=ONE, positions=POSITIONS)
+        out, _ = mechanism(*ARRAYS, **PLACES)
         return np.max(np.abs(out - alone))
 
     assert difference(-1e4) < 1e-5

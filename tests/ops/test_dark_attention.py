@@ -57,7 +57,7 @@ def test_scale_low_rank_geometry_and_shared_projections():
 def test_projections_of_another_law_with_their_weights(options):
     x = draw("dark", 60, heads=(4, 2))
     covariance = np.stack([np.diag(np.linspace(0.7, 2.0, 16, dtype=np.float32))] * 2)
-    w, log_weights = (np.asarray(leaf) for leaf in transform_projections(x.arrays["projections"], covariance))
+    w, log_weights = transform_projections(jnp.asarray(x.arrays["projections"]), covariance)
     x = with_arrays(x, projections=w)
     weighted = with_arrays(x, log_weights=log_weights)
     want = oracle("dark", weighted, **options)
@@ -140,6 +140,7 @@ BAD_INPUTS = [
 ]
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(("changes", "message"), BAD_INPUTS)
 def test_what_does_not_fit_is_refused(changes, message):
     arguments = {"q": Q, "k": K, "v": V, "projections": W, "geometry": M} | changes

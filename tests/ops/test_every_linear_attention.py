@@ -265,7 +265,7 @@ def test_gradients_of_the_initial_state(op):
         out, gradients, state = run(x, cotangent)
         with jax.enable_x64(True):
             far = [np.asarray(leaf, np.float64)[0, 0] for leaf in state.far[:3]]
-            wide = widen(part(x, 43, 80))
+            wide = jax.tree.map(jnp.asarray, widen(part(x, 43, 80)))
             want, pull = jax.vjp(functools.partial(definition, x=wide, c=far[0]), *far[1:])
             want_gradients = jax.tree.map(
                 lambda leaf: np.asarray(leaf)[None, None], pull(jnp.asarray(widen(cotangent)))

@@ -11,7 +11,14 @@ random = np.random.default_rng(0)
 
 def draw(length, keys=None, heads=(4, 2), dim=8):
     shapes = ((2, length, heads[0], dim), (2, keys or length, heads[1], dim), (2, keys or length, heads[1], dim))
-    return tuple(random.standard_normal(shape).astype(np.float32) for shape in shapes)
+    return tuple(jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in shapes)
+
+
+PLACES = ("query_segments", "key_segments", "query_positions", "key_positions")
+
+
+def places(*arrays):
+    return dict(zip(PLACES, map(jnp.asarray, arrays), strict=True))
 
 
 def by_hand(
@@ -58,9 +65,8 @@ def test_against_softmax_by_hand_with_documents_and_padding():
     segments, positions = (np.stack(pair) for pair in zip(rows(9, 1, 14), rows(24), strict=True))
     segments[1, 20:] = 0
     arguments = (segments, segments, positions, positions)
-    names = ("query_segments", "key_segments", "query_positions", "key_positions")
     run = jax.jit(exact_attention)
-    out = run(q, k, v, **dict(zip(names, arguments, strict=True)))
+    out = run(q, k, v, **places(*arguments))
     np.testing.assert_allclose(out, by_hand(q, k, v, *arguments), rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(out[1, 20:], 0)
 
@@ -82,8 +88,7 @@ def test_windows_softcaps_scales_and_both_directions_by_hand(options, heads):
     segments, positions = (np.stack(pair) for pair in zip(rows(9, 1, 14), rows(24), strict=True))
     segments[1, 20:] = 0
     arguments = (segments, segments, positions, positions)
-    names = ("query_segments", "key_segments", "query_positions", "key_positions")
-    out = exact_attention(q, k, v, **dict(zip(names, arguments, strict=True)), **options)
+    out = exact_attention(q, k, v, **places(*arguments), **options)
     np.testing.assert_allclose(out, by_hand(q, k, v, *arguments, **options), rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(out[1, 20:], 0)
 
@@ -94,7 +99,7 @@ def test_gradients_are_those_of_the_formula_in_float64(causal):
     segments = np.tile(np.repeat(np.array([1, 2, 0], np.int32), [5, 6, 2]), (2, 1))
     positions = np.tile(rows(5, 8)[1], (2, 1))
     real = segments != 0
-    cotangent = random.standard_normal((*q.shape[:3], v.shape[3])).astype(np.float32)
+    cotangent = jnp.asarray(random.standard_normal((*q.shape[:3], v.shape[3])), jnp.float32)
 
     def formula(q, k, v):
         visible = (segments[:, :, None] == segments[:, None]) & real[:, None]
@@ -110,9 +115,8 @@ def test_gradients_are_those_of_the_formula_in_float64(causal):
         out, pull = jax.vjp(attention, *arrays[:3])
         return out, *pull(arrays[3])
 
-    places = {"query_segments": segments, "key_segments": segments}
-    places |= {"query_positions": positions, "key_positions": positions}
-    got = gradients(lambda *x: exact_attention(*x, **places, causal=causal), q, k, v, cotangent)
+    at = places(segments, segments, positions, positions)
+    got = gradients(lambda *x: exact_attention(*x, **at, causal=causal), q, k, v, cotangent)
     with jax.enable_x64(True):
         want = gradients(formula, *(jnp.asarray(x, jnp.float64) for x in (q, k, v, cotangent)))
         for ours, reference in zip(got, want, strict=True):
@@ -122,9 +126,8 @@ def test_gradients_are_those_of_the_formula_in_float64(causal):
 def test_a_query_that_sees_both_directions_has_no_window():
     q, k, v = draw(4)
     ids = np.ones((2, 4), np.int32)
-    arguments = {"query_segments": ids, "key_segments": ids, "query_positions": ids, "key_positions": ids}
     with pytest.raises(UserError, match="local_window = 3 with causal=False: a window looks back only; allowed: 0"):
-        exact_attention(q, k, v, **arguments, local_window=3, causal=False)
+        exact_attention(q, k, v, **places(ids, ids, ids, ids), local_window=3, causal=False)
 
 
 def test_the_backend_is_chosen_by_what_covers_the_case(monkeypatch):
@@ -152,8 +155,7 @@ def test_a_query_after_a_cache_sees_what_was_written():
     key_positions = np.tile(np.arange(16, dtype=np.int32), (2, 1))
     key_segments = (key_positions < np.array([[8], [11]])).astype(np.int32)  # empty slots are 0
     arguments = (query_segments, key_segments, query_positions, key_positions)
-    names = ("query_segments", "key_segments", "query_positions", "key_positions")
-    out = exact_attention(q, k, v, **dict(zip(names, arguments, strict=True)))
+    out = exact_attention(q, k, v, **places(*arguments))
     np.testing.assert_allclose(out, by_hand(q, k, v, *arguments), rtol=1e-5, atol=1e-5)
 
 
@@ -166,16 +168,7 @@ def test_gradients_are_finite_and_padding_gets_none(dtype, softcap):
     positions = np.tile(np.arange(12, dtype=np.int32), (2, 1))
 
     def loss(q, k, v):
-        out = exact_attention(
-            q,
-            k,
-            v,
-            query_segments=segments,
-            key_segments=segments,
-            query_positions=positions,
-            key_positions=positions,
-            softcap=softcap,
-        )
+        out = exact_attention(q, k, v, **places(segments, segments, positions, positions), softcap=softcap)
         assert out.dtype == dtype
         return jnp.sum(jnp.square(out.astype(jnp.float32)))
 

@@ -55,7 +55,7 @@ def test_the_mean_over_draws_is_the_kernel(kind, case):
 
 def test_geometry_and_scale_are_in_the_kernel():
     q, k = random.standard_normal((2, 12))
-    geometry = (random.standard_normal((5, 12)) / 4).astype(np.float32)
+    geometry = jnp.asarray(random.standard_normal((5, 12)) / 4, jnp.float32)
     for kind in ("iid", "orthogonal"):
         sample = estimates(kind, 20, q, k, geometry, 0.5)
         assert abs(standard_errors_off(sample, np.exp(0.5 * (geometry @ q) @ (geometry @ k)))) < 4
@@ -107,7 +107,7 @@ def test_dtypes():
     assert log_positive_features(x, w, m).dtype == jnp.float32
     assert apply_geometry(x, m).dtype == jnp.bfloat16
     with jax.enable_x64(True):
-        wide = log_positive_features(np.ones((3, 4)), np.ones((5, 4)))
+        wide = log_positive_features(jnp.ones((3, 4), jnp.float64), jnp.ones((5, 4)))
         assert wide.dtype == jnp.float64
 
 
@@ -123,7 +123,7 @@ def test_bfloat16_rounding_moves_the_point_not_the_norm():
 
 def test_elu_plus_one_and_its_gradient_everywhere():
     x = np.array([-500, -100, -1, -1e-6, 0, 1e-6, 1, 100, 500], np.float32)
-    value, gradient = jax.vmap(jax.value_and_grad(lambda x: log_elu_plus_one(None, x, 1.0)))(x)
+    value, gradient = jax.vmap(jax.value_and_grad(lambda x: log_elu_plus_one(None, x[None], 1.0)[0]))(x)
     wide = x.astype(np.float64)
     np.testing.assert_allclose(value, np.where(wide < 0, wide, np.log1p(np.abs(wide))), rtol=1e-6)
     np.testing.assert_allclose(gradient, np.where(wide < 0, 1, 1 / (1 + np.abs(wide))), rtol=1e-6)

@@ -12,6 +12,10 @@ from darkformer_jax.ops.linear_attention import init_state, linear_attention
 from tests.ops.linear_attentions import PURE, assert_rows_close, draw
 
 
+def draw_arrays(op, length, **shape):
+    return jax.tree.map(jnp.asarray, draw(op, length, **shape))
+
+
 def elu_by_hand(q, k, v, causal):
     """elu(x) + 1 as it is written, in float64. q and k of as many heads."""
     phi_q, phi_k = (np.where(x > 0, x + 1, np.exp(x)) for x in (np.asarray(q, np.float64), np.asarray(k, np.float64)))
@@ -22,13 +26,13 @@ def elu_by_hand(q, k, v, causal):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_default_is_the_linear_transformer(causal):
-    q, k, v, _ = draw("elu_plus_one", 50, heads=(2, 2), batch=2)
+    q, k, v, _ = draw_arrays("elu_plus_one", 50, heads=(2, 2), batch=2)
     assert_rows_close(linear_attention(q, k, v, causal=causal, chunk_size=16), elu_by_hand(q, k, v, causal), 1e-5)
 
 
 def test_random_features_in_the_slot_are_dark_attention_bit_for_bit():
-    x = draw("dark", 50, heads=(4, 2))
-    arrays = RandomFeatures(*(jnp.asarray(x.arrays[name]) for name in ("projections", "geometry")))
+    x = draw_arrays("dark", 50, heads=(4, 2))
+    arrays = RandomFeatures(x.arrays["projections"], x.arrays["geometry"])
     out = linear_attention(*x[:3], feature_map=positive_random_features, feature_arrays=arrays, **PURE)
     np.testing.assert_array_equal(out, dark_attention(*x[:3], **x.arrays, scale=1.0, **PURE))
 
@@ -43,9 +47,10 @@ def test_a_key_without_a_common_feature_weighs_nothing_beside_one_that_has_one()
     assert 1 < out[0, 2, 0, 0] < 2
 
 
-Q, K, V, _ = draw("elu_plus_one", 4, heads=(4, 2))
+Q, K, V, _ = draw_arrays("elu_plus_one", 4, heads=(4, 2))
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

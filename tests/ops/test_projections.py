@@ -64,6 +64,7 @@ def test_projection_key_is_a_function_of_seed_layer_and_epoch():
     assert data(0, 0, 0) == (1571711206, 2301353376)  # resumed runs rely on it
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

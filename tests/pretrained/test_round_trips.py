@@ -6,12 +6,19 @@ import shutil
 import numpy as np
 import pytest
 
+from darkformer_jax.config import base
+from darkformer_jax.config.migrations import VERSION
+from darkformer_jax.data.labelled import save_class_names
 from darkformer_jax.errors import UserError
 from darkformer_jax.pretrained.export import export_workdir
 from darkformer_jax.pretrained.safetensors_files import SafetensorsFiles
+from darkformer_jax.runs.load import load_model
 from darkformer_jax.runs.workdir import Workdir
+from darkformer_jax.tasks.classification import Classification
+from darkformer_jax.training.experiment import Experiment
 from tests.pretrained.tiny_sources import BFLOAT16, CONFIG, import_source, llama_arrays, write_arrays, write_llama
-from tests.tiny_runs import saved_arrays, tiny_config, write_workdir
+from tests.tasks.labelled_files import labelled_config, write_labelled
+from tests.tiny_runs import fresh_state, saved_arrays, tiny_config, write_workdir
 
 pytestmark = pytest.mark.standard_promotion  # the state of a checkpoint is made with its optimizer
 
@@ -43,25 +50,106 @@ def test_hf_to_ours_to_hf(tmp_path, stored, dtype):
     assert not (tmp_path / "out" / "README.md").exists()
 
 
-@pytest.mark.parametrize("pattern", ["dark", "softmax,dark,lfk", "random,softmax_local"])
-def test_ours_to_hf_to_ours_with_mechanisms(tmp_path, pattern):
-    local = {"model__attention__local_window": 8} if "local" in pattern else {}
+@pytest.mark.parametrize(
+    ("pattern", "has_arrays"),
+    [
+        ("dark", True),
+        ("softmax,dark,lfk", True),
+        ("random,softmax_local(local_window=8)", True),
+        # 0.25 is head_dim^-0.5, the scale of every family
+        ("softmax(query_scale=0.25),dark(m=16,window=32,query_scale=0.5)", True),
+        ("window_only(window=16),constant,linear_transformer", False),
+    ],
+)
+def test_ours_to_hf_to_ours_with_mechanisms(tmp_path, pattern, has_arrays):
     config = tiny_config(
-        model__num_layers=5, model__qk_norm=True, model__attention__pattern=pattern, seed=7, data__tokenizer="", **local
+        model__num_layers=5,
+        model__head_dim=16,
+        model__qk_norm=True,
+        model__attention__pattern=pattern,
+        seed=7,
+        data__tokenizer="",
     )
     write_workdir(tmp_path / "run", config)
     said = export_workdir(Workdir(tmp_path / "run"), str(tmp_path / "out"))
-    assert "Qwen3ForCausalLM" in said and "in darkformer.safetensors" in said
+    assert "Qwen3ForCausalLM" in said and "in darkformer.json and in darkformer.safetensors" in said
     assert "exact softmax attention" in (tmp_path / "out" / "README.md").read_text()
     copy = import_source(tmp_path / "out", tmp_path / "copy")
     before, after = saved_arrays(tmp_path / "run"), saved_arrays(tmp_path / "copy")
     kept = {name for name in before if "params" in name.split("'")[1] or "projections" in name.split("'")[1]}
     assert kept | {"['step']"} == after.keys()
-    assert any(name.startswith("['projections']") for name in kept)
+    assert any(name.startswith("['projections']") for name in kept) == has_arrays
     for name in kept:
         assert before[name] == after[name], name
     assert copy.config.model.to_dict() == {**config.model.to_dict(), "vocab_size": 257}
     assert copy.config.seed == 7
+
+
+def test_an_export_from_before_versions_is_read_as_a_run_of_its_time(tmp_path):
+    """Then configs/finetune.py set window_kernel for every kind; later fields are missing."""
+    hybrid = {"model__attention__window": 16, "model__attention__pattern": "performer,window_only"}
+    config = tiny_config(model__num_layers=2, data__tokenizer="", **hybrid)
+    write_workdir(tmp_path / "run", config)
+    export_workdir(Workdir(tmp_path / "run"), str(tmp_path / "out"))
+    path = tmp_path / "out" / "darkformer.json"
+    content = json.loads(path.read_text())
+    content.pop("version", None)
+    for name, field in base.fields().items():
+        if field.since:
+            content["model"].pop(name.removeprefix("model."), None)
+    content["model"]["attention.window_kernel"] = "softmax"
+    path.write_text(json.dumps(content))
+    copy = import_source(tmp_path / "out", tmp_path / "copy")
+    assert copy.config.model.to_dict() == {**config.model.to_dict(), "vocab_size": 257}
+
+
+GEMMA2 = {
+    "model__norm_plus_one": True,
+    "model__scale_embeddings": True,
+    "model__post_norms": True,
+    "model__activation": "gelu_tanh",
+}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "changes"),
+    [
+        ("softmax(softcap=30.0,query_scale=0.5)", GEMMA2),
+        ("softmax_local(local_window=8),softmax", {"model__qk_norm": True}),
+    ],
+)
+def test_options_of_exact_layers_go_out_and_come_back(tmp_path, pattern, changes):
+    write_workdir(tmp_path / "run", tiny_config(model__num_layers=2, model__attention__pattern=pattern, **changes))
+    export_workdir(Workdir(tmp_path / "run"), str(tmp_path / "out"))
+    assert not (tmp_path / "out" / "darkformer.json").exists()
+    copy = import_source(tmp_path / "out", tmp_path / "copy")
+
+    def used(model):
+        return [(x.kind, x.softcap, x.query_scale, x.local_window) for x in model.network.spec.layers]
+
+    assert used(copy) == used(load_model(Workdir(tmp_path / "run")))
+
+
+def test_an_option_that_exact_layers_do_not_share_is_refused(tmp_path):
+    pattern = "softmax(softcap=30.0),softmax"
+    write_workdir(tmp_path / "run", tiny_config(model__num_layers=2, model__attention__pattern=pattern))
+    with pytest.raises(UserError, match=r"run: softcap is 0.0 in some layers and 30.0 in others, by model.attention.p"):
+        export_workdir(Workdir(tmp_path / "run"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_classifier_is_refused(tmp_path, causal):
+    files = write_labelled(tmp_path / "mails.jsonl")
+    config = labelled_config(files, model__causal=causal, model__attention__kind="softmax")
+    task = Classification.load(config, Workdir(tmp_path / "run"))
+    write_workdir(tmp_path / "run", config, fresh_state(Experiment.of(config, task.objective)))
+    save_class_names(tmp_path / "run", ("ham", "spam"))
+    with pytest.raises(
+        UserError, match=r"a model with task.name = 'classification' predicts no next token;[^\n]*$"
+    ):
+        export_workdir(Workdir(tmp_path / "run"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_trained_here_goes_out_as_the_family_it_fits(tmp_path):
@@ -81,6 +169,8 @@ def test_what_a_damaged_or_contradictory_export_says(tmp_path):
     export_workdir(Workdir(tmp_path / "run"), str(tmp_path / "whole"))
     content = json.loads((tmp_path / "whole" / "darkformer.json").read_text())
 
+    assert content["version"] == VERSION
+
     def refused(change, message):
         shutil.copytree(tmp_path / "whole", tmp_path / "out")
         change(tmp_path / "out")
@@ -94,6 +184,16 @@ def test_what_a_damaged_or_contradictory_export_says(tmp_path):
         return lambda path: (path / "darkformer.json").write_text(json.dumps(changed))
 
     refused(with_model(mlp_dim=48), "darkformer.json: model.mlp_dim = 48, but config.json beside it says 32")
+    without = {name: value for name, value in content["model"].items() if name != "mlp_dim"}
+    incomplete, newer = content | {"model": without}, content | {"version": VERSION + 1}
+    refused(
+        lambda path: (path / "darkformer.json").write_text(json.dumps(incomplete)),
+        "darkformer.json: model.mlp_dim is missing",
+    )
+    refused(
+        lambda path: (path / "darkformer.json").write_text(json.dumps(newer)),
+        f"darkformer.json is of version {VERSION + 1}, and this darkformer_jax reads 0 to {VERSION}",
+    )
     refused(with_model(sauce=1), "darkformer.json does not fit this version")
     refused(with_model(**{"attention.num_features": 4}), "darkformer.json makes it")
     refused(lambda path: (path / "darkformer.json").write_text('{"format": 2}'), "format = 2: allowed: 1")

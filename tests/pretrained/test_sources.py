@@ -134,7 +134,7 @@ def test_truncated_and_damaged_files(tmp_path):
         (whole[: 8 + length // 2], "truncated, or no safetensors file: its header does not fit its"),
         (b"", "truncated, or no safetensors file"),
         (whole[:8] + b"?" + whole[9:], "its header is not JSON"),
-        (whole.replace(b"layers.1.mlp.up", b"layers.0.mlp.up"), "its header is not JSON: a name is there twice"),
+        (whole.replace(b"layers.1.mlp.up", b"layers.0.mlp.up"), "its header is not JSON: a name occurs twice"),
         (struct.pack("<Q", len(endless)) + endless, "array x has no shape, dtype and data_offsets in the header"),
         (whole.replace(b'"F32"', b'"I32"', 1), "array model.embed_tokens.weight is I32; allowed: F32, F16, BF16"),
         (

@@ -9,7 +9,7 @@ def test_settings_are_the_fields_that_the_mechanism_uses():
         return settings_of(config.to_dict(), "run")
 
     assert settings("attention=dark,seed=1") == settings("attention=dark", log__every=5, mesh__data=2, data__files="x")
-    assert settings("attention=performer", optimizer__geometry_learning_rate=1.0) == settings("attention=performer")
+    assert settings("attention=performer,geometry_lr=1") == settings("attention=performer")
     assert settings("attention=softmax", model__attention__num_features=8) == settings("attention=softmax")
     assert settings("attention=dark", model__attention__pattern="softmax,dark")["mechanism"] == "softmax,dark"
     for other in ("attention=dark,lr=1", "attention=dark,m=8", "attention=dark,steps=9", "attention=dark,window=64"):

@@ -57,7 +57,7 @@ def test_a_checkpoint_says_how_many_outputs_its_model_has(tmp_path):
 
 def test_a_model_of_labels_is_refused_as_a_language_model_before_its_checkpoint_is_read(tmp_path):
     Workdir(tmp_path).write_config(labelled_config("mails.jsonl").to_dict())
-    with pytest.raises(UserError, match="its model is of task.name = 'classification' and predicts no next token"):
+    with pytest.raises(UserError, match="a model with task.name = 'classification' predicts no next token"):
         load_language_model(Workdir(tmp_path))
 
 

@@ -18,4 +18,4 @@ def test_the_time_without_the_device_is_compared(monkeypatch):
     monkeypatch.setattr(processes, "tell", lambda what, value: {0: value, 1: 0.1, 2: 4.0})
     times = clock.read()
     assert times == HostTimes(own=0.25, largest=4.0, straggler=2)
-    assert str(times) == "the slowest host is that of process 2: 4.0000 s per step beside its device"
+    assert str(times) == "the slowest host is process 2's: 4.0000 s per step, without its device"

@@ -96,7 +96,7 @@ def log_variance_covariance(sum_second: Float[np.ndarray, "*heads r r"]) -> Floa
 
 
 def transform_projections(
-    projections: Float[Array, "*heads m r"], covariance: Float[Array, "*heads r r"]
+    projections: Float[Array, "*heads m r"], covariance: Float[np.ndarray | Array, "*heads r r"]
 ) -> tuple[Float[Array, "*heads m r"], Float[Array, "*heads m"]]:
     """Standard normal projections made into draws of N(0, P), and the weights that keep the kernel the same.
 
@@ -124,7 +124,7 @@ def transform_projections(
 
 def log_second_moment(
     eigenvalues: Float[np.ndarray, "*heads r"], proposal: Float[np.ndarray, "*heads r"] | None = None
-) -> Float[np.ndarray, "*heads"]:
+) -> Float[np.ndarray, "*heads"] | np.float64:
     """log E[estimate^2] of one feature's kernel estimate, over w ~ N(0, P) and q', k' iid N(0, Lam), in nats.
 
     Sum over eigenvalues lam of Lam and s of P, in one eigenbasis, of
@@ -143,12 +143,12 @@ def log_second_moment(
     return np.sum(np.log(s) / 2 - np.log1p(2 * eigenvalues) - _log_or_minus_infinity(remainder) / 2, axis=-1)
 
 
-def log_optimal_second_moment(eigenvalues: Float[np.ndarray, "*heads r"]) -> Float[np.ndarray, "*heads"]:
+def log_optimal_second_moment(eigenvalues: Float[np.ndarray, "*heads r"]) -> Float[np.ndarray, "*heads"] | np.float64:
     """The least that `log_second_moment` can be, Theorem 3.2's: -sum log(1 - 2 lam); infinite from lam = 1/2 on."""
     return -np.sum(_log_or_minus_infinity(1 - 2 * np.asarray(eigenvalues, np.float64)), axis=-1)
 
 
-def log_kernel_second_moment(eigenvalues: Float[np.ndarray, "*heads r"]) -> Float[np.ndarray, "*heads"]:
+def log_kernel_second_moment(eigenvalues: Float[np.ndarray, "*heads r"]) -> Float[np.ndarray, "*heads"] | np.float64:
     """log E[exp(q' . k')^2] for q', k' iid N(0, Lam): -sum log(1 - 4 lam^2) / 2, infinite from lam = 1/2 on.
 
     No estimator's second moment is lower. With m independent features the estimate's variance, averaged over pairs, is

@@ -35,7 +35,7 @@ def family_of(config: HFConfig) -> Family:
 
 
 def canonical(fields: Fields) -> Fields:
-    """The same model, fields without an effect at their defaults, so that equal models have equal fields."""
+    """The same model with fields without an effect at their defaults, so that equal models have equal fields."""
     scale = fields["attention.query_scale"]
     return (
         fields
@@ -46,13 +46,13 @@ def canonical(fields: Fields) -> Fields:
 
 
 def fitting_family(fields: Fields, where: str, preferred: str = "") -> Family:
-    """A family that has the exact-attention model of these fields: `preferred` if it does, else the first that does.
+    """A family that can hold the exact-attention model of these fields: `preferred` if it can, else the first that can.
 
     Args:
       where: the name of the model, for the error.
 
     Raises:
-      UserError: none has it; the message says what the nearest one lacks.
+      UserError: no family can; the message says what the nearest one lacks.
     """
     wanted = canonical(fields)
     lacks: dict[str, list[str]] = {}

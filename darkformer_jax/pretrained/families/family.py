@@ -1,4 +1,4 @@
-"""What a family is: how its config.json reads as our model's fields and back, and what its arrays are called."""
+"""A family: a map between its config.json and our model's fields, and the names of its arrays."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -11,10 +11,10 @@ Fields = dict[str, Any]  # a model's fields by their names below `model.`: {"num
 
 LOCAL, FULL = "softmax_local", "softmax"
 MAX_LAYERS = 10_000
-SLIDING_WINDOW = 4096  # of a family with windows, where config.json does not name one
+SLIDING_WINDOW = 4096  # of a family with windows, if config.json does not name one
 _LAYER_TYPES = {"full_attention": FULL, "sliding_attention": LOCAL}
 
-# What a family has unless it says otherwise.
+# The fields of a family unless it says otherwise.
 PLAIN: Fields = {
     "qk_norm": False,
     "scale_embeddings": False,
@@ -26,14 +26,14 @@ PLAIN: Fields = {
     "attention.softcap": 0.0,
 }
 
-# Factors that relatives of Llama have, some of them under its model_type.
+# Factors of Llama's relatives, some of which share its model_type.
 _MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling", "logit_scale")
 
 # config.json's activation -> ours. Exact GELU is missing because it is not the tanh approximation.
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _HF_ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
 
-# Our array -> its name in a checkpoint, which "model.layers.<layer>." precedes in a block.
+# Our array -> its name in a checkpoint. In a block, "model.layers.<layer>." precedes the name.
 LLAMA_NAMES: Mapping[str, str] = {
     "embedding": "model.embed_tokens.weight",
     "head": "lm_head.weight",
@@ -69,8 +69,8 @@ class Family:
     Attributes:
       model_type, architecture: what config.json calls it.
       names: our array -> its name in the checkpoint.
-      read: config.json -> our fields; raises UserError for what the model cannot express.
-      write: our fields -> config.json. `read(write(fields)) == fields` decides whether the family has that model.
+      read: config.json -> our fields; raises UserError for a model that they cannot express.
+      write: our fields -> config.json. `read(write(fields)) == fields` decides whether the family can hold a model.
     """
 
     model_type: str
@@ -91,9 +91,9 @@ def read_sizes(
     """The fields that every family has.
 
     Args:
-      tied: what an absent tie_word_embeddings means in the family.
-      kv_heads: what an absent num_key_value_heads means; None, like null in the file, = as many as heads.
-      head_dim: what an absent head_dim means; None = hidden_size / num_attention_heads.
+      tied: the value that stands for an absent tie_word_embeddings in the family.
+      kv_heads: the value for an absent num_key_value_heads; None = as many as heads, which null in the file also means.
+      head_dim: the value for an absent head_dim; None = hidden_size / num_attention_heads.
       act: the field that holds the activation.
     """
     config.refuse("quantization_config", "quantised safetensors are not read; use the unquantised model or a GGUF file")
@@ -176,6 +176,6 @@ def read_layer_types(config: HFConfig, default: Sequence[str]) -> Fields:
 
 
 def write_layer_types(fields: Fields) -> list[str]:
-    """The inverse of `read_layer_types`; kinds that are not exact attention keep our name."""
+    """The inverse of `read_layer_types`. Kinds that are not exact attention keep our name."""
     names = {kind: name for name, kind in _LAYER_TYPES.items()}
     return [names.get(kind, kind) for kind in kinds_of(fields)]

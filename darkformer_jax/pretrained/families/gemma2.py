@@ -28,7 +28,7 @@ def _read(config: HFConfig) -> Fields:
 
 
 def read_gemma2_sizes(config: HFConfig, *, attention_cap: float, final_cap: float) -> Fields:
-    """What Gemma 2 and 3 have in common; the given caps apply where config.json does not name them (null = none)."""
+    """The fields that Gemma 2 and 3 share. The given caps apply if config.json does not name them; null = no cap."""
     config.refuse("attention_bias", "biases of q, k, v and o are not supported")
     require_whole_heads(config)
     fields = read_sizes(config, tied=True, kv_heads=4, head_dim=256, act="hidden_activation") | GEMMA_FIELDS

@@ -20,7 +20,7 @@ _THETA, _LOCAL_THETA = 1_000_000.0, 10_000.0
 
 
 def _read(config: HFConfig) -> Fields:
-    config.refuse("attn_logit_softcapping", "transformers has the field, and no Gemma 3 model that applies it")
+    config.refuse("attn_logit_softcapping", "transformers has the field, but no Gemma 3 model applies it")
     fields = read_gemma2_sizes(config, attention_cap=0.0, final_cap=0.0) | {"qk_norm": True}
     period = config.integer("sliding_window_pattern", config.integer("_sliding_window_pattern", 6))
     kinds = [LOCAL if (layer + 1) % period else FULL for layer in range(fields["num_layers"])]

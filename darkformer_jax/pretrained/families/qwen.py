@@ -33,7 +33,7 @@ def _read_qwen3(config: HFConfig) -> Fields:
 
 
 def _layers(config: HFConfig) -> Fields:
-    """Without layer_types, use_sliding_window gives a window to the layers from max_window_layers on."""
+    """The kinds of the layers. Without layer_types, use_sliding_window puts windows from max_window_layers on."""
     layers = config.integer("num_hidden_layers", largest=MAX_LAYERS)
     windowed = config.flag("use_sliding_window", False) and config.window(SLIDING_WINDOW) > 0
     first = config.integer("max_window_layers", 28, smallest=0) if windowed else layers

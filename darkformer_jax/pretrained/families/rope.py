@@ -1,4 +1,4 @@
-"""Rotary positions: config.json's two forms (rope_parameters; before transformers 5 rope_scaling) <-> our fields."""
+"""Rotary positions: config.json's two forms (rope_parameters, before transformers 5 rope_scaling) <-> our fields."""
 
 import math
 from typing import Any
@@ -26,7 +26,7 @@ _USED = {
     "yarn": ("rope_factor", "rope_original_length", "rope_beta_fast", "rope_beta_slow", "rope_attention_factor"),
 }
 
-# What a rope_parameters or rope_scaling object may hold; published ones hold keys that their type does not use.
+# Keys that a rope_parameters or rope_scaling object may have. Published ones have keys that their type does not use.
 _KEYS_OF_ALL = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _KEYS: dict[str, set[str]] = {
     "none": {"factor", "original_max_position_embeddings"},
@@ -60,8 +60,8 @@ def read_scaling(section: HFConfig, theta: float, max_positions: int) -> Fields:
     """The fields of one rope_parameters or rope_scaling object.
 
     Args:
-      theta: used where the object has none.
-      max_positions: the original context where the object does not state it; 0 = unknown.
+      theta: used if the object has none.
+      max_positions: the original context if the object does not state it; 0 = unknown.
     """
     key = "rope_type" if section.values.get("rope_type") is not None else "type"
     scaling = _TYPES[section.choice(key, tuple(_TYPES), "default")]
@@ -92,7 +92,7 @@ def read_scaling(section: HFConfig, theta: float, max_positions: int) -> Fields:
 
 
 def write_rope(fields: Fields) -> dict[str, Any]:
-    """Both forms; transformers 5 reads either."""
+    """Both forms of the rotary fields; transformers 5 reads either."""
     scaling = write_scaling(fields)
     return {
         "rope_theta": fields["rope_theta"],
@@ -123,7 +123,7 @@ def write_scaling(fields: Fields) -> dict[str, Any]:
 
 
 def canonical_rope(fields: Fields) -> Fields:
-    """The rotary fields, those without an effect at their defaults."""
+    """The rotary fields, with those without an effect at their defaults."""
     used = _USED[fields["rope_scaling"]]
     kept = NO_SCALING | {name: fields[name] for name in used}
     local, theta = fields["rope_local_theta"], fields["rope_theta"]
@@ -134,7 +134,7 @@ def canonical_rope(fields: Fields) -> Fields:
 
 
 def _yarn_attention_factor(section: HFConfig, factor: float) -> float:
-    """0 = yarn's own formula. DeepSeek states the factor as mscale and mscale_all_dim."""
+    """The attention factor; 0 = yarn's own formula. DeepSeek states it as mscale and mscale_all_dim."""
     if section.values.get("attention_factor") is not None:
         return section.number("attention_factor")
     if section.values.get("mscale") and section.values.get("mscale_all_dim"):

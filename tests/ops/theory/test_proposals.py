@@ -223,6 +223,7 @@ def test_isotropic_changes_nothing():
     np.testing.assert_array_equal(log_weights, np.zeros(4))
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_mistakes_are_named():
     second = np.tile(rotated(SPREAD), (2, 3, 1, 1))
     second[1, 2] *= 2

@@ -1,0 +1,66 @@
+"""Which fields the layers of a config use, as mixers state it."""
+
+import functools
+from collections.abc import Iterable
+
+import ml_collections
+
+from darkformer_jax.config.base import fields
+from darkformer_jax.config.pattern import Layer, parse_pattern
+from darkformer_jax.config.specs import mixer_specs
+from darkformer_jax.errors import UserError
+from darkformer_jax.mixers import MIXERS
+
+
+@functools.cache
+def mixer_fields() -> frozenset[str]:
+    """The dotted names of the fields that only mixers use."""
+    names = set().union(*(mixer.uses for mixer in MIXERS.values()))
+    return frozenset(name for name in fields() if _own(name) in names)
+
+
+def unused_fields(config: ml_collections.ConfigDict) -> set[str]:
+    """The dotted names of mixer fields that no layer uses, or that every layer that uses them has as an option."""
+    used = _used(parse_pattern(config.model.attention.pattern, config.model.attention.kind))
+    return {name for name in mixer_fields() if _own(name) not in used}
+
+
+def fields_in_effect(config: ml_collections.ConfigDict) -> set[str]:
+    """The dotted names of mixer fields that change what a layer computes or learns, up to the order of its sums."""
+    layers = parse_pattern(config.model.attention.pattern, config.model.attention.kind)
+    specs = zip(layers, mixer_specs(config), strict=True)
+    names = set().union(*(MIXERS[layer.kind].in_effect(spec) - layer.options.keys() for layer, spec in specs))
+    return {name for name in mixer_fields() if _own(name) in names}
+
+
+def require_used(config: ml_collections.ConfigDict, names: Iterable[str]) -> None:
+    """Raises UserError for the first of these fields that has a value although no layer uses it.
+
+    Fields that do not belong to mixers are passed over. Where model.attention.pattern is None, another run decides
+    which layers are local ones: their fields count as used.
+    """
+    attention = config.model.attention
+    layers = parse_pattern(attention.pattern, attention.kind)
+    used = _used(layers)
+    if attention.pattern is None:
+        used |= set().union(*(mixer.uses for mixer in MIXERS.values() if mixer.is_local))
+    for name in names:
+        value, off = _value(config, name), fields()[name].off
+        if name in mixer_fields() and _own(name) not in used and value is not None and value != off:
+            shown = repr(value) if isinstance(value, str) else value
+            allowed = f"; allowed: {off!r}" if off is not None else ""
+            kinds = ", ".join(dict.fromkeys(layer.kind for layer in layers))
+            raise UserError(f"{name} = {shown}: none of {kinds} uses it{allowed}")
+
+
+def _used(layers: Iterable[Layer]) -> set[str]:
+    return set().union(*(MIXERS[layer.kind].uses - layer.options.keys() for layer in layers))
+
+
+def _own(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _value(config: ml_collections.ConfigDict, name: str) -> object:
+    *sections, own = name.split(".")
+    return functools.reduce(lambda section, part: section[part], sections, config)[own]
