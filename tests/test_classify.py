@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from configs import classify
-from darkformer_jax import evaluate, generate
+from darkformer_jax import evaluate, generate, report
 from darkformer_jax.data.labelled import Columns, split_examples
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.workdir import Workdir
@@ -94,6 +94,8 @@ def test_a_regression_runs_by_the_same_command(tmp_path, capsys):
     last = metrics_without_time(tmp_path / "run")[-1]
     result = score(tmp_path / "run", files)
     assert {"heldout_loss", "heldout_pearson", "heldout_spearman"} < last.keys() and result["examples"] == 60
+    reported = report.report(SimpleNamespace(runs=str(tmp_path / "run"), out=str(tmp_path / "page")))
+    assert reported["rows"][0]["heldout_spearman"]["mean"] == last["heldout_spearman"]
 
 
 def test_the_config_takes_files_and_says_what_it_would_train(tmp_path, capsys):
