@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from darkformer_jax.cli.experiment_flags import parse_experiment_flags
+from darkformer_jax.cli.experiment_flags import overridden_fields, parse_experiment_flags
 from darkformer_jax.errors import Transient, UserError, one_line
 
 DEFAULT_CONFIG = str(Path(__file__).parent / "configs" / "quickstart.py")  # from any directory
@@ -89,11 +89,12 @@ def _train() -> None:
     timeout = FLAGS.coordinator_timeout
     processes.join(cluster or processes.cluster_of_environment(timeout), timeout)
     processes.require_same("command", {"--dry_run": FLAGS.dry_run})
+    config = FLAGS.config
+    workdir = Workdir(default_workdir() if FLAGS.workdir is None else FLAGS.workdir)
     if FLAGS.dry_run:
-        dry_run(FLAGS.config)
+        dry_run(config, overridden_fields())
     else:
-        config = FLAGS.config
-        train(config, Workdir(FLAGS.workdir or default_workdir()), Progress(config.num_steps, config.log.every))
+        train(config, workdir, Progress(config.num_steps, config.log.every), overridden_fields())
 
 
 if __name__ == "__main__":

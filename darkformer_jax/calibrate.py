@@ -26,11 +26,16 @@ from absl import app
 from darkformer_jax.calibration.fitting import GEOMETRIES, GEOMETRY_KINDS, KINDS, FitOptions, calibrate
 from darkformer_jax.cli.parser import Parser, one_line_errors
 from darkformer_jax.cli.progress import progress_bar
+from darkformer_jax.config.conversion import conversion_config, without_window
 from darkformer_jax.errors import UserError
+from darkformer_jax.mixers import MIXERS
+
+_MECHANISM_OPTIONS = ("num_features", "window", "num_sinks", "geometry_init")
 
 
 def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser("calibrate", __doc__)
+    defaults = conversion_config("dark").model.attention  # dark uses all of _MECHANISM_OPTIONS
     parser.add_argument("--workdir", required=True, help="the exact model: an import, or a run with kind=softmax")
     parser.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
     parser.add_argument("--text", required=True, help="globs of .txt, .md, .jsonl files, or directories; see evaluate")
@@ -41,27 +46,43 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, default=1e-2, help="that of the transfer (default: 1e-2)")
     parser.add_argument("--passages", type=int, default=20, help="passages of --context tokens to read (default: 20)")
     parser.add_argument("--context", type=int, default=1024, help="tokens per passage (default: 1024)")
-    parser.add_argument("--num_features", type=int, default=64, help="m, features per head (default: 64)")
-    parser.add_argument("--window", type=int, default=64, help="tokens before a query's chunk seen exactly; 0 = none")
-    parser.add_argument("--num_sinks", type=int, help="first tokens seen exactly (default: 4, without a window 0)")
+    parser.add_argument("--num_features", type=int, help=f"m, features per head (default: {defaults.num_features})")
+    window_help = f"tokens before a query's chunk seen exactly; 0 = none (default: {defaults.window})"
+    parser.add_argument("--window", type=int, help=window_help)
+    sinks_help = f"first tokens seen exactly (default: {defaults.num_sinks}, without a window 0)"
+    parser.add_argument("--num_sinks", type=int, help=sinks_help)
     parser.add_argument("--geometry", default="identity", choices=GEOMETRIES, help="what M starts from (dark)")
-    parser.add_argument("--geometry_init", type=float, default=0.5, help="factor on that start (default: 0.5)")
+    init_help = f"factor on that start (default: {defaults.geometry_init})"
+    parser.add_argument("--geometry_init", type=float, help=init_help)
     parser.add_argument("--shrinkage", type=float, default=0.0, help="pulls whitened moments towards isotropic, 0 to 1")
     parser.add_argument("--far_gain", action="store_true", help="learn a gain per head on the far part")
     parser.add_argument("--learn_projections", action="store_true", help="dark: learn w, too")
     parser.add_argument("--seed", type=int, default=0, help="seed of projections and passages (default: 0)")
-    args = parser.parse_args(argv[1:])
-    if args.num_sinks is None:
-        args.num_sinks = 4 if args.window else 0
-    return args
+    return parser.parse_args(argv[1:])
 
 
 def main(args: argparse.Namespace) -> None:
     """Writes the workdir and prints the errors. A UserError becomes one line and exit status 2."""
     with one_line_errors("what was written is removed"):
+        _complete(args)
         _check_flags(args)
         options = FitOptions(**{name: value for name, value in vars(args).items() if name != "out"})
         print(_summary(args.out, calibrate(options, args.out, progress_bar)))
+
+
+def _complete(args: argparse.Namespace) -> None:
+    """Gives the mechanism's options the defaults of a conversion. Raises UserError for one that it does not use."""
+    config = conversion_config(args.mechanism)
+    attention = config.model.attention
+    if args.window is not None:
+        attention.window = args.window
+    without_window(config)
+    for name in _MECHANISM_OPTIONS:
+        value = getattr(args, name)
+        if value is None:
+            setattr(args, name, attention[name])
+        elif name not in MIXERS[args.mechanism].uses:
+            raise UserError(f"--{name}={value}: {args.mechanism} does not use it")
 
 
 def _check_flags(args: argparse.Namespace) -> None:

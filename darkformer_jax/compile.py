@@ -20,6 +20,7 @@ import re
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -30,9 +31,10 @@ from jax.experimental.compilation_cache import compilation_cache
 from darkformer_jax.aot.collectives import Collective, collectives
 from darkformer_jax.aot.roofline import GIB, Roofline, chip_of, roofline
 from darkformer_jax.aot.topology import topology_devices
-from darkformer_jax.cli.experiment_flags import parse_experiment_flags
+from darkformer_jax.cli.experiment_flags import overridden_fields, parse_experiment_flags
 from darkformer_jax.cli.parser import one_line_errors
 from darkformer_jax.config import base
+from darkformer_jax.config.usage import require_used
 from darkformer_jax.config.validation import validate
 from darkformer_jax.errors import UserError, one_line
 from darkformer_jax.runs.inherit import inherit
@@ -64,14 +66,18 @@ def main(argv: list[str]) -> None:
     with one_line_errors("nothing was written"):
         devices = topology_devices(FLAGS.topology, FLAGS.num_slices)
         try:
-            print(plan(FLAGS.config, devices, FLAGS.topology))
+            print(plan(FLAGS.config, devices, FLAGS.topology, overridden_fields()))
         except DoesNotFit as error:
             print(f"does not fit: {error}")
             sys.exit(1)
 
 
-def plan(config: ml_collections.ConfigDict, devices: list[jax.Device], topology: str) -> str:
+def plan(
+    config: ml_collections.ConfigDict, devices: list[jax.Device], topology: str, overridden: Sequence[str] = ()
+) -> str:
     """The text that `main` prints.
+
+    overridden: fields that the user set by hand, which a layer must use.
 
     Raises:
       DoesNotFit: with the compiler's message.
@@ -79,6 +85,7 @@ def plan(config: ml_collections.ConfigDict, devices: list[jax.Device], topology:
     """
     config = inherit(config)
     validate(config)
+    require_used(config, overridden)
     if config.distill.weight:
         raise UserError(f"distill.weight = {config.distill.weight}: compile plans without a teacher; allowed: 0")
     experiment = Experiment.of(config, TASKS[config.task.name].objective_of(config), devices)

@@ -12,3 +12,8 @@ class Transient(UserError):
 def one_line(error: BaseException) -> str:
     """A library's words, for the end of a message of ours."""
     return " ".join(str(error).split())
+
+
+def printable(text: str) -> str:
+    """`text` for a terminal: control characters, which names and labels of files may hold, become their escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -17,6 +17,7 @@ from darkformer_jax.cli.parser import Parser, one_line_errors
 from darkformer_jax.cli.progress import progress_bar
 from darkformer_jax.data.prepared import DEFAULT_SHARD_TOKENS, SPLITS, prepare
 from darkformer_jax.data.sources import CORPUS_SOURCES
+from darkformer_jax.errors import UserError
 
 
 def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
@@ -58,6 +59,8 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Prepares the data and prints its sizes. A UserError becomes one line and exit status 2."""
     with one_line_errors("what was written is removed"):
+        if args.source == "stdlib" and args.files:
+            raise UserError(f"--files={args.files}: the stdlib source reads no files; allowed: --source=text or news")
         manifest = prepare(
             args.out,
             source=args.source,

@@ -17,7 +17,7 @@ from tests.tiny_runs import experiment_of, fresh_state, saved_arrays, tiny_confi
 
 pytestmark = pytest.mark.standard_promotion  # the state of a checkpoint is made with its optimizer
 
-SMALL = ("--context=32", "--passages=10", "--transfer_steps=4", "--num_features=8", "--num_sinks=2")
+SMALL = ("--context=32", "--passages=10", "--transfer_steps=4", "--num_sinks=2")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,8 @@ def text(tmp_path_factory):
 
 
 def run(workdir, text, out, *flags):
-    given = ["calibrate", f"--workdir={workdir}", f"--text={text}", f"--out={out}", *SMALL, *flags]
+    features = () if "--mechanism=window_only" in flags else ("--num_features=8",)
+    given = ["calibrate", f"--workdir={workdir}", f"--text={text}", f"--out={out}", *SMALL, *features, *flags]
     return calibrate.main(calibrate._parse_flags(given))
 
 
@@ -115,6 +116,20 @@ def test_controls_have_nothing_to_fit(workdir, text, tmp_path, mechanism):
     assert load_model(Workdir(tmp_path / "out")).network.spec.layer_kinds == (mechanism, mechanism)
 
 
+@pytest.mark.parametrize(
+    ("flags", "options"),
+    [
+        ([], (64, 64, 4, 0.5)),
+        (["--window=0"], (64, 0, 0, 0.5)),
+        (["--window=128", "--num_sinks=1", "--num_features=16", "--geometry_init=1"], (16, 128, 1, 1.0)),
+    ],
+)
+def test_options_that_are_not_given_are_those_of_a_conversion(flags, options):
+    args = calibrate._parse_flags(["calibrate", "--workdir=w", "--text=t", "--out=o", *flags])
+    calibrate._complete(args)
+    assert (args.num_features, args.window, args.num_sinks, args.geometry_init) == options
+
+
 def test_passages_that_were_trained_on_are_no_test(workdir, tmp_path, capsys):
     few = tmp_path / "few.txt"
     few.write_text("".join(f"{i} is not {i * i}. " for i in range(200))[:340])  # ten passages and no more
@@ -154,6 +169,8 @@ def test_fine_tuning_goes_on_from_it(fitted):
         (["--geometry=whitening", "--shrinkage=2"], "--shrinkage=2.0: must be from 0 to 1"),
         (["--shrinkage=0.1"], "--shrinkage=0.1: allowed: 0, or --geometry=whitening"),
         (["--learn_projections", "--mechanism=lfk"], "none of lfk uses it; allowed: False"),
+        (["--mechanism=performer", "--geometry_init=0.7"], "--geometry_init=0.7: performer does not use it"),
+        (["--mechanism=window_only", "--num_features=7"], "--num_features=7: window_only does not use it"),
         (["--far_gain", "--window=0", "--num_sinks=0"], "far_gain = True needs window"),
         (["--window=7"], "model.attention.window = 7"),
         (["--window=0"], "model.attention.num_sinks = 2"),

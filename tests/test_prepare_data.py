@@ -48,6 +48,7 @@ def test_the_one_billion_word_road(tmp_path, capsys):
         (["--source=text"], "error: .*"),
         (["--source=web"], "error: .*--source.*web"),
         (["--source=stdlib", "--sauce=1"], "error: .*--sauce"),
+        (["--source=stdlib", "--files={dir}"], "error: --files=.*: the stdlib source reads no files"),
     ],
 )
 def test_mistakes_get_one_line_and_status_2(flags, message, tmp_path, capsys):

@@ -26,6 +26,7 @@ def test_mistakes_in_flags_are_one_line_and_status_2(tmp_path):
     (tmp_path / "takes_nothing.py").write_text(
         "from darkformer_jax.config import base\n\n\ndef get_config():\n    return base.get_config()\n"
     )
+    (tmp_path / "imports.py").write_text("import nowhere\n")
     cases = {
         "--config.num_step=3": "num_step: there is no such field in the config; did you mean --config.num_steps?",
         "--config.model.attention.king=dark": "did you mean --config.model.attention.kind?",
@@ -35,7 +36,10 @@ def test_mistakes_in_flags_are_one_line_and_status_2(tmp_path):
         "--config.model.qk_norm=maybe": "--config.model.qk_norm=maybe",
         "--config.checkpoint=5": "--config.checkpoint=5",
         "--config.model.attention.num_features=0": "model.attention.num_features = 0: must be at least 1",
+        "--config.model.attention.kind=softmax --config.model.attention.num_features=8": "none of softmax uses it",
+        "--workdir=": "workdir '': give the name of a directory",
         "--config=nowhere.py": "nowhere.py",
+        f"--config={tmp_path}/imports.py": "--config: No module named 'nowhere'",
         f"--config={tmp_path}/notes.md": f"--config: {tmp_path}/notes.md: line 1 is not Python",
         f"--config={tmp_path}/takes_nothing.py:abc": "takes 0 positional arguments",
         "--config=configs/ablation.py:sauce=1": "configs/ablation.py has no argument 'sauce'; allowed: attention, m",
@@ -44,7 +48,7 @@ def test_mistakes_in_flags_are_one_line_and_status_2(tmp_path):
         "extra": "'extra' is no flag",
         "--sauce=1": "Unknown command line flag 'sauce'",
     }
-    ended = run_commands([train(flag, "--dry_run", f"--workdir={tmp_path}/new") for flag in cases])
+    ended = run_commands([train(f"--workdir={tmp_path}/new", "--dry_run", *flags.split()) for flags in cases])
     for (flag, message), (status, out, err) in zip(cases.items(), ended, strict=True):
         assert status == 2, (flag, err)
         assert err.startswith("error: ") and err.count("\n") == 1 and out == "", (flag, err)

@@ -9,8 +9,6 @@ from ml_collections import config_flags
 
 from darkformer_jax.config import base
 from darkformer_jax.config.fields import flat_fields
-from darkformer_jax.config.usage import require_used
-from darkformer_jax.config.validation import require_task_uses
 from darkformer_jax.errors import UserError, one_line
 
 FLAGS = flags.FLAGS
@@ -26,18 +24,22 @@ def parse_experiment_flags(argv: list[str], default_config: str, define: Callabl
         if len(rest) > 1:
             raise UserError(f"{rest[1]!r} is no flag; --help lists them")
         FLAGS.config.to_dict()  # raises OSError where the file could not be loaded
-        overrides = list(config_flags.get_override_values(FLAGS["config"]))
-        require_used(FLAGS.config, overrides)
-        require_task_uses(FLAGS.config, overrides)
         return rest
     except (UserError, flags.Error, OSError) as error:
         message = _quoted_end(error)
+    except ImportError as error:
+        message = f"--config: {one_line(error)}"
     except SyntaxError as error:
         message = f"--config: {error.filename}: line {error.lineno} is not Python: {error.msg}"
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # how config_flags refuses an override
         message = _unknown_field(argv) or _quoted_end(error)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def overridden_fields() -> list[str]:
+    """The dotted names of the fields that the command line sets."""
+    return list(config_flags.get_override_values(FLAGS["config"]))
 
 
 def _quoted_end(error: Exception) -> str:

@@ -11,7 +11,7 @@ import jax
 from absl import logging
 from absl.flags import argparse_flags
 
-from darkformer_jax.errors import UserError, one_line
+from darkformer_jax.errors import UserError, one_line, printable
 
 _INTERRUPTING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -70,7 +70,6 @@ def _interrupt(number: int, _: object) -> NoReturn:
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
     begin = "\n" if sys.stderr.isatty() else ""  # below a progress bar or half a text
-    print(f"{begin}error: {printable}", file=sys.stderr)
+    print(f"{begin}error: {printable(message)}", file=sys.stderr)
     sys.exit(status)

@@ -50,7 +50,7 @@ def fields() -> Mapping[str, Field]:
 def declare() -> Section:
     """The fields, section by section."""
     c = Section()
-    c.seed = at_least(0, 0)  # every random choice (weights, projections, data order) is a function of this and the step
+    c.seed = at_least(0, 0, below=2**32)  # weights, projections and data order are functions of this and the step
     c.num_steps = at_least(1, 1000)  # optimizer steps; a resumed run may have more, and its cosine then ends later
     c.batch_size = at_least(1, 16)  # sequences per optimizer step, over all devices
     c.sequence_length = at_least(1, 512)  # tokens per sequence

@@ -16,7 +16,7 @@ from darkformer_jax.config.pattern import ATTENTION
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
 
-_CHOSEN_HERE = ("attention", "dtype", "remat", "lora_rank")  # how a model is computed and trained, not what it is
+COMPUTATION = ("attention", "dtype", "remat", "lora_rank")  # how a model is computed and trained, not what it is
 _INHERITED_BY_ATTENTION = ("pattern", "query_scale", "softcap", "local_window", "far_gain", "learn_projections")
 _OF_A_WINDOW: dict[str, Any] = {
     "num_features": 64,
@@ -36,7 +36,7 @@ def conversion_config(kind: str) -> ml_collections.ConfigDict:
     if kind not in MIXERS:
         raise UserError(f"model.attention.kind = {kind!r}: allowed: {', '.join(MIXERS)}")
     c = base.get_config()
-    for name in set(c.model) - set(_CHOSEN_HERE):
+    for name in set(c.model) - set(COMPUTATION):
         _inherit(c.model, name)
     a = c.model.attention
     for name in _INHERITED_BY_ATTENTION:

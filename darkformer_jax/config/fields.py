@@ -29,6 +29,7 @@ class Field:
       needs: a field of the same section that must not be off if this one is not.
       since: the first version of config.json that has the field (`config.migrations`); 0 = all versions.
       before: the value in runs from before the field; None = the default.
+      below: whole numbers are smaller than this.
     """
 
     default: Any
@@ -38,6 +39,7 @@ class Field:
     needs: str = ""
     since: int = 0
     before: Any = None
+    below: int = 2**31
 
     @property
     def meaning_before(self) -> Any:
@@ -52,6 +54,8 @@ class Field:
         also = {float: int, tuple: list}.get(kind, kind)  # JSON has no tuples, and may write a float without a point
         if type(value) not in (kind, also):
             raise UserError(f"{name} = {value!r}: must be {kind.__name__}")
+        if kind is int and value >= self.below:
+            raise UserError(f"{name} = {value}: must be below {self.below}")
         if not self.rule(value):
             shown = repr(value) if isinstance(value, str) else value
             raise UserError(f"{name} = {shown}: {self.allowed}")

@@ -24,9 +24,9 @@ def migrate(saved: Mapping[str, Any], where: str) -> dict[str, Any]:
     config = _copied(saved)
     version = config.pop(_KEY, 0)
     if type(version) is not int or not 0 <= version <= VERSION:
-        raise UserError(
-            f"{where} is of version {version!r}, but this darkformer_jax reads 0 to {VERSION}; use a newer one"
-        )
+        newer = "; use a newer one" if type(version) is int and version > VERSION else ""
+        raise UserError(f"{where} is of version {version!r}, but this darkformer_jax reads 0 to {VERSION}{newer}")
+    _require_sections(config, where)
     for number in range(version + 1, VERSION + 1):
         if number in _STEPS:
             _STEPS[number](config)
@@ -43,8 +43,8 @@ def with_version(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _no_window_kernel_without_geometry(config: dict[str, Any]) -> None:
     """Version 2 refuses a window_kernel that no layer uses. Before, configs/finetune.py set it even for M = I."""
-    attention = config["model"]["attention"]
-    kinds = (attention.get("pattern") or attention.get("kind", "")).replace(" ", "").split(",")
+    attention = config.get("model", {}).get("attention", {})
+    kinds = str(attention.get("pattern") or attention.get("kind", "")).replace(" ", "").split(",")
     if "dark" not in kinds:
         attention["window_kernel"] = "dark"
 
@@ -53,13 +53,19 @@ def _no_window_kernel_without_geometry(config: dict[str, Any]) -> None:
 _STEPS: Mapping[int, Callable[[dict[str, Any]], None]] = {2: _no_window_kernel_without_geometry}
 
 
+def _require_sections(config: Mapping[str, Any], where: str) -> None:
+    for name in fields():
+        section: Any = config
+        for part in name.split(".")[:-1]:
+            section = section.get(part, {})
+            if not isinstance(section, Mapping):
+                raise UserError(f"{where}: {part} = {section!r}: must be a section with fields")
+
+
 def _set_default(config: dict[str, Any], name: str, value: Any) -> None:
     *sections, field = name.split(".")
     for section in sections:
-        inner = config.setdefault(section, {})
-        if not isinstance(inner, dict):  # not a config: validation says so
-            return
-        config = inner
+        config = config.setdefault(section, {})
     config.setdefault(field, value)
 
 

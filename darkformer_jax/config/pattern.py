@@ -32,7 +32,9 @@ def parse_pattern(pattern: str | None, kind: str) -> tuple[Layer, ...]:
 
     Raises UserError for an unknown kind, and for an option that is unknown, out of range or not used by its kind.
     """
-    if not pattern and kind not in MIXERS:
+    if not isinstance(pattern, str | None):
+        raise UserError(f"{ATTENTION}pattern = {pattern!r}: must be str")
+    if not pattern and not (isinstance(kind, str) and kind in MIXERS):
         raise UserError(f"model.attention.kind = {kind!r}: allowed: {', '.join(MIXERS)}")
     entries = re.split(r",(?![^(]*\))", pattern or kind)
     return tuple(_parse_entry(entry) for entry in entries)
@@ -51,10 +53,17 @@ def show_layer(layer: Layer) -> str:
 
 def _parse_entry(entry: str) -> Layer:
     match = _ENTRY.fullmatch(entry)
-    kind = match[1] if match else entry.strip()
+    if match is None:
+        raise UserError(f"{ATTENTION}pattern has {entry.strip()!r}: must be kind or kind(option=value,option=value)")
+    kind, written = match.groups()
     if kind not in MIXERS:
-        raise UserError(f"model.attention.pattern has {kind!r}: allowed: {', '.join(MIXERS)}")
-    options = dict(_parse_option(kind, text) for text in (match[2] or "").split(",") if text.strip()) if match else {}
+        raise UserError(f"{ATTENTION}pattern has {kind!r}: allowed: {', '.join(MIXERS)}")
+    options: dict[str, Any] = {}
+    for text in [] if written is None or not written.strip() else written.split(","):
+        name, value = _parse_option(kind, text)
+        if name in options:
+            raise UserError(f"{ATTENTION}pattern has {entry.strip()}: {name} is there twice")
+        options[name] = value
     return Layer(kind, options)
 
 

@@ -1,6 +1,6 @@
 """Finds mistakes in a config before any compile: values out of range, and values that contradict each other."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -9,13 +9,12 @@ from darkformer_jax.config.base import LABELLED_TASKS, fields
 from darkformer_jax.config.fields import Field, flat_fields
 from darkformer_jax.config.pattern import ATTENTION, parse_pattern
 from darkformer_jax.config.specs import mixer_specs
-from darkformer_jax.config.usage import require_used
+from darkformer_jax.config.usage import OF_LANGUAGE_MODELS, mixer_fields, require_used
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
 from darkformer_jax.mixers.spec import MixerSpec
 
 LABELLED_SOURCE = "labelled"
-_OF_LANGUAGE_MODELS = ("optimizer.z_loss", "distill.weight")
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -46,7 +45,7 @@ def _validate_mixers(config: ml_collections.ConfigDict) -> None:
         len(layers) <= config.model.num_layers,
         f"model.attention.pattern has {len(layers)} entries, more than model.num_layers = {config.model.num_layers}",
     )
-    require_used(config, [name for name, field in fields().items() if field.off is not None])
+    require_used(config, [name for name in fields() if name in mixer_fields() and fields()[name].off is not None])
     for mixer in mixer_specs(config):
         for name in sorted(MIXERS[mixer.kind].uses):
             field = fields().get(ATTENTION + name)
@@ -94,7 +93,6 @@ def _validate_rope(model: ml_collections.ConfigDict) -> None:
 
 def _validate_training(config: ml_collections.ConfigDict) -> None:
     optimizer = config.optimizer
-    _require(config.seed < 2**32, f"seed = {config.seed}: must be below 2**32")
     _require(
         config.batch_size % config.accumulation_steps == 0,
         f"batch_size = {config.batch_size} is not a multiple of accumulation_steps = {config.accumulation_steps}",
@@ -132,30 +130,16 @@ def _validate_task(config: ml_collections.ConfigDict) -> None:
         f"{' or '.join(LABELLED_TASKS)}, other sources with language_model",
     )
     of_labelled = [name for name in fields() if name.startswith("task.") and name != "task.name"] + ["model.causal"]
-    for name in _OF_LANGUAGE_MODELS if is_labelled else of_labelled:
-        field = fields()[name]
-        _require_unset(config, name, field.default if field.off is None else field.off, field.default)
+    values = dict(flat_fields(config.to_dict()))
+    for name in OF_LANGUAGE_MODELS if is_labelled else of_labelled:
+        value, default, off = values[name], fields()[name].default, fields()[name].off
+        allowed = default if off is None else off
+        _require(value in (default, off), f"{name} = {value!r} with task.name = {task.name!r}; allowed: {allowed!r}")
     share = config.data.heldout_fraction
     _require(
         not (share and task.heldout_files),
         f"data.heldout_fraction = {share} with task.heldout_files = {task.heldout_files!r}; allowed: 0",
     )
-
-
-def require_task_uses(config: ml_collections.ConfigDict, names: Iterable[str]) -> None:
-    """Raises UserError for the first of the fields that only a language model uses, if the task is another one.
-
-    names: of fields that were set by hand. Their defaults count as set, too; only what is off is not.
-    """
-    if config.task.name in LABELLED_TASKS:
-        for name in names:
-            if name in _OF_LANGUAGE_MODELS:
-                _require_unset(config, name, fields()[name].off)
-
-
-def _require_unset(config: ml_collections.ConfigDict, name: str, *allowed: Any) -> None:
-    value = dict(flat_fields(config.to_dict()))[name]
-    _require(value in allowed, f"{name} = {value!r} with task.name = {config.task.name!r}; allowed: {allowed[0]!r}")
 
 
 def from_json(saved: Mapping[str, Any]) -> ml_collections.ConfigDict:

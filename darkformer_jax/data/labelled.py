@@ -24,7 +24,7 @@ from darkformer_jax.data.heldout import hash_fraction
 from darkformer_jax.data.sources import find_files
 from darkformer_jax.data.text_files import read_json_records, read_lines, text_field
 from darkformer_jax.data.tokenizers import Tokenizer
-from darkformer_jax.errors import UserError
+from darkformer_jax.errors import UserError, printable
 
 LABELS_FILE = "labels.json"
 
@@ -35,6 +35,8 @@ _SUFFIXES = (*_TABLE_SUFFIXES, ".jsonl", ".jsonl.gz")
 _MAX_FIELD_CHARACTERS = 64 << 20  # the csv module's own limit, 128 KiB, is less than a long e-mail
 _ENCODED_AT_ONCE = 1024  # examples
 _SHOWN_CLASSES = 10  # in an error
+_SHOWN_CHARACTERS = 40  # of a label
+_LARGEST_NUMBER = float(np.finfo(np.float32).max)  # labels are float32 in batches
 
 
 class Columns(NamedTuple):
@@ -56,8 +58,11 @@ def read_examples(files: str, columns: Columns) -> list[Example]:
     """All examples of the files that comma-separated globs and directories name, in order.
 
     Raises:
-      UserError: there is no such file or column, or an example has no text or label; the line is named.
+      UserError: there is no such file, or one column for text and another for labels, or an example has no text or
+        label; the line is named.
     """
+    if columns.text == columns.label:
+        raise UserError(f"text and label have the same column {columns.text!r}; allowed: two columns")
     examples: list[Example] = []
     for path in find_files(files, _SUFFIXES, "labelled"):
         records = _table_records(path, columns) if path.endswith(_TABLE_SUFFIXES) else read_json_records(path)
@@ -78,9 +83,13 @@ def _table_records(path: str, columns: Columns) -> Iterator[tuple[int, dict[str,
     begin = 1
     try:
         header = [name.strip().removeprefix("\ufeff") for name in next(reader)]
+        if not any(header):
+            raise UserError(f"{path}: line 1 is blank; the first line names the columns")
         for column in columns:
             if column not in header:
                 raise UserError(f"{path} has no column {column!r}; it has: {', '.join(header)}")
+            if header.count(column) > 1:
+                raise UserError(f"{path} has {header.count(column)} columns {column!r}; allowed: one")
         begin = reader.line_num + 1
         for fields in reader:
             if len(fields) > len(header):
@@ -135,6 +144,11 @@ def split_examples(
     return sides
 
 
+def shown_label(label: str) -> str:
+    """A label for a message or a table: without control characters, and cut if it is long."""
+    return printable(label if len(label) <= _SHOWN_CHARACTERS else label[:_SHOWN_CHARACTERS] + "...")
+
+
 def class_names(examples: Sequence[Example]) -> tuple[str, ...]:
     """The distinct labels, sorted: class i has the i-th label.
 
@@ -145,7 +159,7 @@ def class_names(examples: Sequence[Example]) -> tuple[str, ...]:
     if len(names) == 1:
         file = examples[0].place.rpartition(":")[0]
         raise UserError(
-            f"{file}: all {len(examples)} training examples have the label {names[0]!r}; "
+            f"{file}: all {len(examples)} training examples have the label '{shown_label(names[0])}'; "
             "a classification needs two classes or more"
         )
     numbers = [_number(name) for name in names]
@@ -153,7 +167,7 @@ def class_names(examples: Sequence[Example]) -> tuple[str, ...]:
     if fractions and None not in numbers:
         place = next(example.place for example in examples if example.label == fractions[0])
         raise UserError(
-            f"{place}: the label {fractions[0]!r} is for a regression, but task.name = 'classification'; "
+            f"{place}: the label '{shown_label(fractions[0])}' is for a regression, but task.name = 'classification'; "
             "allowed: names or whole numbers, or task.name = 'regression'"
         )
     return tuple(names)
@@ -164,19 +178,27 @@ def class_labels(examples: Sequence[Example], names: Sequence[str]) -> np.ndarra
     classes = {name: number for number, name in enumerate(names)}
     for example in examples:
         if example.label not in classes:
-            shown = ", ".join(names[:_SHOWN_CLASSES]) + (", ..." if len(names) > _SHOWN_CLASSES else "")
-            raise UserError(f"{example.place}: training has not seen the label {example.label!r}; it has seen: {shown}")
+            seen = ", ".join(map(shown_label, names[:_SHOWN_CLASSES])) + (
+                ", ..." if len(names) > _SHOWN_CLASSES else ""
+            )
+            label = shown_label(example.label)
+            raise UserError(f"{example.place}: training has not seen the label '{label}'; it has seen: {seen}")
     return np.array([classes[example.label] for example in examples], np.int32)
 
 
 def number_labels(examples: Sequence[Example]) -> np.ndarray:
-    """[n] float32: each label as a number. Raises UserError, which names its place, for a label that is not one."""
+    """[n] float32: each label as a number. Raises UserError, which names its place, for one that float32 lacks."""
     numbers = [_number(example.label) for example in examples]
     for example, number in zip(examples, numbers, strict=True):
         if number is None:
             raise UserError(
-                f"{example.place}: the label {example.label!r} is not a number, but task.name = 'regression'; "
-                "allowed: finite numbers, or task.name = 'classification'"
+                f"{example.place}: the label '{shown_label(example.label)}' is not a number, but task.name = "
+                "'regression'; allowed: finite numbers, or task.name = 'classification'"
+            )
+        if abs(number) > _LARGEST_NUMBER:
+            raise UserError(
+                f"{example.place}: the label '{shown_label(example.label)}' is too large for float32; "
+                f"allowed: up to {_LARGEST_NUMBER:.2e}"
             )
     return np.array(numbers, np.float32)
 

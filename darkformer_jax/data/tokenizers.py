@@ -275,11 +275,13 @@ def saved_or_new_tokenizer(spec: str, directory: str | None, training_texts: Cal
 
 
 def bpe_vocab_size(spec: str) -> int:
-    """The <n> of `bpe:<n>`. Raises UserError if it is not a number, or is too small for all bytes."""
+    """The <n> of `bpe:<n>`. Raises UserError if it is not a number, is too small for all bytes, or too large."""
     size = spec.removeprefix("bpe:")
     smallest = 256 + 1  # every byte and the separator
-    if not size.isdecimal() or int(size) < smallest:
-        raise UserError(f"tokenizer {spec!r} is not possible; allowed: bpe:<vocabulary size of at least {smallest}>")
+    largest = 10_000_000  # the library allocates memory for all of them at once
+    if not size.isdecimal() or len(size) > len(str(largest)) or not smallest <= int(size) <= largest:
+        allowed = f"bpe:<vocabulary size of at least {smallest} and at most {largest}>"
+        raise UserError(f"tokenizer {spec!r} is not possible; allowed: {allowed}")
     return int(size)
 
 

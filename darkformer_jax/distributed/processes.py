@@ -26,7 +26,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from darkformer_jax.distributed.rendezvous import Missing, named, rendezvous
-from darkformer_jax.errors import UserError, one_line
+from darkformer_jax.errors import UserError, one_line, printable
 
 HEARTBEAT_SECONDS = 20
 _CONNECT_SECONDS = 60  # after the rendezvous, when all are there
@@ -266,7 +266,7 @@ def leave() -> None:
 def fail(message: str, status: int) -> NoReturn:
     """Prints `error: <message>` and ends this process, and all others in the same way."""
     if not is_distributed():
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {printable(message)}", file=sys.stderr)
         sys.exit(status)
     _watch.only_one_ends.acquire()  # never released: a second caller waits here for the end
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first, or the coordinator is gone
@@ -279,7 +279,7 @@ def _end(message: str, status: int) -> NoReturn:
     """Exits at once. The interpreter's exit would wait for threads, and jax's for the other processes."""
     try:
         with contextlib.suppress(OSError, ValueError):  # the disk of the log may be full
-            print(f"error: {message}", file=sys.stderr, flush=True)
+            print(f"error: {printable(message)}", file=sys.stderr, flush=True)
             sys.stdout.flush()
         for child in multiprocessing.active_children():  # grain's workers
             child.kill()

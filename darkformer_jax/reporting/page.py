@@ -10,6 +10,7 @@ import jinja2
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
+from darkformer_jax.errors import printable
 from darkformer_jax.reporting.findings import Findings
 from darkformer_jax.reporting.rows import columns, common_settings, figure_columns, label
 
@@ -41,7 +42,7 @@ def as_html(title: str, markdown: str, directory: Path) -> str:
         content = base64.b64encode((directory / Path(str(image.attrs["src"])).name).read_bytes())
         image.attrs["src"] = f"data:image/png;base64,{content.decode('ascii')}"
     body = Markup(parser.renderer.render(tokens, parser.options, {}))
-    return _environment().get_template("page.html.jinja").render(title=_printable(title), body=body)
+    return _environment().get_template("page.html.jinja").render(title=printable(title), body=body)
 
 
 def _environment(**options: Any) -> jinja2.Environment:
@@ -54,11 +55,6 @@ def escape(value: Any) -> Markup:
     """Escapes a value so that Markdown shows it as it is; leaves the output of a macro, which is Markup, alone."""
     if isinstance(value, Markup):
         return value
-    text = re.sub(r"([\\`*\[\]<>|#~&])", r"\\\1", _printable(str(value)).strip())
+    text = re.sub(r"([\\`*\[\]<>|#~&])", r"\\\1", printable(str(value)).strip())
     text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)  # plain within a word
     return Markup(re.sub(r"^(\d*)([-+.)=])(?=\s|$|\2)", r"\1\\\2", text))  # would begin a list or draw a line
-
-
-def _printable(text: str) -> str:
-    """Replaces line breaks and undecodable bytes, which names of directories may have, by their codes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -18,6 +18,7 @@ from darkformer_jax.data.labelled import (
     class_names,
     load_class_names,
     save_class_names,
+    shown_label,
 )
 from darkformer_jax.errors import UserError
 from darkformer_jax.model.transformer import Transformer
@@ -69,8 +70,9 @@ class ClassEvaluation(NamedTuple):
         if len(self.names) > _CLASSES_PER_LINE:
             return []
         cells = [[f"{count:,}" for count in counts] for counts in self.confusion.astype(int).tolist()]
-        rows = [[name, *counts] for name, counts in zip(self.names, cells, strict=True)]
-        return table_lines([["true \\ taken for", *self.names], *rows])
+        names = [shown_label(name) for name in self.names]
+        rows = [[name, *counts] for name, counts in zip(names, cells, strict=True)]
+        return table_lines([["true \\ taken for", *names], *rows])
 
     def __str__(self) -> str:
         accuracy, f1, matthews = self.scores
@@ -146,7 +148,7 @@ class Classes:
     def constant(self, labels: np.ndarray) -> tuple[str, float]:
         """The most frequent class."""
         commonest = int(np.argmax(np.bincount(labels, minlength=self.num_outputs)))
-        return repr(self.names[commonest]), commonest
+        return f"'{shown_label(self.names[commonest])}'", commonest
 
 
 class Classification(LabelledTask[Classes, ClassEvaluation]):
@@ -170,9 +172,10 @@ class Classification(LabelledTask[Classes, ClassEvaluation]):
         task = super().load(config, workdir)
         names = task.objective.names
         if (workdir / LABELS_FILE).exists() and (saved := load_class_names(workdir.local)) != names:
+            old, new = (", ".join(map(shown_label, each)) for each in (saved, names))
             raise UserError(
-                f"workdir {workdir} was trained on the labels {', '.join(saved)}; {config.data.files} has "
-                f"{', '.join(names)}: use a new workdir or bring the data back"
+                f"workdir {workdir} was trained on the labels {old}; {config.data.files} has {new}: "
+                "use a new workdir or bring the data back"
             )
         return task
 
@@ -185,7 +188,7 @@ class Classification(LabelledTask[Classes, ClassEvaluation]):
 
 def f1_of(names: Sequence[str]) -> str:
     """The name of `ClassScores.f1` for these classes."""
-    return f"F1 of {names[1]!r}" if len(names) == 2 else "macro F1"
+    return f"F1 of '{shown_label(names[1])}'" if len(names) == 2 else "macro F1"
 
 
 def _predict(model: Transformer, batch: Batch) -> tuple[Float[Array, "b classes"], Float[Array, ""]]:

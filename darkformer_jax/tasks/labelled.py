@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import math
 import shlex
 import time
@@ -137,7 +138,7 @@ class LabelledTask(ABC, Generic[O, E]):
     @property
     def fingerprints(self) -> Mapping[str, str]:
         """SHA-256 of both splits' tokens and labels, and the tokenizer's fingerprint."""
-        data = self.train.fingerprint + self.heldout.fingerprint
+        data = hashlib.sha256((self.train.fingerprint + self.heldout.fingerprint).encode()).hexdigest()
         return {"data": data, "tokenizer": self.tokenizer.fingerprint}
 
     def train_batches(self, start_step: int, part: Part) -> Iterator[Batch]:

@@ -2,12 +2,14 @@
 
 import contextlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import ml_collections
 
 from darkformer_jax.config.fields import flat_fields
+from darkformer_jax.config.usage import require_used
 from darkformer_jax.config.validation import validate
 from darkformer_jax.distributed import processes
 from darkformer_jax.errors import UserError
@@ -27,16 +29,23 @@ from darkformer_jax.training.loss_curve import draw_loss_curve
 from darkformer_jax.training.start import start
 
 
-def dry_run(config: ml_collections.ConfigDict) -> None:
-    """Prints the experiment's sizes. Reads the tokenizer and a labelled task's files, allocates nothing on a device."""
-    config = _resolve(config, None)
+def dry_run(config: ml_collections.ConfigDict, overridden: Sequence[str] = ()) -> None:
+    """Prints the experiment's sizes. Reads the tokenizer and a labelled task's files, allocates nothing on a device.
+
+    overridden: fields that the user set by hand, which a layer must use.
+    """
+    config = _resolve(config, None, overridden)
     description = Experiment.of(config, TASKS[config.task.name].objective_of(config)).describe()
     if jax.process_index() == 0:
         print(description)
 
 
-def train(config: ml_collections.ConfigDict, workdir: Workdir, progress: RunProgress) -> None:
+def train(
+    config: ml_collections.ConfigDict, workdir: Workdir, progress: RunProgress, overridden: Sequence[str] = ()
+) -> None:
     """Trains to the last step and reports.
+
+    overridden: fields that the user set by hand, which a layer must use unless the run has begun with them.
 
     Raises:
       Stopped: a signal came; the finished step is saved.
@@ -45,7 +54,7 @@ def train(config: ml_collections.ConfigDict, workdir: Workdir, progress: RunProg
     """
     # First, because the run depends on what the workdir has.
     processes.require_shared(workdir.shared, str(workdir))
-    config = _resolve(config, workdir)
+    config = _resolve(config, workdir, overridden)
     workdir.check_config(config.to_dict())
     with workdir.lock() as lock, Mirror(workdir) as mirror:
         began, watch = time.perf_counter(), Stopwatch(workdir)
@@ -65,10 +74,14 @@ def train(config: ml_collections.ConfigDict, workdir: Workdir, progress: RunProg
             _report(experiment, task, workdir, outcome, time.perf_counter() - began)
 
 
-def _resolve(config: ml_collections.ConfigDict, workdir: Workdir | None) -> ml_collections.ConfigDict:
+def _resolve(
+    config: ml_collections.ConfigDict, workdir: Workdir | None, overridden: Sequence[str]
+) -> ml_collections.ConfigDict:
     """The config with a value for every field, checked, and the same in all processes."""
     config = inherit(config, workdir)
     validate(config)
+    if workdir is None or not workdir.has_begun:  # the command that began a run, in an earlier version too, resumes it
+        require_used(config, overridden)
     processes.require_same("config", dict(flat_fields(config.to_dict())))
     return config
 

@@ -58,5 +58,12 @@ def test_version_2_takes_back_a_window_kernel_that_no_layer_uses():
 
 @pytest.mark.parametrize("version", [VERSION + 1, -1, "2", True])
 def test_a_version_that_is_not_known_is_refused(version):
-    with pytest.raises(UserError, match=f"runs/a/config.json is of version .*reads 0 to {VERSION}"):
+    end = "; use a newer one" if version == VERSION + 1 else ""
+    with pytest.raises(UserError, match=f"runs/a/config.json is of version .*reads 0 to {VERSION}{end}$"):
         migrate(saved(version), "runs/a/config.json")
+
+
+@pytest.mark.parametrize("version", [0, 1, VERSION])
+def test_a_field_in_the_place_of_a_section_is_refused(version):
+    with pytest.raises(UserError, match=r"runs/a/config.json: attention = \[\]: must be a section with fields"):
+        migrate(saved(version) | {"model": {"attention": []}}, "runs/a/config.json")

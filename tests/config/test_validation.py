@@ -126,7 +126,8 @@ RULES = [
         {"model.attention.redraw_every": 5, "model.attention.kind": "lfk"},
         "model.attention.redraw_every = 5: none of lfk uses it; allowed: 0",
     ),
-    ({"seed": 2**32}, r"seed = 4294967296: must be below 2\*\*32"),
+    ({"seed": 2**32}, "seed = 4294967296: must be below 4294967296"),
+    ({"num_steps": 2**31}, "num_steps = 2147483648: must be below 2147483648"),
     ({"batch_size": 6, "accumulation_steps": 4}, "batch_size = 6 is not a multiple of accumulation_steps = 4"),
     (
         {"optimizer.train": "geometry", "optimizer.geometry_learning_rate": 0.0},

@@ -16,6 +16,7 @@ from darkformer_jax.data.labelled import (
     number_labels,
     read_examples,
     save_class_names,
+    shown_label,
     split_examples,
 )
 from darkformer_jax.data.tokenizers import BytesTokenizer
@@ -72,6 +73,8 @@ def test_columns_have_the_names_that_are_asked_for_and_json_labels_may_be_number
     [
         ("a.tsv", "sentence\tlabel\nx\t1\n", "a.tsv has no column 'text'; it has: sentence, label"),
         ("a.csv", "text,class\nx,1\n", "a.csv has no column 'label'; it has: text, class"),
+        ("a.tsv", "text\tlabel\tlabel\nx\t1\t2\n", "a.tsv has 2 columns 'label'; allowed: one"),
+        ("a.csv", "\ntext,label\nx,1\n", "a.csv: line 1 is blank; the first line names the columns"),
         ("a.tsv", "text\tlabel\nx\t1\n \t0\n", "a.tsv:3: the text in 'text' is empty"),
         ("a.tsv", "text\tlabel\nx\t1\ny\n", "a.tsv:3: there is no label in 'label'"),
         ("a.csv", 'text,label\n"a\nb",\n', "a.csv:2: there is no label in 'label'"),
@@ -94,6 +97,15 @@ def test_what_is_wrong_in_a_file_is_named_with_its_line(tmp_path, name, content,
     with pytest.raises(UserError) as error:
         read_examples(write(tmp_path, name, content), COLUMNS)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_one_column_is_not_text_and_label(tmp_path):
+    with pytest.raises(UserError, match="text and label have the same column 'text'; allowed: two columns"):
+        read_examples(write(tmp_path, "a.tsv", "text\tlabel\nx\t1\n"), Columns("text", "text"))
+
+
+def test_columns_that_are_not_read_may_have_the_same_name(tmp_path):
+    assert read_examples(write(tmp_path, "a.csv", "label,text,,\nham,hi,,\n"), COLUMNS)[0][:2] == ("hi", "ham")
 
 
 def test_the_hash_of_the_text_decides_what_is_held_out(tmp_path):
@@ -155,6 +167,22 @@ def test_a_regression_needs_numbers():
     assert number_labels(examples([("a", "1"), ("b", "-2.5")])).tolist() == [1.0, -2.5]
     with pytest.raises(UserError, match=r"made.tsv:3: the label 'nan' is not a number, but task.name = 'regression'"):
         number_labels(examples([("a", "1"), ("b", "nan")]))
+
+
+def test_a_number_beyond_float32_is_refused():
+    assert number_labels(examples([("a", "3.4e38")])).tolist() == [float(np.float32(3.4e38))]
+    with pytest.raises(UserError, match=r"made.tsv:3: the label '-1e300' is too large for float32; allowed: up to 3.4"):
+        number_labels(examples([("a", "1"), ("b", "-1e300")]))
+
+
+def test_labels_are_shown_without_control_characters_and_cut():
+    assert shown_label("ham\n\x1b[31m") == r"ham\n\x1b[31m"
+    assert shown_label("x" * 5000) == "x" * 40 + "..."
+    long = examples([("a", "x" * 5000)])
+    with pytest.raises(UserError, match=r"the label 'x{40}\.\.\.'; it has seen: y{40}\.\.\.$"):
+        class_labels(long, ["y" * 5000])
+    with pytest.raises(UserError, match=r"the label 'x{40}\.\.\.' is not a number"):
+        number_labels(long)
 
 
 def test_a_batch_by_hand():

@@ -323,6 +323,8 @@ def id_of(tokenizer, token):
     ("spec", "message"),
     [
         ("bpe:256", "bpe:256.*at least 257"),
+        ("bpe:99999999999999", "bpe:99999999999999.*at most 10000000"),
+        ("bpe:" + "9" * 5000, "at most 10000000"),
         ("bpe:many", "bpe:many"),
         ("word", "word.*bytes, bpe"),
         ("{dir}/none.json", "none.json.*is not a file"),

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from darkformer_jax.distributed.processes import Cluster, cluster_of_environment, cluster_of_flags
+from darkformer_jax.distributed.processes import Cluster, cluster_of_environment, cluster_of_flags, fail
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.metrics import read_metrics
 from darkformer_jax.runs.workdir import Workdir
@@ -42,6 +42,12 @@ def test_who_this_is_by_flags_by_slurm_and_alone(monkeypatch):
     for name, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     assert cluster_of_environment(1) == Cluster("node07:61441", 6, 5, [1])
+
+
+def test_an_error_is_printed_without_control_characters(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        fail("the label 'ham\n\x1b[31m'", 2)
+    assert exit_.value.code == 2 and capsys.readouterr().err == "error: the label 'ham\\n\\x1b[31m'\n"
 
 
 def errors(ended):

@@ -169,3 +169,5 @@ def test_a_model_that_no_family_has_is_refused_with_what_the_nearest_lacks():
         fitting_family(read(CONFIG) | {"logit_softcap": 30.0}, "runs/x")
     with pytest.raises(UserError, match="no Hugging Face family"):
         fitting_family(read(CONFIG) | {"qk_norm": True, "qkv_bias": True}, "runs/x")
+    with pytest.raises(UserError, match=r"model.causal = False \(llama: True\)"):  # a field that no family reads
+        fitting_family(read(CONFIG) | {"causal": False}, "runs/x")

@@ -145,9 +145,7 @@ def test_a_classifier_is_refused(tmp_path, causal):
     task = Classification.load(config, Workdir(tmp_path / "run"))
     write_workdir(tmp_path / "run", config, fresh_state(Experiment.of(config, task.objective)))
     save_class_names(tmp_path / "run", ("ham", "spam"))
-    with pytest.raises(
-        UserError, match=r"a model with task.name = 'classification' predicts no next token;[^\n]*$"
-    ):
+    with pytest.raises(UserError, match=r"a model with task.name = 'classification' predicts no next token;[^\n]*$"):
         export_workdir(Workdir(tmp_path / "run"), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
@@ -192,7 +190,7 @@ def test_what_a_damaged_or_contradictory_export_says(tmp_path):
     )
     refused(
         lambda path: (path / "darkformer.json").write_text(json.dumps(newer)),
-        f"darkformer.json is of version {VERSION + 1}, and this darkformer_jax reads 0 to {VERSION}",
+        f"darkformer.json is of version {VERSION + 1}, but this darkformer_jax reads 0 to {VERSION}",
     )
     refused(with_model(sauce=1), "darkformer.json does not fit this version")
     refused(with_model(**{"attention.num_features": 4}), "darkformer.json makes it")

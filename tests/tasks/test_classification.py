@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.model.network import Network
 from darkformer_jax.model.trainable import trained_paths
 from darkformer_jax.runs.workdir import Workdir
-from darkformer_jax.tasks.classification import Classes, Classification
+from darkformer_jax.tasks.classification import Classes, ClassEvaluation, Classification
+from darkformer_jax.tasks.scores import class_scores
 from darkformer_jax.tasks.task import ScoreRequest
 from darkformer_jax.training.evaluation import make_eval_step, measure, put_batch
 from darkformer_jax.training.experiment import Experiment
@@ -133,6 +135,21 @@ def test_the_report_sets_the_model_beside_a_bag_of_bytes_and_the_commonest_class
     assert [line[:12] for line in lines[2:4]] == ["bag of bytes", "always 'ham'"]
     share = np.mean(task.heldout.labels == 0)
     assert lines[3].split()[2:] == [f"{share:.4f}", "0.0000", "0.0000"]
+
+
+def test_control_characters_of_labels_do_not_reach_the_terminal_and_long_labels_are_cut():
+    confusion, names = np.eye(2), ("ham\n\x1b[31m", "x" * 5000)
+    evaluation = ClassEvaluation(0.5, class_scores(confusion), confusion, names)
+    name, _ = Classes(257, 32, names).constant(np.array([0, 0, 1]))
+    lines = [*evaluation.details(), str(evaluation), name]
+    assert all(line.isprintable() and len(line) < 150 for line in lines)
+    assert lines[1].startswith(r"ham\n\x1b[31m ") and f"F1 of '{'x' * 40}...'" in str(evaluation)
+
+
+def test_the_fingerprint_of_the_data_changes_with_either_split(task):
+    others = (dataclasses.replace(task, train=task.heldout), dataclasses.replace(task, heldout=task.train))
+    begins = {each.fingerprints["data"][:12] for each in (task, *others)}  # what a message shows
+    assert len(begins) == 3
 
 
 def test_the_classes_are_saved_and_others_are_refused(task, tmp_path):

@@ -1,5 +1,7 @@
 """The families, by the model_type of their config.json, and the choice of one that has a given model."""
 
+from darkformer_jax.config.base import fields as declared
+from darkformer_jax.config.conversion import COMPUTATION
 from darkformer_jax.errors import UserError
 from darkformer_jax.pretrained.families.family import Family, Fields, kinds_of, layer_fields
 from darkformer_jax.pretrained.families.gemma import GEMMA
@@ -63,10 +65,11 @@ def fitting_family(fields: Fields, where: str, preferred: str = "") -> Family:
         except UserError as error:
             lacks[name] = [str(error)]
             continue
+        held = _unread_defaults(wanted, read) | read
         lacks[name] = [
-            f"model.{field} = {wanted[field]!r} ({name}: {read[field]!r})"
-            for field in sorted(read)
-            if read[field] != wanted[field]
+            f"model.{field} = {wanted[field]!r} ({name}: {held[field]!r})"
+            for field in sorted(held)
+            if held[field] != wanted[field]
         ]
         if not lacks[name]:
             return family
@@ -74,3 +77,9 @@ def fitting_family(fields: Fields, where: str, preferred: str = "") -> Family:
     raise UserError(
         f"{where}: no Hugging Face family has this model; the nearest, {nearest}, lacks {', '.join(lacks[nearest])}"
     )
+
+
+def _unread_defaults(wanted: Fields, read: Fields) -> Fields:
+    """The fields of a model that a family does not know, as it has them: a new field is at its default there."""
+    unread = [name for name in wanted if name not in read and name.partition(".")[0] not in COMPUTATION]
+    return {name: declared()[f"model.{name}"].default for name in unread}

@@ -1,0 +1,23 @@
+"""Which fields of a command line a run accepts; `test_train.py` covers the rest."""
+
+import pytest
+
+from darkformer_jax.cli.progress import Progress
+from darkformer_jax.errors import UserError
+from darkformer_jax.runs.workdir import Workdir
+from darkformer_jax.training.run import dry_run, train
+from tests.tiny_runs import tiny_config
+
+UNUSED = ["model.attention.num_features"]
+
+
+def test_a_field_that_no_layer_uses_is_refused_in_a_new_run_only(tmp_path):
+    config = tiny_config(model__attention__kind="softmax", data__files="nowhere.txt")
+    workdir, progress = Workdir(tmp_path / "run"), Progress(1, 1)
+    with pytest.raises(UserError, match=r"^model.attention.num_features = \d+: none of softmax uses it$"):
+        dry_run(config, UNUSED)
+    with pytest.raises(UserError, match="none of softmax uses it"):
+        train(config, workdir, progress, UNUSED)
+    workdir.write_config(config.to_dict())
+    with pytest.raises(UserError, match=r"nowhere.txt"):  # the data is what comes after
+        train(config, workdir, progress, UNUSED)
