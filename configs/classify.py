@@ -7,8 +7,8 @@ Files are .tsv, .csv or .jsonl with a text and a label per line. If the columns 
 --config.task.text_column and label_column name them. Without `heldout`, 15% of the texts are held out, chosen by hash.
 
 Arguments: files, heldout (a file, or globs in quotes), attention (as in configs/ablation.py), m (random features per
-head), window and chunk (tokens), pooling (last, mean), length (tokens read per text), batch, lr and
-geometry_lr (peak learning rates), steps, seed.
+head), window and chunk (tokens), causal (False: tokens see their whole text), pooling (last, mean), length (tokens read
+per text), batch, lr and geometry_lr (peak learning rates), steps, seed.
 
 0.13 M parameters on the first 256 bytes of a text; two minutes of CPU time. Of SpamAssassin's e-mails (python -m
 benchmarks.spam_assassin) it then tells 94% of the held-out ones right; 70% are ham. See docs/classification.md.
@@ -18,6 +18,7 @@ import ml_collections
 
 from darkformer_jax.config import base
 from darkformer_jax.config.arguments import set_arguments
+from darkformer_jax.config.fields import boolean
 
 FIELDS = {
     "files": ("data.files", str),
@@ -26,6 +27,7 @@ FIELDS = {
     "m": ("model.attention.num_features", int),
     "window": ("model.attention.window", int),
     "chunk": ("model.attention.chunk_size", int),
+    "causal": ("model.causal", boolean),
     "pooling": ("task.pooling", str),
     "length": ("sequence_length", int),
     "batch": ("batch_size", int),
@@ -55,6 +57,4 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
     c.eval.every = 100
     c.checkpoint.every = 100
     set_arguments(c, filter(None, arguments.split(",")), FIELDS, "configs/classify.py")
-    if not c.task.heldout_files:
-        c.data.heldout_fraction = 0.15
     return c

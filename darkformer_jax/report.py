@@ -2,11 +2,12 @@
 
     python -m darkformer_jax.report --runs='runs/ft-*' --out=docs/results/finetune
 
-Runs that differ only in the seed share a row: the mean and standard error of held-out loss, bits per byte and accuracy
-after the last step. If DARK, exact attention, and Performer or the window alone ran with otherwise equal settings, the
-page says which share of the gap to exact attention DARK closes. Runs that did not finish are listed with the
-reason. The plots show loss curves, the loss against the learning rate and against m, calibration errors by layer and
-head, and the spectra of Sigma = M^T M, as far as the runs have them. All runs must have the same data.
+Runs that differ only in the seed share a row: the mean and standard error of the held-out figures after the last step.
+A language model's are loss, bits per byte and accuracy; a classifier's and a regression's are those that training
+printed. If DARK, exact attention, and Performer or the window alone ran with otherwise equal settings, the page says
+which share of the gap to exact attention DARK closes. Runs that did not finish are listed with the reason. The plots
+show loss curves, the loss against the learning rate and against m, calibration errors by layer and head, and the
+spectra of Sigma = M^T M, as far as the runs have them. All runs must have the same data and task.
 
 --out gets report.html (with its pictures inside), report.md, the pictures, and results.json.
 """

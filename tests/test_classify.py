@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 
 from configs import classify
-from darkformer_jax import evaluate, generate
+from darkformer_jax import evaluate, generate, report
 from darkformer_jax.data.labelled import Columns, split_examples
 from darkformer_jax.errors import UserError
+from darkformer_jax.runs.workdir import Workdir
+from darkformer_jax.tasks.classification import Classification
 from darkformer_jax.training.run import dry_run
 from tests.tasks.labelled_files import labelled_config, write_labelled
 from tests.tiny_runs import metrics_without_time, run, saved_arrays, tiny_config, write_text, write_workdir
@@ -92,6 +94,8 @@ def test_a_regression_runs_by_the_same_command(tmp_path, capsys):
     last = metrics_without_time(tmp_path / "run")[-1]
     result = score(tmp_path / "run", files)
     assert {"heldout_loss", "heldout_pearson", "heldout_spearman"} < last.keys() and result["examples"] == 60
+    reported = report.report(SimpleNamespace(runs=str(tmp_path / "run"), out=str(tmp_path / "page")))
+    assert reported["rows"][0]["heldout_spearman"]["mean"] == last["heldout_spearman"]
 
 
 def test_the_config_takes_files_and_says_what_it_would_train(tmp_path, capsys):
@@ -99,10 +103,23 @@ def test_the_config_takes_files_and_says_what_it_would_train(tmp_path, capsys):
     dry_run(classify.get_config(f"files={files},attention=softmax,length=64,pooling=last"))
     shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert shown["classes"] == "2" and shown["layers"] == "2 x (softmax)" and shown["tokens/step"] == "1,024 = 16 x 64"
-    with_heldout = classify.get_config(f"files={files},heldout={files}")
-    assert with_heldout.data.heldout_fraction == 0 and with_heldout.task.heldout_files == files
+    assert classify.get_config(f"files={files},heldout={files}").task.heldout_files == files
+    for text, value in (("False", False), ("true", True)):
+        assert classify.get_config(f"causal={text}").model.causal is value
+    with pytest.raises(UserError, match="configs/classify.py: 'causal=no': expected causal=<boolean>"):
+        classify.get_config("causal=no")
     with pytest.raises(UserError, match="configs/classify.py has no argument 'file'; allowed: files, heldout"):
         classify.get_config("file=a.tsv")
+
+
+def test_held_out_files_win_over_a_share_that_nobody_asked_for(tmp_path):
+    files, heldout = write_labelled(tmp_path / "mails.jsonl"), write_labelled(tmp_path / "dev.jsonl", count=9)
+    config = classify.get_config(f"files={files}")
+    columns = Columns("text", "label")
+    assert split_examples(files, "", config.data.heldout_fraction, columns) == split_examples(files, "", 0.15, columns)
+    config.task.heldout_files = heldout
+    dry_run(config)
+    assert len(Classification.load(config, Workdir(tmp_path / "run")).heldout) == 9
 
 
 @pytest.mark.parametrize(
@@ -111,7 +128,7 @@ def test_the_config_takes_files_and_says_what_it_would_train(tmp_path, capsys):
         ({"data__source": "text"}, "data.source = 'text' with task.name = 'classification'; allowed: 'labelled' with"),
         ({"task__name": "language_model"}, "data.source = 'labelled' with task.name = 'language_model'"),
         ({"task__pooling": "max"}, "task.pooling = 'max': allowed: last, mean"),
-        ({"optimizer__z_loss": 1e-4}, "optimizer.z_loss = 0.0001 with task.name = 'classification'; allowed: 0.0"),
+        ({"optimizer__z_loss": 0.1}, "optimizer.z_loss = 0.1 with task.name = 'classification'; allowed: 0.0"),
         ({"task__heldout_files": "dev.tsv"}, "data.heldout_fraction = 0.3 with task.heldout_files = 'dev.tsv'"),
         ({"task__label_column": "class"}, "mails.jsonl:1: there is no label in 'class'"),
         ({"task__text_column": "body"}, 'mails.jsonl:1: no "body" field that is a string'),

@@ -9,6 +9,8 @@ import pytest
 from configs import ablation
 from darkformer_jax import report
 from darkformer_jax.errors import UserError
+from darkformer_jax.reporting.findings import collect
+from darkformer_jax.reporting.plots import draw
 from tests.tiny_runs import tiny_config, write_workdir
 
 STEPS = 20
@@ -30,6 +32,17 @@ def write_run(workdir, loss, arguments="", last_step=STEPS, fingerprint=FINGERPR
     if broken:
         lines.append({"step": last_step + 1, "loss": None, "grad_norm": 1.0})
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_labelled_run(workdir, task, figures, arguments=""):
+    """A workdir as training of a labelled task leaves it, with held-out figures of our choice."""
+    write_run(workdir, figures["loss"], arguments)
+    config = json.loads((workdir / "config.json").read_text())
+    config["task"]["name"], config["data"]["source"] = task, "labelled"
+    (workdir / "config.json").write_text(json.dumps(config))
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()[:STEPS]
+    lines.append(json.dumps({"step": STEPS} | {f"heldout_{name}": value for name, value in figures.items()}))
+    (workdir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def run_report(runs, out):
@@ -191,6 +204,40 @@ def test_a_held_out_loss_that_is_not_finite_is_a_divergence_too(tmp_path):
     assert "there is no table" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_classifiers_are_reported_by_their_own_figures(tmp_path):
+    for kind, loss in (("performer", 0.6), ("dark", 0.5)):
+        for seed in (0, 1):
+            figures = {"loss": loss, "accuracy": 0.8 + seed / 10, "f1": 0.7, "matthews": 0.6}
+            write_labelled_run(tmp_path / f"{kind}-{seed}", "classification", figures, f"attention={kind},seed={seed}")
+    result = run_report(f"{tmp_path}/*", tmp_path / "out")
+    row = result["rows"][0]
+    assert row["settings"]["task.name"] == "classification" and "heldout_bits_per_byte" not in row
+    assert row["heldout_accuracy"] == {"mean": pytest.approx(0.85), "standard_error": pytest.approx(0.05)}
+    assert row["heldout_matthews"]["mean"] == row["runs"][1]["heldout_matthews"] == 0.6
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| seeds | held-out loss | accuracy | F1 | Matthews |" in text
+    assert "| 2 | 0.5000 ± 0.0000 | (85.00 ± 5.00)% | 0.7000 ± 0.0000 | 0.6000 ± 0.0000 |" in text
+    assert "the loss is in nats per example." in text and "per token" not in text
+    assert "DARK is better than Performer (-0.1000 ± 0.0000 in held-out loss, 2 shared seeds)" in text
+
+
+def test_a_figure_that_only_some_rows_have_is_left_out_in_the_others(tmp_path):
+    write_labelled_run(tmp_path / "a", "regression", {"loss": 4.0, "pearson": 0.5, "kendall_tau": 0.3})
+    write_labelled_run(tmp_path / "b", "regression", {"loss": 5.0, "pearson": 0.4}, "attention=softmax")
+    run_report(f"{tmp_path}/*", tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| held-out loss | Pearson | kendall tau |" in text and "the loss is in squared units of the label" in text
+    assert "| 1 | 4.0000 | 0.5000 | 0.3000 |" in text and "| 1 | 5.0000 | 0.4000 | – |" in text
+
+
+def test_axes_name_the_unit_of_the_tasks_loss(tmp_path):
+    for m in (8, 16):
+        write_labelled_run(tmp_path / f"{m}", "classification", {"loss": 1 / m}, f"attention=dark,m={m}")
+    drawn = dict(draw(collect(f"{tmp_path}/*")))
+    assert {axes.get_ylabel() for axes in drawn["loss_curves_1.png"].axes} == {"loss [nats per example]"}
+    assert drawn["features.png"].axes[0].get_ylabel() == "held-out loss [nats per example]"
+
+
 def write_calibration(workdir, scale, num_features):
     rows = [
         {
@@ -269,6 +316,19 @@ def a_loss_that_is_text(a, b):
     return r"heldout_loss = '2.0' is not a number"
 
 
+def another_task(a, b):
+    config = json.loads((b / "config.json").read_text())
+    config["task"]["name"] = "regression"
+    (b / "config.json").write_text(json.dumps(config))
+    return r"/a and .*/b have different tasks \(language_model and regression\): their losses do not compare"
+
+
+def an_unknown_task(a, b):
+    another_task(a, b)
+    (b / "config.json").write_text((b / "config.json").read_text().replace('"regression"', '"chess"'))
+    return r"/b: its task 'chess' is not known"
+
+
 def the_same_seed_twice(a, b):
     (b / "config.json").write_bytes((a / "config.json").read_bytes())
     return r"/a and .*/b are the same experiment with seed 0; leave one out"
@@ -307,6 +367,8 @@ def nothing_trained(a, b):
             no_data,
             an_unreadable_line,
             a_loss_that_is_text,
+            another_task,
+            an_unknown_task,
             the_same_seed_twice,
             a_config_that_is_none,
             a_calibration_that_is_none,

@@ -84,6 +84,10 @@ def test_mistakes_in_data_and_directories_are_one_line_and_write_nothing(tmp_pat
         (flags(data__source="array_record", data__files=f"{tmp_path}/none"), "none' does not exist"),
         (flags(data__tokenizer="nowhere.model"), "tokenizer 'nowhere.model' is not a file"),
         (flags(init_from=f"{tmp_path}/none"), f"init_from = {tmp_path}/none: there is no checkpoint"),
+        (
+            flags(task__name="classification", data__source="labelled", optimizer__z_loss=1e-4),
+            "optimizer.z_loss = 0.0001 with task.name = 'classification'; allowed: 0.0",
+        ),
         (flags(mesh__data=3), "does not fit the 1 devices"),
         (flags(f"--workdir={foreign}"), "is not empty and has no config.json (it holds thesis.tex)"),
         (flags(f"--workdir={text}"), "text.txt is a file, not a directory"),

@@ -8,7 +8,7 @@ import ml_collections
 from darkformer_jax.config.usage import require_used
 from darkformer_jax.errors import UserError
 
-Fields = Mapping[str, tuple[str, Any]]  # argument -> (field of the config, type of its value)
+Fields = Mapping[str, tuple[str, Any]]  # argument -> (field of the config, what parses its value: a type, `boolean`)
 
 
 def set_arguments(c: ml_collections.ConfigDict, arguments: Iterable[str], fields: Fields, file: str) -> None:

@@ -63,7 +63,8 @@ def declare() -> Section:
 
     t = c.distill = Section()  # learning from a teacher, whose arrays take memory and are not saved
     t.workdir = anything("", since=1)  # the teacher, by its newest weights; same tokenizer and number of ids
-    t.weight = fraction(0.0, since=1)  # w in (1 - w) `loss` + w KL(teacher || student); `loss` is the cross-entropy
+    # w in (1 - w) `loss` + w KL(teacher || student); `loss` is the cross-entropy.
+    t.weight = fraction(0.0, off=0.0, since=1)
 
     e = c.eval = Section()
     e.every = at_least(0, 100)  # steps; 0 = only at the end
@@ -178,7 +179,8 @@ def _data() -> Section:
     # bytes | bpe:<vocab> (trained on the training split) | a tokenizer.json | a SentencePiece .model; "" = the one that
     # prepared the array_record, else that of init_from.
     d.tokenizer = anything("bytes")
-    d.heldout_fraction = fraction(0.0, high=")")  # share of the documents, chosen by hash; 0 = 0.05, or as prepared
+    # Share of the documents, chosen by hash; 0 = 0.05, or 0.15 of labelled texts, or as prepared.
+    d.heldout_fraction = fraction(0.0, high=")")
     d.num_workers = at_least(0, 0)  # grain worker processes; 0 = threads in this process
     return d
 
@@ -198,5 +200,5 @@ def _optimizer() -> Section:
     o.eps = positive(1e-8)
     o.weight_decay = at_least(0, 0.1)  # on matrices; never on M, norms or biases
     o.clip_norm = at_least(0, 1.0)  # global gradient norm; 0 = no clipping
-    o.z_loss = at_least(0, 1e-4)  # weight of mean(logsumexp(logits)^2); 0 = none
+    o.z_loss = at_least(0, 1e-4, off=0.0)  # weight of mean(logsumexp(logits)^2), of a language model; 0 = none
     return o

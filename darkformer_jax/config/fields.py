@@ -25,7 +25,7 @@ class Field:
       default: its value unless an experiment sets another; its type is the field's.
       rule, allowed: which values are allowed, as a test and in words.
       off: the value that means "not used"; None = the field is never off. A field that is not off must be used by a
-        layer of the model (`config.validation`).
+        layer of the model or by the task (`config.validation`).
       needs: a field of the same section that must not be off if this one is not.
       since: the first version of config.json that has the field (`config.migrations`); 0 = all versions.
       before: the value in runs from before the field; None = the default.
@@ -93,6 +93,13 @@ def anything(default: Any, **more: Any) -> Any:
 def strings(*default: str) -> Any:
     """Several strings."""
     return Field(default, lambda value: all(isinstance(x, str) for x in value), "must be strings")
+
+
+def boolean(text: str) -> bool:
+    """True or False, in capitals or not. Raises ValueError for other texts."""
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"
 
 
 def flat_section(section: Section, prefix: str = "") -> Iterator[tuple[str, Field]]:

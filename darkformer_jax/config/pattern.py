@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from darkformer_jax.config.base import fields
+from darkformer_jax.config.fields import boolean
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
 
@@ -75,16 +76,9 @@ def _parse_option(kind: str, text: str) -> tuple[str, Any]:
         raise UserError(f"{where}: {kind} has no option {name!r}; allowed: {', '.join(options) or 'none'}")
     field = fields()[ATTENTION + name]
     try:
-        parsed = _parse_value(type(field.default), value)
+        kind_of_value = type(field.default)
+        parsed = boolean(value) if kind_of_value is bool else kind_of_value(value)
     except ValueError as error:
         raise UserError(f"{where}: must be {name}=<{type(field.default).__name__}>") from error
     field.check(f"{where}: {name}", parsed)
     return name, parsed
-
-
-def _parse_value(kind: type, text: str) -> Any:
-    if kind is not bool:
-        return kind(text)
-    if text.lower() not in ("true", "false"):
-        raise ValueError(text)
-    return text.lower() == "true"

@@ -1,15 +1,17 @@
-"""Which fields the layers of a config use, as mixers state it."""
+"""Which fields the layers of a config use, as mixers state it, and which its task does not use."""
 
 import functools
 from collections.abc import Iterable
 
 import ml_collections
 
-from darkformer_jax.config.base import fields
+from darkformer_jax.config.base import LABELLED_TASKS, fields
 from darkformer_jax.config.pattern import Layer, parse_pattern
 from darkformer_jax.config.specs import mixer_specs
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
+
+OF_LANGUAGE_MODELS = ("optimizer.z_loss", "distill.weight")
 
 
 @functools.cache
@@ -34,10 +36,10 @@ def fields_in_effect(config: ml_collections.ConfigDict) -> set[str]:
 
 
 def require_used(config: ml_collections.ConfigDict, names: Iterable[str]) -> None:
-    """Raises UserError for the first of these fields that has a value although no layer uses it.
+    """Raises UserError for the first of these fields that has a value although no layer or not the task uses it.
 
-    Fields that do not belong to mixers are passed over. Where model.attention.pattern is None, another run decides
-    which layers are local ones: their fields count as used.
+    Fields that belong neither to mixers nor to language models alone are passed over. Where model.attention.pattern is
+    None, another run decides which layers are local ones: their fields count as used.
     """
     attention = config.model.attention
     layers = parse_pattern(attention.pattern, attention.kind)
@@ -46,6 +48,8 @@ def require_used(config: ml_collections.ConfigDict, names: Iterable[str]) -> Non
         used |= set().union(*(mixer.uses for mixer in MIXERS.values() if mixer.is_local))
     for name in names:
         value, off = _value(config, name), fields()[name].off
+        if name in OF_LANGUAGE_MODELS and config.task.name in LABELLED_TASKS and value != off:
+            raise UserError(f"{name} = {value!r} with task.name = {config.task.name!r}; allowed: {off!r}")
         if name in mixer_fields() and _own(name) not in used and value is not None and value != off:
             shown = repr(value) if isinstance(value, str) else value
             allowed = f"; allowed: {off!r}" if off is not None else ""

@@ -9,7 +9,7 @@ from darkformer_jax.config.base import LABELLED_TASKS, fields
 from darkformer_jax.config.fields import Field, flat_fields
 from darkformer_jax.config.pattern import ATTENTION, parse_pattern
 from darkformer_jax.config.specs import mixer_specs
-from darkformer_jax.config.usage import require_used
+from darkformer_jax.config.usage import OF_LANGUAGE_MODELS, mixer_fields, require_used
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
 from darkformer_jax.mixers.spec import MixerSpec
@@ -45,7 +45,7 @@ def _validate_mixers(config: ml_collections.ConfigDict) -> None:
         len(layers) <= config.model.num_layers,
         f"model.attention.pattern has {len(layers)} entries, more than model.num_layers = {config.model.num_layers}",
     )
-    require_used(config, [name for name, field in fields().items() if field.off is not None])
+    require_used(config, [name for name in fields() if name in mixer_fields() and fields()[name].off is not None])
     for mixer in mixer_specs(config):
         for name in sorted(MIXERS[mixer.kind].uses):
             field = fields().get(ATTENTION + name)
@@ -121,7 +121,7 @@ def _validate_training(config: ml_collections.ConfigDict) -> None:
 
 
 def _validate_task(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError if a field that the task does not use is set."""
+    """Raises UserError if a field that the task does not use is set: is neither off nor as it is by default."""
     task, source = config.task, config.data.source
     is_labelled = task.name in LABELLED_TASKS
     _require(
@@ -129,13 +129,12 @@ def _validate_task(config: ml_collections.ConfigDict) -> None:
         f"data.source = {source!r} with task.name = {task.name!r}; allowed: {LABELLED_SOURCE!r} with "
         f"{' or '.join(LABELLED_TASKS)}, other sources with language_model",
     )
-    unused: dict[str, Any] = {"optimizer.z_loss": 0.0, "distill.weight": 0.0}
-    if not is_labelled:
-        own = [name for name in fields() if name.startswith("task.") and name != "task.name"]
-        unused = {name: fields()[name].default for name in own} | {"model.causal": True}
+    of_labelled = [name for name in fields() if name.startswith("task.") and name != "task.name"] + ["model.causal"]
     values = dict(flat_fields(config.to_dict()))
-    for name, value in unused.items():
-        _require(values[name] == value, f"{name} = {values[name]!r} with task.name = {task.name!r}; allowed: {value!r}")
+    for name in OF_LANGUAGE_MODELS if is_labelled else of_labelled:
+        value, default, off = values[name], fields()[name].default, fields()[name].off
+        allowed = default if off is None else off
+        _require(value in (default, off), f"{name} = {value!r} with task.name = {task.name!r}; allowed: {allowed!r}")
     share = config.data.heldout_fraction
     _require(
         not (share and task.heldout_files),

@@ -20,13 +20,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from darkformer_jax.data.files import read_json_object, write_atomically
-from darkformer_jax.data.heldout import DEFAULT_HELDOUT_FRACTION, hash_fraction
+from darkformer_jax.data.heldout import hash_fraction
 from darkformer_jax.data.sources import find_files
 from darkformer_jax.data.text_files import read_json_records, read_lines, text_field
 from darkformer_jax.data.tokenizers import Tokenizer
 from darkformer_jax.errors import UserError, printable
 
 LABELS_FILE = "labels.json"
+
+_HELDOUT_FRACTION = 0.15  # more than of text: labelled sets are small
 
 _TABLE_SUFFIXES = (".tsv", ".tsv.gz", ".csv", ".csv.gz")
 _SUFFIXES = (*_TABLE_SUFFIXES, ".jsonl", ".jsonl.gz")
@@ -122,7 +124,7 @@ def split_examples(
 
     Args:
       files, heldout_files: see `read_examples`.
-      heldout_fraction: 0 = 0.05.
+      heldout_fraction: 0 = 0.15.
 
     Raises:
       UserError: what `read_examples` raises, or one side has no example.
@@ -130,7 +132,7 @@ def split_examples(
     examples = read_examples(files, columns)
     if heldout_files:
         return examples, read_examples(heldout_files, columns)
-    fraction = heldout_fraction or DEFAULT_HELDOUT_FRACTION
+    fraction = heldout_fraction or _HELDOUT_FRACTION
     sides: tuple[list[Example], list[Example]] = ([], [])
     for example in examples:
         sides[hash_fraction(example.text, "heldout") < fraction].append(example)

@@ -9,7 +9,7 @@ from darkformer_jax.config.pattern import pattern_kinds
 from darkformer_jax.errors import UserError
 from darkformer_jax.reporting.calibrations import Calibration, find_calibrations
 from darkformer_jax.reporting.comparison import Comparison, comparisons
-from darkformer_jax.reporting.reported_runs import FINISHED, HELDOUT, UNTRAINED, ReportedRun, find_workdirs, read_runs
+from darkformer_jax.reporting.reported_runs import FINISHED, UNTRAINED, ReportedRun, find_workdirs, read_runs
 from darkformer_jax.reporting.rows import Row, as_rows, best_of
 from darkformer_jax.reporting.settings import MECHANISM
 from darkformer_jax.reporting.spectra import Spectra, read_spectra
@@ -25,6 +25,7 @@ class Findings:
     globs: str
     runs: list[ReportedRun]
     rows: list[Row]
+    loss_unit: str  # "" if no run was trained
     comparisons: list[Comparison]
     calibrations: list[Calibration]
     spectra: list[Spectra]  # of the first seed of each DARK row at its best learning rates
@@ -48,7 +49,8 @@ def collect(globs: str) -> Findings:
             spectra.append(read_spectra(workdir))
         except UserError as error:  # the checkpoint may have been removed; no other figure needs it
             missing.append(f"{workdir}: {error}")
-    return Findings(globs, runs, rows, comparisons(rows), calibrations, spectra, missing)
+    loss_unit = next((run.loss_unit for run in runs if run.lines), "")
+    return Findings(globs, runs, rows, loss_unit, comparisons(rows), calibrations, spectra, missing)
 
 
 def _with_progress(items: list[str], unit: str) -> Iterator[str]:
@@ -71,8 +73,8 @@ def as_json(found: Findings) -> dict[str, Any]:
 
 
 def _row(row: Row) -> dict[str, Any]:
-    runs = [_picked(run, "workdir", "seed") | {name: run.final[name] for name in HELDOUT} for run in row.runs]
-    means = {name: _picked(row.mean(name), "mean", "standard_error") for name in HELDOUT}
+    runs = [_picked(run, "workdir", "seed") | {name: run.final[name] for name in row.figures} for run in row.runs]
+    means = {name: _picked(row.mean(name), "mean", "standard_error") for name in row.figures}
     return {"settings": row.settings, "runs": runs, "diverged": row.num_diverged, **means}
 
 

@@ -12,13 +12,18 @@ from markupsafe import Markup
 
 from darkformer_jax.errors import printable
 from darkformer_jax.reporting.findings import Findings
-from darkformer_jax.reporting.rows import columns, common_settings, label
+from darkformer_jax.reporting.rows import columns, common_settings, figure_columns, label
 
 
 def as_markdown(found: Findings, pictures: Sequence[str]) -> str:
     """The page in GitHub's Markdown; `pictures` are the names of the files beside it."""
     template = _environment(finalize=escape).get_template("page.md.jinja")
-    functions = {"columns": columns, "common_settings": common_settings, "label": label}
+    functions = {
+        "columns": columns,
+        "common_settings": common_settings,
+        "figure_columns": figure_columns,
+        "label": label,
+    }
     stages = list(dict.fromkeys(stage for one in found.calibrations for stage in one.errors))
     text = template.render(vars(found), **functions, pictures=pictures, stages=stages)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"

@@ -34,10 +34,11 @@ class _Line(NamedTuple):
 def draw(found: Findings) -> Iterator[tuple[str, Figure]]:
     """Draws everything that the runs have; yields (file name, figure)."""
     best, diverged = best_of(found.rows), [run for run in found.runs if run.state == DIVERGED]
+    unit = found.loss_unit
     for number, start in enumerate(range(0, len(best), len(_COLOURS)), start=1):
         some = best[start : start + len(_COLOURS)]
-        yield f"loss_curves_{number}.png", _curves(some, [label(row, found.rows) for row in some], diverged)
-    loss, m = "held-out loss [nats per token]", "m, random features per head"
+        yield f"loss_curves_{number}.png", _curves(some, [label(row, found.rows) for row in some], diverged, unit)
+    loss, m = f"held-out loss [{unit}]", "m, random features per head"
     if _values(lines := _lines(found.rows, diverged, LEARNING_RATE, LEARNING_RATES))[1:]:
         yield "learning_rates.png", _against(lines, "learning rate", 10, loss)
     if _values(lines := _lines(found.rows, [], M_FEATURES, (M_FEATURES, *LEARNING_RATES)))[1:]:
@@ -78,7 +79,7 @@ def _values(lines: Sequence[_Line]) -> list[float]:
     return sorted({x for line in lines for x in (*(x for x, _ in line.points), *line.crosses)})
 
 
-def _curves(rows: Sequence[Row], labels: Sequence[str], diverged: Sequence[ReportedRun]) -> Figure:
+def _curves(rows: Sequence[Row], labels: Sequence[str], diverged: Sequence[ReportedRun], loss_unit: str) -> Figure:
     """Training loss (running mean) and held-out loss against the step.
 
     A line is the mean over seeds, its band reaches from the lowest to the highest seed. The training loss of a diverged
@@ -104,7 +105,7 @@ def _curves(rows: Sequence[Row], labels: Sequence[str], diverged: Sequence[Repor
         training.plot(list(curve), list(curve.values()), color="0.55", linewidth=0.8)
         training.plot(max(curve), curve[max(curve)], "x", color="#D55E00", markersize=9, markeredgewidth=2)
     for axes, title in ((training, "training, running mean"), (heldout, "held out")):
-        axes.set(xlabel="step", ylabel="loss [nats per token]", title=title)
+        axes.set(xlabel="step", ylabel=f"loss [{loss_unit}]", title=title)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     return _with_legend(figure, heldout)

@@ -14,12 +14,21 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.reporting.settings import Settings, settings_of
 from darkformer_jax.runs.metrics import METRICS_FILE
 from darkformer_jax.runs.workdir import CONFIG_FILE, DATA_FILE, Workdir
+from darkformer_jax.tasks import task_of
 
 LOSS = "heldout_loss"
-HELDOUT = (LOSS, "heldout_bits_per_byte", "heldout_accuracy")
+ACCURACY = "heldout_accuracy"
+# The figures of the tasks, by their names in metrics.jsonl, in the order of a table's columns. A task may have others.
+FIGURES = {
+    LOSS: "held-out loss",
+    "heldout_bits_per_byte": "bits per byte",
+    ACCURACY: "accuracy",
+    "heldout_f1": "F1",
+    "heldout_matthews": "Matthews",
+    "heldout_pearson": "Pearson",
+    "heldout_spearman": "Spearman",
+}
 FINISHED, DIVERGED, UNFINISHED, UNTRAINED = "finished", "diverged", "unfinished", "not trained"
-
-_CHECKED = ("loss", "grad_norm", *HELDOUT)  # null in metrics.jsonl if it was not finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +39,7 @@ class ReportedRun:
     seed: int
     init_from: str
     settings: Settings
+    loss_unit: str
     lines: list[dict[str, Any]]  # the lines of metrics.jsonl
     state: str  # FINISHED, DIVERGED, UNFINISHED or UNTRAINED
     reason: str  # why the state is not FINISHED; else ""
@@ -38,6 +48,11 @@ class ReportedRun:
     def curve(self, name: str) -> dict[int, float]:
         """step -> value, for the lines that have one."""
         return {line["step"]: line[name] for line in self.lines if line.get(name) is not None}
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """The names of the held-out figures after the last step."""
+        return _figures(self.final)
 
 
 def find_workdirs(globs: str) -> list[str]:
@@ -63,16 +78,23 @@ def read_runs(workdirs: Iterable[str]) -> list[ReportedRun]:
     """Reads every workdir.
 
     Raises UserError if a config or a line of metrics.jsonl cannot be read, or if two runs were trained on different
-    data: their losses do not compare.
+    data or for different tasks: their losses do not compare.
     """
     runs: list[ReportedRun] = []
     trained: dict[str, str] = {}  # fingerprint of the data -> workdir
+    tasks: dict[str, str] = {}  # task.name -> workdir
     for workdir in workdirs:
         runs.append(_read_run(workdir))
         if runs[-1].lines:
             trained.setdefault(_data_fingerprint(workdir), workdir)
+            tasks.setdefault(runs[-1].settings["task.name"], workdir)
             if len(trained) > 1:
                 raise _other_data(*trained.values())
+            if len(tasks) > 1:
+                raise UserError(
+                    f"{' and '.join(tasks.values())} have different tasks ({' and '.join(tasks)}): their losses do not "
+                    "compare; report them separately"
+                )
     return runs
 
 
@@ -84,21 +106,19 @@ def _read_run(workdir: str) -> ReportedRun:
     evaluations = [line for line in lines if line["step"] == settings["num_steps"] and LOSS in line]
     final = evaluations[-1] if evaluations else {}
     state, reason = _state(lines, settings["num_steps"], bool(final))
-    missing = [name for name in HELDOUT if name not in final]
-    if state == FINISHED and missing:
-        raise UserError(f"{path}: the last evaluation has no {missing[0]}; it has {', '.join(final)}")
     seed = config.get("seed")
     if not isinstance(seed, int):
         raise UserError(f"{workdir}/{CONFIG_FILE}: seed = {seed!r}: must be an integer")
-    return ReportedRun(workdir, seed, config["init_from"], settings, lines, state, reason, final)
+    loss_unit = task_of(Workdir(workdir)).loss_unit
+    return ReportedRun(workdir, seed, config["init_from"], settings, loss_unit, lines, state, reason, final)
 
 
 def _state(lines: list[dict[str, Any]], num_steps: int, is_evaluated: bool) -> tuple[str, str]:
     if not lines:
         return UNTRAINED, f"not trained: no lines in {METRICS_FILE}"
     for line in lines:
-        for name in _CHECKED:
-            if name in line and line[name] is None:
+        for name in _checked_names(line):
+            if line[name] is None:
                 return DIVERGED, f"diverged: {name} was not finite at step {line['step']} of {num_steps}"
     if is_evaluated:
         return FINISHED, ""
@@ -120,12 +140,23 @@ def _read_lines(path: str) -> list[dict[str, Any]]:
 def _checked(line: Any) -> dict[str, Any]:
     if not isinstance(line, dict) or type(line.get("step")) is not int:
         raise ValueError("there is no integer step")
-    for name in line.keys() & {*_CHECKED}:
+    for name in _checked_names(line):
         if type(line[name]) not in (int, float, type(None)):
             raise ValueError(f"{name} = {line[name]!r} is not a number")
         if line[name] is not None and not math.isfinite(line[name]):
             line[name] = None
     return line
+
+
+def _checked_names(line: dict[str, Any]) -> list[str]:
+    """The names of the numbers that are null in metrics.jsonl if they were not finite."""
+    return [*(name for name in ("loss", "grad_norm") if name in line), *_figures(line)]
+
+
+def _figures(line: dict[str, Any]) -> tuple[str, ...]:
+    """The names of the held-out figures in a line of metrics.jsonl. How much was held out is not one of them."""
+    own = [name for name in line if name.startswith("heldout_") and name != "heldout_tokens"]
+    return tuple(name for name in dict.fromkeys([*FIGURES, *own]) if name in own)
 
 
 def _data_fingerprint(workdir: str) -> str:

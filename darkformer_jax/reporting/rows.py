@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from darkformer_jax.errors import UserError
-from darkformer_jax.reporting.reported_runs import DIVERGED, FINISHED, LOSS, ReportedRun
+from darkformer_jax.reporting.reported_runs import ACCURACY, DIVERGED, FIGURES, FINISHED, LOSS, ReportedRun
 from darkformer_jax.reporting.settings import (
     HEADINGS,
     LEARNING_RATES,
@@ -63,6 +63,17 @@ class Row:
     def mean(self, figure: str = LOSS) -> Mean:
         """The mean of the held-out figure over the seeds."""
         return Mean.of(list(self.by_seed(figure).values()))
+
+    @property
+    def figures(self) -> list[str]:
+        """The names of the held-out figures that all its runs have."""
+        return [name for name in self.runs[0].figures if all(name in run.final for run in self.runs)]
+
+    def figure_cells(self, names: Iterable[str]) -> list[str]:
+        """The means of held-out figures as text, in the order of `names`."""
+        means = {name: self.mean(name) for name in self.figures}
+        shown = {name: mean.percent(2) if name == ACCURACY else mean.text() for name, mean in means.items()}
+        return [shown.get(name, _ABSENT) for name in names]
 
     @property
     def role(self) -> str:
@@ -134,6 +145,12 @@ def columns(rows: Sequence[Row]) -> dict[str, str]:
     """field -> heading, for the fields in which the rows differ, without the mechanism."""
     fields = [*HEADINGS, *sorted({name for row in rows for name in row.settings} - HEADINGS.keys() - {MECHANISM})]
     return {name: HEADINGS.get(name, name) for name in fields if len(_values(rows, name)) > 1}
+
+
+def figure_columns(rows: Sequence[Row]) -> dict[str, str]:
+    """name -> heading, of the held-out figures of the rows."""
+    names = dict.fromkeys(name for row in rows for name in row.figures)
+    return {name: FIGURES.get(name, name.removeprefix("heldout_").replace("_", " ")) for name in names}
 
 
 def common_settings(rows: Sequence[Row]) -> str:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -153,6 +153,8 @@ class Classes:
 
 class Classification(LabelledTask[Classes, ClassEvaluation]):
     """The task of classifying texts. labels.json has the classes' names, which a resumed run must have, too."""
+
+    loss_unit: ClassVar[str] = "nats per example"
 
     @classmethod
     def make_objective(cls, config: ml_collections.ConfigDict, vocab_size: int, training: Sequence[Example]) -> Classes:

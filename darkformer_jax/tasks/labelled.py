@@ -8,7 +8,7 @@ import shlex
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Generic, Protocol, Self, TypeVar, cast
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +96,7 @@ class LabelledTask(ABC, Generic[O, E]):
     tokenizer: Tokenizer
 
     best = "heldout_loss"
+    loss_unit: ClassVar[str]
     constants = None
 
     @classmethod

@@ -6,7 +6,7 @@ import lzma
 import math
 import shlex
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import ml_collections
@@ -74,6 +74,7 @@ class LanguageModel:
     teacher: Teacher | None
 
     best = "heldout_loss"
+    loss_unit: ClassVar[str] = "nats per token"
 
     @classmethod
     def objective_of(cls, config: ml_collections.ConfigDict) -> NextToken:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -120,6 +120,8 @@ class Numbers:
 
 class Regression(LabelledTask[Numbers, NumberEvaluation]):
     """The task of predicting a number for each text."""
+
+    loss_unit: ClassVar[str] = "squared units of the label"
 
     @classmethod
     def make_objective(cls, config: ml_collections.ConfigDict, vocab_size: int, training: Sequence[Example]) -> Numbers:

@@ -5,7 +5,7 @@ training step and the evaluation trace. A dry run and `compile` need only an obj
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, Self, TypeVar
 
 import jax
 import ml_collections
@@ -118,8 +118,11 @@ class Task(Protocol[E]):
       best: the metric of `Evaluation.as_metrics` whose smallest value marks the best checkpoint.
       constants: further arrays that the objective reads, such as a teacher's; None = there are none. They are read at
         the first use, and kept.
+      loss_unit: of losses, in words.
       fingerprints: hashes of what must be the same in all processes; data.json in the workdir must match `data`.
     """
+
+    loss_unit: ClassVar[str]
 
     @property
     def objective(self) -> Objective: ...

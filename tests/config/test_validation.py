@@ -175,6 +175,8 @@ def test_a_rule_names_its_field_and_what_is_allowed(changes, message):
         {"model.attention.redraw_every": 5, "model.attention.pattern": "lfk,dark"},
         {"optimizer.warmup_steps": 0, "optimizer.final_fraction": 0.0, "sample.temperature": 0.0},
         {"sample.prompts": ()},
+        {"task.name": "classification", "data.source": "labelled"},
+        {"task.name": "regression", "data.source": "labelled", "optimizer.z_loss": 0.0},
         {"model.attention.pattern": "dark,dark,softmax"},
         {"model.attention.pattern": "softmax,dark", "model.attention.softcap": 50.0},
         {

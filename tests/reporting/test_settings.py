@@ -12,6 +12,7 @@ def test_settings_are_the_fields_that_the_mechanism_uses():
     assert settings("attention=performer,geometry_lr=1") == settings("attention=performer")
     assert settings("attention=softmax", model__attention__num_features=8) == settings("attention=softmax")
     assert settings("attention=dark", model__attention__pattern="softmax,dark")["mechanism"] == "softmax,dark"
+    assert settings("attention=dark", task__name="classification") != settings("attention=dark")
     for other in ("attention=dark,lr=1", "attention=dark,m=8", "attention=dark,steps=9", "attention=dark,window=64"):
         assert settings(other) != settings("attention=dark")
 

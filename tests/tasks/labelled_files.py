@@ -9,7 +9,7 @@ import ml_collections
 
 from tests.tiny_runs import tiny_config
 
-LABELLED: dict[str, Any] = {"task.name": "classification", "data.source": "labelled", "optimizer.z_loss": 0.0}
+LABELLED: dict[str, Any] = {"task.name": "classification", "data.source": "labelled"}
 
 
 def labelled_config(files: str, **changes: Any) -> ml_collections.ConfigDict:

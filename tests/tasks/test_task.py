@@ -67,7 +67,7 @@ def test_what_is_best_is_a_figure_of_every_evaluation(case):
     arrays = jax.jit(network.init)(jax.random.key(0))
     measure = jax.jit(lambda batch: task.objective.measure(network.bind(*arrays), batch))
     evaluation = task.evaluation(*measure_all(measure, task.heldout_batches(1, Part(0, 1))))
-    assert task.best in evaluation.as_metrics()
+    assert task.best in evaluation.as_metrics() and task.loss_unit
 
 
 def test_a_workdir_says_what_its_model_has_learned(tmp_path):
