@@ -9,6 +9,9 @@ Files are .tsv, .csv or .jsonl with a text and a label per line. If the columns 
 Arguments: files, heldout (a file, or globs in quotes), attention (as in configs/ablation.py), m (random features per
 head), window and chunk (tokens), causal (False: tokens see their whole text), pooling (last, mean), length (tokens read
 per text), batch, lr and geometry_lr (peak learning rates), steps, seed.
+
+0.13 M parameters on the first 256 bytes of a text; two minutes of CPU time. Of SpamAssassin's e-mails (python -m
+benchmarks.spam_assassin) it then tells 94% of the held-out ones right; 70% are ham. See docs/classification.md.
 """
 
 import ml_collections
