@@ -75,7 +75,11 @@ def test_a_workdir_says_what_its_model_has_learned(tmp_path):
     workdir.write_config(tiny_config().to_dict())
     assert task_of(workdir) is TASKS["language_model"]
     config = json.loads((workdir / "config.json").read_text())
-    for task in ({"name": "chess"}, "chess"):
+    mistakes = [
+        ({"name": "chess"}, f"{workdir}: its task 'chess' is not known; allowed: language_model"),
+        ("chess", f"{workdir}/config.json: task = 'chess': must be a section with fields"),
+    ]
+    for task, message in mistakes:
         (workdir / "config.json").write_text(json.dumps(config | {"task": task}))
-        with pytest.raises(UserError, match=f"{workdir}: its task .* is not known; allowed: language_model"):
+        with pytest.raises(UserError, match=message):
             task_of(workdir)
