@@ -82,7 +82,7 @@ def relative_difference(a, b):
 def test_loss_and_gradient_are_those_of_the_weighted_sum_over_real_tokens():
     start, gradients, metrics = one_step()
     batch = random_batch(0)
-    inputs = tuple(jnp.asarray(batch[name]) for name in ("inputs", "segment_ids", "positions"))
+    inputs = [jnp.asarray(batch[name]) for name in ("inputs", "segment_ids", "positions")]
     wanted = experiment(**TEACHER).network.bind(*teacher())(*inputs)[0]
     weights = batch["weights"] / batch["weights"].sum()
 
