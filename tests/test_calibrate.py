@@ -168,7 +168,7 @@ def test_fine_tuning_goes_on_from_it(fitted):
         (["--geometry=whitening", "--mechanism=lfk"], "--geometry=whitening: lfk has no M"),
         (["--geometry=whitening", "--shrinkage=2"], "--shrinkage=2.0: must be from 0 to 1"),
         (["--shrinkage=0.1"], "--shrinkage=0.1: allowed: 0, or --geometry=whitening"),
-        (["--learn_projections", "--mechanism=lfk"], "none of lfk uses it; allowed: False"),
+        (["--learn_projections", "--mechanism=lfk"], "no lfk layer uses it; allowed: False"),
         (["--mechanism=performer", "--geometry_init=0.7"], "--geometry_init=0.7: performer does not use it"),
         (["--mechanism=window_only", "--num_features=7"], "--num_features=7: window_only does not use it"),
         (["--far_gain", "--window=0", "--num_sinks=0"], "far_gain = True needs window"),

@@ -36,7 +36,7 @@ def test_mistakes_in_flags_are_one_line_and_status_2(tmp_path):
         "--config.model.qk_norm=maybe": "--config.model.qk_norm=maybe",
         "--config.checkpoint=5": "--config.checkpoint=5",
         "--config.model.attention.num_features=0": "model.attention.num_features = 0: must be at least 1",
-        "--config.model.attention.kind=softmax --config.model.attention.num_features=8": "none of softmax uses it",
+        "--config.model.attention.kind=softmax --config.model.attention.num_features=8": "no softmax layer uses it",
         "--workdir=": "workdir '': give the name of a directory",
         "--config=nowhere.py": "nowhere.py",
         f"--config={tmp_path}/imports.py": "--config: No module named 'nowhere'",

@@ -53,8 +53,8 @@ def require_used(config: ml_collections.ConfigDict, names: Iterable[str]) -> Non
         if name in mixer_fields() and _own(name) not in used and value is not None and value != off:
             shown = repr(value) if isinstance(value, str) else value
             allowed = f"; allowed: {off!r}" if off is not None else ""
-            kinds = ", ".join(dict.fromkeys(layer.kind for layer in layers))
-            raise UserError(f"{name} = {shown}: none of {kinds} uses it{allowed}")
+            kinds = " or ".join(dict.fromkeys(layer.kind for layer in layers))
+            raise UserError(f"{name} = {shown}: no {kinds} layer uses it{allowed}")
 
 
 def _used(layers: Iterable[Layer]) -> set[str]:

@@ -118,17 +118,17 @@ class LabelledTask(ABC, Generic[O, E]):
     def load(cls, config: ml_collections.ConfigDict, workdir: Workdir) -> Self:
         """Reads and tokenises both splits."""
         training, heldout = _examples(config)
-        if len(training) < config.batch_size:
-            raise UserError(
-                f"{config.data.files} has {len(training)} training examples, fewer than "
-                f"batch_size = {config.batch_size}; allowed: a smaller batch_size"
-            )
         tokenizer = saved_or_new_tokenizer(
             tokenizer_of(config, workdir), workdir.tokenizer_dir, lambda: (example.text for example in training)
         )
         if config.init_from:
             check_same_tokenizer(Workdir(config.init_from), tokenizer.fingerprint, "init_from")
         objective = cls.make_objective(config, tokenizer.vocab_size, training)
+        if len(training) < config.batch_size:
+            raise UserError(
+                f"{config.data.files} has {len(training)} training examples, fewer than "
+                f"batch_size = {config.batch_size}; allowed: a smaller batch_size"
+            )
         train, held = (
             LabelledRows(side, objective.labels(side), tokenizer, config.sequence_length)
             for side in (training, heldout)

@@ -72,7 +72,7 @@ RULES = [
     ),
     (
         {"model.rope_local_theta": 1e4, "model.attention.pattern": "softmax,dark"},
-        "model.rope_local_theta = 10000.0: none of softmax, dark uses it; allowed: 0.0",
+        "model.rope_local_theta = 10000.0: no softmax or dark layer uses it; allowed: 0.0",
     ),
     ({"model.rope_factor": 8.0}, "model.rope_factor = 8.0 with model.rope_scaling = 'none'; allowed: 1"),
     (
@@ -90,7 +90,7 @@ RULES = [
     ),
     (
         {"model.attention.softcap": 50.0},
-        "model.attention.softcap = 50.0: none of dark uses it; allowed: 0.0",
+        "model.attention.softcap = 50.0: no dark layer uses it; allowed: 0.0",
     ),
     (
         {"model.attention.pattern": "softmax_local,dark"},
@@ -98,24 +98,24 @@ RULES = [
     ),
     (
         {"model.attention.local_window": 64, "model.attention.kind": "softmax"},
-        "model.attention.local_window = 64: none of softmax uses it; allowed: 0",
+        "model.attention.local_window = 64: no softmax layer uses it; allowed: 0",
     ),
     ({"model.attention.window": 64}, "model.attention.window = 64 is not a multiple of chunk_size = 128"),
     ({"model.attention.num_sinks": 4}, "model.attention.num_sinks = 4 needs window; model.attention.window = 0"),
     (
         {"model.attention.window": 128, "model.attention.kind": "softmax"},
-        "128: none of softmax uses it; allowed: 0",
+        "128: no softmax layer uses it; allowed: 0",
     ),
-    ({"model.attention.window": 128, "model.attention.kind": "constant"}, "window = 128: none of constant uses it"),
+    ({"model.attention.window": 128, "model.attention.kind": "constant"}, "window = 128: no constant layer uses it"),
     ({"model.attention.window_kernel": "softmax"}, "model.attention.window_kernel = 'softmax' needs window"),
     ({"model.attention.far_gain": True}, "far_gain = True needs window; model.attention.window = 0"),
     (
         {"model.attention.far_gain": True, "model.attention.window": 128, "model.attention.kind": "window_only"},
-        "far_gain = True: none of window_only uses it; allowed: False",
+        "far_gain = True: no window_only layer uses it; allowed: False",
     ),
     (
         {"model.attention.learn_projections": True, "model.attention.kind": "lfk"},
-        "True: none of lfk uses it; allowed: False",
+        "True: no lfk layer uses it; allowed: False",
     ),
     (
         {"model.attention.learn_projections": True, "model.attention.redraw_every": 5},
@@ -124,7 +124,7 @@ RULES = [
     ({"model.attention.kind": "window_only"}, "model.attention.window = 0: 'window_only' cannot do without it"),
     (
         {"model.attention.redraw_every": 5, "model.attention.kind": "lfk"},
-        "model.attention.redraw_every = 5: none of lfk uses it; allowed: 0",
+        "model.attention.redraw_every = 5: no lfk layer uses it; allowed: 0",
     ),
     ({"seed": 2**32}, "seed = 4294967296: must be below 4294967296"),
     ({"num_steps": 2**31}, "num_steps = 2147483648: must be below 2147483648"),
