@@ -128,7 +128,7 @@ def test_bits_per_byte_of_tokens_longer_than_a_byte(tmp_path, texts):
 
 def test_the_sums_of_quarters_are_those_of_the_loss(workdir):
     model = load_model(Workdir(workdir))
-    batch = random_batch(0)
+    batch = jax.tree.map(jnp.asarray, random_batch(0))
     sums = make_quarter_step(model.network)(model.params, model.projections, batch)
     wanted = token_sums(predict(model.network.bind(model.params, model.projections), batch), batch)
     for name in ("nll", "correct", "weight"):

@@ -37,7 +37,7 @@ def some_state(rank, pattern="dark", seed=0):
 
 
 def logits(rank, pattern, params, projections):
-    batch = random_batch(0)
+    batch = jax.tree.map(jnp.asarray, random_batch(0))
 
     @jax.jit
     def forward(params):

@@ -55,6 +55,7 @@ random = np.random.default_rng(0)
 TOKENS = random.integers(0, 37, (2, LENGTH)).astype(np.int32)
 IDS = np.ones((2, LENGTH), np.int32)
 POSITIONS = np.tile(np.arange(LENGTH, dtype=np.int32), (2, 1))
+BATCH = tuple(map(jnp.asarray, (TOKENS, IDS, POSITIONS)))  # constants of a jitted function, which annotations check
 
 
 def change(spec=SPEC, **fields):
@@ -158,10 +159,10 @@ def test_layers_run_in_the_order_of_the_pattern(pattern, num_layers):
             model = one.bind(only, {"blocks_0": pick(projections[name])} if name in projections else {})
             model.final_norm = lambda x: x
             model.embedding = _Constant(x.reshape(2 * LENGTH, -1))
-            x, _ = model.hidden(np.arange(2 * LENGTH).reshape(2, LENGTH), IDS, POSITIONS)
+            x, _ = model.hidden(np.arange(2 * LENGTH).reshape(2, LENGTH), *BATCH[1:])
         return x
 
-    hidden = jax.jit(lambda p, w: network.bind(p, w).hidden(TOKENS, IDS, POSITIONS)[0])(params, projections)
+    hidden = jax.jit(lambda p, w: network.bind(p, w).hidden(*BATCH)[0])(params, projections)
     x = np.asarray(by_hand(params, projections))
     normed = x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-6) * params["final_norm"]["scale"]
     np.testing.assert_allclose(hidden, normed, rtol=1e-4, atol=1e-5)
@@ -180,14 +181,14 @@ class _Constant:
 def test_remat_changes_neither_loss_nor_gradients_and_keeps_less():
     spec = change(num_layers=5, pattern=("dark",))
     _, params, projections = build(spec)
-    tokens = random.integers(0, 37, (2, 128)).astype(np.int32)
-    positions = np.tile(np.arange(128, dtype=np.int32), (2, 1))
+    tokens = jnp.asarray(random.integers(0, 37, (2, 128)), jnp.int32)
+    positions = jnp.tile(jnp.arange(128, dtype=jnp.int32), (2, 1))
 
     def run(remat):
         network = Network.of(dataclasses.replace(spec, remat=remat))
 
         def loss(params):
-            logits, _ = network.bind(params, projections)(tokens, np.ones_like(tokens), positions)
+            logits, _ = network.bind(params, projections)(tokens, jnp.ones_like(tokens), positions)
             log_p = jax.nn.log_softmax(logits[:, :-1])
             return -jnp.mean(jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1))
 
@@ -371,7 +372,7 @@ def test_scaled_embeddings():
     _, params, projections = build(spec)
 
     def hidden(spec, params):
-        return jax.jit(lambda p: Network.of(spec).bind(p, projections).hidden(TOKENS, IDS, POSITIONS)[0])(params)
+        return jax.jit(lambda p: Network.of(spec).bind(p, projections).hidden(*BATCH)[0])(params)
 
     larger = {**params, "embedding": params["embedding"] * np.float32(24**0.5)}
     scaled = hidden(dataclasses.replace(spec, scale_embeddings=True), params)

@@ -63,10 +63,10 @@ def sums_of():
 
 def direct_gradient(batch):
     """The gradient of mean nll + Z_LOSS * mean log_normalizer^2, written down again."""
-    state = start()
+    state, inputs = start(), [jnp.asarray(batch[name]) for name in ("inputs", "segment_ids", "positions")]
 
     def loss(params):
-        logits, _ = network().bind(params, state.projections)(batch["inputs"], batch["segment_ids"], batch["positions"])
+        logits, _ = network().bind(params, state.projections)(*inputs)
         log_normalizer = jax.nn.logsumexp(logits, axis=-1)
         nll = log_normalizer - jnp.sum(logits * jax.nn.one_hot(batch["targets"], 257), axis=-1)
         weights = batch["weights"] / batch["weights"].sum()
