@@ -6,22 +6,7 @@ import pytest
 from darkformer_jax.calibration.geometry import whitening_geometry
 from darkformer_jax.calibration.moments import Moments
 from darkformer_jax.errors import UserError
-
-HEADS, KV_HEADS, DIM = 4, 2, 6
-SCALE = DIM**-0.5
-
-
-def tokens(seed=0):
-    """q and k of anisotropic laws of their own, with means, like a pretrained model's."""
-    random = np.random.default_rng(seed)
-    q, k = random.standard_normal((2, 3, 40, HEADS, DIM))
-    mix_q, mix_k = random.standard_normal((2, DIM, DIM)) / 2
-    mean_q, mean_k = random.standard_normal((2, DIM))
-    return q @ mix_q + mean_q, (k @ mix_k + mean_k)[:, :, :KV_HEADS]
-
-
-Q, K = tokens()
-MOMENTS = Moments.of(Q, K)
+from tests.anisotropic import DIM, MOMENTS, SCALE, K, Q, tokens
 
 
 def moments_of(second, mean=0.0):

@@ -10,22 +10,7 @@ from darkformer_jax.calibration.moments import Moments
 from darkformer_jax.errors import UserError
 from darkformer_jax.ops.features import log_positive_features
 from darkformer_jax.ops.theory.identities import apply_identity, balance, centring
-
-HEADS, KV_HEADS, DIM = 4, 2, 6
-SCALE = DIM**-0.5
-
-
-def tokens(seed=0):
-    """q and k of anisotropic laws of their own, with means, like a pretrained model's."""
-    random = np.random.default_rng(seed)
-    q, k = random.standard_normal((2, 3, 40, HEADS, DIM))
-    mix_q, mix_k = random.standard_normal((2, DIM, DIM)) / 2
-    mean_q, mean_k = random.standard_normal((2, DIM))
-    return q @ mix_q + mean_q, (k @ mix_k + mean_k)[:, :, :KV_HEADS]
-
-
-Q, K = tokens()
-MOMENTS = Moments.of(Q, K)
+from tests.anisotropic import DIM, HEADS, KV_HEADS, MOMENTS, SCALE, K, Q, tokens
 
 
 def balanced(moments, **options):
