@@ -1,5 +1,6 @@
 """The attention mixer: projections, grouped heads, QK-norm and RoPE around a mechanism of q, k and v."""
 
+import abc
 import functools
 from typing import Any, ClassVar
 
@@ -37,14 +38,15 @@ class Mechanism(MixerKind):
         return projections + cls.mixing_flops(spec, length)
 
     @classmethod
+    @abc.abstractmethod
     def mixing_flops(cls, spec: MixerSpec, length: int) -> float:
         """Forward FLOPs per token of the mechanism alone, without the projections to q, k, v and out."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def init_state(self, batch: int, max_length: int, dtype: jax.typing.DTypeLike) -> Any:
         """As `Mixer.init_state`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def __call__(
         self,
         q: Float[Array, "b n hq d"],
@@ -56,7 +58,6 @@ class Mechanism(MixerKind):
         state: Any = None,
     ) -> tuple[Float[Array, "b n hq d"], Any]:
         """Attention within segments, causal if the spec says so."""
-        raise NotImplementedError
 
 
 class Attention(nnx.Module):

@@ -1,5 +1,6 @@
 """What the mechanisms of linear attention share: each calls one op."""
 
+import abc
 import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
@@ -105,9 +106,9 @@ class FeatureAttention(LinearMechanism):
         names = super().in_effect(spec)
         return names if cls.learns_kernel or spec.far_gain else names - {"geometry_learning_rate"}
 
+    @abc.abstractmethod
     def inputs(self, q: Array, k: Array, positions: Array) -> Inputs:
         """The q, k, w and M that the op gets."""
-        raise NotImplementedError
 
     @classmethod
     def mixing_flops(cls, spec: MixerSpec, length: int) -> float:

@@ -1,5 +1,6 @@
 """The interface of every mixer, and what each kind states about itself."""
 
+import abc
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import jax
@@ -27,7 +28,7 @@ class Mixer(Protocol):
         ...
 
 
-class MixerKind(nnx.Module):
+class MixerKind(nnx.Module, abc.ABC):
     """A class of mixers: one row of MIXERS.
 
     Attributes:
@@ -47,14 +48,14 @@ class MixerKind(nnx.Module):
     is_local: ClassVar[bool] = False
 
     @classmethod
+    @abc.abstractmethod
     def build(cls, spec: MixerSpec, layer: int | Array, *, rngs: nnx.Rngs) -> Mixer:
         """The mixer of a layer. Fixed random arrays are functions of (spec.seed, layer)."""
-        raise NotImplementedError
 
     @classmethod
+    @abc.abstractmethod
     def flops(cls, spec: MixerSpec, length: int) -> float:
         """Forward FLOPs per token, averaged over a sequence of `length` tokens; a multiply-add is 2."""
-        raise NotImplementedError
 
     @classmethod
     def in_effect(cls, spec: MixerSpec) -> frozenset[str]:
