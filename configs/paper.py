@@ -27,7 +27,6 @@ def get_config(arguments: str = "pretrain") -> ml_collections.ConfigDict:
     if kind == "pretrain":
         c = quickstart.get_config()
         c.model.attention.kind = "softmax"
-        c.model.attention.window = 0
         set_arguments(c, others, PRETRAIN_FIELDS, "configs/paper.py:pretrain")
         return c
     own = [argument for argument, field in OF_MECHANISMS.items() if kind in MIXERS and field in MIXERS[kind].uses]

@@ -34,7 +34,7 @@ from darkformer_jax.aot.topology import topology_devices
 from darkformer_jax.cli.experiment_flags import overridden_fields, parse_experiment_flags
 from darkformer_jax.cli.parser import one_line_errors
 from darkformer_jax.config import base
-from darkformer_jax.config.usage import require_used
+from darkformer_jax.config.usage import require_new_uses
 from darkformer_jax.config.validation import validate
 from darkformer_jax.errors import UserError, one_line
 from darkformer_jax.runs.inherit import inherit
@@ -77,7 +77,7 @@ def plan(
 ) -> str:
     """The text that `main` prints.
 
-    overridden: fields that the user set by hand, which a layer must use.
+    overridden: the fields that the command line names; see `require_new_uses`.
 
     Raises:
       DoesNotFit: with the compiler's message.
@@ -85,7 +85,7 @@ def plan(
     """
     config = inherit(config)
     validate(config)
-    require_used(config, overridden)
+    require_new_uses(config, overridden)
     if config.distill.weight:
         raise UserError(f"distill.weight = {config.distill.weight}: compile plans without a teacher; allowed: 0")
     experiment = Experiment.of(config, TASKS[config.task.name].objective_of(config), devices)

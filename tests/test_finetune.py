@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from configs import finetune
+from darkformer_jax.config.usage import require_new_uses
 from darkformer_jax.config.validation import validate
 from darkformer_jax.data.tokenizers import train_bpe
 from darkformer_jax.errors import UserError
@@ -103,6 +104,14 @@ def test_the_mechanism_takes_the_place_of_all_but_local_layers(tmp_path, argumen
     has_local = "softmax_local" in (new or arguments)
     assert (attention.local_window, config.model.rope_local_theta) == ((8, 500.0) if has_local else (0, 0.0))
     assert attention.softcap == (50.0 if has_local or arguments == "softmax" else 0.0)
+
+
+def test_a_scale_of_queries_that_the_new_mechanism_does_not_use_is_left_behind(tmp_path):
+    source = {"model__attention__kind": "softmax", "model__attention__query_scale": 0.25}
+    assert from_run(tmp_path / "a", "performer", **source).model.attention.query_scale == 0.25
+    config = from_run(tmp_path / "b", "constant", **source)
+    assert config.model.attention.query_scale == 0.0
+    require_new_uses(config)
 
 
 def test_a_run_that_has_begun_is_resumed_without_init_from(tmp_path):

@@ -59,18 +59,23 @@ TINY: dict[str, Any] = {
 def tiny_config(**changes: Any) -> ml_collections.ConfigDict:
     """`base.get_config()` made tiny; `model__num_layers=2` sets model.num_layers."""
     config = base.get_config()
-    config.update_from_flattened_dict(TINY | {name.replace("__", "."): value for name, value in changes.items()})
+    config.update_from_flattened_dict(_tiny_fields(changes))
     return config
 
 
 def tiny_flags(**changes: Any) -> list[str]:
     """The same as flags of train.py."""
-    fields = TINY | {name.replace("__", "."): value for name, value in changes.items()}
+    return [f"--config.{name}={value}" for name, value in _tiny_fields(changes).items()]
+
+
+def _tiny_fields(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """TINY without what no layer uses, and the changes."""
+    own = {name.replace("__", "."): value for name, value in changes.items()}
+    fields = TINY | own
     layers = parse_pattern(fields.get("model.attention.pattern"), fields["model.attention.kind"])
     used = {"kind", "pattern"}.union(*(MIXERS[layer.kind].uses for layer in layers))
-    own = {name for name in TINY if not name.startswith(ATTENTION) or name.removeprefix(ATTENTION) in used}
-    fields = {name: value for name, value in fields.items() if name in own or name not in TINY}
-    return [f"--config.{name}={value}" for name, value in fields.items()]
+    unused = {name for name in TINY if name.startswith(ATTENTION) and name.removeprefix(ATTENTION) not in used}
+    return {name: value for name, value in fields.items() if name not in unused - own.keys()}
 
 
 def write_text(path: Path, num_bytes: int = 6000) -> str:

@@ -5,14 +5,14 @@ from typing import Any
 
 import ml_collections
 
-from darkformer_jax.config.usage import require_used
+from darkformer_jax.config.usage import require_used, reset_unused
 from darkformer_jax.errors import UserError
 
 Fields = Mapping[str, tuple[str, Any]]  # argument -> (field of the config, what parses its value: a type, `boolean`)
 
 
 def set_arguments(c: ml_collections.ConfigDict, arguments: Iterable[str], fields: Fields, file: str) -> None:
-    """Sets the fields that `name=value` strings name.
+    """Sets the fields that `name=value` strings name. What `file` set for another mechanism is as by default again.
 
     Raises UserError for an argument that `file` does not know, or whose field no mixer uses.
     """
@@ -28,3 +28,4 @@ def set_arguments(c: ml_collections.ConfigDict, arguments: Iterable[str], fields
             raise UserError(f"{file}: {argument!r}: expected {name}=<{kind.__name__}>") from error
         names.append(field)
     require_used(c, names)
+    reset_unused(c)

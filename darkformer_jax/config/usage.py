@@ -1,17 +1,18 @@
 """Which fields the layers of a config use, as mixers state it, and which its task does not use."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import ml_collections
 
 from darkformer_jax.config.base import LABELLED_TASKS, fields
-from darkformer_jax.config.pattern import Layer, parse_pattern
+from darkformer_jax.config.pattern import ATTENTION, Layer, parse_pattern
 from darkformer_jax.config.specs import mixer_specs
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
 
 OF_LANGUAGE_MODELS = ("optimizer.z_loss", "distill.weight")
+_SWAPS = {f"{ATTENTION}kind", f"{ATTENTION}pattern"}  # which mixers there are
 
 
 @functools.cache
@@ -35,6 +36,28 @@ def fields_in_effect(config: ml_collections.ConfigDict) -> set[str]:
     return {name for name in mixer_fields() if _own(name) in names}
 
 
+def require_new_uses(config: ml_collections.ConfigDict, overridden: Collection[str] = ()) -> None:
+    """Raises UserError for the first field that a new run sets although no layer or not the task uses it.
+
+    The experiment sets a field by giving it another value than the default, the command line by naming it. Where the
+    command line swaps the mechanism, what the experiment set for its own mechanism may be left without a use. A saved
+    run is not asked: earlier versions allowed such fields.
+
+    overridden: the fields that the command line names.
+    """
+    require_used(config, overridden)
+    if _SWAPS.isdisjoint(overridden):
+        for name in _set_in_vain(config):
+            shown, default = _shown(_value(config, name)), _shown(fields()[name].default)
+            raise UserError(f"{name} = {shown}: no {_kinds(config)} layer uses it; allowed: {default}")
+
+
+def reset_unused(config: ml_collections.ConfigDict) -> None:
+    """Gives the fields of mixers that no layer uses their defaults. A field that is None stays so."""
+    for name in _set_in_vain(config):
+        config.update_from_flattened_dict({name: fields()[name].default})
+
+
 def require_used(config: ml_collections.ConfigDict, names: Iterable[str]) -> None:
     """Raises UserError for the first of these fields that has a value although no layer or not the task uses it.
 
@@ -51,14 +74,29 @@ def require_used(config: ml_collections.ConfigDict, names: Iterable[str]) -> Non
         if name in OF_LANGUAGE_MODELS and config.task.name in LABELLED_TASKS and value != off:
             raise UserError(f"{name} = {value!r} with task.name = {config.task.name!r}; allowed: {off!r}")
         if name in mixer_fields() and _own(name) not in used and value is not None and value != off:
-            shown = repr(value) if isinstance(value, str) else value
             allowed = f"; allowed: {off!r}" if off is not None else ""
-            kinds = " or ".join(dict.fromkeys(layer.kind for layer in layers))
-            raise UserError(f"{name} = {shown}: no {kinds} layer uses it{allowed}")
+            raise UserError(f"{name} = {_shown(value)}: no {_kinds(config)} layer uses it{allowed}")
 
 
 def _used(layers: Iterable[Layer]) -> set[str]:
     return set().union(*(MIXERS[layer.kind].uses - layer.options.keys() for layer in layers))
+
+
+def _set_in_vain(config: ml_collections.ConfigDict) -> list[str]:
+    """The fields of mixers that no layer uses and that differ from their defaults, in the config's order."""
+    unused = unused_fields(config)
+    return [
+        name for name, field in fields().items() if name in unused and _value(config, name) not in (None, field.default)
+    ]
+
+
+def _kinds(config: ml_collections.ConfigDict) -> str:
+    attention = config.model.attention
+    return " or ".join(dict.fromkeys(layer.kind for layer in parse_pattern(attention.pattern, attention.kind)))
+
+
+def _shown(value: object) -> str:
+    return repr(value) if isinstance(value, str) else str(value)
 
 
 def _own(name: str) -> str:

@@ -8,7 +8,7 @@ import ml_collections
 from darkformer_jax.config.base import fields
 from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.config.pattern import Layer, parse_pattern, show_layer
-from darkformer_jax.config.usage import fields_in_effect, mixer_fields
+from darkformer_jax.config.usage import fields_in_effect, mixer_fields, unused_fields
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
 from darkformer_jax.runs.workdir import CONFIG_FILE, Workdir
@@ -67,4 +67,5 @@ def _with_mechanism(config: ml_collections.ConfigDict, saved: Mapping[str, Any])
 def _unused(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Fields that no layer uses, or that need a field which is off, and their value for "not used"."""
     names = mixer_fields() - fields_in_effect(config)
-    return {name: fields()[name].off for name in names if fields()[name].off is not None}
+    off = {name: fields()[name].off for name in names if fields()[name].off is not None}
+    return {name: fields()[name].default for name in unused_fields(config)} | off

@@ -9,7 +9,7 @@ import jax
 import ml_collections
 
 from darkformer_jax.config.fields import flat_fields
-from darkformer_jax.config.usage import require_used
+from darkformer_jax.config.usage import require_new_uses
 from darkformer_jax.config.validation import validate
 from darkformer_jax.distributed import processes
 from darkformer_jax.errors import UserError
@@ -32,7 +32,7 @@ from darkformer_jax.training.start import start
 def dry_run(config: ml_collections.ConfigDict, overridden: Sequence[str] = ()) -> None:
     """Prints the experiment's sizes. Reads the tokenizer and a labelled task's files, allocates nothing on a device.
 
-    overridden: fields that the user set by hand, which a layer must use.
+    overridden: the fields that the command line names; see `require_new_uses`.
     """
     config = _resolve(config, None, overridden)
     description = Experiment.of(config, TASKS[config.task.name].objective_of(config)).describe()
@@ -45,7 +45,7 @@ def train(
 ) -> None:
     """Trains to the last step and reports.
 
-    overridden: fields that the user set by hand, which a layer must use unless the run has begun with them.
+    overridden: the fields that the command line names; see `require_new_uses`, which a run that has begun is spared.
 
     Raises:
       Stopped: a signal came; the finished step is saved.
@@ -81,7 +81,7 @@ def _resolve(
     config = inherit(config, workdir)
     validate(config)
     if workdir is None or not workdir.has_begun:  # the command that began a run, in an earlier version too, resumes it
-        require_used(config, overridden)
+        require_new_uses(config, overridden)
     processes.require_same("config", dict(flat_fields(config.to_dict())))
     return config
 

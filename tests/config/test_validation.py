@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from configs import ablation, classify, large, paper
 from darkformer_jax.config import base
 from darkformer_jax.config.specs import model_spec
+from darkformer_jax.config.usage import require_new_uses
 from darkformer_jax.config.validation import from_json, validate
 from darkformer_jax.distributed.sharding import MESH_AXES
 from darkformer_jax.errors import UserError
@@ -192,6 +194,37 @@ def test_a_rule_names_its_field_and_what_is_allowed(changes, message):
 )
 def test_what_is_allowed(changes):
     validate(changed(changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "softmax", "num_features": 128}, "num_features = 128: no softmax layer uses it; allowed: 64"),
+        ({"kind": "softmax", "projections": "iid"}, "projections = 'iid': no softmax layer uses it; allowed: 'orth"),
+        ({"kind": "constant", "geometry_init": 0.5}, "geometry_init = 0.5: no constant layer uses it; allowed: 1.0"),
+        ({"kind": "linear_transformer", "query_scale": 0.3}, "query_scale = 0.3: no linear_transformer layer uses it"),
+        ({"pattern": "dark(chunk=64),softmax", "chunk_size": 32}, "chunk_size = 32: no dark or softmax layer uses it"),
+    ],
+)
+def test_what_an_experiment_sets_in_vain_is_refused_in_a_new_run(changes, message):
+    config = changed({f"model.attention.{name}": value for name, value in changes.items()})
+    with pytest.raises(UserError, match=message):
+        require_new_uses(config)
+    validate(config)  # a run of an earlier version may have it
+    require_new_uses(config, ["model.attention.kind"])  # the experiment chose it for its own mechanism
+
+
+def test_an_experiment_with_another_mechanism_sets_nothing_in_vain():
+    for kind in MIXERS:
+        window = ",window=64" if kind == "window_only" else ""
+        for config in (
+            ablation.get_config(f"attention={kind}{window}"),
+            classify.get_config(f"files=a.tsv,attention={kind}{window}"),
+            large.get_config(f"gemma_2b,attention={kind}" + (",window=256" if window else "")),
+        ):
+            require_new_uses(config)
+    require_new_uses(paper.get_config("pretrain"))
+    assert ablation.get_config("attention=performer").model.attention.chunk_size == 64
 
 
 def test_every_field_with_a_number_has_a_rule():

@@ -14,6 +14,7 @@ UNUSED = ["model.attention.num_features"]
 def test_a_field_that_no_layer_uses_is_refused_in_a_new_run_only(tmp_path):
     config = tiny_config(model__attention__kind="softmax", data__files="nowhere.txt")
     workdir, progress = Workdir(tmp_path / "run"), Progress(1, 1)
+    config.model.attention.num_features = 8
     with pytest.raises(UserError, match=r"^model.attention.num_features = \d+: no softmax layer uses it$"):
         dry_run(config, UNUSED)
     with pytest.raises(UserError, match="no softmax layer uses it"):
