@@ -23,7 +23,7 @@ from darkformer_jax.calibration.transfer import (
     matched_log_gain,
     teacher_layers,
 )
-from darkformer_jax.config.conversion import conversion_config
+from darkformer_jax.config.conversion import conversion_config, without_window
 from darkformer_jax.config.validation import validate
 from darkformer_jax.data.files import whole_directory, write_json
 from darkformer_jax.data.progress import ProgressBar
@@ -118,11 +118,10 @@ def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> list[dict[s
 def _config(o: FitOptions) -> ml_collections.ConfigDict:
     config = conversion_config(o.mechanism)
     attention = config.model.attention
-    attention.num_features, attention.window, attention.num_sinks = o.num_features, o.window, o.num_sinks
-    if not o.window:
-        attention.window_kernel = "dark"
-    attention.geometry_init, attention.far_gain = o.geometry_init, o.far_gain
-    attention.learn_projections = o.learn_projections
+    attention.window = o.window
+    without_window(config)
+    # Only now: an option that needs a window, given without one, is refused below.
+    attention.update({name: value for name, value in dataclasses.asdict(o).items() if name in attention})
     config.init_from, config.sequence_length, config.seed = o.workdir, o.context, o.seed
     config = inherit(config)
     validate(config)

@@ -10,6 +10,7 @@ from darkformer_jax.config.pattern import ATTENTION, Layer, parse_pattern
 from darkformer_jax.config.specs import mixer_specs
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
+from darkformer_jax.mixers.spec import MixerSpec
 
 OF_LANGUAGE_MODELS = ("optimizer.z_loss", "distill.weight")
 _SWAPS = {f"{ATTENTION}kind", f"{ATTENTION}pattern"}  # which mixers there are
@@ -29,10 +30,10 @@ def unused_fields(config: ml_collections.ConfigDict) -> set[str]:
 
 
 def fields_in_effect(config: ml_collections.ConfigDict) -> set[str]:
-    """The dotted names of mixer fields that change what a layer computes or learns, up to the order of its sums."""
+    """The dotted names of mixer fields that change what a layer computes or learns beyond rounding."""
     layers = parse_pattern(config.model.attention.pattern, config.model.attention.kind)
     specs = zip(layers, mixer_specs(config), strict=True)
-    names = set().union(*(MIXERS[layer.kind].in_effect(spec) - layer.options.keys() for layer, spec in specs))
+    names = set().union(*(_in_effect(spec) - layer.options.keys() for layer, spec in specs))
     return {name for name in mixer_fields() if _own(name) in names}
 
 
@@ -97,6 +98,13 @@ def _kinds(config: ml_collections.ConfigDict) -> str:
 
 def _shown(value: object) -> str:
     return repr(value) if isinstance(value, str) else str(value)
+
+
+def _in_effect(spec: MixerSpec) -> set[str]:
+    """What the mixer says, without the fields that need one which is off."""
+    names = MIXERS[spec.kind].in_effect(spec)
+    needs = {name: fields()[ATTENTION + name].needs for name in names if ATTENTION + name in fields()}
+    return {name for name in names if not needs.get(name) or getattr(spec, needs[name])}
 
 
 def _own(name: str) -> str:

@@ -56,8 +56,7 @@ class LinearMechanism(Mechanism):
 
     @classmethod
     def in_effect(cls, spec: MixerSpec) -> frozenset[str]:
-        without_window = {"chunk_size", "num_sinks", "window_kernel", "far_gain"}
-        return cls.uses if spec.window else cls.uses - without_window
+        return cls.uses if spec.window else cls.uses - {"chunk_size"}
 
     @classmethod
     def check_stretch(cls, spec: MixerSpec, length: int) -> None:

@@ -59,7 +59,10 @@ class MixerKind(nnx.Module, abc.ABC):
 
     @classmethod
     def in_effect(cls, spec: MixerSpec) -> frozenset[str]:
-        """Of `uses`, the fields that change what this layer computes or learns, up to the order of its sums."""
+        """Of `uses`, the fields that change what this layer computes or learns beyond rounding.
+
+        Fields that need another one, which is off, need not be left out: `config.usage` does that.
+        """
         return cls.uses
 
     @classmethod

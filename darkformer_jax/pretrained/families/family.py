@@ -14,7 +14,7 @@ MAX_LAYERS = 10_000
 SLIDING_WINDOW = 4096  # of a family with windows, if config.json does not name one
 _LAYER_TYPES = {"full_attention": FULL, "sliding_attention": LOCAL}
 
-# The fields of a family unless it says otherwise.
+# What a Llama does not have, whatever the config's defaults are. A family that has more of it says so.
 PLAIN: Fields = {
     "qk_norm": False,
     "scale_embeddings": False,

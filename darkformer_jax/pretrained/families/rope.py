@@ -3,27 +3,21 @@
 import math
 from typing import Any
 
+from darkformer_jax.config.base import fields as declared
 from darkformer_jax.pretrained.families.family import LOCAL, Fields, kinds_of
 from darkformer_jax.pretrained.hf_config import HFConfig
 
 _TYPES = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
 
-NO_SCALING: Fields = {
-    "rope_local_theta": 0.0,
-    "rope_scaling": "none",
-    "rope_factor": 1.0,
-    "rope_low_freq_factor": 1.0,
-    "rope_high_freq_factor": 4.0,
-    "rope_original_length": 8192,
-    "rope_beta_fast": 32.0,
-    "rope_beta_slow": 1.0,
-    "rope_attention_factor": 0.0,
-}
-_USED = {
+_USED: dict[str, tuple[str, ...]] = {
     "none": (),
     "linear": ("rope_factor",),
     "llama3": ("rope_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_length"),
     "yarn": ("rope_factor", "rope_original_length", "rope_beta_fast", "rope_beta_slow", "rope_attention_factor"),
+}
+# The options of scalings have no effect here; they are at their defaults, so that equal models have equal fields.
+NO_SCALING: Fields = {"rope_local_theta": 0.0, "rope_scaling": "none"} | {
+    name: declared()[f"model.{name}"].default for used in _USED.values() for name in used
 }
 
 # Keys that a rope_parameters or rope_scaling object may have. Published ones have keys that their type does not use.
