@@ -57,6 +57,11 @@ def test_mistakes_in_flags_are_one_line_and_status_2(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_help_lists_the_flags_and_ends_well():
+    (shown,) = run_commands([train("--help")])
+    assert shown.status == 0 and "--workdir" in shown.out and "--config" in shown.out
+
+
 def test_mistakes_in_data_and_directories_are_one_line_and_write_nothing(tmp_path):
     text = write_text(tmp_path / "text.txt")
     (tmp_path / "empty.txt").touch()

@@ -12,15 +12,19 @@ from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.errors import UserError, one_line
 
 FLAGS = flags.FLAGS
+_HELP = ("?", "help", "helpshort", "helpfull", "helpxml")
 
 
 def parse_experiment_flags(argv: list[str], default_config: str, define: Callable[[], None]) -> list[str]:
-    """Defines and parses --config and what `define` defines; a mistake is one line and exit status 2."""
+    """Defines and parses --config and what `define` defines; a mistake is one line and exit status 2.
+
+    --help ends the program with status 0.
+    """
     try:
         define()
         # Inside the try, because the definition already raises for a field that does not exist.
         config_flags.DEFINE_config_file("config", default_config, "The experiment; config/base.py lists all fields.")
-        rest = FLAGS(argv)
+        rest = _parse(argv)
         if len(rest) > 1:
             raise UserError(f"{rest[1]!r} is no flag; --help lists them")
         FLAGS.config.to_dict()  # raises OSError where the file could not be loaded
@@ -35,6 +39,16 @@ def parse_experiment_flags(argv: list[str], default_config: str, define: Callabl
         message = _unknown_field(argv) or _quoted_end(error)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """What absl leaves of `argv`. absl itself ends the program with status 1 after it has printed the help."""
+    try:
+        return FLAGS(argv)
+    except SystemExit:
+        if any(argument.startswith("-") and argument.lstrip("-") in _HELP for argument in argv[1:]):
+            sys.exit(0)
+        raise
 
 
 def overridden_fields() -> list[str]:
