@@ -37,6 +37,7 @@ from darkformer_jax.config import base
 from darkformer_jax.config.usage import require_new_uses
 from darkformer_jax.config.validation import validate
 from darkformer_jax.errors import UserError, one_line
+from darkformer_jax.model.flops import layers_flops
 from darkformer_jax.runs.inherit import inherit
 from darkformer_jax.tasks import TASKS
 from darkformer_jax.training.experiment import Experiment, bytes_per_device
@@ -131,15 +132,12 @@ def compile_step(experiment: Experiment) -> jax.stages.Compiled:
 
 
 def _bound(experiment: Experiment, kind: str, messages: Counter[Collective], memory: Any) -> Roofline:
-    # Only layers are recomputed; a third of a step's FLOPs is its forward pass.
-    spec = experiment.network.spec
-    logits = 2.0 * spec.embed_dim * spec.vocab_size * experiment.tokens_per_step
-    again = experiment.step_flops / 3 - logits if experiment.config.model.remat == "full" else 0.0
+    layers = layers_flops(experiment.network.spec, experiment.config.sequence_length) * experiment.tokens_per_step
     return roofline(
         kind,
         experiment.mesh.size,
         model_flops=experiment.step_flops,
-        recomputed_flops=again,
+        recomputed_flops=layers if experiment.config.model.remat == "full" else 0.0,
         # The state is read and written once; what is in memory at the peak was written once and is read once.
         hbm_traffic=2 * memory.argument_size_in_bytes + 2 * _temporary(memory),
         messages=messages,

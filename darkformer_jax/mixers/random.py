@@ -32,7 +32,8 @@ class Random(Performer):
     @classmethod
     def mixing_flops(cls, spec: MixerSpec, length: int) -> float:
         """FLOPs of the weights times the values; the weights themselves are constants."""
-        return 2 * spec.num_heads * spec.head_dim * (length + 1) / 2
+        visible = (length + 1) / 2 if spec.causal else length
+        return 2 * spec.num_heads * spec.head_dim * visible
 
     def inputs(self, q: Array, k: Array, positions: Array) -> Inputs:
         key = jax.random.wrap_key_data(self.noise_key[...])

@@ -36,10 +36,14 @@ def train_step_flops(spec: ModelSpec, sequence_length: int, tokens: int) -> floa
       sequence_length: L.
       tokens: positions per optimizer step, batch_size * sequence_length, padding included.
     """
-    mlp = 6 * spec.embed_dim * spec.mlp_dim
     logits = 0 if spec.num_outputs else 2 * spec.embed_dim * spec.vocab_size
-    layers = sum(MIXERS[mixer.kind].flops(mixer, sequence_length) + mlp for mixer in spec.layers)
-    return 3.0 * (layers + logits) * tokens
+    return 3.0 * (layers_flops(spec, sequence_length) + logits) * tokens
+
+
+def layers_flops(spec: ModelSpec, sequence_length: int) -> float:
+    """Forward FLOPs per token of all layers, counted as in `train_step_flops`; remat = "full" needs them once more."""
+    mlp = 6 * spec.embed_dim * spec.mlp_dim
+    return sum(MIXERS[mixer.kind].flops(mixer, sequence_length) + mlp for mixer in spec.layers)
 
 
 def peak_flops(device_kind: str) -> float | None:

@@ -1,12 +1,17 @@
 """Programs for TPUs, compiled without one: the compiler is libtpu's own."""
 
 import importlib.util
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
 from darkformer_jax.aot.topology import topology_devices
-from darkformer_jax.compile import DoesNotFit, plan
+from darkformer_jax.compile import DoesNotFit, _bound, plan
 from darkformer_jax.errors import UserError
+from darkformer_jax.tasks.classification import Classes
+from darkformer_jax.training.experiment import Experiment
+from tests.tasks.labelled_files import labelled_config
 from tests.tiny_runs import run_commands, tiny_config, tiny_flags
 
 needs_libtpu = pytest.mark.skipif(
@@ -48,10 +53,23 @@ def test_the_plan_of_a_small_step_on_four_chips(capsys):
 
 @needs_libtpu
 def test_what_does_not_fit_says_so():
-    config = tiny_config(**SIZES | {"model__attention__kind": "softmax", "model__vocab_size": 2**21}, mesh__data=4)
+    exact = {name: value for name, value in SIZES.items() if "attention" not in name}
+    config = tiny_config(**exact | {"model__attention__kind": "softmax", "model__vocab_size": 2**21}, mesh__data=4)
     config.model.embed_dim = 2048  # 16 GiB of a table, and twice that of moments
     with pytest.raises(DoesNotFit, match=r"[0-9]{2,3}\.[0-9]+G\) exceeds available HBM \(15.75G\)$"):
         plan(config, topology_devices("v5e:2x2"), "v5e:2x2")
+
+
+def test_layers_that_are_computed_again_are_a_third_of_a_classifiers_step():
+    """It has no logits, which are never computed again."""
+    memory = SimpleNamespace(argument_size_in_bytes=1, peak_memory_in_bytes=2)
+
+    def seconds(remat):
+        config = labelled_config("mails.jsonl", model__remat=remat)
+        experiment = Experiment.of(config, Classes(257, 32, ("a", "b")))
+        return _bound(experiment, "TPU v5 lite", Counter(), memory).compute
+
+    assert seconds("full") == pytest.approx(4 / 3 * seconds("none"))
 
 
 @needs_libtpu
@@ -81,12 +99,14 @@ def test_mistakes_are_one_line(monkeypatch):
 
 def test_the_command_line():
     flags = tiny_flags(**SIZES)
-    wrong_field, wrong_topology = run_commands(
+    shown, wrong_field, wrong_topology = run_commands(
         [
+            ("darkformer_jax.compile", ["--help"]),
             ("darkformer_jax.compile", [*flags, "--config.mesh.tensors=2"]),
             ("darkformer_jax.compile", [*flags, "--topology=v5e-8"]),
         ]
     )
+    assert shown.status == 0 and "--topology" in shown.out
     assert (wrong_field.status, wrong_topology.status) == (2, 2)
     assert wrong_field.err.count("\n") == wrong_topology.err.count("\n") == 1
     assert "did you mean --config.mesh.tensor?" in wrong_field.err

@@ -42,6 +42,7 @@ def test_a_layer_by_hand() -> None:
     assert layer("dark") == layer("performer") + (4 + 2) * 2 * 8 * 8
     assert layer("constant") == projections / 2
     assert layer("random") == projections / 2 + 4 * 2 * 8 * 32.5
+    assert layer("random", causal=False) == projections / 2 + 4 * 2 * 8 * 64
     # Own chunk 8.5; then 16 before it for three chunks of four.
     exact = 4 * (2 * 8 + 2 * 8) * (8.5 + 16 * 3 / 4)
     assert layer("window_only", window=16) == projections + exact
