@@ -21,6 +21,7 @@ from typing import Any
 from absl import app
 
 from darkformer_jax.cli.parser import Parser, one_line_errors
+from darkformer_jax.cli.progress import progress_bar
 from darkformer_jax.data.files import whole_directory
 from darkformer_jax.reporting.findings import as_json, collect
 from darkformer_jax.reporting.page import as_html, as_markdown
@@ -42,7 +43,7 @@ def main(args: argparse.Namespace) -> None:
 def report(args: argparse.Namespace) -> dict[str, Any]:
     """Reads the runs, writes --out, prints its path, and returns the content of results.json."""
     with whole_directory(args.out) as directory:
-        found = collect(args.runs)
+        found = collect(args.runs, progress_bar)
         from darkformer_jax.reporting.plots import draw  # here, because an error need not wait for matplotlib
 
         pictures = []

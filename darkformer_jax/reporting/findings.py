@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from darkformer_jax.cli.progress import progress_bar
 from darkformer_jax.config.pattern import pattern_kinds
+from darkformer_jax.data.progress import ProgressBar, no_progress
 from darkformer_jax.errors import UserError
+from darkformer_jax.mixers import MIXERS
 from darkformer_jax.reporting.calibrations import Calibration, find_calibrations
 from darkformer_jax.reporting.comparison import Comparison, comparisons
 from darkformer_jax.reporting.reported_runs import FINISHED, UNTRAINED, ReportedRun, find_workdirs, read_runs
@@ -28,23 +29,23 @@ class Findings:
     loss_unit: str  # "" if no run was trained
     comparisons: list[Comparison]
     calibrations: list[Calibration]
-    spectra: list[Spectra]  # of the first seed of each DARK row at its best learning rates
+    spectra: list[Spectra]  # of the first seed of each row with an M at its best learning rates
     missing_spectra: list[str]  # "workdir: reason" for each such row without spectra
 
 
-def collect(globs: str) -> Findings:
-    """Reads the workdirs that match the comma-separated globs; shows progress bars.
+def collect(globs: str, progress_bar: ProgressBar = no_progress) -> Findings:
+    """Reads the workdirs that match the comma-separated globs.
 
     Raises UserError if a workdir cannot be read, if two do not compare, or if none was trained or calibrated.
     """
-    runs = read_runs(_with_progress(find_workdirs(globs), "run"))
+    runs = read_runs(_with_progress(find_workdirs(globs), "run", progress_bar))
     rows = as_rows(runs)
     calibrations = find_calibrations(run.workdir for run in runs)
     if not calibrations and all(run.state == UNTRAINED for run in runs):
         raise UserError(f"--runs={globs}: none of the {len(runs)} workdirs has been trained or calibrated")
     spectra, missing = [], []
-    dark = [row.runs[0].workdir for row in best_of(rows) if "dark" in pattern_kinds(row.settings[MECHANISM], "")]
-    for workdir in _with_progress(dark, "checkpoint"):
+    with_geometry = [row.runs[0].workdir for row in best_of(rows) if _has_geometry(row)]
+    for workdir in _with_progress(with_geometry, "checkpoint", progress_bar):
         try:
             spectra.append(read_spectra(workdir))
         except UserError as error:  # the checkpoint may have been removed; no other figure needs it
@@ -53,7 +54,11 @@ def collect(globs: str) -> Findings:
     return Findings(globs, runs, rows, loss_unit, comparisons(rows), calibrations, spectra, missing)
 
 
-def _with_progress(items: list[str], unit: str) -> Iterator[str]:
+def _has_geometry(row: Row) -> bool:
+    return any("geometry_init" in MIXERS[kind].uses for kind in pattern_kinds(row.settings[MECHANISM], ""))
+
+
+def _with_progress(items: list[str], unit: str, progress_bar: ProgressBar) -> Iterator[str]:
     with progress_bar(len(items), unit) as bar:
         for item in items:
             yield item

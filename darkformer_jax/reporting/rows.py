@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from darkformer_jax.errors import UserError
+from darkformer_jax.mixers import MIXERS
 from darkformer_jax.reporting.reported_runs import ACCURACY, DIVERGED, FIGURES, FINISHED, LOSS, ReportedRun
 from darkformer_jax.reporting.settings import (
     HEADINGS,
@@ -22,7 +23,6 @@ from darkformer_jax.reporting.settings import (
 )
 
 _ABSENT = "–"  # shown for a field that the mechanism does not use
-_ROLES = ("exact", "dark", "performer", "lfk", "", "control")
 
 
 class Mean(NamedTuple):
@@ -114,7 +114,7 @@ def grouped(items: Iterable[_T], without: tuple[str, ...] = ()) -> list[list[_T]
 
 
 def as_rows(runs: Iterable[ReportedRun]) -> list[Row]:
-    """Groups the finished runs into rows, in the order of the table: exact, DARK, Performer, others, controls.
+    """Groups the finished runs into rows, in the order of the table: exact, DARK, other estimators, mixtures, controls.
 
     Raises UserError if two finished runs are the same experiment with the same seed: they are not two samples.
     """
@@ -131,9 +131,15 @@ def as_rows(runs: Iterable[ReportedRun]) -> list[Row]:
     return sorted(rows, key=_place)
 
 
+def _roles() -> list[str]:
+    """The table's order of `settings.role`: estimators in the order of MIXERS, but those with an M first."""
+    estimators = [kind for kind, mixer in MIXERS.items() if mixer.role == "estimator"]
+    return ["exact", *sorted(estimators, key=lambda kind: "geometry_init" not in MIXERS[kind].uses), "", "control"]
+
+
 def _place(row: Row) -> tuple:
     numbers = tuple(row.settings.get(name, -1) for name in HEADINGS if name != ORIGIN)
-    return (_ROLES.index(row.role if row.role in _ROLES else ""), row.settings[MECHANISM], numbers)
+    return (_roles().index(row.role), row.settings[MECHANISM], numbers)
 
 
 def best_of(rows: Iterable[Row], without: tuple[str, ...] = LEARNING_RATES) -> list[Row]:

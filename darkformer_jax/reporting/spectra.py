@@ -34,7 +34,8 @@ def read_spectra(workdir: str) -> Spectra:
     model = load_model(Workdir(workdir))
     network = model.network.bind(model.params, model.projections)
     blocks: list[Any] = [network.layer(index) for index in range(model.network.spec.num_layers)]
-    mechanisms = [block.attention.mechanism for block in blocks]
+    # Not every mixer has a mechanism, and not every mechanism an M.
+    mechanisms: list[Any] = [getattr(block.attention, "mechanism", None) for block in blocks]
     geometries = {i: np.asarray(one.M[...], np.float64) for i, one in enumerate(mechanisms) if hasattr(one, "M")}
     if not geometries:
         raise UserError(f"{workdir}: no layer has an M")
