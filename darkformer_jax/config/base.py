@@ -32,8 +32,11 @@ from darkformer_jax.model.transformer import REMAT_POLICIES
 from darkformer_jax.ops.linear import WindowKernel
 from darkformer_jax.ops.projections import ProjectionKind
 
+LANGUAGE_MODEL = "language_model"
 LABELLED_TASKS = ("classification", "regression")
-TASKS = ("language_model", *LABELLED_TASKS)  # the keys of tasks.TASKS, which this module may not import
+TASKS = (LANGUAGE_MODEL, *LABELLED_TASKS)  # the keys of tasks.TASKS, which this module may not import
+LABELLED_SOURCE = "labelled"  # the one that the tasks on labelled texts read
+SOURCES = ("stdlib", "text", "news", "array_record", LABELLED_SOURCE)  # what data/ reads; not imported either
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -51,7 +54,9 @@ def declare() -> Section:
     """The fields, section by section."""
     c = Section()
     c.seed = at_least(0, 0, below=2**32)  # weights, projections and data order are functions of this and the step
-    c.num_steps = at_least(1, 1000)  # optimizer steps; a resumed run may have more, and its cosine then ends later
+    c.num_steps = at_least(
+        1, 1000
+    )  # optimizer steps; a resumed run may have more: the cosine then falls to the new last step
     c.batch_size = at_least(1, 16)  # sequences per optimizer step, over all devices
     c.sequence_length = at_least(1, 512)  # tokens per sequence
     c.accumulation_steps = at_least(1, 1)  # micro-batches per optimizer step; divides batch_size
@@ -100,7 +105,7 @@ def declare() -> Section:
 def _task() -> Section:
     w = Section()
     # What is learned. classification, regression: labels of whole texts, by a head on the last layer's outputs.
-    w.name = choice("language_model", TASKS, since=2)
+    w.name = choice(LANGUAGE_MODEL, TASKS, since=2)
     # These two alone use the other fields. The head sees the output of the last real token, or the mean output.
     w.pooling = choice("last", get_args(Pooling), since=2)
     w.text_column = anything("text", since=2)  # column of a table, or field of a JSON object
@@ -172,7 +177,7 @@ def _attention() -> Section:
 
 def _data() -> Section:
     d = Section()
-    d.source = anything("stdlib")  # stdlib | text | news | array_record | labelled
+    d.source = choice("stdlib", SOURCES)
     # text: globs of .txt, .md, .jsonl, plain or .gz. labelled: globs of .tsv, .csv, .jsonl. array_record: the directory
     # that prepare_data wrote.
     d.files = anything("")

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable
 
 import ml_collections
 
-from darkformer_jax.config.base import LABELLED_TASKS, fields
+from darkformer_jax.config.base import LANGUAGE_MODEL, fields
 from darkformer_jax.config.pattern import ATTENTION, Layer, parse_pattern
 from darkformer_jax.config.specs import mixer_specs
 from darkformer_jax.errors import UserError
@@ -72,7 +72,7 @@ def require_used(config: ml_collections.ConfigDict, names: Iterable[str]) -> Non
         used |= set().union(*(mixer.uses for mixer in MIXERS.values() if mixer.is_local))
     for name in names:
         value, off = _value(config, name), fields()[name].off
-        if name in OF_LANGUAGE_MODELS and config.task.name in LABELLED_TASKS and value != off:
+        if name in OF_LANGUAGE_MODELS and config.task.name != LANGUAGE_MODEL and value != off:
             raise UserError(f"{name} = {value!r} with task.name = {config.task.name!r}; allowed: {off!r}")
         if name in mixer_fields() and _own(name) not in used and value is not None and value != off:
             allowed = f"; allowed: {off!r}" if off is not None else ""

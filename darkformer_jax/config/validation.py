@@ -5,7 +5,7 @@ from typing import Any
 
 import ml_collections
 
-from darkformer_jax.config.base import LABELLED_TASKS, fields
+from darkformer_jax.config.base import LABELLED_SOURCE, LABELLED_TASKS, SOURCES, fields
 from darkformer_jax.config.fields import Field, flat_fields
 from darkformer_jax.config.pattern import ATTENTION, parse_pattern
 from darkformer_jax.config.specs import mixer_specs
@@ -13,8 +13,6 @@ from darkformer_jax.config.usage import OF_LANGUAGE_MODELS, mixer_fields, requir
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
 from darkformer_jax.mixers.spec import MixerSpec
-
-LABELLED_SOURCE = "labelled"
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -59,7 +57,7 @@ def _require_needs(mixer: MixerSpec, name: str, field: Field) -> None:
     shown = repr(value) if isinstance(value, str) else value
     if value == field.off:
         needed = name in MIXERS[mixer.kind].needs
-        _require(not needed, f"{ATTENTION}{name} = {shown}: {mixer.kind!r} cannot do without it")
+        _require(not needed, f"{ATTENTION}{name} = {shown}: {mixer.kind!r} needs at least 1")
     elif field.needs:
         other = getattr(mixer, field.needs)
         _require(bool(other), f"{ATTENTION}{name} = {shown} needs {field.needs}; {ATTENTION}{field.needs} = {other}")
@@ -124,10 +122,10 @@ def _validate_task(config: ml_collections.ConfigDict) -> None:
     """Raises UserError if a field that the task does not use is set: is neither off nor as it is by default."""
     task, source = config.task, config.data.source
     is_labelled = task.name in LABELLED_TASKS
+    sources = [name for name in SOURCES if is_labelled == (name == LABELLED_SOURCE)]
     _require(
-        is_labelled == (source == LABELLED_SOURCE),
-        f"data.source = {source!r} with task.name = {task.name!r}; allowed: {LABELLED_SOURCE!r} with "
-        f"{' or '.join(LABELLED_TASKS)}, other sources with language_model",
+        source in sources,
+        f"data.source = {source!r} with task.name = {task.name!r}; allowed: {', '.join(map(repr, sources))}",
     )
     of_labelled = [name for name in fields() if name.startswith("task.") and name != "task.name"] + ["model.causal"]
     values = dict(flat_fields(config.to_dict()))

@@ -54,6 +54,7 @@ CHOICES = {
     "model.attention.kind": ", ".join(MIXERS),
     "model.attention.projections": "iid, orthogonal, orthogonal_unsigned",
     "model.attention.window_kernel": "dark, softmax",
+    "data.source": "stdlib, text, news, array_record, labelled",
     "optimizer.schedule": "cosine, rsqrt, constant",
     "optimizer.train": "all, qkv_geometry, geometry, lora",
 }
@@ -96,7 +97,7 @@ RULES = [
     ),
     (
         {"model.attention.pattern": "softmax_local,dark"},
-        "model.attention.local_window = 0: 'softmax_local' cannot do without it",
+        "model.attention.local_window = 0: 'softmax_local' needs at least 1",
     ),
     (
         {"model.attention.local_window": 64, "model.attention.kind": "softmax"},
@@ -123,7 +124,7 @@ RULES = [
         {"model.attention.learn_projections": True, "model.attention.redraw_every": 5},
         "redraw_every = 5 with learn_projections = True; allowed: 0",
     ),
-    ({"model.attention.kind": "window_only"}, "model.attention.window = 0: 'window_only' cannot do without it"),
+    ({"model.attention.kind": "window_only"}, "model.attention.window = 0: 'window_only' needs at least 1"),
     (
         {"model.attention.redraw_every": 5, "model.attention.kind": "lfk"},
         "model.attention.redraw_every = 5: no lfk layer uses it; allowed: 0",

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from darkformer_jax.config import base
+from darkformer_jax.data import PREPARED_SOURCE
+from darkformer_jax.data.sources import CORPUS_SOURCES
 from darkformer_jax.distributed.sharding import Part
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.workdir import Workdir
@@ -34,6 +36,10 @@ def case(request, tmp_path):
 
 def test_the_config_allows_the_tasks_that_there_are():
     assert set(base.TASKS) == TASKS.keys() == CONFIGS.keys()
+
+
+def test_the_config_allows_the_sources_that_data_reads():
+    assert (*CORPUS_SOURCES, PREPARED_SOURCE, base.LABELLED_SOURCE) == base.SOURCES
 
 
 def shapes(batch):
