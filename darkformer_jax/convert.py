@@ -18,7 +18,7 @@ from darkformer_jax.cli.parser import Parser, one_line_errors
 from darkformer_jax.cli.progress import progress_bar
 from darkformer_jax.config import base
 from darkformer_jax.errors import UserError
-from darkformer_jax.pretrained.export import export_workdir
+from darkformer_jax.pretrained.export import SHARD_GB, export_workdir
 from darkformer_jax.pretrained.load import plan_import, run_import
 from darkformer_jax.pretrained.source import open_source
 from darkformer_jax.runs.workdir import Workdir
@@ -41,7 +41,7 @@ def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         "float16 only for an export",
     )
     parser.add_argument("--step", type=int, help="checkpoint to export (default: the newest)")
-    parser.add_argument("--max_shard_size", help="largest exported file, in KB, MB or GB (default: 5GB)")
+    parser.add_argument("--max_shard_size", help=f"largest exported file, in KB, MB or GB (default: {SHARD_GB}GB)")
     return parser.parse_args(argv[1:])
 
 
@@ -60,7 +60,7 @@ def _export(args: argparse.Namespace) -> None:
         args.export_hf,
         step=args.step,
         dtype=args.dtype,
-        shard_bytes=_bytes("5GB" if args.max_shard_size is None else args.max_shard_size),
+        shard_bytes=_bytes(f"{SHARD_GB}GB" if args.max_shard_size is None else args.max_shard_size),
         progress_bar=progress_bar,
     )
     print(f"{args.export_hf}: {written}")

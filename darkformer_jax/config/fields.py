@@ -27,8 +27,8 @@ class Field:
       off: the value that means "not used"; None = the field is never off. A field that is not off must be used by a
         layer of the model or by the task (`config.validation`).
       needs: a field of the same section that must not be off if this one is not.
-      since: the first version of config.json that has the field (`config.migrations`); 0 = all versions.
-      before: the value in runs from before the field; None = the default.
+      since: the first version of config.json that has the field (`config.migrations`); 0 = all versions. In a run from
+        before it, the field has its default.
       below: whole numbers are smaller than this.
     """
 
@@ -38,13 +38,7 @@ class Field:
     off: Any = None
     needs: str = ""
     since: int = 0
-    before: Any = None
     below: int = 2**31
-
-    @property
-    def meaning_before(self) -> Any:
-        """The value in a run from before the field."""
-        return self.default if self.before is None else self.before
 
     def check(self, name: str, value: Any) -> None:
         """Raises UserError, which names the field, its value and what is allowed."""

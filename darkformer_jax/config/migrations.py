@@ -1,9 +1,9 @@
 """Brings a config.json of any earlier version to today's fields.
 
 config.json holds the version that wrote it as `"version"`; files from before version 2 hold none. A field that is newer
-than the file gets the value that `config.base` declares for earlier runs. So a new field needs nothing here: declare it
-with `since=VERSION`, and first raise VERSION by one if there was a release since its last change. A renamed or removed
-field needs a function in `_STEPS`.
+than the file gets its default, which therefore must describe earlier runs. So a new field needs nothing here: declare
+it with `since=VERSION`, and first raise VERSION by one if there was a release since its last change. A renamed or
+removed field needs a function in `_STEPS`.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,7 +32,7 @@ def migrate(saved: Mapping[str, Any], where: str) -> dict[str, Any]:
             _STEPS[number](config)
         for name, field in fields().items():
             if field.since == number:
-                _set_default(config, name, field.meaning_before)
+                _set_default(config, name, field.default)
     return config
 
 

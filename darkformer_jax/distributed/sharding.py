@@ -134,6 +134,11 @@ def sharding_of(name: str, axes: Sequence[str | None], shape: Sequence[int], mes
     return NamedSharding(mesh, spec_of(name, axes, shape, mesh))
 
 
+def with_sharding(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    """An array's shape and dtype with its sharding."""
+    return leaf.update(sharding=sharding)
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """The rows of every batch that one process reads: the `index`-th of `count` equal parts."""

@@ -64,7 +64,6 @@ class Sampler:
             )
         self._arrays = (params, projections)
         self._seed = seed
-        self._network = network
 
         def choose(logits: Array, key: Array) -> Array:
             logits = logits[:, :vocab_size]

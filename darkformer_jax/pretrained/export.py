@@ -29,6 +29,8 @@ from darkformer_jax.runs.load import WorkdirModel, load_language_model
 from darkformer_jax.runs.origin import read_origin
 from darkformer_jax.runs.workdir import Workdir
 
+SHARD_GB = 5  # the largest file of an export unless the caller wants another
+
 
 def export_workdir(
     workdir: Workdir,
@@ -36,7 +38,7 @@ def export_workdir(
     *,
     step: int | None = None,
     dtype: str | None = None,
-    shard_bytes: int = 5 * 10**9,
+    shard_bytes: int = SHARD_GB * 10**9,
     progress_bar: ProgressBar = no_progress,
 ) -> str:
     """Writes the Hugging Face directory, whole or not at all, and returns a line that says what it holds.

@@ -8,13 +8,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from darkformer_jax.config.base import LABELLED_TASKS
+from darkformer_jax.config.base import LANGUAGE_MODEL
 from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.config.specs import model_spec
 from darkformer_jax.config.validation import from_json, validate
 from darkformer_jax.data.tokenizers import Tokenizer, load_tokenizer
+from darkformer_jax.distributed.sharding import with_sharding
 from darkformer_jax.errors import UserError, one_line
 from darkformer_jax.model.lora import merge_lora
 from darkformer_jax.model.network import Network, variable_sharding
@@ -55,8 +56,8 @@ def load_model(workdir: Workdir, step: int | None = None, mesh: Mesh | None = No
     params, projections = jax.eval_shape(lambda: network.init(jax.random.key(0)))
     if mesh is not None:
         sharding = functools.partial(variable_sharding, mesh=mesh)
-        params = jax.tree.map(_with_sharding, params, network.map_params(sharding))
-        projections = jax.tree.map(_with_sharding, projections, network.map_projections(sharding))
+        params = jax.tree.map(with_sharding, params, network.map_params(sharding))
+        projections = jax.tree.map(with_sharding, projections, network.map_projections(sharding))
     wanted = {"params": _with_dtypes(params, saved)}
     wanted |= {"projections": projections} if projections else {}
     _, restored = checkpoints.restore(wanted, step, partial=True, verify=False)
@@ -86,8 +87,8 @@ def language_model_network(workdir: Workdir) -> Network:
 
 
 def _require_language_model(workdir: Workdir) -> None:
-    task = dict(flat_fields(workdir.read_config())).get("task.name")
-    if task in LABELLED_TASKS:
+    task = dict(flat_fields(workdir.read_config())).get("task.name", LANGUAGE_MODEL)
+    if task != LANGUAGE_MODEL:
         raise UserError(
             f"{workdir}: a model with task.name = {task!r} predicts no next token; allowed: a language model's workdir"
         )
@@ -111,10 +112,6 @@ def _config_errors(workdir: Workdir) -> Iterator[None]:
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         reason = one_line(error)
         raise UserError(f"{workdir}/{CONFIG_FILE} is not the config of a run of this version: {reason}") from error
-
-
-def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return leaf.update(sharding=sharding)
 
 
 def _with_dtypes(wanted: dict, saved: dict) -> dict:

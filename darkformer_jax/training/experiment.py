@@ -12,7 +12,14 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding
 
 from darkformer_jax.config.specs import model_spec
-from darkformer_jax.distributed.sharding import Part, context_size, make_mesh, part_of_process, sharding_of
+from darkformer_jax.distributed.sharding import (
+    Part,
+    context_size,
+    make_mesh,
+    part_of_process,
+    sharding_of,
+    with_sharding,
+)
 from darkformer_jax.mixers import MIXERS
 from darkformer_jax.model.flops import train_step_flops
 from darkformer_jax.model.lora import is_lora
@@ -108,14 +115,14 @@ class Experiment:
     @property
     def sharded_state(self) -> TrainState:
         """The state's shapes, each with its sharding."""
-        return jax.tree.map(_with_sharding, self.abstract, self.shardings)
+        return jax.tree.map(with_sharding, self.abstract, self.shardings)
 
     @property
     def sharded_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes of a step's batch, each with its sharding."""
         shapes = self.objective.batch_shapes(self.config.batch_size)
         return {
-            name: _with_sharding(leaf, rows_sharding(self.batch_sharding, leaf.ndim)) for name, leaf in shapes.items()
+            name: with_sharding(leaf, rows_sharding(self.batch_sharding, leaf.ndim)) for name, leaf in shapes.items()
         }
 
     @property
@@ -172,10 +179,6 @@ def bytes_per_device(abstract: Any, shardings: Any) -> int:
     """Bytes of the arrays' shards on one device."""
     pairs = zip(jax.tree.leaves(abstract), jax.tree.leaves(shardings), strict=True)
     return sum(math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, sharding in pairs)
-
-
-def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return leaf.update(sharding=sharding)
 
 
 def _size(tree: dict) -> int:

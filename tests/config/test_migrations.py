@@ -34,7 +34,7 @@ def test_a_field_that_came_later_means_what_runs_did_before_it(version):
             section = section[part]
         del section[field]
     now = dict(flat_fields(migrate(old, "config.json")))
-    assert {name: now[name] for name in younger} == {name: base.fields()[name].meaning_before for name in younger}
+    assert {name: now[name] for name in younger} == {name: base.fields()[name].default for name in younger}
 
 
 def test_a_field_that_the_versions_own_file_lacks_is_not_made_up():
