@@ -24,6 +24,24 @@ def test_what_the_map_names_is_there(file, name):
     assert not name or name in names_in(places[0]), f"{file} has no {name}"
 
 
+def imports_of(path):
+    """The modules that a file imports by name, and the packages that it imports names from."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or "")
+
+
+def test_no_module_of_the_library_imports_the_packages_root():
+    """The root imports `ops/`, and `lint-imports` puts the root on no floor."""
+    files = sorted((ROOT / "darkformer_jax").rglob("*.py"))
+    assert len(files) > 100
+    for path in files:
+        roots = [name for name in imports_of(path) if name == "darkformer_jax" or name.startswith(".")]
+        assert not roots, f"{path} imports {roots}"
+
+
 def test_the_map_names_many_places():
     assert len(PLACES) > 40
 
