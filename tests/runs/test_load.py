@@ -55,9 +55,11 @@ def test_a_checkpoint_says_how_many_outputs_its_model_has(tmp_path):
     assert model.network.spec.num_outputs == 3 and model.params["classifier"]["kernel"].shape == (32, 3)
 
 
-def test_a_model_of_labels_is_refused_as_a_language_model_before_its_checkpoint_is_read(tmp_path):
-    Workdir(tmp_path).write_config(labelled_config("mails.jsonl").to_dict())
-    with pytest.raises(UserError, match="a model with task.name = 'classification' predicts no next token"):
+@pytest.mark.parametrize("task", ["classification", "another"])
+def test_a_model_of_another_task_is_refused_as_a_language_model_before_its_checkpoint_is_read(task, tmp_path):
+    config = labelled_config("mails.jsonl", task__name=task)
+    Workdir(tmp_path).write_config(config.to_dict())
+    with pytest.raises(UserError, match=f"a model with task.name = '{task}' predicts no next token"):
         load_language_model(Workdir(tmp_path))
 
 
