@@ -8,6 +8,7 @@ import pytest
 
 from darkformer_jax.config import base
 from darkformer_jax.config.fields import flat_fields
+from darkformer_jax.config.migrations import VERSION
 from darkformer_jax.config.specs import model_spec
 from darkformer_jax.config.validation import from_json, validate
 from darkformer_jax.errors import UserError
@@ -43,6 +44,7 @@ def test_a_config_of_each_version_means_what_it_meant(path, tmp_path):
     saved["model"] |= {"rope_theta": 500.0, "tie_embeddings": not saved["model"]["tie_embeddings"]}
     (tmp_path / "config.json").write_text(json.dumps(saved))
     config = Workdir(tmp_path).read_config()
+    saved.pop("version", None)
     before, now = dict(flat_fields(saved)), dict(flat_fields(config))
     assert now.items() >= before.items()
     assert {name: now[name] for name in MEANT} == {name: before.get(name, meant) for name, meant in MEANT.items()}
@@ -61,6 +63,10 @@ def test_the_model_that_the_defaults_gave_at_each_version_is_the_one_they_give(p
     assert model_spec(read, 257) == model_spec(base.get_config(), 257)
     workdir.write_config(read.to_dict())  # the run goes on
     assert workdir.read_config() == json.loads(json.dumps(read.to_dict()))
+
+
+def test_the_first_and_todays_format_have_a_file():
+    assert {json.loads(path.read_text()).get("version", 0) for path in VERSIONS} >= {0, VERSION}
 
 
 FINE_TUNED = sorted((Path(__file__).parent / "fine_tuned").glob("*.json"))
