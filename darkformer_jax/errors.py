@@ -6,7 +6,7 @@ class UserError(Exception):
 
 
 class Transient(UserError):
-    """Nothing is wrong with the command: the same one may work the next time. train.py ends with 1 and not with 2."""
+    """A failure that may pass, such as a workdir in use: the same command may work later. train.py exits with 1."""
 
 
 def one_line(error: BaseException) -> str:

@@ -21,8 +21,8 @@ A classifier or a regression is scored on labelled files, .tsv, .csv or .jsonl w
 
     python -m darkformer_jax.evaluate --workdir=runs/spam --text=more.jsonl
 
-It prints accuracy, F1, Matthews and the confusion of the classes, or squared error, Pearson and Spearman; for
-comparison also those of the best constant answer.
+It prints accuracy, F1, Matthews and the confusion of the classes, or squared error, Pearson and Spearman. Beside them
+stand the figures of the best constant answer.
 """
 
 import argparse

@@ -36,8 +36,8 @@ class Parser(argparse_flags.ArgumentParser):
 def one_line_errors(if_interrupted: str) -> Iterator[None]:
     """Ends the program with one line: status 2 on a UserError, `if_interrupted` and status 130 on Ctrl-C.
 
-    SIGTERM and a closed terminal count as Ctrl-C, so that half-written files are removed. The user can fix memory that
-    runs out, too, with fewer or shorter rows.
+    SIGTERM and a closed terminal count as Ctrl-C, so that half-written files are removed. Status 2 is also that of too
+    little memory, because fewer or shorter rows need less.
     """
     logging.set_verbosity(logging.WARNING)
     before = {number: signal.signal(number, _interrupt) for number in _INTERRUPTING}

@@ -1,4 +1,4 @@
-"""A decoder-only transformer of the Llama and Gemma family whose attention is a pattern of mechanisms.
+"""A transformer of the Llama and Gemma family, causal or bidirectional, whose layers mix tokens by a pattern of mixers.
 
 Layers at the same place in the pattern are stacked. One scan goes over the complete repetitions of the pattern, so that
 the program's size does not grow with depth. The layers of an incomplete last repetition follow the scan.
@@ -64,7 +64,9 @@ def _stack_blocks(spec: ModelSpec, place: int, key: Array) -> Block:
 
 
 class Transformer(nnx.Module):
-    """Token ids -> float32 logits; activations and matmuls have `spec.dtype`.
+    """Token ids -> float32 logits of each next token, or with `spec.num_outputs` the outputs of each sequence.
+
+    Activations and matmuls have `spec.dtype`.
 
     Parameters are initialised in float32. They may be bound in another floating dtype, such as an import in bfloat16.
     """

@@ -13,13 +13,14 @@ Measured = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]  # sums, and valu
 def measure_all(step: Callable[[dict], tuple[Sums, dict[str, jax.Array]]], batches: Iterable[dict]) -> Measured:
     """(sums in float64, values of all rows concatenated) over `batches`, of which there must be at least one.
 
-    step: batch -> what `Objective.measure` returns, jitted. A batch is dispatched before the one before it is read.
+    step: batch -> what `Objective.measure` returns, jitted. Each batch is dispatched before the results of the previous
+      one are read.
     """
     parts: list[Measured] = []
     pending = None
     for batch in batches:
         measured = step(batch)
-        if pending is not None:  # of the batch before: the device is never waited for
+        if pending is not None:  # the previous batch, so that the device never waits for the host
             parts.append(_on_host(*pending))
         pending = measured
     if pending is None:

@@ -81,7 +81,7 @@ class TrainingLog:
         self._host.waited(time.perf_counter() - began)
         for name in ("loss", "grad_norm"):
             if not math.isfinite(metrics[name]):
-                self._writer.write(step, metrics)  # as null; without it, the file is that of a stopped run
+                self._writer.write(step, metrics)  # the number as null, which tells this run from a stopped one
                 raise NotFinite(f"step {step}: {name} is {metrics[name]}")
         self._watch.lap("starting" if self._first else "steps", step)
         if self._first:
