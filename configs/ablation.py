@@ -3,10 +3,10 @@
     python train.py --config=configs/ablation.py:attention=performer --workdir=runs/performer
     python train.py --config=configs/ablation.py:attention=dark,m=128,window=64,seed=1 --workdir=runs/dark-hybrid
 
-Arguments, all optional: attention (softmax, performer, dark, lfk, linear_transformer, random, constant, window_only),
-m (random features per head), window and chunk (tokens), sinks, lr (peak learning rate), geometry_lr, steps, seed. Any
-other field is overridden as usual: --config.model.qk_norm=True. The data are bytes of the Python standard library. With
-0.9 M parameters, a run takes about 15 minutes on two CPU cores.
+Arguments, all optional: attention (a name in the README's table), m (random features per head), window and chunk
+(tokens), sinks, lr (peak learning rate), geometry_lr, steps, seed. Any other field is overridden as usual:
+--config.model.qk_norm=True. The data are bytes of the Python standard library. With 0.9 M parameters, a run takes about
+15 minutes on two CPU cores.
 """
 
 import ml_collections

@@ -48,5 +48,5 @@ def test_the_map_names_many_places():
 
 def test_the_table_of_floors_has_every_folder():
     folders = {path.name for path in (ROOT / "darkformer_jax").iterdir() if (path / "__init__.py").is_file()}
-    table = PAGE.partition("## Layers of the package")[2].partition("## Symbols")[0]
+    table = PAGE.partition("## Floors")[2].partition("## Symbols")[0]
     assert folders == set(re.findall(r"^\| \d \| `([a-z_]+)/`", table, re.MULTILINE))
