@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 import ml_collections
 
 from darkformer_jax.config.base import LANGUAGE_MODEL, fields
-from darkformer_jax.config.pattern import ATTENTION, Layer, parse_pattern
+from darkformer_jax.config.pattern import ATTENTION, parse_pattern
 from darkformer_jax.config.specs import mixer_specs
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
@@ -25,7 +25,7 @@ def mixer_fields() -> frozenset[str]:
 
 def unused_fields(config: ml_collections.ConfigDict) -> set[str]:
     """The dotted names of mixer fields that no layer uses, or that every layer that uses them has as an option."""
-    used = _used(parse_pattern(config.model.attention.pattern, config.model.attention.kind))
+    used = _used(config)
     return {name for name in mixer_fields() if _own(name) not in used}
 
 
@@ -62,14 +62,9 @@ def reset_unused(config: ml_collections.ConfigDict) -> None:
 def require_used(config: ml_collections.ConfigDict, names: Iterable[str]) -> None:
     """Raises UserError for the first of these fields that has a value although no layer or not the task uses it.
 
-    Fields that belong neither to mixers nor to language models alone are passed over. Where model.attention.pattern is
-    None, another run decides which layers are local ones: their fields count as used.
+    Fields that belong neither to mixers nor to language models alone are passed over.
     """
-    attention = config.model.attention
-    layers = parse_pattern(attention.pattern, attention.kind)
-    used = _used(layers)
-    if attention.pattern is None:
-        used |= set().union(*(mixer.uses for mixer in MIXERS.values() if mixer.is_local))
+    used = _used(config)
     for name in names:
         value, off = _value(config, name), fields()[name].off
         if name in OF_LANGUAGE_MODELS and config.task.name != LANGUAGE_MODEL and value != off:
@@ -79,8 +74,17 @@ def require_used(config: ml_collections.ConfigDict, names: Iterable[str]) -> Non
             raise UserError(f"{name} = {_shown(value)}: no {_kinds(config)} layer uses it{allowed}")
 
 
-def _used(layers: Iterable[Layer]) -> set[str]:
-    return set().union(*(MIXERS[layer.kind].uses - layer.options.keys() for layer in layers))
+def _used(config: ml_collections.ConfigDict) -> set[str]:
+    """The fields that layers use and do not have as an option, by their own names.
+
+    Where model.attention.pattern is None, another run decides which layers are local ones: they may be there.
+    """
+    attention = config.model.attention
+    layers = parse_pattern(attention.pattern, attention.kind)
+    used = set().union(*(MIXERS[layer.kind].uses - layer.options.keys() for layer in layers))
+    if attention.pattern is None:
+        used |= set().union(*(mixer.uses for mixer in MIXERS.values() if mixer.is_local))
+    return used
 
 
 def _set_in_vain(config: ml_collections.ConfigDict) -> list[str]:

@@ -14,10 +14,8 @@ LABELLED: dict[str, Any] = {"task.name": "classification", "data.source": "label
 
 def labelled_config(files: str, **changes: Any) -> ml_collections.ConfigDict:
     """`tiny_config` of a classification of `files`."""
-    config = tiny_config(data__files=files, data__heldout_fraction=0.3)
-    fields = LABELLED | {name.replace("__", "."): value for name, value in changes.items()}
-    config.update_from_flattened_dict(fields)
-    return config
+    own = {name.replace("__", "."): value for name, value in changes.items()}
+    return tiny_config(**{"data.files": files, "data.heldout_fraction": 0.3} | LABELLED | own)
 
 
 def write_labelled(path: Path, labels: tuple[Any, ...] = ("ham", "spam"), count: int = 60) -> str:
