@@ -14,17 +14,7 @@ import ml_collections
 from darkformer_jax.config import base
 from darkformer_jax.config.arguments import set_arguments
 
-FIELDS = {
-    "attention": ("model.attention.kind", str),
-    "m": ("model.attention.num_features", int),
-    "window": ("model.attention.window", int),
-    "chunk": ("model.attention.chunk_size", int),
-    "sinks": ("model.attention.num_sinks", int),
-    "lr": ("optimizer.learning_rate", float),
-    "geometry_lr": ("optimizer.geometry_learning_rate", float),
-    "steps": ("num_steps", int),
-    "seed": ("seed", int),
-}
+ARGUMENTS = ("attention", "m", "window", "chunk", "sinks", "lr", "geometry_lr", "steps", "seed")
 
 
 def get_config(arguments: str = "") -> ml_collections.ConfigDict:
@@ -39,5 +29,5 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
     c.eval.batches = 16
     c.checkpoint.every = 100
     c.checkpoint.keep = 1
-    set_arguments(c, filter(None, arguments.split(",")), FIELDS, "configs/ablation.py")
+    set_arguments(c, filter(None, arguments.split(",")), ARGUMENTS, "configs/ablation.py")
     return c

@@ -18,24 +18,11 @@ import ml_collections
 
 from darkformer_jax.config import base
 from darkformer_jax.config.arguments import set_arguments
-from darkformer_jax.config.fields import boolean
 
-FIELDS = {
-    "files": ("data.files", str),
-    "heldout": ("task.heldout_files", str),
-    "attention": ("model.attention.kind", str),
-    "m": ("model.attention.num_features", int),
-    "window": ("model.attention.window", int),
-    "chunk": ("model.attention.chunk_size", int),
-    "causal": ("model.causal", boolean),
-    "pooling": ("task.pooling", str),
-    "length": ("sequence_length", int),
-    "batch": ("batch_size", int),
-    "lr": ("optimizer.learning_rate", float),
-    "geometry_lr": ("optimizer.geometry_learning_rate", float),
-    "steps": ("num_steps", int),
-    "seed": ("seed", int),
-}
+ARGUMENTS = (
+    "files", "heldout", "attention", "m", "window", "chunk", "causal", "pooling", "length", "batch", "lr",
+    "geometry_lr", "steps", "seed",
+)  # fmt: skip
 
 
 def get_config(arguments: str = "") -> ml_collections.ConfigDict:
@@ -56,5 +43,5 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
     c.optimizer.z_loss = 0.0
     c.eval.every = 100
     c.checkpoint.every = 100
-    set_arguments(c, filter(None, arguments.split(",")), FIELDS, "configs/classify.py")
+    set_arguments(c, filter(None, arguments.split(",")), ARGUMENTS, "configs/classify.py")
     return c

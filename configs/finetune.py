@@ -27,24 +27,12 @@ window=0 turns off window and sinks: features everywhere, the paper's form.
 
 import ml_collections
 
-from darkformer_jax.config.arguments import set_arguments
+from darkformer_jax.config.arguments import argument_names, set_arguments
 from darkformer_jax.config.conversion import conversion_config, without_window
 
-FIELDS = {
-    "m": ("model.attention.num_features", int),
-    "window": ("model.attention.window", int),
-    "chunk": ("model.attention.chunk_size", int),
-    "init": ("model.attention.geometry_init", float),
-    "sinks": ("model.attention.num_sinks", int),
-    "context": ("sequence_length", int),
-    "batch": ("batch_size", int),
-    "lr": ("optimizer.learning_rate", float),
-    "geometry_lr": ("optimizer.geometry_learning_rate", float),
-    "train": ("optimizer.train", str),
-    "lora": ("model.lora_rank", int),
-    "steps": ("num_steps", int),
-    "seed": ("seed", int),
-}
+ARGUMENTS = (
+    "m", "window", "chunk", "init", "sinks", "context", "batch", "lr", "geometry_lr", "train", "lora", "steps", "seed",
+)  # fmt: skip
 
 
 def get_config(arguments: str = "dark") -> ml_collections.ConfigDict:
@@ -69,7 +57,7 @@ def get_config(arguments: str = "dark") -> ml_collections.ConfigDict:
     c.eval.batch_size = 8
     c.checkpoint.every = 100
     c.checkpoint.keep = 1  # each has three times the model's float32 size
-    set_arguments(c, others, FIELDS, "configs/finetune.py")
-    if not any(argument.startswith("sinks=") for argument in others):
+    set_arguments(c, others, ARGUMENTS, "configs/finetune.py")
+    if "sinks" not in argument_names(others):
         without_window(c)
     return c

@@ -11,7 +11,6 @@ and sinks, context (tokens per row) and batch (rows per step). Data and steps ar
 import ml_collections
 
 from configs import lm_1b
-from configs.ablation import FIELDS
 from darkformer_jax.config.arguments import set_arguments
 from darkformer_jax.errors import UserError
 
@@ -41,8 +40,7 @@ SHAPES = {
         "tie_embeddings": False,
     },
 }
-ARGUMENTS = {name: FIELDS[name] for name in ("attention", "m", "window", "chunk", "sinks")}
-ARGUMENTS |= {"context": ("sequence_length", int), "batch": ("batch_size", int)}
+ARGUMENTS = ("attention", "m", "window", "chunk", "sinks", "context", "batch")
 
 
 def get_config(arguments: str = "gemma_2b") -> ml_collections.ConfigDict:

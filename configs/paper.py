@@ -13,10 +13,10 @@ hybrid. See benchmarks/paper.py.
 import ml_collections
 
 from configs import finetune, quickstart
-from darkformer_jax.config.arguments import set_arguments
+from darkformer_jax.config.arguments import argument_names, set_arguments
 from darkformer_jax.mixers import MIXERS
 
-PRETRAIN_FIELDS = {"steps": finetune.FIELDS["steps"], "lr": finetune.FIELDS["lr"], "seed": finetune.FIELDS["seed"]}
+PRETRAIN_ARGUMENTS = ("steps", "lr", "seed")
 FINE_TUNING = ("context=256", "batch=8", "steps=150", "lr=1e-3")
 OF_MECHANISMS = {"window=0": "window", "chunk=32": "chunk_size", "geometry_lr=3e-3": "geometry_learning_rate"}
 
@@ -27,10 +27,12 @@ def get_config(arguments: str = "pretrain") -> ml_collections.ConfigDict:
     if kind == "pretrain":
         c = quickstart.get_config()
         c.model.attention.kind = "softmax"
-        set_arguments(c, others, PRETRAIN_FIELDS, "configs/paper.py:pretrain")
+        set_arguments(c, others, PRETRAIN_ARGUMENTS, "configs/paper.py:pretrain")
         return c
     own = [argument for argument, field in OF_MECHANISMS.items() if kind in MIXERS and field in MIXERS[kind].uses]
-    c = finetune.get_config(",".join([kind, *FINE_TUNING, *own, *others]))
+    given = argument_names(others)
+    ours = [argument for argument in (*FINE_TUNING, *own) if argument_names([argument])[0] not in given]
+    c = finetune.get_config(",".join([kind, *ours, *others]))
     c.model.dtype = "float32"
     c.model.remat = "none"
     c.optimizer.warmup_steps = min(20, c.num_steps // 4)

@@ -78,7 +78,7 @@ def plan(
 ) -> str:
     """The text that `main` prints.
 
-    overridden: the fields that the command line names; see `require_new_uses`.
+    overridden: the fields that the command line sets; see `require_new_uses`.
 
     Raises:
       DoesNotFit: with the compiler's message.

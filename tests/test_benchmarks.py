@@ -92,8 +92,11 @@ def test_paper_runs_differ_and_a_run_is_done_with_its_last_checkpoint(tmp_path):
     assert not paper.is_done(workdir, arguments)
     (workdir / "checkpoints/150").mkdir(parents=True)
     assert paper.is_done(workdir, arguments)
-    for other, message in (("steps=3", "num_steps = 150, not 3"), ("lr=0.1", "learning_rate = 0.001, not 0.1")):
+    for old, new, message in (
+        (",steps=150", ",steps=3", "num_steps = 150, not 3"),
+        (",lr=0.001", ",lr=0.1", "learning_rate = 0.001, not 0.1"),
+    ):
         with pytest.raises(UserError, match=message):
-            paper.is_done(workdir, f"{arguments},{other}")
+            paper.is_done(workdir, arguments.replace(old, new))
     (workdir / "metrics.jsonl").write_text('{"step": 150, "heldo')
     assert not paper.is_done(workdir, arguments)

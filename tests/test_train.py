@@ -12,6 +12,8 @@ from tests.tiny_runs import ROOT, experiment_of, metrics_without_time, run_comma
 
 pytestmark = pytest.mark.standard_promotion
 
+ABLATION = "--config=configs/ablation.py"
+
 
 def train(*flags):
     return "train.py", list(flags)
@@ -34,7 +36,8 @@ def test_mistakes_in_flags_are_one_line_and_status_2(tmp_path):
         "--config.num_steps=1.5": "--config.num_steps=1.5: invalid literal for int()",
         "--config.optimizer.learning_rate=fast": "--config.optimizer.learning_rate=fast: could not convert",
         "--config.model.qk_norm=maybe": "--config.model.qk_norm=maybe",
-        "--config.checkpoint=5": "--config.checkpoint=5",
+        "--config.checkpoint=5": "--config.checkpoint: checkpoint is a section; set its fields one by one, such as",
+        "--config.model.attention={'num_features':12}": "model.attention is a section; set its fields one by one",
         "--config.model.attention.num_features=0": "model.attention.num_features = 0: must be at least 1",
         "--config.model.attention.kind=softmax --config.model.attention.num_features=8": "no softmax layer uses it",
         "--workdir=": "workdir '': give the name of a directory",
@@ -44,6 +47,9 @@ def test_mistakes_in_flags_are_one_line_and_status_2(tmp_path):
         f"--config={tmp_path}/takes_nothing.py:abc": "takes 0 positional arguments",
         "--config=configs/ablation.py:sauce=1": "configs/ablation.py has no argument 'sauce'; allowed: attention, m",
         "--config=configs/ablation.py:m=x": "configs/ablation.py: 'm=x': expected m=<int>",
+        "--config=configs/ablation.py:m=32 --config.model.attention.pattern=dark(m=128)": "every dark layer has a",
+        "--config=configs/ablation.py:attention=performer,m=8 --config.model.attention.kind=softmax": "no softmax",
+        "--config=configs/ablation.py:attention=softmax,m=32": "num_features = 32: no softmax layer uses it",
         "--config=configs/ablation.py:attention=magic": "model.attention.kind = 'magic': allowed: softmax",
         "extra": "'extra' is no flag",
         "--sauce=1": "Unknown command line flag 'sauce'",
@@ -54,6 +60,27 @@ def test_mistakes_in_flags_are_one_line_and_status_2(tmp_path):
         assert err.startswith("error: ") and err.count("\n") == 1 and out == "", (flag, err)
         assert message in err, flag
         assert len(err) < 400, err
+    assert not (tmp_path / "new").exists()
+
+
+def test_arguments_are_checked_with_what_overrides_them_and_a_run_that_has_begun_is_spared(tmp_path):
+    text = write_text(tmp_path / "text.txt")
+    swapped, begun = f"{ABLATION}:attention=softmax,m=32", f"{ABLATION}:attention=softmax,m=99,steps=8"
+    flags = tiny_flags(model__attention__kind="softmax", data__files=text)
+    config = tiny_config(model__attention__kind="softmax", data__files=text)
+    config.update_from_flattened_dict({"eval.every": 100, "eval.batches": 16, "checkpoint.keep": 1})
+    config.model.attention.num_features = 99
+    Workdir(tmp_path / "old").write_config(config.to_dict())
+    used, resumed, refused = run_commands(
+        [
+            train("--dry_run", swapped, "--config.model.attention.pattern=dark"),
+            train(begun, *flags, f"--workdir={tmp_path}/old"),
+            train(begun, *flags, f"--workdir={tmp_path}/new"),
+        ]
+    )
+    assert used.status == 0, used.err
+    assert resumed.status == 0, resumed.err
+    assert refused.status == 2 and "num_features = 99: no softmax layer uses it" in refused.err
     assert not (tmp_path / "new").exists()
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from absl import flags
 from ml_collections import config_flags
 
-from darkformer_jax.config import base
-from darkformer_jax.config.fields import flat_fields
+from darkformer_jax.config.arguments import fields_of_arguments
+from darkformer_jax.config.base import fields
 from darkformer_jax.errors import UserError, one_line
 
 FLAGS = flags.FLAGS
@@ -22,6 +22,7 @@ def parse_experiment_flags(argv: list[str], default_config: str, define: Callabl
     """
     try:
         define()
+        _refuse_sections(argv)
         # Inside the try, because the definition already raises for a field that does not exist.
         config_flags.DEFINE_config_file("config", default_config, "The experiment; config/base.py lists all fields.")
         rest = _parse(argv)
@@ -52,8 +53,9 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def overridden_fields() -> list[str]:
-    """The dotted names of the fields that the command line sets."""
-    return list(config_flags.get_override_values(FLAGS["config"]))
+    """The dotted names of the fields that the command line sets, by their names or after the config's colon."""
+    arguments = (config_flags.get_config_filename(FLAGS["config"]) or "").partition(":")[2]
+    return [*fields_of_arguments(arguments), *config_flags.get_override_values(FLAGS["config"])]
 
 
 def _quoted_end(error: Exception) -> str:
@@ -63,13 +65,27 @@ def _quoted_end(error: Exception) -> str:
     return one_line(UserError(message + end))
 
 
+def _refuse_sections(argv: list[str]) -> None:
+    """Raises UserError for the first --config.<section>, which config_flags would accept in place of all its fields."""
+    for name in _overrides(argv):
+        inside = [field for field in fields() if field.startswith(f"{name}.")]
+        if inside:
+            raise UserError(
+                f"--config.{name}: {name} is a section; set its fields one by one, such as --config.{inside[0]}"
+            )
+
+
 def _unknown_field(argv: list[str]) -> str:
     """The message for the first --config.<field> that does not exist, with the closest one that does; "" if all do."""
-    known = [name for name, _ in flat_fields(base.get_config().to_dict())]
-    for argument in argv[1:]:
-        name = argument.lstrip("-").partition("=")[0]
-        field = name.removeprefix("config.")
-        if name != field and field not in known:
-            close = difflib.get_close_matches(field, known, n=1, cutoff=0.0)[0]
-            return f"--config.{field}: there is no such field in the config; did you mean --config.{close}?"
+    for name in _overrides(argv):
+        if name not in fields():
+            close = difflib.get_close_matches(name, fields(), n=1, cutoff=0.0)[0]
+            return f"--config.{name}: there is no such field in the config; did you mean --config.{close}?"
     return ""
+
+
+def _overrides(argv: list[str]) -> list[str]:
+    """What follows `--config.` in the arguments and in the files that --flagfile names, without the values."""
+    arguments = FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
+    names = [argument.lstrip("-").partition("=")[0] for argument in arguments if argument.startswith("-")]
+    return [name.removeprefix("config.") for name in names if name.startswith("config.")]

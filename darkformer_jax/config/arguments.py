@@ -1,31 +1,66 @@
-"""The arguments after the colon of --config=configs/<experiment>.py:name=value,name=value."""
+"""The arguments after the colon of --config=configs/<experiment>.py:name=value,name=value.
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+An experiment says which of `ARGUMENTS` it has. A name means the same field in all experiments: that is how
+`cli.experiment_flags` knows which fields a command line sets.
+"""
+
+from collections.abc import Collection, Iterable
 
 import ml_collections
 
-from darkformer_jax.config.usage import require_used, reset_unused
+from darkformer_jax.config.base import fields
+from darkformer_jax.config.pattern import ATTENTION, SHORT
+from darkformer_jax.config.usage import reset_unused
 from darkformer_jax.errors import UserError
 
-Fields = Mapping[str, tuple[str, Any]]  # argument -> (field of the config, what parses its value: a type, `boolean`)
+ARGUMENTS = {short: ATTENTION + name for short, name in SHORT.items()} | {
+    "attention": f"{ATTENTION}kind",
+    "window": f"{ATTENTION}window",
+    "causal": "model.causal",
+    "lora": "model.lora_rank",
+    "files": "data.files",
+    "heldout": "task.heldout_files",
+    "pooling": "task.pooling",
+    "context": "sequence_length",
+    "length": "sequence_length",
+    "batch": "batch_size",
+    "train": "optimizer.train",
+    "lr": "optimizer.learning_rate",
+    "geometry_lr": "optimizer.geometry_learning_rate",
+    "steps": "num_steps",
+    "seed": "seed",
+}
 
 
-def set_arguments(c: ml_collections.ConfigDict, arguments: Iterable[str], fields: Fields, file: str) -> None:
+def set_arguments(c: ml_collections.ConfigDict, arguments: Iterable[str], allowed: Collection[str], file: str) -> None:
     """Sets the fields that `name=value` strings name. What `file` set for another mechanism is as by default again.
 
-    Raises UserError for an argument that `file` does not know, or whose field no mixer uses.
+    Whether a layer uses what the arguments set is asked later, of the config with all overrides (`require_new_uses`).
+
+    Raises UserError for an argument that is not allowed, is there twice or has no value of its field's type.
     """
-    names = []
+    given = set()
     for argument in arguments:
         name, _, value = argument.partition("=")
-        if name not in fields:
-            raise UserError(f"{file} has no argument {name!r}; allowed: {', '.join(fields)}")
-        field, kind = fields[name]
+        if name not in allowed:
+            raise UserError(f"{file} has no argument {name!r}; allowed: {', '.join(allowed)}")
+        field = ARGUMENTS[name]
+        if field in given:
+            raise UserError(f"{file}: {argument!r}: {name} is there twice")
+        given.add(field)
         try:
-            c.update_from_flattened_dict({field: kind(value)})
+            c.update_from_flattened_dict({field: fields()[field].parse(value)})
         except ValueError as error:
-            raise UserError(f"{file}: {argument!r}: expected {name}=<{kind.__name__}>") from error
-        names.append(field)
-    require_used(c, names)
-    reset_unused(c)
+            kind = type(fields()[field].default).__name__
+            raise UserError(f"{file}: {argument!r}: expected {name}=<{kind}>") from error
+    reset_unused(c, given)
+
+
+def argument_names(arguments: Iterable[str]) -> list[str]:
+    """The names of `name=value` strings."""
+    return [argument.partition("=")[0] for argument in arguments]
+
+
+def fields_of_arguments(text: str) -> list[str]:
+    """The dotted names of the fields that the text after a config's colon sets."""
+    return [ARGUMENTS[name] for name in argument_names(text.split(",")) if name in ARGUMENTS]

@@ -40,6 +40,11 @@ class Field:
     since: int = 0
     below: int = 2**31
 
+    def parse(self, text: str) -> Any:
+        """The value that a text spells, of the field's type. Raises ValueError for other texts."""
+        kind = type(self.default)
+        return boolean(text) if kind is bool else kind(text)
+
     def check(self, name: str, value: Any) -> None:
         """Raises UserError, which names the field, its value and what is allowed."""
         if isinstance(value, float) and not math.isfinite(value):

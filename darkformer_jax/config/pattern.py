@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from darkformer_jax.config.base import fields
-from darkformer_jax.config.fields import boolean
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
 
@@ -76,8 +75,7 @@ def _parse_option(kind: str, text: str) -> tuple[str, Any]:
         raise UserError(f"{where}: {kind} has no option {name!r}; allowed: {', '.join(options) or 'none'}")
     field = fields()[ATTENTION + name]
     try:
-        kind_of_value = type(field.default)
-        parsed = boolean(value) if kind_of_value is bool else kind_of_value(value)
+        parsed = field.parse(value)
     except ValueError as error:
         raise UserError(f"{where}: must be {name}=<{type(field.default).__name__}>") from error
     field.check(f"{where}: {name}", parsed)

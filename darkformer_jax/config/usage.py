@@ -38,25 +38,26 @@ def fields_in_effect(config: ml_collections.ConfigDict) -> set[str]:
 
 
 def require_new_uses(config: ml_collections.ConfigDict, overridden: Collection[str] = ()) -> None:
-    """Raises UserError for the first field that a new run sets although no layer or not the task uses it.
+    """Raises UserError for the first field that a new run sets although nothing uses it.
 
     The experiment sets a field by giving it another value than the default, the command line by naming it. Where the
     command line swaps the mechanism, what the experiment set for its own mechanism may be left without a use. A saved
     run is not asked: earlier versions allowed such fields.
 
-    overridden: the fields that the command line names.
+    overridden: the fields that the command line sets, by their names or after the config's colon.
     """
     require_used(config, overridden)
     if _SWAPS.isdisjoint(overridden):
         for name in _set_in_vain(config):
             shown, default = _shown(_value(config, name)), _shown(fields()[name].default)
-            raise UserError(f"{name} = {shown}: no {_kinds(config)} layer uses it; allowed: {default}")
+            raise UserError(f"{name} = {shown}: {_why_unused(config, name)}; allowed: {default}")
 
 
-def reset_unused(config: ml_collections.ConfigDict) -> None:
-    """Gives the fields of mixers that no layer uses their defaults. A field that is None stays so."""
+def reset_unused(config: ml_collections.ConfigDict, keep: Collection[str]) -> None:
+    """Gives the fields of mixers that no layer uses their defaults, but not those of `keep` and those that are None."""
     for name in _set_in_vain(config):
-        config.update_from_flattened_dict({name: fields()[name].default})
+        if name not in keep:
+            config.update_from_flattened_dict({name: fields()[name].default})
 
 
 def require_used(config: ml_collections.ConfigDict, names: Iterable[str]) -> None:
@@ -71,7 +72,7 @@ def require_used(config: ml_collections.ConfigDict, names: Iterable[str]) -> Non
             raise UserError(f"{name} = {value!r} with task.name = {config.task.name!r}; allowed: {off!r}")
         if name in mixer_fields() and _own(name) not in used and value is not None and value != off:
             allowed = f"; allowed: {off!r}" if off is not None else ""
-            raise UserError(f"{name} = {_shown(value)}: no {_kinds(config)} layer uses it{allowed}")
+            raise UserError(f"{name} = {_shown(value)}: {_why_unused(config, name)}{allowed}")
 
 
 def _used(config: ml_collections.ConfigDict) -> set[str]:
@@ -95,9 +96,14 @@ def _set_in_vain(config: ml_collections.ConfigDict) -> list[str]:
     ]
 
 
-def _kinds(config: ml_collections.ConfigDict) -> str:
+def _why_unused(config: ml_collections.ConfigDict, name: str) -> str:
+    """Why no layer uses a field of mixers: none does, or each that would has a value of its own."""
     attention = config.model.attention
-    return " or ".join(dict.fromkeys(layer.kind for layer in parse_pattern(attention.pattern, attention.kind)))
+    kinds = list(dict.fromkeys(layer.kind for layer in parse_pattern(attention.pattern, attention.kind)))
+    own = [kind for kind in kinds if _own(name) in MIXERS[kind].uses]
+    if own:
+        return f"every {' and '.join(own)} layer has a value of its own"
+    return f"no {' or '.join(kinds)} layer uses it"
 
 
 def _shown(value: object) -> str:

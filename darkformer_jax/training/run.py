@@ -32,7 +32,7 @@ from darkformer_jax.training.start import start
 def dry_run(config: ml_collections.ConfigDict, overridden: Sequence[str] = ()) -> None:
     """Prints the experiment's sizes. Reads the tokenizer and a labelled task's files, allocates nothing on a device.
 
-    overridden: the fields that the command line names; see `require_new_uses`.
+    overridden: the fields that the command line sets; see `require_new_uses`.
     """
     config = _resolve(config, None, overridden)
     description = Experiment.of(config, TASKS[config.task.name].objective_of(config)).describe()
@@ -45,7 +45,7 @@ def train(
 ) -> None:
     """Trains to the last step and reports.
 
-    overridden: the fields that the command line names; see `require_new_uses`, which a run that has begun is spared.
+    overridden: the fields that the command line sets; see `require_new_uses`, which a run that has begun is spared.
 
     Raises:
       Stopped: a signal came; the finished step is saved.

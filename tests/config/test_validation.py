@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs import ablation, classify, large, paper
+from configs import ablation, classify, finetune, large, paper
 from darkformer_jax.config import base
+from darkformer_jax.config.arguments import ARGUMENTS, fields_of_arguments
 from darkformer_jax.config.specs import model_spec
 from darkformer_jax.config.usage import require_new_uses
 from darkformer_jax.config.validation import from_json, validate
@@ -204,7 +205,10 @@ def test_what_is_allowed(changes):
         ({"kind": "softmax", "projections": "iid"}, "projections = 'iid': no softmax layer uses it; allowed: 'orth"),
         ({"kind": "constant", "geometry_init": 0.5}, "geometry_init = 0.5: no constant layer uses it; allowed: 1.0"),
         ({"kind": "linear_transformer", "query_scale": 0.3}, "query_scale = 0.3: no linear_transformer layer uses it"),
-        ({"pattern": "dark(chunk=64),softmax", "chunk_size": 32}, "chunk_size = 32: no dark or softmax layer uses it"),
+        (
+            {"pattern": "dark(chunk=64),softmax", "chunk_size": 32},
+            "chunk_size = 32: every dark layer has a value of its own",
+        ),
     ],
 )
 def test_what_an_experiment_sets_in_vain_is_refused_in_a_new_run(changes, message):
@@ -226,6 +230,25 @@ def test_an_experiment_with_another_mechanism_sets_nothing_in_vain():
             require_new_uses(config)
     require_new_uses(paper.get_config("pretrain"))
     assert ablation.get_config("attention=performer").model.attention.chunk_size == 64
+
+
+def test_every_experiments_arguments_are_known_and_none_is_given_twice():
+    for experiment in (ablation, classify, finetune, large):
+        assert set(experiment.ARGUMENTS) <= ARGUMENTS.keys()
+    with pytest.raises(UserError, match=r"configs/ablation.py: 'm=64': m is there twice$"):
+        ablation.get_config("m=32,m=64")
+    assert paper.get_config("dark,chunk=64,steps=70").model.attention.chunk_size == 64  # by default it has 32
+    assert fields_of_arguments("dark,m=32,steps=3") == ["model.attention.num_features", "num_steps"]
+
+
+def test_an_argument_keeps_its_value_until_all_is_known():
+    config = ablation.get_config("attention=softmax,m=32")
+    assert config.model.attention.num_features == 32 and config.model.attention.chunk_size == 128
+    names = fields_of_arguments("attention=softmax,m=32")
+    with pytest.raises(UserError, match="num_features = 32: no softmax layer uses it"):
+        require_new_uses(config, names)
+    config.model.attention.pattern = "dark"
+    require_new_uses(config, names)
 
 
 def test_every_field_with_a_number_has_a_rule():
