@@ -89,9 +89,9 @@ def anything(default: Any, **more: Any) -> Any:
     return Field(default, lambda value: True, "", **more)
 
 
-def strings(*default: str) -> Any:
+def strings(*default: str, **more: Any) -> Any:
     """Several strings."""
-    return Field(default, lambda value: all(isinstance(x, str) for x in value), "must be strings")
+    return Field(default, lambda value: all(isinstance(x, str) for x in value), "must be strings", **more)
 
 
 def boolean(text: str) -> bool:

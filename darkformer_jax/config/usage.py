@@ -1,11 +1,11 @@
 """Which fields the layers of a config use, as mixers state it, and which its task does not use."""
 
 import functools
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import ml_collections
 
-from darkformer_jax.config.base import LANGUAGE_MODEL, fields
+from darkformer_jax.config.base import LANGUAGE_MODEL, SOURCES, fields
 from darkformer_jax.config.pattern import ATTENTION, parse_pattern
 from darkformer_jax.config.specs import mixer_specs
 from darkformer_jax.errors import UserError
@@ -14,6 +14,18 @@ from darkformer_jax.mixers.spec import MixerSpec
 
 OF_LANGUAGE_MODELS = ("optimizer.z_loss", "distill.weight")
 _SWAPS = {f"{ATTENTION}kind", f"{ATTENTION}pattern"}  # which mixers there are
+
+# Fields that do nothing unless another field has one of these values.
+_READ_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    **{name: ("task.name", (LANGUAGE_MODEL,)) for name in fields() if name.startswith("sample.")},
+    "data.files": ("data.source", tuple(source for source in SOURCES if source != "stdlib")),
+    "model.rope_low_freq_factor": ("model.rope_scaling", ("llama3",)),
+    "model.rope_high_freq_factor": ("model.rope_scaling", ("llama3",)),
+    "model.rope_original_length": ("model.rope_scaling", ("llama3", "yarn")),
+    "model.rope_beta_fast": ("model.rope_scaling", ("yarn",)),
+    "model.rope_beta_slow": ("model.rope_scaling", ("yarn",)),
+    "optimizer.final_fraction": ("optimizer.schedule", ("cosine",)),
+}
 
 
 @functools.cache
@@ -47,6 +59,7 @@ def require_new_uses(config: ml_collections.ConfigDict, overridden: Collection[s
     overridden: the fields that the command line sets, by their names or after the config's colon.
     """
     require_used(config, overridden)
+    _require_read(config, overridden)
     if _SWAPS.isdisjoint(overridden):
         for name in _set_in_vain(config):
             shown, default = _shown(_value(config, name)), _shown(fields()[name].default)
@@ -73,6 +86,19 @@ def require_used(config: ml_collections.ConfigDict, names: Iterable[str]) -> Non
         if name in mixer_fields() and _own(name) not in used and value is not None and value != off:
             allowed = f"; allowed: {off!r}" if off is not None else ""
             raise UserError(f"{name} = {_shown(value)}: {_why_unused(config, name)}{allowed}")
+
+
+def _require_read(config: ml_collections.ConfigDict, names: Iterable[str]) -> None:
+    """Raises UserError for the first of these fields that is set although another field makes it do nothing."""
+    for name in names:
+        if name not in _READ_WITH or _value(config, name) in (fields()[name].default, fields()[name].off):
+            continue
+        other, values = _READ_WITH[name]
+        if _value(config, other) not in values:
+            raise UserError(
+                f"{name} = {_shown(_value(config, name))} with {other} = {_shown(_value(config, other))}; allowed: "
+                f"{_shown(fields()[name].default)}, or {other} = {' or '.join(map(_shown, values))}"
+            )
 
 
 def _used(config: ml_collections.ConfigDict) -> set[str]:

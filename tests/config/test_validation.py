@@ -232,6 +232,36 @@ def test_an_experiment_with_another_mechanism_sets_nothing_in_vain():
     assert ablation.get_config("attention=performer").model.attention.chunk_size == 64
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "data.files",
+            "a.txt",
+            "data.files = 'a.txt' with data.source = 'stdlib'; allowed: '', or data.source = 'text'",
+        ),
+        ("model.rope_beta_fast", 16.0, "16.0 with model.rope_scaling = 'none'; allowed: 32.0, or .* = 'yarn'$"),
+        ("model.rope_original_length", 9, "9 with .*; allowed: 8192, or model.rope_scaling = 'llama3' or 'yarn'$"),
+        ("optimizer.final_fraction", 0.5, "0.5 with optimizer.schedule = 'constant'; allowed: 0.1, or .* = 'cosine'$"),
+    ],
+)
+def test_a_field_that_another_one_makes_idle_is_refused_on_the_command_line_alone(name, value, message):
+    config = changed({"optimizer.schedule": "constant", name: value})
+    with pytest.raises(UserError, match=message):
+        require_new_uses(config, [name])
+    require_new_uses(config)
+    require_new_uses(changed({"optimizer.schedule": "constant"}), [name])  # as by default
+
+
+def test_only_a_language_model_writes_samples():
+    labelled = {"task.name": "classification", "data.source": "labelled"}
+    message = "sample.top_k = 7 with task.name = 'classification'; allowed: 0, or task.name = 'language_model'"
+    with pytest.raises(UserError, match=message):
+        require_new_uses(changed({**labelled, "sample.top_k": 7}), ["sample.top_k"])
+    require_new_uses(changed({**labelled, "sample.prompts": ()}), ["sample.prompts"])
+    require_new_uses(changed({"sample.top_k": 7}), ["sample.top_k"])
+
+
 def test_every_experiments_arguments_are_known_and_none_is_given_twice():
     for experiment in (ablation, classify, finetune, large):
         assert set(experiment.ARGUMENTS) <= ARGUMENTS.keys()
