@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from darkformer_jax.config.base import LANGUAGE_MODEL
+from darkformer_jax.config.base import LANGUAGE_MODEL, fields
 from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.config.specs import model_spec
 from darkformer_jax.config.validation import from_json, validate
@@ -99,6 +99,9 @@ def _read_config(workdir: Workdir) -> tuple[ml_collections.ConfigDict, Tokenizer
     saved = workdir.read_config()
     tokenizer = load_tokenizer(str(workdir.local))
     with _config_errors(workdir):
+        unknown = sorted(dict(flat_fields(saved)).keys() - fields().keys())
+        if unknown:
+            raise ValueError(f"{unknown[0]} is no field")
         config = from_json(saved)
         validate(config)
         return config, tokenizer

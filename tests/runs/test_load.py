@@ -1,8 +1,11 @@
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from darkformer_jax.data.tokenizers import BytesTokenizer
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.load import load_language_model, load_model
 from darkformer_jax.runs.workdir import Workdir
@@ -45,6 +48,22 @@ def test_a_step_that_is_absent_or_damaged_is_named(experiment, tmp_path):
     for step in (None, 3):
         with pytest.raises(UserError, match="damaged: step 3: file _METADATA is missing"):
             load_model(Workdir(tmp_path), step)
+
+
+@pytest.mark.parametrize("name", ["extra", "extra.a", "model.extra", "model.attention.extra"])
+def test_a_config_with_a_field_that_is_not_known_is_refused(tmp_path, name):
+    Workdir(tmp_path).write_config(tiny_config().to_dict())
+    config = json.loads((tmp_path / "config.json").read_text())
+    *sections, field = name.split(".")
+    section = config
+    for part in sections:
+        section = section.setdefault(part, {})
+    section[field] = 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    BytesTokenizer().save(str(tmp_path))
+    message = f"{tmp_path}/config.json is not the config of a run of this version: {name} is no field"
+    with pytest.raises(UserError, match=message):
+        load_model(Workdir(tmp_path))
 
 
 def test_a_checkpoint_says_how_many_outputs_its_model_has(tmp_path):
