@@ -16,7 +16,7 @@ OF_LANGUAGE_MODELS = ("optimizer.z_loss", "distill.weight")
 _SWAPS = {f"{ATTENTION}kind", f"{ATTENTION}pattern"}  # which mixers there are
 
 # Fields that do nothing unless another field has one of these values.
-_READ_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
+READ_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
     **{name: ("task.name", (LANGUAGE_MODEL,)) for name in fields() if name.startswith("sample.")},
     "data.files": ("data.source", tuple(source for source in SOURCES if source != "stdlib")),
     "model.rope_low_freq_factor": ("model.rope_scaling", ("llama3",)),
@@ -91,9 +91,9 @@ def require_used(config: ml_collections.ConfigDict, names: Iterable[str]) -> Non
 def _require_read(config: ml_collections.ConfigDict, names: Iterable[str]) -> None:
     """Raises UserError for the first of these fields that is set although another field makes it do nothing."""
     for name in names:
-        if name not in _READ_WITH or _value(config, name) in (fields()[name].default, fields()[name].off):
+        if name not in READ_WITH or _value(config, name) in (fields()[name].default, fields()[name].off):
             continue
-        other, values = _READ_WITH[name]
+        other, values = READ_WITH[name]
         if _value(config, other) not in values:
             raise UserError(
                 f"{name} = {_shown(_value(config, name))} with {other} = {_shown(_value(config, other))}; allowed: "
