@@ -22,7 +22,7 @@ import numpy as np
 from darkformer_jax.data.files import read_json_object, write_atomically
 from darkformer_jax.data.heldout import hash_fraction
 from darkformer_jax.data.sources import find_files
-from darkformer_jax.data.text_files import read_json_records, read_lines, text_field
+from darkformer_jax.data.text_files import read_json_records, read_unmarked_lines, text_field
 from darkformer_jax.data.tokenizers import Tokenizer
 from darkformer_jax.errors import UserError, printable
 
@@ -36,7 +36,7 @@ _MAX_FIELD_CHARACTERS = 64 << 20  # the csv module's own limit, 128 KiB, is less
 _ENCODED_AT_ONCE = 1024  # examples
 _SHOWN_CLASSES = 10  # in an error
 _SHOWN_CHARACTERS = 40  # of a label
-_LARGEST_NUMBER = float(np.finfo(np.float32).max)  # labels are float32 in batches
+_LARGEST_NUMBER = 1e15  # float32 can add 10^8 squares of it: the errors of a split, the elements of a gradient
 
 
 class Columns(NamedTuple):
@@ -75,14 +75,14 @@ def read_examples(files: str, columns: Columns) -> list[Example]:
 def _table_records(path: str, columns: Columns) -> Iterator[tuple[int, dict[str, str]]]:
     """(line, field by column) of each record of a .tsv or .csv file."""
     csv.field_size_limit(_MAX_FIELD_CHARACTERS)
-    lines = (line + "\n" for _, line in read_lines(path))
+    lines = (line + "\n" for _, line in read_unmarked_lines(path))
     if path.removesuffix(".gz").endswith(".tsv"):
         reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
         reader = csv.reader(lines, strict=True)
     begin = 1
     try:
-        header = [name.strip().removeprefix("\ufeff") for name in next(reader)]
+        header = [name.strip() for name in next(reader)]
         if not any(header):
             raise UserError(f"{path}: line 1 is blank; the first line names the columns")
         for column in columns:
@@ -106,7 +106,8 @@ def _example(record: Any, columns: Columns, place: str) -> Example:
     if not text.strip():
         raise UserError(f"{place}: the text in {columns.text!r} is empty")
     value = record.get(columns.label)
-    if value is None or (isinstance(value, str) and not value.strip()):
+    is_nan = isinstance(value, float) and math.isnan(value)  # how some programs write that a value is missing
+    if value is None or is_nan or (isinstance(value, str) and not value.strip()):
         raise UserError(f"{place}: there is no label in {columns.label!r}")
     if not isinstance(value, str | int | float):
         raise UserError(f"{place}: the label in {columns.label!r} is neither a string nor a number")
@@ -153,7 +154,7 @@ def class_names(examples: Sequence[Example]) -> tuple[str, ...]:
     """The distinct labels, sorted: class i has the i-th label.
 
     Raises:
-      UserError: there is only one label, or all labels are numbers but not all are whole, as in a regression.
+      UserError: there is only one label, or all labels are numbers and some have fractions, as in a regression.
     """
     names = sorted({example.label for example in examples})
     if len(names) == 1:
@@ -163,7 +164,11 @@ def class_names(examples: Sequence[Example]) -> tuple[str, ...]:
             "a classification needs two classes or more"
         )
     numbers = [_number(name) for name in names]
-    fractions = [name for name, number in zip(names, numbers, strict=True) if number and not number.is_integer()]
+    fractions = [
+        name
+        for name, number in zip(names, numbers, strict=True)
+        if number is not None and math.isfinite(number) and not number.is_integer()
+    ]
     if fractions and None not in numbers:
         place = next(example.place for example in examples if example.label == fractions[0])
         raise UserError(
@@ -187,29 +192,31 @@ def class_labels(examples: Sequence[Example], names: Sequence[str]) -> np.ndarra
 
 
 def number_labels(examples: Sequence[Example]) -> np.ndarray:
-    """[n] float32: each label as a number. Raises UserError, which names its place, for one that float32 lacks."""
+    """[n] float32: each label as a number.
+
+    Raises UserError, which names its place, for a label that is no number or too large for sums of squares.
+    """
     numbers = [_number(example.label) for example in examples]
     for example, number in zip(examples, numbers, strict=True):
-        if number is None:
+        if number is None or math.isnan(number):
             raise UserError(
                 f"{example.place}: the label '{shown_label(example.label)}' is not a number, but task.name = "
                 "'regression'; allowed: finite numbers, or task.name = 'classification'"
             )
         if abs(number) > _LARGEST_NUMBER:
             raise UserError(
-                f"{example.place}: the label '{shown_label(example.label)}' is too large for float32; "
-                f"allowed: up to {_LARGEST_NUMBER:.2e}"
+                f"{example.place}: the label '{shown_label(example.label)}' is too large for squared errors in "
+                f"float32; allowed: up to {_LARGEST_NUMBER:g}"
             )
     return np.array(numbers, np.float32)
 
 
 def _number(label: str) -> float | None:
-    """The finite number that a label spells, or None."""
+    """The number that a label spells, infinite if it is too large, or NaN; None for other labels."""
     try:
-        number = float(label)
+        return float(label)
     except ValueError:
         return None
-    return number if math.isfinite(number) else None
 
 
 class LabelledRows:

@@ -71,6 +71,12 @@ def read_lines(path: str, on_read: OnRead = ignore_read) -> Iterator[tuple[int, 
         yield number, _decode(rest, path, offset)
 
 
+def read_unmarked_lines(path: str, on_read: OnRead = ignore_read) -> Iterator[tuple[int, str]]:
+    """`read_lines` without the byte order mark that some programs write at the beginning of a file."""
+    for number, line in read_lines(path, on_read):
+        yield number, line.removeprefix("\ufeff") if number == 1 else line
+
+
 def read_pieces(path: str, on_read: OnRead = ignore_read) -> Iterator[tuple[int, str]]:
     """The pieces of a text file, as (byte offset, text). A file over 4 MiB is cut, after a line, every 4 MiB or so.
 
@@ -104,7 +110,7 @@ def read_json_lines(path: str, on_read: OnRead = ignore_read) -> Iterator[tuple[
 
 def read_json_records(path: str, on_read: OnRead = ignore_read) -> Iterator[tuple[int, Any]]:
     """The JSON value of every line of a .jsonl file, as (line number, value); blank lines are skipped."""
-    for number, line in read_lines(path, on_read):
+    for number, line in read_unmarked_lines(path, on_read):
         if not line.strip():
             continue
         try:
