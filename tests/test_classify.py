@@ -98,6 +98,40 @@ def test_a_regression_runs_by_the_same_command(tmp_path, capsys):
     assert reported["rows"][0]["heldout_spearman"]["mean"] == last["heldout_spearman"]
 
 
+def test_the_largest_numbers_that_are_allowed_are_learned_and_larger_ones_claim_no_directory(tmp_path):
+    def numbers(size):
+        files = write_labelled(tmp_path / "mails.jsonl", (size, -size))
+        return labelled_config(files, task__name="regression", num_steps=4, eval__every=4)
+
+    with pytest.raises(UserError, match=r"mails.jsonl:\d+: the label '-?1e\+18' is too large"):
+        run(numbers(1e18), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    run(numbers(1e15), tmp_path / "run")
+    assert np.isfinite(metrics_without_time(tmp_path / "run")[-1]["heldout_loss"])
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "message"),
+    [
+        ("classification", ("ham", "eggs"), "training has not seen the label 'eggs'"),
+        ("regression", (1, "many"), "the label 'many' is not a number"),
+    ],
+)
+def test_a_dry_run_refuses_the_held_out_labels_that_training_refuses(tmp_path, task, labels, message):
+    files = write_labelled(tmp_path / "mails.jsonl", ("ham", "spam") if task == "classification" else (1, 2))
+    heldout = write_labelled(tmp_path / "dev.jsonl", labels)
+    fields = {"task__name": task, "task__heldout_files": heldout, "data__heldout_fraction": 0.0}
+    config = labelled_config(files, **fields)
+    for start in (lambda: dry_run(config), lambda: run(config, tmp_path / "run")):
+        with pytest.raises(UserError, match=rf"dev.jsonl:\d+: {message}"):
+            start()
+
+
+def test_a_dry_run_refuses_fewer_examples_than_a_batch(tmp_path):
+    with pytest.raises(UserError, match="training examples, fewer than batch_size = 64"):
+        dry_run(labelled_config(write_labelled(tmp_path / "mails.jsonl"), batch_size=64))
+
+
 def test_the_config_takes_files_and_says_what_it_would_train(tmp_path, capsys):
     files = write_labelled(tmp_path / "mails.jsonl")
     dry_run(classify.get_config(f"files={files},attention=softmax,length=64,pooling=last"))

@@ -111,8 +111,12 @@ class LabelledTask(ABC, Generic[O, E]):
 
     @classmethod
     def objective_of(cls, config: ml_collections.ConfigDict) -> O:
-        """The objective of a config. Reads the labels, because the model's size depends on them."""
-        return cls.make_objective(config, vocab_size_of(config), _examples(config)[0])
+        """The objective of a config. Reads and checks all labels: the model's size depends on those of training."""
+        splits = _examples(config)
+        objective = cls.make_objective(config, vocab_size_of(config), splits[0])
+        for examples in splits:
+            objective.labels(examples)
+        return objective
 
     @classmethod
     def load(cls, config: ml_collections.ConfigDict, workdir: Workdir) -> Self:
@@ -124,11 +128,6 @@ class LabelledTask(ABC, Generic[O, E]):
         if config.init_from:
             check_same_tokenizer(Workdir(config.init_from), tokenizer.fingerprint, "init_from")
         objective = cls.make_objective(config, tokenizer.vocab_size, training)
-        if len(training) < config.batch_size:
-            raise UserError(
-                f"{config.data.files} has {len(training)} training examples, fewer than "
-                f"batch_size = {config.batch_size}; allowed: a smaller batch_size"
-            )
         train, held = (
             LabelledRows(side, objective.labels(side), tokenizer, config.sequence_length)
             for side in (training, heldout)
@@ -243,8 +242,15 @@ def columns_of(config: ml_collections.ConfigDict) -> Columns:
 
 
 def _examples(config: ml_collections.ConfigDict) -> tuple[list[Example], list[Example]]:
+    """(training, held-out) examples. Raises UserError, also for fewer than a batch of training examples."""
     d = config.data
-    return split_examples(d.files, config.task.heldout_files, d.heldout_fraction, columns_of(config))
+    training, heldout = split_examples(d.files, config.task.heldout_files, d.heldout_fraction, columns_of(config))
+    if len(training) < config.batch_size:
+        raise UserError(
+            f"{d.files} has {len(training)} training examples, fewer than batch_size = {config.batch_size}; allowed: a "
+            "smaller batch_size"
+        )
+    return training, heldout
 
 
 def _evaluate(
