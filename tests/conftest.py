@@ -47,3 +47,15 @@ def strict_dtype_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
     standard = standard or request.node.get_closest_marker("standard_promotion") is not None
     with jax.numpy_dtype_promotion("standard" if standard else "strict"):
         yield
+
+
+_MAPS = Path("/proc/self/maps")  # of Linux alone
+_MANY_MAPS = 30_000  # Linux allows a process 65,530
+
+
+@pytest.fixture(autouse=True)
+def bounded_memory_maps() -> Iterator[None]:
+    """Compiled programs without LLVM's optimisations are hundreds of memory maps each; a process may not have more."""
+    yield
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MANY_MAPS:
+        jax.clear_caches()

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from darkformer_jax.errors import UserError
 from darkformer_jax.ops.context import check_stretch, place_stretch, state_before, vary_like
+from darkformer_jax.ops.decay import decay_per_token
 from darkformer_jax.ops.linear import (
     Kernel,
     Sums,
@@ -39,6 +40,7 @@ def attend(
     k: Float[Array, "b n hkv d"],
     v: Float[Array, "b n hkv dv"],
     segment_ids: Int[Array, "b n"] | None,
+    log_decay: Float[Array, "..."] | None,
     state: AttentionState | None,
     options: Options,
 ) -> Any:
@@ -52,15 +54,18 @@ def attend(
     batch, length, num_heads, dim = q.shape
     num_kv_heads, value_dim = v.shape[2:]
     num_features = _count_features(kernel, k)
+    decays = None if log_decay is None else decay_per_token(log_decay, batch, length, q.dtype)
     if segment_ids is not None:
         segment_ids = segment_ids.astype(jnp.int32)
         # Padding may hold anything, NaN included, and 0 * NaN would reach the sums and the gradients.
         real = (segment_ids != 0)[:, :, None, None]
         q, k, v = (jnp.where(real, x, 0) for x in (q, k, v))
+        decays = None if decays is None else jnp.where(real[..., 0], decays, 0)
     resumed = state is not None
     if state is None:
         _, chunk_size, window, num_sinks, *_ = options
-        state = init_state(batch, num_kv_heads, dim, value_dim, num_features, q.dtype, chunk_size, window, num_sinks)
+        sizes = (num_kv_heads, dim, value_dim, num_features)
+        state = init_state(batch, *sizes, q.dtype, chunk_size, window, num_sinks, decays is not None)
     elif state.far.values.shape[1:] != (num_kv_heads, num_features, value_dim):
         raise UserError(
             f"the state was made for [kv heads, features, value size] = {state.far.values.shape[1:]}; "
@@ -68,10 +73,11 @@ def attend(
         )
     if options.sequence_axis is not None:
         state = place_stretch(state, segment_ids, length, options.sequence_axis)
-        kernel = kernel._replace(arrays=vary_like(k, kernel.arrays))
+        arrays, decays = vary_like(k, (kernel.arrays, decays))
+        kernel = kernel._replace(arrays=arrays)
     state, segments, positions = _place_tokens(state, segment_ids, length)
     grouped = q.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, dim)
-    state, sums = _scan_or_step(kernel, state, Tokens(grouped, k, v, segments, positions), options, resumed)
+    state, sums = _scan_or_step(kernel, state, Tokens(grouped, k, v, segments, positions, decays), options, resumed)
     out = _normalize(sums.numerator, sums.denominator).reshape(batch, length, num_heads, value_dim).astype(v.dtype)
     return (out, state) if options.return_state else out
 
@@ -150,7 +156,7 @@ def check_inputs(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Non
         raise UserError(f"segment_ids have shape {segment_ids.shape}; expected {q.shape[:2]}")
 
 
-def check_options(q: Array, options: Options, state: AttentionState | None) -> None:
+def check_options(q: Array, options: Options, log_decay: Array | None, state: AttentionState | None) -> None:
     """Raises UserError where the options, the state and the length do not fit together."""
     causal, chunk_size, window, num_sinks, return_state, sequence_axis = options
     if chunk_size < 1:
@@ -165,6 +171,9 @@ def check_options(q: Array, options: Options, state: AttentionState | None) -> N
         raise UserError(f"the state was made with another window or chunk_size than {window} and {chunk_size}")
     if state is not None and (state.fill.shape != q.shape[:1] or state.sinks.filled.shape[-1] != num_sinks):
         raise UserError(f"the state was made for another batch or num_sinks than {q.shape[0]} and {num_sinks}")
+    if state is not None and window and (state.recent.decays is None) != (log_decay is None):
+        made, called = ("without", "with") if state.recent.decays is None else ("with", "without")
+        raise UserError(f"the state was made {made} log_decay, and this call is {called} it (init_state: has_decay)")
     if sequence_axis is not None:
         if not causal or state is not None or return_state:
             raise UserError("sequence_axis needs causal=True, and neither takes nor returns a state")

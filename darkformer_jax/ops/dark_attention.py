@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from darkformer_jax.errors import UserError
 from darkformer_jax.ops.attend import Options, attend, check_inputs, check_options
+from darkformer_jax.ops.decay import check_log_decay
 from darkformer_jax.ops.features import RandomFeatures, positive_random_features
 from darkformer_jax.ops.linear import Kernel, KernelArrays, WindowKernel
 from darkformer_jax.ops.state import AttentionState, init_state
@@ -30,6 +31,7 @@ def dark_attention(
     window_kernel: WindowKernel = "dark",
     log_weights: Float[Array, "... m"] | None = None,
     log_gain: Float[Array, "hq"] | None = None,
+    log_decay: Float[Array, "hkv"] | Float[Array, "b n hkv"] | None = None,
     state: AttentionState | None = None,
     return_state: bool = False,
     sequence_axis: str | None = None,
@@ -62,6 +64,10 @@ def dark_attention(
       log_weights: half of the importance weight of each projection that was not drawn from N(0, I); see
         `ops.theory.proposals.transform_projections`.
       log_gain: one number per query head, added to the log weight of all that is seen through features; needs a window.
+      log_decay: g <= 0, per key/value head or per token and head. The kernel, the exact one included, is multiplied by
+        exp(g_{j+1} + ... + g_n): a key loses weight with every token of its document that comes after it. -slope is
+        ALiBi's (arXiv 2108.12409), a constant is RetNet's, log sigmoid(...) of the token a gate. Without causality a
+        later key loses weight likewise, exp(g_{n+1} + ... + g_j). Values below -1000 count as -1000.
       state: of the tokens before these, from `init_state` or an earlier call with the same options.
       return_state: also returns the state after the last token. Padding at the end leaves no trace in it.
       sequence_axis: within `jax.shard_map`, the mesh axis over which the sequence is split. q, k, v and segment_ids are
@@ -77,11 +83,13 @@ def dark_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     options = Options(causal, chunk_size, window, num_sinks, return_state, sequence_axis)
     check_inputs(q, k, v, segment_ids)
-    check_options(q, options, state)
+    check_options(q, options, log_decay, state)
+    if log_decay is not None:
+        check_log_decay(log_decay, q.shape[0], q.shape[1], k.shape[2])
     _check_window_options(q, window, window_kernel, log_gain)
     arrays = _kernel_arrays(projections, geometry, log_weights, log_gain, k, window)
     kernel = Kernel(arrays, positive_random_features, scale, window_kernel)
-    return attend(kernel, q, k, v, segment_ids, state, options)
+    return attend(kernel, q, k, v, segment_ids, log_decay, state, options)
 
 
 def _check_window_options(q: Array, window: int, window_kernel: str, log_gain: Array | None) -> None:

@@ -27,8 +27,9 @@ def exact_attention(
     softcap: float = 0.0,
     local_window: int = 0,
     causal: bool = True,
+    bias: Float[Array, "b hkv n t"] | None = None,
 ) -> Float[Array, "b n hq dv"]:
-    """softmax(cap(scale q k^T)) v over the visible keys: those of the query's segment, at its position or before it.
+    """softmax(cap(scale q k^T) + bias) v over the visible keys: those of the query's segment, not after its position.
 
     Each group of hq / hkv consecutive query heads shares one key/value head. Segment 0 is padding: its keys are not
     seen, and its outputs are 0.
@@ -38,6 +39,7 @@ def exact_attention(
       softcap: cap(x) = softcap tanh(x / softcap); 0 = x.
       local_window: a query sees only keys less than this many positions before its own; 0 = all.
       causal: False: a query sees the whole of its segment, whatever the positions; local_window must be 0.
+      bias: shared by the query heads of a key/value head, such as a decay with the distance.
 
     Raises:
       UserError: for a local_window without causal.
@@ -54,25 +56,28 @@ def exact_attention(
     # A padded query sees key 0, so that its softmax is defined, and is cleared below.
     first = jnp.arange(k.shape[1]) == 0
     mask = jnp.where(is_token[:, :, None], visible, first[None, None, :])
-    backend = choose_backend(q, k, softcap)
+    backend = choose_backend(q, k, softcap, bias is not None)
     if backend == "plain":
-        out = _plain_attention(q, k, v, mask, scale, softcap)
+        out = _plain_attention(q, k, v, mask, scale, softcap, bias)
     else:
         out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale, implementation=backend)
     return jnp.where(is_token[:, :, None, None], out, 0)
 
 
-def choose_backend(q: Float[Array, "b n hq d"], k: Float[Array, "b t hkv d"], softcap: float) -> Backend:
+def choose_backend(
+    q: Float[Array, "b n hq d"], k: Float[Array, "b t hkv d"], softcap: float, has_bias: bool = False
+) -> Backend:
     """Which backend computes a case, and why.
 
-    plain: any case with a softcap, which `jax.nn.dot_product_attention` does not have. Logits are held whole.
+    plain: any case with a softcap, which `jax.nn.dot_product_attention` does not have, or with a bias, which it would
+           repeat for each query head. Logits are held whole.
     cudnn: half precision on an NVIDIA GPU, where cuDNN's flash attention takes it: d a multiple of 8 up to 128 (256
            from Hopper on), and even lengths n and t (its gradients need them) or one query at a time.
     xla:   everything else; logits are held whole.
 
     Windows and segments make no difference: they are in the mask, which all three take.
     """
-    if softcap:
+    if softcap or has_bias:
         return "plain"
     if q.dtype not in (jnp.bfloat16, jnp.float16) or target_platform() not in ("gpu", "cuda"):
         return "xla"
@@ -89,12 +94,14 @@ def _plain_attention(
     mask: Bool[Array, "b n t"],
     scale: float,
     softcap: float,
+    bias: Float[Array, "b hkv n t"] | None,
 ) -> Float[Array, "b n hq dv"]:
-    """`exact_attention` as it is written, with logits, softcap and softmax in float32."""
+    """`exact_attention` as it is written, with logits, softcap, bias and softmax in float32."""
     batch, length, num_heads, dim = q.shape
     grouped = q.reshape(batch, length, k.shape[2], num_heads // k.shape[2], dim)
     logits = scale * matmul("bnkgd,btkd->bkgnt", grouped, k, q.dtype)
-    logits = softcap * jnp.tanh(logits / softcap)
+    logits = softcap * jnp.tanh(logits / softcap) if softcap else logits
+    logits = logits if bias is None else logits + bias[:, :, None].astype(logits.dtype)
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], logits, NEG), axis=-1)
     out = matmul("bkgnt,btkd->bnkgd", weights, v, v.dtype)
     return out.reshape(batch, length, num_heads, v.shape[3]).astype(v.dtype)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from darkformer_jax.ops.decay import FoldDecay, RunningSum, between, running_sum, to_end, with_scale_derivative
 from darkformer_jax.ops.features import FeatureMap, apply_geometry, matmul
 from darkformer_jax.ops.state import NEG, AttentionState, FarState, Recent, Sinks, merge_far
 
@@ -76,9 +77,10 @@ class Tokens(NamedTuple):
     values: Float[Array, "n dv"]
     segments: Int[Array, "n"]
     positions: Int[Array, "n"]  # in the token's document
+    decays: Float[Array, "n"] | None = None  # each token's log decay; None: there is no decay
 
     def recent(self) -> Recent:
-        return Recent(self.keys, self.values, self.segments, self.positions)
+        return Recent(self.keys, self.values, self.segments, self.positions, self.decays)
 
 
 def feature_scores(
@@ -125,10 +127,17 @@ def merge_sums(first: Sums, second: Sums) -> Sums:
 
 
 def fold(
-    kernel: Kernel, far: FarState, sinks: Sinks, chunk: Recent, log_k: Float[Array, "c m"] | None = None
+    kernel: Kernel,
+    far: FarState,
+    sinks: Sinks,
+    chunk: Recent,
+    decay: FoldDecay | None,
+    log_k: Float[Array, "c m"] | None = None,
 ) -> tuple[FarState, Sinks]:
     """Adds a chunk's last segment to the far state and to the sinks, which forget every segment before it."""
     log_k = kernel.log_features(chunk.keys) if log_k is None else log_k
+    if decay is not None:
+        log_k = log_k + decay.keys[:, None]
     num_sinks = sinks.filled.shape[0]
     last = last_nonzero(chunk.segments)
     segment = jnp.where(last >= 0, chunk.segments[last], 0)
@@ -141,22 +150,34 @@ def fold(
     dtype = chunk.values.dtype
     summary = FarState(key_max, jnp.sum(weights, axis=0), matmul("cm,cv->mv", weights, chunk.values, dtype), segment)
     if num_sinks:
-        sinks = _fold_sinks(sinks, chunk, is_sink, (segment == far.segment) | (segment == 0))
-    return merge_far(far, summary), sinks
+        sinks = _fold_sinks(sinks, chunk, decay, is_sink, (segment == far.segment) | (segment == 0))
+    far = merge_far(far, summary, None if decay is None else decay.state)
+    if decay is not None and decay.of_all is not None:
+        z, S = (with_scale_derivative(x, decay.of_all) for x in (far.normalizer, far.values))
+        far = far._replace(normalizer=z, values=S)
+    return far, sinks
 
 
-def _fold_sinks(sinks: Sinks, chunk: Recent, is_sink: Bool[Array, "c"], same: Bool[Array, ""]) -> Sinks:
+def _fold_sinks(
+    sinks: Sinks, chunk: Recent, decay: FoldDecay | None, is_sink: Bool[Array, "c"], same: Bool[Array, ""]
+) -> Sinks:
     own = jnp.arange(sinks.filled.shape[0])[:, None] == chunk.positions[None, :]
     slot = own & is_sink[None, :]  # [s, c], one-hot rows
     found = jnp.any(slot, axis=1)
+    decays = None
+    if decay is not None and sinks.decays is not None:
+        decays = jnp.where(found, _pick(slot, decay.keys), sinks.decays + decay.state)
+        if decay.of_all is not None:
+            decays = decays + (decay.of_all - jax.lax.stop_gradient(decay.of_all))
     return Sinks(
         keys=jnp.where(found[:, None], _pick(slot, chunk.keys), sinks.keys),
         values=jnp.where(found[:, None], _pick(slot, chunk.values), sinks.values),
         filled=(sinks.filled & same) | found,
+        decays=decays,
     )
 
 
-def _pick(one_hot: Bool[Array, "s c"], x: Float[Array, "c d"]) -> Float[Array, "s d"]:
+def _pick(one_hot: Bool[Array, "s c"], x: Float[Array, "c *d"]) -> Float[Array, "s *d"]:
     """The rows of x that `one_hot` marks, exactly: by default accelerators would round them in the product."""
     return jnp.matmul(one_hot.astype(x.dtype), x, precision=jax.lax.Precision.HIGHEST)
 
@@ -187,10 +208,20 @@ def document_places(
 
 
 def read_far(
-    kernel: Kernel, queries: Array, segments: Array, far: FarState, log_q: Array | None = None
+    kernel: Kernel,
+    queries: Array,
+    segments: Array,
+    far: FarState,
+    decay: Float[Array, "n"] | None,
+    log_q: Array | None = None,
 ) -> Float[Array, "n g m"]:
-    """a_i = l_i(q) + c_i (+ the head's log gain), invisible to queries of another segment."""
+    """a_i = l_i(q) + c_i + decay (+ the head's log gain), invisible to queries of another segment.
+
+    decay: from the end of the far state to each query.
+    """
     log_q = kernel.log_features(queries) if log_q is None else log_q
+    if decay is not None:
+        log_q = log_q + decay[:, None, None]
     if kernel.arrays.log_gain is not None:
         log_q = log_q + kernel.arrays.log_gain.astype(log_q.dtype)[None, :, None]
     reads = (segments == far.segment) & (segments != 0)
@@ -198,15 +229,30 @@ def read_far(
 
 
 def _exact_sums(
-    kernel: Kernel, tokens: Tokens, far: FarState, sinks: Sinks, near: Recent, visible: Bool[Array, "n t"]
+    kernel: Kernel,
+    tokens: Tokens,
+    far: FarState,
+    sinks: Sinks,
+    near: Recent,
+    visible: Bool[Array, "n t"],
+    queries: RunningSum | None,
+    elapsed: RunningSum | None,
 ) -> Sums:
-    """`weighted_sums` of the far state and of sinks and near keys with their exact kernel."""
+    """`weighted_sums` of the far state and of sinks and near keys with their exact kernel.
+
+    queries, elapsed: the running decays of the queries and of the near keys, from the end of the far state.
+    """
     sees_sinks = (tokens.segments == far.segment)[:, None] & sinks.filled[None, :] & (tokens.segments != 0)[:, None]
     keys = jnp.concatenate([sinks.keys, near.keys])
     values = jnp.concatenate([sinks.values, near.values])
     mask = jnp.concatenate([sees_sinks, visible], axis=1)[:, None, :]
-    scores = jnp.where(mask, kernel.log_kernel(tokens.queries, keys), NEG)
-    return weighted_sums(read_far(kernel, tokens.queries, tokens.segments, far), far, scores, values)
+    scores, since = kernel.log_kernel(tokens.queries, keys), None
+    if queries is not None and elapsed is not None and sinks.decays is not None:
+        since = queries.value()
+        decays = jnp.concatenate([since[:, None] + sinks.decays[None, :], between(queries, elapsed)], axis=1)
+        scores = scores + decays[:, None, :]
+    scores = jnp.where(mask, scores, NEG)
+    return weighted_sums(read_far(kernel, tokens.queries, tokens.segments, far, since), far, scores, values)
 
 
 def same_segment(query_segments: Int[Array, "*b n"], key_segments: Int[Array, "*b t"]) -> Bool[Array, "*b n t"]:
@@ -215,31 +261,57 @@ def same_segment(query_segments: Int[Array, "*b n"], key_segments: Int[Array, "*
 
 
 def chunk_features(
-    kernel: Kernel, far: FarState, sinks: Sinks, tokens: Tokens, visible: Bool[Array, "n n"]
+    kernel: Kernel,
+    far: FarState,
+    sinks: Sinks,
+    tokens: Tokens,
+    visible: Bool[Array, "n n"],
+    elapsed: RunningSum | None,
 ) -> tuple[FarState, Sums]:
-    """One chunk with features everywhere: read the far state and the chunk, then fold the chunk in."""
+    """One chunk with features everywhere: read the far state and the chunk, then fold the chunk in.
+
+    elapsed: the running decays of the chunk; those of keys if attention is causal.
+    """
     log_q, log_k = kernel.log_features(tokens.queries), kernel.log_features(tokens.keys)
-    scores = jnp.where(visible[:, None, :], feature_scores(log_q, log_k, tokens.values.dtype), NEG)
-    sums = weighted_sums(read_far(kernel, tokens.queries, tokens.segments, far, log_q), far, scores, tokens.values)
-    far, _ = fold(kernel, far, sinks, tokens.recent(), log_k)
+    scores, since, decay = feature_scores(log_q, log_k, tokens.values.dtype), None, None
+    if elapsed is not None:
+        since, decay = elapsed.value(), to_end(elapsed)
+        apart = between(elapsed, elapsed)
+        scores = scores + (apart if elapsed.of_keys is not None else -jnp.abs(apart))[:, None, :]
+    scores = jnp.where(visible[:, None, :], scores, NEG)
+    far_scores = read_far(kernel, tokens.queries, tokens.segments, far, since, log_q)
+    sums = weighted_sums(far_scores, far, scores, tokens.values)
+    far, _ = fold(kernel, far, sinks, tokens.recent(), decay, log_k)
     return far, sums
 
 
 def chunk_window(
-    kernel: Kernel, far: FarState, sinks: Sinks, recent: Recent, tokens: Tokens, visible: Bool[Array, "n t"]
+    kernel: Kernel,
+    far: FarState,
+    sinks: Sinks,
+    recent: Recent,
+    tokens: Tokens,
+    visible: Bool[Array, "n t"],
+    elapsed: RunningSum | None,
 ) -> tuple[FarState, Sinks, Recent, Sums]:
-    """One chunk of the hybrid: window and own chunk exact, then the window's oldest chunk moves to the far state."""
+    """One chunk of the hybrid: window and own chunk exact, then the window's oldest chunk moves to the far state.
+
+    elapsed: the running decays of the window and the chunk.
+    """
     size = tokens.segments.shape[0]
     near = join_recent(recent, tokens.recent())
-    sums = _exact_sums(kernel, tokens, far, sinks, near, visible)
-    far, sinks = fold(kernel, far, sinks, slice_recent(near, 0, size))
+    queries = None if elapsed is None else elapsed.cut(-size, None)
+    sums = _exact_sums(kernel, tokens, far, sinks, near, visible, queries, elapsed)
+    decay = None if elapsed is None else to_end(elapsed.cut(0, size))
+    far, sinks = fold(kernel, far, sinks, slice_recent(near, 0, size), decay)
     return far, sinks, slice_recent(near, size, None), sums
 
 
 def step_features(kernel: Kernel, state: AttentionState, token: Tokens) -> tuple[AttentionState, Sums]:
     """One token with features everywhere: fold it in, then read."""
-    far, _ = fold(kernel, state.far, state.sinks, token.recent())
-    scores = read_far(kernel, token.queries, token.segments, far)
+    decay = None if token.decays is None else to_end(running_sum(token.decays))
+    far, _ = fold(kernel, state.far, state.sinks, token.recent(), decay)
+    scores = read_far(kernel, token.queries, token.segments, far, None)
     empty = jnp.full((*scores.shape[:-1], 0), NEG, scores.dtype)
     return state._replace(far=far), weighted_sums(scores, far, empty, token.values[:0])
 
@@ -250,7 +322,10 @@ def step_window(kernel: Kernel, state: AttentionState, token: Tokens, chunk_size
     slot = state.recent.segments.shape[0] - chunk_size + state.fill
     recent = write_recent(state.recent, token.recent(), slot)
     visible = same_segment(token.segments, recent.segments)
-    sums = _exact_sums(kernel, token, state.far, state.sinks, recent, visible)
+    elapsed = None if recent.decays is None else running_sum(recent.decays)
+    # Slots after the token's hold no decay, so the sum over all slots is the token's.
+    query = None if elapsed is None else elapsed.cut(-1, None)
+    sums = _exact_sums(kernel, token, state.far, state.sinks, recent, visible, query, elapsed)
     real = (token.segments[0] != 0).astype(jnp.int32)
     return state._replace(recent=recent, fill=state.fill + real), sums
 
@@ -258,8 +333,10 @@ def step_window(kernel: Kernel, state: AttentionState, token: Tokens, chunk_size
 def shift_window(kernel: Kernel, state: AttentionState, chunk_size: int) -> AttentionState:
     """Where the chunk that is being filled is full, the window's oldest chunk moves to the far state."""
     full = state.fill == chunk_size
-    far, sinks = fold(kernel, state.far, state.sinks, slice_recent(state.recent, 0, chunk_size))
-    blank = Recent(*(jnp.zeros_like(leaf[:chunk_size]) for leaf in state.recent))
+    oldest = slice_recent(state.recent, 0, chunk_size)
+    decay = None if oldest.decays is None else to_end(running_sum(oldest.decays))
+    far, sinks = fold(kernel, state.far, state.sinks, oldest, decay)
+    blank = jax.tree.map(jnp.zeros_like, oldest)
     shifted = state._replace(
         far=far,
         sinks=sinks,
@@ -271,15 +348,16 @@ def shift_window(kernel: Kernel, state: AttentionState, chunk_size: int) -> Atte
 
 def join_recent(first: Recent, second: Recent) -> Recent:
     """Concatenates along tokens."""
-    return Recent(*(jnp.concatenate([a, b.astype(a.dtype)]) for a, b in zip(first, second, strict=True)))
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b.astype(a.dtype)]), first, second)
 
 
 def slice_recent(recent: Recent, start: int, stop: int | None) -> Recent:
     """Tokens start:stop."""
-    return Recent(*(leaf[start:stop] for leaf in recent))
+    return jax.tree.map(lambda leaf: leaf[start:stop], recent)
 
 
 def write_recent(recent: Recent, new: Recent, start: Int[Array, ""]) -> Recent:
     """Overwrites the tokens from `start` on."""
-    pairs = zip(recent, new, strict=True)
-    return Recent(*(jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), start, axis=0) for old, x in pairs))
+    return jax.tree.map(
+        lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), start, axis=0), recent, new
+    )

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from darkformer_jax.errors import UserError
 from darkformer_jax.ops.attend import Options, attend, check_inputs, check_options
+from darkformer_jax.ops.decay import check_log_decay
 from darkformer_jax.ops.features import FeatureMap, log_elu_plus_one
 from darkformer_jax.ops.linear import Kernel, KernelArrays
 from darkformer_jax.ops.state import AttentionState, init_state
@@ -24,6 +25,7 @@ def linear_attention(
     feature_arrays: Any = None,
     causal: bool = True,
     segment_ids: Int[Array, "b n"] | None = None,
+    log_decay: Float[Array, "hkv"] | Float[Array, "b n hkv"] | None = None,
     chunk_size: int = 128,
     state: AttentionState | None = None,
     return_state: bool = False,
@@ -41,7 +43,7 @@ def linear_attention(
       feature_map: log phi of one head; see `ops.features.FeatureMap`. The default is phi(x) = elu(x) + 1 of the linear
         transformer (Katharopoulos et al., arXiv 2006.16236), with m = d. Static under jit.
       feature_arrays: what `feature_map` reads besides x: a pytree whose leaves have the key/value heads in front.
-      causal, segment_ids, state, return_state, sequence_axis: as in `dark_attention`.
+      causal, segment_ids, log_decay, state, return_state, sequence_axis: as in `dark_attention`.
       chunk_size: tokens per chunk. It changes only the cost.
 
     Returns:
@@ -52,7 +54,9 @@ def linear_attention(
     """
     options = Options(causal, chunk_size, 0, 0, return_state, sequence_axis)
     check_inputs(q, k, v, segment_ids)
-    check_options(q, options, state)
+    check_options(q, options, log_decay, state)
+    if log_decay is not None:
+        check_log_decay(log_decay, q.shape[0], q.shape[1], k.shape[2])
     num_kv_heads = k.shape[2]
     for path, leaf in jax.tree_util.tree_leaves_with_path(feature_arrays):
         if jnp.shape(leaf)[:1] != (num_kv_heads,):
@@ -61,4 +65,4 @@ def linear_attention(
                 f"its first axis must be the {num_kv_heads} key/value heads"
             )
     kernel = Kernel(KernelArrays(feature_arrays), feature_map, scale=1.0)
-    return attend(kernel, q, k, v, segment_ids, state, options)
+    return attend(kernel, q, k, v, segment_ids, log_decay, state, options)

@@ -37,6 +37,7 @@ def dark_attention_oracle(
     window_kernel: WindowKernel = "dark",
     log_weights: Float[Array, "hkv m"] | None = None,
     log_gain: Float[Array, "hq"] | None = None,
+    log_decay: Float[Array, "hkv"] | Float[Array, "b n hkv"] | None = None,
 ) -> Float[Array, "b n hq dv"]:
     """What `dark_attention` computes, from its definition: logsumexp over features, softmax over keys.
 
@@ -45,7 +46,7 @@ def dark_attention_oracle(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     ids = jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
 
-    def one_head(q: Array, k: Array, v: Array, ids: Array, kernel: Any, gain: Array) -> Array:
+    def one_head(q: Array, k: Array, v: Array, ids: Array, decay: Array, kernel: Any, gain: Array) -> Array:
         w, m, log_weights = kernel
         point_q, point_k = (q, k) if m is None or window_kernel == "softmax" else (q @ m.T, k @ m.T)
         exact = scale * point_q @ point_k.T
@@ -56,10 +57,10 @@ def dark_attention_oracle(
         else:
             log_q, log_k = (log_positive_features(x, w, m, scale, log_weights) for x in (q, k))
             logits = jnp.where(near, exact, gain + _feature_logits(log_q, log_k) - jnp.log(w.shape[0]))
-        return _weighted_mean(logits, _visible(ids, causal), v)
+        return _weighted_mean(logits + decay, _visible(ids, causal), v)
 
     gain = jnp.zeros(q.shape[2], q.dtype) if log_gain is None else log_gain
-    return _over_heads(one_head, q, k, v, ids, (projections, geometry, log_weights), gain)
+    return _over_heads(one_head, q, k, v, ids, log_decay, (projections, geometry, log_weights), gain)
 
 
 def linear_attention_oracle(
@@ -71,15 +72,16 @@ def linear_attention_oracle(
     feature_arrays: Any = None,
     causal: bool = True,
     segment_ids: Int[Array, "b n"] | None = None,
+    log_decay: Float[Array, "hkv"] | Float[Array, "b n hkv"] | None = None,
 ) -> Float[Array, "b n hq dv"]:
     """What `linear_attention` computes, from its definition. Shapes and arguments as there."""
     ids = jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
 
-    def one_head(q: Array, k: Array, v: Array, ids: Array, arrays: Any, _: None) -> Array:
+    def one_head(q: Array, k: Array, v: Array, ids: Array, decay: Array, arrays: Any, _: None) -> Array:
         logits = _feature_logits(feature_map(arrays, q, 1.0), feature_map(arrays, k, 1.0))
-        return _weighted_mean(logits, _visible(ids, causal), v)
+        return _weighted_mean(logits + decay, _visible(ids, causal), v)
 
-    return _over_heads(one_head, q, k, v, ids, feature_arrays, None)
+    return _over_heads(one_head, q, k, v, ids, log_decay, feature_arrays, None)
 
 
 def _feature_logits(log_q: Float[Array, "n m"], log_k: Float[Array, "n m"]) -> Float[Array, "n n"]:
@@ -102,14 +104,32 @@ def _weighted_mean(
     return jnp.where(any_visible, weights @ v, 0)
 
 
+def _between_tokens(log_decay: Array | None, ids: Int[Array, "b n"], num_kv_heads: int) -> Float[Array, "b hkv n n"]:
+    """-|G_n - G_j| of every pair, with G the sum of the log decays of all tokens up to one; 0 without decay."""
+    own = jnp.zeros(num_kv_heads) if log_decay is None else log_decay
+    summed = jnp.cumsum(jnp.where((ids != 0)[..., None], own, 0), axis=1)
+    return -jnp.abs(summed[:, :, None] - summed[:, None, :]).transpose(0, 3, 1, 2)
+
+
 def _over_heads(
-    one_head: Callable[..., Array], q: Array, k: Array, v: Array, ids: Array, arrays: Any, gain: Array | None
+    one_head: Callable[..., Array],
+    q: Array,
+    k: Array,
+    v: Array,
+    ids: Array,
+    log_decay: Array | None,
+    arrays: Any,
+    gain: Array | None,
 ) -> Float[Array, "b n hq dv"]:
-    """one_head(q [n, d], k, v, ids, arrays, gain) over batch and heads; arrays [hkv, ...], gain [hq] or None."""
+    """one_head(q [n, d], k, v, ids, decay [n, n], arrays, gain) over batch and heads.
+
+    arrays [hkv, ...]; gain [hq] or None.
+    """
     num_kv_heads = k.shape[2]
+    decay = _between_tokens(log_decay, ids, num_kv_heads)
     grouped = q.reshape(*q.shape[:2], num_kv_heads, -1, q.shape[3])
     grouped_gain = None if gain is None else gain.reshape(num_kv_heads, -1)
-    over_heads = jax.vmap(one_head, in_axes=(1, 1, 1, None, 0, 0), out_axes=1)
-    over_group = jax.vmap(over_heads, in_axes=(2, None, None, None, None, 1), out_axes=2)
-    over_batch = jax.vmap(over_group, in_axes=(0, 0, 0, 0, None, None))
-    return over_batch(grouped, k, v, ids, arrays, grouped_gain).reshape(*q.shape[:3], v.shape[-1])
+    over_heads = jax.vmap(one_head, in_axes=(1, 1, 1, None, 0, 0, 0), out_axes=1)
+    over_group = jax.vmap(over_heads, in_axes=(2, None, None, None, None, None, 1), out_axes=2)
+    over_batch = jax.vmap(over_group, in_axes=(0, 0, 0, 0, 0, None, None))
+    return over_batch(grouped, k, v, ids, decay, arrays, grouped_gain).reshape(*q.shape[:3], v.shape[-1])

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Shaped
 
+from darkformer_jax.ops.decay import RunningSum, running_sum, to_end, to_start
 from darkformer_jax.ops.linear import (
     Kernel,
     KernelArrays,
@@ -34,7 +35,7 @@ from darkformer_jax.ops.state import HEAD_AXES, NEG, AttentionState, FarState, R
 FAR_AXES: Any = HEAD_AXES.far
 SINK_AXES: Any = HEAD_AXES.sinks
 RECENT_AXES: Any = HEAD_AXES.recent
-TOKEN_AXES: Any = Tokens(1, 1, 1, None, None)  # type: ignore[arg-type]
+TOKEN_AXES: Any = Tokens(1, 1, 1, None, None, 1)  # type: ignore[arg-type]
 SUM_AXES: Any = Sums(1, 1, 1)  # type: ignore[arg-type]
 
 TokenTree = TypeVar("TokenTree", Tokens, Recent)
@@ -60,7 +61,12 @@ def over_heads(
 
 
 def scan_features(
-    kernel: Kernel, state: AttentionState, tokens: Tokens, *, chunk_size: int, causal: bool
+    kernel: Kernel,
+    state: AttentionState,
+    tokens: Tokens,
+    *,
+    chunk_size: int,
+    causal: bool,
 ) -> tuple[AttentionState, Sums]:
     """Features everywhere. The chunk size changes the cost, not the result. `causal=False` sees the whole segment.
 
@@ -71,35 +77,48 @@ def scan_features(
     visible = same_segment(chunks.segments, chunks.segments)
     if causal:
         visible &= jnp.tri(visible.shape[-1], dtype=bool)[None, None]
-    one_chunk = over_heads(kernel, chunk_features, (FAR_AXES, SINK_AXES, TOKEN_AXES, None), (FAR_AXES, SUM_AXES))
+    elapsed = None if chunks.decays is None else running_sum(chunks.decays, axis=2, causal=causal)
+    one_chunk = over_heads(kernel, chunk_features, (FAR_AXES, SINK_AXES, TOKEN_AXES, None, 1), (FAR_AXES, SUM_AXES))
 
-    # The masks are made outside the loop: in its body XLA would compute them again for every head.
+    # The masks and sums are made outside the loop: in its body XLA would compute the masks again for every head.
     @_recompute
-    def body(far: FarState, xs: tuple[Tokens, Bool[Array, "b n n"]]) -> tuple[FarState, Sums]:
+    def body(far: FarState, xs: tuple[Tokens, Bool[Array, "b n n"], RunningSum | None]) -> tuple[FarState, Sums]:
         return one_chunk(far, state.sinks, *xs)
 
-    far, sums = jax.lax.scan(body, state.far, (chunks, visible))
+    far, sums = jax.lax.scan(body, state.far, (chunks, visible, elapsed))
     if not causal:
-        from_right = over_heads(kernel, _read_then_fold, (FAR_AXES, SINK_AXES, TOKEN_AXES), (FAR_AXES, SUM_AXES))
+        from_right = over_heads(kernel, _read_then_fold, (FAR_AXES, SINK_AXES, TOKEN_AXES, 1), (FAR_AXES, SUM_AXES))
         nothing = jax.tree.map(jnp.zeros_like, state.far)._replace(key_max=jnp.full_like(state.far.key_max, NEG))
-        body_from_right = _recompute(lambda far, chunk: from_right(far, state.sinks, chunk))
-        _, later = jax.lax.scan(body_from_right, nothing, chunks, reverse=True)
+        body_from_right = _recompute(lambda far, xs: from_right(far, state.sinks, *xs))
+        _, later = jax.lax.scan(body_from_right, nothing, (chunks, elapsed), reverse=True)
         sums = merge_sums(sums, later)
     return state._replace(far=far), jax.tree.map(lambda leaf: leaf[:, :length], _unsplit(sums))
 
 
-def _read_then_fold(kernel: Kernel, far: FarState, sinks: Sinks, chunk: Tokens) -> tuple[FarState, Sums]:
+def _read_then_fold(
+    kernel: Kernel, far: FarState, sinks: Sinks, chunk: Tokens, elapsed: RunningSum | None
+) -> tuple[FarState, Sums]:
     """The far state's share alone, for the right-to-left half of bidirectional attention."""
-    scores = read_far(kernel, chunk.queries, chunk.segments, far)
+    until, decay = None, None
+    if elapsed is not None:
+        until, decay = to_end(elapsed).keys, to_start(elapsed)
+        decay = decay._replace(keys=decay.keys[::-1])
+    scores = read_far(kernel, chunk.queries, chunk.segments, far, until)
     sums = weighted_sums(scores, far, scores[..., :0], chunk.values[:0])
     # Seen from the right, the state belongs to the chunk's first segment: `fold` takes the last one of the reversed
     # chunk.
-    far, _ = fold(kernel, far, sinks, Recent(*(leaf[::-1] for leaf in chunk.recent())))
+    far, _ = fold(kernel, far, sinks, jax.tree.map(lambda leaf: leaf[::-1], chunk.recent()), decay)
     return far, sums
 
 
 def scan_window(
-    kernel: Kernel, state: AttentionState, tokens: Tokens, *, chunk_size: int, resumed: bool, return_state: bool
+    kernel: Kernel,
+    state: AttentionState,
+    tokens: Tokens,
+    *,
+    chunk_size: int,
+    resumed: bool,
+    return_state: bool,
 ) -> tuple[AttentionState, Sums]:
     """The hybrid: exact window and sinks, features beyond. Chunks are aligned to the sequence's very first token.
 
@@ -118,13 +137,14 @@ def scan_window(
     one_chunk = over_heads(
         kernel,
         chunk_window,
-        (FAR_AXES, SINK_AXES, RECENT_AXES, TOKEN_AXES, None),
+        (FAR_AXES, SINK_AXES, RECENT_AXES, TOKEN_AXES, None, 1),
         (FAR_AXES, SINK_AXES, RECENT_AXES, SUM_AXES),
     )
 
     @_recompute
     def body(
-        carry: tuple[FarState, Sinks, Recent], xs: tuple[Int[Array, ""], Tokens, Bool[Array, "b n t"]]
+        carry: tuple[FarState, Sinks, Recent],
+        xs: tuple[Int[Array, ""], Tokens, Bool[Array, "b n t"], RunningSum | None],
     ) -> tuple[tuple[FarState, Sinks, Recent], Sums]:
         index, *chunk = xs
         *advanced, sums = one_chunk(*carry, *chunk)
@@ -135,7 +155,10 @@ def scan_window(
 
     carry = (state.far, state.sinks, recent)
     visible = _near_keys(recent.segments, chunks.segments)
-    (far, sinks, recent), sums = jax.lax.scan(body, carry, (jnp.arange(num_chunks), chunks, visible))
+    elapsed = None
+    if chunks.decays is not None and recent.decays is not None:
+        elapsed = running_sum(_with_window(jnp.swapaxes(recent.decays, 1, 2), chunks.decays), axis=2, causal=True)
+    (far, sinks, recent), sums = jax.lax.scan(body, carry, (jnp.arange(num_chunks), chunks, visible, elapsed))
     sums = _unsplit(sums)
     if return_state:
         start = num_complete * chunk_size
@@ -150,12 +173,19 @@ def scan_window(
 
 def _near_keys(recent: Int[Array, "b w"], chunks: Int[Array, "n b c"]) -> Bool[Array, "n b c t"]:
     """For each chunk, which of the window's and its own keys its queries see."""
-    num_chunks, batch, size = chunks.shape
-    window = recent.shape[1]
-    flat = jnp.concatenate([recent, jnp.moveaxis(chunks, 0, 1).reshape(batch, -1)], axis=1)
-    near = flat[:, jnp.arange(num_chunks)[:, None] * size + jnp.arange(window + size)[None, :]]
+    size, window = chunks.shape[2], recent.shape[1]
     seen = jnp.concatenate([jnp.ones((size, window), bool), jnp.tri(size, dtype=bool)], axis=1)
-    return same_segment(chunks, jnp.moveaxis(near, 1, 0)) & seen[None, None]
+    return same_segment(chunks, _with_window(recent, chunks)) & seen[None, None]
+
+
+def _with_window(recent: Shaped[Array, "b w *h"], chunks: Shaped[Array, "n b c *h"]) -> Shaped[Array, "n b t *h"]:
+    """Each chunk with the `window` tokens before it in front."""
+    num_chunks, batch, size = chunks.shape[:3]
+    window = recent.shape[1]
+    flat = jnp.moveaxis(chunks, 0, 1).reshape(batch, -1, *chunks.shape[3:])
+    flat = jnp.concatenate([recent, flat], axis=1)
+    near = flat[:, jnp.arange(num_chunks)[:, None] * size + jnp.arange(window + size)[None, :]]
+    return jnp.moveaxis(near, 1, 0)
 
 
 def _recent_tokens(recent: Recent, start: int, stop: int | None) -> Recent:
@@ -184,20 +214,26 @@ def _partial_chunk(tokens: Tokens, room: int, start: Int[Array, "b"], chunk_size
     def one_sequence(keys: Recent, start: Array) -> Recent:
         blank = jax.tree.map(lambda leaf: jnp.zeros((room, *leaf.shape[1:]), leaf.dtype), keys)
         padded = write_recent(blank, keys, jnp.int32(0))
-        cut = Recent(*(jax.lax.dynamic_slice_in_dim(leaf, start, chunk_size, axis=0) for leaf in padded))
-        return cut._replace(keys=jnp.swapaxes(cut.keys, 0, 1), values=jnp.swapaxes(cut.values, 0, 1))
+        cut = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, chunk_size, axis=0), padded)
+        return _swap_heads(cut, 0)
 
     return jax.vmap(one_sequence)(tokens.recent(), start)
 
 
 def heads_first(recent: Recent) -> Recent:
     """[b, tokens, heads, d] of sequences -> [b, heads, tokens, d] of their states."""
-    return recent._replace(keys=jnp.swapaxes(recent.keys, 1, 2), values=jnp.swapaxes(recent.values, 1, 2))
+    return _swap_heads(recent, 1)
 
 
 def _heads_last(recent: Recent) -> Recent:
     """[heads, tokens, d] of a state -> [tokens, heads, d] of a sequence."""
-    return recent._replace(keys=jnp.swapaxes(recent.keys, 0, 1), values=jnp.swapaxes(recent.values, 0, 1))
+    return _swap_heads(recent, 0)
+
+
+def _swap_heads(recent: Recent, axis: int) -> Recent:
+    swap = lambda leaf: jnp.swapaxes(leaf, axis, axis + 1)
+    decays = None if recent.decays is None else swap(recent.decays)
+    return recent._replace(keys=swap(recent.keys), values=swap(recent.values), decays=decays)
 
 
 def split_chunks(tokens: TokenTree, size: int) -> TokenTree:

@@ -1,6 +1,7 @@
 """Every linear attention with its definition in float64, inputs for it, and what it is compared by.
 
-A new feature map gets all tests of test_every_linear_attention.py and test_context.py by a line in OPS.
+A new feature map gets all tests of test_every_linear_attention.py and test_context.py by a line in OPS, and so does a
+kind of decay.
 """
 
 import functools
@@ -26,7 +27,7 @@ class Inputs(NamedTuple):
     q: Any  # [b, n, hq, d]
     k: Any  # [b, n, hkv, d]
     v: Any  # [b, n, hkv, dv]
-    arrays: dict[str, Any]  # further arguments of the op that have gradients
+    arrays: dict[str, Any]  # further arguments of the op that have gradients; log_decay may be [b, n, hkv]
 
 
 class Op(NamedTuple):
@@ -36,6 +37,7 @@ class Op(NamedTuple):
     points: Callable[..., Any]  # (x [..., d], arrays of that head) -> whose norm is the size of x
     extreme: float  # size of the largest inputs that are tried
     log_features: Callable[..., Any]  # (x [..., d], arrays of that head)
+    decay: str = ""  # "head" or "token": the inputs have a log_decay for each
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
@@ -81,7 +83,13 @@ OPS = {
     ),
     "elu_plus_one": linear(log_elu_plus_one, extreme=500),
 }
-FORMS = [*((op, PURE) for op in OPS), ("dark", HYBRID)]
+OPS |= {
+    "dark with slopes": OPS["dark"]._replace(decay="head"),
+    "dark with gates": OPS["dark"]._replace(decay="token"),
+    "elu_plus_one with gates": OPS["elu_plus_one"]._replace(decay="token"),
+}
+DARK = [op for op in OPS if OPS[op].attention is dark_attention]
+FORMS = [*((op, PURE) for op in OPS), *((op, HYBRID) for op in DARK)]
 
 
 def draw(
@@ -115,7 +123,19 @@ def draw(
                 x[:, :, own] *= extreme * OPS[op].extreme / np.linalg.norm(points, axis=-1, keepdims=True)
     if gain:
         arrays["log_gain"] = random.standard_normal(heads[0]).astype(np.float32)
+    if OPS[op].decay:
+        arrays["log_decay"] = _draw_log_decay(random, heads[1], (batch, length) if OPS[op].decay == "token" else ())
     return Inputs(*(np.asarray(x, np.float32) for x in (q, k, v)), arrays)
+
+
+def _draw_log_decay(random, num_kv_heads, of_tokens):
+    """Of heads with long, with short and with endless memory. Now and then a gate forgets everything."""
+    slopes = np.resize([0.02, 1.0, 0.0], num_kv_heads)
+    if not of_tokens:
+        return -slopes.astype(np.float32)
+    gates = slopes * random.exponential(size=(*of_tokens, num_kv_heads))
+    gates[random.random(gates.shape) < 0.02] = 50
+    return -gates.astype(np.float32)
 
 
 def draw_cotangent(x, seed=1):
@@ -127,8 +147,22 @@ def documents(*lengths):
     return np.repeat(np.arange(1, len(lengths) + 1, dtype=np.int32), lengths)[None]
 
 
+def map_tokens(function, x, *more):
+    """`function` of each array that has an entry per token, [b, n, ...]; the others stay."""
+    arrays = dict(x.arrays)
+    for name, leaf in arrays.items():
+        if name == "log_decay" and leaf.ndim == 3:
+            arrays[name] = function(leaf, *(other.arrays[name] for other in more))
+    return Inputs(*(function(*leaves) for leaves in zip(x[:3], *(other[:3] for other in more), strict=True)), arrays)
+
+
+def over_tokens(mask, leaf):
+    """[b, n] -> [b, n, 1, ...] with as many axes as `leaf`."""
+    return mask.reshape(*mask.shape, *(1 for _ in leaf.shape[2:]))
+
+
 def part(x, start, stop):
-    return x._replace(q=x.q[:, start:stop], k=x.k[:, start:stop], v=x.v[:, start:stop])
+    return map_tokens(lambda leaf: leaf[:, start:stop], x)
 
 
 @functools.cache
@@ -183,7 +217,8 @@ def fresh(op, x, options):
     after = jax.eval_shape(_resume(OPS[op].attention, tuple(options.items())), x, None, None)[1]
     sizes = {name: options.get(name, 0) for name in ("window", "num_sinks")}
     shape = (x.q.shape[0], x.k.shape[2], x.k.shape[3], x.v.shape[3], after.far.key_max.shape[-1])
-    return jax.jit(lambda: init_state(*shape, jnp.float32, options["chunk_size"], **sizes))()
+    has_decay = bool(OPS[op].decay)
+    return jax.jit(lambda: init_state(*shape, jnp.float32, options["chunk_size"], **sizes, has_decay=has_decay))()
 
 
 def assert_rows_close(got, want, limit):
@@ -246,6 +281,10 @@ def visible(state):
         "recent": (np.where(used, recent.keys, 0), np.where(used, recent.values, 0), recent.segments),
         "positions": np.where(recent.segments != 0, recent.positions, 0),
         "counts": (state.fill, state.last_segment, state.document_length),
+        "decays": (
+            None if sinks.decays is None else np.where(filled[..., 0], sinks.decays, 0),
+            None if recent.decays is None else np.where(used[..., 0], recent.decays, 0),
+        ),
     }
 
 

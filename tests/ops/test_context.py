@@ -17,14 +17,14 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS, stretches
 from darkformer_jax.ops.context import check_stretch
 from darkformer_jax.ops.dark_attention import init_state
-from tests.ops.linear_attentions import OPS, draw, draw_cotangent
+from tests.ops.linear_attentions import DARK, OPS, draw, draw_cotangent
 from tests.tiny_runs import on_eight_devices
 from tests.tiny_specs import mixer_spec
 
 # 13 tokens per device: neither 13 nor 104 is a multiple of the chunk.
 FEATURES = {"length": 104, "chunk_size": 4}
 HYBRID = {"length": 96, "chunk_size": 4, "window": 8, "num_sinks": 3}
-FORMS = {op: FEATURES | {"op": op} for op in OPS} | {"hybrid": HYBRID}
+FORMS = {op: FEATURES | {"op": op} for op in OPS} | {f"hybrid of {op}": HYBRID | {"op": op} for op in reversed(DARK)}
 LONG = 96 * 170
 
 
@@ -53,8 +53,14 @@ def attention(*, length, split, op="dark", segments=True, **options):
         return attend
     tokens = P(None, "context")
     split_attend = functools.partial(attend, sequence_axis="context")
-    in_specs = (tokens, tokens, tokens, P(), tokens)
-    return jax.shard_map(split_attend, in_specs=in_specs, out_specs=tokens, axis_names={"context"})
+
+    def on_stretches(q, k, v, arrays, ids):
+        of_arrays = {name: tokens if name == "log_decay" and x.ndim == 3 else P() for name, x in arrays.items()}
+        in_specs = (tokens, tokens, tokens, of_arrays, tokens)
+        split_over = jax.shard_map(split_attend, in_specs=in_specs, out_specs=tokens, axis_names={"context"})
+        return split_over(q, k, v, arrays, ids)
+
+    return on_stretches
 
 
 def compile_gradients(inputs, ids, **options):
@@ -95,7 +101,7 @@ def compare():
             eight = compile_gradients(inputs, ids, split=True, **options)
             result[name] = error(eight(inputs, ids), one(inputs, ids))
         result["messages"] = messages(eight.as_text())  # of the hybrid, the last
-        long_form = HYBRID | {"length": LONG}
+        long_form = options | {"length": LONG}
         long = compile_gradients(draw_inputs(**long_form), packed(LONG), split=True, **long_form)
         result["long messages"] = messages(long.as_text())
         whole = jnp.ones_like(ids)
@@ -106,17 +112,20 @@ def compare():
 
 
 def mechanisms(mesh):
-    """Outputs of those that look at nothing, and of those that see a window and no more."""
+    """Outputs of those that look at nothing, that see a window and no more, and that see all with a gate."""
     q, k, v = draw_inputs(96)[:3]
     ids = packed(96)
     places = jnp.broadcast_to(jnp.arange(96), ids.shape)
     spec = mixer_spec("constant", num_features=16, projections="iid", chunk_size=4)
     hybrid = dataclasses.replace(spec, kind="window_only", window=8, num_sinks=3)
-    kinds = {"constant": spec, "window_only": hybrid}
+    gates = -jnp.abs(draw_inputs(96)[-1][:, :, :2, 0])
+    kinds = {"constant": (spec, None), "window_only": (hybrid, None)}
+    kinds |= {"softmax": (mixer_spec("softmax", decay="gate"), gates), "linear_transformer": (spec, -jnp.ones(2))}
 
     def run():
-        made = [MIXERS[kind](own_spec, 0) for kind, own_spec in kinds.items()]
-        return [mechanism(q, k, v, segment_ids=ids, positions=places)[0] for mechanism in made]
+        made = [(MIXERS[kind](own_spec, 0), decay) for kind, (own_spec, decay) in kinds.items()]
+        places_of = {"segment_ids": ids, "positions": places}
+        return [mechanism(q, k, v, **places_of, log_decay=decay)[0] for mechanism, decay in made]
 
     with jax.set_mesh(mesh):
         return jax.device_get(jax.jit(run)())
