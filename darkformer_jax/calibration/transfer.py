@@ -15,12 +15,16 @@ from darkformer_jax.model.transformer import Block, Transformer
 
 
 class LayerTensors(NamedTuple):
-    """Inputs and exact output of one layer's attention on n passages of L tokens, one document each."""
+    """Inputs and exact output of one layer's attention on n passages of L tokens, one document each.
+
+    log_decay is 0 in a model without a decay.
+    """
 
     q: Float[Array, "n l hq d"]
     k: Float[Array, "n l hkv d"]
     v: Float[Array, "n l hkv d"]
     exact: Float[Array, "n l hq d"]
+    log_decay: Float[Array, "n l hkv"]
 
 
 class FittedMechanism(NamedTuple):
@@ -37,9 +41,11 @@ class FittedMechanism(NamedTuple):
 
     def attend(self, trained: nnx.State, tensors: LayerTensors) -> Float[Array, "n l hq d"]:
         """The mechanism's output for the passages, with `trained` in place of its trainable part."""
-        module = nnx.merge(self.graphdef, trained, self.fixed)
+        module: Any = nnx.merge(self.graphdef, trained, self.fixed)
         segment_ids, positions = _one_document_each(tensors.q)
-        out, _ = module(tensors.q, tensors.k, tensors.v, segment_ids=segment_ids, positions=positions)
+        log_decay = tensors.log_decay if module.spec.has_decay else None
+        places = {"segment_ids": segment_ids, "positions": positions}
+        out, _ = module(tensors.q, tensors.k, tensors.v, **places, log_decay=log_decay)
         return out
 
 
@@ -58,10 +64,14 @@ def _run_layer(graphdef: Any, arrays: nnx.State, x: Array) -> tuple[LayerTensors
     block: Block = nnx.merge(graphdef, arrays)
     segment_ids, positions = _one_document_each(x)
     attention: Any = block.attention
-    q, k, v = attention.project(block.attention_norm(x), positions)
-    exact, _ = attention.mechanism(q, k, v, segment_ids=segment_ids, positions=positions)
+    normed = block.attention_norm(x)
+    (q, k, v), _ = attention.project(normed, segment_ids, positions)
+    log_decay = None if attention.forgetting is None else attention.forgetting(normed)
+    places = {"segment_ids": segment_ids, "positions": positions}
+    exact, _ = attention.mechanism(q, k, v, **places, log_decay=log_decay)
     after, _ = block(x, segment_ids, positions, None)
-    wide = (leaf.astype(jnp.float32) for leaf in (q, k, v, exact))
+    decays = jnp.broadcast_to(0.0 if log_decay is None else log_decay, (*k.shape[:2], k.shape[2]))
+    wide = (leaf.astype(jnp.float32) for leaf in (q, k, v, exact, decays))
     return LayerTensors(*wide), after
 
 
@@ -83,7 +93,7 @@ def matched_log_gain(
     query's attention.
 
     Args:
-      tensors: q and k of passages, one document each.
+      tensors: q, k and decays of passages, one document each.
       geometry: M of each key/value head.
       scale: of q.k.
       chunk_size, window, num_sinks: decide which keys are near, as in `dark_attention`.
@@ -94,10 +104,11 @@ def matched_log_gain(
     causal = key <= query
     group = num_queries // tensors.k.shape[2]
 
-    def one_head(arrays: tuple[Array, Array, Array]) -> tuple[Array, Array]:  # [l, d], [l, d], [d, d]
-        q, k, m = arrays
+    def one_head(arrays: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:  # [l, d], [l, d], [d, d], [l]
+        q, k, m, log_decay = arrays
+        decay = jnp.cumsum(log_decay)[:, None] - jnp.cumsum(log_decay)[None]
         with jax.default_matmul_precision("highest"):
-            exact, estimated = scale * q @ k.T, scale * (q @ m.T) @ (k @ m.T).T
+            exact, estimated = scale * q @ k.T + decay, scale * (q @ m.T) @ (k @ m.T).T + decay
         far, estimated_far, all_keys = (
             jax.nn.logsumexp(jnp.where(seen, scores, -jnp.inf), axis=-1)
             for scores, seen in ((exact, causal & ~near), (estimated, causal & ~near), (exact, causal))
@@ -105,11 +116,12 @@ def matched_log_gain(
         share = jnp.exp(far - all_keys)  # 0 where a query has no far key
         return share.sum(), jnp.sum(jnp.where(share > 0, share * (far - estimated_far), 0.0))
 
-    def flat(x: Array) -> Array:  # [n, l, h, d] -> [n * h, l, d]
-        return jnp.swapaxes(x, 1, 2).reshape(-1, length, x.shape[-1])
+    def flat(x: Array) -> Array:  # [n, l, h, ...] -> [n * h, l, ...]
+        return jnp.swapaxes(x, 1, 2).reshape(-1, length, *x.shape[3:])
 
-    k, m = jnp.repeat(tensors.k, group, axis=2), jnp.repeat(geometry, group, axis=0)
-    shares, gains = jax.lax.map(one_head, (flat(tensors.q), flat(k), jnp.tile(m, (len(k), 1, 1))))
+    k, decays = (flat(jnp.repeat(x, group, axis=2)) for x in (tensors.k, tensors.log_decay))
+    m = jnp.tile(jnp.repeat(geometry, group, axis=0), (len(tensors.k), 1, 1))
+    shares, gains = jax.lax.map(one_head, (flat(tensors.q), k, m, decays))
     shares, gains = (jnp.sum(x.reshape(-1, num_queries), axis=0) for x in (shares, gains))
     return jnp.where(shares > 0, gains / jnp.where(shares > 0, shares, 1.0), 0.0)
 

@@ -16,6 +16,8 @@ from darkformer_jax.errors import UserError
 ARGUMENTS = {short: ATTENTION + name for short, name in SHORT.items()} | {
     "attention": f"{ATTENTION}kind",
     "window": f"{ATTENTION}window",
+    "positions": f"{ATTENTION}positions",
+    "decay": f"{ATTENTION}decay",
     "causal": "model.causal",
     "lora": "model.lora_rank",
     "files": "data.files",

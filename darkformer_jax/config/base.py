@@ -26,6 +26,7 @@ from darkformer_jax.config.fields import (
 from darkformer_jax.mixers import MIXERS
 from darkformer_jax.mixers.layers import ACTIVATIONS
 from darkformer_jax.mixers.positions import RopeScaling
+from darkformer_jax.mixers.spec import Decay, Positions
 from darkformer_jax.model.heads import Pooling
 from darkformer_jax.model.trainable import REGIMES
 from darkformer_jax.model.transformer import REMAT_POLICIES
@@ -54,9 +55,8 @@ def declare() -> Section:
     """The fields, section by section."""
     c = Section()
     c.seed = at_least(0, 0, below=2**32)  # weights, projections and data order are functions of this and the step
-    c.num_steps = at_least(
-        1, 1000
-    )  # optimizer steps; a resumed run may have more: the cosine then falls to the new last step
+    # Optimizer steps. A resumed run may have more; the cosine then falls to the new last step.
+    c.num_steps = at_least(1, 1000)
     c.batch_size = at_least(1, 16)  # sequences per optimizer step, over all devices
     c.sequence_length = at_least(1, 512)  # tokens per sequence
     c.accumulation_steps = at_least(1, 1)  # micro-batches per optimizer step; divides batch_size
@@ -172,6 +172,16 @@ def _attention() -> Section:
     # Kernel of the keys seen exactly: dark (which the features estimate) | softmax (without M).
     a.window_kernel = choice("dark", get_args(WindowKernel), off="dark", needs="window", since=1)
     a.far_gain = anything(False, off=False, needs="window", since=1)  # a learned log gain per head on the far part
+    # How a layer tells positions: rope rotates q and k; alibi multiplies the kernel by exp(-slope distance).
+    a.positions = choice("rope", get_args(Positions), off="rope", since=3)
+    # A decay of the kernel with the distance, per key/value head: learned = a slope; gate = each token decides.
+    a.decay = choice("none", get_args(Decay), off="none", since=3)
+    # Tokens after which a weight has fallen to 1/e, at the start: rises geometrically from head to head.
+    a.shortest_memory = positive(2.0, off=2.0, needs="decay", since=3)
+    a.longest_memory = positive(128.0, off=128.0, needs="decay", since=3)
+    a.undecayed_heads = at_least(0, 0, off=0, needs="decay", since=3)  # key/value heads, the last ones, without decay
+    # Tokens that a causal convolution of q, k and v sees, its own included, per head and dimension; 0 = none.
+    a.conv_width = at_least(0, 0, off=0, since=3)
     return a
 
 

@@ -15,9 +15,13 @@ from darkformer_jax.config import base
 from darkformer_jax.config.pattern import ATTENTION
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
+from darkformer_jax.mixers.attention import ATTENTION_FIELDS
 
 COMPUTATION = ("attention", "dtype", "remat", "lora_rank")  # how a model is computed and trained, not what it is
-_INHERITED_BY_ATTENTION = ("pattern", "query_scale", "softcap", "local_window", "far_gain", "learn_projections")
+_INHERITED_BY_ATTENTION = (
+    *("pattern", "query_scale", "softcap", "local_window", "far_gain", "learn_projections"),
+    *sorted(ATTENTION_FIELDS),  # positions, decay and convolution belong to the transformer, not to the mechanism
+)
 _OF_A_WINDOW: dict[str, Any] = {
     "num_features": 64,
     "chunk_size": 64,

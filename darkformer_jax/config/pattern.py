@@ -13,7 +13,13 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
 
 ATTENTION = "model.attention."
-SHORT = {"m": "num_features", "chunk": "chunk_size", "sinks": "num_sinks", "init": "geometry_init"}
+SHORT = {
+    "m": "num_features",
+    "chunk": "chunk_size",
+    "sinks": "num_sinks",
+    "conv": "conv_width",
+    "init": "geometry_init",
+}
 
 _OF_ALL_LAYERS = ("kind", "pattern", "redraw_every")  # the training step redraws all layers at once
 _ENTRY = re.compile(r"\s*([^(),]*?)\s*(?:\(([^()]*)\))?\s*")

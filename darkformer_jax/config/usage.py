@@ -140,7 +140,11 @@ def _in_effect(spec: MixerSpec) -> set[str]:
     """What the mixer says, without the fields that need one which is off."""
     names = MIXERS[spec.kind].in_effect(spec)
     needs = {name: fields()[ATTENTION + name].needs for name in names if ATTENTION + name in fields()}
-    return {name for name in names if not needs.get(name) or getattr(spec, needs[name])}
+    return {name for name in names if not needs.get(name) or getattr(spec, needs[name]) != _off(needs[name])}
+
+
+def _off(name: str) -> object:
+    return fields()[ATTENTION + name].off
 
 
 def _own(name: str) -> str:

@@ -45,6 +45,11 @@ def _validate_mixers(config: ml_collections.ConfigDict) -> None:
     )
     require_used(config, [name for name in fields() if name in mixer_fields() and fields()[name].off is not None])
     for mixer in mixer_specs(config):
+        _require(
+            mixer.conv_width <= config.sequence_length,
+            f"model.attention.conv_width = {mixer.conv_width}: must be at most sequence_length = "
+            f"{config.sequence_length}",
+        )
         for name in sorted(MIXERS[mixer.kind].uses):
             field = fields().get(ATTENTION + name)
             if field is not None and field.off is not None:
@@ -60,7 +65,10 @@ def _require_needs(mixer: MixerSpec, name: str, field: Field) -> None:
         _require(not needed, f"{ATTENTION}{name} = {shown}: {mixer.kind!r} needs at least 1")
     elif field.needs:
         other = getattr(mixer, field.needs)
-        _require(bool(other), f"{ATTENTION}{name} = {shown} needs {field.needs}; {ATTENTION}{field.needs} = {other}")
+        _require(
+            other != fields()[ATTENTION + field.needs].off,
+            f"{ATTENTION}{name} = {shown} needs {field.needs}; {ATTENTION}{field.needs} = {other!r}",
+        )
 
 
 def _validate_rope(model: ml_collections.ConfigDict) -> None:

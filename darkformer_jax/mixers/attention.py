@@ -2,17 +2,25 @@
 
 import abc
 import functools
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from darkformer_jax.distributed.sharding import constrain
+from darkformer_jax.errors import UserError
+from darkformer_jax.mixers.convolution import ConvolutionState, QKVConvolution
+from darkformer_jax.mixers.forgetting import Forgetting
 from darkformer_jax.mixers.layers import Linear, RMSNorm
 from darkformer_jax.mixers.mixer import MixerKind
 from darkformer_jax.mixers.positions import rope as rotate
 from darkformer_jax.mixers.spec import MixerSpec
+
+# What `Attention` does around every mechanism; each mechanism adds them to what it uses itself.
+ATTENTION_FIELDS = frozenset(
+    {"positions", "decay", "shortest_memory", "longest_memory", "undecayed_heads", "conv_width"}
+)
 
 
 class Mechanism(MixerKind):
@@ -35,7 +43,14 @@ class Mechanism(MixerKind):
     def flops(cls, spec: MixerSpec, length: int) -> float:
         width = (spec.num_heads + spec.num_kv_heads) * spec.head_dim
         projections = (4 if cls.reads_q_and_k else 2) * spec.embed_dim * width
-        return projections + cls.mixing_flops(spec, length)
+        convolved = width + spec.num_kv_heads * spec.head_dim if cls.reads_q_and_k else width / 2
+        gate = 2 * spec.embed_dim * spec.num_kv_heads if spec.decay == "gate" else 0
+        return projections + 2 * spec.conv_width * convolved + gate + cls.mixing_flops(spec, length)
+
+    @classmethod
+    def check(cls, spec: MixerSpec) -> None:
+        super().check(spec)
+        check_attention(spec)
 
     @classmethod
     @abc.abstractmethod
@@ -55,16 +70,27 @@ class Mechanism(MixerKind):
         *,
         segment_ids: Int[Array, "b n"],
         positions: Int[Array, "b n"],
+        log_decay: Float[Array, "hkv"] | Float[Array, "b n hkv"] | None = None,
         state: Any = None,
     ) -> tuple[Float[Array, "b n hq d"], Any]:
-        """Attention within segments, causal if the spec says so."""
+        """Attention within segments, causal if the spec says so. `log_decay` is there if `spec.has_decay`."""
+
+
+class AttentionLayerState(NamedTuple):
+    """What a layer keeps of the tokens so far."""
+
+    mechanism: Any
+    convolution: ConvolutionState | None
 
 
 class Attention(nnx.Module):
-    """x -> y: q, k, v = x Wq, x Wk, x Wv (plus biases); RMSNorm of q and k if asked; RoPE; the mechanism; Wo."""
+    """x -> y: q, k, v = x Wq, x Wk, x Wv (plus biases); their convolution; RMSNorm of q and k; RoPE; mechanism; Wo.
+
+    Convolution, norm and RoPE are there if the spec says so.
+    """
 
     def __init__(self, spec: MixerSpec, mechanism: Mechanism, *, rngs: nnx.Rngs) -> None:
-        self.rope = spec.rope
+        self.rope = spec.rope if spec.has_rope else None
         shape = (spec.embed_dim, spec.num_heads, spec.head_dim)
         kv_shape = (spec.embed_dim, spec.num_kv_heads, spec.head_dim)
         linear = functools.partial(Linear, rank=spec.lora_rank, rngs=rngs, dtype=spec.dtype)
@@ -76,23 +102,61 @@ class Attention(nnx.Module):
         self.q_norm = norm() if spec.qk_norm else None
         self.k_norm = norm() if spec.qk_norm else None
         self.mechanism = mechanism
+        # Drawn last, so that the other weights are the same with and without them.
+        self.convolution = QKVConvolution(spec) if spec.conv_width else None
+        self.forgetting = Forgetting(spec, rngs) if spec.has_decay else None
 
-    def __call__(self, x: Array, segment_ids: Array, positions: Array, state: Any = None) -> tuple[Array, Any]:
-        """(y, the mechanism's state). x and y are [b, n, embed_dim], segment_ids and positions [b, n]."""
-        q, k, v = self.project(x, positions)
-        mixed, state = self.mechanism(q, k, v, segment_ids=segment_ids, positions=positions, state=state)
-        return self.out(constrain(mixed, "batch", "sequence", "heads", None)), state
+    def __call__(
+        self, x: Array, segment_ids: Array, positions: Array, state: AttentionLayerState | None = None
+    ) -> tuple[Array, AttentionLayerState | None]:
+        """(y, the state after the tokens). x and y are [b, n, embed_dim], segment_ids and positions [b, n]."""
+        old = AttentionLayerState(None, None) if state is None else state
+        (q, k, v), convolution = self.project(x, segment_ids, positions, old.convolution)
+        log_decay = None if self.forgetting is None else self.forgetting(x)
+        mixed, new = self.mechanism(
+            q, k, v, segment_ids=segment_ids, positions=positions, log_decay=log_decay, state=old.mechanism
+        )
+        y = self.out(constrain(mixed, "batch", "sequence", "heads", None))
+        return y, None if state is None else AttentionLayerState(new, convolution)
 
-    def init_state(self, batch: int, max_length: int, dtype: jax.typing.DTypeLike) -> Any:
-        """The mechanism's state."""
-        return self.mechanism.init_state(batch, max_length, dtype)
+    def init_state(self, batch: int, max_length: int, dtype: jax.typing.DTypeLike) -> AttentionLayerState:
+        """The state before the first token."""
+        convolution = None if self.convolution is None else self.convolution.init_state(batch, dtype)
+        return AttentionLayerState(self.mechanism.init_state(batch, max_length, dtype), convolution)
 
-    def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
-        """q [b, n, hq, d], k and v [b, n, hkv, d] as the mechanism sees them: normed, rotated, not yet scaled."""
+    def project(
+        self, x: Array, segment_ids: Array, positions: Array, state: ConvolutionState | None = None
+    ) -> tuple[tuple[Array, Array, Array], ConvolutionState | None]:
+        """(q [b, n, hq, d], k and v [b, n, hkv, d] as the mechanism sees them, not yet scaled), and the new state."""
         q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.convolution is not None:
+            (q, k, v), state = self.convolution((q, k, v), segment_ids, state)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, positions, self.rope), rotate(k, positions, self.rope)
+        if self.rope is not None:
+            q, k = rotate(q, positions, self.rope), rotate(k, positions, self.rope)
         q = constrain(q, "batch", "sequence", "heads", None)
         k = constrain(k, "batch", "sequence", "kv_heads", None)
-        return q, k, constrain(v, "batch", "sequence", "kv_heads", None)
+        return (q, k, constrain(v, "batch", "sequence", "kv_heads", None)), state
+
+
+def check_attention(spec: MixerSpec) -> None:
+    """Raises UserError for options of positions, decay and convolution that contradict each other."""
+    if spec.has_alibi and spec.decay != "none":
+        raise UserError(
+            f"model.attention.positions = {spec.positions!r} with decay = {spec.decay!r}: ALiBi is a decay; "
+            "allowed: decay = 'none', or positions = 'rope' or 'none'"
+        )
+    if spec.undecayed_heads >= spec.num_kv_heads:
+        raise UserError(
+            f"model.attention.undecayed_heads = {spec.undecayed_heads} of {spec.num_kv_heads} key/value heads: at "
+            "least one must decay"
+        )
+    if spec.shortest_memory > spec.longest_memory:
+        raise UserError(
+            f"model.attention.shortest_memory = {spec.shortest_memory}: must be at most longest_memory = "
+            f"{spec.longest_memory}"
+        )
+    if spec.conv_width == 1 or (spec.conv_width and not spec.causal):
+        allowed = "0, or 2 and more" if spec.causal else "0, because model.causal = False"
+        raise UserError(f"model.attention.conv_width = {spec.conv_width}; allowed: {allowed}")

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from darkformer_jax.mixers.attention import ATTENTION_FIELDS
 from darkformer_jax.mixers.features import FeatureAttention, Inputs
 from darkformer_jax.mixers.spec import MixerSpec
 
@@ -14,7 +15,7 @@ class Constant(FeatureAttention):
     """
 
     role = "control"
-    uses = frozenset({"chunk_size"})
+    uses = ATTENTION_FIELDS | {"chunk_size"}
     reads_q_and_k = False
 
     def __init__(self, spec: MixerSpec, layer: int | Array) -> None:

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from darkformer_jax.distributed.sharding import context_size
 from darkformer_jax.errors import UserError
-from darkformer_jax.mixers.attention import Mechanism
+from darkformer_jax.mixers.attention import ATTENTION_FIELDS, Mechanism
 from darkformer_jax.mixers.mixer import Role
 from darkformer_jax.mixers.spec import Geometry, MixerSpec
 from darkformer_jax.mixers.stretches import on_stretches
@@ -20,8 +20,8 @@ from darkformer_jax.ops.dark_attention import dark_attention, init_state
 from darkformer_jax.ops.projections import draw_projections, projection_key
 from darkformer_jax.ops.state import AttentionState
 
-WINDOW_FIELDS = frozenset({"query_scale", "chunk_size", "window", "num_sinks"})
-PROJECTION_FIELDS = frozenset({"query_scale", "chunk_size", "num_features", "projections", "redraw_every"})
+WINDOW_FIELDS = ATTENTION_FIELDS | {"query_scale", "chunk_size", "window", "num_sinks"}
+PROJECTION_FIELDS = ATTENTION_FIELDS | {"query_scale", "chunk_size", "num_features", "projections", "redraw_every"}
 
 
 def draw_layer(spec: MixerSpec, layer: int | Array, epoch: int | Array) -> Array:
@@ -67,7 +67,7 @@ class LinearMechanism(Mechanism):
     def init_state(self, batch: int, max_length: int, dtype: jax.typing.DTypeLike) -> AttentionState:
         s = self.spec
         sizes = (s.num_kv_heads, self.key_dim, s.head_dim, self.num_features)
-        return init_state(batch, *sizes, jnp.dtype(dtype), s.chunk_size, s.window, s.num_sinks)
+        return init_state(batch, *sizes, jnp.dtype(dtype), s.chunk_size, s.window, s.num_sinks, s.has_decay)
 
     def run(
         self, attend: Callable[..., Any], q: Array, k: Array, v: Array, state: AttentionState | None, **arrays: Any
@@ -127,7 +127,15 @@ class FeatureAttention(LinearMechanism):
         return features_and_state + geometry + per_key * mean_exact_keys(spec, length)
 
     def __call__(
-        self, q: Array, k: Array, v: Array, *, segment_ids: Array, positions: Array, state: AttentionState | None = None
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        segment_ids: Array,
+        positions: Array,
+        log_decay: Array | None = None,
+        state: AttentionState | None = None,
     ) -> tuple[Array, Any]:
         queries, keys, projections, geometry = self.inputs(q, k, positions)
         attend = functools.partial(
@@ -142,6 +150,7 @@ class FeatureAttention(LinearMechanism):
             "geometry": geometry,
             "log_gain": None if self.log_gain is None else self.log_gain[...].astype(jnp.float32),
             "segment_ids": segment_ids,
+            "log_decay": log_decay,
         }
         return self.run(attend, queries, keys, v, state, **arrays)
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from darkformer_jax.mixers.softmax import KeyValueCache, Softmax, write_slots
+from darkformer_jax.mixers.softmax import KeyValueCache, Softmax, slots_of, write_slots
 from darkformer_jax.mixers.spec import MixerSpec
 
 
@@ -26,10 +26,10 @@ class LocalSoftmax(Softmax):
     def update(self, state: KeyValueCache, new: KeyValueCache) -> tuple[KeyValueCache, KeyValueCache]:
         """As `Softmax.update`; the slots are a ring, in which token i of a row has slot i % slots."""
         # Old and new keys together: the first of many new tokens still see keys that the last ones overwrite.
-        keys, values, segments, positions = (
-            jnp.concatenate([old, x.astype(old.dtype)], axis=1) for old, x in zip(state[:4], new[:4], strict=True)
+        joined = jax.tree.map(
+            lambda old, x: jnp.concatenate([old, x.astype(old.dtype)], axis=1), slots_of(state), slots_of(new)
         )
-        seen = KeyValueCache(keys, values, segments, positions, state.length + new.length)
+        seen = state._replace(**joined, length=state.length + new.length)
         slots = state.keys.shape[1]
         index = jnp.arange(new.keys.shape[1], dtype=jnp.int32)[None, :]
         count = new.length[:, None]

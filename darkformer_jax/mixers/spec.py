@@ -1,12 +1,16 @@
 """The sizes and options of a mixer, and the kinds of its variables."""
 
 import dataclasses
+from typing import Literal
 
 from flax import nnx
 
 from darkformer_jax.mixers.positions import RopeSpec
 from darkformer_jax.ops.linear import WindowKernel
 from darkformer_jax.ops.projections import ProjectionKind
+
+Positions = Literal["rope", "alibi", "rope+alibi", "none"]
+Decay = Literal["none", "learned", "gate"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +49,32 @@ class MixerSpec:
     num_sinks: int
     window_kernel: WindowKernel
     far_gain: bool
+    positions: str  # a Positions
+    decay: str  # a Decay
+    shortest_memory: float
+    longest_memory: float
+    undecayed_heads: int
+    conv_width: int
 
     @property
     def scale(self) -> float:
         """The factor on the products of q and k: query_scale, or head_dim^-0.5 if that is 0."""
         return self.query_scale or self.head_dim**-0.5
+
+    @property
+    def has_rope(self) -> bool:
+        """Whether q and k are rotated by their positions."""
+        return self.positions in ("rope", "rope+alibi")
+
+    @property
+    def has_alibi(self) -> bool:
+        """Whether the kernel decays by ALiBi's slopes."""
+        return self.positions in ("alibi", "rope+alibi")
+
+    @property
+    def has_decay(self) -> bool:
+        """Whether the kernel decays with the distance."""
+        return self.has_alibi or self.decay != "none"
 
 
 class Projection(nnx.Variable):

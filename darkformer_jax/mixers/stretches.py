@@ -16,6 +16,7 @@ AXES: dict[str, tuple[str | None, ...]] = {
     "projections": ("kv_heads", None, None),
     "geometry": ("kv_heads", None, None),
     "log_gain": ("heads",),
+    "log_decay": ("batch", "sequence", "kv_heads"),
 }
 
 

@@ -41,7 +41,7 @@ def test_the_teacher_runs_layer_by_layer_as_the_model_does():
     count = 0
     for index, tensors in enumerate(teacher_layers(model, tokens)):
         block = model.layer(index)
-        wanted = block.attention.project(block.attention_norm(x), positions)
+        wanted, _ = block.attention.project(block.attention_norm(x), jnp.ones_like(positions), positions)
         for found, part in zip(tensors[:3], wanted, strict=True):
             np.testing.assert_allclose(found, part, atol=1e-5)
         itself = FittedMechanism.of(block.attention.mechanism)
@@ -59,7 +59,7 @@ def sharp_tensors(passages=6, length=48, heads=2):
     q, k, v = (jax.random.normal(key, (passages, length, heads, 8)) for key in keys)
     network = exact_network()
     exact = FittedMechanism.of(MIXERS["softmax"](network.spec.pattern[0], 0))
-    tensors = LayerTensors(q * size[None, None, None], k * size[None, None, None], v, v)
+    tensors = LayerTensors(q * size[None, None, None], k * size[None, None, None], v, v, jnp.zeros(k.shape[:3]))
     return network.spec.pattern[0], tensors._replace(exact=exact.attend(exact.trainable, tensors))
 
 
@@ -67,7 +67,7 @@ def test_the_matched_gain_gives_the_far_part_its_exact_weight():
     random = np.random.default_rng(0)
     q, k = random.normal(size=(2, 48, 4, 8)), random.normal(size=(2, 48, 2, 8))
     m = random.normal(size=(2, 8, 8)) / 3
-    tensors = LayerTensors(*(jnp.asarray(x, jnp.float32) for x in (q, k, k, q)))
+    tensors = LayerTensors(*(jnp.asarray(x, jnp.float32) for x in (q, k, k, q, 0 * k[..., 0])))
     found = matched_log_gain(tensors, jnp.asarray(m, jnp.float32), scale=0.5, chunk_size=8, window=16, num_sinks=3)
     for head in range(4):
         gains, shares = [], []

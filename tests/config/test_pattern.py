@@ -43,9 +43,12 @@ def test_a_field_that_one_kind_uses_is_off_for_the_others():
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("dark(mm=3)", r"pattern has dark\(mm=3\): dark has no option 'mm'; allowed: chunk_size, far_gain"),
-        ("softmax(m=3)", r"pattern has softmax\(m=3\): softmax has no option 'num_features'; allowed: query_scale"),
-        ("constant(m=3)", r"constant has no option 'num_features'; allowed: chunk_size"),
+        ("dark(mm=3)", r"pattern has dark\(mm=3\): dark has no option 'mm'; allowed: chunk_size, conv_width, decay, f"),
+        (
+            "softmax(m=3)",
+            r"has softmax\(m=3\): softmax has no option 'num_features'; allowed: conv_width, .*query_scale",
+        ),
+        ("constant(m=3)", r"constant has no option 'num_features'; allowed: chunk_size, conv_width"),
         ("dark(m=x)", r"pattern has dark\(m=x\): must be num_features=<int>"),
         ("dark(m)", r"pattern has dark\(m\): must be num_features=<int>"),
         ("dark(far_gain=maybe)", r"must be far_gain=<bool>"),

@@ -113,6 +113,21 @@ RULES = [
     ({"model.attention.window": 128, "model.attention.kind": "constant"}, "window = 128: no constant layer uses it"),
     ({"model.attention.window_kernel": "softmax"}, "model.attention.window_kernel = 'softmax' needs window"),
     ({"model.attention.far_gain": True}, "far_gain = True needs window; model.attention.window = 0"),
+    ({"model.attention.longest_memory": 512.0}, "longest_memory = 512.0 needs decay; model.attention.decay = 'none'"),
+    (
+        {"model.attention.decay": "gate", "model.attention.shortest_memory": 200.0},
+        "shortest_memory = 200.0: must be at most longest_memory = 128.0",
+    ),
+    (
+        {"model.attention.decay": "gate", "model.attention.undecayed_heads": 4},
+        "undecayed_heads = 4 of 4 key/value heads: at least one must decay",
+    ),
+    (
+        {"model.attention.decay": "gate", "model.attention.positions": "rope+alibi"},
+        "positions = 'rope.alibi' with decay = 'gate': ALiBi is a decay",
+    ),
+    ({"model.attention.conv_width": 1}, "conv_width = 1; allowed: 0, or 2 and more"),
+    ({"model.attention.conv_width": 513}, "conv_width = 513: must be at most sequence_length = 512"),
     (
         {"model.attention.far_gain": True, "model.attention.window": 128, "model.attention.kind": "window_only"},
         "far_gain = True: no window_only layer uses it; allowed: False",
@@ -346,8 +361,9 @@ def test_lm_1b_is_the_size_it_says(capsys):
     dry_run(importlib.import_module("configs.lm_1b").get_config())
     shown = capsys.readouterr().out
     embed, mlp, layers = 768, 3072, 12
-    geometry = 12 * 64 * 64
-    parameters = 32_000 * embed + embed + layers * (4 * embed**2 + 3 * embed * mlp + 2 * embed + geometry)
+    geometry, gates, convolutions = 12 * 64 * 64, 12 * embed + 12, 4 * 3 * embed
+    attention = 4 * embed**2 + geometry + gates + convolutions
+    parameters = 32_000 * embed + embed + layers * (attention + 3 * embed * mlp + 2 * embed)
     assert f"parameters     {parameters:,}\n" in shown
     assert 135e6 < parameters < 160e6
     assert "262,144 = 256 x 1024" in shown

@@ -21,9 +21,12 @@ VERSIONS = sorted((Path(__file__).parent / "versions").glob("*.json"))
 MEANT = {
     "distill.weight": 0.0,
     "mesh.context": 1,
+    "model.attention.conv_width": 0,
+    "model.attention.decay": "none",
     "model.attention.far_gain": False,
     "model.attention.learn_projections": False,
     "model.attention.local_window": 0,
+    "model.attention.positions": "rope",
     "model.attention.query_scale": 0.0,
     "model.attention.softcap": 0.0,
     "model.attention.window_kernel": "dark",

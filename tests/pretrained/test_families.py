@@ -171,3 +171,6 @@ def test_a_model_that_no_family_has_is_refused_with_what_the_nearest_lacks():
         fitting_family(read(CONFIG) | {"qk_norm": True, "qkv_bias": True}, "runs/x")
     with pytest.raises(UserError, match=r"model.causal = False \(llama: True\)"):  # a field that no family reads
         fitting_family(read(CONFIG) | {"causal": False}, "runs/x")
+    for name, value in (("decay", "gate"), ("positions", "alibi"), ("conv_width", 4)):  # of every mechanism
+        with pytest.raises(UserError, match=rf"lacks model.attention.{name} = '?{value}"):
+            fitting_family(read(CONFIG) | {f"attention.{name}": value}, "runs/x")

@@ -3,6 +3,7 @@
 from darkformer_jax.config.base import fields as declared
 from darkformer_jax.config.conversion import COMPUTATION
 from darkformer_jax.errors import UserError
+from darkformer_jax.mixers.attention import ATTENTION_FIELDS
 from darkformer_jax.pretrained.families.family import Family, Fields, kinds_of, layer_fields
 from darkformer_jax.pretrained.families.gemma import GEMMA
 from darkformer_jax.pretrained.families.gemma2 import GEMMA2
@@ -79,7 +80,15 @@ def fitting_family(fields: Fields, where: str, preferred: str = "") -> Family:
     )
 
 
+def _is_of_the_model(name: str) -> bool:
+    section, _, own = name.partition(".")
+    return section not in COMPUTATION or (section == "attention" and own in ATTENTION_FIELDS)
+
+
 def _unread_defaults(wanted: Fields, read: Fields) -> Fields:
-    """The fields of a model that a family does not know, as it has them: a new field is at its default there."""
-    unread = [name for name in wanted if name not in read and name.partition(".")[0] not in COMPUTATION]
+    """The fields of a model that a family does not know, as it has them: a new field is at its default there.
+
+    Of the fields of attention, those count that belong to every mechanism and so to exact attention.
+    """
+    unread = [name for name in wanted if name not in read and _is_of_the_model(name)]
     return {name: declared()[f"model.{name}"].default for name in unread}

@@ -1,0 +1,86 @@
+"""A short causal convolution over the tokens of a document."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from darkformer_jax.mixers.spec import MixerSpec
+
+QKV = tuple[Array, Array, Array]  # q [b, n, hq, d], k and v [b, n, hkv, d]
+
+
+class ConvolutionState(NamedTuple):
+    """The last width - 1 tokens; segment 0 = none."""
+
+    inputs: QKV
+    segments: Int[Array, "b w"]
+
+
+class ShortConvolution(nnx.Module):
+    """y_n = x_n + sum_{0 <= i < width} kernel_i * x_{n-i}, for each head and dimension; x_{n-i} of n's document only.
+
+    The kernel starts at 0, so that the layer starts as if there were no convolution, and weight decay leads back there.
+    """
+
+    def __init__(self, width: int, num_heads: int, head_dim: int, axis: str) -> None:
+        self.kernel = nnx.Param(jnp.zeros((width, num_heads, head_dim), jnp.float32), axes=(None, axis, None))
+
+    def __call__(
+        self,
+        x: Float[Array, "b n h d"],
+        segment_ids: Int[Array, "b n"],
+        before: Float[Array, "b w h d"],
+        segments_before: Int[Array, "b w"],
+    ) -> Float[Array, "b n h d"]:
+        """y. before: the width - 1 tokens in front of x."""
+        kernel = self.kernel[...].astype(x.dtype)
+        length, reach = x.shape[1], kernel.shape[0] - 1
+        tokens = jnp.concatenate([before.astype(x.dtype), x], axis=1)
+        segments = jnp.concatenate([segments_before, segment_ids], axis=1)
+        y = x + kernel[0][None, None] * x
+        for back in range(1, reach + 1):
+            start = reach - back
+            same = segments[:, start : start + length] == segment_ids
+            shifted = jnp.where(same[..., None, None], tokens[:, start : start + length], 0)
+            y = y + kernel[back][None, None] * shifted
+        return y
+
+
+class QKVConvolution(nnx.Module):
+    """Convolutions of q, k and v."""
+
+    def __init__(self, spec: MixerSpec) -> None:
+        self.spec = spec
+        self.q = ShortConvolution(spec.conv_width, spec.num_heads, spec.head_dim, "heads")
+        self.k = ShortConvolution(spec.conv_width, spec.num_kv_heads, spec.head_dim, "kv_heads")
+        self.v = ShortConvolution(spec.conv_width, spec.num_kv_heads, spec.head_dim, "kv_heads")
+
+    def __call__(
+        self, qkv: QKV, segment_ids: Int[Array, "b n"], state: ConvolutionState | None
+    ) -> tuple[QKV, ConvolutionState | None]:
+        """(convolved q, k and v, the state after these tokens or None if none was given)."""
+        before = self.init_state(len(segment_ids), qkv[0].dtype) if state is None else state
+        parts = zip((self.q, self.k, self.v), qkv, before.inputs, strict=True)
+        q, k, v = (part(x, segment_ids, old, before.segments) for part, x, old in parts)
+        return (q, k, v), None if state is None else last_tokens(state, qkv, segment_ids)
+
+    def init_state(self, batch: int, dtype: jax.typing.DTypeLike) -> ConvolutionState:
+        """The state before the first token."""
+        s, width = self.spec, self.spec.conv_width - 1
+        zeros = [jnp.zeros((batch, width, heads, s.head_dim), dtype) for heads in (s.num_heads, *2 * (s.num_kv_heads,))]
+        return ConvolutionState((zeros[0], zeros[1], zeros[2]), jnp.zeros((batch, width), jnp.int32))
+
+
+def last_tokens(state: ConvolutionState, inputs: QKV, segment_ids: Int[Array, "b n"]) -> ConvolutionState:
+    """The state after more tokens. Padding at their end leaves no trace."""
+    width = state.segments.shape[1]
+    count = jnp.max(jnp.where(segment_ids != 0, jnp.arange(1, segment_ids.shape[1] + 1)[None], 0), axis=1)
+    take = jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, width, axis=0))
+
+    def after(old: Array, new: Array) -> Array:
+        return take(jnp.concatenate([old, new.astype(old.dtype)], axis=1), count)
+
+    return jax.tree.map(after, state, ConvolutionState(inputs, segment_ids))
