@@ -98,18 +98,22 @@ def kernel_parameters() -> tuple[Array, Array]:
 
 
 def ours_attend(window: int) -> Callable[..., Array]:
-    """`dark_attention` as a function (q, k, v, M) -> out."""
+    """`dark_attention` as a function (q, k, v, M[, log decay]) -> out."""
     projections, _ = kernel_parameters()
 
-    def attend(q: Array, k: Array, v: Array, geometry: Array) -> Array:
-        return dark_attention(q, k, v, projections=projections, geometry=geometry, chunk_size=CHUNK, window=window)
+    def attend(q: Array, k: Array, v: Array, geometry: Array, log_decay: Array | None = None) -> Array:
+        arrays: dict[str, Any] = {"projections": projections, "geometry": geometry, "log_decay": log_decay}
+        return dark_attention(q, k, v, **arrays, chunk_size=CHUNK, window=window)
 
     return attend
 
 
-def build_ours(problem: Problem, window: int) -> Run:
-    """`dark_attention`."""
-    inputs = (*jax_inputs(problem.length, problem.dtype), kernel_parameters()[1])
+def build_ours(problem: Problem, window: int, decay: str = "") -> Run:
+    """`dark_attention`. decay: "slopes" = a log decay per head, "gates" = one per token and head."""
+    inputs: tuple[Array, ...] = (*jax_inputs(problem.length, problem.dtype), kernel_parameters()[1])
+    if decay:
+        shape = (BATCH, problem.length, HEADS) if decay == "gates" else (HEADS,)
+        inputs = (*inputs, -0.1 * jax.random.exponential(jax.random.key(4), shape))
     return jax_run(ours_attend(window), inputs, problem.backward)
 
 
@@ -203,6 +207,10 @@ def build_performer_pytorch(problem: Problem) -> Run:
 CONTENDERS: dict[str, Callable[[Problem], Run]] = {
     "ours": functools.partial(build_ours, window=0),
     "ours-hybrid": functools.partial(build_ours, window=CHUNK),
+    "ours-slopes": functools.partial(build_ours, window=0, decay="slopes"),
+    "ours-gates": functools.partial(build_ours, window=0, decay="gates"),
+    "hybrid-slopes": functools.partial(build_ours, window=CHUNK, decay="slopes"),
+    "hybrid-gates": functools.partial(build_ours, window=CHUNK, decay="gates"),
     "exact-jax": build_exact_jax,
     "exact-torch": build_sdpa,
     "darkformer-pytorch": build_darkformer_pytorch,

@@ -148,10 +148,22 @@ def measure(experiment: Experiment, state: Any, data: Data, train_loss: float, n
     )
 
 
+def parse_changes(changes: str) -> dict[str, Any]:
+    """{"model.qk_norm": True} of "model.qk_norm=true". Values are JSON; what is not JSON is a string."""
+
+    def parse(value: str) -> Any:
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            return value
+
+    pairs = (change.partition("=") for change in changes.split())
+    return {name: parse(value) for name, _, value in pairs}
+
+
 def config_of(run: Run) -> ml_collections.ConfigDict:
     """configs/ablation.py with the run's changes."""
     config = ablation.get_config()
-    changes = [change.partition("=") for change in run.changes.split()]
     config.update_from_flattened_dict(
         {
             "num_steps": run.steps,
@@ -159,7 +171,7 @@ def config_of(run: Run) -> ml_collections.ConfigDict:
             "optimizer.learning_rate": run.learning_rate,
             "optimizer.geometry_learning_rate": run.learning_rate * run.geometry_ratio,
             **VARIANTS[run.variant],
-            **{name: json.loads(value) for name, _, value in changes},
+            **parse_changes(run.changes),
         }
     )
     validate(config)

@@ -24,7 +24,7 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from benchmarks.learning import VARIANTS, train
+from benchmarks.learning import VARIANTS, parse_changes, train
 from configs import ablation
 from darkformer_jax.config.validation import validate
 from darkformer_jax.data import Batch
@@ -65,8 +65,8 @@ def training_rows(config: ml_collections.ConfigDict) -> Iterator[Batch]:
         yield batch
 
 
-def config_of(variant: str, learning_rate: float, steps: int, seed: int) -> ml_collections.ConfigDict:
-    """The config of two small layers of the variant."""
+def config_of(variant: str, changes: str, learning_rate: float, steps: int, seed: int) -> ml_collections.ConfigDict:
+    """The config of two small layers of the variant, with changes as `learning.parse_changes` reads them."""
     config = ablation.get_config()
     config.update_from_flattened_dict(
         {
@@ -84,6 +84,7 @@ def config_of(variant: str, learning_rate: float, steps: int, seed: int) -> ml_c
             "optimizer.geometry_learning_rate": learning_rate,
             "optimizer.warmup_steps": min(50, steps // 4),
             **VARIANTS[variant],
+            **parse_changes(changes),
         }
     )
     if config.model.attention.window:
@@ -141,19 +142,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600, help="optimizer steps of each run (default: 600)")
     parser.add_argument("--seeds", type=int, default=1, help="seeds 0 .. n-1 of each run (default: 1)")
     parser.add_argument("--learning_rates", default="3e-3", help="comma-separated peaks (default: 3e-3)")
+    parser.add_argument("--set", action="append", default=[], help="a config field for all runs: model.qk_norm=true")
     parser.add_argument("--out", type=Path, help="writes <out>.md and <out>.jsonl")
     args = parser.parse_args()
     variants = [name.strip() for name in args.variants.split(";")]
     if unknown := set(variants) - VARIANTS.keys():
         parser.error(f"--variants: {min(unknown)!r} is unknown; allowed: {'; '.join(VARIANTS)}")
+    changes = " ".join(sorted(args.set))
     rates = [float(rate) for rate in args.learning_rates.split(",")]
     runs = [(variant, rate, seed) for variant in variants for rate in rates for seed in range(args.seeds)]
     results: list[dict] = []
     with tqdm.tqdm(total=len(runs) * args.steps, unit="step") as bar:
         for variant, rate, seed in runs:
             bar.set_description(f"{variant} lr {rate:g} seed {seed}")
-            share = recall(config_of(variant, rate, args.steps, seed), bar)
-            results.append({"variant": variant, "learning_rate": rate, "seed": seed, "share": share})
+            share = recall(config_of(variant, changes, rate, args.steps, seed), bar)
+            name = " ".join(filter(None, [variant, changes]))
+            results.append({"variant": name, "learning_rate": rate, "seed": seed, "share": share})
             tqdm.tqdm.write(table(results[-1:]).splitlines()[-1])
             if args.out:
                 args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -4,9 +4,9 @@
     python train.py --config=configs/ablation.py:attention=dark,m=128,window=64,seed=1 --workdir=runs/dark-hybrid
 
 Arguments, all optional: attention (a name in the README's table), m (random features per head), window and chunk
-(tokens), sinks, lr (peak learning rate), geometry_lr, steps, seed. Any other field is overridden as usual:
---config.model.qk_norm=True. The data are bytes of the Python standard library. With 0.9 M parameters, a run takes about
-15 minutes on two CPU cores.
+(tokens), sinks, positions, decay, conv (tokens that a short convolution sees), lr (peak learning rate), geometry_lr,
+steps, seed. Any other field is overridden as usual: --config.model.qk_norm=True. The data are bytes of the Python
+standard library. With 0.9 M parameters, a run takes about 15 minutes on two CPU cores.
 """
 
 import ml_collections
@@ -14,7 +14,20 @@ import ml_collections
 from darkformer_jax.config import base
 from darkformer_jax.config.arguments import set_arguments
 
-ARGUMENTS = ("attention", "m", "window", "chunk", "sinks", "lr", "geometry_lr", "steps", "seed")
+ARGUMENTS = (
+    "attention",
+    "m",
+    "window",
+    "chunk",
+    "sinks",
+    "positions",
+    "decay",
+    "conv",
+    "lr",
+    "geometry_lr",
+    "steps",
+    "seed",
+)
 
 
 def get_config(arguments: str = "") -> ml_collections.ConfigDict:

@@ -1,4 +1,4 @@
-"""A 150 M parameter DARKFormer on the One Billion Word benchmark.
+"""A 150 M parameter DARKFormer on the One Billion Word benchmark: features everywhere, gates and a short convolution.
 
     python -m darkformer_jax.prepare_data --source=news --tokenizer=bpe:32000 --out=data/lm_1b \\
         --files=1-billion-word-language-modeling-benchmark-r13output
@@ -7,7 +7,8 @@
 The preparation takes about half an hour on two cores. 262,144 tokens per step for 20,000 steps are 5.2 G tokens, some
 six passes over the text; `--dry_run` prints parameters, state size and FLOPs. The config is for a TPU v5e-16 or one
 node of GPUs, which split each batch (data parallelism). With less memory, raise accumulation_steps. Sentences are
-packed into rows of 1,024 tokens and attend only to themselves.
+packed into rows of 1,024 tokens and attend only to themselves. For the paper's form, without gates and convolution:
+--config.model.attention.decay=none --config.model.attention.conv_width=0 --config.model.attention.geometry_init=1.
 """
 
 import ml_collections
@@ -33,6 +34,9 @@ def get_config() -> ml_collections.ConfigDict:
     m.remat = "full"
     m.attention.num_features = 256
     m.attention.chunk_size = 128
+    m.attention.decay = "gate"
+    m.attention.conv_width = 4
+    m.attention.geometry_init = 0.3  # a flat kernel, which few features estimate well (docs/learning.md)
 
     c.data.source = "array_record"
     c.data.files = "data/lm_1b"
