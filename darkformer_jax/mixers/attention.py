@@ -43,7 +43,7 @@ class Mechanism(MixerKind):
     def flops(cls, spec: MixerSpec, length: int) -> float:
         width = (spec.num_heads + spec.num_kv_heads) * spec.head_dim
         projections = (4 if cls.reads_q_and_k else 2) * spec.embed_dim * width
-        convolved = width + spec.num_kv_heads * spec.head_dim if cls.reads_q_and_k else width / 2
+        convolved = spec.num_kv_heads * spec.head_dim + (width if cls.reads_q_and_k else 0)
         gate = 2 * spec.embed_dim * spec.num_kv_heads if spec.decay == "gate" else 0
         return projections + 2 * spec.conv_width * convolved + gate + cls.mixing_flops(spec, length)
 

@@ -20,14 +20,7 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.ops.decay import RunningSum, running_sum, to_end
 from darkformer_jax.ops.linear import Kernel, Tokens, document_places, fold
 from darkformer_jax.ops.lowering import target_platform
-from darkformer_jax.ops.scan import (
-    FAR_AXES,
-    SINK_AXES,
-    TOKEN_AXES,
-    heads_first,
-    over_heads,
-    split_chunks,
-)
+from darkformer_jax.ops.scan import FAR_AXES, SINK_AXES, TOKEN_AXES, heads_first, over_heads, split_chunks
 from darkformer_jax.ops.state import NEG, AttentionState, FarState, Recent, Sinks, merge_far
 
 Tree = TypeVar("Tree")

@@ -61,12 +61,7 @@ def over_heads(
 
 
 def scan_features(
-    kernel: Kernel,
-    state: AttentionState,
-    tokens: Tokens,
-    *,
-    chunk_size: int,
-    causal: bool,
+    kernel: Kernel, state: AttentionState, tokens: Tokens, *, chunk_size: int, causal: bool
 ) -> tuple[AttentionState, Sums]:
     """Features everywhere. The chunk size changes the cost, not the result. `causal=False` sees the whole segment.
 
@@ -112,13 +107,7 @@ def _read_then_fold(
 
 
 def scan_window(
-    kernel: Kernel,
-    state: AttentionState,
-    tokens: Tokens,
-    *,
-    chunk_size: int,
-    resumed: bool,
-    return_state: bool,
+    kernel: Kernel, state: AttentionState, tokens: Tokens, *, chunk_size: int, resumed: bool, return_state: bool
 ) -> tuple[AttentionState, Sums]:
     """The hybrid: exact window and sinks, features beyond. Chunks are aligned to the sequence's very first token.
 
