@@ -118,3 +118,11 @@ def test_peak_of_known_devices(kind: str, peak: float | None) -> None:
 
 def test_no_peak_is_claimed_for_this_cpu() -> None:
     assert peak_flops(jax.devices("cpu")[0].device_kind) is None
+
+
+@pytest.mark.parametrize(("kind", "convolved"), [("softmax", 4 + 2 + 2), ("constant", 2)])  # heads of q, k and v; of v
+def test_a_convolution_and_a_gate_add_their_own_products(kind, convolved):
+    plain, width, head_dim = layer(kind), 3, 8
+    assert layer(kind, conv_width=width) - plain == 2 * width * convolved * head_dim
+    assert layer(kind, decay="gate") - plain == 2 * 32 * 2  # embed_dim and key/value heads
+    assert layer(kind, decay="learned") == layer(kind, positions="alibi") == plain
