@@ -278,7 +278,7 @@ def main() -> None:
     results = load(log)
     missing = [run for run in runs if run not in results]
     configs = {run: config_of(run) for run in missing}  # refuses impossible runs before any work
-    fields = ablation.get_config().data
+    fields = config_of(runs[0]).data
     data = load_data(fields.source, fields.files, fields.tokenizer, fields.heldout_fraction)
     if log:
         log.parent.mkdir(parents=True, exist_ok=True)
