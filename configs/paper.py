@@ -27,6 +27,7 @@ def get_config(arguments: str = "pretrain") -> ml_collections.ConfigDict:
     if kind == "pretrain":
         c = quickstart.get_config()
         c.model.attention.kind = "softmax"
+        c.model.attention.decay, c.model.attention.conv_width = "none", 0  # as the paper's, and as pretrained models
         set_arguments(c, others, PRETRAIN_ARGUMENTS, "configs/paper.py:pretrain")
         return c
     own = [argument for argument, field in OF_MECHANISMS.items() if kind in MIXERS and field in MIXERS[kind].uses]

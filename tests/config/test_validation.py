@@ -286,6 +286,12 @@ def test_every_experiments_arguments_are_known_and_none_is_given_twice():
     assert fields_of_arguments("dark,m=32,steps=3") == ["model.attention.num_features", "num_steps"]
 
 
+def test_pretrained_models_and_the_papers_have_no_decay_and_no_convolution():
+    for config in (paper.get_config("pretrain"), large.get_config("llama_7b")):  # conversions inherit theirs
+        attention = config.model.attention
+        assert (attention.decay, attention.conv_width, attention.geometry_init) == ("none", 0, 1.0)
+
+
 def test_an_argument_keeps_its_value_until_all_is_known():
     config = ablation.get_config("attention=softmax,m=32")
     assert config.model.attention.num_features == 32 and config.model.attention.chunk_size == 128
