@@ -1,4 +1,4 @@
-"""Packaging of darkformer_jax: the library only. Experiments (configs/, train.py) are run from a clone.
+"""Packaging of darkformer_jax: the library, its experiments (configs/) and the command `darkformer`.
 
 `constraints/py3.11.txt` and `constraints/py3.12.txt` pin every package below, and what those need in turn, to the
 versions that were tested. The bounds here say only what is too old.
@@ -57,7 +57,9 @@ setup(
     description="DARKFormer: transformers with data-aware random-feature kernel attention, in JAX",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["darkformer_jax", "darkformer_jax.*"]),
+    packages=[*find_packages(include=["darkformer_jax", "darkformer_jax.*"]), "darkformer_jax.experiments.configs"],
+    package_dir={"darkformer_jax.experiments.configs": "configs"},  # as cli/experiments.py finds them
+    entry_points={"console_scripts": ["darkformer = darkformer_jax.__main__:main"]},
     package_data={"darkformer_jax": ["py.typed"], "darkformer_jax.reporting": ["*.jinja"]},
     install_requires=CORE,
     extras_require={

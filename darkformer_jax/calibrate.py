@@ -33,7 +33,8 @@ from darkformer_jax.mixers import MIXERS
 _MECHANISM_OPTIONS = ("num_features", "window", "num_sinks", "geometry_init")
 
 
-def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
+def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags; a mistake is one line and exit status 2."""
     parser = Parser("calibrate", __doc__)
     defaults = conversion_config("dark").model.attention  # dark uses all of _MECHANISM_OPTIONS
     parser.add_argument("--workdir", required=True, help="the exact model: an import, or a run with kind=softmax")
@@ -109,4 +110,4 @@ def _summary(out: str, rows: Sequence[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse_flags)
+    app.run(main, flags_parser=parse_flags)

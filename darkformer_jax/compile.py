@@ -42,7 +42,6 @@ from darkformer_jax.runs.inherit import inherit
 from darkformer_jax.tasks import TASKS
 from darkformer_jax.training.experiment import Experiment, bytes_per_device
 
-DEFAULT_CONFIG = base.__file__  # experiments are not installed; the defaults are
 FLAGS = flags.FLAGS
 
 
@@ -52,7 +51,7 @@ class DoesNotFit(Exception):
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Defines and parses the flags; a mistake is one line and exit status 2."""
-    return parse_experiment_flags(argv, DEFAULT_CONFIG, define_flags)
+    return parse_experiment_flags(argv, "compile", __doc__, base.__file__, define_flags)
 
 
 def define_flags() -> None:

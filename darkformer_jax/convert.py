@@ -26,7 +26,8 @@ from darkformer_jax.runs.workdir import Workdir
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
+def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags; a mistake is one line and exit status 2."""
     parser = Parser("convert", __doc__)
     other = parser.add_mutually_exclusive_group(required=True)
     other.add_argument("--source", help="a Hugging Face directory, or a .gguf file, to import into --workdir")
@@ -90,4 +91,4 @@ def _bytes(text: str) -> int:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse_flags)
+    app.run(main, flags_parser=parse_flags)

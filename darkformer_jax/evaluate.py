@@ -43,7 +43,8 @@ from darkformer_jax.tasks import task_of
 from darkformer_jax.tasks.task import ScoreRequest
 
 
-def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
+def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags; a mistake is one line and exit status 2."""
     parser = Parser("evaluate", __doc__)
     parser.add_argument("--workdir", required=True, help="directory of the run or of the imported model")
     parser.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
@@ -109,4 +110,4 @@ def _write_json(path: str, result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse_flags)
+    app.run(main, flags_parser=parse_flags)

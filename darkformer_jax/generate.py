@@ -20,7 +20,8 @@ from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.texts import Writer
 
 
-def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
+def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags; a mistake is one line and exit status 2."""
     parser = Parser("generate", __doc__)
     parser.add_argument("--workdir", required=True, help="directory of the run whose model writes")
     parser.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
@@ -95,4 +96,4 @@ def _read_prompts(path: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse_flags)
+    app.run(main, flags_parser=parse_flags)

@@ -20,7 +20,8 @@ from darkformer_jax.data.sources import CORPUS_SOURCES
 from darkformer_jax.errors import UserError
 
 
-def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
+def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags; a mistake is one line and exit status 2."""
     parser = Parser("prepare_data", __doc__)
     parser.add_argument(
         "--source",
@@ -81,4 +82,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse_flags)
+    app.run(main, flags_parser=parse_flags)

@@ -27,7 +27,8 @@ from darkformer_jax.reporting.findings import as_json, collect
 from darkformer_jax.reporting.page import as_html, as_markdown
 
 
-def _parse_flags(argv: Sequence[str]) -> argparse.Namespace:
+def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags; a mistake is one line and exit status 2."""
     parser = Parser("report", __doc__)
     parser.add_argument("--runs", required=True, help="comma-separated globs of workdirs")
     parser.add_argument("--out", required=True, help="directory to write; must be empty or not exist")
@@ -62,4 +63,4 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse_flags)
+    app.run(main, flags_parser=parse_flags)

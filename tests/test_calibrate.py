@@ -36,7 +36,7 @@ def text(tmp_path_factory):
 def run(workdir, text, out, *flags):
     features = () if "--mechanism=window_only" in flags else ("--num_features=8",)
     given = ["calibrate", f"--workdir={workdir}", f"--text={text}", f"--out={out}", *SMALL, *features, *flags]
-    return calibrate.main(calibrate._parse_flags(given))
+    return calibrate.main(calibrate.parse_flags(given))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_the_new_workdir_is_one_like_any_other(fitted, capsys):
     assert (attention.num_features, attention.window, attention.chunk_size, attention.num_sinks) == (8, 64, 64, 2)
     m = np.asarray(model.params["blocks_0"]["attention"]["mechanism"]["M"])
     assert m.shape == (2, 2, 8, 8) and np.isfinite(m).all()
-    generate.main(generate._parse_flags(["generate", f"--workdir={fitted}", "--prompt=def ", "--max_new_tokens=3"]))
+    generate.main(generate.parse_flags(["generate", f"--workdir={fitted}", "--prompt=def ", "--max_new_tokens=3"]))
     assert capsys.readouterr().out.startswith("def ")
 
 
@@ -125,7 +125,7 @@ def test_controls_have_nothing_to_fit(workdir, text, tmp_path, mechanism):
     ],
 )
 def test_options_that_are_not_given_are_those_of_a_conversion(flags, options):
-    args = calibrate._parse_flags(["calibrate", "--workdir=w", "--text=t", "--out=o", *flags])
+    args = calibrate.parse_flags(["calibrate", "--workdir=w", "--text=t", "--out=o", *flags])
     calibrate._complete(args)
     assert (args.num_features, args.window, args.num_sinks, args.geometry_init) == options
 

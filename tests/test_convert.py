@@ -17,7 +17,7 @@ from tests.pretrained.tiny_sources import write_llama
 
 
 def run(*flags):
-    convert.main(convert._parse_flags(["convert", *flags]))
+    convert.main(convert.parse_flags(["convert", *flags]))
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def workdir(source, tmp_path_factory):
 
 def test_in_generate_and_out(source, workdir, tmp_path, capsys):
     flags = ["generate", f"--workdir={workdir}", "--prompt=w3 w4", "--max_new_tokens=3", "--temperature=0"]
-    generate.main(generate._parse_flags(flags))
+    generate.main(generate.parse_flags(flags))
     assert capsys.readouterr().out.startswith("w3 w4")
     run(f"--workdir={workdir}", f"--export_hf={tmp_path}/out", "--dtype=bfloat16", "--max_shard_size=2KB")
     assert f"{tmp_path}/out: LlamaForCausalLM, step 0, 20 arrays" in capsys.readouterr().out

@@ -39,7 +39,7 @@ def texts(tmp_path_factory):
 
 
 def run(workdir, texts, *flags):
-    return evaluate.evaluate(evaluate._parse_flags(["evaluate", f"--workdir={workdir}", f"--text={texts}", *flags]))
+    return evaluate.evaluate(evaluate.parse_flags(["evaluate", f"--workdir={workdir}", f"--text={texts}", *flags]))
 
 
 def scored_one_by_one(workdir, context, stride):
@@ -158,7 +158,7 @@ def test_a_result_is_written_and_never_overwritten(workdir, texts, tmp_path, cap
     capsys.readouterr()
     before = path.read_bytes()
     with pytest.raises(SystemExit) as exit_:
-        evaluate.main(evaluate._parse_flags(["", f"--workdir={workdir}", f"--text={texts}", f"--json={path}"]))
+        evaluate.main(evaluate.parse_flags(["", f"--workdir={workdir}", f"--text={texts}", f"--json={path}"]))
     assert exit_.value.code == 2
     assert capsys.readouterr().err == f"error: --json={path}: the file exists, and results are not overwritten\n"
     assert path.read_bytes() == before
@@ -198,7 +198,7 @@ def test_a_mistake_is_one_line_and_status_2(workdir, tmp_path, flags, message, c
     os.mkfifo(tmp_path / "pipe.txt")
     given = [flag.format(dir=tmp_path) for flag in flags]
     with pytest.raises(SystemExit) as exit_:
-        evaluate.main(evaluate._parse_flags(["", f"--workdir={workdir}", f"--text={tmp_path}/good.txt", *given]))
+        evaluate.main(evaluate.parse_flags(["", f"--workdir={workdir}", f"--text={tmp_path}/good.txt", *given]))
     assert exit_.value.code == 2
     printed = capsys.readouterr()
     errors = [line for line in printed.err.splitlines() if "it/s" not in line and "B/s" not in line]

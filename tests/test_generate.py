@@ -23,7 +23,7 @@ def workdir(tmp_path_factory):
 
 
 def run(workdir, *flags):
-    generate.main(generate._parse_flags(["generate", f"--workdir={workdir}", *flags]))
+    generate.main(generate.parse_flags(["generate", f"--workdir={workdir}", *flags]))
 
 
 def test_one_prompt_is_continued_as_the_sampler_continues_it(workdir, capsys):

@@ -10,7 +10,7 @@ from darkformer_jax.data import load_data
 
 
 def run(*flags):
-    prepare_data.main(prepare_data._parse_flags(["prepare_data", *flags]))
+    prepare_data.main(prepare_data.parse_flags(["prepare_data", *flags]))
 
 
 def write_release(root):

@@ -46,7 +46,7 @@ def write_labelled_run(workdir, task, figures, arguments=""):
 
 
 def run_report(runs, out):
-    return report.report(report._parse_flags(["report", f"--runs={runs}", f"--out={out}"]))
+    return report.report(report.parse_flags(["report", f"--runs={runs}", f"--out={out}"]))
 
 
 # Losses by seed, and what must come of them, worked out by hand.

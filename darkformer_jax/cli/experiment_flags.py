@@ -1,12 +1,16 @@
-"""The command line of programs that take a config: --config, its overrides, and flags of their own."""
+"""The command line of verbs that take a config: --config, its overrides, and flags of their own."""
 
+import argparse
 import difflib
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
+from darkformer_jax.cli.experiments import experiments, find_experiment
+from darkformer_jax.cli.parser import command_of
 from darkformer_jax.config.arguments import fields_of_arguments
 from darkformer_jax.config.base import fields
 from darkformer_jax.errors import UserError, one_line
@@ -15,17 +19,24 @@ FLAGS = flags.FLAGS
 _HELP = ("?", "help", "helpshort", "helpfull", "helpxml")
 
 
-def parse_experiment_flags(argv: list[str], default_config: str, define: Callable[[], None]) -> list[str]:
+def parse_experiment_flags(
+    argv: list[str], verb: str, description: str | None, default_config: str, define: Callable[[], None]
+) -> list[str]:
     """Defines and parses --config and what `define` defines; a mistake is one line and exit status 2.
 
-    --help ends the program with status 0.
+    --help prints the description, the flags and the experiments, and ends the program with status 0.
     """
     try:
+        others = set(FLAGS)
         define()
+        if any(argument.lstrip("-") in _HELP for argument in argv[1:] if argument.startswith("-")):
+            print(_help(verb, description, default_config, sorted(set(FLAGS) - others)))
+            sys.exit(0)
+        argv = _with_config_found(argv[:1] + FLAGS.read_flags_from_files(argv[1:], force_gnu=False))
         _refuse_sections(argv)
         # Inside the try, because the definition already raises for a field that does not exist.
-        config_flags.DEFINE_config_file("config", default_config, "The experiment; config/base.py lists all fields.")
-        rest = _parse(argv)
+        config_flags.DEFINE_config_file("config", default_config, "The experiment.", sys_argv=argv)
+        rest = FLAGS(argv)
         if len(rest) > 1:
             raise UserError(f"{rest[1]!r} is no flag; --help lists them")
         FLAGS.config.to_dict()  # raises OSError where the file could not be loaded
@@ -42,14 +53,37 @@ def parse_experiment_flags(argv: list[str], default_config: str, define: Callabl
     sys.exit(2)
 
 
-def _parse(argv: list[str]) -> list[str]:
-    """What absl leaves of `argv`. absl itself ends the program with status 1 after it has printed the help."""
-    try:
-        return FLAGS(argv)
-    except SystemExit:
-        if any(argument.startswith("-") and argument.lstrip("-") in _HELP for argument in argv[1:]):
-            sys.exit(0)
-        raise
+def _help(verb: str, description: str | None, default_config: str, names: list[str]) -> str:
+    """The text of --help, in the form that the other verbs' has."""
+    width = max(map(len, experiments()))
+    known = "\n".join(f"  {name:{width}}  {line}" for name, line in experiments().items())
+    parser = argparse.ArgumentParser(
+        prog=command_of(verb),
+        description=description,
+        epilog=f"experiments:\n{known}\n\nfields: darkformer_jax/config/base.py has them all, with meaning and range.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE[:ARGUMENTS]", help=f"the experiment (default: {default_config})")
+    parser.add_argument("--config.<field>", metavar="VALUE", help="overrides a field: --config.model.qk_norm=True")
+    for name in names:
+        flag = FLAGS[name]
+        default = "" if flag.default in (None, False) else f" (default: {flag.default})"
+        kind: dict[str, Any] = {"action": "store_true"} if flag.boolean else {"metavar": name.upper()}
+        parser.add_argument(f"--{name}", help=f"{flag.help.rstrip('.')}{default}", **kind)
+    return parser.format_help()
+
+
+def _with_config_found(argv: list[str]) -> list[str]:
+    """`argv` with the file of --config as `find_experiment` finds it. Raises UserError if it finds none."""
+    found = list(argv)
+    for place, argument in enumerate(argv):
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-config"):
+            if equals:
+                found[place] = f"{name}={find_experiment(value)}"
+            elif place + 1 < len(argv):
+                found[place + 1] = find_experiment(argv[place + 1])
+    return found
 
 
 def overridden_fields() -> list[str]:

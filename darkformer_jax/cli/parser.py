@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import difflib
 import signal
 import sys
 from collections.abc import Iterator
@@ -16,12 +17,18 @@ from darkformer_jax.errors import UserError, one_line, printable
 _INTERRUPTING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+def command_of(verb: str) -> str:
+    """The command that runs a verb, as the user began it."""
+    own = f"darkformer {verb}"
+    return own if sys.argv[0] == own else f"python -m darkformer_jax.{verb}"
+
+
 class Parser(argparse_flags.ArgumentParser):
-    """Flags of a verb, `python -m darkformer_jax.<verb>`; a mistake in them is one line and exit status 2."""
+    """Flags of a verb, `darkformer <verb>` or `python -m darkformer_jax.<verb>`; a mistake is one line and status 2."""
 
     def __init__(self, verb: str, description: str | None) -> None:
         super().__init__(
-            prog=f"python -m darkformer_jax.{verb}",
+            prog=command_of(verb),
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -29,7 +36,10 @@ class Parser(argparse_flags.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints one line and exits with status 2, as for every other mistake."""
-        self.exit(2, f"error: {message} (--help lists the flags)\n")
+        unknown = message.partition("unrecognized arguments: ")[2].partition("=")[0].split(" ")[0]
+        close = difflib.get_close_matches(unknown, self._option_string_actions, n=1)
+        meant = f"; did you mean {close[0]}?" if close else ""
+        self.exit(2, f"error: {message}{meant} (--help lists the flags)\n")
 
 
 @contextlib.contextmanager

@@ -167,7 +167,7 @@ def test_samples_stop_at_the_ends_of_the_original_model_as_generate_does(tmp_pat
     samples = (workdir / "samples.txt").read_text()
     assert samples == "--- 'ab'\nabxy\n--- 'c'\ncxy\n" and samples in capsys.readouterr().out
     (tmp_path / "prompts.txt").write_text("ab\nc\n")
-    generate.main(generate._parse_flags(["", f"--workdir={workdir}", f"--prompts_file={tmp_path}/prompts.txt"]))
+    generate.main(generate.parse_flags(["", f"--workdir={workdir}", f"--prompts_file={tmp_path}/prompts.txt"]))
     assert capsys.readouterr().out == samples
 
 
