@@ -146,7 +146,7 @@ def test_one_program_for_all_batches(workdir, texts):
             return super().bind(params, projections)
 
     fields = {name: getattr(model.network, name) for name in model.network.__dataclass_fields__}
-    scorer = TextScorer(model._replace(network=Counting(**fields)), 8, 8)
+    scorer = TextScorer(model, 8, 8, make_quarter_step(Counting(**fields)))
     scorer.score(open_corpus("text", str(texts)), 100, 3, None, progress_bar)
     assert calls == [1]  # traced once
 

@@ -45,7 +45,7 @@ def score_text(workdir: Workdir, step: int | None, request: ScoreRequest, progre
     if context > longest:
         print(f"note: --context={context} is more than the {longest} tokens this model was made for", file=sys.stderr)
     started = time.perf_counter()
-    scorer = TextScorer(model, context, stride)
+    scorer = TextScorer(model, context, stride, make_quarter_step(model.network))
     scorer.score(corpus, num_bytes, request.batch_size, request.max_tokens, progress_bar)
     if not scorer.tokens.sum():
         raise UserError(f"--text={request.files}: no document has a token to score")
@@ -82,10 +82,13 @@ class TextScorer:
       model: a model with its tokenizer.
       context: tokens per window.
       stride: tokens from one window to the next.
+      step: `make_quarter_step` of the model's network.
     """
 
-    def __init__(self, model: WorkdirModel, context: int, stride: int) -> None:
-        self._model, self._context, self._stride = model, context, stride
+    def __init__(
+        self, model: WorkdirModel, context: int, stride: int, step: Callable[[dict, dict, Batch], Sums]
+    ) -> None:
+        self._model, self._context, self._stride, self._step = model, context, stride, step
         self._nll, self._correct, self.tokens = (np.zeros(QUARTERS) for _ in range(3))
         self.num_bytes = 0
         self.num_documents = 0
@@ -94,7 +97,7 @@ class TextScorer:
         self, corpus: Corpus, num_bytes: int, batch_size: int, max_tokens: int | None, progress_bar: ProgressBar
     ) -> None:
         """Scores the corpus, which has `num_bytes`, or its first `max_tokens` tokens."""
-        step, model = make_quarter_step(self._model.network), self._model
+        step, model = self._step, self._model
         pending: Sums | None = None
         with progress_bar(max_tokens or num_bytes, "token" if max_tokens else "B") as bar:
             rows = self._rows(corpus, max_tokens)
