@@ -15,19 +15,8 @@ from darkformer_jax.config import base
 from darkformer_jax.config.arguments import set_arguments
 
 ARGUMENTS = (
-    "attention",
-    "m",
-    "window",
-    "chunk",
-    "sinks",
-    "positions",
-    "decay",
-    "conv",
-    "lr",
-    "geometry_lr",
-    "steps",
-    "seed",
-)
+    "attention", "m", "window", "chunk", "sinks", "positions", "decay", "conv", "lr", "geometry_lr", "steps", "seed",
+)  # fmt: skip
 
 
 def get_config(arguments: str = "") -> ml_collections.ConfigDict:

@@ -48,12 +48,10 @@ def get_config(arguments: str = "gemma_2b") -> ml_collections.ConfigDict:
     shape, *others = arguments.split(",")
     if shape not in SHAPES:
         raise UserError(f"configs/large.py has no shape {shape!r}; allowed: {', '.join(SHAPES)}")
-    c = lm_1b.get_config()
+    c = lm_1b.get_config("paper")
     c.model.update(SHAPES[shape])
-    a = c.model.attention
-    a.kind = "dark"
-    a.chunk_size = 256
-    a.decay, a.conv_width, a.geometry_init = "none", 0, 1.0  # the public models have neither
+    c.model.attention.kind = "dark"
+    c.model.attention.chunk_size = 256
     c.sequence_length = 8192
     c.mesh.data, c.mesh.fsdp = 1, -1
     set_arguments(c, others, ARGUMENTS, "configs/large.py")

@@ -7,17 +7,21 @@
 The preparation takes about half an hour on two cores. 262,144 tokens per step for 20,000 steps are 5.2 G tokens, some
 six passes over the text; `--dry_run` prints parameters, state size and FLOPs. The config is for a TPU v5e-16 or one
 node of GPUs, which split each batch (data parallelism). With less memory, raise accumulation_steps. Sentences are
-packed into rows of 1,024 tokens and attend only to themselves. For the paper's form, without gates and convolution:
---config.model.attention.decay=none --config.model.attention.conv_width=0 --config.model.attention.geometry_init=1.
+packed into rows of 1,024 tokens and attend only to themselves. configs/lm_1b.py:paper is the paper's form: no gates, no
+convolution, M starts at I.
 """
 
 import ml_collections
 
 from darkformer_jax.config import base
+from darkformer_jax.config.arguments import PAPER_FORM
+from darkformer_jax.errors import UserError
 
 
-def get_config() -> ml_collections.ConfigDict:
-    """The config."""
+def get_config(form: str = "") -> ml_collections.ConfigDict:
+    """The config. form: "", or "paper"."""
+    if form not in ("", "paper"):
+        raise UserError(f"configs/lm_1b.py has no form {form!r}; allowed: paper")
     c = base.get_config()
     c.num_steps = 20_000
     c.batch_size = 256
@@ -37,6 +41,8 @@ def get_config() -> ml_collections.ConfigDict:
     m.attention.decay = "gate"
     m.attention.conv_width = 4
     m.attention.geometry_init = 0.3  # a flat kernel, which few features estimate well (docs/learning.md)
+    if form:
+        m.attention.update(PAPER_FORM)
 
     c.data.source = "array_record"
     c.data.files = "data/lm_1b"

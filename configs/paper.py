@@ -13,7 +13,7 @@ hybrid. See benchmarks/paper.py.
 import ml_collections
 
 from configs import finetune, quickstart
-from darkformer_jax.config.arguments import argument_names, set_arguments
+from darkformer_jax.config.arguments import PAPER_FORM, argument_names, set_arguments
 from darkformer_jax.mixers import MIXERS
 
 PRETRAIN_ARGUMENTS = ("steps", "lr", "seed")
@@ -26,8 +26,7 @@ def get_config(arguments: str = "pretrain") -> ml_collections.ConfigDict:
     kind, *others = arguments.split(",")
     if kind == "pretrain":
         c = quickstart.get_config()
-        c.model.attention.kind = "softmax"
-        c.model.attention.decay, c.model.attention.conv_width = "none", 0  # as the paper's, and as pretrained models
+        c.model.attention.update(PAPER_FORM, kind="softmax")
         set_arguments(c, others, PRETRAIN_ARGUMENTS, "configs/paper.py:pretrain")
         return c
     own = [argument for argument, field in OF_MECHANISMS.items() if kind in MIXERS and field in MIXERS[kind].uses]

@@ -49,6 +49,14 @@ def test_sizes_are_those_of_init_from_and_the_rest_is_not(tmp_path):
     assert finetune.get_config().model.num_layers is None  # and stays so
 
 
+@pytest.mark.parametrize("arguments", ["dark", "softmax", "dark,window=0", "performer,sinks=2"])
+def test_a_conversion_keeps_what_its_source_forgets(tmp_path, arguments):
+    decay = {"decay": "learned", "undecayed_heads": 1, "longest_memory": 500.0, "shortest_memory": 3.0, "conv_width": 3}
+    config = from_run(tmp_path, arguments, **{f"model__attention__{name}": value for name, value in decay.items()})
+    validate(config)
+    assert {name: config.model.attention[name] for name in decay} == decay
+
+
 @pytest.mark.parametrize(
     ("arguments", "inherited"),
     [
@@ -183,7 +191,9 @@ def test_the_whole_road(tmp_path):
     assert "--- 'def '" in trained.out
     assert again.status == 0 and f"resuming {workdir} from step 3" in again.err, again.err
     assert other.status == 2 and "model.mlp_dim: 32 -> 48" in other.err
-    assert [line["step"] for line in metrics_without_time(workdir) if "loss" in line] == [1, 2, 3]
+    lines = metrics_without_time(workdir)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
+    assert [line["step"] for line in lines if "heldout_loss" in line] == [0, 3]  # before training, and after
     model = json.loads((workdir / "config.json").read_text())["model"]
     assert (model["num_layers"], model["vocab_size"], model["mlp_dim"]) == (1, 300, TINY["model.mlp_dim"])
     assert (workdir / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()

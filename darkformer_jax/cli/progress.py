@@ -21,7 +21,7 @@ def progress_bar(total: float, unit: str, label: str = "") -> Any:
 
 
 class Progress:
-    """Shows `step 120/1000  loss 2.345  12.3k tok/s  mfu 3.1%  1.2 GiB  eta 03:21`.
+    """Shows `step 120/1000  loss 2.345  12.3k tok/s  mfu 3.1%  memory 1.2 GiB  eta 03:21`.
 
     On a terminal it is one line, rewritten in place and never wider than the window. Elsewhere (a file, a pipe) it is a
     line per `log_every` steps and one for the last step, which tqdm cannot do. Only process 0 prints.
@@ -63,7 +63,7 @@ class Progress:
             "loss": f"loss {loss:.3f}",
             "speed": f"{tqdm.tqdm.format_sizeof(tokens_per_second)} tok/s",
             "mfu": "" if mfu is None else f"mfu {100 * mfu:.1f}%",
-            "memory": f"{memory_bytes / 2**30:.1f} GiB",
+            "memory": f"memory {memory_bytes / 2**30:.1f} GiB",
             "eta": f"eta {self._time_left(step)}",
         }
         if self._live:

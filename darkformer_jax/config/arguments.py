@@ -33,9 +33,14 @@ ARGUMENTS = {short: ATTENTION + name for short, name in SHORT.items()} | {
     "seed": "seed",
 }
 
+# Of model.attention: the paper's layers have no gates and no convolution, and M starts at the identity.
+PAPER_FORM = {"decay": "none", "conv_width": 0, "geometry_init": 1.0}
+
 
 def set_arguments(c: ml_collections.ConfigDict, arguments: Iterable[str], allowed: Collection[str], file: str) -> None:
     """Sets the fields that `name=value` strings name. What `file` set for another mechanism is as by default again.
+
+    A warm-up that is not shorter than the steps becomes a quarter of them.
 
     Whether a layer uses what the arguments set is asked later, of the config with all overrides (`require_new_uses`).
 
@@ -55,6 +60,8 @@ def set_arguments(c: ml_collections.ConfigDict, arguments: Iterable[str], allowe
         except ValueError as error:
             kind = type(fields()[field].default).__name__
             raise UserError(f"{file}: {argument!r}: expected {name}=<{kind}>") from error
+    if "num_steps" in given and c.optimizer.warmup_steps >= c.num_steps:
+        c.optimizer.warmup_steps = c.num_steps // 4
     reset_unused(c, given)
 
 

@@ -172,13 +172,14 @@ def _attention() -> Section:
     # Kernel of the keys seen exactly: dark (which the features estimate) | softmax (without M).
     a.window_kernel = choice("dark", get_args(WindowKernel), off="dark", needs="window", since=1)
     a.far_gain = anything(False, off=False, needs="window", since=1)  # a learned log gain per head on the far part
-    # How a layer tells positions: rope rotates q and k; alibi multiplies the kernel by exp(-slope distance).
+    # How a layer tells positions: rope rotates q and k; alibi multiplies the kernel by exp(-slope distance). Exact
+    # attention with alibi or a decay holds all its logits in memory: no library has a fast kernel for it.
     a.positions = choice("rope", get_args(Positions), off="rope", since=3)
     # A decay of the kernel with the distance, per key/value head: learned = a slope; gate = each token decides.
     a.decay = choice("none", get_args(Decay), off="none", since=3)
     # Tokens after which a weight has fallen to 1/e, at the start: rises geometrically from head to head.
-    a.shortest_memory = positive(2.0, off=2.0, needs="decay", since=3)
-    a.longest_memory = positive(128.0, off=128.0, needs="decay", since=3)
+    a.shortest_memory = at_least(0.01, 2.0, off=2.0, needs="decay", since=3)
+    a.longest_memory = at_least(0.01, 128.0, off=128.0, needs="decay", since=3)
     a.undecayed_heads = at_least(0, 0, off=0, needs="decay", since=3)  # key/value heads, the last ones, without decay
     # Tokens that a causal convolution of q, k and v sees, its own included, per head and dimension; 0 = none.
     a.conv_width = at_least(0, 0, off=0, since=3)
@@ -203,7 +204,8 @@ def _data() -> Section:
 def _optimizer() -> Section:
     o = Section()  # AdamW
     # all | qkv_geometry (q, k, v projections and M) | geometry (M, learned projections) | lora (low-rank updates of
-    # rank model.lora_rank, and M). Other parameters are frozen and have no moments.
+    # rank model.lora_rank, and M). Each also trains what no pretrained model brings: a classifier's head, gates, slopes
+    # and convolutions. Other parameters are frozen and have no moments.
     o.train = choice("all", REGIMES, since=1)
     o.learning_rate = positive(3e-3)  # peak
     o.geometry_learning_rate = at_least(0, 3e-4)  # peak, for M and learned projections, which scale exponents

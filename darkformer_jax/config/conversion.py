@@ -53,9 +53,9 @@ def conversion_config(kind: str) -> ml_collections.ConfigDict:
 
 
 def without_window(c: ml_collections.ConfigDict) -> None:
-    """Turns off the fields that need a window if the config has none."""
+    """Turns off the fields that need a window if the config has none. What another run determines stays None."""
     for name, field in base.fields().items():
-        if name.startswith(ATTENTION) and field.needs and not c.model.attention[field.needs]:
+        if name.startswith(ATTENTION) and field.needs == "window" and not c.model.attention.window:
             c.update_from_flattened_dict({name: field.off})
 
 

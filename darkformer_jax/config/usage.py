@@ -90,8 +90,16 @@ def require_used(config: ml_collections.ConfigDict, names: Iterable[str]) -> Non
 
 def _require_read(config: ml_collections.ConfigDict, names: Iterable[str]) -> None:
     """Raises UserError for the first of these fields that is set although another field makes it do nothing."""
+    rotated = any(spec.has_rope for spec in mixer_specs(config))
     for name in names:
-        if name not in READ_WITH or _value(config, name) in (fields()[name].default, fields()[name].off):
+        if _value(config, name) in (fields()[name].default, fields()[name].off):
+            continue
+        if name.startswith("model.rope_") and not rotated:
+            raise UserError(
+                f"{name} = {_shown(_value(config, name))}: no layer has rotary positions (model.attention.positions); "
+                f"allowed: {_shown(fields()[name].default)}"
+            )
+        if name not in READ_WITH:
             continue
         other, values = READ_WITH[name]
         if _value(config, other) not in values:

@@ -31,7 +31,6 @@ def _validate_model(model: ml_collections.ConfigDict) -> None:
         model.num_heads % model.num_kv_heads == 0,
         f"model.num_heads = {model.num_heads} is not a multiple of model.num_kv_heads = {model.num_kv_heads}",
     )
-    _require(model.head_dim % 2 == 0, f"model.head_dim = {model.head_dim}: must be even, for rotary positions")
     _validate_rope(model)
 
 
@@ -49,6 +48,10 @@ def _validate_mixers(config: ml_collections.ConfigDict) -> None:
             mixer.conv_width <= config.sequence_length,
             f"model.attention.conv_width = {mixer.conv_width}: must be at most sequence_length = "
             f"{config.sequence_length}",
+        )
+        _require(
+            mixer.head_dim % 2 == 0 or not mixer.has_rope,
+            f"model.head_dim = {mixer.head_dim}: must be even, for rotary positions",
         )
         for name in sorted(MIXERS[mixer.kind].uses):
             field = fields().get(ATTENTION + name)

@@ -1,4 +1,4 @@
-"""The attention mixer: projections, grouped heads, QK-norm and RoPE around a mechanism of q, k and v."""
+"""The attention mixer: projections, grouped heads, convolution, QK-norm, positions and decay around a mechanism."""
 
 import abc
 import functools
@@ -86,7 +86,7 @@ class AttentionLayerState(NamedTuple):
 class Attention(nnx.Module):
     """x -> y: q, k, v = x Wq, x Wk, x Wv (plus biases); their convolution; RMSNorm of q and k; RoPE; mechanism; Wo.
 
-    Convolution, norm and RoPE are there if the spec says so.
+    Convolution, norm, RoPE and the decay that the mechanism gets are there if the spec says so.
     """
 
     def __init__(self, spec: MixerSpec, mechanism: Mechanism, *, rngs: nnx.Rngs) -> None:
@@ -102,7 +102,7 @@ class Attention(nnx.Module):
         self.q_norm = norm() if spec.qk_norm else None
         self.k_norm = norm() if spec.qk_norm else None
         self.mechanism = mechanism
-        # Drawn last, so that the other weights are the same with and without them.
+        # Drawn last, so that this layer's other weights are the same with and without them.
         self.convolution = QKVConvolution(spec) if spec.conv_width else None
         self.forgetting = Forgetting(spec, rngs) if spec.has_decay else None
 

@@ -13,7 +13,7 @@ from darkformer_jax.mixers.spec import MixerSpec
 class Forgetting(nnx.Module):
     """x [b, n, embed] -> the log decay of each key/value head, [hkv], or [b, n, hkv] if tokens decide.
 
-        alibi    -s_h, s_h = 2^(-8 (h + 1) / hkv): constants (Press et al., arXiv 2108.12409)
+        alibi    -s_h, s_h = 2^(-8 (h + 1) / hkv): constants (Press et al., arXiv 2108.12409, for powers of two)
         learned  -softplus(a_h)
         gate     -softplus(a_h + x W_h), which is log sigmoid(-a_h - x W_h); W starts at 0
 
@@ -27,11 +27,12 @@ class Forgetting(nnx.Module):
         self.forgetful = spec.num_kv_heads - spec.undecayed_heads
         if self.kind == "alibi":
             return
-        start = np.log(np.expm1(1 / memories(spec)))  # the inverse of softplus
+        rate = 1 / memories(spec)
+        start = rate + np.log(-np.expm1(-rate))  # the inverse of softplus
         self.bias = nnx.Param(jnp.asarray(start, jnp.float32), axes=("kv_heads",))
         if self.kind == "gate":
             shape = (spec.embed_dim, self.num_heads)
-            self.gate = Linear(shape, ("embed", "kv_heads"), rngs=rngs, dtype=spec.dtype)
+            self.gate = Linear(shape, ("embed", "kv_heads"), rngs=rngs, dtype=jnp.float32)  # exponents
             self.gate.kernel[...] = jnp.zeros(shape, jnp.float32)
 
     def __call__(self, x: Float[Array, "b n embed"]) -> Float[Array, "..."]:
@@ -39,7 +40,7 @@ class Forgetting(nnx.Module):
             return -jnp.asarray(alibi_slopes(self.num_heads))
         raw = self.bias[...].astype(jnp.float32)
         if self.kind == "gate":
-            raw = self.gate(x).astype(jnp.float32) + raw[None, None]
+            raw = self.gate(x) + raw[None, None]
         decay = -jax.nn.softplus(raw)
         if self.forgetful == self.num_heads:
             return decay

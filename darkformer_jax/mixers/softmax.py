@@ -11,7 +11,7 @@ from darkformer_jax.mixers.attention import ATTENTION_FIELDS, Mechanism
 from darkformer_jax.mixers.spec import MixerSpec
 from darkformer_jax.mixers.stretches import on_stretches
 from darkformer_jax.ops.context import gather_sequence
-from darkformer_jax.ops.decay import RunningSum, between, running_sum
+from darkformer_jax.ops.decay import RunningSum, between, precise_running_sum
 from darkformer_jax.ops.exact import exact_attention
 
 
@@ -132,9 +132,7 @@ def new_tokens(
     length = jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32)
     if log_decay is None or log_decay.ndim == 1:
         return KeyValueCache(k, v, segment_ids, positions, length)
-    elapsed = running_sum(jnp.where((segment_ids != 0)[..., None], log_decay, 0), axis=1)
-    if total is not None:
-        elapsed = jax.tree.map(lambda before, x: before[:, None] + x, total, elapsed)
+    elapsed = precise_running_sum(jnp.where((segment_ids != 0)[..., None], log_decay, 0), 1, total)
     return KeyValueCache(k, v, segment_ids, positions, length, elapsed, jax.tree.map(lambda x: x[:, -1], elapsed))
 
 

@@ -18,8 +18,8 @@ def _is_qkv(path: ParamPath) -> bool:
 
 
 def _is_new(path: ParamPath) -> bool:
-    """Whether a parameter is the classifier's. No pretrained model has a classifier, so every regime trains it."""
-    return path[0] == "classifier"
+    """Whether no pretrained model of another library has the parameter; every regime trains it."""
+    return path[0] == "classifier" or path[1:3] in (("attention", "forgetting"), ("attention", "convolution"))
 
 
 # optimizer.train -> whether it trains the parameter (path, variable)

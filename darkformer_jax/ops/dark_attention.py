@@ -70,9 +70,10 @@ def dark_attention(
         later key loses weight likewise, exp(g_{n+1} + ... + g_j). Values below -1000 count as -1000.
       state: of the tokens before these, from `init_state` or an earlier call with the same options.
       return_state: also returns the state after the last token. Padding at the end leaves no trace in it.
-      sequence_axis: within `jax.shard_map`, the mesh axis over which the sequence is split. q, k, v and segment_ids are
-        this device's stretch; out is this stretch of what one device would compute. The devices exchange their far
-        states, windows and sinks and nothing else: the size of their messages does not depend on the length.
+      sequence_axis: within `jax.shard_map`, the mesh axis over which the sequence is split. q, k, v, segment_ids and a
+        log_decay per token are this device's stretch; out is this stretch of what one device would compute. The devices
+        exchange their far states, windows, sinks and sums of decays: the size of their messages does not depend on the
+        length.
 
     Returns:
       out [b, n, hq, dv] in v's dtype, or (out, state).
@@ -85,7 +86,7 @@ def dark_attention(
     check_inputs(q, k, v, segment_ids)
     check_options(q, options, log_decay, state)
     if log_decay is not None:
-        check_log_decay(log_decay, q.shape[0], q.shape[1], k.shape[2])
+        check_log_decay(log_decay, k, segment_ids)
     _check_window_options(q, window, window_kernel, log_gain)
     arrays = _kernel_arrays(projections, geometry, log_weights, log_gain, k, window)
     kernel = Kernel(arrays, positive_random_features, scale, window_kernel)

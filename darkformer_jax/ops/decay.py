@@ -59,6 +59,29 @@ def running_sum(log_decay: Float[Array, "..."], axis: int = 0, *, causal: bool =
     return RunningSum(jnp.cumsum(whole, axis=axis), jnp.cumsum(own - whole, axis=axis), of_keys)
 
 
+def precise_running_sum(log_decay: Float[Array, "..."], axis: int, before: RunningSum | None = None) -> RunningSum:
+    """G along an axis of any length, with twice the digits: `whole` is G rounded, and `rest` what the rounding lost.
+
+    before: of the tokens before, without that axis.
+    """
+    plain = jnp.cumsum(log_decay, axis=axis)
+    steps = jax.lax.stop_gradient(log_decay)
+    whole, rest = jax.lax.associative_scan(_add, (steps, jnp.zeros_like(steps)), axis=axis)
+    if before is not None:
+        first = jnp.expand_dims(before.whole, axis), jnp.expand_dims(before.rest, axis)
+        whole, rest = _add(first, (whole, rest))
+    return RunningSum(whole, rest + (plain - jax.lax.stop_gradient(plain)))  # the derivative is that of the plain sum
+
+
+def _add(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
+    """The sum of two numbers, each the sum of two floats (Knuth's and Dekker's algorithms: Dekker 1971)."""
+    rounded = first[0] + second[0]
+    part = rounded - first[0]
+    lost = (first[0] - (rounded - part)) + (second[0] - part) + (first[1] + second[1])
+    whole = rounded + lost
+    return whole, lost - (whole - rounded)
+
+
 def between(queries: RunningSum, keys: RunningSum) -> Float[Array, "n t"]:
     """G_n - G_j of one head."""
     difference = (queries.whole[:, None] - keys.whole[None, :]) + (queries.rest[:, None] - keys.rest[None, :])
@@ -101,9 +124,12 @@ with_scale_derivative.defjvps(
 )
 
 
-def check_log_decay(log_decay: Array, batch: int, length: int, num_kv_heads: int) -> None:
-    """Raises UserError for another shape than [hkv] or [b, n, hkv], and for values above 0 where they are known."""
-    allowed = ((num_kv_heads,), (batch, length, num_kv_heads))
+def check_log_decay(log_decay: Array, k: Array, segment_ids: Array | None) -> None:
+    """Raises UserError for another shape than [hkv] or [b, n, hkv], and for values above 0 where they are known.
+
+    Padding may hold anything.
+    """
+    allowed = (k.shape[2:3], k.shape[:3])
     if log_decay.shape not in allowed:
         raise UserError(
             f"log_decay has shape {log_decay.shape}; expected {allowed[0]}, one number per key/value head, or "
@@ -111,7 +137,10 @@ def check_log_decay(log_decay: Array, batch: int, length: int, num_kv_heads: int
         )
     if isinstance(log_decay, jax.core.Tracer) or not getattr(log_decay, "is_fully_addressable", True):
         return
-    largest = np.max(np.asarray(log_decay), initial=-np.inf)
+    known = np.asarray(log_decay)
+    if known.ndim == 3 and segment_ids is not None and not isinstance(segment_ids, jax.core.Tracer):
+        known = known[np.asarray(segment_ids) != 0]
+    largest = np.max(known, initial=-np.inf)
     if not largest <= 0:
         raise UserError(f"log_decay has {largest:g}; allowed: at most 0")
 

@@ -56,7 +56,7 @@ def linear_attention(
     check_inputs(q, k, v, segment_ids)
     check_options(q, options, log_decay, state)
     if log_decay is not None:
-        check_log_decay(log_decay, q.shape[0], q.shape[1], k.shape[2])
+        check_log_decay(log_decay, k, segment_ids)
     num_kv_heads = k.shape[2]
     for path, leaf in jax.tree_util.tree_leaves_with_path(feature_arrays):
         if jnp.shape(leaf)[:1] != (num_kv_heads,):

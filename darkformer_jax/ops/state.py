@@ -2,8 +2,8 @@
 
 The far state is `(c, z, S)` of docs/attention.md: per feature i the largest log feature c_i over the keys seen, and
 the sums z_i = sum_j exp(l_i(k_j) - c_i) and S_i = sum_j exp(l_i(k_j) - c_i) v_j. As the maximum is one of the terms,
-z_i >= 1 once a key was seen. c only moves the numbers into range; it cancels in the output and is a constant to the
-gradient.
+z_i >= 1 once a key was seen. (With a decay z also takes what rounding c lost, and may fall below 1 over millions of
+tokens.) c only moves the numbers into range; it cancels in the output and is a constant to the gradient.
 """
 
 from typing import NamedTuple

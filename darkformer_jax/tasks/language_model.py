@@ -154,7 +154,10 @@ class LanguageModel:
         text = self.data.heldout_text()
         if text:
             others = "  ".join(f"{name} {bits:.3f}" for name, bits in compressors(text).items())
-            print(f"bits per byte of the same {len(text):,} bytes: this model {last.bits_per_byte:.3f}  {others}")
+            print(
+                f"bits per byte of the same {len(text):,} bytes: this model {last.bits_per_byte:.3f}  {others} (what a "
+                "byte costs if the model's predictions compress the text; plain text costs 8, and less is better)"
+            )
         if self.config.sample.prompts and jax.process_count() == 1:  # else no process has the whole state
             samples = self._samples(network, params, projections, workdir)
             print("\n" + samples)

@@ -136,6 +136,5 @@ def describe(sessions: list[dict[str, Any]]) -> str:
     rest = sorted(((share, name) for name, share in shares.items() if share >= 5e-4), reverse=True)
     hours = (sessions[-1]["ended"] - sessions[0]["began"]) / 3600
     starts = f"{len(sessions)} start" + "s" * (len(sessions) > 1)
-    return f"goodput {steps:.1%} of {hours:.2f} h in {starts}: " + ", ".join(
-        f"{name} {share:.1%}" for share, name in rest
-    )
+    others = ", ".join(f"{name} {share:.1%}" for share, name in rest)
+    return f"goodput: {steps:.1%} of {hours:.2f} h, in {starts}, were steps that count; the rest: {others}"

@@ -1,5 +1,6 @@
 """Starting a run from another run's weights, perhaps with another mechanism."""
 
+import itertools
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -163,8 +164,12 @@ def _listed(title: str, names: set[ParamPath]) -> str:
         numbers = layers.setdefault("/".join(name[1:] if is_layer else name), [])
         if is_layer:
             numbers.append(int(name[0].removeprefix("layer ")))
-    shown = [
-        f"{name} of layers {', '.join(map(str, sorted(numbers)))}" if numbers else name
-        for name, numbers in sorted(layers.items())
-    ]
+    shown = [f"{name} of layers {_ranges(numbers)}" if numbers else name for name, numbers in sorted(layers.items())]
     return title + ", ".join(shown) if shown else ""
+
+
+def _ranges(numbers: list[int]) -> str:
+    """0-2, 5 of [0, 1, 2, 5]."""
+    runs = itertools.groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0])
+    ends = [[number for _, number in run] for _, run in runs]
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in ends)

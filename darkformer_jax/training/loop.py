@@ -61,6 +61,8 @@ class Loop:
         trace = TraceWindow(self._workdir, config.profile.first_step, config.profile.steps)
         trace.begin(step, config.num_steps)
         with contextlib.closing(trace), StopSignals(step) as signals, jax.set_mesh(self._experiment.mesh):
+            if step == 0 and config.init_from and config.eval.every:  # what the weights are worth before training
+                self._log.evaluated(0, self._evaluate(state, config.eval.batches))
             batches = self._batches(step)
             while step < config.num_steps:
                 trace.before(step + 1)

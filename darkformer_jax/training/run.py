@@ -105,6 +105,7 @@ def _train(
         watch.begin(step)
         with contextlib.closing(MetricWriter(workdir, step if checkpoints.committed_steps() else None)) as writer:
             log = TrainingLog(experiment, writer, progress, watch, mirror)
+            progress.note("compiling the training step; large models take minutes")
             try:
                 return Loop(experiment, task, workdir, checkpoints, log).train(step, state)
             except NotFinite as error:

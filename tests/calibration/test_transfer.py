@@ -26,10 +26,12 @@ def exact_network(**changes):
     return Network.of(model_spec(config, 257))
 
 
-def test_the_teacher_runs_layer_by_layer_as_the_model_does():
+@pytest.mark.parametrize("decay", ["none", "gate"])
+def test_the_teacher_runs_layer_by_layer_as_the_model_does(decay):
     network = exact_network(
         model__attention__pattern="softmax_local,softmax",
         model__attention__local_window=5,
+        model__attention__decay=decay,
         model__post_norms=True,
         model__num_kv_heads=1,
         model__qk_norm=True,
@@ -63,20 +65,24 @@ def sharp_tensors(passages=6, length=48, heads=2):
     return network.spec.pattern[0], tensors._replace(exact=exact.attend(exact.trainable, tensors))
 
 
-def test_the_matched_gain_gives_the_far_part_its_exact_weight():
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_the_matched_gain_gives_the_far_part_its_exact_weight(decay):
     random = np.random.default_rng(0)
     q, k = random.normal(size=(2, 48, 4, 8)), random.normal(size=(2, 48, 2, 8))
     m = random.normal(size=(2, 8, 8)) / 3
-    tensors = LayerTensors(*(jnp.asarray(x, jnp.float32) for x in (q, k, k, q, 0 * k[..., 0])))
+    decays = -decay * random.random((2, 48, 2))
+    summed = np.cumsum(decays, axis=1)
+    tensors = LayerTensors(*(jnp.asarray(x, jnp.float32) for x in (q, k, k, q, decays)))
     found = matched_log_gain(tensors, jnp.asarray(m, jnp.float32), scale=0.5, chunk_size=8, window=16, num_sinks=3)
     for head in range(4):
         gains, shares = [], []
         for passage, i in np.ndindex(2, 48):
             far = [j for j in range(i + 1) if j >= 3 and j < i // 8 * 8 - 16]
-            exact = np.exp(0.5 * k[passage, : i + 1, head // 2] @ q[passage, i, head])
+            kept = np.exp(summed[passage, i, head // 2] - summed[passage, : i + 1, head // 2])
+            exact = np.exp(0.5 * k[passage, : i + 1, head // 2] @ q[passage, i, head]) * kept
             mq, mk = m[head // 2] @ q[passage, i, head], k[passage, far, head // 2] @ m[head // 2].T
             if far:
-                gains.append(np.log(exact[far].sum() / np.exp(0.5 * mk @ mq).sum()))
+                gains.append(np.log(exact[far].sum() / (np.exp(0.5 * mk @ mq) * kept[far]).sum()))
                 shares.append(exact[far].sum() / exact.sum())
         np.testing.assert_allclose(found[head], np.average(gains, weights=shares), rtol=1e-5, atol=1e-5)
     none = matched_log_gain(tensors, jnp.asarray(m, jnp.float32), scale=0.5, chunk_size=48, window=0, num_sinks=0)

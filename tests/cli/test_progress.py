@@ -55,8 +55,8 @@ def test_terminal_shows_one_live_line(wide: Terminal) -> None:
     progress.update(120, 2.3449, 12_345.0, 0.031, int(1.2 * 2**30))
     progress.close()
     assert wide.shown("\r\n") == (
-        "\r\x1b[Kstep 20/1000  loss 3.000  1.00k tok/s  1.0 GiB  eta --:--"
-        "\r\x1b[Kstep 120/1000  loss 2.345  12.3k tok/s  mfu 3.1%  1.2 GiB  eta 03:22"
+        "\r\x1b[Kstep 20/1000  loss 3.000  1.00k tok/s  memory 1.0 GiB  eta --:--"
+        "\r\x1b[Kstep 120/1000  loss 2.345  12.3k tok/s  mfu 3.1%  memory 1.2 GiB  eta 03:22"
         "\r\n"
     )
 
@@ -66,11 +66,11 @@ def test_a_note_stays_above_the_live_line(wide: Terminal) -> None:
     progress.update(1, 2.0, 50.0, None, 2**30)
     progress.note("held out: 1.9 bits per byte")
     progress.close()
-    line = "step 1/10  loss 2.000  50.0 tok/s  1.0 GiB  eta --:--"
+    line = "step 1/10  loss 2.000  50.0 tok/s  memory 1.0 GiB  eta --:--"
     assert wide.shown(f"{line}\r\n") == f"\r\x1b[K{line}\r\x1b[Kheld out: 1.9 bits per byte\r\n{line}\r\n"
 
 
-@pytest.mark.parametrize("columns", [2, 12, 24, 40, 60, 68, 69, 200])
+@pytest.mark.parametrize("columns", [2, 12, 24, 40, 60, 75, 76, 200])
 def test_the_line_never_fills_the_window(columns: int) -> None:
     terminal = Terminal(columns)
     progress = Progress(1000, 10, terminal.stream, Clock())
@@ -79,7 +79,7 @@ def test_the_line_never_fills_the_window(columns: int) -> None:
     shown = terminal.shown("\r\n").removeprefix("\r\x1b[K").removesuffix("\r\n")
     assert len(shown) < columns
     assert shown == "step 120/1000"[: columns - 1] or shown.startswith("step 120/1000  loss 2.345")
-    assert ("mfu" in shown) == (columns >= 69)  # the whole line has 68 characters
+    assert ("mfu" in shown) == (columns >= 76)  # the whole line has 75 characters
     terminal.close()
 
 
@@ -93,9 +93,9 @@ def test_elsewhere_plain_lines_every_log_every_steps_and_at_the_end() -> None:
     progress.note("saved")
     progress.close()
     assert stream.getvalue().splitlines() == [
-        "step 10/25  loss 2.000  2.50M tok/s  1.0 GiB  eta 00:15",
-        "step 20/25  loss 2.000  2.50M tok/s  1.0 GiB  eta 00:05",
-        "step 25/25  loss 2.000  2.50M tok/s  1.0 GiB  eta 00:00",
+        "step 10/25  loss 2.000  2.50M tok/s  memory 1.0 GiB  eta 00:15",
+        "step 20/25  loss 2.000  2.50M tok/s  memory 1.0 GiB  eta 00:05",
+        "step 25/25  loss 2.000  2.50M tok/s  memory 1.0 GiB  eta 00:00",
         "saved",
     ]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs import ablation, classify, finetune, large, paper
+from configs import ablation, classify, finetune, large, lm_1b, paper
 from darkformer_jax.config import base
 from darkformer_jax.config.arguments import ARGUMENTS, fields_of_arguments
 from darkformer_jax.config.specs import model_spec
@@ -268,6 +268,17 @@ def test_a_field_that_another_one_makes_idle_is_refused_on_the_command_line_alon
     require_new_uses(changed({"optimizer.schedule": "constant"}), [name])  # as by default
 
 
+@pytest.mark.parametrize(("name", "value"), [("model.rope_theta", 77.0), ("model.rope_scaling", "linear")])
+def test_rotary_positions_are_refused_where_no_layer_has_them(name, value):
+    without = {"model.attention.positions": "none", "model.head_dim": 15, "model.rope_factor": 2.0}
+    config = changed({**without, "model.rope_scaling": "linear", name: value})
+    validate(config)
+    with pytest.raises(UserError, match=f"{name} = {value!r}: no layer has rotary positions"):
+        require_new_uses(config, [name])
+    with pytest.raises(UserError, match="model.head_dim = 15: must be even, for rotary positions"):
+        validate(changed({"model.head_dim": 15}))
+
+
 def test_only_a_language_model_writes_samples():
     labelled = {"task.name": "classification", "data.source": "labelled"}
     message = "sample.top_k = 7 with task.name = 'classification'; allowed: 0, or task.name = 'language_model'"
@@ -283,11 +294,14 @@ def test_every_experiments_arguments_are_known_and_none_is_given_twice():
     with pytest.raises(UserError, match=r"configs/ablation.py: 'm=64': m is there twice$"):
         ablation.get_config("m=32,m=64")
     assert paper.get_config("dark,chunk=64,steps=70").model.attention.chunk_size == 64  # by default it has 32
+    assert ablation.get_config("steps=30").optimizer.warmup_steps == 7  # by default 50, which is no warm-up of 30 steps
+    assert ablation.get_config("steps=60").optimizer.warmup_steps == 50
     assert fields_of_arguments("dark,m=32,steps=3") == ["model.attention.num_features", "num_steps"]
 
 
 def test_pretrained_models_and_the_papers_have_no_decay_and_no_convolution():
-    for config in (paper.get_config("pretrain"), large.get_config("llama_7b")):  # conversions inherit theirs
+    # Conversions inherit theirs.
+    for config in (paper.get_config("pretrain"), large.get_config("llama_7b"), lm_1b.get_config("paper")):
         attention = config.model.attention
         assert (attention.decay, attention.conv_width, attention.geometry_init) == ("none", 0, 1.0)
 

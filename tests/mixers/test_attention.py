@@ -74,6 +74,8 @@ def test_every_mechanism_forgets_in_one_way(mechanism, form):
     x[4, :24] = x[4, 16:]
     out, state = call(x, ids, positions)
     assert state is None and np.all(np.isfinite(out))
+    plain = build(spec_of(mechanism, **FORMS[form] | {"decay": "none", "undecayed_heads": 0, "positions": "none"}))[1]
+    assert np.max(np.abs(plain(x[:1], ids[:1], positions[:1])[0] - out[:1])) > 1e-3
     np.testing.assert_allclose(out[1, :21], out[0, :21], rtol=0, atol=1e-6 * np.max(np.abs(out[0])))
     assert_close(out[2, :16], out[3, :16])
     assert_close(out[2, 16:], out[4, :24])

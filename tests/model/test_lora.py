@@ -111,7 +111,7 @@ def test_a_run_with_updates_starts_from_one_without_and_the_other_way_round(tmp_
     state, report = initialize_from(
         Workdir(tmp_path / "plain"), experiment(RANK, pattern), some_state(RANK, pattern, 1)
     )
-    assert "; new: attention/k/lora_A of layers 0, 1" in report and "attention/out/lora_B of layers 0, 1" in report
+    assert "; new: attention/k/lora_A of layers 0-1" in report and "attention/out/lora_B of layers 0-1" in report
     for path, leaf in jax.tree_util.tree_leaves_with_path(some_state(RANK, pattern, 1).params):
         if is_lora([key.key for key in path]):
             np.testing.assert_array_equal(functools.reduce(lambda x, key: x[key.key], path, state.params), leaf)

@@ -5,8 +5,10 @@ import numpy as np
 import optax
 import pytest
 
+from darkformer_jax.config.specs import model_spec
 from darkformer_jax.errors import UserError
-from darkformer_jax.model.trainable import REGIMES, join_params, split_params
+from darkformer_jax.model.network import Network
+from darkformer_jax.model.trainable import REGIMES, join_params, split_params, trained_paths
 from darkformer_jax.training.step import TrainState, from_saved, make_train_step, to_saved
 from tests.tiny_runs import experiment_of, fresh_state, random_batch, tiny_config
 
@@ -88,6 +90,15 @@ def test_what_is_frozen_stays_bit_for_bit_and_takes_no_optimizer_state(regime):
     assert names(adam.mu) == names(adam.nu) == TRAINED[regime]
     moments = [leaf for leaf in jax.tree.leaves(e.abstract.optimizer) if leaf.ndim]
     assert sum(leaf.size for leaf in moments) == 2 * e.num_trained
+
+
+@pytest.mark.parametrize("regime", TRAINED)
+def test_gates_and_convolutions_which_no_pretrained_model_brings_are_always_trained(regime):
+    config = tiny_config(model__attention__decay="gate", model__attention__conv_width=2, model__lora_rank=RANK)
+    network = Network.of(model_spec(config, 257))
+    trained = {"/".join(path) for path in trained_paths(network, regime)}
+    kernels = ("forgetting/bias", "forgetting/gate/kernel", *(f"convolution/{name}/kernel" for name in "qkv"))
+    assert trained >= {f"blocks_0/attention/{name}" for name in kernels}
 
 
 @pytest.mark.parametrize("regime", CUT_OUT)

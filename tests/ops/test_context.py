@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from darkformer_jax import dark_attention
@@ -107,7 +108,9 @@ def compare():
         whole = jnp.ones_like(ids)
         undivided = jax.jit(attention(split=True, segments=False, **HYBRID))(*inputs[:-1], whole)
         result["one document"] = error(undivided, one(inputs, whole)[0])
-    result["mechanisms"] = error(*(mechanisms(make_mesh({"context": size}, jax.devices()[:size])) for size in (8, 1)))
+    meshes = [make_mesh({"context": size}, jax.devices()[:size]) for size in (8, 1)]
+    result["mechanisms"] = error(*map(mechanisms, meshes))
+    result["layers"] = error(*map(layers, meshes))
     return result
 
 
@@ -131,13 +134,34 @@ def mechanisms(mesh):
         return jax.device_get(jax.jit(run)())
 
 
+def layers(mesh):
+    """Outputs and gradients of layers with a gate, and a convolution that is wider than a device's stretch."""
+    ids = packed(96)
+    places = jnp.broadcast_to(jnp.arange(96), ids.shape)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 96, 24)), jnp.float32)
+
+    def run(x, kind, **options):
+        spec = mixer_spec(kind, embed_dim=24, decay="gate", conv_width=14, **options)
+        layer = MIXERS[kind].build(spec, 0, rngs=nnx.Rngs(params=0))
+        draws = np.random.default_rng(1)
+        for part in (layer.forgetting.gate, layer.convolution.q, layer.convolution.k, layer.convolution.v):
+            part.kernel[...] = jnp.asarray(0.3 * draws.standard_normal(part.kernel.shape), jnp.float32)
+        return layer(x, ids, places)[0]
+
+    features = {"num_features": 16, "chunk_size": 4, "projections": "orthogonal"}
+    kinds = {"softmax": {}, "dark": features, "performer": features | {"window": 8, "num_sinks": 3}}
+    with jax.set_mesh(mesh):
+        both = [jax.value_and_grad(lambda x, kind=kind: jnp.sum(run(x, kind, **kinds[kind]) ** 2)) for kind in kinds]
+        return jax.device_get(jax.jit(lambda x: [both_of(x) for both_of in both])(x))
+
+
 def test_eight_stretches_are_one_sequence(tmp_path):
     code = "import json; from tests.ops.test_context import compare; print(json.dumps(compare()))"
     (tmp_path / "program.py").write_text(code)
     ended = on_eight_devices(tmp_path / "program.py", tmp_path).wait()
     assert ended.status == 0, ended.err
     result = json.loads(ended.out.splitlines()[-1])
-    for name in (*FORMS, "one document", "mechanisms"):
+    for name in (*FORMS, "one document", "mechanisms", "layers"):
         assert result[name] < 3e-6, (name, result)
     short, in_loops = result["messages"]
     assert in_loops == 0

@@ -7,7 +7,7 @@ import pytest
 
 from darkformer_jax import dark_attention
 from darkformer_jax.errors import UserError
-from darkformer_jax.ops.decay import between, running_sum, to_end
+from darkformer_jax.ops.decay import between, precise_running_sum, running_sum, to_end
 from tests.ops.linear_attentions import HYBRID, PURE, assert_rows_close, attend, draw, fresh, oracle, with_gradients
 
 LONG = 65_536
@@ -24,6 +24,20 @@ def test_near_differences_of_a_running_sum_are_exact_whatever_came_before():
     assert near.sum() > 1000
     np.testing.assert_allclose(np.asarray(between(sums, sums))[near], want[near], atol=1e-6)
     np.testing.assert_allclose(to_end(sums).keys[-3:], summed[-1] - summed[-3:], atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [512, LONG])
+def test_sums_for_exact_attention_are_precise_over_any_length(length):
+    decays = -np.random.default_rng(0).random((1, length, 2)).astype(np.float32) * np.float32([0.45, 0.03])
+    first, second = decays[:, : length // 2], decays[:, length // 2 :]
+    before = jax.tree.map(lambda leaf: leaf[:, -1], jax.jit(precise_running_sum, static_argnums=1)(first, 1))
+    sums = jax.jit(precise_running_sum, static_argnums=1)(second, 1, before)
+    last = jax.tree.map(lambda leaf: leaf[0, -64:, 0], sums)
+    want = np.cumsum(decays.astype(np.float64), axis=1)[0, -64:, 0]
+    np.testing.assert_allclose(between(last, last), want[:, None] - want[None], atol=1e-5)
+    pull = jax.vjp(lambda x: precise_running_sum(x, 1).value(), jnp.asarray(first))[1]
+    (gradient,) = pull(jnp.ones_like(first))
+    np.testing.assert_array_equal(gradient[0, :, 0], np.arange(length // 2, 0, -1))
 
 
 @pytest.mark.parametrize("strong", [-50.0, -1e4, -np.inf])

@@ -63,7 +63,8 @@ def test_every_second_has_its_name(tmp_path, clock):
     }
     assert {name: share * total for name, share in shares.items()} == pytest.approx(expected)
     assert describe(sessions) == (
-        "goodput 50.5% of 0.06 h in 2 starts: repeated 20.2%, stopped 15.2%, starting 7.1%, evaluation 5.1%, saves 2.0%"
+        "goodput: 50.5% of 0.06 h, in 2 starts, were steps that count; the rest: "
+        "repeated 20.2%, stopped 15.2%, starting 7.1%, evaluation 5.1%, saves 2.0%"
     )
 
 

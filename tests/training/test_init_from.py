@@ -51,7 +51,7 @@ def layers_of(params):
 @pytest.mark.parametrize(
     ("pattern", "new"),
     [
-        ("dark", "; new: attention/mechanism/M of layers 0, 1, 2, 3"),
+        ("dark", "; new: attention/mechanism/M of layers 0-3"),
         ("softmax,dark", "; new: attention/mechanism/M of layers 1, 3"),
         ("softmax,softmax,performer,lfk", "; new: attention/mechanism/projections of layers 3"),
         ("softmax,dark,softmax", "; new: attention/mechanism/M of layers 1"),

@@ -169,10 +169,10 @@ def test_what_a_run_leaves_behind(tmp_path, text, capsys):
     samples = (workdir / "samples.txt").read_text()
     assert samples.startswith("--- 'def '\ndef ") and "--- 'é'\né" in samples
     printed = capsys.readouterr()
-    said = ("held out (", "\ngoodput ", "this model", samples, "\nloss curve: ", "\nmore samples: ")
+    said = ("held out (", "\ngoodput: ", "this model", samples, "\nloss curve: ", "\nmore samples: ")
     places = [printed.out.index(line) for line in said]
     assert places == sorted(places)
-    assert "\ngoodput " in printed.out and " in 1 start: starting " in printed.out
+    assert " in 1 start, were steps that count; the rest: starting " in printed.out
     assert "gzip -9" in printed.out and "xz -9" in printed.out
     bits = lines[-1]["heldout_bits_per_byte"]
     assert f"bits per byte {bits:.4f}" in printed.out and f"this model {bits:.3f}" in printed.out
