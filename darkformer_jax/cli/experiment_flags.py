@@ -1,6 +1,7 @@
 """The command line of programs that take a config: --config, its overrides, and flags of their own."""
 
 import difflib
+import os
 import sys
 from collections.abc import Callable
 
@@ -21,6 +22,7 @@ def parse_experiment_flags(argv: list[str], default_config: str, define: Callabl
     --help ends the program with status 0.
     """
     try:
+        argv = list(map(_with_home, argv))
         define()
         _refuse_sections(argv)
         # Inside the try, because the definition already raises for a field that does not exist.
@@ -40,6 +42,12 @@ def parse_experiment_flags(argv: list[str], default_config: str, define: Callabl
         message = _unknown_field(argv) or _quoted_end(error)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def _with_home(argument: str) -> str:
+    """The argument, with `~` expanded if it is --config=~/x.py: a shell expands it only at the beginning of a word."""
+    flag, _, path = argument.partition("=")
+    return f"{flag}={os.path.expanduser(path)}" if flag.lstrip("-") == "config" and path.startswith("~") else argument
 
 
 def _parse(argv: list[str]) -> list[str]:
