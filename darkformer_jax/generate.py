@@ -85,7 +85,7 @@ def _is_utf8(text: str) -> bool:
 
 def _read_prompts(path: str) -> list[str]:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:  # -sig: without a byte order mark at its beginning
             lines = [line for line in file.read().split("\n") if line.strip()]  # a form feed ends no line
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text: {error}"
