@@ -36,7 +36,7 @@ from absl import app
 
 from darkformer_jax.cli.parser import Parser, one_line_errors
 from darkformer_jax.cli.progress import progress_bar
-from darkformer_jax.data.files import refuse_url
+from darkformer_jax.data.files import local_path
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks import task_of
@@ -92,7 +92,7 @@ def _check_flags(args: argparse.Namespace) -> None:
     if args.json is not None:
         if not args.json:
             raise UserError("--json=: give the name of a file")
-        refuse_url(args.json)
+        args.json = local_path(args.json)
         if os.path.lexists(args.json):
             raise UserError(f"--json={args.json}: the file exists, and results are not overwritten")
         if not os.path.isdir(os.path.dirname(args.json) or "."):

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from absl import app
 
 from darkformer_jax.cli.parser import Parser, one_line_errors
+from darkformer_jax.data.files import local_path
 from darkformer_jax.errors import UserError
 from darkformer_jax.model.sampling import Sampler
 from darkformer_jax.runs.load import load_language_model
@@ -56,7 +57,7 @@ def generate(args: argparse.Namespace) -> None:
         raise UserError(f"--seed={args.seed}: must be from 0 to {2**32 - 1}")
     if args.prompt is not None and not _is_utf8(args.prompt):
         raise UserError(f"--prompt={args.prompt!r}: not UTF-8 text")
-    prompts = [args.prompt] if args.prompt is not None else _read_prompts(args.prompts_file)
+    prompts = [args.prompt] if args.prompt is not None else _read_prompts(local_path(args.prompts_file))
     model = load_language_model(Workdir(args.workdir), args.step)
     sampler = Sampler(
         model.network,
@@ -85,7 +86,7 @@ def _is_utf8(text: str) -> bool:
 
 def _read_prompts(path: str) -> list[str]:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:  # -sig: without a byte order mark at its beginning
             lines = [line for line in file.read().split("\n") if line.strip()]  # a form feed ends no line
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text: {error}"

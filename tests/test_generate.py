@@ -39,9 +39,10 @@ def test_one_prompt_is_continued_as_the_sampler_continues_it(workdir, capsys):
     assert capsys.readouterr().out == shown
 
 
-def test_a_file_of_prompts_is_one_batch(workdir, tmp_path, capsys):
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])  # -sig: with a byte order mark at the beginning
+def test_a_file_of_prompts_is_one_batch(workdir, tmp_path, capsys, encoding):
     path = tmp_path / "prompts.txt"
-    path.write_text("def \nimport\nThé\n", encoding="utf-8")
+    path.write_text("def \nimport\nThé\n", encoding=encoding)
     run(workdir, f"--prompts_file={path}", "--max_new_tokens=6", "--temperature=0")
     shown = capsys.readouterr().out
     wanted = ""

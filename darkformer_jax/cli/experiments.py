@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from darkformer_jax.cli.first_line import first_line
+from darkformer_jax.data.files import local_path
 from darkformer_jax.errors import UserError
 
 PACKAGE = Path(__file__).parents[1]
@@ -33,7 +34,7 @@ def find_experiment(config: str) -> str:
     root = experiments_root()
     if str(root) not in sys.path:
         sys.path.append(str(root))  # experiments import others as `configs.<name>`
-    for path in (Path(file).expanduser(), root / file):
+    for path in (Path(local_path(file)), root / file):
         if path.is_file():
             return f"{path}{colon}{arguments}"
     close = difflib.get_close_matches(file, experiments(), n=1)

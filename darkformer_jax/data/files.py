@@ -69,27 +69,32 @@ def write_json(path: str | Path, value: Mapping[str, Any], *, sort_keys: bool = 
     write_file(str(path), (json.dumps(value, indent=2, sort_keys=sort_keys) + "\n").encode("utf-8"))
 
 
-def refuse_url(path: str) -> None:
-    """Raises UserError for gs://bucket/x and other URLs: only a workdir may be a URL."""
+def local_path(path: str) -> str:
+    """A user's path, with `~` expanded, which a shell leaves to us in `--out=~/x`.
+
+    Raises UserError for an unknown user's home, and for gs://bucket/x and other URLs: only a workdir may be one.
+    """
     if "://" in path:
         raise UserError(f"{path!r} is not a local path; mount a bucket and give the mount point")
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise UserError(f"{path}: there is no such home directory; for a file of this name, give ./{path}")
+    return expanded
 
 
 @contextlib.contextmanager
 def whole_directory(path: str) -> Iterator[Path]:
     """A new directory beside `path` for the caller to fill. It replaces `path` at the end; an error removes it.
 
-    `~` is expanded here, because a shell does not expand it in `--out=~/x`.
-
     Raises:
-      UserError: `path` is a file, or a directory that is not empty or cannot be replaced; the disk is full, or the
-        parent cannot be written.
+      UserError: `path` is no `local_path`, is a file, or a directory that is not empty or cannot be replaced; the
+        disk is full, or the parent cannot be written.
     """
     if not path:
         raise UserError(f"{path!r} is not a path")
-    refuse_url(path)
+    expanded = local_path(path)
     try:
-        target = Path(path).expanduser().resolve()  # follows links
+        target = Path(expanded).resolve()  # follows links
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise UserError(f"{path} is there already; give a new or an empty directory")
         if target.is_mount():

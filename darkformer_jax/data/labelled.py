@@ -22,7 +22,7 @@ import numpy as np
 from darkformer_jax.data.files import read_json_object, write_atomically
 from darkformer_jax.data.heldout import hash_fraction
 from darkformer_jax.data.sources import find_files
-from darkformer_jax.data.text_files import read_json_records, read_unmarked_lines, text_field
+from darkformer_jax.data.text_files import read_json_records, read_lines, text_field
 from darkformer_jax.data.tokenizers import Tokenizer
 from darkformer_jax.errors import UserError, printable
 
@@ -75,7 +75,7 @@ def read_examples(files: str, columns: Columns) -> list[Example]:
 def _table_records(path: str, columns: Columns) -> Iterator[tuple[int, dict[str, str]]]:
     """(line, field by column) of each record of a .tsv or .csv file."""
     csv.field_size_limit(_MAX_FIELD_CHARACTERS)
-    lines = (line + "\n" for _, line in read_unmarked_lines(path))
+    lines = (line + "\n" for _, line in read_lines(path))
     if path.removesuffix(".gz").endswith(".tsv"):
         reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
     else:

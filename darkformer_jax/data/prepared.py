@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from darkformer_jax.data.files import read_json_object, refuse_url, whole_directory, write_json
+from darkformer_jax.data.files import local_path, read_json_object, whole_directory, write_json
 from darkformer_jax.data.heldout import HeldoutSplit
 from darkformer_jax.data.progress import ProgressBar, no_progress
 from darkformer_jax.data.records import RECORD_TOKENS, RecordStream, RecordWriter, Shard, verify_shards
@@ -107,6 +107,7 @@ def load_prepared(
       UserError: there is no finished preparation, the format version or held-out fraction is another, the tokenizer is
         not the manifest's, or a shard is missing or (if verified) damaged.
     """
+    directory = local_path(directory)
     manifest = _read_manifest(directory)
     tokenizer = load_tokenizer(directory)
     try:
@@ -130,7 +131,6 @@ def load_prepared(
 
 
 def _read_manifest(directory: str) -> dict[str, Any]:
-    refuse_url(directory)
     path = os.path.join(directory, MANIFEST)
     if not os.path.isdir(directory):
         raise UserError(

@@ -5,15 +5,14 @@ A `Corpus` can be read any number of times and always yields the same documents 
 
 import dataclasses
 import fnmatch
-import glob
 import importlib
 import os
 import sysconfig
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from darkformer_jax.data.files import read_file, refuse_url
+from darkformer_jax.data.files import local_path, read_file
+from darkformer_jax.data.matching import directories_below, entries, matching
 from darkformer_jax.data.text_files import OnRead, read_json_lines, read_lines, read_pieces
 from darkformer_jax.errors import UserError
 
@@ -91,47 +90,55 @@ def find_files(files: str, suffixes: tuple[str, ...], source: str) -> list[str]:
 
     source: the name of the source that reads them, for errors.
     """
-    patterns = [pattern.strip() for pattern in files.split(",") if pattern.strip()]
+    patterns = entries(files)
     if not patterns:
         raise UserError(f"data files are not given; the {source} source needs globs of {', '.join(suffixes)}")
     found: set[str] = set()
     for pattern in patterns:
-        refuse_url(pattern)
         if os.path.isdir(pattern):
-            matches = [path for path in _walk(pattern) if path.endswith(suffixes)]
+            matches = [path for path in _files_below(pattern) if path.endswith(suffixes)]
             kind = f"directory {pattern!r} holds no {', '.join(suffixes)} file"
         else:
-            matches = [path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path)]
+            matches = [path for path in matching(pattern) if not os.path.isdir(path)]
             kind = f"no file matches {pattern!r}"
         if not matches:
             raise UserError(kind)
-        found.update(os.path.normpath(path) for path in matches)
+        found.update(matches)
     for path in sorted(found):
         if os.path.exists(path) and not os.path.isfile(path):
             raise UserError(f"{path} is not a regular file")
         if not path.endswith(suffixes):
             raise UserError(f"{path} is not a file the {source} source reads; allowed: {', '.join(suffixes)}")
-    return sorted(found)
+    return _each_once(found)
 
 
 def find_news_files(directory: str) -> list[str]:
     """Sorted paths of the `news.en-?????-of-?????` files below a One Billion Word release's directory."""
+    directory = local_path(directory)
     if not os.path.isdir(directory):
         raise UserError(f"{directory!r} is not a directory; the news source needs that of the One Billion Word release")
     # The release's test set is cut from shard 0, which is in its held-out folder: never train on that folder.
     paths = [
         path
-        for path in _walk(directory)
+        for path in _files_below(directory)
         if fnmatch.fnmatchcase(os.path.basename(path), NEWS_PATTERN)
         and not os.path.basename(os.path.dirname(path)).startswith("heldout-")
     ]
     if not paths:
         raise UserError(f"directory {directory!r} holds no {NEWS_PATTERN} file (searched recursively)")
-    return sorted(paths)
+    return _each_once(paths)
 
 
-def _walk(directory: str) -> list[str]:
-    return [str(path) for path in Path(directory).rglob("*") if not path.is_dir()]
+def _each_once(paths: Iterable[str]) -> list[str]:
+    """Sorted paths of different files. A file that has several, by links, goes by that in the fewest directories."""
+    names: dict[str, str] = {}
+    for path in sorted(paths, key=lambda path: (path.count(os.sep), path)):
+        names.setdefault(os.path.realpath(path), path)
+    return sorted(names.values(), key=os.path.normpath)
+
+
+def _files_below(directory: str) -> list[str]:
+    return [os.path.join(path, name) for path, names in directories_below(directory) for name in names]
 
 
 def _text_documents(path: str, on_read: OnRead) -> Iterator[Document]:

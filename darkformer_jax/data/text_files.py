@@ -39,21 +39,29 @@ def _blocks(path: str, on_read: OnRead) -> Iterator[bytes]:
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     if is_empty:
-        raise UserError(f"{path} is empty; a data file needs text")
+        raise _no_text(path)
+
+
+def _no_text(path: str) -> UserError:
+    return UserError(f"{path} is empty; a data file needs text")
 
 
 def _decode(data: bytes, path: str, offset: int) -> str:
-    """UTF-8 to str. Raises UserError with the file's byte offset; `offset` is where `data` begins in the file."""
+    """UTF-8 to str, without the byte order mark that some programs write at the beginning of a file.
+
+    offset: where `data` begins in the file. Raises UserError with the file's byte offset.
+    """
     # NUL is valid UTF-8, yet in practice it means UTF-16 or a binary file.
     nul = data.find(b"\0")
     if nul >= 0:
         raise UserError(f"{path} is not UTF-8 text: NUL byte at offset {offset + nul}")
     try:
-        return data.decode("utf-8")
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} is not UTF-8 text: byte 0x{data[error.start]:02x} at offset {offset + error.start}"
         ) from error
+    return text if offset else text.removeprefix("\ufeff")
 
 
 def read_lines(path: str, on_read: OnRead = ignore_read) -> Iterator[tuple[int, str]]:
@@ -71,12 +79,6 @@ def read_lines(path: str, on_read: OnRead = ignore_read) -> Iterator[tuple[int, 
         yield number, _decode(rest, path, offset)
 
 
-def read_unmarked_lines(path: str, on_read: OnRead = ignore_read) -> Iterator[tuple[int, str]]:
-    """`read_lines` without the byte order mark that some programs write at the beginning of a file."""
-    for number, line in read_lines(path, on_read):
-        yield number, line.removeprefix("\ufeff") if number == 1 else line
-
-
 def read_pieces(path: str, on_read: OnRead = ignore_read) -> Iterator[tuple[int, str]]:
     """The pieces of a text file, as (byte offset, text). A file over 4 MiB is cut, after a line, every 4 MiB or so.
 
@@ -91,7 +93,10 @@ def read_pieces(path: str, on_read: OnRead = ignore_read) -> Iterator[tuple[int,
             offset += cut
             data = data[cut:]
     if data:
-        yield offset, _decode(data, path, offset)
+        text = _decode(data, path, offset)
+        if not text:  # only a byte order mark
+            raise _no_text(path)
+        yield offset, text
 
 
 def _character_boundary(data: bytes) -> int:
@@ -110,7 +115,7 @@ def read_json_lines(path: str, on_read: OnRead = ignore_read) -> Iterator[tuple[
 
 def read_json_records(path: str, on_read: OnRead = ignore_read) -> Iterator[tuple[int, Any]]:
     """The JSON value of every line of a .jsonl file, as (line number, value); blank lines are skipped."""
-    for number, line in read_unmarked_lines(path, on_read):
+    for number, line in read_lines(path, on_read):
         if not line.strip():
             continue
         try:

@@ -18,7 +18,7 @@ import numpy as np
 import sentencepiece
 import tokenizers as hf
 
-from darkformer_jax.data.files import read_file, read_json_object, write_file, write_json
+from darkformer_jax.data.files import local_path, read_file, read_json_object, write_file, write_json
 from darkformer_jax.errors import UserError
 
 DOCUMENT_SEPARATOR = "<|doc|>"
@@ -314,6 +314,7 @@ def read_tokenizer(path: str) -> Tokenizer:
     The tokenizer_config.json beside it names the tokens that mark documents. Without one, the .model does, or the
     post-processor and the usual names in the tokenizer.json do.
     """
+    path = local_path(path)
     if os.path.isdir(path):
         return load_tokenizer(path)
     if not os.path.isfile(path):
@@ -335,6 +336,7 @@ def load_tokenizer(directory: str) -> Tokenizer:
 
     Published models may have two forms of one tokenizer, tokenizer.json and tokenizer.model: then the first is read.
     """
+    directory = local_path(directory)
     present = [name for name in _TOKENIZER_FILES if os.path.isfile(os.path.join(directory, name))]
     if present == [_JSON_FILE, _MODEL_FILE]:
         present.remove(_MODEL_FILE)

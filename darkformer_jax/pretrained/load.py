@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import dataclasses
 import gc
 import math
 import os
@@ -27,6 +28,7 @@ from darkformer_jax.distributed.sharding import make_mesh, sharding_of
 from darkformer_jax.errors import UserError
 from darkformer_jax.model.network import Network, logical_axes
 from darkformer_jax.pretrained.families import Family, family_of
+from darkformer_jax.pretrained.families.family import LLAMA_NAMES
 from darkformer_jax.pretrained.hf_config import origin_of
 from darkformer_jax.pretrained.key_map import Layout, Place, places_of
 from darkformer_jax.pretrained.mechanism import (
@@ -44,6 +46,7 @@ from darkformer_jax.runs.origin import write_origin
 from darkformer_jax.runs.workdir import Workdir
 
 _BLOCK_BYTES = 4 * 2**20  # read at once
+_HEAD, _EMBEDDING = LLAMA_NAMES["head"], LLAMA_NAMES["embedding"]  # in every family
 _ALIGNMENT = 64  # bytes; XLA's
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -97,7 +100,7 @@ def plan_import(source: Source, config: ml_collections.ConfigDict, dtype: str | 
     validate(config)
     source.check_tokenizer()
     network = Network.of(model_spec(config, config.model.vocab_size))
-    places = places_of(network, family)
+    places = _in_file(source, places_of(network, family), config.model.tie_embeddings)
     _check_arrays(source, places, config.model.tie_embeddings)
     arrays = [_planned(source, place, dtype) for place in places]
     if own:
@@ -166,18 +169,25 @@ def _stored_dtype(source: Source, name: str, dtype: str | None) -> np.dtype:
     return _BFLOAT16 if array.dtype == "BF16" else np.dtype(np.float32)
 
 
+def _in_file(source: Source, places: list[Place], tied: bool) -> list[Place]:
+    """The places, with the head's name for the embedding of a tied model whose file has only that one of the two."""
+    if not tied or _EMBEDDING in source.arrays or _HEAD not in source.arrays:
+        return places
+    return [dataclasses.replace(place, names=(_HEAD,)) if place.names == (_EMBEDDING,) else place for place in places]
+
+
 def _check_arrays(source: Source, places: Sequence[Place], tied: bool) -> None:
     wanted = {name: place.layout.hf_shape for place in places for name in place.names}
     arrays = {name: array for name, array in source.arrays.items() if not _IGNORED.fullmatch(name)}
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    shapes = {arrays[name].shape for name in (head, embedding) if name in arrays}
-    if tied and head in arrays and shapes == {wanted[embedding]}:
+    both = [arrays[name].shape for name in (_HEAD, _EMBEDDING) if name in arrays]
+    if tied and both == [wanted.get(_EMBEDDING)] * 2:
         # A tied head that is saved too must equal the embedding. Another matrix would be another model.
-        if not _equal(source, head, embedding):
+        if not _equal(source, _HEAD, _EMBEDDING):
             raise UserError(
-                f"{arrays[head].file}: array {head} differs from {embedding}, but tie_word_embeddings says they are one"
+                f"{arrays[_HEAD].file}: array {_HEAD} differs from {_EMBEDDING}, but tie_word_embeddings says they are "
+                "one"
             )
-        del arrays[head]
+        del arrays[_HEAD]
     check_shapes(arrays, wanted, source.path, os.path.basename(source.config.path))
 
 

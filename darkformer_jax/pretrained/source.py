@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from darkformer_jax.data.files import refuse_url
+from darkformer_jax.data.files import local_path
 from darkformer_jax.data.tokenizers import Tokenizer, has_tokenizer, read_tokenizer
 from darkformer_jax.errors import UserError
 from darkformer_jax.pretrained.hf_config import HFConfig
@@ -50,7 +50,7 @@ class HFDirectory:
 
 def open_source(path: str) -> Source:
     """A directory, or a file whose name ends in .gguf. Raises UserError for anything else."""
-    refuse_url(path)
+    path = local_path(path)
     if os.path.isdir(path):
         return HFDirectory(path)
     if os.path.isfile(path) and path.endswith(".gguf"):

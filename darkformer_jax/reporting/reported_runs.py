@@ -1,6 +1,5 @@
 """Finds the workdirs of runs and reads what training left in them."""
 
-import glob
 import json
 import math
 import os
@@ -9,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from darkformer_jax.config.fields import flat_fields
-from darkformer_jax.data.files import read_file, read_json_object, refuse_url
+from darkformer_jax.data.files import read_file, read_json_object
+from darkformer_jax.data.matching import entries, matching
 from darkformer_jax.errors import UserError
 from darkformer_jax.reporting.settings import Settings, settings_of
 from darkformer_jax.runs.metrics import METRICS_FILE
@@ -61,10 +61,8 @@ def find_workdirs(globs: str) -> list[str]:
     Raises UserError, which names the glob, if one has no match.
     """
     found: dict[str, str] = {}
-    for pattern in filter(None, map(str.strip, globs.split(","))):
-        refuse_url(pattern)
-        matches = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
-        workdirs = [path for path in matches if os.path.isfile(os.path.join(path, CONFIG_FILE))]
+    for pattern in entries(globs):
+        workdirs = [path for path in matching(pattern) if os.path.isfile(os.path.join(path, CONFIG_FILE))]
         if not workdirs:
             raise UserError(f"--runs={pattern}: no run matches; a run is a directory with a {CONFIG_FILE}")
         for path in workdirs:

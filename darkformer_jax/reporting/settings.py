@@ -75,7 +75,8 @@ def ancestors(workdir: str) -> list[str]:
         if os.path.realpath(workdir) in map(os.path.realpath, chain):
             raise UserError(f"{workdir} began from itself by init_from: {' <- '.join([*chain, workdir])}")
         chain.append(workdir)
-        workdir = Workdir(workdir).read_config().get("init_from") or ""
+        origin = Workdir(workdir).read_config().get("init_from")
+        workdir = str(Workdir(origin)) if origin else ""
     return chain
 
 
@@ -86,6 +87,7 @@ def origin_of(init_from: str) -> Any:
     """
     if not init_from:
         return None
+    init_from = str(Workdir(init_from))
     calibration_file = os.path.join(init_from, CALIBRATION_FILE)
     is_calibration = os.path.isfile(calibration_file)
     if not is_calibration and not os.path.isfile(os.path.join(init_from, METRICS_FILE)):

@@ -20,7 +20,7 @@ from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.config.migrations import migrate, with_version
 from darkformer_jax.config.usage import unused_fields
 from darkformer_jax.config.validation import from_json
-from darkformer_jax.data.files import write_atomically
+from darkformer_jax.data.files import local_path, write_atomically
 from darkformer_jax.data.tokenizers import has_tokenizer
 from darkformer_jax.distributed.processes import is_token
 from darkformer_jax.errors import Transient, UserError
@@ -64,12 +64,7 @@ class Workdir(os.PathLike[str]):
         if not given:
             raise UserError("workdir '': give the name of a directory")
         self.is_remote = is_remote(given)
-        expanded = given if self.is_remote else os.path.expanduser(given)
-        if expanded.startswith("~"):
-            raise UserError(
-                f"workdir {given}: there is no such home directory; for a directory of this name, give ./{given}"
-            )
-        self._name = expanded.rstrip("/") or "/"
+        self._name = (given if self.is_remote else local_path(given)).rstrip("/") or "/"
 
     def __str__(self) -> str:
         return self._name

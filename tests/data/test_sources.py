@@ -69,12 +69,43 @@ def test_news_is_read_as_released(tmp_path):
     assert [text for _, text in documents("news", tmp_path)] == ["first .", "second .", "third .", "fourth ."]
 
 
+@pytest.mark.parametrize("block", [2, 1 << 20])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "caf\u00e9 \ufeff\nline\n"),
+        ("a.md.gz", "# title"),
+        ("a.jsonl", '{"text": "one"}\n{"text": "\ufefftwo"}\n'),
+        ("a.jsonl.gz", '\n{"text": "one"}'),
+        ("news.en-00001-of-00100", "first .\nsecond .\n"),
+    ],
+)
+def test_a_byte_order_mark_is_text_everywhere_but_at_the_beginning(name, content, block, tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "_BLOCK_BYTES", block)
+    monkeypatch.setattr(text_files, "_PIECE_BYTES", 5)
+    source, read = ("news" if name.startswith("news") else "text"), []
+    for mark in ("", "\ufeff"):
+        data = (mark + content).encode()
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+        read.append("".join(text for _, text in documents(source, tmp_path)))
+    assert read[0] == read[1] != ""
+
+
+def test_offsets_are_those_of_the_file_with_its_byte_order_mark(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "_BLOCK_BYTES", 4)
+    monkeypatch.setattr(text_files, "_PIECE_BYTES", 4)
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\ntwo\n")
+    assert documents("text", tmp_path) == [(f"{tmp_path}/a.txt", "one\n"), (f"{tmp_path}/a.txt@7", "two\n")]
+
+
 @pytest.mark.parametrize("block", [3, 1 << 20])
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("x.txt", b"", "x.txt is empty"),
         ("x.txt.gz", gzip.compress(b"", mtime=0), "x.txt.gz is empty"),
+        ("x.txt", b"\xef\xbb\xbf", "x.txt is empty"),
+        ("x.txt", b"\xef\xbb\xbfbad\xff", "x.txt is not UTF-8 text: byte 0xff at offset 6"),
         ("x.txt.gz", b"no gzip", "cannot read .*x.txt.gz"),
         ("x.txt.gz", gzip.compress(b"cut short" * 100, mtime=0)[:-9], "cannot read .*x.txt.gz"),
         ("x.txt", b"good\nbad\xff", "x.txt is not UTF-8 text: byte 0xff at offset 8"),

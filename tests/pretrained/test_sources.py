@@ -9,6 +9,7 @@ import pytest
 
 from darkformer_jax.errors import UserError
 from darkformer_jax.pretrained.export import export_workdir
+from darkformer_jax.pretrained.families.family import LLAMA_NAMES
 from darkformer_jax.runs.workdir import Workdir
 from tests.pretrained.tiny_sources import (
     BFLOAT16,
@@ -81,6 +82,11 @@ def test_layers_of_two_dtypes_become_float32(tmp_path):
             lambda a: a.update({Q: a[Q] * np.float32(np.nan)}),
             f"model.safetensors: array {Q} has a number that is not finite",
         ),
+        (lambda a: a.pop("model.embed_tokens.weight"), "array model.embed_tokens.weight is missing"),
+        (
+            lambda a: a.update({"lm_head.weight": a.pop("model.embed_tokens.weight")[1:]}),
+            f"array lm_head.weight has shape [{VOCAB - 1}, {WIDTH}]; config.json makes it [{VOCAB}, {WIDTH}]",
+        ),
         (
             lambda a: a.update({"lm_head.weight": a["model.embed_tokens.weight"] + 1}),
             "lm_head.weight differs from model.embed_tokens.weight, but tie_word_embeddings says they are one",
@@ -94,12 +100,21 @@ def test_arrays_that_do_not_fit_config_json(tmp_path, change, message):
     refused(tmp_path, message)
 
 
-def test_a_tied_head_saved_twice_and_old_buffers_do_no_harm(tmp_path):
+def test_old_buffers_do_no_harm(tmp_path):
     arrays = llama_arrays()
-    arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"]
     arrays["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
     write_arrays(write_llama(tmp_path / "hf"), arrays)
     assert "head" not in import_source(tmp_path / "hf", tmp_path / "workdir").params
+
+
+@pytest.mark.parametrize("saved", [("head",), ("embedding",), ("embedding", "head")])
+def test_a_tied_matrix_may_be_saved_under_either_name_or_both(tmp_path, saved):
+    arrays = llama_arrays()
+    tied = arrays.pop("model.embed_tokens.weight")
+    write_arrays(write_llama(tmp_path / "hf"), arrays | {LLAMA_NAMES[name]: tied for name in saved})
+    model = import_source(tmp_path / "hf", tmp_path / "workdir")
+    assert "head" not in model.params
+    np.testing.assert_array_equal(np.asarray(model.params["embedding"]), tied)
 
 
 def test_a_missing_shard_and_a_missing_array_of_one(tmp_path):

@@ -13,9 +13,10 @@ from darkformer_jax.pretrained.families.family import (
     read_layer_types,
 )
 from darkformer_jax.pretrained.families.gemma2 import read_gemma2_sizes, write_gemma2_sizes
-from darkformer_jax.pretrained.families.rope import canonical_rope, read_scaling, write_scaling
+from darkformer_jax.pretrained.families.rope import canonical_rope, read_scaling, refuse_partial_rotation, write_scaling
 from darkformer_jax.pretrained.hf_config import HFConfig
 
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 _THETA, _LOCAL_THETA = 1_000_000.0, 10_000.0
 
 
@@ -29,20 +30,25 @@ def _read(config: HFConfig) -> Fields:
 
 
 def _read_rope(config: HFConfig, fields: Fields) -> Fields:
+    """The two RoPEs, by transformers' rules for parameters per layer type: `rope_scaling` goes into full_attention's.
+
+    An original_max_position_embeddings beside them does not count, as it does in the other families.
+    """
+    refuse_partial_rotation(config)
     parameters = config.section("rope_parameters") or HFConfig({}, config.path)
-    full, local = (parameters.section(f"{name}_attention") for name in ("full", "sliding"))
+    for name in sorted(set(parameters.values) - {_FULL, _SLIDING}):
+        raise parameters.error(name, f"allowed in Gemma 3: {_FULL}, {_SLIDING}")
+    plain = HFConfig({"rope_type": "default"}, parameters.path)
+    full, local = (parameters.section(name) or plain for name in (_FULL, _SLIDING))
     scaling = config.section("rope_scaling")
-    if full and scaling:  # as transformers merges them
-        full = HFConfig({**full.values, **scaling.values}, full.path)
+    if scaling:
+        full = HFConfig({**full.values, **scaling.values}, scaling.path)
     positions = config.integer("max_position_embeddings", 0, smallest=0)
-    theta = config.number("rope_theta", _THETA)
-    section = full or scaling or HFConfig({}, config.path)
-    rope = read_scaling(section, theta, positions)
-    local_theta = config.number("rope_local_base_freq", _LOCAL_THETA)
-    if local is not None:
-        local.choice("rope_type", ("default",), "default")
-        local_theta = local.number("rope_theta", local_theta)
-    return canonical_rope(fields | rope | {"rope_local_theta": local_theta})
+    rope = read_scaling(full, config.number("rope_theta", _THETA), positions)
+    windows = read_scaling(local, config.number("rope_local_base_freq", _LOCAL_THETA), positions)
+    if windows["rope_scaling"] != "none":
+        raise parameters.error(_SLIDING, "scaled RoPE is not supported in windowed layers")
+    return canonical_rope(fields | rope | {"rope_local_theta": windows["rope_theta"]})
 
 
 def _write(fields: Fields) -> dict[str, Any]:
@@ -53,8 +59,8 @@ def _write(fields: Fields) -> dict[str, Any]:
         "rope_local_base_freq": local_theta,
         "rope_scaling": None if fields["rope_scaling"] == "none" else scaling,
         "rope_parameters": {
-            "full_attention": scaling | {"rope_theta": fields["rope_theta"]},
-            "sliding_attention": {"rope_type": "default", "rope_theta": local_theta},
+            _FULL: scaling | {"rope_theta": fields["rope_theta"]},
+            _SLIDING: {"rope_type": "default", "rope_theta": local_theta},
         },
     }
 

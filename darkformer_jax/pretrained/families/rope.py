@@ -9,6 +9,8 @@ from darkformer_jax.pretrained.hf_config import HFConfig
 
 _TYPES = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
 
+_ORIGINAL = "original_max_position_embeddings"
+
 _USED: dict[str, tuple[str, ...]] = {
     "none": (),
     "linear": ("rope_factor",),
@@ -23,12 +25,12 @@ NO_SCALING: Fields = {"rope_local_theta": 0.0, "rope_scaling": "none"} | {
 # Keys that a rope_parameters or rope_scaling object may have. Published ones have keys that their type does not use.
 _KEYS_OF_ALL = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _KEYS: dict[str, set[str]] = {
-    "none": {"factor", "original_max_position_embeddings"},
-    "linear": {"factor", "original_max_position_embeddings"},
-    "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
+    "none": {"factor", _ORIGINAL},
+    "linear": {"factor", _ORIGINAL},
+    "llama3": {"factor", _ORIGINAL, "low_freq_factor", "high_freq_factor"},
     "yarn": {
         "factor",
-        "original_max_position_embeddings",
+        _ORIGINAL,
         "attention_factor",
         "beta_fast",
         "beta_slow",
@@ -42,11 +44,13 @@ _KEYS: dict[str, set[str]] = {
 
 def read_rope(config: HFConfig, default_theta: float = 10000.0) -> Fields:
     """rope_theta and the scaling of a model whose layers all have the same RoPE."""
-    config.refuse("partial_rotary_factor", "only rotation of the whole head is supported", 1, 1.0)
+    refuse_partial_rotation(config)
     section = config.section("rope_scaling") or config.section("rope_parameters")
     theta = config.number("rope_theta", default_theta)
     if section is None:
         return NO_SCALING | {"rope_theta": theta}
+    if config.values.get(_ORIGINAL) is not None:  # transformers takes it even if the section states another length
+        section = HFConfig({**section.values, _ORIGINAL: config.integer(_ORIGINAL)}, section.path)
     return read_scaling(section, theta, config.integer("max_position_embeddings", 0, smallest=0))
 
 
@@ -58,11 +62,14 @@ def read_scaling(section: HFConfig, theta: float, max_positions: int) -> Fields:
       max_positions: the original context if the object does not state it; 0 = unknown.
     """
     key = "rope_type" if section.values.get("rope_type") is not None else "type"
-    scaling = _TYPES[section.choice(key, tuple(_TYPES), "default")]
-    section.refuse("partial_rotary_factor", "only rotation of the whole head is supported", 1, 1.0)
+    kind = section.choice(key, tuple(_TYPES), "default")
+    if section.values.get("type") not in (None, kind):  # versions of transformers differ in which of the two counts
+        raise section.error("type", f"contradicts rope_type = {kind}; name the scaling in rope_type alone")
+    scaling = _TYPES[kind]
+    refuse_partial_rotation(section)
     unknown = sorted(set(section.values) - _KEYS_OF_ALL - _KEYS[scaling])
     if unknown:
-        raise section.error(unknown[0], f"not supported with {key} = {section.values.get(key, 'default')}")
+        raise section.error(unknown[0], f"not supported with {key} = {kind}")
     fields = NO_SCALING | {"rope_theta": section.number("rope_theta", theta), "rope_scaling": scaling}
     if scaling == "none":
         return fields
@@ -70,19 +77,24 @@ def read_scaling(section: HFConfig, theta: float, max_positions: int) -> Fields:
     if scaling == "linear":
         return fields
     original = {} if not max_positions else {"default": max_positions}
-    fields["rope_original_length"] = section.integer("original_max_position_embeddings", **original)
+    fields["rope_original_length"] = section.integer(_ORIGINAL, **original)
     if scaling == "llama3":
         return fields | {
             "rope_low_freq_factor": section.number("low_freq_factor"),
             "rope_high_freq_factor": section.number("high_freq_factor"),
         }
-    if not section.flag("truncate", True):
+    if "truncate" in section.values and not section.flag("truncate", False):  # null means false in transformers
         raise section.error("truncate", "only yarn with rounded correction bounds is supported")
     return fields | {
         "rope_beta_fast": section.number("beta_fast", 32.0),
         "rope_beta_slow": section.number("beta_slow", 1.0),
         "rope_attention_factor": _yarn_attention_factor(section, fields["rope_factor"]),
     }
+
+
+def refuse_partial_rotation(config: HFConfig) -> None:
+    """Raises UserError if a part of each head is not rotated."""
+    config.refuse("partial_rotary_factor", "only rotation of the whole head is supported", 1, 1.0)
 
 
 def write_rope(fields: Fields) -> dict[str, Any]:
@@ -104,7 +116,7 @@ def write_scaling(fields: Fields) -> dict[str, Any]:
     written["factor"] = fields["rope_factor"]
     if scaling == "linear":
         return written
-    written["original_max_position_embeddings"] = fields["rope_original_length"]
+    written[_ORIGINAL] = fields["rope_original_length"]
     if scaling == "llama3":
         return written | {
             "low_freq_factor": fields["rope_low_freq_factor"],
