@@ -5,4 +5,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/install.sh core
+if [ ! -e "${DARKFORMER_VENV:-.venv}/installed-gpu" ] && nvidia-smi -L >/dev/null 2>&1; then
+    echo "note: this trains on the CPU; JAX for this machine's NVIDIA GPU is installed by: bash launch/install.sh gpu" >&2
+fi
 exec "${DARKFORMER_VENV:-.venv}/bin/python" train.py "$@"

@@ -1,7 +1,6 @@
 """GGUF files of the Llama and Qwen architectures as a checkpoint with Hugging Face's names, layout and config.json.
 
-The package `gguf` (pip install darkformer_jax[gguf]) dequantises arrays to float32 as they are read, some rows at a
-time.
+The package `gguf` dequantises arrays to float32 as they are read, some rows at a time.
 """
 
 import math

@@ -57,7 +57,9 @@ def open_source(path: str) -> Source:
         try:
             from darkformer_jax.pretrained.gguf_file import GGUFFile
         except ModuleNotFoundError as error:
-            raise UserError(f"{path}: GGUF files need the package gguf: pip install darkformer_jax[gguf]") from error
+            raise UserError(
+                f"{path}: GGUF files need the package gguf: bash launch/install.sh gguf, or pip install gguf"
+            ) from error
         return GGUFFile(path)
     if os.path.exists(path):
         raise UserError(f"--source={path}: allowed: a Hugging Face directory or a .gguf file")

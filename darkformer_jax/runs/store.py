@@ -52,8 +52,8 @@ def file_system() -> Any:
         import gcsfs  # noqa: F401 (what fsspec needs)
     except ImportError as error:
         raise UserError(
-            f"gs:// needs the extra gcs, which is not installed ({error}): pip install 'darkformer_jax[gcs]', "
-            "or mount the bucket and give the mount point"
+            f"gs:// needs the package gcsfs, which is not installed ({error}): bash launch/install.sh gcs, or "
+            "pip install gcsfs; or mount the bucket and give the mount point"
         ) from error
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # its tracebacks repeat what our errors say in one line

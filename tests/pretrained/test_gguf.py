@@ -322,7 +322,5 @@ def test_without_the_package_gguf(tmp_path, monkeypatch):
     path = write(tmp_path / "m.gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
     monkeypatch.delitem(sys.modules, "darkformer_jax.pretrained.gguf_file", raising=False)
-    with pytest.raises(
-        UserError, match=r"m.gguf: GGUF files need the package gguf: pip install darkformer_jax\[gguf\]"
-    ):
+    with pytest.raises(UserError, match=r"m.gguf: GGUF files need the package gguf: .* or pip install gguf"):
         open_source(str(path))

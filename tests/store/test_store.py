@@ -292,7 +292,7 @@ def test_urls_that_cannot_be_workdirs(workdir):
 def test_without_the_packages_for_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     file_system.cache_clear()
-    with pytest.raises(UserError, match="gs:// needs the extra gcs.*pip install 'darkformer_jax.gcs.'.*or mount"):
+    with pytest.raises(UserError, match="gs:// needs the package gcsfs.*pip install gcsfs; or mount"):
         assert Workdir("gs://bucket/run").local
     file_system.cache_clear()
 
