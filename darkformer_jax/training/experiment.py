@@ -31,6 +31,22 @@ from darkformer_jax.training.optimizer import make_optimizer, make_schedule
 from darkformer_jax.training.step import TrainState, make_state_init, make_train_step, state_shardings
 
 
+def mesh_of(
+    config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
+) -> tuple[Mesh, NamedSharding]:
+    """(the config's mesh, how it holds arrays [rows, places] of a batch), on `devices`; None = on all.
+
+    Raises UserError if the mesh does not fit the devices, the processes or the batches.
+    """
+    mesh = make_mesh(config.mesh.to_dict(), devices)
+    micro_batch = config.batch_size // config.accumulation_steps
+    axes, length = ("batch", "sequence"), config.sequence_length
+    batch_sharding = sharding_of("a micro-batch", axes, (micro_batch, length), mesh)
+    part_of_process(batch_sharding)
+    sharding_of("an evaluation batch", axes, (config.eval.batch_size, length), mesh)
+    return mesh, batch_sharding
+
+
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """The parts of a training run.
@@ -67,8 +83,8 @@ class Experiment:
 
         Raises UserError if the config, the objective and the devices do not fit together.
         """
+        mesh, batch_sharding = mesh_of(config, devices)
         network = Network.of(model_spec(config, objective.vocab_size, objective.num_outputs))
-        mesh = make_mesh(config.mesh.to_dict(), devices)
         o = config.optimizer
         trained = trained_paths(network, o.train)
         optimizer = make_optimizer(o, config.num_steps, network)
@@ -76,14 +92,9 @@ class Experiment:
         schedule = make_schedule(o, config.num_steps, peak)
         abstract = jax.eval_shape(make_state_init(network, optimizer, config.seed, trained))
         shardings = state_shardings(network, optimizer, abstract, mesh, trained)
-        micro_batch = config.batch_size // config.accumulation_steps
-        axes, length = ("batch", "sequence"), config.sequence_length
-        batch_sharding = sharding_of("a micro-batch", axes, (micro_batch, length), mesh)
-        part_of_process(batch_sharding)
-        sharding_of("an evaluation batch", axes, (config.eval.batch_size, length), mesh)
         if context_size(mesh) > 1:
             for mixer in network.spec.pattern:
-                MIXERS[mixer.kind].check_stretch(mixer, length // context_size(mesh))
+                MIXERS[mixer.kind].check_stretch(mixer, config.sequence_length // context_size(mesh))
         return cls(config, objective, network, trained, optimizer, schedule, mesh, abstract, shardings, batch_sharding)
 
     def initial_state(self) -> TrainState:

@@ -21,7 +21,7 @@ from darkformer_jax.runs.origin import hand_on_origin
 from darkformer_jax.runs.workdir import Workdir, WorkdirLock
 from darkformer_jax.tasks import TASKS
 from darkformer_jax.tasks.task import Task
-from darkformer_jax.training.experiment import Experiment
+from darkformer_jax.training.experiment import Experiment, mesh_of
 from darkformer_jax.training.goodput import Stopwatch, describe, read_sessions
 from darkformer_jax.training.log import NotFinite, RunProgress, TrainingLog
 from darkformer_jax.training.loop import Loop, Outcome
@@ -59,6 +59,7 @@ def train(
     with workdir.lock() as lock, Mirror(workdir) as mirror:
         began, watch = time.perf_counter(), Stopwatch(workdir)
         progress.note(f"workdir {workdir}; reading {config.data.source} {config.data.files}".rstrip())
+        mesh_of(config)  # refuses what does not fit before the data is read, which may take long
         task = TASKS[config.task.name].load(config, workdir)
         # After this, all processes have read what process 0 is about to write.
         processes.require_same("data", task.fingerprints)

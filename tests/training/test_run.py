@@ -22,3 +22,16 @@ def test_a_field_that_no_layer_uses_is_refused_in_a_new_run_only(tmp_path):
     workdir.write_config(config.to_dict())
     with pytest.raises(UserError, match=r"nowhere.txt"):  # the data is what comes after
         train(config, workdir, progress, UNUSED)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh__data": 3}, "does not fit the 1 devices"),
+        ({"mesh__context": 3}, "does not fit the 1 devices"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused_before_the_data_is_read(tmp_path, changes, message):
+    config = tiny_config(data__files="nowhere.txt", **changes)
+    with pytest.raises(UserError, match=message):
+        train(config, Workdir(tmp_path / "run"), Progress(1, 1))
