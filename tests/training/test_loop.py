@@ -107,6 +107,23 @@ def test_sigterm_and_ctrl_c_save_say_so_and_resume_to_the_unbroken_run(tmp_path,
     assert_equal_runs(workdir, unbroken)
 
 
+def test_two_devices_of_a_machine_with_two_cores_train_with_orthogonal_projections(tmp_path, text):
+    flags = tiny_flags(
+        num_steps=3,
+        data__files=text,
+        model__head_dim=64,
+        model__attention__projections="orthogonal",
+        model__attention__num_features=64,
+        model__attention__redraw_every=2,
+    )
+    # PJRT_NPROC is the number of XLA's threads, otherwise that of the cores. Its other flags are as users have them.
+    environment = {"JAX_PLATFORMS": "cpu", "PJRT_NPROC": "2", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    ended = Training(tmp_path / "run", flags, environment=environment).wait_or_kill(120)
+    assert ended.status == 0, ended.err
+    assert "; 2 x cpu" in ended.err
+    assert [line["step"] for line in metrics_without_time(tmp_path / "run") if "loss" in line] == [1, 2, 3]
+
+
 def test_a_second_signal_ends_the_process_at_once(tmp_path):
     (tmp_path / "program.py").write_text("""
 import os, signal, threading, time
