@@ -8,15 +8,17 @@ of exact attention, whose cache grows. Prompts of a batch do not influence each 
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from absl import app
 
 from darkformer_jax.cli.parser import Parser, one_line_errors
 from darkformer_jax.data.files import local_path
+from darkformer_jax.data.tokenizers import encode_prompt
 from darkformer_jax.errors import UserError
 from darkformer_jax.model.sampling import Sampler
-from darkformer_jax.runs.load import load_language_model
+from darkformer_jax.runs.load import WorkdirModel, load_language_model
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.texts import Writer
 
@@ -69,6 +71,7 @@ def generate(args: argparse.Namespace) -> None:
         seed=args.seed,
         vocab_size=model.tokenizer.vocab_size,
     )
+    _note_length(model, prompts, args.max_new_tokens)
     writer = Writer(sampler, model.tokenizer, model.ends)
     if len(prompts) == 1:
         print(prompts[0], end="", flush=True)
@@ -77,6 +80,18 @@ def generate(args: argparse.Namespace) -> None:
         print()
     else:
         print(writer.continue_all(prompts, args.max_new_tokens), end="")
+
+
+def _note_length(model: WorkdirModel, prompts: Sequence[str], max_new_tokens: int) -> None:
+    """Says so where the last token would see more tokens before it than the model was made for."""
+    prompt = max(len(encode_prompt(model.tokenizer, prompt)) for prompt in prompts)
+    longest = model.config.sequence_length
+    if prompt + max_new_tokens - 1 > longest:
+        print(
+            f"note: --max_new_tokens={max_new_tokens} after a prompt of {prompt} tokens is more than the {longest} "
+            "tokens this model was made for",
+            file=sys.stderr,
+        )
 
 
 def _is_utf8(text: str) -> bool:

@@ -60,8 +60,9 @@ trap 'ended_by=other' TERM
 srun --kill-on-bad-exit=0 --wait=120 $(quoted "$venv/bin/python" -u train.py "${train_flags[@]}")
 status=\$?
 
-# 143: train.py has saved because of SIGTERM. A job that was preempted is queued again by Slurm itself (--requeue).
-if [ "\$status" = 143 ] && [ "\$ended_by" = limit ]; then
+# 143 and 138: train.py has saved because of SIGTERM or of SIGUSR1, with which some sites warn. A job that was preempted
+# is queued again by Slurm itself (--requeue).
+if { [ "\$status" = 143 ] || [ "\$status" = 138 ]; } && [ "\$ended_by" = limit ]; then
     scontrol requeue "\$SLURM_JOB_ID"
 fi
 exit "\$status"

@@ -52,6 +52,22 @@ def test_a_file_of_prompts_is_one_batch(workdir, tmp_path, capsys, encoding):
     assert shown == wanted
 
 
+@pytest.mark.parametrize(
+    ("prompts", "new_tokens", "note"),
+    [
+        (["def "], 28, None),  # BOS and 4 bytes; the last token sees 32, the row that the model was trained on
+        (["def "], 29, "--max_new_tokens=29 after a prompt of 5 tokens"),
+        (["a", "def import", "b"], 23, "--max_new_tokens=23 after a prompt of 11 tokens"),
+    ],
+)
+def test_text_longer_than_the_model_was_trained_on_is_noted_once(workdir, tmp_path, prompts, new_tokens, note, capsys):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(prompts))
+    run(workdir, f"--prompts_file={path}", f"--max_new_tokens={new_tokens}")
+    expected = f"note: {note} is more than the 32 tokens this model was made for\n" if note else ""
+    assert capsys.readouterr().err == expected
+
+
 def test_an_empty_prompt_is_a_document_from_its_beginning(workdir, capsys):
     run(workdir, "--prompt=", "--max_new_tokens=3", "--temperature=0")
     assert capsys.readouterr().out.endswith("\n")

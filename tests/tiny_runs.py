@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -266,6 +267,15 @@ class Command:
             self._status = _ask(pid=self.pid, options=0)
         return Finished(self._status, self.out.read_text(), self.err.read_text())
 
+    def wait_or_kill(self, seconds: float) -> Finished:
+        """`wait`, but a command that still runs after so long is killed: its status is -9."""
+        end = time.monotonic() + seconds
+        while self.poll() is None and time.monotonic() < end:
+            time.sleep(0.05)
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+        return self.wait()
+
 
 # A process killed while it writes to the cache of compiled programs would leave a broken entry to all others.
 READS_COMPILED = {"jax_persistent_cache_min_compile_time_secs": 1e9, "jax_compilation_cache_max_size": -1}
@@ -276,12 +286,17 @@ class Training(Command):
     """`python train.py --workdir=<workdir> <flags>` in a process of its own, and what it says."""
 
     def __init__(
-        self, workdir: Path, flags: Sequence[str], jax_config: Mapping[str, Any] | None = None, cwd: Path = ROOT
+        self,
+        workdir: Path,
+        flags: Sequence[str],
+        jax_config: Mapping[str, Any] | None = None,
+        cwd: Path = ROOT,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.workdir = workdir
         streams = Path(tempfile.mkdtemp(dir=workdir.parent))
         arguments = [f"--workdir={workdir}", *flags]
-        super().__init__(str(ROOT / "train.py"), arguments, streams, cwd, jax_config=jax_config)
+        super().__init__(str(ROOT / "train.py"), arguments, streams, cwd, environment, jax_config)
 
     @property
     def said(self) -> list[str]:

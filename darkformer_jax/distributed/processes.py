@@ -268,10 +268,16 @@ def fail(message: str, status: int) -> NoReturn:
     if not is_distributed():
         print(f"error: {printable(message)}", file=sys.stderr)
         sys.exit(status)
-    _watch.only_one_ends.acquire()  # never released: a second caller waits here for the end
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first, or the coordinator is gone
-        words = json.dumps({"message": f"process {process_index()}: {message}", "status": status})
-        _state().client.key_value_set(_FAILURE, words)
+    end_at_once(message, status)
+
+
+def end_at_once(message: str, status: int) -> NoReturn:
+    """`fail` from any thread: it does not wait for what the others of this process do."""
+    if is_distributed():
+        _watch.only_one_ends.acquire()  # never released: a second caller waits here for the end
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first, or the coordinator is gone
+            words = json.dumps({"message": f"process {process_index()}: {message}", "status": status})
+            _state().client.key_value_set(_FAILURE, words)
     _end(message, status)
 
 
@@ -283,10 +289,11 @@ def _end(message: str, status: int) -> NoReturn:
             sys.stdout.flush()
         for child in multiprocessing.active_children():  # grain's workers
             child.kill()
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            _state().client.wait_at_barrier("darkformer/failed", int(_LAST_WORDS_SECONDS * 1000))
-        if process_index() == 0:
-            time.sleep(_POLL_SECONDS)  # the coordinator ends with it, and jax ends those that lose it, with status 134
+        if is_distributed():
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                _state().client.wait_at_barrier("darkformer/failed", int(_LAST_WORDS_SECONDS * 1000))
+            if process_index() == 0:
+                time.sleep(_POLL_SECONDS)  # the coordinator ends with it, and jax those that lose it, with status 134
     finally:
         os._exit(status)
 

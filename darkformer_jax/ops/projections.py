@@ -1,12 +1,14 @@
 """Random projections w_i ~ N(0, I) of positive random features, and the key that each redraw uses."""
 
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from darkformer_jax.errors import UserError
+from darkformer_jax.ops.lowering import target_platform
 
 ProjectionKind = Literal["iid", "orthogonal", "orthogonal_unsigned"]
 
@@ -53,13 +55,29 @@ def draw_projections(
     num_blocks = -(-num_features // dim)
     direction_key, norm_key = jax.random.split(key)
     gaussian = jax.random.normal(direction_key, (num_blocks, dim, dim), jnp.float32)
-    q, r = jnp.linalg.qr(gaussian)
+    q, diagonal = jax.vmap(_one_by_one(_orthonormalise))(gaussian)
     if kind == "orthogonal":
-        q = q * jnp.sign(jnp.diagonal(r, axis1=-2, axis2=-1))[:, None, :]
+        q = q * jnp.sign(diagonal)[:, None, :]
     # Rows of a Haar matrix: where the last block is cut short, the directions that it keeps are as good as any others.
     directions = jnp.swapaxes(q, -1, -2).reshape(num_blocks * dim, dim)[:num_features]
     norms = jnp.linalg.norm(jax.random.normal(norm_key, (num_features, dim), jnp.float32), axis=-1, keepdims=True)
     return directions * norms
+
+
+def _orthonormalise(square: Float[Array, "r r"]) -> tuple[Float[Array, "r r"], Float[Array, "r"]]:
+    """(Q, the diagonal of R) of the QR decomposition."""
+    q, r = jnp.linalg.qr(square)
+    return q, jnp.diagonal(r)
+
+
+def _one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, of which `vmap` makes a loop where the program is for CPUs.
+
+    jaxlib's LAPACK calls split a batch into tasks for XLA's threads, and wait for them on one of these threads. If as
+    many calls run at once as there are threads (one per core), of several devices or of one program, all wait for ever.
+    A call on one matrix has no tasks to wait for.
+    """
+    return jax.custom_batching.sequential_vmap(function) if target_platform() == "cpu" else function
 
 
 def projection_key(seed: int, layer: int | Array, epoch: int | Array) -> Array:

@@ -66,27 +66,34 @@ class Loop:
             batches = self._batches(step)
             while step < config.num_steps:
                 trace.before(step + 1)
-                state, metrics = self._train_step(state, next(batches), self._task.constants)
-                step += 1
-                trace.after(step, state)
-                self._log.finished(step, metrics)  # which reads those of the step before
-                signum = signals.to_stop(step)
-                evaluation = self._evaluate_and_save(step, state, stop=signum is not None)
+                batch = next(batches)
+                with signals.step():
+                    state, metrics = self._train_step(state, batch, self._task.constants)
+                    step += 1
+                    trace.after(step, state)
+                    self._log.finished(step, metrics)  # which reads those of the step before
+                    signum = signals.to_stop(step)
+                    evaluate, save = self._due(step)
+                    save = save or signum is not None
+                    if evaluate or save:
+                        self._log.flush()
+                evaluation = self._evaluate_and_save(step, state, evaluate, save)
                 if signum is not None:
                     self._checkpoints.wait()
                     raise Stopped(signum, step)
             return Outcome(state, evaluation or self._evaluate(state, 0))
 
-    def _evaluate_and_save(self, step: int, state: TrainState, stop: bool) -> Evaluation | None:
-        """Evaluates and saves if due. Returns the evaluation; after the last step, it is on all held-out data."""
+    def _due(self, step: int) -> tuple[bool, bool]:
+        """Whether an evaluation follows the step, and whether a save does."""
+        every, last = self._experiment.config.eval.every, step == self._experiment.config.num_steps
+        return last or (bool(every) and step % every == 0), last or self._checkpoints.due(step)
+
+    def _evaluate_and_save(self, step: int, state: TrainState, evaluate: bool, save: bool) -> Evaluation | None:
+        """Returns the evaluation, if there is one; after the last step, it is on all held-out data."""
         config = self._experiment.config
         last = step == config.num_steps
-        evaluate = bool(config.eval.every) and step % config.eval.every == 0
-        save = stop or last or self._checkpoints.due(step)
-        if evaluate or save:
-            self._log.flush()
         # On the same batches at every step, so that the best checkpoint is the best by one measure.
-        regular = self._evaluate(state, config.eval.batches) if evaluate or last else None
+        regular = self._evaluate(state, config.eval.batches) if evaluate else None
         evaluation = self._evaluate(state, 0) if last and config.eval.batches else regular
         if evaluation:
             self._log.evaluated(step, evaluation)

@@ -119,6 +119,8 @@ processes.leave()
     ("signum", "when", "to", "again"),
     [
         (signal.SIGINT, "105", [1], []),
+        (signal.SIGHUP, "105", [0], []),
+        (signal.SIGUSR1, "105", [1], []),
         (signal.SIGTERM, "105", [0, 1], ["again"]),
         (signal.SIGTERM, "ready", [0, 1], []),  # before the first step: while it compiles
     ],
@@ -154,6 +156,36 @@ def test_a_signal_to_one_or_all_stops_all_after_the_same_step_and_a_second_one_a
         commands[0].wait()
     else:
         assert [command.wait().status for command in commands] == [0, 0]
+
+
+A_STEP_THAT_HANGS = """
+import sys, time
+from darkformer_jax.distributed import processes
+from darkformer_jax.training import stopping
+
+processes.join(processes.Cluster(sys.argv[1], 2, int(sys.argv[2])))
+stopping._STEP_SECONDS = 0.1
+with stopping.StopSignals(0) as signals, signals.step():
+    print("hangs", flush=True)
+    time.sleep(100)
+"""
+
+
+def test_a_signal_to_one_ends_all_if_the_step_does_not_end(tmp_path):
+    (tmp_path / "program.py").write_text(A_STEP_THAT_HANGS)
+    address = f"127.0.0.1:{free_port()}"
+    commands = []
+    for number in ("0", "1"):
+        (tmp_path / number).mkdir()
+        commands.append(Command(str(tmp_path / "program.py"), [address, number], tmp_path / number))
+    while not all("hangs" in command.out.read_text() for command in commands):
+        assert all(command.poll() is None for command in commands), commands[0].err.read_text()
+        time.sleep(0.05)
+    os.kill(commands[1].pid, signal.SIGTERM)
+    ended = [command.wait_or_kill(60) for command in commands]
+    assert [each.status for each in ended] == [143, 143]
+    why = "SIGTERM: the step did not end within 0 s; the same command resumes from the last checkpoint\n"
+    assert ended[0].err.endswith(f"error: process 1: {why}") and ended[1].err.endswith(f"error: {why}")
 
 
 FAILS_WITHOUT_A_LOG = """

@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +53,18 @@ def test_heads_are_independent_draws_in_float32():
     assert w.dtype == jnp.float32
     np.testing.assert_array_equal(w[1], draw_projections(jax.random.split(jax.random.key(0), 3)[1], 5, 4))
     assert not np.any(w[0] == w[1])
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of the CPU's LAPACK")
+@pytest.mark.parametrize("draw", [draw_projections, jax.vmap(draw_projections, (0, None, None))])
+def test_each_lapack_call_has_one_matrix_so_that_no_call_waits_for_threads_that_other_calls_hold(draw):
+    key = jax.random.split(jax.random.key(0), 3) if draw is not draw_projections else jax.random.key(0)
+    program = jax.jit(lambda key: draw(key, 40, 16)).lower(key).compile().as_text()
+    calls = [line for line in program.splitlines() if 'custom_call_target="lapack_' in line]
+    assert len(calls) == 2  # geqrf and orgqr
+    for line in calls:
+        batches = re.findall(r"f32\[((?:\d+,)*)16,16\]", line)
+        assert batches and set(batches) <= {"", "1,"}, line
 
 
 def test_projection_key_is_a_function_of_seed_layer_and_epoch():

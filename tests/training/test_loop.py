@@ -1,6 +1,5 @@
 import json
 import logging
-import os
 import random
 import shutil
 import signal
@@ -13,10 +12,8 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.runs.checkpoints import Checkpoints
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks import language_model
-from darkformer_jax.training.stopping import StopSignals
 from tests.tiny_runs import (
     READS_COMPILED,
-    Command,
     Training,
     metrics_without_time,
     run,
@@ -91,9 +88,14 @@ def test_kill_9_at_five_random_moments_and_resume_equals_the_unbroken_run(tmp_pa
     assert_equal_runs(workdir, unbroken)
 
 
-def test_sigterm_and_ctrl_c_save_say_so_and_resume_to_the_unbroken_run(tmp_path, survival_text, unbroken):
+def test_signals_to_stop_save_say_so_and_resume_to_the_unbroken_run(tmp_path, survival_text, unbroken):
     workdir, moments = tmp_path / "stopped", random.Random(18)
-    for signum, status, first, last in ((signal.SIGTERM, 143, 10, 50), (signal.SIGINT, 130, 70, 120)):
+    for signum, status, first, last in (
+        (signal.SIGTERM, 143, 10, 30),
+        (signal.SIGINT, 130, 45, 60),
+        (signal.SIGHUP, 129, 75, 90),
+        (signal.SIGUSR1, 138, 105, 120),
+    ):
         child = training(workdir, survival_text)
         child.until(moments.randint(first, last))
         time.sleep(moments.uniform(0, 0.03))
@@ -107,28 +109,21 @@ def test_sigterm_and_ctrl_c_save_say_so_and_resume_to_the_unbroken_run(tmp_path,
     assert_equal_runs(workdir, unbroken)
 
 
-def test_a_second_signal_ends_the_process_at_once(tmp_path):
-    (tmp_path / "program.py").write_text("""
-import os, signal, threading, time
-from darkformer_jax.training.stopping import StopSignals
-with StopSignals(0) as signals:
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert signals.received == signal.SIGTERM
-    print("remembered", flush=True)
-    os.kill(os.getpid(), signal.SIGINT)
-    print("still there", flush=True)
-""")
-    ended = Command(str(tmp_path / "program.py"), [], tmp_path).wait()
-    assert ended.out == "remembered\n"
-    assert ended.status == -signal.SIGINT
-
-
-def test_signal_handlers_are_put_back():
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with StopSignals(0) as signals:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert signals.received == signal.SIGINT
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+def test_two_devices_of_a_machine_with_two_cores_train_with_orthogonal_projections(tmp_path, text):
+    flags = tiny_flags(
+        num_steps=3,
+        data__files=text,
+        model__head_dim=64,
+        model__attention__projections="orthogonal",
+        model__attention__num_features=64,
+        model__attention__redraw_every=2,
+    )
+    # PJRT_NPROC is the number of XLA's threads, otherwise that of the cores. Its other flags are as users have them.
+    environment = {"JAX_PLATFORMS": "cpu", "PJRT_NPROC": "2", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    ended = Training(tmp_path / "run", flags, environment=environment).wait_or_kill(120)
+    assert ended.status == 0, ended.err
+    assert "; 2 x cpu" in ended.err
+    assert [line["step"] for line in metrics_without_time(tmp_path / "run") if "loss" in line] == [1, 2, 3]
 
 
 def test_what_a_run_leaves_behind(tmp_path, text, capsys):
