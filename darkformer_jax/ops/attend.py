@@ -71,12 +71,15 @@ def attend(
             f"the state was made for [kv heads, features, value size] = {state.far.values.shape[1:]}; "
             f"these inputs have {(num_kv_heads, num_features, value_dim)}"
         )
+    if not length:
+        out = jnp.zeros((batch, 0, num_heads, value_dim), v.dtype)
+        return (out, state) if options.return_state else out
     if options.sequence_axis is not None:
         state = place_stretch(state, segment_ids, length, options.sequence_axis)
         arrays, decays = vary_like(k, (kernel.arrays, decays))
         kernel = kernel._replace(arrays=arrays)
     state, segments, positions = _place_tokens(state, segment_ids, length)
-    grouped = q.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, dim)
+    grouped = q.reshape(batch, length, num_kv_heads, group_size(q, k), dim)
     state, sums = _scan_or_step(kernel, state, Tokens(grouped, k, v, segments, positions, decays), options, resumed)
     out = _normalize(sums.numerator, sums.denominator).reshape(batch, length, num_heads, value_dim).astype(v.dtype)
     return (out, state) if options.return_state else out
@@ -134,6 +137,11 @@ def _normalize(numerator: Array, denominator: Array) -> Array:
     return jnp.einsum("...v,...->...v", numerator, inverse, precision=jax.lax.Precision.HIGHEST)
 
 
+def group_size(q: Array, k: Array) -> int:
+    """The query heads of each key/value head; 0 where there are no heads."""
+    return q.shape[2] // max(k.shape[2], 1)
+
+
 def check_inputs(q: Array, k: Array, v: Array, segment_ids: Array | None) -> None:
     """Raises UserError where shapes or dtypes do not fit together."""
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -143,10 +151,10 @@ def check_inputs(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Non
         raise UserError(
             f"q {q.shape}, k {k.shape} and v {v.shape} do not fit: [B, L, Hq, d], [B, L, Hkv, d], [B, L, Hkv, dv]"
         )
-    if q.shape[2] % k.shape[2]:
+    if not q.shape[3]:
+        raise UserError(f"q has shape {q.shape}: the size of a head must be at least 1")
+    if group_size(q, k) * k.shape[2] != q.shape[2]:
         raise UserError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} key/value heads")
-    if not q.shape[1]:
-        raise UserError("the sequence is empty: length must be at least 1")
     if len({q.dtype, k.dtype, v.dtype}) > 1 or q.dtype not in (jnp.bfloat16, jnp.float32, jnp.float64):
         raise UserError(
             f"q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}; they must share one of bfloat16, float32, "

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from darkformer_jax.errors import UserError
-from darkformer_jax.ops.attend import Options, attend, check_inputs, check_options
+from darkformer_jax.ops.attend import Options, attend, check_inputs, check_options, group_size
 from darkformer_jax.ops.decay import check_log_decay
 from darkformer_jax.ops.features import RandomFeatures, positive_random_features
 from darkformer_jax.ops.linear import Kernel, KernelArrays, WindowKernel
@@ -80,13 +80,15 @@ def dark_attention(
     Raises:
       UserError: for shapes or options that do not fit together.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     options = Options(causal, chunk_size, window, num_sinks, return_state, sequence_axis)
     check_inputs(q, k, v, segment_ids)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     check_options(q, options, log_decay, state)
     if log_decay is not None:
         check_log_decay(log_decay, q.shape[0], q.shape[1], k.shape[2])
     _check_window_options(q, window, window_kernel, log_gain)
+    if log_gain is not None:
+        log_gain = log_gain.reshape(k.shape[2], group_size(q, k))
     arrays = _kernel_arrays(projections, geometry, log_weights, log_gain, k, window)
     kernel = Kernel(arrays, positive_random_features, scale, window_kernel)
     return attend(kernel, q, k, v, segment_ids, log_decay, state, options)
@@ -114,8 +116,6 @@ def _kernel_arrays(
     All but w may be None.
     """
     num_kv_heads, dim = k.shape[2:]
-    if log_gain is not None:
-        log_gain = log_gain.reshape(num_kv_heads, -1)
     if geometry is not None:
         if geometry.shape[-1] != dim or geometry.ndim not in (2, 3):
             raise UserError(f"geometry has shape {geometry.shape}; expected [r, {dim}] or [{num_kv_heads}, r, {dim}]")
