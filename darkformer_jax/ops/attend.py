@@ -1,15 +1,19 @@
 """What every linear attention of this package does with its kernel: state, scan or step, normaliser."""
 
 import functools
+import math
+import operator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from darkformer_jax.errors import UserError
 from darkformer_jax.ops.context import check_stretch, place_stretch, state_before, vary_like
 from darkformer_jax.ops.decay import decay_per_token
+from darkformer_jax.ops.features import accumulator_dtype
 from darkformer_jax.ops.linear import (
     Kernel,
     Sums,
@@ -32,6 +36,19 @@ class Options(NamedTuple):
     num_sinks: int
     return_state: bool
     sequence_axis: str | None
+
+    @classmethod
+    def of(
+        cls, causal: bool, chunk_size: int, window: int, num_sinks: int, return_state: bool, sequence_axis: str | None
+    ) -> "Options":
+        """The options with Python's integers. Raises UserError for a number that is none."""
+        numbers = {"chunk_size": chunk_size, "window": window, "num_sinks": num_sinks}
+        for name, number in numbers.items():
+            try:
+                numbers[name] = operator.index(number)
+            except TypeError as error:
+                raise UserError(f"{name} = {number!r}: allowed: an integer, static under jit") from error
+        return cls(causal, **numbers, return_state=return_state, sequence_axis=sequence_axis)
 
 
 def attend(
@@ -137,6 +154,29 @@ def _normalize(numerator: Array, denominator: Array) -> Array:
     return jnp.einsum("...v,...->...v", numerator, inverse, precision=jax.lax.Precision.HIGHEST)
 
 
+def as_arrays(*values: Any) -> tuple[Any, ...]:
+    """JAX arrays of arrays that may be numpy's: float64 becomes float32 unless x64 is on. None stays None."""
+    return tuple(None if value is None else jnp.asarray(value) for value in values)
+
+
+def scale_of(scale: Any, q: Array) -> Any:
+    """The scale of the logits, d^-0.5 for None: a Python number or, if it is traced, one of the logits' dtype.
+
+    Either keeps the logits' dtype, which a number of numpy's would not. Raises UserError where it is not a number that
+    a kernel of positive features can have.
+    """
+    if scale is None:
+        return q.shape[-1] ** -0.5
+    if np.shape(scale):
+        raise UserError(f"scale has shape {np.shape(scale)}; expected one number")
+    if isinstance(scale, jax.core.Tracer):
+        return scale.astype(accumulator_dtype(q.dtype))
+    number = float(scale)
+    if not 0 <= number < math.inf:
+        raise UserError(f"scale = {number:g}: allowed: finite and at least 0")
+    return number
+
+
 def group_size(q: Array, k: Array) -> int:
     """The query heads of each key/value head; 0 where there are no heads."""
     return q.shape[2] // max(k.shape[2], 1)
@@ -162,6 +202,8 @@ def check_inputs(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Non
         )
     if segment_ids is not None and segment_ids.shape != q.shape[:2]:
         raise UserError(f"segment_ids have shape {segment_ids.shape}; expected {q.shape[:2]}")
+    if segment_ids is not None and not jnp.issubdtype(segment_ids.dtype, jnp.integer) and segment_ids.dtype != bool:
+        raise UserError(f"segment_ids have dtype {segment_ids.dtype}; allowed: integers or bool")
 
 
 def check_options(q: Array, options: Options, log_decay: Array | None, state: AttentionState | None) -> None:

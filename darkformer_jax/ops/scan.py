@@ -147,7 +147,9 @@ def scan_window(
     elapsed = None
     if chunks.decays is not None and recent.decays is not None:
         elapsed = running_sum(_with_window(jnp.swapaxes(recent.decays, 1, 2), chunks.decays), axis=2, causal=True)
-    (far, sinks, recent), sums = jax.lax.scan(body, carry, (jnp.arange(num_chunks), chunks, visible, elapsed))
+    (far, sinks, recent), sums = jax.lax.scan(
+        body, carry, (jnp.arange(num_chunks, dtype=jnp.int32), chunks, visible, elapsed)
+    )
     sums = _unsplit(sums)
     if return_state:
         start = num_complete * chunk_size
