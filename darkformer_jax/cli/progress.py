@@ -9,15 +9,23 @@ from typing import Any, TextIO
 import jax
 import tqdm
 
+from darkformer_jax.data.progress import no_progress
+
 _CLEAR = "\r\x1b[K"  # back to the first column, erase to the end of the line
 _SECONDS_BETWEEN_LINES = 30.0  # where the output is no terminal
 
 
-def progress_bar(total: float, unit: str, label: str = "") -> Any:
-    """A tqdm bar on stderr. It counts bytes and tokens (`unit` "B" and "token") in thousands, millions and so on."""
+def progress_bar(total: float | None, unit: str, label: str = "") -> Any:
+    """A tqdm bar on stderr. It counts bytes and tokens (`unit` "B" and "token") in thousands, millions and so on.
+
+    Without a total it shows the label and the time.
+    """
     interval = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES
     large = unit in ("B", "token")
-    return tqdm.tqdm(desc=label or None, total=total, unit=unit, unit_scale=large, mininterval=interval)
+    form = "{desc}: {elapsed}" if total is None else None
+    return tqdm.tqdm(
+        desc=label or None, total=total, unit=unit, unit_scale=large, mininterval=interval, bar_format=form
+    )
 
 
 class Progress:
@@ -75,6 +83,10 @@ class Progress:
     def note(self, text: str) -> None:
         """Prints a line that stays, such as the result of an evaluation, above the live line."""
         self._write(f"{_CLEAR}{text}\n{self._line}" if self._live else text + "\n")
+
+    def bar(self, total: float | None, unit: str, label: str = "") -> Any:
+        """A `progress_bar` for work before the first step."""
+        return (progress_bar if jax.process_index() == 0 else no_progress)(total, unit, label)
 
     def close(self) -> None:
         """Ends the live line, so that what is printed next starts on its own line."""

@@ -6,6 +6,7 @@ import hashlib
 from darkformer_jax.data.batches import Batch, heldout_batches, num_rows, train_batches
 from darkformer_jax.data.heldout import DEFAULT_HELDOUT_FRACTION, HeldoutSplit
 from darkformer_jax.data.prepared import load_prepared
+from darkformer_jax.data.progress import ProgressBar, no_progress
 from darkformer_jax.data.sources import CORPUS_SOURCES, open_corpus
 from darkformer_jax.data.stream import TokenStream, memory_stream
 from darkformer_jax.data.tokenizers import (
@@ -65,6 +66,7 @@ def load_data(
     tokenizer_dir: str | None = None,
     *,
     verify: tuple[int, int] = (0, 1),
+    progress_bar: ProgressBar = no_progress,
 ) -> Data:
     """The data that a config's `data` section names.
 
@@ -75,6 +77,7 @@ def load_data(
       heldout_fraction: share of the documents; 0 = 0.05. For array_record: the one the data was prepared with, or 0.
       tokenizer_dir: a workdir; a tokenizer saved there is used and must match.
       verify: for array_record, (i, n): read shards i, i + n, ... once and compare their hashes.
+      progress_bar: shows a tokenizer's training.
 
     Raises:
       UserError: arguments or files that do not fit.
@@ -88,7 +91,7 @@ def load_data(
     split = HeldoutSplit(open_corpus(source, files), heldout_fraction or DEFAULT_HELDOUT_FRACTION)
     for is_heldout, document in split.documents():
         texts[is_heldout].append(document.text)
-    used = saved_or_new_tokenizer(tokenizer, tokenizer_dir, lambda: texts[False])
+    used = saved_or_new_tokenizer(tokenizer, tokenizer_dir, texts[False], progress_bar)
     return Data(memory_stream(texts[False], used), memory_stream(texts[True], used), used, tuple(texts[True]))
 
 

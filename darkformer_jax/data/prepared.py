@@ -12,7 +12,7 @@ from darkformer_jax.data.records import RECORD_TOKENS, RecordStream, RecordWrite
 from darkformer_jax.data.sources import open_corpus
 from darkformer_jax.data.stream import StreamBuilder
 from darkformer_jax.data.text_files import OnRead
-from darkformer_jax.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
+from darkformer_jax.data.tokenizers import READING_WORDS, Tokenizer, load_tokenizer, make_tokenizer
 from darkformer_jax.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -56,11 +56,11 @@ def prepare(
     split = HeldoutSplit(corpus, heldout_fraction)
 
     def training_texts() -> Iterator[str]:
-        with progress_bar(corpus.num_bytes, "B", "training the tokenizer") as bar:
+        with progress_bar(corpus.num_bytes, "B", READING_WORDS) as bar:
             yield from split.training_sample(_BPE_SAMPLE_BYTES, bar.update)
 
     with whole_directory(out) as directory:
-        tokenizer = make_tokenizer(tokenizer_spec, training_texts)
+        tokenizer = make_tokenizer(tokenizer_spec, training_texts, progress_bar)
         tokenizer.save(str(directory))
         with progress_bar(corpus.num_bytes, "B", "tokenising") as bar:
             splits = _write_splits(str(directory), split, tokenizer, shard_tokens, bar.update)

@@ -8,6 +8,7 @@ nothing. The post-processor of the tokenizer.json decides, as in transformers 5.
 `add_bos_token` of its tokenizer_config.json decides.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ import sentencepiece
 import tokenizers as hf
 
 from darkformer_jax.data.files import local_path, read_file, read_json_object, write_file, write_json
+from darkformer_jax.data.progress import ProgressBar, no_progress, time_shown, with_progress
 from darkformer_jax.errors import UserError
 
 DOCUMENT_SEPARATOR = "<|doc|>"
@@ -31,6 +33,11 @@ _SPECIAL_FILE = "special_tokens_map.json"
 _CHAT_FILE = "chat_template.jinja"
 _TOKENIZER_FILES = (_BYTES_FILE, _JSON_FILE, _MODEL_FILE)
 _ALLOWED_SPECS = "bytes, bpe:<vocabulary size>, or the path of a tokenizer.json, a .model or a directory with one"
+
+# Training reads longer words in pieces of this many bytes. Its time grows with the square of a word, and a genome or a
+# Chinese text may be a single one. Where there are spaces, none is as long: 98 signs of a drawn table have 294 bytes.
+_LONGEST_WORD = 1024
+READING_WORDS = "reading words for the tokenizer"  # what comes before its training, for progress bars
 
 _CONTEXT_OF_TEXT = 8  # ids to decode before new ones: SentencePiece drops the space of a text's first word
 
@@ -244,12 +251,15 @@ def stream_continuation(tokenizer: Tokenizer, prompt: Sequence[int], new: Iterab
     yield tokenizer.decode(ids[begin:])[len(tokenizer.decode(ids[begin:end])) :]
 
 
-def make_tokenizer(spec: str, training_texts: Callable[[], Iterable[str]]) -> Tokenizer:
+def make_tokenizer(
+    spec: str, training_texts: Callable[[], Iterable[str]], progress_bar: ProgressBar = no_progress
+) -> Tokenizer:
     """The tokenizer that `data.tokenizer` names.
 
     Args:
       spec: bytes | bpe:<vocabulary size> | a path.
       training_texts: gives the texts to train on; called only if `spec` asks for training.
+      progress_bar: shows the training.
 
     Raises:
       UserError: an unknown spec, a path that does not exist or is no tokenizer, a vocabulary too small for bytes.
@@ -257,18 +267,20 @@ def make_tokenizer(spec: str, training_texts: Callable[[], Iterable[str]]) -> To
     if spec == "bytes":
         return BytesTokenizer()
     if spec.startswith("bpe:"):
-        return train_bpe(bpe_vocab_size(spec), training_texts())
+        return train_bpe(bpe_vocab_size(spec), training_texts(), progress_bar)
     return read_tokenizer(spec)
 
 
-def saved_or_new_tokenizer(spec: str, directory: str | None, training_texts: Callable[[], Iterable[str]]) -> Tokenizer:
+def saved_or_new_tokenizer(
+    spec: str, directory: str | None, texts: Sequence[str], progress_bar: ProgressBar = no_progress
+) -> Tokenizer:
     """The tokenizer saved in `directory`, which must be the one of `spec`. If there is none, `make_tokenizer`'s.
 
     Raises:
       UserError: what `make_tokenizer` raises, or the saved tokenizer is another one.
     """
     if directory is None or not has_tokenizer(directory):
-        return make_tokenizer(spec, training_texts)
+        return make_tokenizer(spec, lambda: with_progress(texts, "text", progress_bar, READING_WORDS), progress_bar)
     saved = load_tokenizer(directory)
     check_tokenizer_is(spec, saved, directory)
     return saved
@@ -285,13 +297,14 @@ def bpe_vocab_size(spec: str) -> int:
     return int(size)
 
 
-def train_bpe(vocab_size: int, texts: Iterable[str]) -> HuggingFaceTokenizer:
+def train_bpe(vocab_size: int, texts: Iterable[str], progress_bar: ProgressBar = no_progress) -> HuggingFaceTokenizer:
     """Trains byte-level BPE (Sennrich et al., 2016, on bytes as in GPT-2) with id 0 as separator.
 
-    The same texts give the same tokenizer.
+    The same texts give the same tokenizer. Its tokens have at most 1024 bytes.
     """
     tokenizer = hf.Tokenizer(hf.models.BPE())
-    tokenizer.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = hf.pre_tokenizers.Sequence([words, hf.pre_tokenizers.FixedLength(_LONGEST_WORD)])
     tokenizer.decoder = hf.decoders.ByteLevel()
     trainer = hf.trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -299,7 +312,14 @@ def train_bpe(vocab_size: int, texts: Iterable[str]) -> HuggingFaceTokenizer:
         initial_alphabet=sorted(hf.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    with contextlib.ExitStack() as stack:
+
+        def texts_then_time() -> Iterator[str]:
+            yield from texts
+            stack.enter_context(time_shown(progress_bar, "training the tokenizer"))
+
+        tokenizer.train_from_iterator(texts_then_time(), trainer)
+    tokenizer.pre_tokenizer = words
     tokenizer.post_processor = hf.processors.TemplateProcessing(
         single=f"{DOCUMENT_SEPARATOR} $A",
         special_tokens=[(DOCUMENT_SEPARATOR, tokenizer.token_to_id(DOCUMENT_SEPARATOR))],

@@ -14,13 +14,16 @@ from darkformer_jax.model.network import Network
 from darkformer_jax.model.transformer import Transformer
 from darkformer_jax.ops.state import NEG
 
+# Below this temperature no token but the likeliest is drawn, and the logits would leave float32's range.
+_COLDEST = 1e-20
+
 
 def filter_logits(
     logits: Float[Array, "b vocab"], *, temperature: float, top_k: int, top_p: float
 ) -> Float[Array, "b vocab"]:
     """Logits / temperature, very negative outside the `top_k` largest and the smallest set of probability `top_p`.
 
-    top_k = 0 and top_p = 1 keep all. Ties at the border are kept. temperature > 0.
+    top_k = 0 and top_p = 1 keep all. Ties at the border are kept. temperature >= 1e-20.
     """
     logits = logits / temperature
     if top_k:
@@ -29,7 +32,8 @@ def filter_logits(
     if top_p < 1:
         ordered = jnp.sort(logits, axis=-1, descending=True)
         before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
-        smallest = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        stays = (before < top_p).at[:, 0].set(True)  # also where top_p is 0 in float32
+        smallest = jnp.min(jnp.where(stays, ordered, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits >= smallest, logits, NEG)
     return logits
 
@@ -39,7 +43,7 @@ class Sampler:
 
     Args:
       network, params, projections: the model.
-      temperature: 0 takes the most likely token.
+      temperature: 0 takes the most likely token, and so does all below 1e-20.
       top_k, top_p: see `filter_logits`.
       seed: every draw is a function of it, the prompt's index in the batch and the token's place.
       vocab_size: the tokenizer's, if the model's table is larger. Ids from it on have no meaning and are never drawn.
@@ -67,7 +71,7 @@ class Sampler:
 
         def choose(logits: Array, key: Array) -> Array:
             logits = logits[:, :vocab_size]
-            if temperature == 0:
+            if temperature < _COLDEST:
                 return jnp.argmax(logits, axis=-1).astype(jnp.int32)
             kept = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p)
             keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(logits.shape[0]))

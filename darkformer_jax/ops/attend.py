@@ -1,15 +1,19 @@
 """What every linear attention of this package does with its kernel: state, scan or step, normaliser."""
 
 import functools
+import math
+import operator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from darkformer_jax.errors import UserError
 from darkformer_jax.ops.context import check_stretch, place_stretch, state_before, vary_like
 from darkformer_jax.ops.decay import decay_per_token
+from darkformer_jax.ops.features import accumulator_dtype
 from darkformer_jax.ops.linear import (
     Kernel,
     Sums,
@@ -32,6 +36,19 @@ class Options(NamedTuple):
     num_sinks: int
     return_state: bool
     sequence_axis: str | None
+
+    @classmethod
+    def of(
+        cls, causal: bool, chunk_size: int, window: int, num_sinks: int, return_state: bool, sequence_axis: str | None
+    ) -> "Options":
+        """The options with Python's integers. Raises UserError for a number that is none."""
+        numbers = {"chunk_size": chunk_size, "window": window, "num_sinks": num_sinks}
+        for name, number in numbers.items():
+            try:
+                numbers[name] = operator.index(number)
+            except TypeError as error:
+                raise UserError(f"{name} = {number!r}: allowed: an integer, static under jit") from error
+        return cls(causal, **numbers, return_state=return_state, sequence_axis=sequence_axis)
 
 
 def attend(
@@ -71,12 +88,15 @@ def attend(
             f"the state was made for [kv heads, features, value size] = {state.far.values.shape[1:]}; "
             f"these inputs have {(num_kv_heads, num_features, value_dim)}"
         )
+    if not length:
+        out = jnp.zeros((batch, 0, num_heads, value_dim), v.dtype)
+        return (out, state) if options.return_state else out
     if options.sequence_axis is not None:
         state = place_stretch(state, segment_ids, length, options.sequence_axis)
         arrays, decays = vary_like(k, (kernel.arrays, decays))
         kernel = kernel._replace(arrays=arrays)
     state, segments, positions = _place_tokens(state, segment_ids, length)
-    grouped = q.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, dim)
+    grouped = q.reshape(batch, length, num_kv_heads, group_size(q, k), dim)
     state, sums = _scan_or_step(kernel, state, Tokens(grouped, k, v, segments, positions, decays), options, resumed)
     out = _normalize(sums.numerator, sums.denominator).reshape(batch, length, num_heads, value_dim).astype(v.dtype)
     return (out, state) if options.return_state else out
@@ -134,6 +154,34 @@ def _normalize(numerator: Array, denominator: Array) -> Array:
     return jnp.einsum("...v,...->...v", numerator, inverse, precision=jax.lax.Precision.HIGHEST)
 
 
+def as_arrays(*values: Any) -> tuple[Any, ...]:
+    """JAX arrays of arrays that may be numpy's: float64 becomes float32 unless x64 is on. None stays None."""
+    return tuple(None if value is None else jnp.asarray(value) for value in values)
+
+
+def scale_of(scale: Any, q: Array) -> Any:
+    """The scale of the logits, d^-0.5 for None: a Python number or, if it is traced, one of the logits' dtype.
+
+    Either keeps the logits' dtype, which a number of numpy's would not. Raises UserError where it is not a number that
+    a kernel of positive features can have.
+    """
+    if scale is None:
+        return q.shape[-1] ** -0.5
+    if np.shape(scale):
+        raise UserError(f"scale has shape {np.shape(scale)}; expected one number")
+    if isinstance(scale, jax.core.Tracer):
+        return scale.astype(accumulator_dtype(q.dtype))
+    number = float(scale)
+    if not 0 <= number < math.inf:
+        raise UserError(f"scale = {number:g}: allowed: finite and at least 0")
+    return number
+
+
+def group_size(q: Array, k: Array) -> int:
+    """The query heads of each key/value head; 0 where there are no heads."""
+    return q.shape[2] // max(k.shape[2], 1)
+
+
 def check_inputs(q: Array, k: Array, v: Array, segment_ids: Array | None) -> None:
     """Raises UserError where shapes or dtypes do not fit together."""
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -143,10 +191,10 @@ def check_inputs(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Non
         raise UserError(
             f"q {q.shape}, k {k.shape} and v {v.shape} do not fit: [B, L, Hq, d], [B, L, Hkv, d], [B, L, Hkv, dv]"
         )
-    if q.shape[2] % k.shape[2]:
+    if not q.shape[3]:
+        raise UserError(f"q has shape {q.shape}: the size of a head must be at least 1")
+    if group_size(q, k) * k.shape[2] != q.shape[2]:
         raise UserError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} key/value heads")
-    if not q.shape[1]:
-        raise UserError("the sequence is empty: length must be at least 1")
     if len({q.dtype, k.dtype, v.dtype}) > 1 or q.dtype not in (jnp.bfloat16, jnp.float32, jnp.float64):
         raise UserError(
             f"q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}; they must share one of bfloat16, float32, "
@@ -154,6 +202,8 @@ def check_inputs(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Non
         )
     if segment_ids is not None and segment_ids.shape != q.shape[:2]:
         raise UserError(f"segment_ids have shape {segment_ids.shape}; expected {q.shape[:2]}")
+    if segment_ids is not None and not jnp.issubdtype(segment_ids.dtype, jnp.integer) and segment_ids.dtype != bool:
+        raise UserError(f"segment_ids have dtype {segment_ids.dtype}; allowed: integers or bool")
 
 
 def check_options(q: Array, options: Options, log_decay: Array | None, state: AttentionState | None) -> None:

@@ -41,7 +41,7 @@ def vary_like(x: Array, tree: Tree) -> Tree:
     What a loop carries must have that type from its start. What a loop reads must have it too: otherwise the gradients
     of arrays that all devices share are summed over the devices in every iteration instead of once after the loop.
     """
-    some = x.ravel()[0] == 0
+    some = jnp.sum(x.ravel()[:1]) == 0  # of an empty array, too
     return jax.tree.map(lambda leaf: jax.lax.select(some, leaf, leaf), tree)
 
 

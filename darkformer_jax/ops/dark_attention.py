@@ -2,11 +2,12 @@
 
 from typing import Any, get_args
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from darkformer_jax.errors import UserError
-from darkformer_jax.ops.attend import Options, attend, check_inputs, check_options
+from darkformer_jax.ops.attend import Options, as_arrays, attend, check_inputs, check_options, group_size, scale_of
 from darkformer_jax.ops.decay import check_log_decay
 from darkformer_jax.ops.features import RandomFeatures, positive_random_features
 from darkformer_jax.ops.linear import Kernel, KernelArrays, WindowKernel
@@ -55,7 +56,7 @@ def dark_attention(
       segment_ids: document of each token, in contiguous stretches; tokens see only their own. 0 is padding, whose
         output is 0. None: one document. Chunks begin with the row, not with a document: which keys of a packed
         document the window shows depends on where in a chunk the document begins.
-      scale: of the logits; None is d^-0.5.
+      scale: of the logits, at least 0; None is d^-0.5.
       chunk_size: tokens per chunk. With a window it decides what is exact; without one it changes only the cost.
       window: 0 for features everywhere, else a multiple of chunk_size.
       num_sinks: first tokens of each document that are seen exactly; needs a window.
@@ -81,15 +82,19 @@ def dark_attention(
     Raises:
       UserError: for shapes or options that do not fit together.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    options = Options(causal, chunk_size, window, num_sinks, return_state, sequence_axis)
+    options = Options.of(causal, chunk_size, window, num_sinks, return_state, sequence_axis)
+    q, k, v, segment_ids = as_arrays(q, k, v, segment_ids)
+    projections, geometry, log_weights, log_gain = as_arrays(projections, geometry, log_weights, log_gain)
+    state = jax.tree.map(jnp.asarray, state)
     check_inputs(q, k, v, segment_ids)
     check_options(q, options, log_decay, state)
     if log_decay is not None:
         check_log_decay(log_decay, k, segment_ids)
-    _check_window_options(q, window, window_kernel, log_gain)
-    arrays = _kernel_arrays(projections, geometry, log_weights, log_gain, k, window)
-    kernel = Kernel(arrays, positive_random_features, scale, window_kernel)
+    _check_window_options(q, options.window, window_kernel, log_gain)
+    if log_gain is not None:
+        log_gain = log_gain.reshape(k.shape[2], group_size(q, k))
+    arrays = _kernel_arrays(projections, geometry, log_weights, log_gain, k, options.window)
+    kernel = Kernel(arrays, positive_random_features, scale_of(scale, q), window_kernel)
     return attend(kernel, q, k, v, segment_ids, log_decay, state, options)
 
 
@@ -115,8 +120,6 @@ def _kernel_arrays(
     All but w may be None.
     """
     num_kv_heads, dim = k.shape[2:]
-    if log_gain is not None:
-        log_gain = log_gain.reshape(num_kv_heads, -1)
     if geometry is not None:
         if geometry.shape[-1] != dim or geometry.ndim not in (2, 3):
             raise UserError(f"geometry has shape {geometry.shape}; expected [r, {dim}] or [{num_kv_heads}, r, {dim}]")

@@ -127,17 +127,17 @@ with_scale_derivative.defjvps(
 def check_log_decay(log_decay: Array, k: Array, segment_ids: Array | None) -> None:
     """Raises UserError for another shape than [hkv] or [b, n, hkv], and for values above 0 where they are known.
 
-    Padding may hold anything.
+    Those of a numpy array are known under jit, too, until it becomes one of JAX's. Padding may hold anything.
     """
     allowed = (k.shape[2:3], k.shape[:3])
-    if log_decay.shape not in allowed:
+    if np.shape(log_decay) not in allowed:
         raise UserError(
-            f"log_decay has shape {log_decay.shape}; expected {allowed[0]}, one number per key/value head, or "
+            f"log_decay has shape {np.shape(log_decay)}; expected {allowed[0]}, one number per key/value head, or "
             f"{allowed[1]}, one per token and head"
         )
     if isinstance(log_decay, jax.core.Tracer) or not getattr(log_decay, "is_fully_addressable", True):
         return
-    known = np.asarray(log_decay)
+    known = np.asarray(log_decay, np.float64)
     if known.ndim == 3 and segment_ids is not None and not isinstance(segment_ids, jax.core.Tracer):
         known = known[np.asarray(segment_ids) != 0]
     largest = np.max(known, initial=-np.inf)
@@ -149,5 +149,5 @@ def decay_per_token(
     log_decay: Float[Array, "..."], batch: int, length: int, dtype: jax.typing.DTypeLike
 ) -> Float[Array, "b n hkv"]:
     """g of every token: [hkv] is broadcast, and values below `FLOOR` are raised to it."""
-    log_decay = jnp.maximum(log_decay.astype(accumulator_dtype(dtype)), FLOOR)
+    log_decay = jnp.maximum(jnp.asarray(log_decay, accumulator_dtype(dtype)), FLOOR)
     return jnp.broadcast_to(log_decay, (batch, length, log_decay.shape[-1]))

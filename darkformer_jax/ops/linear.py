@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from darkformer_jax.ops.decay import FoldDecay, RunningSum, between, running_sum, to_end, with_scale_derivative
-from darkformer_jax.ops.features import FeatureMap, apply_geometry, matmul
+from darkformer_jax.ops.features import FeatureMap, accumulator_dtype, apply_geometry, matmul
 from darkformer_jax.ops.state import NEG, AttentionState, FarState, Recent, Sinks, merge_far
 
 # In the product of query and key features each side is scaled to a maximum of e^HEADROOM. A pair whose best common
@@ -50,7 +50,8 @@ class Kernel(NamedTuple):
 
     def log_features(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch m"]:
         """l_i(x)."""
-        return self.feature_map(self.arrays.features, x, self.scale)
+        features = self.feature_map(self.arrays.features, x, self.scale)
+        return features.astype(accumulator_dtype(x.dtype))  # float64 arrays of a map would widen the state
 
     def log_kernel(self, q: Float[Array, "n g d"], k: Float[Array, "t d"]) -> Float[Array, "n g t"]:
         """What `RandomFeatures` estimate: scale q^T M^T M k + log m. "softmax" has the identity in the place of M."""
@@ -161,7 +162,7 @@ def fold(
 def _fold_sinks(
     sinks: Sinks, chunk: Recent, decay: FoldDecay | None, is_sink: Bool[Array, "c"], same: Bool[Array, ""]
 ) -> Sinks:
-    own = jnp.arange(sinks.filled.shape[0])[:, None] == chunk.positions[None, :]
+    own = jnp.arange(sinks.filled.shape[0], dtype=jnp.int32)[:, None] == chunk.positions[None, :]
     slot = own & is_sink[None, :]  # [s, c], one-hot rows
     found = jnp.any(slot, axis=1)
     decays = None
@@ -184,7 +185,7 @@ def _pick(one_hot: Bool[Array, "s c"], x: Float[Array, "c *d"]) -> Float[Array, 
 
 def last_nonzero(segments: Int[Array, "n"]) -> Int[Array, ""]:
     """Index of the last token that is not padding; -1 where all are."""
-    return jnp.max(jnp.where(segments != 0, jnp.arange(segments.shape[0]), -1), initial=-1)
+    return jnp.max(jnp.where(segments != 0, jnp.arange(segments.shape[0], dtype=jnp.int32), -1), initial=-1)
 
 
 def document_places(
@@ -192,7 +193,7 @@ def document_places(
 ) -> tuple[Int[Array, "n"], Int[Array, ""], Int[Array, ""]]:
     """Each token's place in its document, and the last document's id and length so far. Padding takes no place."""
     real = segment_ids != 0
-    latest = jax.lax.cummax(jnp.where(real, jnp.arange(segment_ids.shape[0]), -1))
+    latest = jax.lax.cummax(jnp.where(real, jnp.arange(segment_ids.shape[0], dtype=jnp.int32), -1))
     latest = jnp.concatenate([jnp.full(1, -1, latest.dtype), latest[:-1]])  # the real token before each
     before = jnp.where(latest >= 0, segment_ids[latest], last_segment)
     ones = real.astype(jnp.int32)

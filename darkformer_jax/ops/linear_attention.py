@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from darkformer_jax.errors import UserError
-from darkformer_jax.ops.attend import Options, attend, check_inputs, check_options
+from darkformer_jax.ops.attend import Options, as_arrays, attend, check_inputs, check_options
 from darkformer_jax.ops.decay import check_log_decay
 from darkformer_jax.ops.features import FeatureMap, log_elu_plus_one
 from darkformer_jax.ops.linear import Kernel, KernelArrays
@@ -52,7 +52,9 @@ def linear_attention(
     Raises:
       UserError: for shapes or options that do not fit together.
     """
-    options = Options(causal, chunk_size, 0, 0, return_state, sequence_axis)
+    options = Options.of(causal, chunk_size, 0, 0, return_state, sequence_axis)
+    q, k, v, segment_ids = as_arrays(q, k, v, segment_ids)
+    feature_arrays, state = jax.tree.map(jnp.asarray, (feature_arrays, state))
     check_inputs(q, k, v, segment_ids)
     check_options(q, options, log_decay, state)
     if log_decay is not None:

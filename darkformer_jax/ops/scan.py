@@ -147,7 +147,9 @@ def scan_window(
     elapsed = None
     if chunks.decays is not None and recent.decays is not None:
         elapsed = running_sum(_with_window(jnp.swapaxes(recent.decays, 1, 2), chunks.decays), axis=2, causal=True)
-    (far, sinks, recent), sums = jax.lax.scan(body, carry, (jnp.arange(num_chunks), chunks, visible, elapsed))
+    (far, sinks, recent), sums = jax.lax.scan(
+        body, carry, (jnp.arange(num_chunks, dtype=jnp.int32), chunks, visible, elapsed)
+    )
     sums = _unsplit(sums)
     if return_state:
         start = num_complete * chunk_size
@@ -169,10 +171,9 @@ def _near_keys(recent: Int[Array, "b w"], chunks: Int[Array, "n b c"]) -> Bool[A
 
 def _with_window(recent: Shaped[Array, "b w *h"], chunks: Shaped[Array, "n b c *h"]) -> Shaped[Array, "n b t *h"]:
     """Each chunk with the `window` tokens before it in front."""
-    num_chunks, batch, size = chunks.shape[:3]
+    num_chunks, _, size = chunks.shape[:3]
     window = recent.shape[1]
-    flat = jnp.moveaxis(chunks, 0, 1).reshape(batch, -1, *chunks.shape[3:])
-    flat = jnp.concatenate([recent, flat], axis=1)
+    flat = jnp.concatenate([recent, _join_chunks(chunks)], axis=1)
     near = flat[:, jnp.arange(num_chunks)[:, None] * size + jnp.arange(window + size)[None, :]]
     return jnp.moveaxis(near, 1, 0)
 
@@ -231,11 +232,16 @@ def split_chunks(tokens: TokenTree, size: int) -> TokenTree:
 
     def split(leaf: Array) -> Array:
         padded = jnp.pad(leaf, [(0, 0), (0, missing)] + [(0, 0)] * (leaf.ndim - 2))
-        return jnp.moveaxis(padded.reshape(leaf.shape[0], -1, size, *leaf.shape[2:]), 1, 0)
+        return jnp.moveaxis(padded.reshape(leaf.shape[0], padded.shape[1] // size, size, *leaf.shape[2:]), 1, 0)
 
     return jax.tree.map(split, tokens)
 
 
 def _unsplit(sums: Sums) -> Sums:
     """[chunks, b, size, ...] -> [b, n, ...]."""
-    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1).reshape(leaf.shape[1], -1, *leaf.shape[3:]), sums)
+    return jax.tree.map(_join_chunks, sums)
+
+
+def _join_chunks(leaf: Shaped[Array, "n b c *rest"]) -> Shaped[Array, "b t *rest"]:
+    chunks, batch, size = leaf.shape[:3]  # in full: no size can be inferred of an array without elements
+    return jnp.moveaxis(leaf, 0, 1).reshape(batch, chunks * size, *leaf.shape[3:])

@@ -131,6 +131,7 @@ def init_state(
 
     has_decay: the calls have a `log_decay`. Only the state of a window depends on it.
     """
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
     head = empty_state(
         num_features=num_features,
         key_dim=key_dim,

@@ -1,11 +1,10 @@
 """Everything that is reported about a set of runs, and results.json, which holds it all."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from darkformer_jax.config.pattern import pattern_kinds
-from darkformer_jax.data.progress import ProgressBar, no_progress
+from darkformer_jax.data.progress import ProgressBar, no_progress, with_progress
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
 from darkformer_jax.reporting.calibrations import Calibration, find_calibrations
@@ -38,14 +37,14 @@ def collect(globs: str, progress_bar: ProgressBar = no_progress) -> Findings:
 
     Raises UserError if a workdir cannot be read, if two do not compare, or if none was trained or calibrated.
     """
-    runs = read_runs(_with_progress(find_workdirs(globs), "run", progress_bar))
+    runs = read_runs(with_progress(find_workdirs(globs), "run", progress_bar))
     rows = as_rows(runs)
     calibrations = find_calibrations(run.workdir for run in runs)
     if not calibrations and all(run.state == UNTRAINED for run in runs):
         raise UserError(f"--runs={globs}: none of the {len(runs)} workdirs has been trained or calibrated")
     spectra, missing = [], []
     with_geometry = [row.runs[0].workdir for row in best_of(rows) if _has_geometry(row)]
-    for workdir in _with_progress(with_geometry, "checkpoint", progress_bar):
+    for workdir in with_progress(with_geometry, "checkpoint", progress_bar):
         try:
             spectra.append(read_spectra(workdir))
         except UserError as error:  # the checkpoint may have been removed; no other figure needs it
@@ -56,13 +55,6 @@ def collect(globs: str, progress_bar: ProgressBar = no_progress) -> Findings:
 
 def _has_geometry(row: Row) -> bool:
     return any("geometry_init" in MIXERS[kind].uses for kind in pattern_kinds(row.settings[MECHANISM], ""))
-
-
-def _with_progress(items: list[str], unit: str, progress_bar: ProgressBar) -> Iterator[str]:
-    with progress_bar(len(items), unit) as bar:
-        for item in items:
-            yield item
-            bar.update()
 
 
 def as_json(found: Findings) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from darkformer_jax.data.labelled import (
     save_class_names,
     shown_label,
 )
+from darkformer_jax.data.progress import ProgressBar, no_progress
 from darkformer_jax.errors import UserError
 from darkformer_jax.model.transformer import Transformer
 from darkformer_jax.runs.workdir import Workdir
@@ -167,9 +168,11 @@ class Classification(LabelledTask[Classes, ClassEvaluation]):
         return Classes(vocab_size, config.sequence_length, load_class_names(workdir.local))
 
     @classmethod
-    def load(cls, config: ml_collections.ConfigDict, workdir: Workdir) -> "Classification":
+    def load(
+        cls, config: ml_collections.ConfigDict, workdir: Workdir, progress_bar: ProgressBar = no_progress
+    ) -> "Classification":
         """Reads the data. Raises UserError also if the classes are not those that the run began with."""
-        task = super().load(config, workdir)
+        task = super().load(config, workdir, progress_bar)
         names = task.objective.names
         if (workdir / LABELS_FILE).exists() and (saved := load_class_names(workdir.local)) != names:
             old, new = (", ".join(map(shown_label, each)) for each in (saved, names))

@@ -17,6 +17,7 @@ import numpy as np
 
 from darkformer_jax.data.batches import Batch, ordered_batches, shuffled_batches
 from darkformer_jax.data.labelled import Columns, Example, LabelledRows, read_examples, split_examples
+from darkformer_jax.data.progress import ProgressBar, no_progress
 from darkformer_jax.data.tokenizers import Tokenizer, saved_or_new_tokenizer
 from darkformer_jax.distributed.sharding import Part
 from darkformer_jax.errors import UserError
@@ -26,7 +27,7 @@ from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.measured import measure_all
 from darkformer_jax.tasks.scores import predict_by_bag_of_bytes
 from darkformer_jax.tasks.table import table_lines
-from darkformer_jax.tasks.task import Evaluation, Objective, ProgressBar, ScoreRequest, Scores
+from darkformer_jax.tasks.task import Evaluation, Objective, ScoreRequest, Scores
 from darkformer_jax.tasks.tokenizer import check_same_tokenizer, tokenizer_of, vocab_size_of
 
 
@@ -119,12 +120,11 @@ class LabelledTask(ABC, Generic[O, E]):
         return objective
 
     @classmethod
-    def load(cls, config: ml_collections.ConfigDict, workdir: Workdir) -> Self:
+    def load(cls, config: ml_collections.ConfigDict, workdir: Workdir, progress_bar: ProgressBar = no_progress) -> Self:
         """Reads and tokenises both splits."""
         training, heldout = _examples(config)
-        tokenizer = saved_or_new_tokenizer(
-            tokenizer_of(config, workdir), workdir.tokenizer_dir, lambda: (example.text for example in training)
-        )
+        texts = [example.text for example in training]
+        tokenizer = saved_or_new_tokenizer(tokenizer_of(config, workdir), workdir.tokenizer_dir, texts, progress_bar)
         if config.init_from:
             check_same_tokenizer(Workdir(config.init_from), tokenizer.fingerprint, "init_from")
         objective = cls.make_objective(config, tokenizer.vocab_size, training)

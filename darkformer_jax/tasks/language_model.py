@@ -14,7 +14,7 @@ import numpy as np
 
 from darkformer_jax.data import Batch, Data, TokenStream, heldout_batches, load_data, train_batches
 from darkformer_jax.data.files import write_atomically
-from darkformer_jax.data.progress import ProgressBar
+from darkformer_jax.data.progress import ProgressBar, no_progress
 from darkformer_jax.distributed.sharding import Part
 from darkformer_jax.model.network import Network
 from darkformer_jax.model.sampling import Sampler
@@ -82,7 +82,9 @@ class LanguageModel:
         return NextToken.of(config, vocab_size_of(config))
 
     @classmethod
-    def load(cls, config: ml_collections.ConfigDict, workdir: Workdir) -> "LanguageModel":
+    def load(
+        cls, config: ml_collections.ConfigDict, workdir: Workdir, progress_bar: ProgressBar = no_progress
+    ) -> "LanguageModel":
         """Reads both splits. The first use of `constants` reads the teacher's weights."""
         d = config.data
         part = (jax.process_index(), jax.process_count())
@@ -93,6 +95,7 @@ class LanguageModel:
             d.heldout_fraction,
             workdir.tokenizer_dir,
             verify=part,
+            progress_bar=progress_bar,
         )
         fingerprint = data.tokenizer.fingerprint
         if config.init_from:

@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 from jaxtyping import Array, Float
 
-from darkformer_jax.data.progress import ProgressBar
+from darkformer_jax.data.progress import ProgressBar, no_progress
 from darkformer_jax.distributed.sharding import Part
 from darkformer_jax.model.network import Network
 from darkformer_jax.model.transformer import Transformer
@@ -145,8 +145,8 @@ class Task(Protocol[E]):
         ...
 
     @classmethod
-    def load(cls, config: ml_collections.ConfigDict, workdir: Workdir) -> Self:
-        """Reads the data for a run in `workdir`, and writes nothing.
+    def load(cls, config: ml_collections.ConfigDict, workdir: Workdir, progress_bar: ProgressBar = no_progress) -> Self:
+        """Reads the data for a run in `workdir`, and writes nothing. The bars show a tokenizer's training.
 
         Raises:
           UserError: the config, the files and the workdir do not fit together.

@@ -2,7 +2,7 @@
 
 import math
 import time
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 
@@ -27,6 +27,10 @@ class RunProgress(Protocol):
 
     def note(self, text: str) -> None:
         """Prints a line that stays."""
+        ...
+
+    def bar(self, total: float | None, unit: str, label: str = "") -> Any:
+        """A tqdm bar for work before the first step; see `data.progress.ProgressBar`."""
         ...
 
     def close(self) -> None:

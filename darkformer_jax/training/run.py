@@ -60,7 +60,7 @@ def train(
         began, watch = time.perf_counter(), Stopwatch(workdir)
         progress.note(f"workdir {workdir}; reading {config.data.source} {config.data.files}".rstrip())
         mesh_of(config)  # refuses what does not fit before the data is read, which may take long
-        task = TASKS[config.task.name].load(config, workdir)
+        task = TASKS[config.task.name].load(config, workdir, progress.bar)
         # After this, all processes have read what process 0 is about to write.
         processes.require_same("data", task.fingerprints)
         workdir.check_data(task.fingerprints["data"])

@@ -10,7 +10,8 @@ from typing import TextIO
 
 import pytest
 
-from darkformer_jax.cli.progress import Progress
+from darkformer_jax.cli.progress import Progress, progress_bar
+from darkformer_jax.data.progress import ProgressBar
 
 
 class Clock:
@@ -109,3 +110,10 @@ def test_time_left(seconds: float, text: str) -> None:
     clock.now = seconds
     progress.update(100, 2.0, 1.0, None, 0)
     assert stream.getvalue().splitlines()[-1].endswith(f"eta {text}")
+
+
+@pytest.mark.parametrize("make", [progress_bar, Progress(9, 1).bar])
+def test_work_without_a_total_shows_its_time(make: ProgressBar, capsys: pytest.CaptureFixture[str]) -> None:
+    make(None, "s", "training the tokenizer").close()
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.split("\r")[-1] == "training the tokenizer: 00:00\n"

@@ -70,6 +70,42 @@ def test_bpe_training_is_a_function_of_the_texts(bpe, tmp_path):
     assert (tmp_path / "a/tokenizer.json").read_bytes() == (tmp_path / "b/tokenizer.json").read_bytes()
 
 
+UNSPACED = {  # more than one word of the training, and periodic: whatever is merged, longer pairs are left
+    "genome": "ACGTTGCAA" * 2000,
+    "chinese": "\u4f60\u597d\u4e16\u754c" * 2000,
+    "minified": "var" + "aB" * 8000,
+    "ruler": "=" * 20_000,
+}
+
+
+@pytest.mark.parametrize("text", UNSPACED.values(), ids=UNSPACED)
+def test_tokens_of_text_without_spaces_have_at_most_1024_bytes(text):
+    tokenizer = train_bpe(500, [text])
+    ids = tokenizer.encode(text)
+    assert 500 < max(len(tokenizer.decode([i]).encode()) for i in ids) <= 1024
+    assert tokenizer.decode(ids) == text
+
+
+def test_text_with_spaces_gives_the_tokenizer_that_it_gave_before_long_words_were_cut():
+    texts = [
+        *TEXTS,
+        "| " + "\u2500" * 341 + " |\n",
+        "#" + "=" * 1023 + "\n",
+        " ".join("abracadabra" for _ in range(200)),
+    ]
+    plain = hf.Tokenizer(hf.models.BPE())
+    plain.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(hf.pre_tokenizers.ByteLevel.alphabet())
+    trainer = hf.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|doc|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    plain.train_from_iterator(texts, trainer)
+    ours = train_bpe(400, texts)
+    wanted, found = json.loads(plain.to_str()), json.loads(ours._tokenizer.to_str())
+    for part in ("model", "pre_tokenizer", "normalizer", "added_tokens"):
+        assert found[part] == wanted[part], part
+
+
 def test_save_and_load_give_the_same_tokenizer(bpe, sentencepiece_model, tmp_path):
     for index, tokenizer in enumerate((BytesTokenizer(), bpe, read_tokenizer(sentencepiece_model))):
         directory = str(tmp_path / str(index))

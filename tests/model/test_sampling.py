@@ -140,6 +140,21 @@ def test_the_first_token_of_top_p_always_stays():
     assert (np.asarray(kept > NEG) == [[False, True, False]]).all()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"temperature": temperature} for temperature in (5e-324, 1e-40, 1e-37, 1e-20)),
+        *({"temperature": 1.5, "top_p": top_p} for top_p in (5e-324, 1e-40)),
+        {"temperature": 1e-40, "top_k": 3, "top_p": 0.5},
+    ],
+)
+def test_options_too_small_for_float32_take_the_likeliest_token(options):
+    tokens = np.ravel(written(Sampler(*model("dark"), **options), PROMPTS, 1))
+    for prompt, token in zip(PROMPTS, tokens, strict=True):
+        logits = next_logits("dark", prompt)
+        assert logits[token] >= logits.max() - 1e-4
+
+
 @pytest.mark.parametrize("options", [{}, {"top_k": 4}, {"top_p": 0.5}, {"temperature": 2.0, "top_k": 8, "top_p": 0.8}])
 def test_draws_have_the_filtered_probabilities(options):
     prompt, copies = PROMPTS[1], 2000

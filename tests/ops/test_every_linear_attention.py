@@ -6,13 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
+from darkformer_jax.distributed.sharding import make_mesh
 from tests.ops.linear_attentions import (
     DARK,
     FORMS,
     HYBRID,
     OPS,
     PURE,
+    Inputs,
     assert_gradients_close,
     assert_like_float64,
     assert_rows_close,
@@ -300,3 +303,53 @@ def test_padding_in_front_of_a_continuation_takes_no_place(op, options):
         np.testing.assert_array_equal(after.sinks.values, state.sinks.values)
     else:
         assert_rows_close(out[:, 16:], whole, 2e-5)
+
+
+def without_heads(x):
+    """Without query, key and value heads."""
+    last = {"log_decay": lambda leaf: leaf[..., :0]}
+    arrays = {name: last.get(name, lambda leaf: leaf[:0])(leaf) for name, leaf in x.arrays.items()}
+    return Inputs(*(leaf[:, :, :0] for leaf in x[:3]), arrays)
+
+
+EMPTY = {
+    "sequences": lambda x: map_tokens(lambda leaf: leaf[:0], x),
+    "tokens": lambda x: part(x, 0, 0),
+    "query heads": lambda x: x._replace(q=x.q[:, :, :0]),
+    "heads": without_heads,
+}
+
+
+@pytest.mark.parametrize("none", EMPTY)
+@pytest.mark.parametrize(("op", "options"), [*FORMS, ("dark with gates", PURE | {"causal": False})])
+def test_without_sequences_tokens_or_heads_the_output_is_empty_as_that_of_jax(op, options, none):
+    x = EMPTY[none](draw(op, 40, heads=(4, 2), value_dim=16, batch=2, gain="window" in options and none == "tokens"))
+    out, gradients = with_gradients(op, x, draw_cotangent(x), **options)
+    if none == "heads":  # of which JAX cannot say how many share one of the keys'
+        assert out.shape == x.q.shape
+    else:
+        assert out.shape == jax.nn.dot_product_attention(*map(jnp.asarray, x[:3])).shape
+    assert out.dtype == jnp.float32 and out.size == 0
+    for gradient, leaf in zip(jax.tree.leaves(gradients), jax.tree.leaves(x), strict=True):
+        np.testing.assert_array_equal(gradient, np.zeros_like(leaf))
+
+
+@every_form
+def test_a_call_without_tokens_or_query_heads_leaves_the_state_as_it_should_be(op, options):
+    x = draw(op, 40, heads=(4, 2))
+    _, before = resume(op, part(x, 0, 20), None, None, **options)
+    _, same = resume(op, part(x, 0, 0), before, np.ones((1, 0), np.int32), **options)
+    jax.tree.map(np.testing.assert_array_equal, same, before)
+    rest = part(x, 20, 40)
+    _, after = resume(op, rest, same, None, **options)
+    _, without_queries = resume(op, EMPTY["query heads"](rest), same, None, **options)
+    assert_states_close(without_queries, after)
+
+
+@every_form
+def test_no_sequences_can_be_split_over_devices(op, options):
+    x = jax.tree.map(jnp.asarray, EMPTY["sequences"](draw(op, 32, heads=(4, 2))))
+    attention = functools.partial(OPS[op].attention, **x.arrays, **options, sequence_axis="context")
+    tokens, mesh = P(None, "context"), make_mesh({"context": 1}, jax.devices()[:1])
+    split = jax.shard_map(attention, mesh=mesh, in_specs=(tokens,) * 3, out_specs=tokens, axis_names={"context"})
+    assert jax.jit(split)(*x[:3]).shape == (0, 32, 4, 8)

@@ -1,10 +1,12 @@
 """What every task promises the loop, asked of each in the table."""
 
+import io
 import json
 
 import jax
 import numpy as np
 import pytest
+import tqdm
 
 from darkformer_jax.config import base
 from darkformer_jax.data import PREPARED_SOURCE
@@ -74,6 +76,21 @@ def test_what_is_best_is_a_figure_of_every_evaluation(case):
     measure = jax.jit(lambda batch: task.objective.measure(network.bind(*arrays), batch))
     evaluation = task.evaluation(*measure_all(measure, task.heldout_batches(1, Part(0, 1))))
     assert task.best in evaluation.as_metrics() and task.loss_unit
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_training_of_a_tokenizer_is_shown(name, tmp_path):
+    config, bars = CONFIGS[name](tmp_path), []
+    config.data.tokenizer = "bpe:260"
+
+    def record(total, unit, label=""):
+        bars.append((label, tqdm.tqdm(total=total, file=io.StringIO())))
+        return bars[-1][1]
+
+    TASKS[name].load(config, Workdir(tmp_path / "run"), record)
+    (reading, words), (training, clock) = bars
+    assert (reading, training) == ("reading words for the tokenizer", "training the tokenizer")
+    assert words.n == words.total > 0 and clock.total is None
 
 
 def test_a_workdir_says_what_its_model_has_learned(tmp_path):
