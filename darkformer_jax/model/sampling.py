@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from darkformer_jax.errors import UserError
 from darkformer_jax.model.network import Network
 from darkformer_jax.model.transformer import Transformer
+from darkformer_jax.ops.keys import key_of_seed
 from darkformer_jax.ops.state import NEG
 
 _COLDEST = (
@@ -109,7 +110,7 @@ class Sampler:
         tokens = np.zeros((len(prompts), padded), np.int32)
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt
-        root = jax.random.key(self._seed)
+        root = key_of_seed(self._seed)
         room = padded + max_new_tokens
         token, state = self._prefill(*self._arrays, tokens, lengths, jax.random.fold_in(root, 0), room=room)
         yield np.asarray(token)
