@@ -32,6 +32,7 @@ from darkformer_jax.mixers import MIXERS
 from darkformer_jax.mixers.spec import MixerSpec
 from darkformer_jax.mixers.window_only import WindowOnly
 from darkformer_jax.model.network import Network
+from darkformer_jax.ops.keys import key_of_seed
 from darkformer_jax.runs.checkpoints import Checkpoints
 from darkformer_jax.runs.inherit import inherit
 from darkformer_jax.runs.load import WorkdirModel, load_language_model
@@ -97,7 +98,7 @@ def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> list[dict[s
         config = _config(o)
         passages, num_test = read_passages(o.text, o.test_text, teacher.tokenizer, o.passages, o.context, o.seed)
         experiment = Experiment.of(config, NextToken.of(config, teacher.tokenizer.vocab_size))
-        params, projections = jax.jit(experiment.network.init)(jax.random.key(o.seed))
+        params, projections = jax.jit(experiment.network.init)(key_of_seed(o.seed))
         state = TrainState(jnp.zeros((), jnp.int32), params, projections, ())
         state, _ = initialize_from(exact, experiment, state, teacher.step)
         params, rows, moments = _fit_layers(o, teacher, experiment.network, state, passages, num_test, progress_bar)
@@ -139,7 +140,7 @@ def _fit_layers(
 ) -> tuple[dict, list[dict[str, Any]], Moments]:
     """(parameters with the fitted ones, one row per replaced layer, moments of every layer)."""
     params, spec = state.params, network.spec
-    keys = jax.random.split(jax.random.key(o.seed), spec.num_layers)
+    keys = jax.random.split(key_of_seed(o.seed), spec.num_layers)
     exact = teacher.network.bind(teacher.params, teacher.projections)
     student = network.bind(params, state.projections)
     rows, moments = [], []

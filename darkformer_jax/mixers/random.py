@@ -7,6 +7,7 @@ from jaxtyping import Array
 from darkformer_jax.mixers.features import PROJECTION_FIELDS, Inputs
 from darkformer_jax.mixers.performer import Performer
 from darkformer_jax.mixers.spec import MixerSpec, Projection
+from darkformer_jax.ops.keys import key_of_data
 from darkformer_jax.ops.projections import projection_key
 
 
@@ -36,7 +37,7 @@ class Random(Performer):
         return 2 * spec.num_heads * spec.head_dim * visible
 
     def inputs(self, q: Array, k: Array, positions: Array) -> Inputs:
-        key = jax.random.wrap_key_data(self.noise_key[...])
+        key = key_of_data(self.noise_key[...])
         num_heads, num_kv_heads, dim = q.shape[2], k.shape[2], q.shape[3]
 
         def draw(position: Array) -> Array:

@@ -16,6 +16,7 @@ from darkformer_jax.mixers.features import draw_layer
 from darkformer_jax.mixers.spec import Geometry, Projection
 from darkformer_jax.model.spec import ModelSpec
 from darkformer_jax.model.transformer import Transformer
+from darkformer_jax.ops.keys import key_of_seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Network:
     @classmethod
     def of(cls, spec: ModelSpec) -> "Network":
         """Builds the model abstractly: no array is allocated."""
-        abstract = nnx.eval_shape(lambda: Transformer(spec, jax.random.key(0)))
+        abstract = nnx.eval_shape(lambda: Transformer(spec, key_of_seed(0)))
         return cls(spec, *_split(abstract))
 
     def init(self, key: Array) -> tuple[dict, dict]:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from darkformer_jax.errors import UserError
 from darkformer_jax.model.network import Network
 from darkformer_jax.model.transformer import Transformer
+from darkformer_jax.ops.keys import key_of_seed
 from darkformer_jax.ops.state import NEG
 
 # Below this temperature no token but the likeliest is drawn, and the logits would leave float32's range.
@@ -108,7 +109,7 @@ class Sampler:
         tokens = np.zeros((len(prompts), padded), np.int32)
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt
-        root = jax.random.key(self._seed)
+        root = key_of_seed(self._seed)
         room = padded + max_new_tokens
         token, state = self._prefill(*self._arrays, tokens, lengths, jax.random.fold_in(root, 0), room=room)
         yield np.asarray(token)

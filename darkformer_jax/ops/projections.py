@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from darkformer_jax.errors import UserError
+from darkformer_jax.ops.keys import key_of_seed
 from darkformer_jax.ops.lowering import target_platform
 
 ProjectionKind = Literal["iid", "orthogonal", "orthogonal_unsigned"]
@@ -85,5 +86,5 @@ def projection_key(seed: int, layer: int | Array, epoch: int | Array) -> Array:
 
     A pure function of three numbers: restoring, resharding or changing the number of devices cannot change a draw.
     """
-    root = jax.random.fold_in(jax.random.key(seed), 0xDA2C)  # apart from the keys of the weights
+    root = jax.random.fold_in(key_of_seed(seed), 0xDA2C)  # apart from the keys of the weights
     return jax.random.fold_in(jax.random.fold_in(root, layer), epoch)

@@ -19,6 +19,7 @@ from darkformer_jax.distributed.sharding import with_sharding
 from darkformer_jax.errors import UserError, one_line
 from darkformer_jax.model.lora import merge_lora
 from darkformer_jax.model.network import Network, variable_sharding
+from darkformer_jax.ops.keys import key_of_seed
 from darkformer_jax.runs.checkpoints import Checkpoints
 from darkformer_jax.runs.origin import ends_of_text
 from darkformer_jax.runs.workdir import CONFIG_FILE, Workdir
@@ -53,7 +54,7 @@ def load_model(workdir: Workdir, step: int | None = None, mesh: Mesh | None = No
     num_outputs = saved["classifier"]["bias"].shape[0] if "classifier" in saved else 0
     with _config_errors(workdir):
         network = Network.of(model_spec(config, tokenizer.vocab_size, num_outputs))
-    params, projections = jax.eval_shape(lambda: network.init(jax.random.key(0)))
+    params, projections = jax.eval_shape(lambda: network.init(key_of_seed(0)))
     if mesh is not None:
         sharding = functools.partial(variable_sharding, mesh=mesh)
         params = jax.tree.map(with_sharding, params, network.map_params(sharding))

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from darkformer_jax.model.network import Network, variable_sharding
 from darkformer_jax.model.trainable import Paths, join_params, split_params
+from darkformer_jax.ops.keys import key_of_seed
 from darkformer_jax.tasks.task import Batch, Objective, Sums
 
 Metrics = dict[str, Array]
@@ -37,7 +38,7 @@ def make_state_init(
     """() -> the state before the first step. trained: the parameters that the optimizer updates."""
 
     def init() -> TrainState:
-        params, projections = network.init(jax.random.key(seed))
+        params, projections = network.init(key_of_seed(seed))
         return TrainState(
             jnp.zeros((), jnp.int32), params, projections, optimizer.init(split_params(params, trained)[0])
         )

@@ -7,6 +7,7 @@ import pytest
 
 from darkformer_jax.data.tokenizers import BytesTokenizer
 from darkformer_jax.errors import UserError
+from darkformer_jax.model.sampling import Sampler
 from darkformer_jax.runs.load import load_language_model, load_model
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.classification import Classes
@@ -38,6 +39,22 @@ def test_parameters_keep_the_dtype_and_the_bits_they_are_stored_with(experiment,
             assert loaded.dtype == saved.dtype == dtype
             np.testing.assert_array_equal(loaded, saved)
         jax.tree.map(np.testing.assert_array_equal, model.projections, state.projections)
+
+
+@pytest.mark.parametrize("kind", ["dark", "random"])
+def test_a_workdir_and_its_seed_mean_the_same_where_jax_draws_with_another_generator(kind, tmp_path):
+    config = tiny_config(model__attention__kind=kind)
+
+    def read():
+        model = load_model(Workdir(tmp_path))
+        redrawn = model.network.redraw(model.projections, jnp.int32(3))
+        sampler = Sampler(model.network, model.params, model.projections, temperature=2.0)
+        return fresh_state(experiment_of(config)), redrawn, list(sampler.stream([[1, 2, 3]], 4))
+
+    write_workdir(tmp_path, config)
+    here = jax.device_get(read())
+    with jax.default_prng_impl("rbg"):
+        jax.tree.map(np.testing.assert_array_equal, read(), here)
 
 
 def test_a_step_that_is_absent_or_damaged_is_named(experiment, tmp_path):

@@ -1,0 +1,17 @@
+"""Random keys of one kind, so that a seed means the same numbers everywhere."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, UInt32
+
+_KIND = "threefry2x32"  # JAX's default, which JAX_DEFAULT_PRNG_IMPL changes
+
+
+def key_of_seed(seed: int) -> Array:
+    """What `jax.random.key(seed)` is where nothing changes JAX's defaults. The lowest 32 bits of the seed count."""
+    return key_of_data(jnp.array([0, seed % 2**32], jnp.uint32))
+
+
+def key_of_data(data: UInt32[Array, "2"]) -> Array:
+    """The key that has this `jax.random.key_data`."""
+    return jax.random.wrap_key_data(data, impl=_KIND)
