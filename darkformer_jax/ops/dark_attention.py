@@ -68,7 +68,8 @@ def dark_attention(
       log_decay: g <= 0, per key/value head or per token and head. The kernel, the exact one included, is multiplied by
         exp(g_{j+1} + ... + g_n): a key loses weight with every token of its document that comes after it. -slope is
         ALiBi's (arXiv 2108.12409), a constant is RetNet's, log sigmoid(...) of the token a gate. Without causality a
-        later key loses weight likewise, exp(g_{n+1} + ... + g_j). Values below -1000 count as -1000.
+        later key loses weight likewise, exp(g_{n+1} + ... + g_j). Values below -1000 count as -1000. First derivatives
+        in it are exact; second ones are not supported.
       state: of the tokens before these, from `init_state` or an earlier call with the same options.
       return_state: also returns the state after the last token. Padding at the end leaves no trace in it.
       sequence_axis: within `jax.shard_map`, the mesh axis over which the sequence is split. q, k, v, segment_ids and a

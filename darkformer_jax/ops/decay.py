@@ -5,7 +5,8 @@ and a gate makes g from the token. The far state stays as it is: only its scale 
 
 Gradients. exp(G_n) multiplies all that query n sees, and the normaliser divides by it again: the output does not depend
 on it. So where attention is causal the queries' part has no derivative. The keys' part, -G_j, has one number per key,
--sum_i dL/dl_i(k_j), and the state's scale one per chunk, sum_i (z_i dL/dz_i + S_i . dL/dS_i).
+-sum_i dL/dl_i(k_j), and the state's scale one per chunk, sum_i (z_i dL/dz_i + S_i . dL/dS_i). Second derivatives in g
+are not right: these rules are for first ones.
 """
 
 from typing import NamedTuple
