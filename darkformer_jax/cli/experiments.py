@@ -34,7 +34,8 @@ def find_experiment(config: str) -> str:
     root = experiments_root()
     if str(root) not in sys.path:
         sys.path.append(str(root))  # experiments import others as `configs.<name>`
-    for path in (Path(local_path(file)), root / file):
+    file = local_path(file)
+    for path in (Path(file), root / file):
         if path.is_file():
             return f"{path}{colon}{arguments}"
     close = difflib.get_close_matches(file, experiments(), n=1)
