@@ -18,6 +18,7 @@ from ml_collections import config_flags
 
 from darkformer_jax.cli.experiment_flags import overridden_fields, parse_experiment_flags
 from darkformer_jax.cli.experiments import FOLDER, experiments_root
+from darkformer_jax.distributed import processes
 from darkformer_jax.errors import Transient, UserError, one_line
 
 DEFAULT_CONFIG = str(experiments_root() / FOLDER / "quickstart.py")  # from any directory
@@ -49,8 +50,7 @@ def default_workdir() -> str:
 
 def main(argv: list[str]) -> None:
     """Trains. Exit status: 2 after a mistake, in one line (1 if it may pass), and 128 + its number after a signal."""
-    from darkformer_jax.distributed import processes  # in here because --help needs no jax
-    from darkformer_jax.training.stopping import Stopped
+    from darkformer_jax.training.stopping import Stopped  # in here, and more in `_train`, for a quick --help
 
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax logs every step of every save
@@ -81,7 +81,6 @@ def main(argv: list[str]) -> None:
 
 def _train() -> None:
     from darkformer_jax.cli.progress import Progress
-    from darkformer_jax.distributed import processes
     from darkformer_jax.runs.workdir import Workdir
     from darkformer_jax.training.run import dry_run, train
 

@@ -1,5 +1,6 @@
 """`dark_attention` under the names of `jax.nn.dot_product_attention`, and as Flax's `attention_fn`."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -51,18 +52,18 @@ def dark_attention_fn(**options: Any) -> Callable[..., Array]:
             raise UserError(f"dropout_rate = {dropout_rate}: linear attention has no weights to drop; allowed: 0")
         _refuse_others(others)
         inputs = (query, key, value) if dtype is None else tuple(x.astype(dtype) for x in (query, key, value))
-        q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in inputs)
+        q, k, v = (x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:]) for x in inputs)
         out = dark_attention(q, k, v, causal=is_causal, scale=scale, **options)
         return out.reshape(*query.shape[:-3], *out.shape[1:])
 
     return attend
 
 
-# What Flax passes with every call, and its values without an effect here; None has none anywhere.
-_WITHOUT_EFFECT = {"dropout_rng", "broadcast_dropout"}
+# Flax passes these with every call. Without dropout they change nothing.
+_OF_DROPOUT = {"dropout_rng", "broadcast_dropout"}
 
 
 def _refuse_others(others: dict[str, Any]) -> None:
     for name, value in others.items():
-        if value is not None and name not in _WITHOUT_EFFECT:
+        if value is not None and name not in _OF_DROPOUT:
             raise UserError(f"{name}: dark_attention_fn does not support it; allowed: None")

@@ -93,6 +93,17 @@ def test_another_program_at_the_coordinators_port(tmp_path):
     assert ended.status == 1 and "error: process 0 cannot listen on port" in ended.err.splitlines()[-1]
 
 
+def two_processes(tmp_path, program, arguments=()):
+    """A program as processes 0 and 1: its arguments are the coordinator's address, its number, and `arguments`."""
+    (tmp_path / "program.py").write_text(program)
+    address = f"127.0.0.1:{free_port()}"
+    commands = []
+    for number in ("0", "1"):
+        (tmp_path / number).mkdir()
+        commands.append(Command(str(tmp_path / "program.py"), [address, number, *arguments], tmp_path / number))
+    return commands
+
+
 STEPS_WITHOUT_WORK = """
 import sys, time
 from darkformer_jax.distributed import processes
@@ -128,12 +139,7 @@ processes.leave()
 def test_a_signal_to_one_or_all_stops_all_after_the_same_step_and_a_second_one_at_once(
     tmp_path, signum, when, to, again
 ):
-    (tmp_path / "program.py").write_text(STEPS_WITHOUT_WORK)
-    address = f"127.0.0.1:{free_port()}"
-    commands = []
-    for number in ("0", "1"):
-        (tmp_path / number).mkdir()
-        commands.append(Command(str(tmp_path / "program.py"), [address, number, *again], tmp_path / number))
+    commands = two_processes(tmp_path, STEPS_WITHOUT_WORK, again)
     said = [[], []]
 
     def read(until):
@@ -172,12 +178,7 @@ with stopping.StopSignals(0) as signals, signals.step():
 
 
 def test_a_signal_to_one_ends_all_if_the_step_does_not_end(tmp_path):
-    (tmp_path / "program.py").write_text(A_STEP_THAT_HANGS)
-    address = f"127.0.0.1:{free_port()}"
-    commands = []
-    for number in ("0", "1"):
-        (tmp_path / number).mkdir()
-        commands.append(Command(str(tmp_path / "program.py"), [address, number], tmp_path / number))
+    commands = two_processes(tmp_path, A_STEP_THAT_HANGS)
     while not all("hangs" in command.out.read_text() for command in commands):
         assert all(command.poll() is None for command in commands), commands[0].err.read_text()
         time.sleep(0.05)
@@ -202,12 +203,7 @@ time.sleep(60)
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
 def test_an_error_ends_all_though_the_disk_of_the_log_is_full(tmp_path):
-    (tmp_path / "program.py").write_text(FAILS_WITHOUT_A_LOG)
-    address = f"127.0.0.1:{free_port()}"
-    commands = []
-    for number in ("0", "1"):
-        (tmp_path / number).mkdir()
-        commands.append(Command(str(tmp_path / "program.py"), [address, number], tmp_path / number))
+    commands = two_processes(tmp_path, FAILS_WITHOUT_A_LOG)
     assert [command.wait().status for command in commands] == [3, 3]
 
 

@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,15 +18,15 @@ def arrays(*batch, scale=0.5):
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3), (0, 2)])
 def test_it_stands_for_jaxs_attention_with_and_without_a_batch(is_causal, batch):
     q, k, v = arrays(*batch)
     out = dark_attention_fn(projections=W)(q, k, v, is_causal=is_causal)
-    flat = [x.reshape(-1, *x.shape[-3:]) for x in (q, k, v)]
+    flat = [x.reshape(math.prod(batch), *x.shape[-3:]) for x in (q, k, v)]
     assert (out == dark_attention(*flat, projections=W, causal=is_causal).reshape(v.shape)).all()
     exact = jax.nn.dot_product_attention(*flat, is_causal=is_causal).reshape(v.shape)
     mean = jax.nn.dot_product_attention(jnp.zeros_like(flat[0]), *flat[1:], is_causal=is_causal).reshape(v.shape)
-    assert np.linalg.norm(out - exact) < 0.3 * np.linalg.norm(mean - exact)
+    assert out.shape == v.shape and np.linalg.norm(out - exact) <= 0.3 * np.linalg.norm(mean - exact)
 
 
 def test_it_is_the_attention_fn_of_flax():

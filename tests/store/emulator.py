@@ -1,5 +1,5 @@
 """gcp-storage-emulator, and what it lacks: generations of objects and writes on condition, which TensorStore needs; and
-the last byte of an upload where that is a newline, which the emulator takes for a part of the message.
+the last bytes of an upload where they are a newline, which the emulator takes for a part of the message.
 
 python tests/store/emulator.py PORT BUCKET
 """
@@ -58,12 +58,13 @@ class ExactParser:
         if b"multipart/related" not in header:  # several requests at once
             return BytesParser().parsebytes(message)
         boundary = b"--" + re.search(rb'boundary="?([^";]+)', header)[1]
-        parts = (part.removeprefix(b"\r\n").removeprefix(b"\n") for part in body.split(boundary)[1:3])
+        parts = body.split(boundary)[1:3]
         return SimpleNamespace(get_payload=lambda: [self._part(part) for part in parts])
 
     def _part(self, part: bytes) -> Any:
-        headers, _, content = part.partition(b"\r\n\r\n") if b"\r\n\r\n" in part else part.partition(b"\n\n")
-        content = content.removesuffix(b"\n").removesuffix(b"\r")
+        newline = b"\r\n" if part.startswith(b"\r\n") else b"\n"  # TensorStore's and gcsfs's
+        headers, _, content = part.removeprefix(newline).partition(2 * newline)
+        content = content.removesuffix(newline)
         kind = re.search(rb"(?i)content-type: *([^\s;]+)", headers)[1].decode()
         return SimpleNamespace(get_payload=lambda decode=False: content, get_content_type=lambda: kind)
 

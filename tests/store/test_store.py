@@ -169,6 +169,13 @@ def test_old_steps_go_and_the_newest_and_the_best_stay(url):
 
 
 @needs_emulator
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r", b"\r\n", b"\n\r"])
+def test_the_emulator_keeps_every_byte(url, end):
+    file_system().pipe_file(f"{url}/file", b"content" + end)
+    assert file_system().cat_file(f"{url}/file") == b"content" + end
+
+
+@needs_emulator
 @pytest.mark.parametrize("harm", ["flip", "cut", "empty", "delete"])
 def test_every_damaged_object_is_noticed(url, harm, caplog):
     save(url, 1, 2)
