@@ -155,4 +155,6 @@ def _decay_bias(
         distance = jnp.abs(positions[:, :, None] - key_positions[:, None, :])[:, None]
         return log_decay[None, :, None, None] * distance.astype(log_decay.dtype)
     over_heads = jax.vmap(between, in_axes=1)  # of one sequence, [n, hkv] and [t, hkv]
-    return -jnp.abs(jax.vmap(over_heads)(elapsed, key_elapsed))
+    apart = jax.vmap(over_heads)(elapsed, key_elapsed)
+    # By place, because |x| has no derivative where a decay is 0.
+    return jnp.where((key_positions[:, None, :] <= positions[:, :, None])[:, None], apart, -apart)

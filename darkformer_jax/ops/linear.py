@@ -278,7 +278,9 @@ def chunk_features(
     if elapsed is not None:
         since, decay = elapsed.value(), to_end(elapsed)
         apart = between(elapsed, elapsed)
-        scores = scores + (apart if elapsed.of_keys is not None else -jnp.abs(apart))[:, None, :]
+        if elapsed.of_keys is None:  # not causal; by place, because |x| has no derivative where a decay is 0
+            apart = jnp.where(jnp.tri(*apart.shape, dtype=bool), apart, -apart)
+        scores = scores + apart[:, None, :]
     scores = jnp.where(visible[:, None, :], scores, NEG)
     far_scores = read_far(kernel, tokens.queries, tokens.segments, far, since, log_q)
     sums = weighted_sums(far_scores, far, scores, tokens.values)

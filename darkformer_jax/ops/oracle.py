@@ -108,7 +108,8 @@ def _between_tokens(log_decay: Array | None, ids: Int[Array, "b n"], num_kv_head
     """-|G_n - G_j| of every pair, with G the sum of the log decays of all tokens up to one; 0 without decay."""
     own = jnp.zeros(num_kv_heads) if log_decay is None else log_decay
     summed = jnp.cumsum(jnp.where((ids != 0)[..., None], own, 0), axis=1)
-    return -jnp.abs(summed[:, :, None] - summed[:, None, :]).transpose(0, 3, 1, 2)
+    apart = (summed[:, :, None] - summed[:, None, :]).transpose(0, 3, 1, 2)
+    return jnp.where(jnp.tri(ids.shape[1], dtype=bool), apart, -apart)
 
 
 def _over_heads(

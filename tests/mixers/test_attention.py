@@ -139,6 +139,23 @@ def test_exact_attention_with_a_decay_by_hand(kind):
         assert_close(got[0], want)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_exact_attention_has_the_derivative_of_smaller_decays_where_a_decay_is_zero(causal):
+    layer, _ = build(spec_of("softmax", decay="gate", causal=causal))
+    q, k, v = (jnp.asarray(random.standard_normal((1, LENGTH, heads, 8)), jnp.float32) for heads in (4, 2, 2))
+    ids, positions = map(jnp.asarray, places(1))
+
+    @jax.jit
+    @jax.grad
+    def gradient(log_decay):
+        out, _ = layer.mechanism(q, k, v, segment_ids=ids, positions=positions, log_decay=log_decay)
+        return jnp.sum(jnp.sin(3 * out))
+
+    at_zero, below = gradient(jnp.zeros((1, LENGTH, 2))), gradient(jnp.full((1, LENGTH, 2), -1e-5))
+    assert jnp.abs(at_zero).max() > 0.1
+    np.testing.assert_allclose(at_zero, below, atol=1e-2 * jnp.abs(below).max())
+
+
 def test_the_decays_at_the_start():
     spec = spec_of("dark", num_kv_heads=4, decay="learned", shortest_memory=2.0, longest_memory=128.0)
     layer, _ = build(spec)

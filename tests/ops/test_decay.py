@@ -8,7 +8,18 @@ import pytest
 from darkformer_jax import dark_attention
 from darkformer_jax.errors import UserError
 from darkformer_jax.ops.decay import between, precise_running_sum, running_sum, to_end
-from tests.ops.linear_attentions import HYBRID, PURE, assert_rows_close, attend, draw, fresh, oracle, with_gradients
+from tests.ops.linear_attentions import (
+    HYBRID,
+    PURE,
+    assert_gradients_close,
+    assert_rows_close,
+    attend,
+    draw,
+    draw_cotangent,
+    fresh,
+    oracle,
+    with_gradients,
+)
 
 LONG = 65_536
 
@@ -128,6 +139,18 @@ def test_a_decay_that_does_not_fit_is_refused(log_decay, more, message, unchecke
         dark_attention(
             *arrays[:3], projections=arrays[3], log_decay=None if log_decay is None else jnp.asarray(log_decay), **more
         )
+
+
+@pytest.mark.parametrize("options", [PURE, HYBRID, PURE | {"causal": False}])
+def test_a_decay_of_zero_has_the_derivative_of_smaller_ones(options):
+    x = draw("dark with gates", 100, heads=(4, 2))
+    x = x._replace(arrays=x.arrays | {"log_decay": np.zeros((1, 100, 2), np.float32)})
+    cotangent = draw_cotangent(x)
+    got, want = (of("dark with gates", x, cotangent=cotangent, **options)[1] for of in (with_gradients, oracle))
+    assert_gradients_close(got, want, 1e-4)
+    smaller = x._replace(arrays=x.arrays | {"log_decay": np.full((1, 100, 2), -1e-7)})
+    (_, limit), of_decay = oracle("dark with gates", smaller, None, cotangent, **options), want.arrays["log_decay"]
+    np.testing.assert_allclose(of_decay, limit.arrays["log_decay"], rtol=1e-3, atol=1e-3 * np.abs(of_decay).max())
 
 
 @pytest.mark.parametrize("options", [PURE, HYBRID])
