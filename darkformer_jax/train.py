@@ -19,6 +19,7 @@ from ml_collections import config_flags
 from darkformer_jax.cli.experiment_flags import overridden_fields, parse_experiment_flags
 from darkformer_jax.cli.experiments import FOLDER, experiments_root
 from darkformer_jax.distributed import processes
+from darkformer_jax.distributed.libtpu import quiet_libtpu
 from darkformer_jax.errors import Transient, UserError, one_line
 
 DEFAULT_CONFIG = str(experiments_root() / FOLDER / "quickstart.py")  # from any directory
@@ -54,6 +55,7 @@ def main(argv: list[str]) -> None:
 
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax logs every step of every save
+    quiet_libtpu()
     stop: Stopped | None = None
     try:
         try:

@@ -6,16 +6,12 @@ from typing import Any
 
 import jax
 
+from darkformer_jax.distributed.libtpu import WITHOUT_TPUS
 from darkformer_jax.errors import UserError, one_line
 
 _INSTALL = "bash launch/install.sh aot, or pip install libtpu (the version that jax[tpu] names)"
-# Without these, libtpu asks the cloud's metadata server what it runs on, and fails if another process holds its lock.
-_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # of this host; the topology is named separately
-}
+# Without the last one, libtpu fails if another process holds its lock.
+_ENVIRONMENT = {**WITHOUT_TPUS, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
 def topology_devices(name: str, num_slices: int = 1) -> list[jax.Device]:

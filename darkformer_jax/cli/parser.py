@@ -12,6 +12,7 @@ import jax
 from absl import logging
 from absl.flags import argparse_flags
 
+from darkformer_jax.distributed.libtpu import quiet_libtpu
 from darkformer_jax.errors import UserError, one_line, printable
 
 _INTERRUPTING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -50,7 +51,10 @@ def one_line_errors(if_interrupted: str) -> Iterator[None]:
     little memory, because fewer or shorter rows need less.
     """
     logging.set_verbosity(logging.WARNING)
-    before = {number: signal.signal(number, _interrupt) for number in _INTERRUPTING}
+    quiet_libtpu()
+    # A signal that is ignored, such as SIGHUP under nohup, stays ignored.
+    heard = [number for number in _INTERRUPTING if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, _interrupt) for number in heard}
     try:
         yield
     except UserError as error:
