@@ -122,9 +122,12 @@ container_command() { # on TPUs GKE tells JAX which processes there are; on GPUs
 }
 
 manifest() {
-    local variables=("JAX_PLATFORMS=tpu,cpu")
-    # On GKE the driver's libraries are mounted there.
-    [ -n "$tpu" ] || variables=("JAX_PLATFORMS=cuda,cpu" "LD_LIBRARY_PATH=/usr/local/nvidia/lib64")
+    # A TPU's device files belong to root. GPUs need no root: the image's own user and group may use them.
+    local variables=("JAX_PLATFORMS=tpu,cpu") security="{runAsUser: 0}"
+    if [ -n "$gpu" ]; then # on GKE the driver's libraries are mounted there
+        variables=("JAX_PLATFORMS=cuda,cpu" "LD_LIBRARY_PATH=/usr/local/nvidia/lib64")
+        security="{runAsNonRoot: true, fsGroup: 10001, fsGroupChangePolicy: OnRootMismatch}"
+    fi
     cat <<END
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
@@ -151,6 +154,7 @@ spec:
           template:
             spec:
               restartPolicy: Never
+              securityContext: $security
               terminationGracePeriodSeconds: 120  # to save after SIGTERM; Spot nodes give less
               nodeSelector:
 $(placement)

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import yaml
 
-from tests.launch.shell import NASTY, dry_run, launch, refusal, write_program
+from tests.launch.shell import NASTY, ROOT, dry_run, launch, refusal, write_program
 
 RUN = ("run", "--name=lm", "--image=gcr.io/p/d:1", "--claim=runs")
 TPU = ("--tpu=tpu-v5-lite-podslice", "--topology=4x4")
@@ -44,7 +44,7 @@ def test_tpu_manifest():
     assert job_set["spec"]["replicatedJobs"][0]["replicas"] == 2
     assert (job["parallelism"], job["completions"], job["completionMode"], job["backoffLimit"]) == (4, 4, "Indexed", 0)
     assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2]
-    assert pod["restartPolicy"] == "Never"
+    assert pod["restartPolicy"] == "Never" and pod["securityContext"] == {"runAsUser": 0}
     assert pod["nodeSelector"] == {
         "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
         "cloud.google.com/gke-tpu-topology": "4x4",
@@ -77,6 +77,8 @@ def test_gpu_processes_are_told_who_they_are(tmp_path):
     assert "annotations" not in job_set["metadata"] and "tolerations" not in pod
     assert (job["parallelism"], pod["containers"][0]["resources"]["limits"]) == (4, {"nvidia.com/gpu": 8})
     assert pod["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"}
+    user = re.search(r"^USER (\d+)$", (ROOT / "launch/Dockerfile").read_text(), re.MULTILINE)[1]
+    assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["fsGroup"] == int(user) > 0
 
     write_program(tmp_path / ".venv" / "bin" / "python", 'printf "%s\\0" "$@"\n')
     command = [expanded(word) for word in pod["containers"][0]["command"]]
