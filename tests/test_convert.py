@@ -47,7 +47,14 @@ def test_in_generate_and_out(source, workdir, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--source={dir}/none", "--workdir={dir}/w"], "--source={dir}/none: no such file or directory"),
+        (
+            ["--source={dir}/none", "--workdir={dir}/w"],
+            "--source={dir}/none: no such file or directory (nothing is downloaded)",
+        ),
+        (
+            ["--source=Org/Model-1.5B", "--workdir={dir}/w"],
+            "hf download Org/Model-1.5B --local-dir models/Model-1.5B, then",
+        ),
         (["--source={dir}/a.bin", "--workdir={dir}/w"], "--source={dir}/a.bin: allowed: a Hugging Face directory or"),
         (["--source={dir}", "--workdir={dir}/w"], "cannot read {dir}/config.json: No such file"),
         (["--source={source}", "--workdir={dir}"], "{dir} is there already; give a new or an empty directory"),

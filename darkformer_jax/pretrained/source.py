@@ -1,6 +1,7 @@
 """The source of an import: a Hugging Face directory or a GGUF file, under one interface."""
 
 import os
+import re
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -63,4 +64,15 @@ def open_source(path: str) -> Source:
         return GGUFFile(path)
     if os.path.exists(path):
         raise UserError(f"--source={path}: allowed: a Hugging Face directory or a .gguf file")
-    raise UserError(f"--source={path}: no such file or directory (nothing is downloaded)")
+    raise UserError(f"--source={path}: no such file or directory{_download_hint(path)}")
+
+
+def _download_hint(path: str) -> str:
+    """For a name as models have on the Hugging Face hub, what to do; nothing is downloaded here."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path):
+        return " (nothing is downloaded)"
+    directory = f"models/{path.rpartition('/')[2]}"
+    return (
+        f"; nothing is downloaded. If it is a name on the Hugging Face hub: pip install huggingface_hub, hf download "
+        f"{path} --local-dir {directory}, then --source={directory}"
+    )
