@@ -130,9 +130,8 @@ class Workdir(os.PathLike[str]):
             config = json.loads((self / CONFIG_FILE).read_bytes())
         except OSError as error:
             reason = error.strerror or error
-            raise UserError(
-                f"{path} cannot be read: {reason}; is this the workdir of a run? (darkformer convert makes one of a pretrained model)"
-            ) from error
+            hint = "is this the workdir of a run? (darkformer convert makes one of a pretrained model)"
+            raise UserError(f"{path} cannot be read: {reason}; {hint}") from error
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is not valid JSON: {error}") from error
         if not isinstance(config, dict):

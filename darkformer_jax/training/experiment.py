@@ -167,6 +167,12 @@ class Experiment:
         whole = train_step_flops(spec, self.config.sequence_length, self.tokens_per_step)
         return whole + (6.0 * low_rank - 2.0 * multiplied) * self.tokens_per_step
 
+    @property
+    def cost(self) -> str:
+        """The whole run in words."""
+        steps, tokens = self.config.num_steps, self.tokens_per_step
+        return f"{steps:,} steps of {tokens:,} tokens, {steps * self.step_flops:.1e} FLOPs in all"
+
     def describe(self) -> str:
         """The sizes of the experiment, which --dry_run prints."""
         spec = self.network.spec
@@ -182,6 +188,7 @@ class Experiment:
             *self.objective.describe().items(),
             ("mesh", ", ".join(f"{name}={size}" for name, size in self.mesh.shape.items())),
             ("steps", f"{self.config.num_steps:,}"),
+            ("cost", self.cost),
         )
         return "\n".join(f"{name:14s} {value}" for name, value in rows)
 

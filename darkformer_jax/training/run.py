@@ -68,7 +68,7 @@ def train(
         jax.block_until_ready(task.constants)  # a teacher is large: it is read only now that all else fits together
         progress.note(
             f"{task}; training {experiment.num_trained:,} of {experiment.num_params:,} parameters; "
-            f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
+            f"{len(jax.devices())} x {jax.devices()[0].device_kind}; {experiment.cost}"
         )
         outcome = _train(experiment, task, workdir, lock, mirror, watch, progress)
         if jax.process_index() == 0:
