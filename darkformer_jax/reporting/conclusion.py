@@ -17,11 +17,11 @@ def title_of(rows: Sequence[Row], runs: Sequence[ReportedRun]) -> str:
     if not trained:
         return "Calibrated attention"
     task = trained[0].settings["task.name"]
-    tasks = {LANGUAGE_MODEL: "language models", "classification": "classifiers"}.get(task, f"models of {task}")
+    kind = {LANGUAGE_MODEL: "language model", "classification": "classifier"}.get(task, f"{task} model")
     settings = [row.settings for row in rows] or [run.settings for run in trained]
     names = list(dict.fromkeys(one[MECHANISM].replace(",", " + ") for one in settings))
     shown = f"{len(names)} attention mechanisms" if len(names) > _NAMED else _listed(names)
-    return f"{shown} {'compared ' if len(settings) > 1 else ''}as {tasks}"
+    return f"{shown} compared as {kind}s" if len(settings) > 1 else f"{shown} as a {kind}"
 
 
 def conclusion(rows: Sequence[Row], compared: Sequence[Comparison], unit: str) -> str:

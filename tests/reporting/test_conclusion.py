@@ -1,9 +1,12 @@
 """The title and the conclusion say what the losses by seed allow, and no more."""
 
+import json
+
 import pytest
 
+from configs import ablation
 from darkformer_jax.reporting.findings import collect
-from tests.test_report import write_run
+from tests.test_report import write_calibration, write_labelled_run, write_run
 
 BEST = "has the lowest held-out loss"
 CHANCE = "With too few seeds to show a spread, its lead over"
@@ -61,10 +64,21 @@ def test_rows_with_unequal_budgets_are_named_and_long_lists_are_counted(tmp_path
 def test_without_two_rows_there_is_nothing_to_compare(tmp_path):
     write_run(tmp_path / "a", 2.0, "attention=dark", last_step=12)
     page = collect(f"{tmp_path}/*")
-    assert page.title == "dark as language models"
+    assert page.title == "dark as a language model"
     assert page.conclusion == "No run has finished, so there is nothing to conclude about losses."
     write_run(tmp_path / "b", 2.0, "attention=dark,seed=1")
     page = collect(f"{tmp_path}/*")
     assert page.conclusion == (
         "dark has a held-out loss of 2.0000 nats per token (1 seed); there is nothing to compare it with."
     )
+
+
+def test_titles_name_the_task_and_what_was_compared(tmp_path):
+    (tmp_path / "calibrated").mkdir()
+    (tmp_path / "calibrated" / "config.json").write_text(json.dumps(ablation.get_config().to_dict()))
+    write_calibration(tmp_path / "calibrated", 0.1, 64)
+    assert collect(f"{tmp_path}/*").title == "Calibrated attention"
+    for task, kinds in (("classification", "classifiers"), ("regression", "regression models")):
+        for m in (8, 16):
+            write_labelled_run(tmp_path / task / f"{m}", task, {"loss": 1 / m}, f"attention=dark,m={m}")
+        assert collect(f"{tmp_path}/{task}/*").title == f"dark compared as {kinds}"
