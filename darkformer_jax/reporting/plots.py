@@ -94,7 +94,7 @@ def _curves(
         axes.plot(list(failed), list(failed.values()), color=theme.soft, linewidth=0.8)
         axes.plot(max(failed), failed[max(failed)], "x", color=theme.warning, markersize=9, markeredgewidth=2)
     axes.set(xlabel="step", ylabel=f"loss [{loss_unit}]", title=title)
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    axes.xaxis.set_major_locator(_whole_numbers())
     return _with_legend(figure, axes)
 
 
@@ -137,7 +137,7 @@ def _error_map(calibration: Calibration, stage: str, theme: Theme) -> Figure:
     axes.set(title=f"{stage.replace('_', ' ')}: {errors.mean():.3f}", xlabel="head", ylabel="layer")
     shown = range(0, num_layers, -(-num_layers // 12))
     axes.set_yticks(shown, [str(calibration.layers[row]) for row in shown])
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    axes.xaxis.set_major_locator(_whole_numbers())
     figure.colorbar(picture, ax=axes, label="relative error").outline.set_edgecolor(theme.rule)
     return figure
 
@@ -158,9 +158,13 @@ def _spectra(spectra: Spectra, theme: Theme) -> Figure:
     axes.set_title(f"{spectra.workdir[-_TITLE:]}, step {spectra.step:,}")
     _plain_ticks(axes, float(spectra.means.max() / spectra.means.min()))
     if not few:
-        bar = figure.colorbar(ScalarMappable(scale, colours), ax=axes, label="layer", ticks=MaxNLocator(integer=True))
+        bar = figure.colorbar(ScalarMappable(scale, colours), ax=axes, label="layer", ticks=_whole_numbers())
         bar.outline.set_edgecolor(theme.rule)
     return _with_legend(figure, axes)
+
+
+def _whole_numbers() -> MaxNLocator:
+    return MaxNLocator("auto", integer=True, steps=(1, 2, 5, 10))
 
 
 def _plain_ticks(axes: Axes, ratio: float) -> None:
