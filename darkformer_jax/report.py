@@ -2,14 +2,16 @@
 
     python -m darkformer_jax.report --runs='runs/ft-*' --out=docs/results/finetune
 
+The page begins with a conclusion: which row is best, and whether its lead is more than the spread of the seeds.
 Runs that differ only in the seed share a row: the mean and standard error of the held-out figures after the last step.
 A language model's are loss, bits per byte and accuracy; a classifier's and a regression's are those that training
 printed. If DARK, exact attention, and Performer or the window alone ran with otherwise equal settings, the page says
 which share of the gap to exact attention DARK closes. Runs that did not finish are listed with the reason. The plots
 show loss curves, the loss against the learning rate and against m, calibration errors by layer and head, and the
-spectra of Sigma = M^T M, as far as the runs have them. All runs must have the same data and task.
+spectra of Sigma = M^T M, as far as the runs have them. Then follow speed, time, hardware, version and samples of each
+run. All runs must have the same data and task. The page and its pictures are light or dark as the reader's system is.
 
---out gets report.html (with its pictures inside), report.md, the pictures, and results.json.
+--out gets report.html (with its pictures inside), report.md, its pictures (light ones), and results.json.
 """
 
 import argparse
@@ -23,8 +25,10 @@ from absl import app
 from darkformer_jax.cli.parser import Parser, one_line_errors
 from darkformer_jax.cli.progress import progress_bar
 from darkformer_jax.data.files import whole_directory
+from darkformer_jax.data.progress import with_progress
 from darkformer_jax.reporting.findings import as_json, collect
-from darkformer_jax.reporting.page import as_html, as_markdown
+from darkformer_jax.reporting.page import Image, as_html, as_markdown
+from darkformer_jax.reporting.themes import DARK, LIGHT
 
 
 def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
@@ -45,16 +49,16 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
     """Reads the runs, writes --out, prints its path, and returns the content of results.json."""
     with whole_directory(args.out) as directory:
         found = collect(args.runs, progress_bar)
-        from darkformer_jax.reporting.plots import draw  # here, because an error need not wait for matplotlib
+        from darkformer_jax.reporting.plots import pictures_of  # here, because an error need not wait for matplotlib
 
-        pictures = []
-        for name, figure in draw(found):
-            figure.savefig(directory / name, dpi=110, facecolor="white")
-            pictures.append(name)
-        markdown = as_markdown(found, pictures)
+        images = {}
+        pictures = pictures_of(found)
+        for picture in with_progress(pictures, "picture", progress_bar):
+            images[picture.name] = Image(picture.png(LIGHT), picture.png(DARK))
+            (directory / picture.name).write_bytes(images[picture.name].light)
+        markdown = as_markdown(found, {picture.name: picture.alt for picture in pictures})
         (directory / "report.md").write_text(markdown, encoding="utf-8")
-        html = as_html(f"Runs {args.runs}", markdown, directory)
-        (directory / "report.html").write_text(html, encoding="utf-8")
+        (directory / "report.html").write_text(as_html(found.title, markdown, images), encoding="utf-8")
         result = as_json(found)
         (directory / "results.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     finished = sum(len(row.runs) for row in found.rows)

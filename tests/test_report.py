@@ -10,7 +10,8 @@ from configs import ablation
 from darkformer_jax import report
 from darkformer_jax.errors import UserError
 from darkformer_jax.reporting.findings import collect
-from darkformer_jax.reporting.plots import draw
+from darkformer_jax.reporting.plots import pictures_of
+from darkformer_jax.reporting.themes import LIGHT
 from tests.tiny_runs import tiny_config, write_workdir
 
 STEPS = 20
@@ -68,6 +69,63 @@ def reported(tmp_path_factory):
     write_run(root / "<b>_&|_", 2.8, "attention=dark,seed=4", last_step=14)
     out = root.parent / "out" / "page"
     return run_report(f"{root}/*", out), out, root
+
+
+def test_the_page_begins_with_a_title_and_a_conclusion_in_words(reported):
+    result, out, _ = reported
+    title = "softmax, dark, performer and constant compared as language models"
+    lines = (out / "report.md").read_text().splitlines()
+    assert lines[0] == f"# {title}" and f"<title>{title}</title>" in (out / "report.html").read_text()
+    assert lines[2] == result["conclusion"]
+    assert lines[2].startswith("softmax (exact) has the lowest held-out loss: 2.1000 ± 0.0577 nats per token (3 seeds)")
+    assert "In the row dark, m 64, learning rate 0.003: DARK is better than Performer" in lines[2]
+    assert "zero is outside its 95% interval by Student's t" in (out / "report.md").read_text()
+
+
+def test_facts_that_all_runs_share_stand_once_and_the_others_in_a_table(tmp_path):
+    for kind, cores in (("dark", 1), ("performer", 8)):
+        write_run(tmp_path / kind, 2.0, f"attention={kind}")
+        facts = {
+            "hardware": f"{cores} cores",
+            "version": "0.9 *",
+            "parameters": 1234,
+            "trained": 1234,
+            "data": "7 tokens",
+        }
+        session = {"began": 0.0, "ended": 60.0 * cores, "facts": facts}
+        (tmp_path / kind / "sessions.jsonl").write_text(json.dumps(session) + "\n")
+        (tmp_path / kind / "samples.txt").write_text(f"--- 'def '\ndef {kind}:\n\n\n\n    pass\n")
+    result = run_report(f"{tmp_path}/*", tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    for line in ("* **data**: stdlib, tokenizer bytes; 7 tokens", "* **version**: 0.9 \\*", "* **parameters**: 1,234",
+                 "* **date**: 1970-01-01", "* **not recorded**: tokens/s"):  # fmt: skip
+        assert f"\n{line}\n" in text
+    table = "| run | hardware | wall time |\n| --- | --- | ---: |\n"
+    assert f"{table}| {tmp_path}/dark | 1 cores | 1.0 min |\n| {tmp_path}/performer | 8 cores | 8.0 min |\n" in text
+    assert f"### {tmp_path}/dark\n\n```\n--- 'def '\ndef dark:\n\n\n\n    pass\n```\n" in text
+    assert [row["runs"][0]["facts"]["hardware"] for row in result["rows"]] == ["1 cores", "8 cores"]
+
+
+def test_earlier_runs_have_a_page_too(tmp_path):
+    write_run(tmp_path / "a", 2.0)
+    run_report(f"{tmp_path}/*", tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "* **not recorded**: hardware, version, date, parameters, tokens/s, wall time\n" in text
+    assert "## Each run" not in text and "## Samples" not in text
+
+
+def test_every_picture_of_the_page_is_there_in_two_themes_and_in_words(reported):
+    _, out, _ = reported
+    html = (out / "report.html").read_text()
+    sources = re.findall(
+        r'<source media="\(prefers-color-scheme: dark\)" srcset="data:image/png;base64,([^"]+)">', html
+    )
+    images = re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="([^"]+)" width="\d+">', html)
+    files = list(out.glob("*.png"))
+    assert len(sources) == len(images) == len({*sources, *(content for content, _ in images)}) / 2 == len(files)
+    alts = re.findall(r"!\[(.+?)\]\((\w+\.png)\)", (out / "report.md").read_text())
+    assert {name for _, name in alts} == {path.name for path in files} and all(len(alt) > 80 for alt, _ in alts)
+    assert {alt for _, alt in images} == {re.sub(r"\\(.)", r"\1", alt) for alt, _ in alts}
 
 
 def test_rows_hold_hand_computed_means_and_standard_errors(reported):
@@ -142,7 +200,7 @@ def test_unfinished_and_diverged_runs_are_named_with_the_reason(reported):
     }
     text = (out / "report.md").read_text()
     assert "Crosses mark learning rates at which a run diverged." in text
-    assert "16 workdirs: 12 finished, 2 diverged, 2 did not finish" in text
+    assert "; 12 finished, 2 diverged, 2 did not finish" in text
 
 
 def test_pictures_are_there_and_drawn(reported):
@@ -150,7 +208,7 @@ def test_pictures_are_there_and_drawn(reported):
 
     _, out, _ = reported
     files = {path.name for path in out.iterdir()}
-    pictures = {"loss_curves_1.png", "learning_rates.png", "features.png"}
+    pictures = {"loss_curves_1_training.png", "loss_curves_1_held_out.png", "learning_rates.png", "features.png"}
     assert files == {*pictures, "report.md", "report.html", "results.json"}
     for name in pictures:
         assert len(np.unique(imread(out / name)[::4, ::4, :3].sum(axis=-1))) > 20
@@ -178,7 +236,7 @@ def test_the_page_asks_for_nothing_and_escapes_names(reported):
     links = Links()
     links.feed(html)
     assert links.addresses and all(address.startswith("data:") for address in links.addresses)
-    assert links.tags.count("img") == 3 and "script" not in links.tags and "b" not in links.tags
+    assert links.tags.count("img") == 4 and "script" not in links.tags and "b" not in links.tags
     assert f"{root}/<b>_&|_: unfinished" in links.text
     assert "@import" not in html and "url(" not in html and "prefers-color-scheme: dark" in html
     assert "default-src 'none'" in html
@@ -233,8 +291,9 @@ def test_a_figure_that_only_some_rows_have_is_left_out_in_the_others(tmp_path):
 def test_axes_name_the_unit_of_the_tasks_loss(tmp_path):
     for m in (8, 16):
         write_labelled_run(tmp_path / f"{m}", "classification", {"loss": 1 / m}, f"attention=dark,m={m}")
-    drawn = dict(draw(collect(f"{tmp_path}/*")))
-    assert {axes.get_ylabel() for axes in drawn["loss_curves_1.png"].axes} == {"loss [nats per example]"}
+    drawn = {picture.name: picture.draw(LIGHT) for picture in pictures_of(collect(f"{tmp_path}/*"))}
+    for name in ("training", "held_out"):
+        assert drawn[f"loss_curves_1_{name}.png"].axes[0].get_ylabel() == "loss [nats per example]"
     assert drawn["features.png"].axes[0].get_ylabel() == "held-out loss [nats per example]"
 
 
@@ -278,7 +337,12 @@ def test_errors_of_calibration_and_spectra_of_the_newest_checkpoint(tmp_path, mo
     text = (tmp_path / "out" / "report.md").read_text()
     assert "not shown: run: 'run' must hold" in text  # its weights are not there
     names = {path.name for path in (tmp_path / "out").glob("*.png")}
-    assert names >= {"attention_error_1.png", "attention_error_2.png", "calibration_features.png", "spectra_1.png"}
+    assert names >= {
+        "attention_error_1_before.png",
+        "attention_error_2_after.png",
+        "calibration_features.png",
+        "spectra_1.png",
+    }
 
 
 def bad(change):

@@ -12,8 +12,6 @@ from darkformer_jax.reporting.settings import LEARNING_RATES, is_comparable
 
 COUNTERPARTS = {"performer": "Performer", "window_only": "the window alone"}  # kind -> name
 
-_SIGNIFICANT = 2.0  # standard errors
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -33,12 +31,12 @@ class Comparison:
     @property
     def difference(self) -> Mean:
         """Held-out loss of DARK minus that of the counterpart."""
-        return _difference(self.dark, self.other)
+        return difference(self.dark, self.other)
 
     @property
     def gap(self) -> Mean | None:
         """Held-out loss of the counterpart minus that of exact attention."""
-        return None if self.exact is None else _difference(self.other, self.exact)
+        return None if self.exact is None else difference(self.other, self.exact)
 
     @property
     def share(self) -> Mean | None:
@@ -52,10 +50,10 @@ class Comparison:
         shown = f"{difference.text(sign='+')} in held-out loss, {seeds}"
         if difference.mean >= 0:
             text = f"DARK is not better than {name} ({shown})."
-        elif difference.standard_error is None:
+        elif difference.is_clear is None:
             text = f"DARK is below {name} ({shown}, no standard error: this may be chance)."
-        elif -difference.mean < _SIGNIFICANT * difference.standard_error:
-            text = f"DARK is below {name} by less than two standard errors ({shown}): not distinguishable."
+        elif not difference.is_clear:
+            text = f"DARK is below {name} within the spread of the seeds ({shown}): not distinguishable."
         else:
             text = f"DARK is better than {name} ({shown})."
         if gap is None:
@@ -63,8 +61,8 @@ class Comparison:
         if share is None:
             return f"{text} There is no gap to close: {name} is not worse than exact attention here."
         text += f" It closes {share.percent(0)} of the gap of {gap.text()} between {name} and exact attention"
-        if gap.standard_error is not None and gap.mean < _SIGNIFICANT * gap.standard_error:
-            text += " (the gap itself is less than two standard errors)"
+        if gap.is_clear is False:
+            text += " (the gap itself is within the spread of the seeds)"
         return text + "."
 
 
@@ -85,7 +83,8 @@ def comparisons(rows: Sequence[Row]) -> list[Comparison]:
     return list(found.values())
 
 
-def _difference(a: Row, b: Row) -> Mean:
+def difference(a: Row, b: Row) -> Mean:
+    """Held-out loss of `a` minus that of `b`: the mean over the seeds that both have, else between their means."""
     of_a, of_b = a.by_seed(), b.by_seed()
     shared = sorted(of_a.keys() & of_b.keys())
     if shared:

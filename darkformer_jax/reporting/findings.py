@@ -9,6 +9,7 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
 from darkformer_jax.reporting.calibrations import Calibration, find_calibrations
 from darkformer_jax.reporting.comparison import Comparison, comparisons
+from darkformer_jax.reporting.conclusion import conclusion, title_of
 from darkformer_jax.reporting.reported_runs import FINISHED, UNTRAINED, ReportedRun, find_workdirs, read_runs
 from darkformer_jax.reporting.rows import Row, as_rows, best_of
 from darkformer_jax.reporting.settings import MECHANISM
@@ -30,6 +31,16 @@ class Findings:
     calibrations: list[Calibration]
     spectra: list[Spectra]  # of the first seed of each row with an M at its best learning rates
     missing_spectra: list[str]  # "workdir: reason" for each such row without spectra
+
+    @property
+    def title(self) -> str:
+        """What is compared, in words."""
+        return title_of(self.rows, self.runs)
+
+    @property
+    def conclusion(self) -> str:
+        """What the rows show, in words."""
+        return conclusion(self.rows, self.comparisons, self.loss_unit)
 
 
 def collect(globs: str, progress_bar: ProgressBar = no_progress) -> Findings:
@@ -61,6 +72,7 @@ def as_json(found: Findings) -> dict[str, Any]:
     """The content of results.json. Comparisons give the index of rows; `share` is None if there is no gap."""
     return {
         "runs": found.globs,
+        "conclusion": found.conclusion,
         "rows": [_row(row) for row in found.rows],
         "comparisons": [_comparison(one, found.rows) for one in found.comparisons],
         "left_out": [_picked(run, "workdir", "state", "reason") for run in found.runs if run.state != FINISHED],
@@ -69,8 +81,12 @@ def as_json(found: Findings) -> dict[str, Any]:
     }
 
 
+def _run(run: ReportedRun, figures: list[str]) -> dict[str, Any]:
+    return _picked(run, "workdir", "seed") | {name: run.final[name] for name in figures} | {"facts": run.facts.shown}
+
+
 def _row(row: Row) -> dict[str, Any]:
-    runs = [_picked(run, "workdir", "seed") | {name: run.final[name] for name in row.figures} for run in row.runs]
+    runs = [_run(run, row.figures) for run in row.runs]
     means = {name: _picked(row.mean(name), "mean", "standard_error") for name in row.figures}
     return {"settings": row.settings, "runs": runs, "diverged": row.num_diverged, **means}
 

@@ -11,6 +11,7 @@ from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.data.files import read_file, read_json_object
 from darkformer_jax.data.matching import entries, matching
 from darkformer_jax.errors import UserError
+from darkformer_jax.reporting.facts import Facts, read_facts
 from darkformer_jax.reporting.settings import Settings, settings_of
 from darkformer_jax.runs.metrics import METRICS_FILE
 from darkformer_jax.runs.workdir import CONFIG_FILE, DATA_FILE, Workdir
@@ -44,6 +45,7 @@ class ReportedRun:
     state: str  # FINISHED, DIVERGED, UNFINISHED or UNTRAINED
     reason: str  # why the state is not FINISHED; else ""
     final: dict[str, Any]  # the line of the evaluation after the last step; {} if there is none
+    facts: Facts
 
     def curve(self, name: str) -> dict[int, float]:
         """step -> value, for the lines that have one."""
@@ -108,7 +110,8 @@ def _read_run(workdir: str) -> ReportedRun:
     if not isinstance(seed, int):
         raise UserError(f"{workdir}/{CONFIG_FILE}: seed = {seed!r}: must be an integer")
     loss_unit = task_of(Workdir(workdir)).loss_unit
-    return ReportedRun(workdir, seed, config["init_from"], settings, loss_unit, lines, state, reason, final)
+    facts = read_facts(workdir, config, lines)
+    return ReportedRun(workdir, seed, config["init_from"], settings, loss_unit, lines, state, reason, final, facts)
 
 
 def _state(lines: list[dict[str, Any]], num_steps: int, is_evaluated: bool) -> tuple[str, str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+from scipy import stats
 
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
@@ -23,6 +24,7 @@ from darkformer_jax.reporting.settings import (
 )
 
 _ABSENT = "–"  # shown for a field that the mechanism does not use
+_CONFIDENCE = 0.95
 
 
 class Mean(NamedTuple):
@@ -36,6 +38,17 @@ class Mean(NamedTuple):
     def of(values: Sequence[float]) -> "Mean":
         error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
         return Mean(float(np.mean(values)), error, len(values))
+
+    @property
+    def is_clear(self) -> bool | None:
+        """Whether the 95% confidence interval by Student's t leaves out zero; None = one seed has no interval.
+
+        Rows that share no seed get the quantile of two seeds, the fewest that they can have: the widest interval.
+        """
+        if self.standard_error is None:
+            return None
+        quantile = stats.t.ppf((1 + _CONFIDENCE) / 2, max(self.num_seeds, 2) - 1)
+        return bool(abs(self.mean) > quantile * self.standard_error)
 
     def text(self, digits: int = 4, scale: float = 1.0, sign: str = "") -> str:
         """`1.2345 ± 0.0012`."""

@@ -19,6 +19,11 @@ class Spectra(NamedTuple):
     eigenvalues: np.ndarray  # [layers, kv heads, head_dim] float64
 
     @property
+    def means(self) -> np.ndarray:
+        """The geometric means over heads [layers, head_dim]."""
+        return np.exp(np.log(np.maximum(self.eigenvalues, np.finfo(np.float32).tiny)).mean(axis=1))
+
+    @property
     def largest(self) -> list[float]:
         """The largest eigenvalue of each layer."""
         return self.eigenvalues.max(axis=(1, 2)).tolist()

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,14 @@ class Stopwatch:
         self._began = self._last = self._written = clock()
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._earlier: list[dict[str, Any]] | None = None
+        self._facts: dict[str, Any] = {}
         self._first_step = self._step = 0
 
-    def begin(self, step: int) -> None:
-        """Begins a session with the weights after `step`. An account that cannot be read is renamed."""
+    def begin(self, step: int, facts: Mapping[str, Any] | None = None) -> None:
+        """Begins a session with the weights after `step`. An account that cannot be read is renamed.
+
+        facts: what the session computes, and on what, as JSON values; they stand in its line under `facts`.
+        """
         if jax.process_index() != 0:
             return
         try:
@@ -49,6 +53,7 @@ class Stopwatch:
                 self._path.replace(self._path.with_suffix(".damaged"))
             self._earlier = []
         self._first_step = self._step = step
+        self._facts = dict(facts or {})
 
     def lap(self, part: str, step: int) -> None:
         """Adds the time since the last lap to `part`. step: the last finished step."""
@@ -78,6 +83,7 @@ class Stopwatch:
             "first_step": self._first_step,
             "last_step": self._step,
             "seconds": self._seconds,
+            "facts": self._facts,
         }
         lines = [json.dumps(line) + "\n" for line in (*self._earlier, session)]
         try:

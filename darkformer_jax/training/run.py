@@ -21,6 +21,7 @@ from darkformer_jax.runs.origin import hand_on_origin
 from darkformer_jax.runs.workdir import Workdir, WorkdirLock
 from darkformer_jax.tasks import TASKS
 from darkformer_jax.tasks.task import Task
+from darkformer_jax.training.environment import environment
 from darkformer_jax.training.experiment import Experiment, mesh_of
 from darkformer_jax.training.goodput import Stopwatch, describe, read_sessions
 from darkformer_jax.training.log import NotFinite, RunProgress, TrainingLog
@@ -103,7 +104,8 @@ def _train(
         step, state = start(experiment, workdir, checkpoints, progress.note)
         _claim(experiment, task, workdir, lock)  # only now: a mistake in data or init_from must not claim the directory
         mirror.upload()
-        watch.begin(step)
+        if jax.process_index() == 0:
+            watch.begin(step, _facts(experiment, task))
         with contextlib.closing(MetricWriter(workdir, step if checkpoints.committed_steps() else None)) as writer:
             log = TrainingLog(experiment, writer, progress, watch, mirror)
             progress.note("compiling the training step; large models take minutes")
@@ -127,6 +129,12 @@ def _claim(experiment: Experiment, task: Task[Any], workdir: Workdir, lock: Work
         task.save(workdir)
         if experiment.config.init_from:
             hand_on_origin(Workdir(experiment.config.init_from), workdir)
+
+
+def _facts(experiment: Experiment, task: Task[Any]) -> dict[str, Any]:
+    """What `report` shows of a run beside its figures."""
+    sizes = {"parameters": experiment.num_params, "trained": experiment.num_trained, "data": str(task)}
+    return sizes | environment()
 
 
 def _report(experiment: Experiment, task: Task[Any], workdir: Workdir, outcome: Outcome, seconds: float) -> None:

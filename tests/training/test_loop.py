@@ -5,6 +5,7 @@ import shutil
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.runs.checkpoints import Checkpoints
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks import language_model
+from darkformer_jax.training.goodput import read_sessions
 from tests.tiny_runs import (
     READS_COMPILED,
     Training,
@@ -126,7 +128,7 @@ def test_two_devices_of_a_machine_with_two_cores_train_with_orthogonal_projectio
     assert [line["step"] for line in metrics_without_time(tmp_path / "run") if "loss" in line] == [1, 2, 3]
 
 
-def test_what_a_run_leaves_behind(tmp_path, text, capsys):
+def test_what_a_run_leaves_behind(tmp_path, text, capsys, monkeypatch):
     config = tiny_config(
         data__files=text,
         checkpoint__every=3,
@@ -180,7 +182,12 @@ def test_what_a_run_leaves_behind(tmp_path, text, capsys):
     printed = capsys.readouterr()
     assert f"this model {bits:.3f}" in printed.out and f"resuming {workdir} from step 8" in printed.err
     config.num_steps = 10
+    monkeypatch.setattr("darkformer_jax.training.run.environment", lambda: {"hardware": "another", "version": "newer"})
     run(config, str(workdir))
+    first, second = (session["facts"] for session in read_sessions(Workdir(workdir)))
+    assert first["parameters"] == first["trained"] > 1000 and " training tokens, " in first["data"]
+    assert first["hardware"].startswith(f"{len(jax.devices())} x CPU; ") and jax.__version__ in first["version"]
+    assert second == first | {"hardware": "another", "version": "newer"}
     assert [line["step"] for line in metrics_without_time(workdir)] == [2, 4, 4, 6, 8, 8, 10, 10]
     assert json.loads((workdir / "config.json").read_text())["num_steps"] == 10
 
