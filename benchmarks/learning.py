@@ -279,7 +279,8 @@ def main() -> None:
     missing = [run for run in runs if run not in results]
     configs = {run: config_of(run) for run in missing}  # refuses impossible runs before any work
     fields = config_of(runs[0]).data
-    data = load_data(fields.source, fields.files, fields.tokenizer, fields.heldout_fraction)
+    names = (fields.source, fields.files, fields.tokenizer)
+    data = load_data(*names, fields.heldout_fraction, text_field=fields.text_field)
     if log:
         log.parent.mkdir(parents=True, exist_ok=True)
     with tqdm.tqdm(total=len(missing) * args.steps, unit="step") as bar:

@@ -9,6 +9,7 @@ from darkformer_jax.data.prepared import load_prepared
 from darkformer_jax.data.progress import ProgressBar, no_progress
 from darkformer_jax.data.sources import CORPUS_SOURCES, open_corpus
 from darkformer_jax.data.stream import TokenStream, memory_stream
+from darkformer_jax.data.text_files import TEXT_FIELD
 from darkformer_jax.data.tokenizers import (
     Tokenizer,
     check_tokenizer_is,
@@ -65,6 +66,7 @@ def load_data(
     heldout_fraction: float,
     tokenizer_dir: str | None = None,
     *,
+    text_field: str = TEXT_FIELD,
     verify: tuple[int, int] = (0, 1),
     progress_bar: ProgressBar = no_progress,
 ) -> Data:
@@ -76,6 +78,7 @@ def load_data(
       tokenizer: bytes | bpe:<n> | a path. For array_record: the one the data was prepared with, or "".
       heldout_fraction: share of the documents; 0 = 0.05. For array_record: the one the data was prepared with, or 0.
       tokenizer_dir: a workdir; a tokenizer saved there is used and must match.
+      text_field: for text, the field of a JSON object that holds the text.
       verify: for array_record, (i, n): read shards i, i + n, ... once and compare their hashes.
       progress_bar: shows a tokenizer's training.
 
@@ -88,7 +91,7 @@ def load_data(
         allowed = ", ".join((*CORPUS_SOURCES, PREPARED_SOURCE))
         raise UserError(f"data source {source!r} is unknown; allowed: {allowed}")
     texts: tuple[list[str], list[str]] = ([], [])
-    split = HeldoutSplit(open_corpus(source, files), heldout_fraction or DEFAULT_HELDOUT_FRACTION)
+    split = HeldoutSplit(open_corpus(source, files, text_field), heldout_fraction or DEFAULT_HELDOUT_FRACTION)
     for is_heldout, document in split.documents():
         texts[is_heldout].append(document.text)
     used = saved_or_new_tokenizer(tokenizer, tokenizer_dir, texts[False], progress_bar)

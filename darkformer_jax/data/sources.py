@@ -5,6 +5,7 @@ A `Corpus` can be read any number of times and always yields the same documents 
 
 import dataclasses
 import fnmatch
+import functools
 import importlib
 import os
 import sysconfig
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 from darkformer_jax.data.files import local_path, read_file
 from darkformer_jax.data.matching import directories_below, entries, matching
-from darkformer_jax.data.text_files import OnRead, read_json_lines, read_lines, read_pieces
+from darkformer_jax.data.text_files import TEXT_FIELD, OnRead, read_json_lines, read_lines, read_pieces
 from darkformer_jax.errors import UserError
 
 TEXT_SUFFIXES = (".txt", ".txt.gz", ".md", ".md.gz", ".jsonl", ".jsonl.gz")
@@ -48,13 +49,14 @@ class Corpus:
     identity: str = "text"
 
 
-def open_corpus(source: str, files: str) -> Corpus:
+def open_corpus(source: str, files: str, text_field: str = TEXT_FIELD) -> Corpus:
     """The corpus named by `data.source` and `data.files`.
 
     Args:
       source: stdlib | text | news.
       files: text: comma-separated globs, or directories searched recursively; news: the release's directory;
         stdlib: unused.
+      text_field: text: the field of a JSON object that holds the text.
 
     Raises:
       UserError: an unknown source, a glob or directory that matches nothing, a file of another kind.
@@ -62,7 +64,7 @@ def open_corpus(source: str, files: str) -> Corpus:
     if source == "stdlib":
         return _stdlib_corpus()
     if source == "text":
-        return _file_corpus(find_text_files(files), _text_documents)
+        return _file_corpus(find_text_files(files), functools.partial(_text_documents, text_field))
     if source == "news":
         return _file_corpus(find_news_files(files), _news_documents)
     raise UserError(f"data source {source!r} is unknown; allowed: {', '.join(CORPUS_SOURCES)}")
@@ -141,9 +143,9 @@ def _files_below(directory: str) -> list[str]:
     return [os.path.join(path, name) for path, names in directories_below(directory) for name in names]
 
 
-def _text_documents(path: str, on_read: OnRead) -> Iterator[Document]:
+def _text_documents(text_field: str, path: str, on_read: OnRead) -> Iterator[Document]:
     if path.endswith((".jsonl", ".jsonl.gz")):
-        for number, text in read_json_lines(path, on_read):
+        for number, text in read_json_lines(path, text_field, on_read):
             if text:
                 yield Document(f"{path}:{number}", text)
     else:

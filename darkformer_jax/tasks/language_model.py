@@ -94,6 +94,7 @@ class LanguageModel:
             tokenizer_of(config, workdir),
             d.heldout_fraction,
             workdir.tokenizer_dir,
+            text_field=d.text_field,
             verify=part,
             progress_bar=progress_bar,
         )
