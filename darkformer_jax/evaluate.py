@@ -3,10 +3,10 @@
     python -m darkformer_jax.evaluate --workdir=runs/smollm2 --text='books/*.txt' --context=2048
     python -m darkformer_jax.evaluate --workdir=runs/smollm2 --text=a.txt,b.jsonl.gz --stride=512 --json=smollm2.json
 
-A document is a .txt or .md file (several if it is longer than 4 MiB) or the --text_field of a line of a .jsonl file. It
-is read in windows of `context` tokens that advance by `stride`. Every token is scored once, from the tokens before it
-in its window. If the model's family has a BOS token, every window begins with it, and it predicts the document's first
-token. Otherwise the first token is not scored. The end of a document is not scored. With the default,
+A document is a .txt or .md file (several if it is longer than 4 MiB), or the --text_field of a .jsonl line or of a
+.parquet row. It is read in windows of `context` tokens that advance by `stride`. Every token is scored once, from the
+tokens before it in its window. If the model's family has a BOS token, every window begins with it, and it predicts the
+document's first token. Otherwise the first token is not scored. The end of a document is not scored. With the default,
 stride = context, the windows are separate. A smaller stride gives every token at least context - stride tokens to look
 at, for context / stride times the work.
 
@@ -52,11 +52,12 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--text",
         required=True,
-        help="comma-separated globs of .txt, .md and .jsonl files, plain or .gz, or directories searched recursively; "
+        help="comma-separated globs of .txt, .md and .jsonl files, plain or .gz, and .parquet files, or directories; "
         "for a classifier or a regression, of labelled files (.tsv, .csv, .jsonl)",
     )
     parser.add_argument(
-        "--text_field", help=f"field of a .jsonl object that a language model reads (default: {TEXT_FIELD})"
+        "--text_field",
+        help=f"field or column of .jsonl and .parquet that a language model reads (default: {TEXT_FIELD})",
     )
     parser.add_argument(
         "--context",

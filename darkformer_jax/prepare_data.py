@@ -28,7 +28,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         "--source",
         required=True,
         choices=CORPUS_SOURCES,
-        help="text: .txt, .md (one document per file), .jsonl (one per line, in --text_field); "
+        help="text: .txt, .md (one document per file), .jsonl and .parquet (one per line or row, in --text_field); "
         "news: the One Billion Word release (one per line); stdlib: the Python standard library",
     )
     parser.add_argument(
@@ -37,7 +37,8 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         help="text: comma-separated globs, or directories searched recursively; news: the release's directory",
     )
     parser.add_argument(
-        "--text_field", help=f"text: the field of a .jsonl object that holds the text (default: {TEXT_FIELD})"
+        "--text_field",
+        help=f"text: the field of .jsonl, or column of .parquet, that holds the text (default: {TEXT_FIELD})",
     )
     parser.add_argument("--out", required=True, help="directory to write; must be empty or not exist")
     parser.add_argument(

@@ -189,10 +189,10 @@ def _attention() -> Section:
 def _data() -> Section:
     d = Section()
     d.source = choice("stdlib", SOURCES)
-    # text: globs of .txt, .md, .jsonl, plain or .gz. labelled: globs of .tsv, .csv, .jsonl. array_record: the directory
-    # that prepare_data wrote.
+    # text: globs of .txt, .md, .jsonl, plain or .gz, and .parquet. labelled: globs of .tsv, .csv, .jsonl. array_record:
+    # the directory that prepare_data wrote.
     d.files = anything("")
-    d.text_field = anything("text", since=4)  # text: the field of a JSON object that holds the text
+    d.text_field = anything("text", since=4)  # text: the field or column of .jsonl and .parquet with the text
     # bytes | bpe:<vocab> (trained on the training split) | a tokenizer.json | a SentencePiece .model; "" = the one that
     # prepared the array_record, else that of init_from.
     d.tokenizer = anything("bytes")

@@ -3,6 +3,7 @@
 A `Corpus` can be read any number of times and always yields the same documents in the same order.
 """
 
+import collections
 import dataclasses
 import fnmatch
 import functools
@@ -12,18 +13,20 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
+from darkformer_jax.data import parquet_files
 from darkformer_jax.data.files import local_path, read_file
 from darkformer_jax.data.matching import directories_below, entries, matching
 from darkformer_jax.data.text_files import TEXT_FIELD, OnRead, read_json_lines, read_lines, read_pieces
-from darkformer_jax.errors import UserError
+from darkformer_jax.errors import UserError, printable
 
-TEXT_SUFFIXES = (".txt", ".txt.gz", ".md", ".md.gz", ".jsonl", ".jsonl.gz")
+TEXT_SUFFIXES = (".txt", ".txt.gz", ".md", ".md.gz", ".jsonl", ".jsonl.gz", parquet_files.SUFFIX)
 NEWS_PATTERN = "news.en-?????-of-?????"
 CORPUS_SOURCES = ("stdlib", "text", "news")
 
 # Tests of the library, and packages installed beside it, are not the standard library's own text.
 _STDLIB_SKIPPED_DIRECTORIES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _TOPICS = "pydoc_data/topics.py"
+_SHOWN_KINDS = 5  # in an error
 
 
 class Document(NamedTuple):
@@ -56,7 +59,7 @@ def open_corpus(source: str, files: str, text_field: str = TEXT_FIELD) -> Corpus
       source: stdlib | text | news.
       files: text: comma-separated globs, or directories searched recursively; news: the release's directory;
         stdlib: unused.
-      text_field: text: the field of a JSON object that holds the text.
+      text_field: text: the field of a JSON object, or the column of a Parquet file, that holds the text.
 
     Raises:
       UserError: an unknown source, a glob or directory that matches nothing, a file of another kind.
@@ -84,7 +87,11 @@ def _file_corpus(paths: list[str], read: Callable[[str, OnRead], Iterator[Docume
 
 def find_text_files(files: str) -> list[str]:
     """Sorted paths of the text files that comma-separated globs and directories name, each once."""
-    return find_files(files, TEXT_SUFFIXES, "text")
+    paths = find_files(files, TEXT_SUFFIXES, "text")
+    for path in paths:
+        if path.endswith(parquet_files.SUFFIX):
+            parquet_files.require_pyarrow(path)  # now, not after the files before it
+    return paths
 
 
 def find_files(files: str, suffixes: tuple[str, ...], source: str) -> list[str]:
@@ -98,8 +105,9 @@ def find_files(files: str, suffixes: tuple[str, ...], source: str) -> list[str]:
     found: set[str] = set()
     for pattern in patterns:
         if os.path.isdir(pattern):
-            matches = [path for path in _files_below(pattern) if path.endswith(suffixes)]
-            kind = f"directory {pattern!r} holds no {', '.join(suffixes)} file"
+            below = _files_below(pattern)
+            matches = [path for path in below if path.endswith(suffixes)]
+            kind = f"directory {pattern!r} holds no {', '.join(suffixes)} file; it holds {_kinds(below)}"
         else:
             matches = [path for path in matching(pattern) if not os.path.isdir(path)]
             kind = f"no file matches {pattern!r}"
@@ -143,9 +151,19 @@ def _files_below(directory: str) -> list[str]:
     return [os.path.join(path, name) for path, names in directories_below(directory) for name in names]
 
 
+def _kinds(paths: Iterable[str]) -> str:
+    """What kinds of files there are most of: `3 .zst, 1 .csv`."""
+    kinds = collections.Counter(sorted(os.path.splitext(path)[1] or "without a suffix" for path in paths))
+    return ", ".join(f"{count} {printable(kind)}" for kind, count in kinds.most_common(_SHOWN_KINDS)) or "no file"
+
+
 def _text_documents(text_field: str, path: str, on_read: OnRead) -> Iterator[Document]:
     if path.endswith((".jsonl", ".jsonl.gz")):
         for number, text in read_json_lines(path, text_field, on_read):
+            if text:
+                yield Document(f"{path}:{number}", text)
+    elif path.endswith(parquet_files.SUFFIX):
+        for number, text in parquet_files.read_parquet(path, text_field, on_read):
             if text:
                 yield Document(f"{path}:{number}", text)
     else:

@@ -153,8 +153,20 @@ def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
     [
         ("text", "", "globs of .txt"),
         ("text", "{dir}/*.txt", r"no file matches '.*\*.txt'"),
-        ("text", "{dir}", "holds no .txt"),
-        ("text", "{dir}/x.csv", "x.csv is not a file the text source reads"),
+        (
+            "text",
+            "{dir}",
+            "holds no .txt, .*, .parquet file; it holds 2 .zst, 1 .arrow, 1 .csv, 1 .gz, 1 without a suf",
+        ),
+        ("text", "{dir}/empty", "holds no .txt, .*, .parquet file; it holds no file$"),
+        ("text", "{dir}/x.csv", "x.csv is not a file the text source reads; allowed: .txt, .*, .jsonl.gz, .parquet$"),
+        ("text", "{dir}/*.zst", "a.jsonl.zst is not a file the text source reads; allowed: .txt, .*, .parquet$"),
+        ("text", "{dir}/x.arrow", "x.arrow is not a file the text source reads; allowed: .txt, .*, .parquet$"),
+        (
+            "text",
+            "{dir}/x.parquet.gz",
+            "x.parquet.gz is not a file the text source reads; allowed: .txt, .*, .parquet$",
+        ),
         ("news", "{dir}", "holds no news.en-"),
         ("news", "{dir}/x.csv", "is not a directory"),
         ("web", "", "'web' is unknown; allowed: stdlib, text, news"),
@@ -162,5 +174,8 @@ def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
 )
 def test_sources_that_find_nothing(source, files, message, tmp_path):
     (tmp_path / "x.csv").write_text("1,2")
+    (tmp_path / "empty").mkdir()
+    for name in ("a.jsonl.zst", "b.txt.zst", "x.arrow", "x.parquet.gz", "README"):
+        (tmp_path / name).touch()
     with pytest.raises(UserError, match=message):
         open_corpus(source, files.format(dir=tmp_path))
