@@ -24,7 +24,7 @@ import tqdm
 
 from configs import ablation
 from darkformer_jax.config.validation import validate
-from darkformer_jax.data import Batch, Data, TokenStream, heldout_batches, load_data, train_batches
+from darkformer_jax.data import Batch, Data, Mixture, TokenStream, heldout_batches, load_data, train_batches
 from darkformer_jax.errors import UserError
 from darkformer_jax.tasks.language_model import tokens_per_byte
 from darkformer_jax.tasks.next_token import NextToken
@@ -208,7 +208,9 @@ def table(results: dict[Run, Result]) -> str:
 
 def ngram_bits(data: Data, order: int) -> float:
     """Held-out bits per token given only the `order` tokens before it, by counts that back off to lower orders."""
-    size = data.tokenizer.vocab_size
+    size, train, heldout = data.tokenizer.vocab_size, data.train, data.heldout
+    if isinstance(train, Mixture) or isinstance(heldout, Mixture):
+        raise UserError("--set=data.files: this benchmark counts in one source; allowed: files without weights")
 
     def contexts(stream: TokenStream) -> tuple[np.ndarray, np.ndarray]:
         tokens = stream.read(np.zeros(1, np.int64), stream.num_tokens)[0][0].astype(np.int64)
@@ -217,13 +219,13 @@ def ngram_bits(data: Data, order: int) -> float:
         return before, tokens[order:]
 
     probabilities = np.full((1, size), 1 / size)
-    before, after = contexts(data.train)
+    before, after = contexts(train)
     for shorter in range(order + 1):
         places = (before % size**shorter) * size + after
         counts = np.bincount(places, minlength=size ** (shorter + 1)).reshape(size**shorter, size)
         below = probabilities[np.arange(size**shorter) % len(probabilities)]
         probabilities = (counts + below) / (counts.sum(axis=1, keepdims=True) + 1)
-    before, after = contexts(data.heldout)
+    before, after = contexts(heldout)
     return float(-np.log2(probabilities[before, after]).mean())
 
 

@@ -10,12 +10,12 @@ import functools
 import importlib
 import os
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from darkformer_jax.data import parquet_files
 from darkformer_jax.data.files import local_path, read_file
-from darkformer_jax.data.matching import directories_below, entries, matching
+from darkformer_jax.data.matching import Entry, directories_below, entries, looks_weighted, matching
 from darkformer_jax.data.text_files import TEXT_FIELD, OnRead, read_json_lines, read_lines, read_pieces
 from darkformer_jax.errors import UserError, printable
 
@@ -67,10 +67,34 @@ def open_corpus(source: str, files: str, text_field: str = TEXT_FIELD) -> Corpus
     if source == "stdlib":
         return _stdlib_corpus()
     if source == "text":
-        return _file_corpus(find_text_files(files), functools.partial(_text_documents, text_field))
+        return _text_corpus(find_text_files(files), text_field)
     if source == "news":
         return _file_corpus(find_news_files(files), _news_documents)
     raise UserError(f"data source {source!r} is unknown; allowed: {', '.join(CORPUS_SOURCES)}")
+
+
+def open_text_sources(sources: Sequence[Entry], text_field: str) -> list[Corpus]:
+    """The corpus of each source of a mixture: of the text files that its name or glob stands for.
+
+    Raises UserError for what `open_corpus` refuses, and for a file that belongs to two sources: one could train on what
+    the other holds out.
+    """
+    corpora = []
+    owners: dict[str, int] = {}
+    for number, source in enumerate(sources):
+        paths = _each_text_file([source.name])
+        for path in paths:
+            owner = owners.setdefault(os.path.realpath(path), number)
+            if owner != number:
+                raise UserError(
+                    f"{path} belongs to {sources[owner].name!r} and {source.name!r}; allowed: each file in one source"
+                )
+        corpora.append(_text_corpus(paths, text_field))
+    return corpora
+
+
+def _text_corpus(paths: list[str], text_field: str) -> Corpus:
+    return _file_corpus(paths, functools.partial(_text_documents, text_field))
 
 
 def _file_corpus(paths: list[str], read: Callable[[str, OnRead], Iterator[Document]]) -> Corpus:
@@ -87,7 +111,11 @@ def _file_corpus(paths: list[str], read: Callable[[str, OnRead], Iterator[Docume
 
 def find_text_files(files: str) -> list[str]:
     """Sorted paths of the text files that comma-separated globs and directories name, each once."""
-    paths = find_files(files, TEXT_SUFFIXES, "text")
+    return _each_text_file(entries(files))
+
+
+def _each_text_file(patterns: Sequence[str]) -> list[str]:
+    paths = _matching_files(patterns, TEXT_SUFFIXES, "text")
     for path in paths:
         if path.endswith(parquet_files.SUFFIX):
             parquet_files.require_pyarrow(path)  # now, not after the files before it
@@ -99,7 +127,10 @@ def find_files(files: str, suffixes: tuple[str, ...], source: str) -> list[str]:
 
     source: the name of the source that reads them, for errors.
     """
-    patterns = entries(files)
+    return _matching_files(entries(files), suffixes, source)
+
+
+def _matching_files(patterns: Sequence[str], suffixes: tuple[str, ...], source: str) -> list[str]:
     if not patterns:
         raise UserError(f"data files are not given; the {source} source needs globs of {', '.join(suffixes)}")
     found: set[str] = set()
@@ -111,6 +142,7 @@ def find_files(files: str, suffixes: tuple[str, ...], source: str) -> list[str]:
         else:
             matches = [path for path in matching(pattern) if not os.path.isdir(path)]
             kind = f"no file matches {pattern!r}"
+            kind += "; weights are for data.files of a language model's training" if looks_weighted(pattern) else ""
         if not matches:
             raise UserError(kind)
         found.update(matches)
