@@ -82,7 +82,10 @@ def open_text_sources(sources: Sequence[Entry], text_field: str) -> list[Corpus]
     corpora = []
     owners: dict[str, int] = {}
     for number, source in enumerate(sources):
-        paths = _each_text_file([source.name])
+        try:
+            paths = _each_text_file([source.name])
+        except UserError as error:  # the weight may have been meant as a part of the name
+            raise UserError(f"{error} (a source of weight {float(source.weight or 0):g})") from error
         for path in paths:
             owner = owners.setdefault(os.path.realpath(path), number)
             if owner != number:

@@ -232,9 +232,10 @@ def test_a_path_that_exists_comes_before_a_weight(here):
         ("books:1e-400,code:1", "^'books:1e-400' has the weight 1e-400; allowed"),
         ("books:1,code", "^books:1,code: 'code' has no weight; allowed: a weight for every source, or for none$"),
         ("books:1,code:much", "^books:1,code:much: 'code:much' has no weight; allowed"),
-        ("books:1,none:1", "^no file matches 'none'$"),
-        ("books:1,none/*.txt:1", r"^no file matches 'none/\*.txt'$"),
-        ("books:1,empty:1", "^directory 'empty' holds no .txt, .* file; it holds no file$"),
+        ("books:1,none:1", r"^no file matches 'none' \(a source of weight 1\)$"),
+        ("books:1,none/*.txt:1", r"^no file matches 'none/\*.txt' \(a source of weight 1\)$"),
+        ("books:1,empty:1", "^directory 'empty' holds no .txt, .* file; it holds no file .a source of weight 1.$"),
+        ("notes:2", r"^no file matches 'notes' \(a source of weight 2\)$"),
         ("books:1,blank.jsonl:1", "^blank.jsonl: the data holds too little text to train on one part and hold another"),
         (
             "books:1,books/*.jsonl:1",
