@@ -24,7 +24,7 @@ import tqdm
 
 from configs import ablation
 from darkformer_jax.config.validation import validate
-from darkformer_jax.data import Batch, Data, Mixture, TokenStream, heldout_batches, load_data, train_batches
+from darkformer_jax.data import Batch, Data, Split, heldout_batches, load_data, train_batches
 from darkformer_jax.errors import UserError
 from darkformer_jax.tasks.language_model import tokens_per_byte
 from darkformer_jax.tasks.next_token import NextToken
@@ -208,24 +208,22 @@ def table(results: dict[Run, Result]) -> str:
 
 def ngram_bits(data: Data, order: int) -> float:
     """Held-out bits per token given only the `order` tokens before it, by counts that back off to lower orders."""
-    size, train, heldout = data.tokenizer.vocab_size, data.train, data.heldout
-    if isinstance(train, Mixture) or isinstance(heldout, Mixture):
-        raise UserError("--set=data.files: this benchmark counts in one source; allowed: files without weights")
+    size = data.tokenizer.vocab_size
 
-    def contexts(stream: TokenStream) -> tuple[np.ndarray, np.ndarray]:
-        tokens = stream.read(np.zeros(1, np.int64), stream.num_tokens)[0][0].astype(np.int64)
+    def contexts(split: Split) -> tuple[np.ndarray, np.ndarray]:
+        tokens = split.read(np.zeros(1, np.int64), split.num_tokens)[0][0].astype(np.int64)
         count = len(tokens) - order
         before = sum((tokens[i : i + count] * size ** (order - 1 - i) for i in range(order)), np.zeros(count, np.int64))
         return before, tokens[order:]
 
     probabilities = np.full((1, size), 1 / size)
-    before, after = contexts(train)
+    before, after = contexts(data.train)
     for shorter in range(order + 1):
         places = (before % size**shorter) * size + after
         counts = np.bincount(places, minlength=size ** (shorter + 1)).reshape(size**shorter, size)
         below = probabilities[np.arange(size**shorter) % len(probabilities)]
         probabilities = (counts + below) / (counts.sum(axis=1, keepdims=True) + 1)
-    before, after = contexts(heldout)
+    before, after = contexts(data.heldout)
     return float(-np.log2(probabilities[before, after]).mean())
 
 

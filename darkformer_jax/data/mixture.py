@@ -63,6 +63,16 @@ class Mixture:
         """Each source's share of the training rows."""
         return [weight / sum(self.weights) for weight in self.weights]
 
+    def read(self, starts: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """`TokenStream.read` of the sources' tokens end to end."""
+        positions = starts[:, None] + np.arange(length)
+        tokens, is_start = np.zeros(positions.shape, np.int32), np.zeros(positions.shape, np.bool_)
+        for stream in self.streams:
+            own = (positions >= 0) & (positions < stream.num_tokens)
+            tokens[own], is_start[own] = (part[:, 0] for part in stream.read(positions[own], 1))
+            positions = positions - stream.num_tokens
+        return tokens, is_start
+
 
 Split = TokenStream | Mixture
 

@@ -162,6 +162,21 @@ def test_held_out_data_is_read_once_whatever_the_weights(batch_size):
         assert (batch["targets"] // SOURCE == of_row)[batch["weights"] > 0].all()
 
 
+def test_a_mixture_is_read_as_its_sources_end_to_end():
+    mixed = mixture("1", "1", "1", sizes=(7, 30, 12))
+    whole = MemoryStream(
+        np.concatenate([source * SOURCE + np.arange(size) for source, size in enumerate((7, 30, 12))]),
+        np.concatenate([np.arange(size) % 10 == 0 for size in (7, 30, 12)]),
+        num_bytes=49,
+        starts_are_targets=True,
+    )
+    for length in (1, 5, 49, 60):
+        starts = np.array([0, 3, 6, 7, 36, 37, 48, 49, 100])
+        for found, wanted in zip(mixed.read(starts, length), whole.read(starts, length), strict=True):
+            np.testing.assert_array_equal(found, wanted)
+            assert found.dtype == wanted.dtype
+
+
 def write(path, word, count=80):
     path.write_text("".join(json.dumps({"text": f"{word} {i} " * 5}) + "\n" for i in range(count)))
 
