@@ -30,11 +30,13 @@ CORE = [
     "tqdm>=4.66",
 ]
 GGUF = ["gguf>=0.17"]  # reads llama.cpp's files
+PARQUET = ["pyarrow>=18"]  # reads texts in Parquet files
 TEST = [
     "beartype>=0.21",
     "pytest>=8.4",
     "pytest-xdist>=3.8",
     *GGUF,
+    *PARQUET,
     "torch>=2.9",
     "transformers>=5.0",
 ]  # ours = theirs, on the CPU
@@ -66,6 +68,7 @@ setup(
         "test": TEST,
         "dev": TEST + DEV,
         "gguf": GGUF,
+        "parquet": PARQUET,
         "aot": AOT,
         "gcs": GCS,
         "gpu": ["jax[cuda12]"],

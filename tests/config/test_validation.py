@@ -255,6 +255,7 @@ def test_an_experiment_with_another_mechanism_sets_nothing_in_vain():
             "a.txt",
             "data.files = 'a.txt' with data.source = 'stdlib'; allowed: '', or data.source = 'text'",
         ),
+        ("data.text_field", "body", "'body' with data.source = 'stdlib'; allowed: 'text', or data.source = 'text'$"),
         ("model.rope_beta_fast", 16.0, "16.0 with model.rope_scaling = 'none'; allowed: 32.0, or .* = 'yarn'$"),
         ("model.rope_original_length", 9, "9 with .*; allowed: 8192, or model.rope_scaling = 'llama3' or 'yarn'$"),
         ("optimizer.final_fraction", 0.5, "0.5 with optimizer.schedule = 'constant'; allowed: 0.1, or .* = 'cosine'$"),

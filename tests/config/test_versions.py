@@ -19,6 +19,7 @@ VERSIONS = sorted((Path(__file__).parent / "versions").glob("*.json"))
 
 # What a run did before there was a field for it.
 MEANT = {
+    "data.text_field": "text",
     "distill.weight": 0.0,
     "mesh.context": 1,
     "model.attention.conv_width": 0,
