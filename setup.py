@@ -30,11 +30,15 @@ CORE = [
     "tqdm>=4.66",
 ]
 GGUF = ["gguf>=0.17"]  # reads llama.cpp's files
+NOTEBOOK = ["ipykernel>=6.29", "nbclient>=0.10"]  # runs docs/tour.ipynb
+PARQUET = ["pyarrow>=18"]  # reads texts in Parquet files
 TEST = [
     "beartype>=0.21",
     "pytest>=8.4",
     "pytest-xdist>=3.8",
     *GGUF,
+    *NOTEBOOK,
+    *PARQUET,
     "torch>=2.9",
     "transformers>=5.0",
 ]  # ours = theirs, on the CPU
@@ -66,6 +70,8 @@ setup(
         "test": TEST,
         "dev": TEST + DEV,
         "gguf": GGUF,
+        "notebook": NOTEBOOK,
+        "parquet": PARQUET,
         "aot": AOT,
         "gcs": GCS,
         "gpu": ["jax[cuda12]"],

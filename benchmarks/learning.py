@@ -24,7 +24,7 @@ import tqdm
 
 from configs import ablation
 from darkformer_jax.config.validation import validate
-from darkformer_jax.data import Batch, Data, TokenStream, heldout_batches, load_data, train_batches
+from darkformer_jax.data import Batch, Data, Split, heldout_batches, load_data, train_batches
 from darkformer_jax.errors import UserError
 from darkformer_jax.tasks.language_model import tokens_per_byte
 from darkformer_jax.tasks.next_token import NextToken
@@ -210,8 +210,8 @@ def ngram_bits(data: Data, order: int) -> float:
     """Held-out bits per token given only the `order` tokens before it, by counts that back off to lower orders."""
     size = data.tokenizer.vocab_size
 
-    def contexts(stream: TokenStream) -> tuple[np.ndarray, np.ndarray]:
-        tokens = stream.read(np.zeros(1, np.int64), stream.num_tokens)[0][0].astype(np.int64)
+    def contexts(split: Split) -> tuple[np.ndarray, np.ndarray]:
+        tokens = split.read(np.zeros(1, np.int64), split.num_tokens)[0][0].astype(np.int64)
         count = len(tokens) - order
         before = sum((tokens[i : i + count] * size ** (order - 1 - i) for i in range(order)), np.zeros(count, np.int64))
         return before, tokens[order:]
@@ -279,7 +279,8 @@ def main() -> None:
     missing = [run for run in runs if run not in results]
     configs = {run: config_of(run) for run in missing}  # refuses impossible runs before any work
     fields = config_of(runs[0]).data
-    data = load_data(fields.source, fields.files, fields.tokenizer, fields.heldout_fraction)
+    names = (fields.source, fields.files, fields.tokenizer)
+    data = load_data(*names, fields.heldout_fraction, text_field=fields.text_field)
     if log:
         log.parent.mkdir(parents=True, exist_ok=True)
     with tqdm.tqdm(total=len(missing) * args.steps, unit="step") as bar:

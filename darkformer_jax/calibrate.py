@@ -27,6 +27,7 @@ from darkformer_jax.calibration.fitting import GEOMETRIES, GEOMETRY_KINDS, KINDS
 from darkformer_jax.cli.parser import Parser, one_line_errors
 from darkformer_jax.cli.progress import progress_bar
 from darkformer_jax.config.conversion import conversion_config, without_window
+from darkformer_jax.data.text_files import TEXT_FIELD
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
 
@@ -39,10 +40,14 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     defaults = conversion_config("dark").model.attention  # dark uses all of _MECHANISM_OPTIONS
     parser.add_argument("--workdir", required=True, help="the exact model: an import, or a run with kind=softmax")
     parser.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
-    parser.add_argument("--text", required=True, help="globs of .txt, .md, .jsonl files, or directories; see evaluate")
+    parser.add_argument(
+        "--text", required=True, help="globs of .txt, .md, .jsonl, .parquet files, or directories; see evaluate"
+    )
     parser.add_argument("--out", required=True, help="workdir to write; must be empty or not exist")
     parser.add_argument("--mechanism", default="dark", choices=KINDS, help="what replaces exact attention")
     parser.add_argument("--test_text", default="", help="like --text; errors are then measured on this text")
+    field_help = f"field or column of .jsonl and .parquet that holds the text (default: {TEXT_FIELD})"
+    parser.add_argument("--text_field", default=TEXT_FIELD, help=field_help)
     parser.add_argument("--transfer_steps", type=int, default=200, help="per layer; 0 = fit nothing (default: 200)")
     parser.add_argument("--learning_rate", type=float, default=1e-2, help="that of the transfer (default: 1e-2)")
     parser.add_argument("--passages", type=int, default=20, help="passages of --context tokens to read (default: 20)")

@@ -3,12 +3,12 @@
     python -m darkformer_jax.evaluate --workdir=runs/smollm2 --text='books/*.txt' --context=2048
     python -m darkformer_jax.evaluate --workdir=runs/smollm2 --text=a.txt,b.jsonl.gz --stride=512 --json=smollm2.json
 
-A document is a .txt or .md file (several if it is longer than 4 MiB) or a line of a .jsonl file. It is read in windows
-of `context` tokens that advance by `stride`. Every token is scored once, from the tokens before it in its window. If
-the model's family has a BOS token, every window begins with it, and it predicts the document's first token. Otherwise
-the first token is not scored. The end of a document is not scored. With the default, stride = context, the windows are
-separate. A smaller stride gives every token at least context - stride tokens to look at, for context / stride times the
-work.
+A document is a .txt or .md file (several if it is longer than 4 MiB), or the --text_field of a .jsonl line or of a
+.parquet row. It is read in windows of `context` tokens that advance by `stride`. Every token is scored once, from the
+tokens before it in its window. If the model's family has a BOS token, every window begins with it, and it predicts the
+document's first token. Otherwise the first token is not scored. The end of a document is not scored. With the default,
+stride = context, the windows are separate. A smaller stride gives every token at least context - stride tokens to look
+at, for context / stride times the work.
 
   loss           mean of -log p(token), nats
   perplexity     exp(loss)
@@ -37,6 +37,7 @@ from absl import app
 from darkformer_jax.cli.parser import Parser, one_line_errors
 from darkformer_jax.cli.progress import progress_bar
 from darkformer_jax.data.files import local_path
+from darkformer_jax.data.text_files import TEXT_FIELD
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks import task_of
@@ -51,8 +52,12 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--text",
         required=True,
-        help="comma-separated globs of .txt, .md and .jsonl files, plain or .gz, or directories searched recursively; "
+        help="comma-separated globs of .txt, .md and .jsonl files, plain or .gz, and .parquet files, or directories; "
         "for a classifier or a regression, of labelled files (.tsv, .csv, .jsonl)",
+    )
+    parser.add_argument(
+        "--text_field",
+        help=f"field or column of .jsonl and .parquet that a language model reads (default: {TEXT_FIELD})",
     )
     parser.add_argument(
         "--context",
@@ -76,7 +81,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Scores the text, prints a table, writes the JSON file if one was asked for, and returns its content."""
     _check_flags(args)
     workdir = Workdir(args.workdir)
-    request = ScoreRequest(args.text, args.batch_size, args.context, args.stride, args.max_tokens)
+    request = ScoreRequest(args.text, args.batch_size, args.context, args.stride, args.max_tokens, args.text_field)
     scores = task_of(workdir).score(workdir, args.step, request, progress_bar)
     print(scores.table)
     if args.json is not None:

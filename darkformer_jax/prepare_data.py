@@ -17,6 +17,7 @@ from darkformer_jax.cli.parser import Parser, one_line_errors
 from darkformer_jax.cli.progress import progress_bar
 from darkformer_jax.data.prepared import DEFAULT_SHARD_TOKENS, SPLITS, prepare
 from darkformer_jax.data.sources import CORPUS_SOURCES
+from darkformer_jax.data.text_files import TEXT_FIELD
 from darkformer_jax.errors import UserError
 
 
@@ -27,13 +28,17 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         "--source",
         required=True,
         choices=CORPUS_SOURCES,
-        help='text: .txt, .md (one document per file), .jsonl (one per line, in "text"); '
+        help="text: .txt, .md (one document per file), .jsonl and .parquet (one per line or row, in --text_field); "
         "news: the One Billion Word release (one per line); stdlib: the Python standard library",
     )
     parser.add_argument(
         "--files",
         default="",
         help="text: comma-separated globs, or directories searched recursively; news: the release's directory",
+    )
+    parser.add_argument(
+        "--text_field",
+        help=f"text: the field of .jsonl, or column of .parquet, that holds the text (default: {TEXT_FIELD})",
     )
     parser.add_argument("--out", required=True, help="directory to write; must be empty or not exist")
     parser.add_argument(
@@ -62,12 +67,17 @@ def main(args: argparse.Namespace) -> None:
     with one_line_errors("what was written is removed"):
         if args.source == "stdlib" and args.files:
             raise UserError(f"--files={args.files}: the stdlib source reads no files; allowed: --source=text or news")
+        if args.source != "text" and args.text_field is not None:
+            raise UserError(
+                f"--text_field={args.text_field}: the {args.source} source has no fields; allowed: --source=text"
+            )
         manifest = prepare(
             args.out,
             source=args.source,
             files=args.files,
             tokenizer_spec=args.tokenizer,
             heldout_fraction=args.heldout_fraction,
+            text_field=TEXT_FIELD if args.text_field is None else args.text_field,
             shard_tokens=args.shard_tokens,
             progress_bar=progress_bar,
         )

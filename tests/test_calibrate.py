@@ -178,16 +178,17 @@ def test_fine_tuning_goes_on_from_it(fitted):
         (["--learning_rate=0"], "--learning_rate=0.0: must be between 0 and 1"),
         (["--mechanism=softmax"], "argument --mechanism: invalid choice: 'softmax'"),
         (["--text={dir}/none.txt"], "no file matches"),
+        (["--text={dir}/x.jsonl", "--text_field=body"], '{dir}/x.jsonl:1: no "body" field that is a string'),
         (["--out={dir}"], "{dir} is there already"),
         (["--step=9"], "no checkpoint step 9 in"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(workdir, fitted, text, tmp_path, flags, message, capsys):
-    (tmp_path / "there").touch()
+    (tmp_path / "x.jsonl").write_text("{}\n")
     names = {"dir": tmp_path, "fitted": fitted}
     with pytest.raises(SystemExit) as exit_:
         run(workdir, text, tmp_path / "out", *(flag.format(**names) for flag in flags))
     assert exit_.value.code == 2
     printed = capsys.readouterr()
     assert message.format(**names) in printed.err and printed.err.count("\n") == 1, printed.err
-    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.standard_promotion
 
 def score(workdir, text, **flags):
     options = {"step": None, "batch_size": 4, "context": None, "stride": None, "max_tokens": None, "json": None}
+    options["text_field"] = None
     return evaluate.evaluate(SimpleNamespace(**options | flags, workdir=str(workdir), text=str(text)))
 
 
@@ -59,6 +60,8 @@ def test_a_classifier_learns_and_a_file_is_scored_as_in_training(tmp_path, capsy
         continue_text(tmp_path / "run")
     with pytest.raises(UserError, match="--context=8: only a language model has windows"):
         score(tmp_path / "run", again, context=8)
+    with pytest.raises(UserError, match="--text_field=body: the model of .*/run reads the columns it was trained on"):
+        score(tmp_path / "run", again, text_field="body")
 
 
 def test_a_stopped_run_goes_on_and_other_labels_are_refused(tmp_path):

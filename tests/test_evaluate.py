@@ -151,6 +151,15 @@ def test_one_program_for_all_batches(workdir, texts):
     assert calls == [1]  # traced once
 
 
+def test_the_text_may_be_in_any_field(workdir, tmp_path):
+    for field in ("text", "content"):
+        (tmp_path / f"{field}.jsonl").write_text("".join(json.dumps({field: text}) + "\n" for text in TEXTS))
+    flags = ("--context=16", "--text_field=content")
+    results = run(workdir, tmp_path / "text.jsonl", "--context=16"), run(workdir, tmp_path / "content.jsonl", *flags)
+    one, other = ({**result, "text": None, "seconds": None} for result in results)
+    assert one == other
+
+
 def test_a_result_is_written_and_never_overwritten(workdir, texts, tmp_path, capsys):
     path = tmp_path / "result.json"
     result = run(workdir, texts, "--context=16", f"--json={path}")
@@ -176,6 +185,7 @@ def test_a_result_is_written_and_never_overwritten(workdir, texts, tmp_path, cap
         (["--text={dir}/blank.jsonl"], "--text={dir}/blank.jsonl: no document has a token to score"),
         (["--text={dir}/good.txt,{dir}/late.txt"], "{dir}/late.txt is not UTF-8 text: byte 0xff at offset 0"),
         (["--text={dir}/bad.jsonl"], '{dir}/bad.jsonl:1: no "text" field that is a string'),
+        (["--text={dir}/bad.jsonl", "--text_field=body"], '{dir}/bad.jsonl:1: no "body" field that is a string'),
         (["--context=3"], "--context=3: must be at least 4"),
         (["--context=0"], "--context=0: must be from 1 to"),
         (["--context=x"], "argument --context: invalid int value: 'x'"),

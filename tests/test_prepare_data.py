@@ -37,6 +37,14 @@ def test_the_one_billion_word_road(tmp_path, capsys):
     assert 20 < data.heldout.num_documents < 75
 
 
+def test_the_text_may_be_in_any_field(tmp_path):
+    (tmp_path / "x.jsonl").write_text("".join(f'{{"text": 1, "content": "document {i}"}}\n' for i in range(99)))
+    flags = ("--source=text", f"--files={tmp_path}/x.jsonl", "--text_field=content", f"--out={tmp_path}/out")
+    run(*flags, "--heldout_fraction=0.2")
+    data = load_data("array_record", f"{tmp_path}/out", "", 0)
+    assert data.train.num_documents + data.heldout.num_documents == 99
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -48,6 +56,8 @@ def test_the_one_billion_word_road(tmp_path, capsys):
         (["--source=text"], "error: .*"),
         (["--source=web"], "error: .*--source.*web"),
         (["--source=stdlib", "--sauce=1"], "error: .*--sauce"),
+        (["--source=text", "--files={dir}/x.jsonl", "--text_field=body"], 'error: .*x.jsonl:1: no "body" field'),
+        (["--source=news", "--files={dir}", "--text_field=text"], "error: --text_field=text: the news source has no"),
         (["--source=stdlib", "--files={dir}"], "error: --files=.*: the stdlib source reads no files"),
     ],
 )

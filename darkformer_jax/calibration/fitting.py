@@ -61,6 +61,7 @@ class FitOptions:
     step: int | None
     text: str
     test_text: str
+    text_field: str
     mechanism: str
     transfer_steps: int
     learning_rate: float
@@ -96,7 +97,8 @@ def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> list[dict[s
                 f"--workdir={o.workdir}: its layers are {', '.join(others)}; allowed: {', '.join(EXACT_KINDS)}"
             )
         config = _config(o)
-        passages, num_test = read_passages(o.text, o.test_text, teacher.tokenizer, o.passages, o.context, o.seed)
+        sizes = (o.passages, o.context, o.seed)
+        passages, num_test = read_passages(o.text, o.test_text, o.text_field, teacher.tokenizer, *sizes)
         experiment = Experiment.of(config, NextToken.of(config, teacher.tokenizer.vocab_size))
         params, projections = jax.jit(experiment.network.init)(key_of_seed(o.seed))
         state = TrainState(jnp.zeros((), jnp.int32), params, projections, ())

@@ -12,29 +12,31 @@ _TEST_SHARE = 0.2
 
 
 def read_passages(
-    text: str, test_text: str, tokenizer: Tokenizer, count: int, context: int, seed: int
+    text: str, test_text: str, text_field: str, tokenizer: Tokenizer, count: int, context: int, seed: int
 ) -> tuple[Int[np.ndarray, "passages context"], int]:
     """(passages, how many of them, in front, are only for measuring errors).
 
     `count` passages come from `text`. Without `test_text`, a fifth of them are for the errors; with it, passages of
-    `test_text` are added for them. Raises UserError if a text has too few passages, or if both texts share some.
+    `test_text` are added for them. `text_field` is that of both.
+
+    Raises UserError if a text has too few passages, or if both texts share some.
     """
     num_test = max(1, round(_TEST_SHARE * count))
-    passages = _draw(text, tokenizer, count, context, seed)
+    passages = _draw(text, text_field, tokenizer, count, context, seed)
     if not test_text:
         return passages, num_test
-    test = _draw(test_text, tokenizer, num_test, context, seed)
+    test = _draw(test_text, text_field, tokenizer, num_test, context, seed)
     if {row.tobytes() for row in test} & {row.tobytes() for row in passages}:
         raise UserError(f"--test_text={test_text}: has passages of --text={text}; allowed: other text")
     return np.concatenate([test, passages]), num_test
 
 
-def _draw(text: str, tokenizer: Tokenizer, count: int, context: int, seed: int) -> np.ndarray:
+def _draw(text: str, text_field: str, tokenizer: Tokenizer, count: int, context: int, seed: int) -> np.ndarray:
     """[count, context] ids of different stretches of the documents, each encoded as the beginning of a document."""
     begin = [tokenizer.bos_id] if tokenizer.adds_bos else []
     size = context - len(begin)
     passages = []
-    for document in open_corpus("text", text).documents(ignore_read):
+    for document in open_corpus("text", text, text_field).documents(ignore_read):
         ids = encode_prompt(tokenizer, document.text)[len(begin) :]
         passages += [begin + ids[start : start + size] for start in range(0, len(ids) - size + 1, size)]
     if len(passages) < count:

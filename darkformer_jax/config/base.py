@@ -183,20 +183,22 @@ def _attention() -> Section:
     a.undecayed_heads = at_least(0, 0, off=0, needs="decay", since=3)  # key/value heads, the last ones, without decay
     # Tokens that a causal convolution of q, k and v sees, its own included, per head and dimension; 0 = none.
     a.conv_width = at_least(0, 0, off=0, since=3)
-    a.horizon = at_least(0, 0, off=0, since=3)  # cosformer: tokens that a document may have at most
+    a.horizon = at_least(0, 0, off=0, since=4)  # cosformer: tokens that a document may have at most
     return a
 
 
 def _data() -> Section:
     d = Section()
     d.source = choice("stdlib", SOURCES)
-    # text: globs of .txt, .md, .jsonl, plain or .gz. labelled: globs of .tsv, .csv, .jsonl. array_record: the directory
-    # that prepare_data wrote.
+    # text: globs of .txt, .md, .jsonl, plain or .gz, and .parquet. labelled: globs of .tsv, .csv, .jsonl. array_record:
+    # the directory that prepare_data wrote. text, array_record: several sources may have weights, their shares of the
+    # training rows: "books:0.7,code/*.jsonl:0.3" (docs/training.md).
     d.files = anything("")
+    d.text_field = anything("text", since=4)  # text: the field or column of .jsonl and .parquet with the text
     # bytes | bpe:<vocab> (trained on the training split) | a tokenizer.json | a SentencePiece .model; "" = the one that
     # prepared the array_record, else that of init_from.
     d.tokenizer = anything("bytes")
-    # Share of the documents, chosen by hash; 0 = 0.05, or 0.15 of labelled texts, or as prepared.
+    # Share of the documents of each source, chosen by hash; 0 = 0.05, or 0.15 of labelled texts, or as prepared.
     d.heldout_fraction = fraction(0.0, high=")")
     d.num_workers = at_least(0, 0)  # grain worker processes; 0 = threads in this process
     return d

@@ -18,6 +18,7 @@ _SWAPS = {f"{ATTENTION}kind", f"{ATTENTION}pattern"}  # which mixers there are
 # Fields that do nothing unless another field has one of these values.
 READ_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
     **{name: ("task.name", (LANGUAGE_MODEL,)) for name in fields() if name.startswith("sample.")},
+    "data.text_field": ("data.source", ("text",)),
     "data.files": ("data.source", tuple(source for source in SOURCES if source != "stdlib")),
     "model.rope_low_freq_factor": ("model.rope_scaling", ("llama3",)),
     "model.rope_high_freq_factor": ("model.rope_scaling", ("llama3",)),

@@ -2,13 +2,18 @@
 
 import dataclasses
 import hashlib
+import os
+from collections.abc import Sequence
 
 from darkformer_jax.data.batches import Batch, heldout_batches, num_rows, train_batches
 from darkformer_jax.data.heldout import DEFAULT_HELDOUT_FRACTION, HeldoutSplit
+from darkformer_jax.data.matching import Entry, weighted_entries
+from darkformer_jax.data.mixture import Mixture, Split, whole_weights
 from darkformer_jax.data.prepared import load_prepared
 from darkformer_jax.data.progress import ProgressBar, no_progress
-from darkformer_jax.data.sources import CORPUS_SOURCES, open_corpus
+from darkformer_jax.data.sources import CORPUS_SOURCES, Corpus, open_corpus, open_text_sources
 from darkformer_jax.data.stream import TokenStream, memory_stream
+from darkformer_jax.data.text_files import TEXT_FIELD
 from darkformer_jax.data.tokenizers import (
     Tokenizer,
     check_tokenizer_is,
@@ -21,6 +26,8 @@ from darkformer_jax.errors import UserError
 __all__ = [
     "Batch",
     "Data",
+    "Mixture",
+    "Split",
     "TokenStream",
     "Tokenizer",
     "heldout_batches",
@@ -35,16 +42,16 @@ PREPARED_SOURCE = "array_record"
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """A corpus ready to train on: both splits as token streams, and their tokenizer.
+    """A corpus ready to train on: both splits as tokens, and their tokenizer.
 
     Attributes:
-      train, heldout: the splits.
+      train, heldout: the splits: each a token stream, or a mixture of one per source.
       tokenizer: of both splits.
       heldout_documents: the held-out texts if they are in memory, else None.
     """
 
-    train: TokenStream
-    heldout: TokenStream
+    train: Split
+    heldout: Split
     tokenizer: Tokenizer
     heldout_documents: tuple[str, ...] | None
 
@@ -65,6 +72,7 @@ def load_data(
     heldout_fraction: float,
     tokenizer_dir: str | None = None,
     *,
+    text_field: str = TEXT_FIELD,
     verify: tuple[int, int] = (0, 1),
     progress_bar: ProgressBar = no_progress,
 ) -> Data:
@@ -72,10 +80,12 @@ def load_data(
 
     Args:
       source: stdlib | text | news, read into memory; array_record, read from a prepared directory during training.
-      files: globs or directories of the source; for array_record the prepared directory.
+      files: globs or directories of the source; for array_record the prepared directory. With weights, a mixture:
+        books:0.7,code:0.3 for text, or prepared directories.
       tokenizer: bytes | bpe:<n> | a path. For array_record: the one the data was prepared with, or "".
-      heldout_fraction: share of the documents; 0 = 0.05. For array_record: the one the data was prepared with, or 0.
+      heldout_fraction: share of each source's documents; 0 = 0.05. For array_record: the one of its preparation, or 0.
       tokenizer_dir: a workdir; a tokenizer saved there is used and must match.
+      text_field: for text, the field of a JSON object that holds the text.
       verify: for array_record, (i, n): read shards i, i + n, ... once and compare their hashes.
       progress_bar: shows a tokenizer's training.
 
@@ -87,18 +97,80 @@ def load_data(
     if source not in CORPUS_SOURCES:
         allowed = ", ".join((*CORPUS_SOURCES, PREPARED_SOURCE))
         raise UserError(f"data source {source!r} is unknown; allowed: {allowed}")
+    fraction = heldout_fraction or DEFAULT_HELDOUT_FRACTION
+    sources = weighted_entries(files) if source == "text" else []
+    if _is_mixture(sources):
+        corpora = open_text_sources(sources, text_field)
+        splits = [_split_texts(corpus, fraction, entry.name) for corpus, entry in zip(corpora, sources, strict=True)]
+    else:
+        sources = []
+        splits = [_split_texts(open_corpus(source, files, text_field), fraction)]
+    training = [text for train, _ in splits for text in train]
+    used = saved_or_new_tokenizer(tokenizer, tokenizer_dir, training, progress_bar)
+    train, heldout = (_as_split(sources, [memory_stream(texts[side], used) for texts in splits]) for side in (0, 1))
+    return Data(train, heldout, used, tuple(text for _, held_out in splits for text in held_out))
+
+
+def prepared_directories(files: str) -> list[Entry]:
+    """The prepared directories that data.files names: one, or several with weights.
+
+    Raises UserError for several without weights, and for one that is there twice.
+    """
+    found = weighted_entries(files)
+    if not _is_mixture(found):
+        if len(found) > 1:
+            raise UserError(
+                f"{files}: array_record reads one prepared directory, or several with weights: "
+                f"{found[0].name}:0.5,{found[1].name}:0.5"
+            )
+        return found or [Entry(files, None)]
+    seen: dict[str, str] = {}
+    for name, _ in found:
+        other = seen.setdefault(os.path.realpath(name), name)
+        if other is not name:
+            raise UserError(f"{files}: {other!r} and {name!r} are the same directory; allowed: each of them once")
+    return found
+
+
+def _is_mixture(sources: Sequence[Entry]) -> bool:
+    return bool(sources) and sources[0].weight is not None
+
+
+def _split_texts(corpus: Corpus, fraction: float, name: str = "") -> tuple[list[str], list[str]]:
+    """(training, held-out) texts of a corpus. name: what errors about a source of a mixture begin with."""
     texts: tuple[list[str], list[str]] = ([], [])
-    split = HeldoutSplit(open_corpus(source, files), heldout_fraction or DEFAULT_HELDOUT_FRACTION)
+    try:
+        split = HeldoutSplit(corpus, fraction)
+    except UserError as error:
+        raise UserError(f"{name}: {error}" if name else str(error)) from error
     for is_heldout, document in split.documents():
         texts[is_heldout].append(document.text)
-    used = saved_or_new_tokenizer(tokenizer, tokenizer_dir, texts[False], progress_bar)
-    return Data(memory_stream(texts[False], used), memory_stream(texts[True], used), used, tuple(texts[True]))
+    return texts
+
+
+def _as_split(sources: Sequence[Entry], streams: Sequence[TokenStream]) -> Split:
+    """The mixture of the sources' streams, or the only stream if there are no weights."""
+    weights = [source.weight for source in sources if source.weight is not None]
+    if not weights:
+        return streams[0]
+    return Mixture(tuple(source.name for source in sources), tuple(streams), whole_weights(weights))
 
 
 def _load_prepared_data(
     files: str, tokenizer: str, heldout_fraction: float, tokenizer_dir: str | None, verify: tuple[int, int]
 ) -> Data:
-    train, heldout, prepared_with = load_prepared(files, heldout_fraction, verify=verify)
+    sources = prepared_directories(files)
+    loaded = [load_prepared(source.name, heldout_fraction, verify=verify) for source in sources]
+    train = _as_split(sources, [stream for stream, _, _ in loaded])
+    heldout = _as_split(sources, [stream for _, stream, _ in loaded])
+    prepared_with = loaded[0][2]
+    for source, (_, _, other) in zip(sources, loaded, strict=True):
+        if other.fingerprint != prepared_with.fingerprint:
+            raise UserError(
+                f"{source.name} was prepared with another tokenizer (fingerprint {other.fingerprint[:12]}) than "
+                f"{sources[0].name} ({prepared_with.fingerprint[:12]}); allowed: one tokenizer for all sources "
+                f"(prepare_data --tokenizer={sources[0].name})"
+            )
     if tokenizer:
         check_tokenizer_is(tokenizer, prepared_with, files)
     saved = load_tokenizer(tokenizer_dir) if tokenizer_dir and has_tokenizer(tokenizer_dir) else None

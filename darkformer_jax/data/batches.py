@@ -5,11 +5,12 @@ predict every token but the stream's first exactly once. A batch is a pure funct
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
 
+from darkformer_jax.data.mixture import Mixture, Split, mixed_rows
 from darkformer_jax.data.stream import TokenStream
 from darkformer_jax.errors import UserError
 
@@ -57,8 +58,44 @@ def make_batch(stream: TokenStream, sequence_length: int, rows: np.ndarray) -> B
     }
 
 
+class MixedRows:
+    """The rows of several streams, numbered stream by stream; rows past the last one are padding.
+
+    Args:
+      streams: the sources' streams.
+      sequence_length: L.
+
+    Attributes:
+      totals: rows of each stream.
+    """
+
+    def __init__(self, streams: Sequence[TokenStream], sequence_length: int) -> None:
+        self._streams, self._sequence_length = streams, sequence_length
+        self.totals = [num_rows(stream, sequence_length) for stream in streams]
+        self._ends = np.cumsum(self.totals)
+
+    def sources(self, rows: np.ndarray) -> np.ndarray:
+        """The number of the source of each row [B]."""
+        return np.minimum(np.searchsorted(self._ends, rows, side="right"), len(self._streams) - 1)
+
+    def read(self, rows: np.ndarray) -> Batch:
+        """`make_batch` of the rows [B], each from its own stream."""
+        sources = self.sources(rows)
+        batch: Batch = {}
+        for source in np.unique(sources):
+            places = np.flatnonzero(sources == source)
+            own = rows[places] - (self._ends[source] - self.totals[source])
+            for name, values in make_batch(self._streams[source], self._sequence_length, own).items():
+                batch.setdefault(name, np.zeros((len(rows), *values.shape[1:]), values.dtype))[places] = values
+        return batch
+
+    def read_with_source(self, rows: np.ndarray) -> Batch:
+        """`read`, and in `source` [B] (int32) the number of each row's source."""
+        return self.read(rows) | {"source": self.sources(rows).astype(np.int32)}
+
+
 def train_batches(
-    stream: TokenStream,
+    split: Split,
     *,
     seed: int,
     batch_size: int,
@@ -68,11 +105,20 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """`shuffled_batches` of the stream's rows, `sequence_length` tokens each."""
-    return shuffled_batches(
-        functools.partial(make_batch, stream, sequence_length),
-        num_rows(stream, sequence_length),
-        seed=seed,
+    """Endless training batches of rows of `sequence_length` tokens, as in `shuffled_batches`.
+
+    Of a mixture, the rows are `mixed_rows`: every source has its own epochs.
+    """
+    _check_seed(seed)
+    if isinstance(split, Mixture):
+        mixed = MixedRows(split.streams, sequence_length)
+        read, rows = mixed.read, mixed_rows(mixed.totals, split.weights, seed)
+    else:
+        read = functools.partial(make_batch, split, sequence_length)
+        rows = _shuffled_rows(num_rows(split, sequence_length), seed)
+    return _batches_of(
+        rows,
+        read,
         batch_size=batch_size,
         start_step=start_step,
         num_workers=num_workers,
@@ -82,7 +128,7 @@ def train_batches(
 
 
 def heldout_batches(
-    stream: TokenStream,
+    split: Split,
     *,
     batch_size: int,
     sequence_length: int,
@@ -90,10 +136,18 @@ def heldout_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """`ordered_batches` of the stream's rows, `sequence_length` tokens each: every target once."""
+    """`ordered_batches` of the split's rows, `sequence_length` tokens each: every target once.
+
+    Batches of a mixture have `source` [B], the number of each row's source.
+    """
+    if isinstance(split, Mixture):
+        mixed = MixedRows(split.streams, sequence_length)
+        read, total = mixed.read_with_source, sum(mixed.totals)
+    else:
+        read, total = functools.partial(make_batch, split, sequence_length), num_rows(split, sequence_length)
     return ordered_batches(
-        functools.partial(make_batch, stream, sequence_length),
-        num_rows(stream, sequence_length),
+        read,
+        total,
         batch_size=batch_size,
         max_batches=max_batches,
         process_index=process_index,
@@ -129,11 +183,40 @@ def shuffled_batches(
     Raises:
       UserError: a batch size that the processes do not divide, a seed out of range.
     """
+    _check_seed(seed)
+    return _batches_of(
+        _shuffled_rows(total, seed),
+        read,
+        batch_size=batch_size,
+        start_step=start_step,
+        num_workers=num_workers,
+        process_index=process_index,
+        process_count=process_count,
+    )
+
+
+def _check_seed(seed: int) -> None:
     if not 0 <= seed < 2**32:
         raise UserError(f"seed={seed} is out of range; allowed: 0 to {2**32 - 1}")
+
+
+def _shuffled_rows(total: int, seed: int) -> grain.MapDataset:
     # `.seed` hashes the seed. `.shuffle(seed)` adds the epoch to the seed as it is: the second epoch of seed 0 would be
     # the first epoch of seed 1.
-    rows = grain.MapDataset.range(total).seed(seed).shuffle().repeat()
+    return grain.MapDataset.range(total).seed(seed).shuffle().repeat()
+
+
+def _batches_of(
+    rows: grain.MapDataset,
+    read: ReadRows,
+    *,
+    batch_size: int,
+    start_step: int,
+    num_workers: int,
+    process_index: int,
+    process_count: int,
+) -> Iterator[Batch]:
+    """Step s reads the row numbers s*B .. (s+1)*B - 1 of the endless `rows`; see `shuffled_batches`."""
     # Endless rows leave no remainder. But without drop_remainder grain rounds their length up, and for batches of one
     # row the result is more than sys.maxsize.
     batches = rows.batch(_local_size(batch_size, process_count), drop_remainder=True)

@@ -22,7 +22,7 @@ import numpy as np
 from darkformer_jax.data.files import read_json_object, write_atomically
 from darkformer_jax.data.heldout import hash_fraction
 from darkformer_jax.data.sources import find_files
-from darkformer_jax.data.text_files import read_json_records, read_lines, text_field
+from darkformer_jax.data.text_files import read_json_records, read_lines, string_field
 from darkformer_jax.data.tokenizers import Tokenizer
 from darkformer_jax.errors import UserError, printable
 
@@ -102,7 +102,7 @@ def _table_records(path: str, columns: Columns) -> Iterator[tuple[int, dict[str,
 
 
 def _example(record: Any, columns: Columns, place: str) -> Example:
-    text = text_field(record, columns.text, place)
+    text = string_field(record, columns.text, place, "task.text_column")
     if not text.strip():
         raise UserError(f"{place}: the text in {columns.text!r} is empty")
     value = record.get(columns.label)
@@ -111,7 +111,10 @@ def _example(record: Any, columns: Columns, place: str) -> Example:
         raise UserError(f"{place}: there is no label in {columns.label!r}")
     if not isinstance(value, str | int | float):
         raise UserError(f"{place}: the label in {columns.label!r} is neither a string nor a number")
-    label = text_field(record, columns.label, place).strip() if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, str):
+        label = string_field(record, columns.label, place, "task.label_column").strip()
+    else:
+        label = json.dumps(value)
     return Example(text, label, place)
 
 

@@ -6,12 +6,21 @@ directories behind links, and the other follows a loop of links for ever.
 
 import fnmatch
 import glob
+import math
 import os
-from collections.abc import Iterator
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from typing import NamedTuple, NoReturn
 
 from darkformer_jax.data.files import local_path
 from darkformer_jax.errors import UserError
+
+
+class Entry(NamedTuple):
+    """A name or glob of a list, and the weight after its colon: `books/*.txt:0.7`."""
+
+    name: str
+    weight: Fraction | None
 
 
 def entries(names: str) -> list[str]:
@@ -19,16 +28,61 @@ def entries(names: str) -> list[str]:
 
     Raises UserError for a URL.
     """
+    return [local_path(name) for name in _split(names, _is_there)]
+
+
+def weighted_entries(names: str) -> list[Entry]:
+    """`entries`, each with its weight or all without. What exists may also end in a colon and a number.
+
+    Raises UserError for a URL, a weight that is not a finite number above 0, and a list in which only some have one.
+    """
+    parts = _split(names, lambda name: _is_there(name) or _is_there(_cut_weight(name)[0]))
+    found = [Entry(part, None) if _is_there(part) else _with_weight(part) for part in parts]
+    without = [name for name, weight in found if weight is None]
+    if without and len(without) < len(found):
+        raise UserError(f"{names}: {without[0]!r} has no weight; allowed: a weight for every source, or for none")
+    return [Entry(local_path(name), weight) for name, weight in found]
+
+
+def looks_weighted(name: str) -> bool:
+    """Whether a name ends in a colon and a number."""
+    return bool(_cut_weight(name)[1])
+
+
+def _split(names: str, is_there: Callable[[str], bool]) -> list[str]:
+    """The parts of a comma-separated list. Parts that are there when they are joined belong together."""
     found: list[str] = []
     parts = names.split(",")
     while parts:
         joined = ((count, ",".join(parts[:count]).strip()) for count in range(len(parts), 1, -1))
-        existing = (count for count, name in joined if os.path.lexists(os.path.expanduser(name)))
-        count = next(existing, 1)
+        count = next((count for count, name in joined if is_there(name)), 1)
         if name := ",".join(parts[:count]).strip():
-            found.append(local_path(name))
+            found.append(name)
         parts = parts[count:]
     return found
+
+
+def _is_there(name: str) -> bool:
+    return os.path.lexists(os.path.expanduser(name))
+
+
+def _cut_weight(name: str) -> tuple[str, str]:
+    """(the name, the text of its weight or "")."""
+    before, _, weight = name.rpartition(":")
+    try:
+        float(weight)
+    except ValueError:
+        return name, ""
+    return (before, weight) if before else (name, "")
+
+
+def _with_weight(part: str) -> Entry:
+    name, weight = _cut_weight(part)
+    if not weight:
+        return Entry(name, None)
+    if not 0 < float(weight) < math.inf:
+        raise UserError(f"{part!r} has the weight {weight}; allowed: a finite number above 0, or a path that exists")
+    return Entry(name, Fraction(weight))
 
 
 def matching(pattern: str) -> list[str]:

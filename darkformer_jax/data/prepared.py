@@ -11,7 +11,7 @@ from darkformer_jax.data.progress import ProgressBar, no_progress
 from darkformer_jax.data.records import RECORD_TOKENS, RecordStream, RecordWriter, Shard, verify_shards
 from darkformer_jax.data.sources import open_corpus
 from darkformer_jax.data.stream import StreamBuilder
-from darkformer_jax.data.text_files import OnRead
+from darkformer_jax.data.text_files import TEXT_FIELD, OnRead
 from darkformer_jax.data.tokenizers import READING_WORDS, Tokenizer, load_tokenizer, make_tokenizer
 from darkformer_jax.errors import UserError
 
@@ -30,6 +30,7 @@ def prepare(
     files: str,
     tokenizer_spec: str,
     heldout_fraction: float,
+    text_field: str = TEXT_FIELD,
     shard_tokens: int = DEFAULT_SHARD_TOKENS,
     progress_bar: ProgressBar = no_progress,
 ) -> dict[str, Any]:
@@ -41,6 +42,7 @@ def prepare(
       files: the source's files.
       tokenizer_spec: see `make_tokenizer`; bpe:<n> is trained on at most 512 MiB of the training documents.
       heldout_fraction: see `HeldoutSplit`.
+      text_field: see `open_corpus`.
       shard_tokens: tokens per shard, rounded up to whole records.
       progress_bar: shows each pass over the data.
 
@@ -52,7 +54,7 @@ def prepare(
     """
     if shard_tokens < 1:
         raise UserError(f"shard_tokens={shard_tokens} is out of range; allowed: 1 or more")
-    corpus = open_corpus(source, files)
+    corpus = open_corpus(source, files, text_field)
     split = HeldoutSplit(corpus, heldout_fraction)
 
     def training_texts() -> Iterator[str]:

@@ -3,26 +3,30 @@
 A `Corpus` can be read any number of times and always yields the same documents in the same order.
 """
 
+import collections
 import dataclasses
 import fnmatch
+import functools
 import importlib
 import os
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from darkformer_jax.data import parquet_files
 from darkformer_jax.data.files import local_path, read_file
-from darkformer_jax.data.matching import directories_below, entries, matching
-from darkformer_jax.data.text_files import OnRead, read_json_lines, read_lines, read_pieces
-from darkformer_jax.errors import UserError
+from darkformer_jax.data.matching import Entry, directories_below, entries, looks_weighted, matching
+from darkformer_jax.data.text_files import TEXT_FIELD, OnRead, read_json_lines, read_lines, read_pieces
+from darkformer_jax.errors import UserError, printable
 
-TEXT_SUFFIXES = (".txt", ".txt.gz", ".md", ".md.gz", ".jsonl", ".jsonl.gz")
+TEXT_SUFFIXES = (".txt", ".txt.gz", ".md", ".md.gz", ".jsonl", ".jsonl.gz", parquet_files.SUFFIX)
 NEWS_PATTERN = "news.en-?????-of-?????"
 CORPUS_SOURCES = ("stdlib", "text", "news")
 
 # Tests of the library, and packages installed beside it, are not the standard library's own text.
 _STDLIB_SKIPPED_DIRECTORIES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _TOPICS = "pydoc_data/topics.py"
+_SHOWN_KINDS = 5  # in an error
 
 
 class Document(NamedTuple):
@@ -48,13 +52,14 @@ class Corpus:
     identity: str = "text"
 
 
-def open_corpus(source: str, files: str) -> Corpus:
+def open_corpus(source: str, files: str, text_field: str = TEXT_FIELD) -> Corpus:
     """The corpus named by `data.source` and `data.files`.
 
     Args:
       source: stdlib | text | news.
       files: text: comma-separated globs, or directories searched recursively; news: the release's directory;
         stdlib: unused.
+      text_field: text: the field of a JSON object, or the column of a Parquet file, that holds the text.
 
     Raises:
       UserError: an unknown source, a glob or directory that matches nothing, a file of another kind.
@@ -62,10 +67,37 @@ def open_corpus(source: str, files: str) -> Corpus:
     if source == "stdlib":
         return _stdlib_corpus()
     if source == "text":
-        return _file_corpus(find_text_files(files), _text_documents)
+        return _text_corpus(find_text_files(files), text_field)
     if source == "news":
         return _file_corpus(find_news_files(files), _news_documents)
     raise UserError(f"data source {source!r} is unknown; allowed: {', '.join(CORPUS_SOURCES)}")
+
+
+def open_text_sources(sources: Sequence[Entry], text_field: str) -> list[Corpus]:
+    """The corpus of each source of a mixture: of the text files that its name or glob stands for.
+
+    Raises UserError for what `open_corpus` refuses, and for a file that belongs to two sources: one could train on what
+    the other holds out.
+    """
+    corpora = []
+    owners: dict[str, int] = {}
+    for number, source in enumerate(sources):
+        try:
+            paths = _each_text_file([source.name])
+        except UserError as error:  # the weight may have been meant as a part of the name
+            raise UserError(f"{error} (a source of weight {float(source.weight or 0):g})") from error
+        for path in paths:
+            owner = owners.setdefault(os.path.realpath(path), number)
+            if owner != number:
+                raise UserError(
+                    f"{path} belongs to {sources[owner].name!r} and {source.name!r}; allowed: each file in one source"
+                )
+        corpora.append(_text_corpus(paths, text_field))
+    return corpora
+
+
+def _text_corpus(paths: list[str], text_field: str) -> Corpus:
+    return _file_corpus(paths, functools.partial(_text_documents, text_field))
 
 
 def _file_corpus(paths: list[str], read: Callable[[str, OnRead], Iterator[Document]]) -> Corpus:
@@ -82,7 +114,15 @@ def _file_corpus(paths: list[str], read: Callable[[str, OnRead], Iterator[Docume
 
 def find_text_files(files: str) -> list[str]:
     """Sorted paths of the text files that comma-separated globs and directories name, each once."""
-    return find_files(files, TEXT_SUFFIXES, "text")
+    return _each_text_file(entries(files))
+
+
+def _each_text_file(patterns: Sequence[str]) -> list[str]:
+    paths = _matching_files(patterns, TEXT_SUFFIXES, "text")
+    for path in paths:
+        if path.endswith(parquet_files.SUFFIX):
+            parquet_files.require_pyarrow(path)  # now, not after the files before it
+    return paths
 
 
 def find_files(files: str, suffixes: tuple[str, ...], source: str) -> list[str]:
@@ -90,17 +130,22 @@ def find_files(files: str, suffixes: tuple[str, ...], source: str) -> list[str]:
 
     source: the name of the source that reads them, for errors.
     """
-    patterns = entries(files)
+    return _matching_files(entries(files), suffixes, source)
+
+
+def _matching_files(patterns: Sequence[str], suffixes: tuple[str, ...], source: str) -> list[str]:
     if not patterns:
         raise UserError(f"data files are not given; the {source} source needs globs of {', '.join(suffixes)}")
     found: set[str] = set()
     for pattern in patterns:
         if os.path.isdir(pattern):
-            matches = [path for path in _files_below(pattern) if path.endswith(suffixes)]
-            kind = f"directory {pattern!r} holds no {', '.join(suffixes)} file"
+            below = _files_below(pattern)
+            matches = [path for path in below if path.endswith(suffixes)]
+            kind = f"directory {pattern!r} holds no {', '.join(suffixes)} file; it holds {_kinds(below)}"
         else:
             matches = [path for path in matching(pattern) if not os.path.isdir(path)]
             kind = f"no file matches {pattern!r}"
+            kind += "; weights are for data.files of a language model's training" if looks_weighted(pattern) else ""
         if not matches:
             raise UserError(kind)
         found.update(matches)
@@ -141,9 +186,19 @@ def _files_below(directory: str) -> list[str]:
     return [os.path.join(path, name) for path, names in directories_below(directory) for name in names]
 
 
-def _text_documents(path: str, on_read: OnRead) -> Iterator[Document]:
+def _kinds(paths: Iterable[str]) -> str:
+    """What kinds of files there are most of: `3 .zst, 1 .csv`."""
+    kinds = collections.Counter(sorted(os.path.splitext(path)[1] or "without a suffix" for path in paths))
+    return ", ".join(f"{count} {printable(kind)}" for kind, count in kinds.most_common(_SHOWN_KINDS)) or "no file"
+
+
+def _text_documents(text_field: str, path: str, on_read: OnRead) -> Iterator[Document]:
     if path.endswith((".jsonl", ".jsonl.gz")):
-        for number, text in read_json_lines(path, on_read):
+        for number, text in read_json_lines(path, text_field, on_read):
+            if text:
+                yield Document(f"{path}:{number}", text)
+    elif path.endswith(parquet_files.SUFFIX):
+        for number, text in parquet_files.read_parquet(path, text_field, on_read):
             if text:
                 yield Document(f"{path}:{number}", text)
     else:

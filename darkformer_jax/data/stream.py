@@ -35,6 +35,11 @@ class TokenStream(abc.ABC):
     starts_are_targets: bool
     fingerprint: str
 
+    @property
+    def num_targets(self) -> int:
+        """Tokens that are predicted: all but the last token, or the last one of each document."""
+        return self.num_tokens - (1 if self.starts_are_targets else self.num_documents)
+
     def read(self, starts: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
         """`length` tokens from each position of `starts`.
 

@@ -5,18 +5,24 @@ text, the error names the offset of the first bad byte (in the uncompressed data
 """
 
 import gzip
+import itertools
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-from darkformer_jax.errors import UserError
+from darkformer_jax.errors import UserError, printable
 
 OnRead = Callable[[int], None]  # called with the number of bytes just read from disk, for progress bars
 
 _BLOCK_BYTES = 1 << 20
 _PIECE_BYTES = 4 << 20
 _MAX_LINE_BYTES = 64 << 20
+_SHOWN_FIELDS = 20  # in an error
+_JSON_KINDS = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+
+TEXT_FIELD = "text"  # where the documents of most published data sets have their text
+TEXT_FIELD_OPTION = "data.text_field or --text_field"  # for errors
 
 
 def ignore_read(num_bytes: int) -> None:
@@ -107,10 +113,10 @@ def _character_boundary(data: bytes) -> int:
     return cut
 
 
-def read_json_lines(path: str, on_read: OnRead = ignore_read) -> Iterator[tuple[int, str]]:
-    """The "text" of every JSON object of a .jsonl file, as (line number, text); blank lines are skipped."""
+def read_json_lines(path: str, field: str, on_read: OnRead = ignore_read) -> Iterator[tuple[int, str]]:
+    """The string in `field` of every JSON object of a .jsonl file, as (line number, text); blank lines are skipped."""
     for number, record in read_json_records(path, on_read):
-        yield number, text_field(record, "text", f"{path}:{number}")
+        yield number, string_field(record, field, f"{path}:{number}", TEXT_FIELD_OPTION)
 
 
 def read_json_records(path: str, on_read: OnRead = ignore_read) -> Iterator[tuple[int, Any]]:
@@ -125,13 +131,32 @@ def read_json_records(path: str, on_read: OnRead = ignore_read) -> Iterator[tupl
         yield number, record
 
 
-def text_field(record: Any, name: str, place: str) -> str:
-    """The string that a JSON object has under `name`. Raises UserError, which names `place`, if it is not UTF-8."""
+def string_field(record: Any, name: str, place: str, option: str) -> str:
+    """The string that a JSON object has under `name`.
+
+    Raises UserError, which names `place`, if there is none or it is not UTF-8.
+
+    option: what names the field, for the error.
+    """
     text = record.get(name) if isinstance(record, dict) else None
     if not isinstance(text, str):
-        raise UserError(f'{place}: no "{name}" field that is a string')
+        raise UserError(f'{place}: no "{name}" field that is a string; {_what_is_there(record, name, option)}')
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair; UTF-8 cannot
         raise UserError(f'{place}: "{name}" holds a lone surrogate at character {error.start}') from error
     return text
+
+
+def _what_is_there(record: Any, name: str, option: str) -> str:
+    if not isinstance(record, dict):
+        return f"the line is {_JSON_KINDS.get(type(record), 'a number')}, not an object"
+    if name in record:
+        return f"it is {_JSON_KINDS.get(type(record[name]), 'a number')}"
+    return f"it has: {shown_names(record)} ({option} names the one to read)"
+
+
+def shown_names(names: Collection[str]) -> str:
+    """The names of fields or columns for an error: without control characters, and not all if there are many."""
+    shown = ", ".join(printable(name) for name in itertools.islice(names, _SHOWN_FIELDS))
+    return (shown or "nothing") + (", ..." if len(names) > _SHOWN_FIELDS else "")

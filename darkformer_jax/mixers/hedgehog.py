@@ -47,8 +47,7 @@ class Hedgehog(LinearMechanism):
         state: AttentionState | None = None,
     ) -> tuple[Array, Any]:
         q, k = (
-            matmul("bnhd,hed->bnhe", x, W[...], x.dtype).astype(x.dtype)
-            for x, W in ((q, self.queries), (k, self.keys))
+            matmul("bnhd,hed->bnhe", x, W[...], x.dtype).astype(x.dtype) for x, W in ((q, self.queries), (k, self.keys))
         )
         arrays: dict[str, Any] = {"segment_ids": segment_ids, "log_decay": log_decay}
         return self.run(linear_attention, q, k, v, state, feature_map=log_two_sided, **arrays)

@@ -115,5 +115,8 @@ def log_two_sided(arrays: None, x: Float[Array, "*batch d"], scale: float) -> Fl
 
 
 def log_relu(arrays: None, x: Float[Array, "*batch d"], scale: float) -> Float[Array, "*batch d"]:
-    """l_i(x) = log max(x_i, 1e-30): phi(x) = relu(x), whose zeros a logarithm cannot have. Reads no arrays and no scale."""
+    """l_i(x) = log max(x_i, 1e-30): phi(x) = relu(x), but for its zeros, which have no logarithm.
+
+    It reads no arrays and no scale.
+    """
     return jnp.log(jnp.maximum(x.astype(accumulator_dtype(x.dtype)), 1e-30))

@@ -11,6 +11,7 @@ from darkformer_jax.config.pattern import ATTENTION, Layer, parse_pattern, show_
 from darkformer_jax.config.usage import fields_in_effect, mixer_fields
 from darkformer_jax.config.validation import from_json
 from darkformer_jax.data.files import read_json_object
+from darkformer_jax.data.text_files import TEXT_FIELD
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
 from darkformer_jax.runs.metrics import METRICS_FILE
@@ -97,7 +98,7 @@ def origin_of(init_from: str) -> Any:
     if is_calibration:
         calibration = read_json_object(calibration_file)
         chosen = {name: value for name, value in calibration.items() if name not in ("seed", "workdir", "layers")}
-        origin["calibration"] = chosen
+        origin["calibration"] = {"text_field": TEXT_FIELD, **chosen}  # files from before the option lack it
     return origin
 
 

@@ -187,6 +187,11 @@ class LabelledTask(ABC, Generic[O, E]):
         for name in ("context", "stride", "max_tokens"):
             if getattr(request, name) is not None:
                 raise UserError(f"--{name}={getattr(request, name)}: only a language model has windows of its text")
+        if request.text_field is not None:
+            raise UserError(
+                f"--text_field={request.text_field}: the model of {workdir} reads the columns it was trained on; "
+                "allowed: no --text_field"
+            )
         model = load_model(workdir, step)
         objective = cls.trained_objective(model.config, model.tokenizer.vocab_size, workdir)
         if model.network.spec.num_outputs != objective.num_outputs:

@@ -12,7 +12,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from darkformer_jax.data import Batch, Data, TokenStream, heldout_batches, load_data, train_batches
+from darkformer_jax.data import Batch, Data, Mixture, Split, heldout_batches, load_data, num_rows, train_batches
 from darkformer_jax.data.files import write_atomically
 from darkformer_jax.data.progress import ProgressBar, no_progress
 from darkformer_jax.distributed.sharding import Part
@@ -37,6 +37,7 @@ class TextEvaluation(NamedTuple):
     bits_per_byte: float  # comparable across tokenizers
     accuracy: float  # share of tokens whose successor has the largest logit
     tokens: int
+    of_sources: tuple[tuple[str, float], ...] = ()  # the name of each source of a mixture, and its bits per byte
 
     @classmethod
     def of(cls, sums: Mapping[str, np.ndarray], tokens_per_byte: float) -> "TextEvaluation":
@@ -53,10 +54,15 @@ class TextEvaluation(NamedTuple):
 
     def as_metrics(self) -> dict[str, float]:
         """The figures by their names in metrics.jsonl."""
-        return {f"heldout_{name}": value for name, value in self._asdict().items()}
+        own = {name: value for name, value in self._asdict().items() if name != "of_sources"}
+        of_sources = {f"bits_per_byte/{name}": bits for name, bits in self.of_sources}
+        return {f"heldout_{name}": value for name, value in (own | of_sources).items()}
 
     def __str__(self) -> str:
-        return f"loss {self.loss:.4f}  bits per byte {self.bits_per_byte:.4f}  accuracy {100 * self.accuracy:.2f}%"
+        of_sources = "".join(f"  {name} {bits:.4f}" for name, bits in self.of_sources)
+        return f"loss {self.loss:.4f}  bits per byte {self.bits_per_byte:.4f}  accuracy {100 * self.accuracy:.2f}%" + (
+            f"  bits per byte by source:{of_sources}" if of_sources else ""
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +100,7 @@ class LanguageModel:
             tokenizer_of(config, workdir),
             d.heldout_fraction,
             workdir.tokenizer_dir,
+            text_field=d.text_field,
             verify=part,
             progress_bar=progress_bar,
         )
@@ -144,8 +151,14 @@ class LanguageModel:
         )
 
     def evaluation(self, sums: Mapping[str, np.ndarray], rows: Mapping[str, np.ndarray]) -> TextEvaluation:
-        """The figures, as means over tokens. `rows` is empty."""
-        return TextEvaluation.of(sums, tokens_per_byte(self.data.heldout))
+        """The figures, as means over tokens. `rows` is empty unless the data is a mixture."""
+        heldout = self.data.heldout
+        evaluation = TextEvaluation.of(sums, tokens_per_byte(heldout))
+        return (
+            evaluation._replace(of_sources=bits_of_sources(heldout, rows))
+            if isinstance(heldout, Mixture)
+            else evaluation
+        )
 
     def save(self, workdir: Workdir) -> None:
         """Writes the tokenizer if the workdir has none."""
@@ -190,13 +203,34 @@ class LanguageModel:
 
     def __str__(self) -> str:
         taught = f", taught by step {self.teacher.step} of {self.config.distill.workdir}" if self.teacher else ""
-        return f"{self.data.train.num_tokens:,} training tokens, {self.data.heldout.num_tokens:,} held out{taught}"
+        train = self.data.train
+        sources = f" ({'; '.join(self._sources(train))})" if isinstance(train, Mixture) else ""
+        return f"{train.num_tokens:,} training tokens{sources}, {self.data.heldout.num_tokens:,} held out{taught}"
+
+    def _sources(self, train: Mixture) -> Iterator[str]:
+        """What the run reads of each source."""
+        c = self.config
+        for name, stream, share in zip(train.names, train.streams, train.shares, strict=True):
+            epochs = share * c.num_steps * c.batch_size / num_rows(stream, c.sequence_length)
+            yield f"{name}: {100 * share:.4g}% of the rows, {stream.num_tokens:,} tokens, {epochs:.3g} epochs"
 
 
-def tokens_per_byte(stream: TokenStream) -> float:
+def tokens_per_byte(split: Split) -> float:
     """Predicted tokens / bytes of text, the factor that turns nats per token into bits per byte."""
-    ends = 1 if stream.starts_are_targets else stream.num_documents  # tokens without a successor
-    return (stream.num_tokens - ends) / stream.num_bytes
+    return split.num_targets / split.num_bytes
+
+
+def bits_of_sources(heldout: Mixture, rows: Mapping[str, np.ndarray]) -> tuple[tuple[str, float], ...]:
+    """(name, bits per byte) of each source of which rows were measured. rows: see `NextToken.measure`."""
+    nll, weight = (
+        np.bincount(rows["source"], rows[name].astype(np.float64), minlength=len(heldout.names))
+        for name in ("nll", "weight")
+    )
+    return tuple(
+        (name, float(nll[number] / weight[number]) / math.log(2) * tokens_per_byte(heldout.streams[number]))
+        for number, name in enumerate(heldout.names)
+        if weight[number]
+    )
 
 
 def compressors(data: bytes) -> dict[str, float]:

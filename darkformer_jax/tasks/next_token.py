@@ -77,8 +77,9 @@ class NextToken:
         return metrics
 
     def measure(self, model: Transformer, batch: Batch) -> tuple[Sums, dict[str, Array]]:
-        """`token_sums`, and no values of rows."""
-        return token_sums(predict(model, batch), batch), {}
+        """`token_sums`. Rows of a mixture have the values `nll`, `weight` and `source`; others have none."""
+        logits = predict(model, batch)
+        return token_sums(logits, batch), row_sums(logits, batch) if "source" in batch else {}
 
     def describe(self) -> Mapping[str, str]:
         """No rows: the model's sizes say everything."""
@@ -93,8 +94,7 @@ def predict(model: Transformer, batch: Batch) -> Float[Array, "b n vocab"]:
 
 def token_sums(logits: Float[Array, "b n vocab"], batch: Batch) -> Sums:
     """Sums over a batch's real tokens: `nll` (nats), `z` (squared log normaliser), `correct`, and their `weight`."""
-    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
-    target_logits = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
+    log_normalizer, target_logits = _log_normalizer_and_target(logits, batch)
     weights = batch["weights"]
     correct = (jnp.argmax(logits, axis=-1) == batch["targets"]).astype(jnp.float32)
     return {
@@ -103,6 +103,22 @@ def token_sums(logits: Float[Array, "b n vocab"], batch: Batch) -> Sums:
         "correct": jnp.sum(weights * correct),
         "weight": jnp.sum(weights),
     }
+
+
+def row_sums(logits: Float[Array, "b n vocab"], batch: Batch) -> dict[str, Array]:
+    """`nll` (nats) and `weight` summed over each row's real tokens, and the row's `source`, each [b]."""
+    log_normalizer, target_logits = _log_normalizer_and_target(logits, batch)
+    weights = batch["weights"]
+    nll = jnp.sum(weights * (log_normalizer - target_logits), axis=1)
+    return {"nll": nll, "weight": jnp.sum(weights, axis=1), "source": batch["source"]}
+
+
+def _log_normalizer_and_target(
+    logits: Float[Array, "b n vocab"], batch: Batch
+) -> tuple[Float[Array, "b n"], Float[Array, "b n"]]:
+    """The logarithm of the sum of exp(logits), and the logit of the target."""
+    target_logits = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1), target_logits
 
 
 def kl_divergence(teacher: Float[Array, "... vocab"], student: Float[Array, "... vocab"]) -> Float[Array, "..."]:

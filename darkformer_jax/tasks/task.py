@@ -98,6 +98,7 @@ class ScoreRequest(NamedTuple):
     context: int | None  # tokens per window
     stride: int | None  # tokens from one window to the next
     max_tokens: int | None
+    text_field: str | None  # of a JSON object
 
 
 class Scores(NamedTuple):

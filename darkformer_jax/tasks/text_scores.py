@@ -13,6 +13,7 @@ import numpy as np
 
 from darkformer_jax.data.progress import ProgressBar
 from darkformer_jax.data.sources import Corpus, find_text_files, open_corpus
+from darkformer_jax.data.text_files import TEXT_FIELD
 from darkformer_jax.data.windows import ScoredDocument, Window, window_batch
 from darkformer_jax.errors import UserError
 from darkformer_jax.model.network import Network
@@ -34,7 +35,7 @@ def score_text(workdir: Workdir, step: int | None, request: ScoreRequest, progre
         finite.
     """
     files = find_text_files(request.files)
-    corpus = open_corpus("text", request.files)
+    corpus = open_corpus("text", request.files, TEXT_FIELD if request.text_field is None else request.text_field)
     # A file that is not text must fail now, not after hours of scoring the files before it.
     num_bytes = sum(len(document.text.encode("utf-8")) for document in corpus.documents(lambda _: None))
     model = load_language_model(workdir, step)

@@ -126,6 +126,11 @@ RULES = [
         {"model.attention.decay": "gate", "model.attention.positions": "rope+alibi"},
         "positions = 'rope.alibi' with decay = 'gate': ALiBi is a decay",
     ),
+    (
+        {"model.attention.kind": "cosformer", "model.attention.horizon": 511},
+        "model.attention.horizon = 511: must be at least sequence_length = 512",
+    ),
+    ({"model.attention.kind": "cosformer"}, "model.attention.horizon = 0: 'cosformer' needs at least 1"),
     ({"model.attention.conv_width": 1}, "conv_width = 1; allowed: 0, or 2 and more"),
     ({"model.attention.conv_width": 513}, "conv_width = 513: must be at most sequence_length = 512"),
     (
@@ -255,6 +260,7 @@ def test_an_experiment_with_another_mechanism_sets_nothing_in_vain():
             "a.txt",
             "data.files = 'a.txt' with data.source = 'stdlib'; allowed: '', or data.source = 'text'",
         ),
+        ("data.text_field", "body", "'body' with data.source = 'stdlib'; allowed: 'text', or data.source = 'text'$"),
         ("model.rope_beta_fast", 16.0, "16.0 with model.rope_scaling = 'none'; allowed: 32.0, or .* = 'yarn'$"),
         ("model.rope_original_length", 9, "9 with .*; allowed: 8192, or model.rope_scaling = 'llama3' or 'yarn'$"),
         ("optimizer.final_fraction", 0.5, "0.5 with optimizer.schedule = 'constant'; allowed: 0.1, or .* = 'cosine'$"),

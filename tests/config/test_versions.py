@@ -19,11 +19,13 @@ VERSIONS = sorted((Path(__file__).parent / "versions").glob("*.json"))
 
 # What a run did before there was a field for it.
 MEANT = {
+    "data.text_field": "text",
     "distill.weight": 0.0,
     "mesh.context": 1,
     "model.attention.conv_width": 0,
     "model.attention.decay": "none",
     "model.attention.far_gain": False,
+    "model.attention.horizon": 0,
     "model.attention.learn_projections": False,
     "model.attention.local_window": 0,
     "model.attention.positions": "rope",

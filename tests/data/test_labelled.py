@@ -104,7 +104,11 @@ def test_columns_have_the_names_that_are_asked_for_and_json_labels_may_be_number
             "a.jsonl:1: the label in 'label' is neither a string nor a number",
         ),
         ("a.jsonl", '{"text": "x", "label": "\\ud800"}\n', 'a.jsonl:1: "label" holds a lone surrogate'),
-        ("a.jsonl", '{"label": "1"}\n', 'a.jsonl:1: no "text" field that is a string'),
+        (
+            "a.jsonl",
+            '{"label": "1"}\n',
+            'a.jsonl:1: no "text" field that is a string; it has: label (task.text_column names',
+        ),
         ("a.jsonl", "{\n", "a.jsonl:1: not a JSON object"),
         ("a.jsonl", "\n", "a.jsonl: there is no example"),
         ("a.txt", "x", "a.txt is not a file the labelled source reads; allowed: .tsv"),

@@ -5,6 +5,7 @@ import pytest
 
 from darkformer_jax.data import text_files
 from darkformer_jax.data.sources import open_corpus
+from darkformer_jax.data.text_files import ignore_read
 from darkformer_jax.errors import UserError
 
 
@@ -41,6 +42,13 @@ def test_text_files(tmp_path):
     assert by_globs[2].name.endswith("c.jsonl:4")
     (tmp_path / "e.md.gz").write_bytes(gzip.compress(b"# title"))
     assert [text for _, text in documents("text", tmp_path / "e.md.gz")] == ["# title"]
+
+
+def test_the_text_may_be_in_any_field(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "not this", "content": "one"}\n{"content": "two"}\n')
+    assert [text for _, text in open_corpus("text", str(tmp_path), "content").documents(ignore_read)] == ["one", "two"]
+    with pytest.raises(UserError, match='a.jsonl:2: no "text" field that is a string; it has: content '):
+        documents("text", tmp_path)
 
 
 def test_a_long_text_file_is_read_in_pieces_that_add_up(tmp_path, monkeypatch):
@@ -111,9 +119,16 @@ def test_offsets_are_those_of_the_file_with_its_byte_order_mark(tmp_path, monkey
         ("x.txt", b"good\nbad\xff", "x.txt is not UTF-8 text: byte 0xff at offset 8"),
         ("x.txt", b"h\0i\0", "x.txt is not UTF-8 text: NUL byte at offset 1"),
         ("x.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', "x.jsonl is not UTF-8 text: byte 0xe9 at offset 24"),
-        ("x.jsonl", b'{"text": "a"}\n\n{"txt": "b"}\n', 'x.jsonl:3: no "text" field'),
-        ("x.jsonl", b'{"text": 1}\n', 'x.jsonl:1: no "text" field'),
-        ("x.jsonl", b'["text"]\n', 'x.jsonl:1: no "text" field'),
+        (
+            "x.jsonl",
+            b'{"text": "a"}\n\n{"id": 3, "txt": "b"}\n',
+            r'x.jsonl:3: no "text" field that is a string; it has: id, txt \(data.text_field or --text_field names the',
+        ),
+        ("x.jsonl", b"{}\n", 'x.jsonl:1: no "text" field that is a string; it has: nothing'),
+        ("x.jsonl", b'{"text": 1}\n', 'x.jsonl:1: no "text" field that is a string; it is a number$'),
+        ("x.jsonl", b'{"text": null}\n', 'x.jsonl:1: no "text" field that is a string; it is null$'),
+        ("x.jsonl", b'["text"]\n', 'x.jsonl:1: no "text" field that is a string; the line is a list, not an object$'),
+        ("x.jsonl", json.dumps({str(i): i for i in range(99)}).encode(), "it has: 0, 1, .*, 18, 19, ... "),
         ("x.jsonl", b"{'text': 'a'}\n", "x.jsonl:1: not a JSON object"),
         ("x.jsonl", json.dumps({"text": "ab\ud800"}).encode(), "x.jsonl:1: .*surrogate at character 2"),
     ],
@@ -138,8 +153,20 @@ def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
     [
         ("text", "", "globs of .txt"),
         ("text", "{dir}/*.txt", r"no file matches '.*\*.txt'"),
-        ("text", "{dir}", "holds no .txt"),
-        ("text", "{dir}/x.csv", "x.csv is not a file the text source reads"),
+        (
+            "text",
+            "{dir}",
+            "holds no .txt, .*, .parquet file; it holds 2 .zst, 1 .arrow, 1 .csv, 1 .gz, 1 without a suf",
+        ),
+        ("text", "{dir}/empty", "holds no .txt, .*, .parquet file; it holds no file$"),
+        ("text", "{dir}/x.csv", "x.csv is not a file the text source reads; allowed: .txt, .*, .jsonl.gz, .parquet$"),
+        ("text", "{dir}/*.zst", "a.jsonl.zst is not a file the text source reads; allowed: .txt, .*, .parquet$"),
+        ("text", "{dir}/x.arrow", "x.arrow is not a file the text source reads; allowed: .txt, .*, .parquet$"),
+        (
+            "text",
+            "{dir}/x.parquet.gz",
+            "x.parquet.gz is not a file the text source reads; allowed: .txt, .*, .parquet$",
+        ),
         ("news", "{dir}", "holds no news.en-"),
         ("news", "{dir}/x.csv", "is not a directory"),
         ("web", "", "'web' is unknown; allowed: stdlib, text, news"),
@@ -147,5 +174,8 @@ def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
 )
 def test_sources_that_find_nothing(source, files, message, tmp_path):
     (tmp_path / "x.csv").write_text("1,2")
+    (tmp_path / "empty").mkdir()
+    for name in ("a.jsonl.zst", "b.txt.zst", "x.arrow", "x.parquet.gz", "README"):
+        (tmp_path / name).touch()
     with pytest.raises(UserError, match=message):
         open_corpus(source, files.format(dir=tmp_path))

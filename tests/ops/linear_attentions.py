@@ -82,7 +82,7 @@ OPS = {
         log_features=_dark_log_features,
     ),
     "elu_plus_one": linear(log_elu_plus_one, extreme=500),
-    "two_sided": linear(log_two_sided, extreme=500),
+    "two_sided": linear(log_two_sided, extreme=50),
     "relu": linear(log_relu, extreme=500),
 }
 OPS |= {

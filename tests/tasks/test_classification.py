@@ -167,7 +167,7 @@ def test_names_of_another_checkpoint_are_refused(task, tmp_path):
     workdir = Workdir(tmp_path / "run")
     write_workdir(workdir.local, task.config, fresh_state(Experiment.of(task.config, task.objective)))
     save_class_names(workdir.local, ("a", "b", "c"))
-    request = ScoreRequest(task.config.data.files, 4, None, None, None)
+    request = ScoreRequest(task.config.data.files, 4, None, None, None, None)
     with pytest.raises(UserError, match="run: its checkpoint has 2 outputs per text, its classification 3; allowed"):
         Classification.score(workdir, None, request, progress_bar)
 
