@@ -183,6 +183,7 @@ def _attention() -> Section:
     a.undecayed_heads = at_least(0, 0, off=0, needs="decay", since=3)  # key/value heads, the last ones, without decay
     # Tokens that a causal convolution of q, k and v sees, its own included, per head and dimension; 0 = none.
     a.conv_width = at_least(0, 0, off=0, since=3)
+    a.horizon = at_least(0, 0, off=0, since=4)  # cosformer: tokens that a document may have at most
     return a
 
 

@@ -50,6 +50,10 @@ def _validate_mixers(config: ml_collections.ConfigDict) -> None:
             f"{config.sequence_length}",
         )
         _require(
+            not mixer.horizon or mixer.horizon >= config.sequence_length,
+            f"model.attention.horizon = {mixer.horizon}: must be at least sequence_length = {config.sequence_length}",
+        )
+        _require(
             mixer.head_dim % 2 == 0 or not mixer.has_rope,
             f"model.head_dim = {mixer.head_dim}: must be even, for rotary positions",
         )

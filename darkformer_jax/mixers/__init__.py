@@ -1,7 +1,9 @@
 """The mixers, one file each, by the name that `model.attention.kind` gives them. A new one is one row here."""
 
 from darkformer_jax.mixers.constant import Constant
+from darkformer_jax.mixers.cosformer import CosFormer
 from darkformer_jax.mixers.dark import Dark
+from darkformer_jax.mixers.hedgehog import Hedgehog
 from darkformer_jax.mixers.lfk import LearnedFeatures
 from darkformer_jax.mixers.linear_transformer import LinearTransformer
 from darkformer_jax.mixers.mixer import MixerKind
@@ -18,6 +20,8 @@ MIXERS: dict[str, type[MixerKind]] = {
     "dark": Dark,
     "lfk": LearnedFeatures,
     "linear_transformer": LinearTransformer,
+    "hedgehog": Hedgehog,
+    "cosformer": CosFormer,
     "random": Random,
     "constant": Constant,
     "window_only": WindowOnly,

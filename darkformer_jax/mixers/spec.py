@@ -55,6 +55,7 @@ class MixerSpec:
     longest_memory: float
     undecayed_heads: int
     conv_width: int
+    horizon: int
 
     @property
     def scale(self) -> float:

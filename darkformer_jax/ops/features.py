@@ -103,3 +103,20 @@ def log_elu_plus_one(arrays: None, x: Float[Array, "*batch d"], scale: float) ->
     # Where x_i < 0, log1p gets 0: of x_i <= -1 it and its gradient would be NaN. jnp.maximum(x, 0) would halve the
     # gradient at x_i = 0, where elu has slope 1.
     return jnp.where(x < 0, x, jnp.log1p(jnp.where(x < 0, 0, x)))
+
+
+def log_two_sided(arrays: None, x: Float[Array, "*batch d"], scale: float) -> Float[Array, "*batch m"]:
+    """l(x) = [x, -x], so m = 2 d: phi(x) = [exp(x), exp(-x)] of Hedgehog (Zhang et al., arXiv 2402.04347).
+
+    It reads no arrays and no scale.
+    """
+    x = x.astype(accumulator_dtype(x.dtype))
+    return jnp.concatenate([x, -x], axis=-1)
+
+
+def log_relu(arrays: None, x: Float[Array, "*batch d"], scale: float) -> Float[Array, "*batch d"]:
+    """l_i(x) = log max(x_i, 1e-30): phi(x) = relu(x), but for its zeros, which have no logarithm.
+
+    It reads no arrays and no scale.
+    """
+    return jnp.log(jnp.maximum(x.astype(accumulator_dtype(x.dtype)), 1e-30))

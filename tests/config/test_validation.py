@@ -126,6 +126,11 @@ RULES = [
         {"model.attention.decay": "gate", "model.attention.positions": "rope+alibi"},
         "positions = 'rope.alibi' with decay = 'gate': ALiBi is a decay",
     ),
+    (
+        {"model.attention.kind": "cosformer", "model.attention.horizon": 511},
+        "model.attention.horizon = 511: must be at least sequence_length = 512",
+    ),
+    ({"model.attention.kind": "cosformer"}, "model.attention.horizon = 0: 'cosformer' needs at least 1"),
     ({"model.attention.conv_width": 1}, "conv_width = 1; allowed: 0, or 2 and more"),
     ({"model.attention.conv_width": 513}, "conv_width = 513: must be at most sequence_length = 512"),
     (

@@ -25,6 +25,7 @@ MEANT = {
     "model.attention.conv_width": 0,
     "model.attention.decay": "none",
     "model.attention.far_gain": False,
+    "model.attention.horizon": 0,
     "model.attention.learn_projections": False,
     "model.attention.local_window": 0,
     "model.attention.positions": "rope",

@@ -17,7 +17,7 @@ from darkformer_jax.mixers.forgetting import alibi_slopes, memories
 from tests.tiny_specs import mixer_spec
 
 LENGTH = 40
-NEEDED = {"window": 8, "local_window": 7}
+NEEDED = {"window": 8, "local_window": 7, "horizon": 64}
 MECHANISMS = {
     **{kind: {need: NEEDED[need] for need in mixer.needs} for kind, mixer in MIXERS.items()},
     "hybrid": {"window": 8, "num_sinks": 2},

@@ -20,10 +20,11 @@ SPEC = mixer_spec(num_features=16, geometry_init=0.7, seed=3)
 HYBRID = dataclasses.replace(SPEC, window=8, num_sinks=2)
 CONVERTED = dataclasses.replace(HYBRID, window_kernel="softmax", far_gain=True)
 LOCAL = dataclasses.replace(SPEC, local_window=7, softcap=2.0, query_scale=0.6)
-NEEDED = {"window": 8, "local_window": 7}
+NEEDED = {"window": 8, "local_window": 7, "horizon": 64}
 OPTIONS = {"num_features": 16, "geometry_init": 0.7, "seed": 3}
 # Every kind with what it needs, every kind that can have a window with one, and what a conversion makes.
-ALL = [(kind, mixer_spec(kind, **OPTIONS, **{need: NEEDED[need] for need in MIXERS[kind].needs})) for kind in MIXERS]
+NEEDS = {kind: {need: NEEDED[need] for need in MIXERS[kind].needs} for kind in MIXERS}
+ALL = [(kind, mixer_spec(kind, **OPTIONS, **NEEDS[kind])) for kind in MIXERS]
 ALL += [(kind, mixer_spec(kind, **OPTIONS, window=8, num_sinks=2)) for kind in MIXERS if "window" in MIXERS[kind].uses]
 ALL += [("dark", CONVERTED), ("softmax_local", LOCAL)]
 BIDIRECTIONAL = [kind for kind in MIXERS if MIXERS[kind].bidirectional]
@@ -95,12 +96,12 @@ def test_one_interface(kind, spec):
 
 @pytest.mark.parametrize("kind", BIDIRECTIONAL)
 def test_without_causality_a_sequence_read_backwards_gives_the_same(kind):
-    _, call = make(kind, mixer_spec(kind, **OPTIONS, causal=False))
+    _, call = make(kind, mixer_spec(kind, **OPTIONS, **NEEDS[kind], causal=False))
     ids, positions = np.where(np.arange(LENGTH) < 24, 1, 2)[None].astype(np.int32), POSITIONS
     out, _ = call(Q, K, V, ids, positions)
     backwards, _ = call(*(x[:, ::-1] for x in (Q, K, V, ids, positions)))
     assert_close(out, backwards[:, ::-1])
-    causal, _ = make(kind, mixer_spec(kind, **OPTIONS))[1](Q, K, V, ids, positions)
+    causal, _ = make(kind, mixer_spec(kind, **OPTIONS, **NEEDS[kind]))[1](Q, K, V, ids, positions)
     for last in (23, LENGTH - 1):  # the last token of a document sees the same either way, the first one does not
         assert_close(out[0, last], causal[0, last])
         assert np.max(np.abs(out[0, last - 12] - causal[0, last - 12])) > 1e-3

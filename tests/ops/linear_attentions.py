@@ -15,7 +15,7 @@ import numpy as np
 
 from darkformer_jax import dark_attention, draw_projections
 from darkformer_jax.ops.dark_attention import init_state
-from darkformer_jax.ops.features import log_elu_plus_one, log_positive_features
+from darkformer_jax.ops.features import log_elu_plus_one, log_positive_features, log_relu, log_two_sided
 from darkformer_jax.ops.linear_attention import linear_attention
 from darkformer_jax.ops.oracle import dark_attention_oracle, linear_attention_oracle
 
@@ -82,6 +82,8 @@ OPS = {
         log_features=_dark_log_features,
     ),
     "elu_plus_one": linear(log_elu_plus_one, extreme=500),
+    "two_sided": linear(log_two_sided, extreme=50),
+    "relu": linear(log_relu, extreme=500),
 }
 OPS |= {
     "dark with slopes": OPS["dark"]._replace(decay="head"),
