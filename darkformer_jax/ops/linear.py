@@ -279,7 +279,7 @@ def chunk_features(
         since, decay = elapsed.value(), to_end(elapsed)
         apart = between(elapsed, elapsed)
         if elapsed.of_keys is None:  # not causal; by place, because |x| has no derivative where a decay is 0
-            apart = jnp.where(jnp.tri(*apart.shape, dtype=bool), apart, -apart)
+            apart = jnp.where(jnp.tri(apart.shape[0], dtype=bool), apart, -apart)
         scores = scores + apart[:, None, :]
     scores = jnp.where(visible[:, None, :], scores, NEG)
     far_scores = read_far(kernel, tokens.queries, tokens.segments, far, since, log_q)
