@@ -13,6 +13,8 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from absl import logging
+
 from darkformer_jax.data import parquet_files
 from darkformer_jax.data.files import local_path, read_file
 from darkformer_jax.data.matching import Entry, directories_below, entries, looks_weighted, matching
@@ -26,7 +28,7 @@ CORPUS_SOURCES = ("stdlib", "text", "news")
 # Tests of the library, and packages installed beside it, are not the standard library's own text.
 _STDLIB_SKIPPED_DIRECTORIES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _TOPICS = "pydoc_data/topics.py"
-_SHOWN_KINDS = 5  # in an error
+_SHOWN_KINDS = 5  # in a message
 
 
 class Document(NamedTuple):
@@ -142,6 +144,8 @@ def _matching_files(patterns: Sequence[str], suffixes: tuple[str, ...], source: 
             below = _files_below(pattern)
             matches = [path for path in below if path.endswith(suffixes)]
             kind = f"directory {pattern!r} holds no {', '.join(suffixes)} file; it holds {_kinds(below)}"
+            if matches and (others := [path for path in set(below) - set(matches) if not _is_hidden(path)]):
+                logging.warning("of directory %s these files are not read: %s", pattern, _kinds(others))
         else:
             matches = [path for path in matching(pattern) if not os.path.isdir(path)]
             kind = f"no file matches {pattern!r}"
@@ -184,6 +188,10 @@ def _each_once(paths: Iterable[str]) -> list[str]:
 
 def _files_below(directory: str) -> list[str]:
     return [os.path.join(path, name) for path, names in directories_below(directory) for name in names]
+
+
+def _is_hidden(path: str) -> bool:
+    return os.path.basename(path).startswith(".")
 
 
 def _kinds(paths: Iterable[str]) -> str:

@@ -179,3 +179,13 @@ def test_sources_that_find_nothing(source, files, message, tmp_path):
         (tmp_path / name).touch()
     with pytest.raises(UserError, match=message):
         open_corpus(source, files.format(dir=tmp_path))
+
+
+def test_what_is_left_of_a_directory_is_said(tmp_path, caplog):
+    for name in ("a.txt", "b.jsonl.zst", "c.jsonl.zst", "d.csv", ".DS_Store"):
+        (tmp_path / name).write_text("text")
+    assert len(list(open_corpus("text", str(tmp_path)).documents(ignore_read))) == 1
+    assert f"of directory {tmp_path} these files are not read: 2 .zst, 1 .csv" in caplog.text
+    caplog.clear()
+    open_corpus("text", f"{tmp_path}/*.txt")
+    assert not caplog.text
