@@ -81,7 +81,7 @@ def declare() -> Section:
     k.keep = at_least(1, 3)  # newest checkpoints to keep; the best evaluated one is kept as well
 
     g = c.log = Section()
-    g.every = at_least(1, 10)  # steps between lines of metrics.jsonl
+    g.every = at_least(1, 10)  # steps between lines of metrics.jsonl, which have their means
 
     s = c.sample = Section()  # printed at the end and written to samples.txt
     s.prompts = strings("def ", "import ", "The ", off=())

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
@@ -13,8 +14,9 @@ from darkformer_jax.runs.mirror import Mirror
 from darkformer_jax.tasks.task import Evaluation
 from darkformer_jax.training.experiment import Experiment
 from darkformer_jax.training.goodput import Stopwatch
+from darkformer_jax.training.means import RunningMeans
 from darkformer_jax.training.memory import device_memory_bytes, host_memory_bytes
-from darkformer_jax.training.step import Metrics
+from darkformer_jax.training.step import OF_THE_UPDATE, Metrics
 from darkformer_jax.training.stragglers import HostTimer
 
 
@@ -22,7 +24,11 @@ class RunProgress(Protocol):
     """Shows people the progress of a run."""
 
     def update(self, step: int, loss: float, tokens_per_second: float, mfu: float | None, memory_bytes: int) -> None:
-        """Shows a finished step. mfu: model FLOP/s over the devices' peak, from 0 to 1; None = not known."""
+        """Shows a finished step.
+
+        loss: the mean since the last line of metrics.jsonl. mfu: model FLOP/s over the devices' peak, from 0 to 1; None
+        = not known.
+        """
         ...
 
     def note(self, text: str) -> None:
@@ -45,22 +51,34 @@ class NotFinite(Exception):
 class TrainingLog:
     """Reads the metrics of step N-1 after step N was dispatched, so that the device never waits for the host.
 
+    A line of metrics.jsonl has means over the steps since the last line (`RunningMeans`), but the gradient norm, the
+    learning rate and the size of the batch of its own step.
+
     Args:
       experiment: what is trained.
       writer: writes metrics.jsonl.
       progress: what people see.
       watch: the session's stopwatch; it gets a lap for every step, evaluation and save.
       mirror: uploads the lines from time to time.
+      carried: what `carried` returned when the step that the run resumes from was saved. Earlier versions saved
+        nothing; then the first line has the means since that step.
     """
 
     def __init__(
-        self, experiment: Experiment, writer: MetricWriter, progress: RunProgress, watch: Stopwatch, mirror: Mirror
+        self,
+        experiment: Experiment,
+        writer: MetricWriter,
+        progress: RunProgress,
+        watch: Stopwatch,
+        mirror: Mirror,
+        carried: Mapping[str, Any],
     ) -> None:
         self._writer, self._progress, self._watch, self._mirror = writer, progress, watch, mirror
         self._num_steps, self._every = experiment.config.num_steps, experiment.config.log.every
         self._tokens_per_step, self._step_flops = experiment.tokens_per_step, experiment.step_flops
         peak = peak_flops(jax.devices()[0].device_kind)
         self._peak_flops = None if peak is None else peak * len(jax.devices())
+        self._means = RunningMeans(experiment.objective.weight_name, OF_THE_UPDATE, carried)
         self._pending: tuple[int, Metrics] | None = None
         self._host = HostTimer()
         self._first = True
@@ -92,7 +110,7 @@ class TrainingLog:
             self._host.restart()  # this step was the compilation
         self._first = False
         self._steps += 1
-        self._show(step, metrics)
+        self._show(step, self._means.add(metrics))
 
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
         """Writes an evaluation; the time it took does not count as training."""
@@ -105,6 +123,10 @@ class TrainingLog:
     def upload(self) -> None:
         """Uploads the lines so far, and waits. Other machines must see them before their step's checkpoint."""
         self._mirror.upload()
+
+    def carried(self) -> dict[str, Any]:
+        """The steps that are in no line yet, as JSON values, to be saved with the step. Call it after `flush`."""
+        return self._means.carried()
 
     def saved(self, step: int) -> None:
         """Notes that a checkpoint was handed over to be written."""
@@ -130,6 +152,7 @@ class TrainingLog:
             **({"device_memory_bytes": device_memory} if device_memory is not None else {}),
         }
         self._writer.write(step, metrics, time=timings)
+        self._means.restart()
         if several and step == self._num_steps:
             self._progress.note(str(times))
         self._mirror.soon()

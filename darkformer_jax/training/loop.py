@@ -103,7 +103,8 @@ class Loop:
             if not math.isfinite(loss):
                 raise NotFinite(f"step {step}: held-out loss is {loss}")
             self._log.upload()
-            self._checkpoints.save(step, to_saved(state), regular.as_metrics() if regular else None)
+            metrics = regular.as_metrics() if regular else None
+            self._checkpoints.save(step, to_saved(state), metrics, {"means": self._log.carried()})
             self._log.saved(step)
         return evaluation
 

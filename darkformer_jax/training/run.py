@@ -100,12 +100,12 @@ def _train(
     keep, every = experiment.config.checkpoint.keep, experiment.config.checkpoint.every
     checkpoints = Checkpoints(workdir, keep=keep, save_every=every, best=task.best)
     with contextlib.closing(watch), contextlib.closing(checkpoints), contextlib.closing(progress):
-        step, state = start(experiment, workdir, checkpoints, progress.note)
+        step, state, carried = start(experiment, workdir, checkpoints, progress.note)
         _claim(experiment, task, workdir, lock)  # only now: a mistake in data or init_from must not claim the directory
         mirror.upload()
         watch.begin(step)
         with contextlib.closing(MetricWriter(workdir, step if checkpoints.committed_steps() else None)) as writer:
-            log = TrainingLog(experiment, writer, progress, watch, mirror)
+            log = TrainingLog(experiment, writer, progress, watch, mirror, carried.get("means", {}))
             progress.note("compiling the training step; large models take minutes")
             try:
                 return Loop(experiment, task, workdir, checkpoints, log).train(step, state)
