@@ -14,6 +14,7 @@ from darkformer_jax.runs.mirror import Mirror
 from darkformer_jax.tasks.task import Evaluation
 from darkformer_jax.training.experiment import Experiment
 from darkformer_jax.training.goodput import Stopwatch
+from darkformer_jax.training.loss_curve import LossCurve
 from darkformer_jax.training.means import RunningMeans
 from darkformer_jax.training.memory import device_memory_bytes, host_memory_bytes
 from darkformer_jax.training.step import OF_THE_UPDATE, Metrics
@@ -60,6 +61,7 @@ class TrainingLog:
       progress: what people see.
       watch: the session's stopwatch; it gets a lap for every step, evaluation and save.
       mirror: uploads the lines from time to time.
+      curve: is renewed after every evaluation.
       carried: what `carried` returned when the step that the run resumes from was saved. Earlier versions saved
         nothing; then the first line has the means since that step.
     """
@@ -71,9 +73,11 @@ class TrainingLog:
         progress: RunProgress,
         watch: Stopwatch,
         mirror: Mirror,
+        curve: LossCurve,
         carried: Mapping[str, Any],
     ) -> None:
         self._writer, self._progress, self._watch, self._mirror = writer, progress, watch, mirror
+        self._curve = curve
         self._num_steps, self._every = experiment.config.num_steps, experiment.config.log.every
         self._tokens_per_step, self._step_flops = experiment.tokens_per_step, experiment.step_flops
         peak = peak_flops(jax.devices()[0].device_kind)
@@ -116,6 +120,7 @@ class TrainingLog:
         """Writes an evaluation; the time it took does not count as training."""
         self._writer.write(step, evaluation.as_metrics())
         self._progress.note(f"step {step}  held out: {evaluation}")
+        self._curve.renew()
         self._watch.lap("evaluation", step)
         self._restart()
         self._host.restart()

@@ -25,7 +25,7 @@ from darkformer_jax.training.experiment import Experiment, mesh_of
 from darkformer_jax.training.goodput import Stopwatch, describe, read_sessions
 from darkformer_jax.training.log import NotFinite, RunProgress, TrainingLog
 from darkformer_jax.training.loop import Loop, Outcome
-from darkformer_jax.training.loss_curve import draw_loss_curve
+from darkformer_jax.training.loss_curve import LossCurve, draw_loss_curve
 from darkformer_jax.training.start import start
 
 
@@ -105,7 +105,7 @@ def _train(
         mirror.upload()
         watch.begin(step)
         with contextlib.closing(MetricWriter(workdir, step if checkpoints.committed_steps() else None)) as writer:
-            log = TrainingLog(experiment, writer, progress, watch, mirror, carried.get("means", {}))
+            log = TrainingLog(experiment, writer, progress, watch, mirror, LossCurve(workdir), carried.get("means", {}))
             progress.note("compiling the training step; large models take minutes")
             try:
                 return Loop(experiment, task, workdir, checkpoints, log).train(step, state)

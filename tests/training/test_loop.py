@@ -110,6 +110,13 @@ def test_signals_to_stop_save_say_so_and_resume_to_the_unbroken_run(tmp_path, su
     assert_equal_runs(workdir, unbroken)
 
 
+def test_the_loss_curve_is_there_before_the_run_ends(tmp_path, text):
+    child = Training(tmp_path / "run", tiny_flags(data__files=text, num_steps=9999, eval__every=5), READS_COMPILED)
+    child.until(6)
+    assert child.stop(signal.SIGTERM) == 143, child.said
+    assert (tmp_path / "run" / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_two_devices_of_a_machine_with_two_cores_train_with_orthogonal_projections(tmp_path, text):
     flags = tiny_flags(
         num_steps=3,
