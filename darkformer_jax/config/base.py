@@ -84,7 +84,7 @@ def declare() -> Section:
     g.every = at_least(1, 10)  # steps between lines of metrics.jsonl, which have their means
 
     s = c.sample = Section()  # printed at the end and written to samples.txt
-    s.prompts = strings("def ", "import ", "The ", off=())
+    s.prompts = strings("", "", "", off=())  # "" = a piece of the run's own held-out text
     s.max_new_tokens = at_least(1, 120)
     s.temperature = at_least(0, 0.8)
     s.top_k = at_least(0, 0)  # 0 = all
