@@ -75,6 +75,8 @@ def declare() -> Section:
     e.every = at_least(0, 100)  # steps; 0 = only at the end
     e.batches = at_least(0, 0)  # held-out batches per evaluation; 0 = the whole split; after the last step always 0
     e.batch_size = at_least(1, 16)
+    # Early stopping: a run ends after so many evaluations in a row that are no better than the best one; 0 = never.
+    e.patience = at_least(0, 0, since=4)
 
     k = c.checkpoint = Section()
     k.every = at_least(0, 100)  # steps; 0 = only at the end

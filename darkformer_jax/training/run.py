@@ -26,6 +26,7 @@ from darkformer_jax.training.goodput import Stopwatch, describe, read_sessions
 from darkformer_jax.training.log import NotFinite, RunProgress, TrainingLog
 from darkformer_jax.training.loop import Loop, Outcome
 from darkformer_jax.training.loss_curve import LossCurve, draw_loss_curve
+from darkformer_jax.training.patience import Patience
 from darkformer_jax.training.start import start
 
 
@@ -43,7 +44,7 @@ def dry_run(config: ml_collections.ConfigDict, overridden: Sequence[str] = ()) -
 def train(
     config: ml_collections.ConfigDict, workdir: Workdir, progress: RunProgress, overridden: Sequence[str] = ()
 ) -> None:
-    """Trains to the last step and reports.
+    """Trains to the last step, or until `eval.patience` ends the run, and reports.
 
     overridden: the fields that the command line sets; see `require_new_uses`, which a run that has begun is spared.
 
@@ -106,9 +107,10 @@ def _train(
         watch.begin(step)
         with contextlib.closing(MetricWriter(workdir, step if checkpoints.committed_steps() else None)) as writer:
             log = TrainingLog(experiment, writer, progress, watch, mirror, LossCurve(workdir), carried.get("means", {}))
+            patience = Patience(experiment.config.eval.patience, task.best, carried.get("patience", {}))
             progress.note("compiling the training step; large models take minutes")
             try:
-                return Loop(experiment, task, workdir, checkpoints, log).train(step, state)
+                return Loop(experiment, task, workdir, checkpoints, log, patience).train(step, state)
             except NotFinite as error:
                 checkpoints.wait()
                 raise UserError(
@@ -130,8 +132,10 @@ def _claim(experiment: Experiment, task: Task[Any], workdir: Workdir, lock: Work
 
 
 def _report(experiment: Experiment, task: Task[Any], workdir: Workdir, outcome: Outcome, seconds: float) -> None:
-    state, evaluation = outcome
+    state, evaluation, stopped_early = outcome
     print(f"\n{workdir}: step {int(state.step)} after {seconds:.0f} s")
+    if stopped_early:
+        print(stopped_early)
     print(f"held out ({evaluation.size}): {evaluation}")
     if sessions := read_sessions(workdir):  # none if an earlier version finished the run
         print(describe(sessions))

@@ -38,6 +38,7 @@ AT_LEAST_ONE = [
 AT_LEAST_ZERO = [
     "seed", "model.vocab_size", "model.attention.redraw_every", "model.attention.window", "model.attention.num_sinks",
     "data.num_workers", "optimizer.warmup_steps", "eval.every", "eval.batches", "checkpoint.every", "sample.top_k",
+    "eval.patience",
     "model.logit_softcap", "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.z_loss",
     "optimizer.geometry_learning_rate", "sample.temperature", "model.rope_local_theta", "model.rope_attention_factor",
     "model.attention.query_scale", "model.attention.softcap", "model.attention.local_window", "model.lora_rank",
@@ -157,6 +158,7 @@ RULES = [
         {"model.lora_rank": 4},
         "model.lora_rank = 4 with optimizer.train = 'all'; allowed: 0, or optimizer.train = 'lora",
     ),
+    ({"eval.patience": 2, "eval.every": 0}, "eval.patience = 2 with eval.every = 0: .*; allowed: 0, or eval.every of"),
     ({"num_steps": 50}, "optimizer.warmup_steps = 50 is not shorter than num_steps = 50"),
     ({"optimizer.b1": 1.0}, r"optimizer.b1 = 1.0: must be in \[0, 1\)"),
     ({"optimizer.b2": -0.1}, r"optimizer.b2 = -0.1: must be in \[0, 1\)"),

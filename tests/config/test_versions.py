@@ -20,6 +20,7 @@ VERSIONS = sorted((Path(__file__).parent / "versions").glob("*.json"))
 # What a run did before there was a field for it.
 MEANT = {
     "distill.weight": 0.0,
+    "eval.patience": 0,
     "mesh.context": 1,
     "model.attention.conv_width": 0,
     "model.attention.decay": "none",
