@@ -21,6 +21,7 @@ from darkformer_jax.config.fields import (
     flat_section,
     fraction,
     positive,
+    some_of,
     strings,
 )
 from darkformer_jax.mixers import MIXERS
@@ -37,6 +38,7 @@ LANGUAGE_MODEL = "language_model"
 LABELLED_TASKS = ("classification", "regression")
 TASKS = (LANGUAGE_MODEL, *LABELLED_TASKS)  # the keys of tasks.TASKS, which this module may not import
 LABELLED_SOURCE = "labelled"  # the one that the tasks on labelled texts read
+TRACKERS = ("wandb", "mlflow")  # the keys of training.trackers.TRACKERS; not imported either
 SOURCES = ("stdlib", "text", "news", "array_record", LABELLED_SOURCE)  # what data/ reads; not imported either
 
 
@@ -84,6 +86,7 @@ def declare() -> Section:
 
     g = c.log = Section()
     g.every = at_least(1, 10)  # steps between lines of metrics.jsonl, which have their means
+    g.trackers = some_of("", TRACKERS, since=4)  # which get the same, beside TensorBoard: wandb, mlflow or both
 
     s = c.sample = Section()  # printed at the end and written to samples.txt
     s.prompts = strings("", "", "", off=())  # "" = a piece of the run's own held-out text

@@ -19,6 +19,7 @@ from darkformer_jax.training.means import RunningMeans
 from darkformer_jax.training.memory import device_memory_bytes, host_memory_bytes
 from darkformer_jax.training.step import OF_THE_UPDATE, Metrics
 from darkformer_jax.training.stragglers import HostTimer
+from darkformer_jax.training.trackers import Trackers
 
 
 class RunProgress(Protocol):
@@ -62,6 +63,7 @@ class TrainingLog:
       watch: the session's stopwatch; it gets a lap for every step, evaluation and save.
       mirror: uploads the lines from time to time.
       curve: is renewed after every evaluation.
+      trackers: get what the writer gets.
       carried: what `carried` returned when the step that the run resumes from was saved. Earlier versions saved
         nothing; then the first line has the means since that step.
     """
@@ -74,10 +76,11 @@ class TrainingLog:
         watch: Stopwatch,
         mirror: Mirror,
         curve: LossCurve,
+        trackers: Trackers,
         carried: Mapping[str, Any],
     ) -> None:
         self._writer, self._progress, self._watch, self._mirror = writer, progress, watch, mirror
-        self._curve = curve
+        self._curve, self._trackers = curve, trackers
         self._num_steps, self._every = experiment.config.num_steps, experiment.config.log.every
         self._tokens_per_step, self._step_flops = experiment.tokens_per_step, experiment.step_flops
         peak = peak_flops(jax.devices()[0].device_kind)
@@ -107,7 +110,7 @@ class TrainingLog:
         self._host.waited(time.perf_counter() - began)
         for name in ("loss", "grad_norm"):
             if not math.isfinite(metrics[name]):
-                self._writer.write(step, metrics)  # the number as null, which tells this run from a stopped one
+                self._write(step, metrics)  # the number as null, which tells this run from a stopped one
                 raise NotFinite(f"step {step}: {name} is {metrics[name]}")
         self._watch.lap("starting" if self._first else "steps", step)
         if self._first:
@@ -118,7 +121,7 @@ class TrainingLog:
 
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
         """Writes an evaluation; the time it took does not count as training."""
-        self._writer.write(step, evaluation.as_metrics())
+        self._write(step, evaluation.as_metrics())
         self._progress.note(f"step {step}  held out: {evaluation}")
         self._curve.renew()
         self._watch.lap("evaluation", step)
@@ -156,12 +159,16 @@ class TrainingLog:
             **({"mfu": mfu} if mfu is not None else {}),
             **({"device_memory_bytes": device_memory} if device_memory is not None else {}),
         }
-        self._writer.write(step, metrics, time=timings)
+        self._write(step, metrics, timings)
         self._means.restart()
         if several and step == self._num_steps:
             self._progress.note(str(times))
         self._mirror.soon()
         self._restart()
+
+    def _write(self, step: int, values: dict[str, float], timings: Mapping[str, Any] | None = None) -> None:
+        self._writer.write(step, values, time=timings)
+        self._trackers.scalars(step, values, timings)
 
     def _restart(self) -> None:
         self._clock, self._steps = time.perf_counter(), 0

@@ -20,6 +20,7 @@ from darkformer_jax.runs.mirror import Mirror
 from darkformer_jax.runs.origin import hand_on_origin
 from darkformer_jax.runs.workdir import Workdir, WorkdirLock
 from darkformer_jax.tasks import TASKS
+from darkformer_jax.tasks.language_model import SAMPLES_FILE
 from darkformer_jax.tasks.task import Task
 from darkformer_jax.training.experiment import Experiment, mesh_of
 from darkformer_jax.training.goodput import Stopwatch, describe, read_sessions
@@ -28,6 +29,7 @@ from darkformer_jax.training.loop import Loop, Outcome
 from darkformer_jax.training.loss_curve import LossCurve, draw_loss_curve
 from darkformer_jax.training.patience import Patience
 from darkformer_jax.training.start import start
+from darkformer_jax.training.trackers import Trackers, require_installed
 
 
 def dry_run(config: ml_collections.ConfigDict, overridden: Sequence[str] = ()) -> None:
@@ -57,7 +59,9 @@ def train(
     processes.require_shared(workdir.shared, str(workdir))
     config = _resolve(config, workdir, overridden)
     workdir.check_config(config.to_dict())
-    with workdir.lock() as lock, Mirror(workdir) as mirror:
+    require_installed(config.log.trackers)
+    trackers = Trackers(config.log.trackers, progress.note)
+    with workdir.lock() as lock, Mirror(workdir) as mirror, trackers:
         began, watch = time.perf_counter(), Stopwatch(workdir)
         progress.note(f"workdir {workdir}; reading {config.data.source} {config.data.files}".rstrip())
         mesh_of(config)  # refuses what does not fit before the data is read, which may take long
@@ -71,9 +75,9 @@ def train(
             f"{task}; training {experiment.num_trained:,} of {experiment.num_params:,} parameters; "
             f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
         )
-        outcome = _train(experiment, task, workdir, lock, mirror, watch, progress)
+        outcome = _train(experiment, task, workdir, lock, mirror, watch, trackers, progress)
         if jax.process_index() == 0:
-            _report(experiment, task, workdir, outcome, time.perf_counter() - began)
+            _report(experiment, task, workdir, outcome, trackers, time.perf_counter() - began)
 
 
 def _resolve(
@@ -95,6 +99,7 @@ def _train(
     lock: WorkdirLock,
     mirror: Mirror,
     watch: Stopwatch,
+    trackers: Trackers,
     progress: RunProgress,
 ) -> Outcome:
     """Trains from where the run begins to its last step. It closes what it opened, however the run ends."""
@@ -103,10 +108,12 @@ def _train(
     with contextlib.closing(watch), contextlib.closing(checkpoints), contextlib.closing(progress):
         step, state, carried = start(experiment, workdir, checkpoints, progress.note)
         _claim(experiment, task, workdir, lock)  # only now: a mistake in data or init_from must not claim the directory
+        trackers.start(workdir, dict(flat_fields(experiment.config.to_dict())))
         mirror.upload()
         watch.begin(step)
         with contextlib.closing(MetricWriter(workdir, step if checkpoints.committed_steps() else None)) as writer:
-            log = TrainingLog(experiment, writer, progress, watch, mirror, LossCurve(workdir), carried.get("means", {}))
+            means, curve = carried.get("means", {}), LossCurve(workdir)
+            log = TrainingLog(experiment, writer, progress, watch, mirror, curve, trackers, means)
             patience = Patience(experiment.config.eval.patience, task.best, carried.get("patience", {}))
             progress.note("compiling the training step; large models take minutes")
             try:
@@ -131,7 +138,9 @@ def _claim(experiment: Experiment, task: Task[Any], workdir: Workdir, lock: Work
             hand_on_origin(Workdir(experiment.config.init_from), workdir)
 
 
-def _report(experiment: Experiment, task: Task[Any], workdir: Workdir, outcome: Outcome, seconds: float) -> None:
+def _report(
+    experiment: Experiment, task: Task[Any], workdir: Workdir, outcome: Outcome, trackers: Trackers, seconds: float
+) -> None:
     state, evaluation, stopped_early = outcome
     print(f"\n{workdir}: step {int(state.step)} after {seconds:.0f} s")
     if stopped_early:
@@ -140,5 +149,9 @@ def _report(experiment: Experiment, task: Task[Any], workdir: Workdir, outcome: 
     if sessions := read_sessions(workdir):  # none if an earlier version finished the run
         print(describe(sessions))
     what_next = task.report(experiment.network, state.params, state.projections, workdir, evaluation)
-    print(f"loss curve: {workdir}/{draw_loss_curve(workdir).name}")
+    curve = draw_loss_curve(workdir)
+    print(f"loss curve: {workdir}/{curve.name}")
     print(what_next)
+    trackers.picture(curve)
+    if experiment.config.sample.prompts and (workdir / SAMPLES_FILE).exists():
+        trackers.text(workdir / SAMPLES_FILE)
