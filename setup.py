@@ -45,6 +45,8 @@ TEST = [
 # Compiles for TPUs on any Linux machine; there is no libtpu for others.
 AOT = ["libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'"]
 GCS = ["gcsfs>=2025.9"]  # workdirs in Google Cloud Storage
+WANDB = ["wandb>=0.31"]  # trackers of experiments: log.trackers
+MLFLOW = ["mlflow>=3.4"]
 DEV = [
     *AOT,
     *GCS,
@@ -74,6 +76,8 @@ setup(
         "parquet": PARQUET,
         "aot": AOT,
         "gcs": GCS,
+        "wandb": WANDB,
+        "mlflow": MLFLOW,
         "gpu": ["jax[cuda12]"],
         "tpu": ["jax[tpu]", *GCS],
         "peers": ["darkformer-pytorch==1.0.0", "performer-pytorch", "torch"],  # only benchmarks/ compares with them

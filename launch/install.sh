@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs this clone into .venv with the versions that were tested:  launch/install.sh [core|test|dev|gguf|notebook|parquet|gcs|aot|gpu|tpu|peers]
+# Installs this clone into .venv with the versions that were tested:  launch/install.sh [core|test|dev|gguf|notebook|parquet|gcs|aot|gpu|tpu|peers|wandb|mlflow]
 # Does nothing if that is already done and neither setup.py nor the constraints have changed since.
 #
 #   PYTHON            the interpreter to make .venv from (default: the first of python3, python3.12, python3.11 that fits)
@@ -88,8 +88,8 @@ case "$extra" in
     test) target=".[test]" covers="core gguf notebook parquet test" ;;
     dev) target=".[dev]" covers="core gguf notebook parquet gcs test aot dev" ;;
     tpu) target=".[tpu]" covers="core gcs tpu" ;;
-    gguf | notebook | parquet | gcs | aot | gpu | peers) target=".[$extra]" covers="core $extra" ;;
-    *) fail "there is no extra '$extra'; allowed: core test dev gguf notebook parquet gcs aot gpu tpu peers" ;;
+    gguf | notebook | parquet | gcs | aot | gpu | peers | wandb | mlflow) target=".[$extra]" covers="core $extra" ;;
+    *) fail "there is no extra '$extra'; allowed: core test dev gguf notebook parquet gcs aot gpu tpu peers wandb mlflow" ;;
 esac
 
 if [ -e "$venv" ] && [ ! -e "$venv/pyvenv.cfg" ]; then

@@ -188,7 +188,7 @@ def test_the_whole_road(tmp_path):
     assert described.status == 0 and "vocabulary     300" in described.out, described.err
     assert trained.status == 0, trained.err
     assert "initialised 11 of 12 parameter arrays" in trained.err and "; new: attention/mechanism/M" in trained.err
-    assert "--- 'def '" in trained.out
+    assert "\nprompts from the held-out text, at 0%, 33%, 67% of it:\n--- '" in trained.out
     assert again.status == 0 and f"resuming {workdir} from step 3" in again.err, again.err
     assert other.status == 2 and "model.mlp_dim: 32 -> 48" in other.err
     lines = metrics_without_time(workdir)

@@ -61,7 +61,7 @@ class Progress:
 
         Args:
           step: optimizer step, from 1.
-          loss: nats per token, or per example.
+          loss: nats per token, or per example; the mean over the steps since the last line of metrics.jsonl.
           tokens_per_second: over all devices.
           mfu: model FLOP/s over the devices' peak, from 0 to 1; None = not known.
           memory_bytes: of the device, or of the host if the device is the CPU.

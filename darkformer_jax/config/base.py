@@ -21,6 +21,7 @@ from darkformer_jax.config.fields import (
     flat_section,
     fraction,
     positive,
+    some_of,
     strings,
 )
 from darkformer_jax.mixers import MIXERS
@@ -37,6 +38,7 @@ LANGUAGE_MODEL = "language_model"
 LABELLED_TASKS = ("classification", "regression")
 TASKS = (LANGUAGE_MODEL, *LABELLED_TASKS)  # the keys of tasks.TASKS, which this module may not import
 LABELLED_SOURCE = "labelled"  # the one that the tasks on labelled texts read
+TRACKERS = ("wandb", "mlflow")  # the keys of training.trackers.TRACKERS; not imported either
 SOURCES = ("stdlib", "text", "news", "array_record", LABELLED_SOURCE)  # what data/ reads; not imported either
 
 
@@ -75,16 +77,19 @@ def declare() -> Section:
     e.every = at_least(0, 100)  # steps; 0 = only at the end
     e.batches = at_least(0, 0)  # held-out batches per evaluation; 0 = the whole split; after the last step always 0
     e.batch_size = at_least(1, 16)
+    # Early stopping: a run ends after so many evaluations in a row that are no better than the best one; 0 = never.
+    e.patience = at_least(0, 0, since=4)
 
     k = c.checkpoint = Section()
     k.every = at_least(0, 100)  # steps; 0 = only at the end
     k.keep = at_least(1, 3)  # newest checkpoints to keep; the best evaluated one is kept as well
 
     g = c.log = Section()
-    g.every = at_least(1, 10)  # steps between lines of metrics.jsonl
+    g.every = at_least(1, 10)  # steps between lines of metrics.jsonl, which have their means
+    g.trackers = some_of("", TRACKERS, since=4)  # which get the same, beside TensorBoard: wandb, mlflow or both
 
     s = c.sample = Section()  # printed at the end and written to samples.txt
-    s.prompts = strings("def ", "import ", "The ", off=())
+    s.prompts = strings("", "", "", off=())  # "" = a piece of the run's own held-out text
     s.max_new_tokens = at_least(1, 120)
     s.temperature = at_least(0, 0.8)
     s.top_k = at_least(0, 0)  # 0 = all

@@ -84,6 +84,16 @@ def choice(default: str, allowed: Mapping[str, Any] | tuple[str, ...], **more: A
     return Field(default, lambda value: value in allowed, f"allowed: {', '.join(allowed)}", **more)
 
 
+def some_of(default: str, allowed: tuple[str, ...], **more: Any) -> Any:
+    """Some of these names, each once, with commas between them; "" = none."""
+
+    def rule(value: str) -> bool:
+        names = value.split(",") if value else []
+        return set(names) <= set(allowed) and len(names) == len(set(names))
+
+    return Field(default, rule, f"allowed: {', '.join(allowed)}, or several with commas", **more)
+
+
 def anything(default: Any, **more: Any) -> Any:
     """A string, a bool, or a number whose range depends on more than the config."""
     return Field(default, lambda value: True, "", **more)

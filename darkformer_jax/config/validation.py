@@ -126,6 +126,11 @@ def _validate_training(config: ml_collections.ConfigDict) -> None:
         optimizer.train != "geometry" or optimizer.geometry_learning_rate > 0,
         "optimizer.geometry_learning_rate = 0.0 with optimizer.train = 'geometry': nothing would be trained",
     )
+    _require(
+        not config.eval.patience or config.eval.every > 0,
+        f"eval.patience = {config.eval.patience} with eval.every = 0: one evaluation ends no run; "
+        "allowed: 0, or eval.every of at least 1",
+    )
     distill = config.distill
     _require(
         bool(distill.workdir) == (distill.weight > 0),

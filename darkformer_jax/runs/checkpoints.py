@@ -83,18 +83,25 @@ class Checkpoints:
 
     # Writing
 
-    def save(self, step: int, state: PyTree, metrics: Mapping[str, float] | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        state: PyTree,
+        metrics: Mapping[str, float] | None = None,
+        carried: Mapping[str, Any] | None = None,
+    ) -> None:
         """Starts saving `state` and returns once it is copied to host memory; the caller may donate it right away.
 
         It first waits for the save before it. The step exists once its manifest is on disk. Only then are older steps
         removed, and with them steps newer than `step` (from a continuation that was given up). Damaged steps are
         renamed to `<step>.damaged`, with a warning. Saving the step that was just saved or restored writes only its
-        metrics: the state is a function of the step.
+        metrics: the state, and what it carries, are functions of the step.
 
         Args:
           step: at least 0.
           state: nested dicts of jax.Arrays, none of size 0; on a pod, of global arrays.
           metrics: numbers that belong to the step. The one that `best` names decides which step is the best.
+          carried: JSON values that a run needs to resume at the step as if it had not stopped; see `carried`.
 
         Raises:
           UserError: the directory cannot be written or the disk is full, in this save or in the one before it.
@@ -110,7 +117,7 @@ class Checkpoints:
             self._held = None
             self._checkpointer.save(self._files.path(step), args=ocp.args.PyTreeSave(state), force=True)
         self._held = step
-        self._pending = self._committer.submit(self._commit, step, known)
+        self._pending = self._committer.submit(self._commit, step, known, dict(carried or {}))
 
     def wait(self) -> None:
         """Returns when the last save is committed. Raises UserError, once, if it could not be written."""
@@ -145,10 +152,10 @@ class Checkpoints:
             self._files.set_aside(number)
             self._verification.damage.pop(number, None)
 
-    def _commit(self, step: int, metrics: dict[str, float | None]) -> None:
+    def _commit(self, step: int, metrics: dict[str, float | None], carried: dict[str, Any]) -> None:
         self._checkpointer.wait_until_finished()  # Orbax has renamed its temporary directory to <step>
         if jax.process_index() == 0:
-            write_manifest(self._files.manifest(step), step, hash_files(self._files.path(step)), metrics)
+            write_manifest(self._files.manifest(step), step, hash_files(self._files.path(step)), metrics, carried)
             self._files.finish(step)
             self._verification.damage.pop(step, None)
             self._prune(step)
@@ -165,7 +172,7 @@ class Checkpoints:
         if metrics and jax.process_index() == 0:
             path = self._files.manifest(step)
             manifest = read_manifest(path, step)
-            write_manifest(path, step, manifest["files"], {**manifest["metrics"], **metrics})
+            write_manifest(path, step, manifest["files"], {**manifest["metrics"], **metrics}, manifest["carried"])
 
     @contextlib.contextmanager
     def _writing(self, step: int) -> Iterator[None]:
@@ -246,6 +253,14 @@ class Checkpoints:
         if not partial:
             self._held = step
         return step, state
+
+    def carried(self, step: int) -> dict[str, Any]:
+        """What `save` was given to carry to a run that resumes at `step`, which `good_step` has checked.
+
+        Empty for a step that an earlier version saved.
+        """
+        carried: dict[str, Any] = read_manifest(self._files.manifest(step), step)["carried"]
+        return carried
 
     def saved_shapes(self, step: int) -> PyTree:
         """The tree of `step` as jax.ShapeDtypeStruct without shardings, nested dicts keyed by str."""

@@ -1,6 +1,9 @@
 """The manifest of a checkpoint: size and checksum of each of its files, metrics, and a digest of the manifest itself.
 
-    {"format": 1, "step": 100, "metrics": {...}, "files": {"d/1f0a": {"bytes": 812, "sha256": "..."}}, "digest": "..."}
+    {"format": 1, "step": 100, "metrics": {...}, "files": {"d/1f0a": {"bytes": 812, "sha256": "..."}}, "carried": {...},
+     "digest": "..."}
+
+`carried` is what a run that resumes at the step needs besides its arrays; the manifests of earlier versions have none.
 
 `step`, `format` and `digest` mean the same in every format, so that a version can tell a newer manifest from damage.
 Paths are pathlib's on a disk, and etils' in a bucket.
@@ -25,9 +28,11 @@ class Damaged(Exception):
     """Why a step must not be restored, in words that follow `step 100: `."""
 
 
-def write_manifest(path: Any, step: int, files: Mapping[str, Any], metrics: Mapping[str, float | None]) -> None:
+def write_manifest(
+    path: Any, step: int, files: Mapping[str, Any], metrics: Mapping[str, float | None], carried: Mapping[str, Any]
+) -> None:
     """Writes the manifest of `step`, whole or not at all. `files` is what `hash_files` returned. Raises OSError."""
-    content = {"format": FORMAT, "step": step, "metrics": metrics, "files": files}
+    content = {"format": FORMAT, "step": step, "metrics": metrics, "files": files, "carried": carried}
     content["digest"] = _digest(content)
     data = (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
     if isinstance(path, Path):
@@ -52,7 +57,7 @@ def read_manifest(path: Any, step: int) -> dict[str, Any]:
         raise Damaged(f"{path.name} cannot be read") from error
     if digest != _digest(manifest) or manifest.get("step") != step:
         raise Damaged(f"{path.name} has changed")
-    return {"format": 1, **manifest}  # the first manifests had no such field
+    return {"format": 1, "carried": {}, **manifest}  # which earlier manifests do not have
 
 
 def hash_files(directory: Any) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,7 @@
 """The directory of a run: its config.json is compared on every later start, and nothing foreign is overwritten.
 
-It holds config.json, data.json, checkpoints/, metrics.jsonl, tensorboard/, samples.txt, the plots and .lock.
+It holds config.json, data.json, checkpoints/, metrics.jsonl, tensorboard/, samples.txt, the plots,
+the ids of trackers' runs and .lock.
 """
 
 import contextlib

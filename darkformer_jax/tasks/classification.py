@@ -97,6 +97,8 @@ class Classes:
     sequence_length: int
     names: tuple[str, ...]
 
+    weight_name: ClassVar[str] = "examples"
+
     @property
     def num_outputs(self) -> int:
         """One logit per class."""

@@ -5,7 +5,7 @@ import gzip
 import lzma
 import math
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -16,11 +16,13 @@ from darkformer_jax.data import Batch, Data, Mixture, Split, heldout_batches, lo
 from darkformer_jax.data.files import write_atomically
 from darkformer_jax.data.progress import ProgressBar, no_progress
 from darkformer_jax.distributed.sharding import Part
+from darkformer_jax.errors import printable
 from darkformer_jax.model.network import Network
 from darkformer_jax.model.sampling import Sampler
 from darkformer_jax.runs.origin import ends_of_text
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.next_token import NextToken
+from darkformer_jax.tasks.prompts import heldout_prompts
 from darkformer_jax.tasks.task import ScoreRequest, Scores
 from darkformer_jax.tasks.teacher import Teacher
 from darkformer_jax.tasks.text_scores import score_text
@@ -174,19 +176,34 @@ class LanguageModel:
                 f"bits per byte of the same {len(text):,} bytes: this model {last.bits_per_byte:.3f}  {others} (what a "
                 "byte costs if the model's predictions compress the text; plain text costs 8, and less is better)"
             )
-        if self.config.sample.prompts and jax.process_count() == 1:  # else no process has the whole state
-            samples = self._samples(network, params, projections, workdir)
+        prompts, where = self._prompts()
+        if prompts and jax.process_count() == 1:  # else no process has the whole state
+            samples = where + self._samples(prompts, network, params, projections, workdir)
             print("\n" + samples)
             write_atomically(workdir / SAMPLES_FILE, samples.encode())
-        return f"more samples: python -m darkformer_jax.generate --workdir={shlex.quote(str(workdir))} --prompt='def '"
+        prompt = printable(prompts[0].splitlines()[0]) if prompts else "The "
+        return (
+            f"more samples: python -m darkformer_jax.generate --workdir={shlex.quote(str(workdir))} "
+            f"--prompt={shlex.quote(prompt)}"
+        )
 
     @classmethod
     def score(cls, workdir: Workdir, step: int | None, request: ScoreRequest, progress_bar: ProgressBar) -> Scores:
         """Scores text by quarter of the window."""
         return score_text(workdir, step, request, progress_bar)
 
-    def _samples(self, network: Network, params: dict, projections: dict, workdir: Workdir) -> str:
-        """The config's prompts and the model's continuations, as `generate` prints them."""
+    def _prompts(self) -> tuple[list[str], str]:
+        """(the config's prompts, each "" replaced by held-out text, a line that says where that is from)."""
+        given = self.config.sample.prompts
+        pieces = heldout_prompts(self.data.heldout, self.data.tokenizer, given.count("")) if "" in given else []
+        prompts = [piece.text for piece in pieces] + [prompt for prompt in given if prompt]
+        places = ", ".join(f"{piece.place:.0%}" for piece in pieces)
+        return prompts, f"prompts from the held-out text, at {places} of it:\n" if pieces else ""
+
+    def _samples(
+        self, prompts: Sequence[str], network: Network, params: dict, projections: dict, workdir: Workdir
+    ) -> str:
+        """The prompts and the model's continuations, as `generate` prints them."""
         s, tokenizer = self.config.sample, self.data.tokenizer
         sampler = Sampler(
             network,
@@ -199,7 +216,7 @@ class LanguageModel:
             vocab_size=tokenizer.vocab_size,
         )
         ends = ends_of_text(workdir) | {tokenizer.eos_id}
-        return Writer(sampler, tokenizer, ends).continue_all(s.prompts, s.max_new_tokens)
+        return Writer(sampler, tokenizer, ends).continue_all(prompts, s.max_new_tokens)
 
     def __str__(self) -> str:
         taught = f", taught by step {self.teacher.step} of {self.config.distill.workdir}" if self.teacher else ""

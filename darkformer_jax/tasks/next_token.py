@@ -5,7 +5,7 @@ The teacher is frozen, and its predictions are targets (distillation, Hinton et 
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ class NextToken:
     teacher_weight: float = 0.0
 
     num_outputs = 0  # not a field
+    weight_name: ClassVar[str] = "tokens"
 
     @classmethod
     def of(cls, config: ml_collections.ConfigDict, vocab_size: int, teacher: Network | None = None) -> "NextToken":

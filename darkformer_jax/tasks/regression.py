@@ -72,6 +72,7 @@ class Numbers:
     sequence_length: int
 
     num_outputs = 1  # not a field
+    weight_name: ClassVar[str] = "examples"
     table_head = ("squared error", "Pearson", "Spearman")
 
     def batch_shapes(self, num_rows: int) -> dict[str, jax.ShapeDtypeStruct]:

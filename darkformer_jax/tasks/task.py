@@ -28,7 +28,10 @@ class Objective(Protocol):
     Attributes:
       vocab_size: number of the tokenizer's ids. The model's table has as many rows or more.
       num_outputs: the model's outputs per sequence; 0 = logits of the next token.
+      weight_name: the one of `metrics` that says how much a batch holds; all others are means over it.
     """
+
+    weight_name: ClassVar[str]
 
     @property
     def vocab_size(self) -> int: ...
@@ -56,7 +59,7 @@ class Objective(Protocol):
         ...
 
     def metrics(self, sums: Sums, weight: Float[Array, ""]) -> dict[str, Array]:
-        """A step's figures for metrics.jsonl, "loss" among them, from the added sums and their weight >= 1."""
+        """A batch's figures, from its added sums and their weight >= 1: means, "loss" among them, and `weight_name`."""
         ...
 
     def measure(self, model: Transformer, batch: Batch) -> tuple[Sums, dict[str, Array]]:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
@@ -13,16 +14,23 @@ from darkformer_jax.runs.mirror import Mirror
 from darkformer_jax.tasks.task import Evaluation
 from darkformer_jax.training.experiment import Experiment
 from darkformer_jax.training.goodput import Stopwatch
+from darkformer_jax.training.loss_curve import LossCurve
+from darkformer_jax.training.means import RunningMeans
 from darkformer_jax.training.memory import device_memory_bytes, host_memory_bytes
-from darkformer_jax.training.step import Metrics
+from darkformer_jax.training.step import OF_THE_UPDATE, Metrics
 from darkformer_jax.training.stragglers import HostTimer
+from darkformer_jax.training.trackers import Trackers
 
 
 class RunProgress(Protocol):
     """Shows people the progress of a run."""
 
     def update(self, step: int, loss: float, tokens_per_second: float, mfu: float | None, memory_bytes: int) -> None:
-        """Shows a finished step. mfu: model FLOP/s over the devices' peak, from 0 to 1; None = not known."""
+        """Shows a finished step.
+
+        loss: the mean since the last line of metrics.jsonl. mfu: model FLOP/s over the devices' peak, from 0 to 1; None
+        = not known.
+        """
         ...
 
     def note(self, text: str) -> None:
@@ -45,22 +53,39 @@ class NotFinite(Exception):
 class TrainingLog:
     """Reads the metrics of step N-1 after step N was dispatched, so that the device never waits for the host.
 
+    A line of metrics.jsonl has means over the steps since the last line (`RunningMeans`), but the gradient norm, the
+    learning rate and the size of the batch of its own step.
+
     Args:
       experiment: what is trained.
       writer: writes metrics.jsonl.
       progress: what people see.
       watch: the session's stopwatch; it gets a lap for every step, evaluation and save.
       mirror: uploads the lines from time to time.
+      curve: is renewed after every evaluation.
+      trackers: get what the writer gets.
+      carried: what `carried` returned when the step that the run resumes from was saved. Earlier versions saved
+        nothing; then the first line has the means since that step.
     """
 
     def __init__(
-        self, experiment: Experiment, writer: MetricWriter, progress: RunProgress, watch: Stopwatch, mirror: Mirror
+        self,
+        experiment: Experiment,
+        writer: MetricWriter,
+        progress: RunProgress,
+        watch: Stopwatch,
+        mirror: Mirror,
+        curve: LossCurve,
+        trackers: Trackers,
+        carried: Mapping[str, Any],
     ) -> None:
         self._writer, self._progress, self._watch, self._mirror = writer, progress, watch, mirror
+        self._curve, self._trackers = curve, trackers
         self._num_steps, self._every = experiment.config.num_steps, experiment.config.log.every
         self._tokens_per_step, self._step_flops = experiment.tokens_per_step, experiment.step_flops
         peak = peak_flops(jax.devices()[0].device_kind)
         self._peak_flops = None if peak is None else peak * len(jax.devices())
+        self._means = RunningMeans(experiment.objective.weight_name, OF_THE_UPDATE, carried)
         self._pending: tuple[int, Metrics] | None = None
         self._host = HostTimer()
         self._first = True
@@ -85,19 +110,20 @@ class TrainingLog:
         self._host.waited(time.perf_counter() - began)
         for name in ("loss", "grad_norm"):
             if not math.isfinite(metrics[name]):
-                self._writer.write(step, metrics)  # the number as null, which tells this run from a stopped one
+                self._write(step, metrics)  # the number as null, which tells this run from a stopped one
                 raise NotFinite(f"step {step}: {name} is {metrics[name]}")
         self._watch.lap("starting" if self._first else "steps", step)
         if self._first:
             self._host.restart()  # this step was the compilation
         self._first = False
         self._steps += 1
-        self._show(step, metrics)
+        self._show(step, self._means.add(metrics))
 
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
         """Writes an evaluation; the time it took does not count as training."""
-        self._writer.write(step, evaluation.as_metrics())
+        self._write(step, evaluation.as_metrics())
         self._progress.note(f"step {step}  held out: {evaluation}")
+        self._curve.renew()
         self._watch.lap("evaluation", step)
         self._restart()
         self._host.restart()
@@ -105,6 +131,10 @@ class TrainingLog:
     def upload(self) -> None:
         """Uploads the lines so far, and waits. Other machines must see them before their step's checkpoint."""
         self._mirror.upload()
+
+    def carried(self) -> dict[str, Any]:
+        """The steps that are in no line yet, as JSON values, to be saved with the step. Call it after `flush`."""
+        return self._means.carried()
 
     def saved(self, step: int) -> None:
         """Notes that a checkpoint was handed over to be written."""
@@ -129,11 +159,16 @@ class TrainingLog:
             **({"mfu": mfu} if mfu is not None else {}),
             **({"device_memory_bytes": device_memory} if device_memory is not None else {}),
         }
-        self._writer.write(step, metrics, time=timings)
+        self._write(step, metrics, timings)
+        self._means.restart()
         if several and step == self._num_steps:
             self._progress.note(str(times))
         self._mirror.soon()
         self._restart()
+
+    def _write(self, step: int, values: dict[str, float], timings: Mapping[str, Any] | None = None) -> None:
+        self._writer.write(step, values, time=timings)
+        self._trackers.scalars(step, values, timings)
 
     def _restart(self) -> None:
         self._clock, self._steps = time.perf_counter(), 0

@@ -13,20 +13,28 @@ from darkformer_jax.tasks.task import Batch, Evaluation, Task
 from darkformer_jax.training.evaluation import make_eval_step, measure, put_batch
 from darkformer_jax.training.experiment import Experiment
 from darkformer_jax.training.log import NotFinite, TrainingLog
+from darkformer_jax.training.patience import Patience
 from darkformer_jax.training.step import TrainState, to_saved
 from darkformer_jax.training.stopping import Stopped, StopSignals
 from darkformer_jax.training.trace import TraceWindow
 
 
 class Outcome(NamedTuple):
-    """The result of a run: its state after the last step, and that state's evaluation on all held-out data."""
+    """The result of a run.
+
+    Attributes:
+      state: after the last step.
+      evaluation: of that state, on all held-out data.
+      stopped_early: why the last step came before `num_steps`, in words; "" = it did not.
+    """
 
     state: TrainState
     evaluation: Evaluation
+    stopped_early: str
 
 
 class Loop:
-    """Trains a run from any step to `num_steps`.
+    """Trains a run from any step to `num_steps`, or until `eval.patience` ends it.
 
     Args:
       experiment: what is trained, and how.
@@ -34,6 +42,7 @@ class Loop:
       workdir: the run's.
       checkpoints: the workdir's.
       log: gets every step, evaluation and save.
+      patience: gets every evaluation after a step.
     """
 
     def __init__(
@@ -43,9 +52,10 @@ class Loop:
         workdir: Workdir,
         checkpoints: Checkpoints,
         log: TrainingLog,
+        patience: Patience,
     ) -> None:
         self._experiment, self._task, self._workdir = experiment, task, workdir
-        self._checkpoints, self._log = checkpoints, log
+        self._checkpoints, self._log, self._patience = checkpoints, log, patience
         self._train_step = experiment.train_step()
         self._eval_step = make_eval_step(experiment.network, experiment.objective, experiment.mesh)
 
@@ -64,7 +74,7 @@ class Loop:
             if step == 0 and config.init_from and config.eval.every:  # what the weights are worth before training
                 self._log.evaluated(0, self._evaluate(state, config.eval.batches))
             batches = self._batches(step)
-            while step < config.num_steps:
+            while not self._is_last(step):
                 trace.before(step + 1)
                 batch = next(batches)
                 with signals.step():
@@ -81,7 +91,20 @@ class Loop:
                 if signum is not None:
                     self._checkpoints.wait()
                     raise Stopped(signum, step)
-            return Outcome(state, evaluation or self._evaluate(state, 0))
+            return Outcome(state, evaluation or self._evaluate(state, 0), self._stopped_early(step))
+
+    def _is_last(self, step: int) -> bool:
+        return step == self._experiment.config.num_steps or self._patience.exhausted
+
+    def _stopped_early(self, step: int) -> str:
+        if not self._patience.exhausted or step == self._experiment.config.num_steps:
+            return ""
+        best = self._patience.best_step
+        kept = f"kept (--step={best})" if best in self._checkpoints.committed_steps() else "not saved"
+        return (
+            f"stopped after step {step}: {self._task.best} no better for {self._patience.since} evaluations; best step "
+            f"{best}, {kept}; a larger eval.patience trains on"
+        )
 
     def _due(self, step: int) -> tuple[bool, bool]:
         """Whether an evaluation follows the step, and whether a save does."""
@@ -91,19 +114,22 @@ class Loop:
     def _evaluate_and_save(self, step: int, state: TrainState, evaluate: bool, save: bool) -> Evaluation | None:
         """Returns the evaluation, if there is one; after the last step, it is on all held-out data."""
         config = self._experiment.config
-        last = step == config.num_steps
         # On the same batches at every step, so that the best checkpoint is the best by one measure.
         regular = self._evaluate(state, config.eval.batches) if evaluate else None
+        is_best = regular is not None and self._patience.evaluated(step, regular.as_metrics())
+        last = self._is_last(step)
         evaluation = self._evaluate(state, 0) if last and config.eval.batches else regular
         if evaluation:
             self._log.evaluated(step, evaluation)
-        if save:
+        if save or is_best or last:
             # Step N's loss is that of the weights before its update, but the weights after it are saved.
             loss = (evaluation or self._evaluate(state, 1)).loss
             if not math.isfinite(loss):
                 raise NotFinite(f"step {step}: held-out loss is {loss}")
             self._log.upload()
-            self._checkpoints.save(step, to_saved(state), regular.as_metrics() if regular else None)
+            metrics = regular.as_metrics() if regular else None
+            carried = {"means": self._log.carried(), "patience": self._patience.carried()}
+            self._checkpoints.save(step, to_saved(state), metrics, carried)
             self._log.saved(step)
         return evaluation
 

@@ -20,14 +20,17 @@ from darkformer_jax.runs.mirror import Mirror
 from darkformer_jax.runs.origin import hand_on_origin
 from darkformer_jax.runs.workdir import Workdir, WorkdirLock
 from darkformer_jax.tasks import TASKS
+from darkformer_jax.tasks.language_model import SAMPLES_FILE
 from darkformer_jax.tasks.task import Task
 from darkformer_jax.training.environment import environment
 from darkformer_jax.training.experiment import Experiment, mesh_of
 from darkformer_jax.training.goodput import Stopwatch, describe, read_sessions
 from darkformer_jax.training.log import NotFinite, RunProgress, TrainingLog
 from darkformer_jax.training.loop import Loop, Outcome
-from darkformer_jax.training.loss_curve import draw_loss_curve
+from darkformer_jax.training.loss_curve import LossCurve, draw_loss_curve
+from darkformer_jax.training.patience import Patience
 from darkformer_jax.training.start import start
+from darkformer_jax.training.trackers import Trackers, require_installed
 
 
 def dry_run(config: ml_collections.ConfigDict, overridden: Sequence[str] = ()) -> None:
@@ -44,7 +47,7 @@ def dry_run(config: ml_collections.ConfigDict, overridden: Sequence[str] = ()) -
 def train(
     config: ml_collections.ConfigDict, workdir: Workdir, progress: RunProgress, overridden: Sequence[str] = ()
 ) -> None:
-    """Trains to the last step and reports.
+    """Trains to the last step, or until `eval.patience` ends the run, and reports.
 
     overridden: the fields that the command line sets; see `require_new_uses`, which a run that has begun is spared.
 
@@ -57,7 +60,9 @@ def train(
     processes.require_shared(workdir.shared, str(workdir))
     config = _resolve(config, workdir, overridden)
     workdir.check_config(config.to_dict())
-    with workdir.lock() as lock, Mirror(workdir) as mirror:
+    require_installed(config.log.trackers)
+    trackers = Trackers(config.log.trackers, progress.note)
+    with workdir.lock() as lock, Mirror(workdir) as mirror, trackers:
         began, watch = time.perf_counter(), Stopwatch(workdir)
         progress.note(f"workdir {workdir}; reading {config.data.source} {config.data.files}".rstrip())
         mesh_of(config)  # refuses what does not fit before the data is read, which may take long
@@ -71,9 +76,9 @@ def train(
             f"{task}; training {experiment.num_trained:,} of {experiment.num_params:,} parameters; "
             f"{len(jax.devices())} x {jax.devices()[0].device_kind}; {experiment.cost}"
         )
-        outcome = _train(experiment, task, workdir, lock, mirror, watch, progress)
+        outcome = _train(experiment, task, workdir, lock, mirror, watch, trackers, progress)
         if jax.process_index() == 0:
-            _report(experiment, task, workdir, outcome, time.perf_counter() - began)
+            _report(experiment, task, workdir, outcome, trackers, time.perf_counter() - began)
 
 
 def _resolve(
@@ -95,22 +100,26 @@ def _train(
     lock: WorkdirLock,
     mirror: Mirror,
     watch: Stopwatch,
+    trackers: Trackers,
     progress: RunProgress,
 ) -> Outcome:
     """Trains from where the run begins to its last step. It closes what it opened, however the run ends."""
     keep, every = experiment.config.checkpoint.keep, experiment.config.checkpoint.every
     checkpoints = Checkpoints(workdir, keep=keep, save_every=every, best=task.best)
     with contextlib.closing(watch), contextlib.closing(checkpoints), contextlib.closing(progress):
-        step, state = start(experiment, workdir, checkpoints, progress.note)
+        step, state, carried = start(experiment, workdir, checkpoints, progress.note)
         _claim(experiment, task, workdir, lock)  # only now: a mistake in data or init_from must not claim the directory
+        trackers.start(workdir, dict(flat_fields(experiment.config.to_dict())))
         mirror.upload()
         if jax.process_index() == 0:
             watch.begin(step, _facts(experiment, task))
         with contextlib.closing(MetricWriter(workdir, step if checkpoints.committed_steps() else None)) as writer:
-            log = TrainingLog(experiment, writer, progress, watch, mirror)
+            means, curve = carried.get("means", {}), LossCurve(workdir)
+            log = TrainingLog(experiment, writer, progress, watch, mirror, curve, trackers, means)
+            patience = Patience(experiment.config.eval.patience, task.best, carried.get("patience", {}))
             progress.note("compiling the training step; large models take minutes")
             try:
-                return Loop(experiment, task, workdir, checkpoints, log).train(step, state)
+                return Loop(experiment, task, workdir, checkpoints, log, patience).train(step, state)
             except NotFinite as error:
                 checkpoints.wait()
                 raise UserError(
@@ -137,12 +146,20 @@ def _facts(experiment: Experiment, task: Task[Any]) -> dict[str, Any]:
     return sizes | environment()
 
 
-def _report(experiment: Experiment, task: Task[Any], workdir: Workdir, outcome: Outcome, seconds: float) -> None:
-    state, evaluation = outcome
+def _report(
+    experiment: Experiment, task: Task[Any], workdir: Workdir, outcome: Outcome, trackers: Trackers, seconds: float
+) -> None:
+    state, evaluation, stopped_early = outcome
     print(f"\n{workdir}: step {int(state.step)} after {seconds:.0f} s")
+    if stopped_early:
+        print(stopped_early)
     print(f"held out ({evaluation.size}): {evaluation}")
     if sessions := read_sessions(workdir):  # none if an earlier version finished the run
         print(describe(sessions))
     what_next = task.report(experiment.network, state.params, state.projections, workdir, evaluation)
-    print(f"loss curve: {workdir}/{draw_loss_curve(workdir).name}")
+    curve = draw_loss_curve(workdir)
+    print(f"loss curve: {workdir}/{curve.name}")
     print(what_next)
+    trackers.picture(curve)
+    if experiment.config.sample.prompts and (workdir / SAMPLES_FILE).exists():
+        trackers.text(workdir / SAMPLES_FILE)

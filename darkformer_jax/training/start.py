@@ -1,6 +1,7 @@
 """Where a run begins: at its own newest checkpoint, with the weights of another run, or from scratch."""
 
 from collections.abc import Callable
+from typing import Any
 
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.checkpoints import Checkpoints
@@ -13,8 +14,10 @@ from darkformer_jax.training.step import TrainState, from_saved, to_saved
 
 def start(
     experiment: Experiment, workdir: Workdir, checkpoints: Checkpoints, note: Callable[[str], None]
-) -> tuple[int, TrainState]:
-    """(the step to continue from, the state after it). `note` gets a line that says where they come from.
+) -> tuple[int, TrainState, dict[str, Any]]:
+    """(the step to continue from, the state after it, what `Checkpoints.carried` says of it).
+
+    `note` gets a line that says where they come from.
 
     Raises UserError: the checkpoints are damaged, lost, another model's or later than num_steps, or init_from does not
     fit.
@@ -27,14 +30,14 @@ def start(
         if step > num_steps:
             raise UserError(f"num_steps = {num_steps}, but {workdir} is at step {step} already")
         note(f"resuming {workdir} from step {step}")
-        return step, from_saved(saved, experiment.abstract)
+        return step, from_saved(saved, experiment.abstract), checkpoints.carried(step)
     _require_new(experiment.config.checkpoint.every, workdir, checkpoints)
     state = experiment.initial_state()
     source = experiment.config.init_from
     if source:
         state, report = initialize_from(Workdir(source), experiment, state)
         note(report)
-    return 0, state
+    return 0, state, {}
 
 
 def _require_new(save_every: int, workdir: Workdir, checkpoints: Checkpoints) -> None:

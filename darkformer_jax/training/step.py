@@ -18,6 +18,7 @@ from darkformer_jax.ops.keys import key_of_seed
 from darkformer_jax.tasks.task import Batch, Objective, Sums
 
 Metrics = dict[str, Array]
+OF_THE_UPDATE = ("grad_norm", "learning_rate")  # the metrics that do not come from the objective
 
 
 class TrainState(NamedTuple):

@@ -21,6 +21,8 @@ VERSIONS = sorted((Path(__file__).parent / "versions").glob("*.json"))
 MEANT = {
     "data.text_field": "text",
     "distill.weight": 0.0,
+    "eval.patience": 0,
+    "log.trackers": "",
     "mesh.context": 1,
     "model.attention.conv_width": 0,
     "model.attention.decay": "none",

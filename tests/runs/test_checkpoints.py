@@ -168,6 +168,16 @@ def saved_metrics(workdir: Path, step: int) -> dict[str, float]:
     return metrics
 
 
+def test_what_a_step_carries_comes_back_bit_for_bit_and_stays_when_the_step_is_saved_again(tmp_path: Path) -> None:
+    carried = {"means": {"weight": 1 / 3, "sums": {"loss": 0.1 + 0.2}}}
+    opened = Checkpoints(Workdir(tmp_path), keep=2)
+    opened.save(1, state_of(1))
+    opened.save(2, state_of(2), carried=carried)
+    opened.save(2, state_of(2), {"heldout_loss": 2.0})
+    opened.close()
+    assert (opened.carried(1), opened.carried(2)) == ({}, carried)
+
+
 def test_saving_the_same_step_again(tmp_path: Path) -> None:
     opened = Checkpoints(Workdir(tmp_path))
     opened.save(4, state_of(4))
@@ -285,7 +295,7 @@ def test_a_checkpoint_of_a_newer_version_is_refused_though_there_are_older_ones(
     shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "checkpoints" / "2.sha256.json"
     monkeypatch.setattr(manifest_module, "FORMAT", 2)
-    manifest_module.write_manifest(path, 2, {"what": "this version cannot know"}, {})
+    manifest_module.write_manifest(path, 2, {"what": "this version cannot know"}, {}, {})
     monkeypatch.undo()
     opened = Checkpoints(Workdir(tmp_path))
     message = r"checkpoint step 2 in .* was saved by a newer version of darkformer_jax \(format 2, .* up to 1\)"
@@ -293,14 +303,14 @@ def test_a_checkpoint_of_a_newer_version_is_refused_though_there_are_older_ones(
         with pytest.raises(UserError, match=message):
             read()
     assert opened.good_step(1) == 1
-    # A manifest that claims so by damage is damaged; one without the field is of the first version.
+    # A manifest that claims so by damage is damaged; one without the fields is of the first version.
     path.write_text(path.read_text().replace('"format": 2', '"format": 3'))
     assert opened.latest_good_step() == 1
     manifest = json.loads((tmp_path / "checkpoints" / "1.sha256.json").read_text())
-    del manifest["format"], manifest["digest"]
+    del manifest["format"], manifest["carried"], manifest["digest"]
     manifest["digest"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     (tmp_path / "checkpoints" / "1.sha256.json").write_text(json.dumps(manifest))
-    assert opened.latest_good_step() == 1
+    assert opened.latest_good_step() == 1 and opened.carried(1) == {}
     opened.close()
 
 

@@ -204,6 +204,27 @@ def test_samples_stop_at_the_ends_of_the_original_model_as_generate_does(tmp_pat
     assert capsys.readouterr().out == samples
 
 
+@pytest.mark.standard_promotion  # the state of a checkpoint is made with its optimizer
+def test_samples_continue_held_out_text_and_say_from_where(tmp_path, monkeypatch, capsys):
+    text = "".join(f"the {index}th sentence of a tale. " for index in range(400))
+    (tmp_path / "tale.txt").write_text(text)
+    config = tiny_config(data__files=str(tmp_path / "tale.txt"), sample__prompts=("mine", "", ""))
+    task = LanguageModel.load(config, Workdir(tmp_path / "run"))
+    experiment = experiment_of(config)
+    state = write_workdir(tmp_path / "run", config)
+    monkeypatch.setattr(Sampler, "stream", lambda self, prompts, count: iter([np.full(len(prompts), ord("!"))]))
+    hint = task.report(
+        experiment.network, state.params, state.projections, Workdir(tmp_path / "run"), TextEvaluation(1.0, 1.0, 0.5, 9)
+    )
+    lines = (tmp_path / "run" / "samples.txt").read_text().splitlines()
+    assert lines[0] == "prompts from the held-out text, at 0%, 50% of it:" and lines[0] in capsys.readouterr().out
+    first, second, mine = (line.removesuffix("!") for line in lines[2::2])
+    heldout = task.data.heldout_text().decode()
+    assert first != second and mine == "mine"
+    assert first in heldout[: len(heldout) // 2] and second in heldout[len(heldout) // 2 :]
+    assert hint.endswith(f"--prompt='{first}'")
+
+
 def test_compressors_are_bits_per_byte_in_the_right_order() -> None:
     words = [f"word{index} " for index in range(500)]
     rng = random.Random(0)

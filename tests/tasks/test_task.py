@@ -69,6 +69,14 @@ def test_a_dry_run_has_the_objective_of_the_run(case):
     assert type(task).objective_of(config) == task.objective
 
 
+@pytest.mark.standard_promotion
+def test_a_steps_figures_are_weighted_by_one_of_them(case):
+    config, task = case
+    experiment = Experiment.of(config, task.objective)
+    metrics = jax.eval_shape(experiment.train_step(), experiment.abstract, experiment.sharded_batch)[1]
+    assert {"loss", task.objective.weight_name} <= metrics.keys()
+
+
 def test_what_is_best_is_a_figure_of_every_evaluation(case):
     config, task = case
     network = Experiment.of(config, task.objective).network

@@ -11,6 +11,7 @@ import pytest
 
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.checkpoints import Checkpoints
+from darkformer_jax.runs.manifest import write_manifest
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks import language_model
 from darkformer_jax.training.goodput import read_sessions
@@ -111,6 +112,13 @@ def test_signals_to_stop_save_say_so_and_resume_to_the_unbroken_run(tmp_path, su
     assert_equal_runs(workdir, unbroken)
 
 
+def test_the_loss_curve_is_there_before_the_run_ends(tmp_path, text):
+    child = Training(tmp_path / "run", tiny_flags(data__files=text, num_steps=9999, eval__every=5), READS_COMPILED)
+    child.until(6)
+    assert child.stop(signal.SIGTERM) == 143, child.said
+    assert (tmp_path / "run" / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_two_devices_of_a_machine_with_two_cores_train_with_orthogonal_projections(tmp_path, text):
     flags = tiny_flags(
         num_steps=3,
@@ -190,6 +198,42 @@ def test_what_a_run_leaves_behind(tmp_path, text, capsys, monkeypatch):
     assert second == first | {"hardware": "another", "version": "newer"}
     assert [line["step"] for line in metrics_without_time(workdir)] == [2, 4, 4, 6, 8, 8, 10, 10]
     assert json.loads((workdir / "config.json").read_text())["num_steps"] == 10
+
+
+def test_a_line_has_the_mean_of_every_step_since_the_last_line_also_where_a_run_stopped_in_between(tmp_path):
+    text = write_text(tmp_path / "text.txt", 700)  # so little that a row of every epoch has padding
+    fields = {"data__files": text, "eval__every": 0, "checkpoint__every": 4, "checkpoint__keep": 9}
+    run(tiny_config(**fields), str(tmp_path / "each"))
+    steps = metrics_without_time(tmp_path / "each")[:-1]
+    assert len({line["tokens"] for line in steps}) > 1  # else a mean over steps would do
+    fields["log__every"] = 3
+    run(tiny_config(**fields), str(tmp_path / "unbroken"))
+    lines = metrics_without_time(tmp_path / "unbroken")
+    assert [line["step"] for line in lines] == [3, 6, 8, 8]
+    for line, since in zip(lines, (steps[:3], steps[3:6], steps[6:]), strict=False):
+        tokens = [step["tokens"] for step in since]
+        for name in ("loss", "accuracy", "z_loss"):
+            assert line[name] == pytest.approx(np.average([step[name] for step in since], weights=tokens), rel=1e-12)
+            assert line[name] != since[-1][name]
+        for name in ("tokens", "grad_norm", "learning_rate"):
+            assert line[name] == since[-1][name]
+
+    # Resumed from step 4, between the lines of steps 3 and 6.
+    manifest_path = tmp_path / "unbroken" / "checkpoints" / "4.sha256.json"
+    for carries in (True, False):
+        workdir = tmp_path / f"resumed-{carries}"
+        shutil.copytree(tmp_path / "unbroken", workdir)
+        for path in (workdir / "checkpoints").glob("8*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if not carries:  # as an earlier version saved it: the line begins where the run resumed
+            manifest = json.loads(manifest_path.read_text())
+            files, metrics = manifest["files"], manifest["metrics"]
+            write_manifest(workdir / "checkpoints" / "4.sha256.json", 4, files, metrics, {})
+            tokens = [step["tokens"] for step in steps[4:6]]
+            for name in ("loss", "accuracy", "z_loss"):
+                lines[1][name] = pytest.approx(np.average([s[name] for s in steps[4:6]], weights=tokens), rel=1e-12)
+        run(tiny_config(**fields), str(workdir))
+        assert metrics_without_time(workdir) == lines
 
 
 def poisoned(train_batches, bad_step):

@@ -1,11 +1,15 @@
+import itertools
+import json
+import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.metrics import MetricWriter
 from darkformer_jax.runs.workdir import Workdir
-from darkformer_jax.training.loss_curve import draw_loss_curve
+from darkformer_jax.training.loss_curve import LossCurve, draw_loss_curve
 
 
 def test_loss_curve_draws_both_losses(tmp_path: Path) -> None:
@@ -40,3 +44,33 @@ def test_nothing_to_draw_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "accuracy": 1}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl has no loss to draw"):
         draw_loss_curve(Workdir(tmp_path))
+
+
+def write_line(workdir: Path, step: int, loss: float | None) -> None:
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write(f'{{"step": {step}, "loss": {json.dumps(loss)}}}\n')
+
+
+def test_the_curve_is_renewed_while_a_run_trains_and_takes_two_hundredths_of_its_time_at_most(tmp_path: Path) -> None:
+    times = iter([0.0, 1.0, 50.9, 51.0, 51.5, 76.4, 76.5, 77.0])  # a call looks once or, if it draws, twice
+    curve = LossCurve(Workdir(tmp_path), lambda: next(times))
+    pictures = []
+    for step in range(1, 6):
+        write_line(tmp_path, step, 3.0 / step)
+        curve.renew()
+        pictures.append((tmp_path / "loss_curve.png").read_bytes())
+    assert [a == b for a, b in itertools.pairwise(pictures)] == [True, False, True, False]
+
+
+def test_a_picture_that_fails_is_one_warning(tmp_path: Path, caplog: Any) -> None:
+    curve = LossCurve(Workdir(tmp_path), lambda: 0.0)
+    write_line(tmp_path, 1, None)
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        curve.renew()
+        curve.renew()
+    (record,) = caplog.records
+    assert record.getMessage().startswith("loss_curve.png is not renewed: ")
+    assert record.getMessage().endswith("metrics.jsonl has no loss to draw; training goes on")
+    write_line(tmp_path, 2, 3.0)
+    curve.renew()
+    assert (tmp_path / "loss_curve.png").exists()
