@@ -285,7 +285,8 @@ def _end(message: str, status: int) -> NoReturn:
     """Exits at once. The interpreter's exit would wait for threads, and jax's for the other processes."""
     try:
         with contextlib.suppress(OSError, ValueError):  # the disk of the log may be full
-            print(f"error: {printable(message)}", file=sys.stderr, flush=True)
+            # On a line of its own: a progress bar may be under way in another thread.
+            print(f"\nerror: {printable(message)}", file=sys.stderr, flush=True)
             sys.stdout.flush()
         for child in multiprocessing.active_children():  # grain's workers
             child.kill()

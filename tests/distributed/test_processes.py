@@ -1,3 +1,4 @@
+import itertools
 import os
 import signal
 import socket
@@ -60,20 +61,21 @@ def test_what_does_not_fit_is_refused_in_every_process(tmp_path):
         (tmp_path / name).mkdir()
     write_text(tmp_path / "here" / "text.txt")
     write_text(tmp_path / "there" / "text.txt", 5000)
-    new, here, short = tmp_path / "new", tmp_path / "here", ["--coordinator_timeout=2"]
+    here, short = tmp_path / "here", ["--coordinator_timeout=2"]
+    new = (tmp_path / f"new-{number}" for number in itertools.count())  # all at once, so each case has its own
     flags = tiny_flags(data__files="text.txt")
     cases = [  # all at once: most of them wait
         ("process 1 cannot see what process 0", Processes(2, [tmp_path / "a", tmp_path / "b"], flags, cwds=[here] * 2)),
         (
             "optimizer.learning_rate: 0.5 here, 0.003",
-            Processes(2, new, flags, {1: ["--config.optimizer.learning_rate=.5"]}),
+            Processes(2, next(new), flags, {1: ["--config.optimizer.learning_rate=.5"]}),
         ),
-        ("data must be the same", Processes(2, new, flags, cwds=[here, tmp_path / "there"])),
-        ("no file matches", Processes(2, new, flags, cwds=[here, tmp_path])),
-        ("process 1 of 3 did not come within 2 s", Processes(3, new, flags + short, start=(0, 2))),
-        ("Connection refused", Processes(2, new, flags + short, start=(1,))),
-        ("two processes were started as process 1", Processes(3, new, flags, {2: ["--process_id=1"]})),
-        ("--dry_run: true here, false in process 0", Processes(2, new, flags, {1: ["--dry_run"]})),
+        ("data must be the same", Processes(2, next(new), flags, cwds=[here, tmp_path / "there"])),
+        ("no file matches", Processes(2, next(new), flags, cwds=[here, tmp_path])),
+        ("process 1 of 3 did not come within 2 s", Processes(3, next(new), flags + short, start=(0, 2))),
+        ("Connection refused", Processes(2, next(new), flags + short, start=(1,))),
+        ("two processes were started as process 1", Processes(3, next(new), flags, {2: ["--process_id=1"]})),
+        ("--dry_run: true here, false in process 0", Processes(2, next(new), flags, {1: ["--dry_run"]})),
     ]
     for message, processes in cases:
         ended = processes.wait()
