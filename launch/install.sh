@@ -113,8 +113,9 @@ say "installing darkformer_jax ($extra) with $constraints"
 log="$venv/install-$extra.log"
 case "$extra" in test | dev) install_cpu_torch ;; esac
 # --no-compile: byte-compiling all of 60 packages takes as long as the rest; the import below compiles what is used
+# editable_mode=compat: the clone's path, where setuptools' import hook would come after a folder of the same name
 if ! "$python" -m pip install --disable-pip-version-check --no-input --progress-bar off --no-compile \
-    --constraint "$constraints" --editable "$target" 2>&1 | tee "$log" | show_progress; then
+    --constraint "$constraints" --config-settings editable_mode=compat --editable "$target" 2>&1 | tee "$log" | show_progress; then
     grep -E '^ *ERROR' "$log" | tail -n 3 >&2 || true
     fail "pip could not install darkformer_jax; its output is in $log"
 fi

@@ -112,7 +112,8 @@ def _validate_training(config: ml_collections.ConfigDict) -> None:
     )
     _require(
         optimizer.warmup_steps < config.num_steps or config.num_steps == 1,
-        f"optimizer.warmup_steps = {optimizer.warmup_steps} is not shorter than num_steps = {config.num_steps}",
+        f"optimizer.warmup_steps = {optimizer.warmup_steps} is not shorter than num_steps = {config.num_steps}; "
+        f"allowed: up to {config.num_steps - 1} (0 = no warm-up)",
     )
     rank = config.model.lora_rank
     _require(

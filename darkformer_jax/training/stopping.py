@@ -19,6 +19,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _STEP_SECONDS = 60.0
 _TIMES_LONGEST = 4
 _POLL_SECONDS = 0.5
+_ECHO_SECONDS = 0.5  # after a signal, in which another one is its echo: `timeout` signals a program, then its group
+_HANDLER_SECONDS = 0.2  # which Python's handler gets before the watchdog ends the process
 
 
 class Stopped(Exception):
@@ -35,8 +37,8 @@ class StopSignals:
     A step that then does not end (in `step`) ends the process, too, without a save: a message between devices may never
     come. With several processes, a signal to any one stops all after the same step.
 
-    SIGHUP is no second signal, because a terminal that closes sends several. If the run was started to ignore it
-    (`nohup`), it is ignored.
+    SIGHUP is no second signal, because a terminal that closes sends several; nor is any that comes within half a second
+    of the first. If the run was started to ignore SIGHUP (`nohup`), it is ignored.
 
     Args:
       step: the last finished step.
@@ -45,6 +47,7 @@ class StopSignals:
     def __init__(self, step: int) -> None:
         self._step = step
         self.received: int | None = None
+        self._came = 0.0  # when, by the monotonic clock
         self._announced = False
         self._previous: dict[int, Any] = {}
         self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]
@@ -80,12 +83,15 @@ class StopSignals:
         return processes.stop_agreed(step)
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:
-        self.received = signum
-        # The next signal gets the system's action: a Python handler would wait until a long evaluation or compile ends.
-        for name in self._previous:
-            signal.signal(name, signal.SIG_IGN if name == signal.SIGHUP else signal.SIG_DFL)
-        if signum == signal.SIGHUP:
-            _forget_closed(self._terminals)
+        if self.received is None:
+            self.received, self._came = signum, time.monotonic()
+            if signal.SIGHUP in self._previous:
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            if signum == signal.SIGHUP:
+                _forget_closed(self._terminals)
+        elif time.monotonic() - self._came > _ECHO_SECONDS:  # the system's action, now
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
 
 
 class _Watchdog:
@@ -141,12 +147,15 @@ class _Watchdog:
             if not first:
                 first, came = number[0], time.monotonic()
                 self._numbers.settimeout(_POLL_SECONDS)
-            elif number[0] != signal.SIGHUP:
+            elif number[0] != signal.SIGHUP and time.monotonic() - came > _ECHO_SECONDS:
+                time.sleep(_HANDLER_SECONDS)
                 _end(number[0], "the second signal")
 
 
 def _end(signum: int, why: str) -> None:
-    processes.end_at_once(f"{_name(signum)}: {why}; the same command resumes from the last checkpoint", 128 + signum)
+    processes.end_at_once(
+        f"{_name(signum)}: {why}; the same command resumes from the last checkpoint, if there is one", 128 + signum
+    )
 
 
 def _name(signum: int) -> str:
