@@ -154,7 +154,7 @@ class _Watchdog:
 
 def _end(signum: int, why: str) -> None:
     processes.end_at_once(
-        f"{_name(signum)}: {why}; the same command resumes from the last checkpoint, if there is one", 128 + signum
+        f"{_name(signum)}: {why}; the same command resumes from the last checkpoint, if any", 128 + signum
     )
 
 

@@ -188,9 +188,7 @@ def test_a_signal_to_one_ends_all_if_the_step_does_not_end(tmp_path):
     os.kill(commands[1].pid, signal.SIGTERM)
     ended = [command.wait_or_kill(60) for command in commands]
     assert [each.status for each in ended] == [143, 143]
-    why = (
-        "SIGTERM: the step did not end within 0 s; the same command resumes from the last checkpoint, if there is one\n"
-    )
+    why = "SIGTERM: the step did not end within 0 s; the same command resumes from the last checkpoint, if any\n"
     assert ended[0].err.endswith(f"error: process 1: {why}") and ended[1].err.endswith(f"error: {why}")
 
 
