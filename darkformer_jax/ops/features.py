@@ -115,8 +115,9 @@ def log_two_sided(arrays: None, x: Float[Array, "*batch d"], scale: float) -> Fl
 
 
 def log_relu(arrays: None, x: Float[Array, "*batch d"], scale: float) -> Float[Array, "*batch d"]:
-    """l_i(x) = log max(x_i, 1e-30): phi(x) = relu(x), but for its zeros, which have no logarithm.
+    """l_i(x) = log max(x_i, 1e-6): phi(x) = relu(x), but for its zeros, which have no logarithm.
 
+    With much smaller numbers in their place, `feature_scores` would round what keys without a feature in common weigh.
     It reads no arrays and no scale.
     """
-    return jnp.log(jnp.maximum(x.astype(accumulator_dtype(x.dtype)), 1e-30))
+    return jnp.log(jnp.maximum(x.astype(accumulator_dtype(x.dtype)), 1e-6))
