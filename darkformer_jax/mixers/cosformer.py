@@ -21,8 +21,8 @@ class CosFormer(LinearMechanism):
 
     With cos(a - b) = cos a cos b + sin a sin b these are m = 2 d features of token and place. Beyond M weights would be
     negative, so no row may be longer. The authors take the row's own length for M, padding included; then the same text
-    has other outputs in another batch. A query without a positive entry gives the mean of what it sees, weighted by
-    the sums of their features; the authors' gives about 0.
+    has other outputs in another batch. A query that shares no positive entry with any key it sees gives a mean of their
+    values that depends on its place; the authors' gives about 0.
     """
 
     uses = ATTENTION_FIELDS | {"chunk_size", "horizon"}
