@@ -27,16 +27,14 @@ stand the figures of the best constant answer.
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import app
 
 from darkformer_jax.cli.parser import Parser, one_line_errors
 from darkformer_jax.cli.progress import progress_bar
-from darkformer_jax.data.files import local_path
+from darkformer_jax.data.files import new_file, write_new
 from darkformer_jax.data.text_files import TEXT_FIELD
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.workdir import Workdir
@@ -85,7 +83,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     scores = task_of(workdir).score(workdir, args.step, request, progress_bar)
     print(scores.table)
     if args.json is not None:
-        _write_json(args.json, scores.result)
+        write_new("--json", args.json, json.dumps(scores.result, indent=2) + "\n")
     return scores.result
 
 
@@ -95,23 +93,7 @@ def _check_flags(args: argparse.Namespace) -> None:
         if value is not None and not 1 <= value < 2**31:
             raise UserError(f"--{name}={value}: must be from 1 to {2**31 - 1}")
     if args.json is not None:
-        if not args.json:
-            raise UserError("--json=: give the name of a file")
-        args.json = local_path(args.json)
-        if os.path.lexists(args.json):
-            raise UserError(f"--json={args.json}: the file exists, and results are not overwritten")
-        if not os.path.isdir(os.path.dirname(args.json) or "."):
-            raise UserError(f"--json={args.json}: its directory does not exist")
-
-
-def _write_json(path: str, result: dict[str, Any]) -> None:
-    try:
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(json.dumps(result, indent=2) + "\n")
-    except OSError as error:
-        if not isinstance(error, FileExistsError):
-            Path(path).unlink(missing_ok=True)
-        raise UserError(f"--json={path} cannot be written: {error.strerror or error}") from error
+        args.json = new_file("--json", args.json)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,29 @@ def write_json(path: str | Path, value: Mapping[str, Any], *, sort_keys: bool = 
     write_file(str(path), (json.dumps(value, indent=2, sort_keys=sort_keys) + "\n").encode("utf-8"))
 
 
+def new_file(flag: str, path: str) -> str:
+    """The path that `flag` gives, expanded. Raises UserError if it exists, or its directory does not."""
+    if not path:
+        raise UserError(f"{flag}=: give the name of a file")
+    path = local_path(path)
+    if os.path.lexists(path):
+        raise UserError(f"{flag}={path}: the file exists, and results are not overwritten")
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise UserError(f"{flag}={path}: its directory does not exist")
+    return path
+
+
+def write_new(flag: str, path: str, text: str) -> None:
+    """Writes a file that does not exist, or none. Raises UserError, which names `flag`, if it cannot be written."""
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        if not isinstance(error, FileExistsError):
+            Path(path).unlink(missing_ok=True)
+        raise UserError(f"{flag}={path} cannot be written: {error.strerror or error}") from error
+
+
 def local_path(path: str) -> str:
     """A user's path, with `~` expanded, which a shell leaves to us in `--out=~/x`.
 

@@ -3,6 +3,7 @@
 .tsv    a header, then a line per example; quotes are text, as in the files of GLUE
 .csv    a header, then an example per record; a field in double quotes may hold commas and line ends (RFC 4180)
 .jsonl  an object per line
+.txt    a text without a label, to be predicted
 
 A row of a batch is one example, encoded like a prompt: BOS if the tokenizer's family has one, then the text's tokens.
 It is cut at `sequence_length` and padded at the end.
@@ -22,7 +23,7 @@ import numpy as np
 from darkformer_jax.data.files import read_json_object, write_atomically
 from darkformer_jax.data.heldout import hash_fraction
 from darkformer_jax.data.sources import find_files
-from darkformer_jax.data.text_files import read_json_records, read_lines, string_field
+from darkformer_jax.data.text_files import read_json_records, read_lines, read_pieces, string_field
 from darkformer_jax.data.tokenizers import Tokenizer
 from darkformer_jax.errors import UserError, printable
 
@@ -32,6 +33,7 @@ _HELDOUT_FRACTION = 0.15  # more than of text: labelled sets are small
 
 _TABLE_SUFFIXES = (".tsv", ".tsv.gz", ".csv", ".csv.gz")
 _SUFFIXES = (*_TABLE_SUFFIXES, ".jsonl", ".jsonl.gz")
+_PLAIN_SUFFIXES = (".txt", ".txt.gz")
 _MAX_FIELD_CHARACTERS = 64 << 20  # the csv module's own limit, 128 KiB, is less than a long e-mail
 _ENCODED_AT_ONCE = 1024  # examples
 _SHOWN_CLASSES = 10  # in an error
@@ -44,6 +46,13 @@ class Columns(NamedTuple):
 
     text: str
     label: str
+
+
+class Text(NamedTuple):
+    """A text without a label, and its place: `file:line`."""
+
+    text: str
+    place: str
 
 
 class Example(NamedTuple):
@@ -65,14 +74,36 @@ def read_examples(files: str, columns: Columns) -> list[Example]:
         raise UserError(f"text and label have the same column {columns.text!r}; allowed: two columns")
     examples: list[Example] = []
     for path in find_files(files, _SUFFIXES, "labelled"):
-        records = _table_records(path, columns) if path.endswith(_TABLE_SUFFIXES) else read_json_records(path)
-        examples += [_example(record, columns, f"{path}:{line}") for line, record in records]
+        examples += [_example(record, columns, place) for place, record in _records(path, columns)]
     if not examples:
         raise UserError(f"{files}: there is no example")
     return examples
 
 
-def _table_records(path: str, columns: Columns) -> Iterator[tuple[int, dict[str, str]]]:
+def read_texts(files: str, column: str) -> list[Text]:
+    """The texts of a column of .tsv, .csv and .jsonl files, and each .txt file as one text, in order.
+
+    Raises:
+      UserError: there is no such file or column, or a text is empty; the line is named.
+    """
+    texts: list[Text] = []
+    for path in find_files(files, _SUFFIXES + _PLAIN_SUFFIXES, "text"):
+        if path.endswith(_PLAIN_SUFFIXES):
+            texts.append(Text("".join(piece for _, piece in read_pieces(path)), path))
+        else:
+            texts += [Text(_text_of(record, column, place), place) for place, record in _records(path, (column,))]
+    if not texts:
+        raise UserError(f"{files}: there is no text")
+    return texts
+
+
+def _records(path: str, columns: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """(`file:line`, record) of a .tsv, .csv or .jsonl file."""
+    records = _table_records(path, columns) if path.endswith(_TABLE_SUFFIXES) else read_json_records(path)
+    return ((f"{path}:{line}", record) for line, record in records)
+
+
+def _table_records(path: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
     """(line, field by column) of each record of a .tsv or .csv file."""
     csv.field_size_limit(_MAX_FIELD_CHARACTERS)
     lines = (line + "\n" for _, line in read_lines(path))
@@ -101,10 +132,15 @@ def _table_records(path: str, columns: Columns) -> Iterator[tuple[int, dict[str,
         raise UserError(f"{path}:{begin}: not a record: {error}") from error
 
 
-def _example(record: Any, columns: Columns, place: str) -> Example:
-    text = string_field(record, columns.text, place, "task.text_column")
+def _text_of(record: Any, column: str, place: str) -> str:
+    text = string_field(record, column, place, "task.text_column")
     if not text.strip():
-        raise UserError(f"{place}: the text in {columns.text!r} is empty")
+        raise UserError(f"{place}: the text in {column!r} is empty")
+    return text
+
+
+def _example(record: Any, columns: Columns, place: str) -> Example:
+    text = _text_of(record, columns.text, place)
     value = record.get(columns.label)
     is_nan = isinstance(value, float) and math.isnan(value)  # how some programs write that a value is missing
     if value is None or is_nan or (isinstance(value, str) and not value.strip()):
@@ -239,7 +275,11 @@ class LabelledRows:
     """
 
     def __init__(
-        self, examples: Sequence[Example], labels: np.ndarray, tokenizer: Tokenizer, sequence_length: int
+        self,
+        examples: Sequence[Example] | Sequence[Text],
+        labels: np.ndarray,
+        tokenizer: Tokenizer,
+        sequence_length: int,
     ) -> None:
         self.texts = tuple(example.text for example in examples)
         self.labels = labels

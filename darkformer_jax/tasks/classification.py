@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+import scipy.special
 from jaxtyping import Array, Float
 
 from darkformer_jax.data.labelled import (
@@ -152,6 +153,12 @@ class Classes:
         """The most frequent class."""
         commonest = int(np.argmax(np.bincount(labels, minlength=self.num_outputs)))
         return f"'{shown_label(self.names[commonest])}'", commonest
+
+    def answer(self, outputs: np.ndarray) -> dict[str, Any]:
+        """The likeliest class, and the probability of each."""
+        probabilities = scipy.special.softmax(outputs.astype(np.float64))
+        by_name = dict(zip(self.names, probabilities.tolist(), strict=True))
+        return {"label": self.names[int(outputs.argmax())], "probabilities": by_name}
 
 
 class Classification(LabelledTask[Classes, ClassEvaluation]):

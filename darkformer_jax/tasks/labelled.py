@@ -7,7 +7,7 @@ import math
 import shlex
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar, cast
 
 import jax
@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 
 from darkformer_jax.data.batches import Batch, ordered_batches, shuffled_batches
-from darkformer_jax.data.labelled import Columns, Example, LabelledRows, read_examples, split_examples
+from darkformer_jax.data.labelled import Columns, Example, LabelledRows, Text, read_examples, split_examples
 from darkformer_jax.data.progress import ProgressBar, no_progress
 from darkformer_jax.data.tokenizers import Tokenizer, saved_or_new_tokenizer
 from darkformer_jax.distributed.sharding import Part
@@ -76,6 +76,10 @@ class LabelledObjective(Objective, Protocol):
 
     def constant(self, labels: np.ndarray) -> tuple[str, float]:
         """The best prediction that does not depend on the text: (in words, as a label)."""
+        ...
+
+    def answer(self, outputs: np.ndarray) -> dict[str, Any]:
+        """What the model's outputs [C] for a text mean, as JSON values."""
         ...
 
 
@@ -179,7 +183,11 @@ class LabelledTask(ABC, Generic[O, E]):
         name, constant = self.objective.constant(self.train.labels)
         rivals = {"bag of bytes": bag, f"always {name}": np.full_like(self.heldout.labels, constant)}
         print("\n".join(_table(self.objective, last, self.heldout.labels, rivals)))
-        return f"other files: python -m darkformer_jax.evaluate --workdir={shlex.quote(str(workdir))} --text=<files>"
+        of_run = f"--workdir={shlex.quote(str(workdir))} --text=<files>"
+        return (
+            f"files with labels: python -m darkformer_jax.evaluate {of_run}\n"
+            f"texts without: python -m darkformer_jax.predict {of_run}"
+        )
 
     @classmethod
     def score(cls, workdir: Workdir, step: int | None, request: ScoreRequest, progress_bar: ProgressBar) -> Scores:
@@ -192,13 +200,7 @@ class LabelledTask(ABC, Generic[O, E]):
                 f"--text_field={request.text_field}: the model of {workdir} reads the columns it was trained on; "
                 "allowed: no --text_field"
             )
-        model = load_model(workdir, step)
-        objective = cls.trained_objective(model.config, model.tokenizer.vocab_size, workdir)
-        if model.network.spec.num_outputs != objective.num_outputs:
-            raise UserError(
-                f"{workdir}: its checkpoint has {model.network.spec.num_outputs} outputs per text, its "
-                f"{model.config.task.name} {objective.num_outputs}; allowed: a checkpoint of the same run"
-            )
+        model, objective = cls._load_trained(workdir, step)
         examples = read_examples(request.files, columns_of(model.config))
         rows = LabelledRows(examples, objective.labels(examples), model.tokenizer, model.config.sequence_length)
         began = time.perf_counter()
@@ -219,6 +221,37 @@ class LabelledTask(ABC, Generic[O, E]):
         name, constant = objective.constant(rows.labels)
         rivals = {f"always {name}": np.full_like(rows.labels, constant)}
         return Scores(result, "\n".join([head, *_table(objective, evaluation, rows.labels, rivals)]))
+
+    @classmethod
+    def predict(
+        cls,
+        workdir: Workdir,
+        step: int | None,
+        read: Callable[[ml_collections.ConfigDict], Sequence[Text]],
+        batch_size: int,
+        progress_bar: ProgressBar,
+    ) -> tuple[float, Iterator[tuple[Text, dict[str, Any]]]]:
+        """(the share of the texts that are cut, each text with `LabelledObjective.answer`, in order).
+
+        read: the run's config -> the texts.
+        """
+        model, objective = cls._load_trained(workdir, step)
+        texts = read(model.config)
+        rows = LabelledRows(texts, np.zeros(len(texts), np.float32), model.tokenizer, model.config.sequence_length)
+        outputs = _outputs(model, rows, batch_size, progress_bar)
+        return rows.cut_share, zip(texts, map(objective.answer, outputs), strict=True)
+
+    @classmethod
+    def _load_trained(cls, workdir: Workdir, step: int | None) -> tuple[WorkdirModel, O]:
+        """A workdir's model, and what it learned."""
+        model = load_model(workdir, step)
+        objective = cls.trained_objective(model.config, model.tokenizer.vocab_size, workdir)
+        if model.network.spec.num_outputs != objective.num_outputs:
+            raise UserError(
+                f"{workdir}: its checkpoint has {model.network.spec.num_outputs} outputs per text, its "
+                f"{model.config.task.name} {objective.num_outputs}; allowed: a checkpoint of the same run"
+            )
+        return model, objective
 
     def __str__(self) -> str:
         lengths = self.train.num_tokens
@@ -274,6 +307,26 @@ def _evaluate(
     if not math.isfinite(evaluation.loss):
         raise UserError(f"the model's loss is {evaluation.loss}: its weights are damaged, or a number overflowed")
     return evaluation
+
+
+def _outputs(
+    model: WorkdirModel, rows: LabelledRows, batch_size: int, progress_bar: ProgressBar
+) -> Iterator[np.ndarray]:
+    """The outputs [C] of each row, float32."""
+
+    @jax.jit
+    def outputs(params: dict, projections: dict, batch: Batch) -> jax.Array:
+        bound = model.network.bind(params, projections)
+        return bound.outputs(batch["inputs"], batch["segment_ids"], batch["positions"])
+
+    with progress_bar(len(rows), "text") as bar:
+        for batch in ordered_batches(rows.read, len(rows), batch_size=batch_size):
+            num_real = int(batch["weights"].sum())
+            values = np.asarray(outputs(model.params, model.projections, batch))[:num_real]
+            if not np.isfinite(values).all():
+                raise UserError("the model's outputs are not finite: its weights are damaged, or a number overflowed")
+            yield from values
+            bar.update(num_real)
 
 
 def _table(

@@ -118,6 +118,10 @@ class Numbers:
         """The mean label."""
         return "the mean", float(labels.mean())
 
+    def answer(self, outputs: np.ndarray) -> dict[str, Any]:
+        """The number."""
+        return {"number": float(outputs[0])}
+
 
 class Regression(LabelledTask[Numbers, NumberEvaluation]):
     """The task of predicting a number for each text."""
