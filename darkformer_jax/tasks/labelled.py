@@ -315,7 +315,7 @@ def _outputs(
     """The outputs [C] of each row, float32."""
 
     @jax.jit
-    def outputs(params: dict, projections: dict, batch: Batch) -> jax.Array:
+    def outputs(params: dict, projections: dict, batch: dict[str, jax.Array]) -> jax.Array:
         bound = model.network.bind(params, projections)
         return bound.outputs(batch["inputs"], batch["segment_ids"], batch["positions"])
 
