@@ -12,6 +12,7 @@ import jax
 from absl import logging
 from absl.flags import argparse_flags
 
+from darkformer_jax.cli.progress import end_bars
 from darkformer_jax.distributed.libtpu import quiet_libtpu
 from darkformer_jax.errors import UserError, one_line, printable
 
@@ -84,6 +85,7 @@ def _interrupt(number: int, _: object) -> NoReturn:
 
 
 def _fail(message: str, status: int) -> NoReturn:
+    end_bars()
     begin = "\n" if sys.stderr.isatty() else ""  # below a progress bar or half a text
     print(f"{begin}error: {printable(message)}", file=sys.stderr)
     sys.exit(status)

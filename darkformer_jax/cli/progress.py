@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any, TextIO
 
@@ -13,6 +14,7 @@ from darkformer_jax.data.progress import no_progress
 
 _CLEAR = "\r\x1b[K"  # back to the first column, erase to the end of the line
 _SECONDS_BETWEEN_LINES = 30.0  # where the output is no terminal
+_bars: weakref.WeakSet[tqdm.tqdm] = weakref.WeakSet()
 
 
 def progress_bar(total: float | None, unit: str, label: str = "") -> Any:
@@ -23,9 +25,18 @@ def progress_bar(total: float | None, unit: str, label: str = "") -> Any:
     interval = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES
     large = unit in ("B", "token")
     form = "{desc}: {elapsed}" if total is None else None
-    return tqdm.tqdm(
-        desc=label or None, total=total, unit=unit, unit_scale=large, mininterval=interval, bar_format=form
-    )
+    bar = tqdm.tqdm(desc=label or None, total=total, unit=unit, unit_scale=large, mininterval=interval, bar_format=form)
+    _bars.add(bar)
+    return bar
+
+
+def end_bars() -> None:
+    """Ends the lines of all bars, so that what is printed next stands on a line of its own.
+
+    An error leaves a bar open if it comes from what was between two of its items.
+    """
+    for bar in list(_bars):
+        bar.close()
 
 
 class Progress:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -77,24 +78,16 @@ def find_workdirs(globs: str) -> list[str]:
 def read_runs(workdirs: Iterable[str]) -> list[ReportedRun]:
     """Reads every workdir.
 
-    Raises UserError if a config or a line of metrics.jsonl cannot be read, or if two runs were trained on different
-    data or for different tasks: their losses do not compare.
+    Raises UserError if a config or a line of metrics.jsonl cannot be read, or if runs were trained on different data or
+    for different tasks: their losses do not compare. The error has a --runs for each group that does.
     """
-    runs: list[ReportedRun] = []
-    trained: dict[str, str] = {}  # fingerprint of the data -> workdir
-    tasks: dict[str, str] = {}  # task.name -> workdir
-    for workdir in workdirs:
-        runs.append(_read_run(workdir))
-        if runs[-1].lines:
-            trained.setdefault(_data_fingerprint(workdir), workdir)
-            tasks.setdefault(runs[-1].settings["task.name"], workdir)
-            if len(trained) > 1:
-                raise _other_data(*trained.values())
-            if len(tasks) > 1:
-                raise UserError(
-                    f"{' and '.join(tasks.values())} have different tasks ({' and '.join(tasks)}): their losses do not "
-                    "compare; report them separately"
-                )
+    runs = [_read_run(workdir) for workdir in workdirs]
+    groups: dict[tuple[str, str], list[str]] = {}
+    for run in runs:
+        if run.lines:
+            groups.setdefault((_data_fingerprint(run.workdir), run.settings["task.name"]), []).append(run.workdir)
+    if len(groups) > 1:
+        raise _no_comparison(groups)
     return runs
 
 
@@ -170,12 +163,20 @@ def _data_fingerprint(workdir: str) -> str:
     return fingerprint
 
 
-def _other_data(a: str, b: str) -> UserError:
+def _no_comparison(groups: dict[tuple[str, str], list[str]]) -> UserError:
+    """The first two groups of runs have different data or tasks."""
+    (_, task), (_, other_task) = list(groups)[:2]
+    a, b = (workdirs[0] for workdirs in list(groups.values())[:2])
+    if task != other_task:
+        reason = f"different tasks ({task} and {other_task}): their losses"
+    else:
+        reason = f"different training or held-out tokens ({_changed_data(a, b)}): their losses and bits per byte"
+    separately = " or ".join(shlex.quote(f"--runs={','.join(workdirs)}") for workdirs in groups.values())
+    return UserError(f"{a} and {b} have {reason} do not compare; report them separately: {separately}")
+
+
+def _changed_data(a: str, b: str) -> str:
     mine, theirs = (dict(flat_fields(Workdir(workdir).read_config())) for workdir in (a, b))
     fields = sorted(name for name in mine.keys() | theirs.keys() if name.startswith("data."))
     changed = [name for name in fields if mine.get(name) != theirs.get(name)]
-    shown = "; ".join(f"{name}: {mine.get(name)!r} and {theirs.get(name)!r}" for name in changed)
-    return UserError(
-        f"{a} and {b} have different training or held-out tokens ({shown or 'the files changed'}):"
-        " their losses and bits per byte do not compare; report them separately"
-    )
+    return "; ".join(f"{name}: {mine.get(name)!r} and {theirs.get(name)!r}" for name in changed) or "the files changed"

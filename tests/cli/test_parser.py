@@ -6,6 +6,9 @@ import signal
 import pytest
 
 from darkformer_jax.cli.parser import one_line_errors
+from darkformer_jax.cli.progress import progress_bar
+from darkformer_jax.data.progress import with_progress
+from darkformer_jax.errors import UserError
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -29,3 +32,13 @@ def test_a_signal_that_is_ignored_stays_ignored_as_under_nohup():
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_an_error_between_two_items_of_a_bar_has_a_line_of_its_own(capsys):
+    def damaged(item):
+        raise UserError(f"{item} is damaged")
+
+    items = with_progress(["a", "b"], "run", progress_bar)
+    with pytest.raises(SystemExit), one_line_errors("nothing was written"):
+        damaged(next(items))
+    assert capsys.readouterr().err.splitlines()[-1] == "error: a is damaged"
