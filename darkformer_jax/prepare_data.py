@@ -1,4 +1,4 @@
-"""Tokenises text once into ArrayRecord shards and a manifest, so that training on any amount of it starts immediately.
+"""Tokenises text once into ArrayRecord shards, so that training on any amount of it starts immediately; makes ListOps.
 
     python -m darkformer_jax.prepare_data --source=news --files=1-billion-word-language-modeling-benchmark-r13output \\
         --tokenizer=bpe:8192 --out=data/lm_1b
@@ -6,6 +6,11 @@
 
 Both passes over the text (training a tokenizer, tokenising) use bounded memory. The directory appears when it is
 complete.
+
+ListOps of Long Range Arena is made, not read: nested operations on digits, as files that configs/lra.py trains on.
+
+    python -m darkformer_jax.prepare_data --source=listops --scale=small --out=data/listops
+    python train.py --config=configs/lra.py:files=data/listops,attention=dark --workdir=runs/listops
 """
 
 import argparse
@@ -15,10 +20,13 @@ from absl import app
 
 from darkformer_jax.cli.parser import Parser, one_line_errors
 from darkformer_jax.cli.progress import progress_bar
+from darkformer_jax.data.listops import SCALES, write_listops
 from darkformer_jax.data.prepared import DEFAULT_SHARD_TOKENS, SPLITS, prepare
 from darkformer_jax.data.sources import CORPUS_SOURCES
 from darkformer_jax.data.text_files import TEXT_FIELD
 from darkformer_jax.errors import UserError
+
+LISTOPS = "listops"
 
 
 def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
@@ -27,8 +35,9 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--source",
         required=True,
-        choices=CORPUS_SOURCES,
-        help="text: .txt, .md (one document per file), .jsonl and .parquet (one per line or row, in --text_field); "
+        choices=(*CORPUS_SOURCES, LISTOPS),
+        help="listops: made from --seed; "
+        "text: .txt, .md (one document per file), .jsonl and .parquet (one per line or row, in --text_field); "
         "news: the One Billion Word release (one per line); stdlib: the Python standard library",
     )
     parser.add_argument(
@@ -43,44 +52,84 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", required=True, help="directory to write; must be empty or not exist")
     parser.add_argument(
         "--tokenizer",
-        default="bytes",
         help="bytes | bpe:<vocabulary size> (trained on the training documents) | path of a tokenizer.json, of a "
         "SentencePiece .model or of a directory with one (default: bytes)",
     )
     parser.add_argument(
         "--heldout_fraction",
         type=float,
-        default=0.01,
         help="share of the documents, chosen by hash, that is never trained on (default: 0.01)",
     )
     parser.add_argument(
         "--shard_tokens",
         type=int,
-        default=DEFAULT_SHARD_TOKENS,
         help=f"tokens per shard, rounded up to whole records (default: {DEFAULT_SHARD_TOKENS})",
     )
+    parser.add_argument(
+        "--scale",
+        choices=SCALES,
+        help="listops: paper, 96,000 expressions of 500 to 2,000 symbols, which is the default; or small, 20,000 of 30 to 128",
+    )
+    parser.add_argument("--seed", type=int, help="listops: the seed of its expressions (default: 0)")
     return parser.parse_args(argv[1:])
 
 
 def main(args: argparse.Namespace) -> None:
     """Prepares the data and prints its sizes. A UserError becomes one line and exit status 2."""
     with one_line_errors("what was written is removed"):
-        if args.source == "stdlib" and args.files:
-            raise UserError(f"--files={args.files}: the stdlib source reads no files; allowed: --source=text or news")
-        if args.source != "text" and args.text_field is not None:
-            raise UserError(
-                f"--text_field={args.text_field}: the {args.source} source has no fields; allowed: --source=text"
-            )
-        manifest = prepare(
-            args.out,
-            source=args.source,
-            files=args.files,
-            tokenizer_spec=args.tokenizer,
-            heldout_fraction=args.heldout_fraction,
-            text_field=TEXT_FIELD if args.text_field is None else args.text_field,
-            shard_tokens=args.shard_tokens,
-            progress_bar=progress_bar,
+        _check_flags(args)
+        if args.source == LISTOPS:
+            _make_listops(args)
+        else:
+            _tokenise(args)
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """Raises UserError for a flag that the source does not use."""
+    of_text = {
+        "tokenizer": args.tokenizer,
+        "heldout_fraction": args.heldout_fraction,
+        "shard_tokens": args.shard_tokens,
+    }
+    of_listops = {"scale": args.scale, "seed": args.seed}
+    for name, value in (of_text if args.source == LISTOPS else of_listops).items():
+        if value is not None:
+            raise UserError(f"--{name}={value}: --source={args.source} does not use it; leave it out")
+    if args.source in ("stdlib", LISTOPS) and args.files:
+        raise UserError(
+            f"--files={args.files}: the {args.source} source reads no files; allowed: --source=text or news"
         )
+    if args.source != "text" and args.text_field is not None:
+        raise UserError(
+            f"--text_field={args.text_field}: the {args.source} source has no fields; allowed: --source=text"
+        )
+
+
+def _make_listops(args: argparse.Namespace) -> None:
+    seed = 0 if args.seed is None else args.seed
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed={seed}: must be from 0 to {2**32 - 1}")
+    result = write_listops(args.out, SCALES[args.scale or "paper"], seed, progress_bar)
+    print(f"{args.out}: ListOps, seed {seed}")
+    for split, figures in result.items():
+        print(
+            f"  {split:5s} {figures['expressions']:>7,} expressions of {figures['shortest']:,} to "
+            f"{figures['longest']:,} symbols, median {figures['median']:,}; the most frequent value has "
+            f"{100 * figures['majority_class']:.1f}%"
+        )
+
+
+def _tokenise(args: argparse.Namespace) -> None:
+    manifest = prepare(
+        args.out,
+        source=args.source,
+        files=args.files,
+        tokenizer_spec="bytes" if args.tokenizer is None else args.tokenizer,
+        heldout_fraction=0.01 if args.heldout_fraction is None else args.heldout_fraction,
+        text_field=TEXT_FIELD if args.text_field is None else args.text_field,
+        shard_tokens=DEFAULT_SHARD_TOKENS if args.shard_tokens is None else args.shard_tokens,
+        progress_bar=progress_bar,
+    )
     tokenizer = manifest["tokenizer"]
     print(f"{args.out}: {tokenizer['vocab_size']} ids, tokenizer fingerprint {tokenizer['fingerprint'][:12]}")
     for name in SPLITS:

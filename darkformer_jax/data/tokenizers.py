@@ -21,7 +21,7 @@ import tokenizers as hf
 
 from darkformer_jax.data.files import local_path, read_file, read_json_object, write_file, write_json
 from darkformer_jax.data.progress import ProgressBar, no_progress, time_shown, with_progress
-from darkformer_jax.errors import UserError
+from darkformer_jax.errors import UserError, one_line
 
 DOCUMENT_SEPARATOR = "<|doc|>"
 
@@ -162,16 +162,27 @@ class HuggingFaceTokenizer(_DefinedByFile):
         self.eos_id = vocabulary[eos_token]
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        with _unknown_words():
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         # The fast form skips character offsets, which nobody reads, and takes half the time.
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        with _unknown_words():
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         ids = [i for i in map(int, ids) if i not in (self.bos_id, self.eos_id)]
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@contextlib.contextmanager
+def _unknown_words() -> Iterator[None]:
+    """Whatever the library raises for a text is a UserError: a list of words without an unknown one may lack a word."""
+    try:
+        yield
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"the tokenizer has no ids for a word of the text: {one_line(error)}") from error
 
 
 class SentencePieceTokenizer(_DefinedByFile):
@@ -408,8 +419,12 @@ def _read_hf_tokenizer(data: bytes, config: dict[str, Any] | None) -> HuggingFac
 
 def _first_token(tokenizer: hf.Tokenizer) -> str | None:
     """The token that the post-processor puts before every text, or None."""
-    bare = tokenizer.encode("a", add_special_tokens=False).ids
-    ids = tokenizer.encode("a", add_special_tokens=True).ids
+    text = "a"
+    if isinstance(tokenizer.model, hf.models.WordLevel):  # which may not know it
+        vocabulary = tokenizer.get_vocab(with_added_tokens=False)
+        text = max(vocabulary, key=vocabulary.__getitem__)
+    bare = tokenizer.encode(text, add_special_tokens=False).ids
+    ids = tokenizer.encode(text, add_special_tokens=True).ids
     begins = len(ids) > len(bare) and ids[: len(bare)] != bare
     return tokenizer.id_to_token(ids[0]) if begins else None
 
