@@ -54,7 +54,7 @@ def _small(c: ml_collections.ConfigDict) -> None:
     c.model.num_layers, c.model.embed_dim, c.model.mlp_dim = 2, 64, 128
     c.model.num_heads = c.model.num_kv_heads = 2
     c.model.attention.chunk_size = 64
-    c.sequence_length, c.batch_size, c.num_steps = 128, 64, 3000
+    c.sequence_length, c.batch_size, c.num_steps = 128, 32, 2000
     c.optimizer.learning_rate = 1e-3
     c.eval.every = c.checkpoint.every = 500
     c.log.every = 50

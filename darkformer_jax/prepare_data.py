@@ -68,7 +68,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--scale",
         choices=SCALES,
-        help="listops: paper, 96,000 expressions of 500 to 2,000 symbols, which is the default; or small, 20,000 of 30 to 128",
+        help="listops: paper (the default), 96,000 expressions of 500 to 2,000 symbols; small, 20,000 of 30 to 128",
     )
     parser.add_argument("--seed", type=int, help="listops: the seed of its expressions (default: 0)")
     return parser.parse_args(argv[1:])

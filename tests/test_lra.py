@@ -1,0 +1,56 @@
+"""From a generated benchmark to a number that another process finds again."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from configs import lra
+from darkformer_jax import evaluate
+from darkformer_jax.config.validation import validate
+from darkformer_jax.data.listops import Scale, write_listops
+from darkformer_jax.errors import UserError
+from darkformer_jax.mixers import MIXERS
+from tests.tiny_runs import run
+
+pytestmark = pytest.mark.standard_promotion
+
+TINY = Scale(4, 4, 4, 30, {"train": 60, "val": 20, "test": 20})
+
+
+@pytest.fixture(scope="module")
+def listops(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("lra") / "listops"
+    write_listops(str(directory), TINY, seed=0)
+    return directory
+
+
+def test_a_test_figure_is_the_same_bit_for_bit_in_another_process(listops, tmp_path):
+    config = lra.get_config(f"files={listops},attention=dark,m=16,batch=8,steps=3")
+    config.update_from_flattened_dict({"model.num_layers": 1, "sequence_length": 64, "eval.batch_size": 8})
+    run(config, tmp_path / "run")
+    flags = [f"--workdir={tmp_path / 'run'}", f"--text={listops / 'basic_test.tsv'}"]
+    here = evaluate.evaluate(evaluate.parse_flags(["evaluate", *flags]))
+    command = [sys.executable, "-m", "darkformer_jax.evaluate", *flags, f"--json={tmp_path / 'there.json'}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    there = json.loads((tmp_path / "there.json").read_text())
+    assert here["examples"] == 20 and here["cut_share"] == 0
+    for name in ("loss", "accuracy", "confusion"):
+        assert here[name] == there[name]
+
+
+@pytest.mark.parametrize("scale", lra.SCALES)
+@pytest.mark.parametrize("kind", [kind for kind in MIXERS if MIXERS[kind].bidirectional and not MIXERS[kind].needs])
+def test_every_mechanism_that_sees_both_sides_has_the_same_model_around_it(scale, kind):
+    config = lra.get_config(f"scale={scale},attention={kind}")
+    validate(config)
+    assert config.model.embed_dim == {"small": 64, "paper": 512}[scale] and not config.model.causal
+    assert config.data.files == "data/listops/basic_train.tsv"
+
+
+@pytest.mark.parametrize("arguments", ["scale=large", "scale=small,scale=paper", "task=imdb", "window=64"])
+def test_arguments_that_it_does_not_have_are_refused(arguments):
+    with pytest.raises(UserError, match=r"configs/lra.py"):
+        lra.get_config(arguments)
