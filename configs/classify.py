@@ -3,7 +3,7 @@
     python train.py --config=configs/classify.py:files=spam.jsonl --workdir=runs/spam
     python train.py --config=configs/classify.py:files=train.tsv,heldout=dev.tsv,attention=softmax,pooling=mean
 
-Files are .tsv, .csv or .jsonl with a text and a label per line. If the columns are not called `text` and `label`,
+Files are .tsv, .csv, .jsonl or .parquet with a text and a label per line. If their columns are not `text` and `label`,
 --config.task.text_column and label_column name them. Without `heldout`, 15% of the texts are held out, chosen by hash.
 
 Arguments: files, heldout (a file, or globs in quotes), attention (as in configs/ablation.py), m (random features per

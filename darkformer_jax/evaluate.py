@@ -17,7 +17,7 @@ at, for context / stride times the work.
                  per byte of the whole text, so that quarters differ only by place.
   accuracy       share of tokens that had the largest logit
 
-A classifier or a regression is scored on labelled files, .tsv, .csv or .jsonl with the columns it was trained on:
+A classifier or a regression is scored on labelled files (.tsv, .csv, .jsonl, .parquet) with the run's columns:
 
     python -m darkformer_jax.evaluate --workdir=runs/spam --text=more.jsonl
 
@@ -51,7 +51,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         "--text",
         required=True,
         help="comma-separated globs of .txt, .md and .jsonl files, plain or .gz, and .parquet files, or directories; "
-        "for a classifier or a regression, of labelled files (.tsv, .csv, .jsonl)",
+        "for a classifier or a regression, of labelled files (.tsv, .csv, .jsonl, .parquet)",
     )
     parser.add_argument(
         "--text_field",

@@ -4,9 +4,9 @@
     python -m darkformer_jax.predict --workdir=runs/spam --text=new.csv
     python -m darkformer_jax.predict --workdir=runs/spam --input='You have won a prize'
 
-A text is a .txt file, or the run's text column of a .tsv, .csv or .jsonl record; other columns are ignored. Each gives
-one line of JSON, in order: its place (file:line), and of a classifier the likeliest label and the probability of each,
-of a regression the number.
+A text is a .txt file, or the run's text column of a record in a .tsv, .csv, .jsonl or .parquet file; other columns are
+ignored. Each gives one line of JSON, in order: its place (file:line), and of a classifier the likeliest label and the
+probability of each, of a regression the number.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     texts = parser.add_mutually_exclusive_group(required=True)
     texts.add_argument(
         "--text",
-        help="comma-separated globs of .txt, .tsv, .csv and .jsonl files, plain or .gz, or directories",
+        help="comma-separated globs of .txt, .tsv, .csv, .jsonl (each may be .gz) and .parquet files, or directories",
     )
     texts.add_argument("--input", help="one text")
     parser.add_argument("--batch_size", type=int, default=8, help="texts at a time (default: 8)")

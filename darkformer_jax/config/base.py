@@ -195,9 +195,9 @@ def _attention() -> Section:
 def _data() -> Section:
     d = Section()
     d.source = choice("stdlib", SOURCES)
-    # text: globs of .txt, .md, .jsonl, plain or .gz, and .parquet. labelled: globs of .tsv, .csv, .jsonl. array_record:
-    # the directory that prepare_data wrote. text, array_record: several sources may have weights, their shares of the
-    # training rows: "books:0.7,code/*.jsonl:0.3" (docs/training.md).
+    # text: globs of .txt, .md, .jsonl, plain or .gz, and .parquet. labelled: .tsv, .csv, .jsonl, .parquet.
+    # array_record: the directory that prepare_data wrote. text, array_record: several sources may have weights, their
+    # shares of the training rows: "books:0.7,code/*.jsonl:0.3" (docs/training.md).
     d.files = anything("")
     d.text_field = anything("text", since=4)  # text: the field or column of .jsonl and .parquet with the text
     # bytes | bpe:<vocab> (trained on the training split) | a tokenizer.json | a SentencePiece .model; "" = the one that

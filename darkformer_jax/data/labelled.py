@@ -3,6 +3,7 @@
 .tsv    a header, then a line per example; quotes are text, as in the files of GLUE
 .csv    a header, then an example per record; a field in double quotes may hold commas and line ends (RFC 4180)
 .jsonl  an object per line
+.parquet  an example per row
 .txt    a text without a label, to be predicted
 
 A row of a batch is one example, encoded like a prompt: BOS if the tokenizer's family has one, then the text's tokens.
@@ -14,12 +15,13 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from darkformer_jax.data import parquet_files
 from darkformer_jax.data.files import read_json_object, write_atomically
 from darkformer_jax.data.heldout import hash_fraction
 from darkformer_jax.data.sources import find_files
@@ -32,7 +34,7 @@ LABELS_FILE = "labels.json"
 _HELDOUT_FRACTION = 0.15  # more than of text: labelled sets are small
 
 _TABLE_SUFFIXES = (".tsv", ".tsv.gz", ".csv", ".csv.gz")
-_SUFFIXES = (*_TABLE_SUFFIXES, ".jsonl", ".jsonl.gz")
+_SUFFIXES = (*_TABLE_SUFFIXES, ".jsonl", ".jsonl.gz", parquet_files.SUFFIX)
 _PLAIN_SUFFIXES = (".txt", ".txt.gz")
 _MAX_FIELD_CHARACTERS = 64 << 20  # the csv module's own limit, 128 KiB, is less than a long e-mail
 _ENCODED_AT_ONCE = 1024  # examples
@@ -81,7 +83,7 @@ def read_examples(files: str, columns: Columns) -> list[Example]:
 
 
 def read_texts(files: str, column: str) -> list[Text]:
-    """The texts of a column of .tsv, .csv and .jsonl files, and each .txt file as one text, in order.
+    """The texts of a column of .tsv, .csv, .jsonl and .parquet files, and each .txt file as one text, in order.
 
     Raises:
       UserError: there is no such file or column, or a text is empty; the line is named.
@@ -98,8 +100,16 @@ def read_texts(files: str, column: str) -> list[Text]:
 
 
 def _records(path: str, columns: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """(`file:line`, record) of a .tsv, .csv or .jsonl file."""
-    records = _table_records(path, columns) if path.endswith(_TABLE_SUFFIXES) else read_json_records(path)
+    """(`file:line`, record) of a file. columns: what a record must have, first the text's."""
+    records: Iterable[tuple[int, Any]]
+    if path.endswith(_TABLE_SUFFIXES):
+        records = _table_records(path, columns)
+    elif path.endswith(parquet_files.SUFFIX):
+        parquet_files.require_pyarrow(path)
+        option = "task.text_column or task.label_column"
+        records = parquet_files.read_parquet_records(path, columns[0], columns[1:], option=option)
+    else:
+        records = read_json_records(path)
     return ((f"{path}:{line}", record) for line, record in records)
 
 

@@ -5,10 +5,10 @@ Rows are counted from 1. pyarrow, which reads the files, is an extra: it is impo
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from darkformer_jax.data.text_files import TEXT_FIELD_OPTION, OnRead, shown_names
+from darkformer_jax.data.text_files import TEXT_FIELD_OPTION, OnRead, ignore_read, shown_names
 from darkformer_jax.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -34,23 +34,41 @@ def read_parquet(path: str, field: str, on_read: OnRead) -> Iterator[tuple[int, 
 
     Raises UserError if the file cannot be read, has no rows or no such column of strings, or if a row is null.
     """
+    for row, record in read_parquet_records(path, field, (), on_read):
+        yield row, record[field]
+
+
+def read_parquet_records(
+    path: str,
+    field: str,
+    others: Sequence[str] = (),
+    on_read: OnRead = ignore_read,
+    option: str = TEXT_FIELD_OPTION,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """`read_parquet` with the values of other columns, of any type, as (row number, value by column).
+
+    option: what names the columns, for errors.
+    """
     import pyarrow
     from pyarrow import parquet
 
+    columns = [field, *others]
     try:
         size = os.path.getsize(path)
         with parquet.ParquetFile(path) as file:
-            _check_column(path, file.schema_arrow, field)
+            for column in columns:
+                _check_column(path, file.schema_arrow, column, option, is_text=column == field)
             num_rows = file.metadata.num_rows
             if not num_rows:
                 raise UserError(f"{path} is empty; a data file needs text")
             row, reported = 0, 0
             for group in range(file.num_row_groups):
-                options: dict[str, Any] = {"row_groups": [group], "columns": [field], "use_threads": False}
+                options: dict[str, Any] = {"row_groups": [group], "columns": columns, "use_threads": False}
                 for batch in file.iter_batches(_ROWS_AT_ONCE, **options):
-                    for value in batch.column(0):
+                    for text, *values in zip(*(batch.column(column) for column in columns), strict=True):
                         row += 1
-                        yield row, _text(value, field, f"{path}: row {row} of {num_rows}")
+                        record = {name: value.as_py() for name, value in zip(others, values, strict=True)}
+                        yield row, record | {field: _text(text, field, f"{path}: row {row} of {num_rows}")}
                     read = size * row // num_rows
                     on_read(read - reported)
                     reported = read
@@ -58,15 +76,15 @@ def read_parquet(path: str, field: str, on_read: OnRead) -> Iterator[tuple[int, 
         raise UserError(f"cannot read {path}: {one_line(error)}") from error
 
 
-def _check_column(path: str, schema: "pyarrow.Schema", field: str) -> None:
+def _check_column(path: str, schema: "pyarrow.Schema", field: str, option: str, is_text: bool) -> None:
     count = schema.names.count(field)
     if not count:
         names = shown_names(schema.names)
-        raise UserError(f'{path}: no column "{field}"; it has: {names} ({TEXT_FIELD_OPTION} names the one to read)')
+        raise UserError(f'{path}: no column "{field}"; it has: {names} ({option} names the one to read)')
     if count > 1:
         raise UserError(f'{path} has {count} columns "{field}"; allowed: one')
     kind = schema.field(field).type
-    if not _is_text(kind):
+    if is_text and not _is_text(kind):
         raise UserError(f'{path}: the column "{field}" has the type {kind}; allowed: string or large_string')
 
 

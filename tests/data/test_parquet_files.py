@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from darkformer_jax.data import load_data
+from darkformer_jax.data.labelled import Columns, read_examples
 from darkformer_jax.data.parquet_files import require_pyarrow
 from darkformer_jax.data.prepared import prepare
 from darkformer_jax.data.sources import open_corpus
@@ -122,3 +123,31 @@ def test_without_pyarrow_the_refusal_says_what_to_install_before_anything_is_rea
         open_corpus("text", str(tmp_path))
     monkeypatch.undo()
     require_pyarrow("b.parquet")
+
+
+@pytest.mark.parametrize("labels", [["ham", "spam", "ham"], [0, 1, 0], [0.5, 1.25, -3.0]])
+def test_labelled_rows_are_the_examples_of_json_lines(labels, tmp_path):
+    texts = ["a", "b\nc", "d"]
+    parquet.write_table(pa.table({"label": labels, "text": texts, "id": [1, 2, 3]}), tmp_path / "a.parquet")
+    lines = [json.dumps({"text": text, "label": label}) for text, label in zip(texts, labels, strict=True)]
+    (tmp_path / "b.jsonl").write_text("\n".join(lines) + "\n")
+    columns = Columns("text", "label")
+    rows, of_lines = (read_examples(str(tmp_path / name), columns) for name in ("a.parquet", "b.jsonl"))
+    assert [row[:2] for row in rows] == [line[:2] for line in of_lines]
+    assert rows[1].place == f"{tmp_path}/a.parquet:2"
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"text": ["a", "b"], "label": ["x", None]}, "a.parquet:2: there is no label in 'label'"),
+        ({"text": ["a", "b"], "class": ["x", "y"]}, 'no column "label"; it has: text, class .task.text_column or'),
+        ({"text": ["a", "b"], "label": [[1], [2]]}, "a.parquet:1: the label in 'label' is neither a string nor a"),
+        ({"text": ["a", " "], "label": ["x", "y"]}, "a.parquet:2: the text in 'text' is empty"),
+        ({"text": [1, 2], "label": ["x", "y"]}, "the column .text. has the type int64"),
+    ],
+)
+def test_what_is_wrong_in_labelled_rows_is_named(table, message, tmp_path):
+    parquet.write_table(pa.table(table), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=message):
+        read_examples(str(tmp_path / "a.parquet"), Columns("text", "label"))
