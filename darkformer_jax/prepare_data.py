@@ -1,4 +1,4 @@
-"""Tokenises text once into ArrayRecord shards, so that training on any amount of it starts immediately; makes ListOps.
+"""Tokenises text once into ArrayRecord shards, so that training on any amount of it starts at once; makes benchmarks.
 
     python -m darkformer_jax.prepare_data --source=news --files=1-billion-word-language-modeling-benchmark-r13output \\
         --tokenizer=bpe:8192 --out=data/lm_1b
@@ -7,10 +7,11 @@
 Both passes over the text (training a tokenizer, tokenising) use bounded memory. The directory appears when it is
 complete.
 
-ListOps of Long Range Arena is made, not read: nested operations on digits, as files that configs/lra.py trains on.
+Benchmarks that configs/lra.py trains on: ListOps of Long Range Arena, made from a seed; images as sequences of pixels.
 
     python -m darkformer_jax.prepare_data --source=listops --scale=small --out=data/listops
-    python train.py --config=configs/lra.py:files=data/listops,attention=dark --workdir=runs/listops
+    python -m darkformer_jax.prepare_data --source=fashion_mnist --files=fashion-mnist --side=14 --out=data/fashion
+    python train.py --config=configs/lra.py:task=listops,files=data/listops,attention=dark --workdir=runs/listops
 """
 
 import argparse
@@ -20,6 +21,8 @@ from absl import app
 
 from darkformer_jax.cli.parser import Parser, one_line_errors
 from darkformer_jax.cli.progress import progress_bar
+from darkformer_jax.data.files import local_path
+from darkformer_jax.data.images import READERS, write_images
 from darkformer_jax.data.listops import SCALES, write_listops
 from darkformer_jax.data.prepared import DEFAULT_SHARD_TOKENS, SPLITS, prepare
 from darkformer_jax.data.sources import CORPUS_SOURCES
@@ -27,6 +30,16 @@ from darkformer_jax.data.text_files import TEXT_FIELD
 from darkformer_jax.errors import UserError
 
 LISTOPS = "listops"
+_USED_BY = {
+    "files": ("text", "news", *READERS),
+    "text_field": ("text",),
+    "tokenizer": CORPUS_SOURCES,
+    "heldout_fraction": CORPUS_SOURCES,
+    "shard_tokens": CORPUS_SOURCES,
+    "scale": (LISTOPS,),
+    "seed": (LISTOPS,),
+    "side": tuple(READERS),
+}
 
 
 def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
@@ -35,15 +48,14 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--source",
         required=True,
-        choices=(*CORPUS_SOURCES, LISTOPS),
-        help="listops: made from --seed; "
+        choices=(*CORPUS_SOURCES, LISTOPS, *READERS),
+        help="listops: made from --seed; fashion_mnist (IDX files, also MNIST's), cifar10 (binary version): images; "
         "text: .txt, .md (one document per file), .jsonl and .parquet (one per line or row, in --text_field); "
         "news: the One Billion Word release (one per line); stdlib: the Python standard library",
     )
     parser.add_argument(
         "--files",
-        default="",
-        help="text: comma-separated globs, or directories searched recursively; news: the release's directory",
+        help="text: comma-separated globs, or directories searched recursively; others: the release's directory",
     )
     parser.add_argument(
         "--text_field",
@@ -71,6 +83,9 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         help="listops: paper (the default), 96,000 expressions of 500 to 2,000 symbols; small, 20,000 of 30 to 128",
     )
     parser.add_argument("--seed", type=int, help="listops: the seed of its expressions (default: 0)")
+    parser.add_argument(
+        "--side", type=int, help="images: pixels per row, each the mean of a square (default: as many as there are)"
+    )
     return parser.parse_args(argv[1:])
 
 
@@ -80,29 +95,18 @@ def main(args: argparse.Namespace) -> None:
         _check_flags(args)
         if args.source == LISTOPS:
             _make_listops(args)
+        elif args.source in READERS:
+            _convert_images(args)
         else:
             _tokenise(args)
 
 
 def _check_flags(args: argparse.Namespace) -> None:
     """Raises UserError for a flag that the source does not use."""
-    of_text = {
-        "tokenizer": args.tokenizer,
-        "heldout_fraction": args.heldout_fraction,
-        "shard_tokens": args.shard_tokens,
-    }
-    of_listops = {"scale": args.scale, "seed": args.seed}
-    for name, value in (of_text if args.source == LISTOPS else of_listops).items():
-        if value is not None:
-            raise UserError(f"--{name}={value}: --source={args.source} does not use it; leave it out")
-    if args.source in ("stdlib", LISTOPS) and args.files:
-        raise UserError(
-            f"--files={args.files}: the {args.source} source reads no files; allowed: --source=text or news"
-        )
-    if args.source != "text" and args.text_field is not None:
-        raise UserError(
-            f"--text_field={args.text_field}: the {args.source} source has no fields; allowed: --source=text"
-        )
+    for name, sources in _USED_BY.items():
+        value = getattr(args, name)
+        if value is not None and args.source not in sources:
+            raise UserError(f"--{name}={value}: --source={args.source} does not use it; allowed: {', '.join(sources)}")
 
 
 def _make_listops(args: argparse.Namespace) -> None:
@@ -119,11 +123,21 @@ def _make_listops(args: argparse.Namespace) -> None:
         )
 
 
+def _convert_images(args: argparse.Namespace) -> None:
+    if not args.files:
+        raise UserError(f"--source={args.source} needs --files=<the directory of its files>")
+    result = write_images(args.out, READERS[args.source](local_path(args.files)), args.side, progress_bar)
+    print(f"{args.out}: {args.source}, {result['train']['pixels']:,} pixels per image")
+    for split, figures in result.items():
+        share = max(figures["shares"].values())
+        print(f"  {split:5s} {figures['images']:>7,} images; the most frequent class has {100 * share:.1f}%")
+
+
 def _tokenise(args: argparse.Namespace) -> None:
     manifest = prepare(
         args.out,
         source=args.source,
-        files=args.files,
+        files=args.files or "",
         tokenizer_spec="bytes" if args.tokenizer is None else args.tokenizer,
         heldout_fraction=0.01 if args.heldout_fraction is None else args.heldout_fraction,
         text_field=TEXT_FIELD if args.text_field is None else args.text_field,

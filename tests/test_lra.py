@@ -8,6 +8,7 @@ import pytest
 
 from configs import lra
 from darkformer_jax import evaluate
+from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.config.validation import validate
 from darkformer_jax.data.listops import Scale, write_listops
 from darkformer_jax.errors import UserError
@@ -27,7 +28,7 @@ def listops(tmp_path_factory):
 
 
 def test_a_test_figure_is_the_same_bit_for_bit_in_another_process(listops, tmp_path):
-    config = lra.get_config(f"files={listops},attention=dark,m=16,batch=8,steps=3")
+    config = lra.get_config(f"task=listops,files={listops},attention=dark,m=16,batch=8,steps=3")
     config.update_from_flattened_dict({"model.num_layers": 1, "sequence_length": 64, "eval.batch_size": 8})
     run(config, tmp_path / "run")
     flags = [f"--workdir={tmp_path / 'run'}", f"--text={listops / 'basic_test.tsv'}"]
@@ -42,15 +43,20 @@ def test_a_test_figure_is_the_same_bit_for_bit_in_another_process(listops, tmp_p
 
 
 @pytest.mark.parametrize("scale", lra.SCALES)
-@pytest.mark.parametrize("kind", [kind for kind in MIXERS if MIXERS[kind].bidirectional and not MIXERS[kind].needs])
-def test_every_mechanism_that_sees_both_sides_has_the_same_model_around_it(scale, kind):
-    config = lra.get_config(f"scale={scale},attention={kind}")
+@pytest.mark.parametrize("task", lra.TASKS)
+@pytest.mark.parametrize("kind", [kind for kind in MIXERS if MIXERS[kind].bidirectional])
+def test_every_mechanism_that_sees_both_sides_has_the_same_model_around_it(task, scale, kind):
+    config, plain = (lra.get_config(f"task={task},scale={scale}{more}") for more in (f",attention={kind}", ""))
     validate(config)
-    assert config.model.embed_dim == {"small": 64, "paper": 512}[scale] and not config.model.causal
-    assert config.data.files == "data/listops/basic_train.tsv"
+    assert not config.model.causal and config.task.heldout_files.startswith(f"data/{task}/")
+    around, same = (
+        {name: value for name, value in flat_fields(c.to_dict()) if not name.startswith("model.attention.")}
+        for c in (config, plain)
+    )
+    assert around == same
 
 
-@pytest.mark.parametrize("arguments", ["scale=large", "scale=small,scale=paper", "task=imdb", "window=64"])
+@pytest.mark.parametrize("arguments", ["scale=large", "scale=small,scale=paper", "task=imdb", "window=64", "task="])
 def test_arguments_that_it_does_not_have_are_refused(arguments):
     with pytest.raises(UserError, match=r"configs/lra.py"):
         lra.get_config(arguments)

@@ -57,8 +57,14 @@ def test_the_text_may_be_in_any_field(tmp_path):
         (["--source=web"], "error: .*--source.*web"),
         (["--source=stdlib", "--sauce=1"], "error: .*--sauce"),
         (["--source=text", "--files={dir}/x.jsonl", "--text_field=body"], 'error: .*x.jsonl:1: no "body" field'),
-        (["--source=news", "--files={dir}", "--text_field=text"], "error: --text_field=text: the news source has no"),
-        (["--source=stdlib", "--files={dir}"], "error: --files=.*: the stdlib source reads no files"),
+        (
+            ["--source=news", "--files={dir}", "--text_field=text"],
+            "error: --text_field=text: --source=news does not use it; allowed: text",
+        ),
+        (
+            ["--source=stdlib", "--files={dir}"],
+            "error: --files=.*: --source=stdlib does not use it; allowed: text, news",
+        ),
     ],
 )
 def test_mistakes_get_one_line_and_status_2(flags, message, tmp_path, capsys):

@@ -103,7 +103,7 @@ def test_the_tokenizer_reads_symbols_and_refuses_others(tmp_path):
     [
         (["--source=listops", "--tokenizer=bytes"], "--tokenizer=bytes: --source=listops does not use it"),
         (["--source=stdlib", "--seed=1"], "--seed=1: --source=stdlib does not use it"),
-        (["--source=listops", "--files=x"], "--files=x: the listops source reads no files"),
+        (["--source=listops", "--files=x"], "--files=x: --source=listops does not use it; allowed: text, news"),
         (["--source=listops", "--seed=-1"], "--seed=-1: must be from 0"),
     ],
 )

@@ -1,0 +1,180 @@
+"""Grey images as sequences of pixels, for classification.
+
+A pixel is an id: images are read row by row, as Long Range Arena (Tay et al., arXiv 2011.04006) does with CIFAR-10. In
+a file, a pixel of brightness b is the Braille pattern U+2800 + b, of which there are 256, and none is a space. The
+files train.tsv, val.tsv and test.tsv have the columns `pixels` and `label`; tokenizer.json beside them has an id per
+brightness.
+
+fashion_mnist  the files *-images-idx3-ubyte.gz and *-labels-idx1-ubyte.gz of Fashion-MNIST, or of MNIST (IDX format)
+cifar10        data_batch_1.bin to data_batch_5.bin and test_batch.bin, the binary version of CIFAR-10
+"""
+
+import gzip
+import os
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tokenizers as hf
+
+from darkformer_jax.data.files import read_file, whole_directory, write_json
+from darkformer_jax.data.progress import ProgressBar, no_progress
+from darkformer_jax.data.tokenizers import DOCUMENT_SEPARATOR, HuggingFaceTokenizer
+from darkformer_jax.errors import UserError
+
+TEXT_COLUMN, LABEL_COLUMN = "pixels", "label"
+SPLITS = ("train", "val", "test")
+_FIRST_PIXEL = 0x2800
+_VAL_SHARE = 10  # one in ten training images, the last ones, as Long Range Arena does
+_IDX_TYPE = 8  # unsigned bytes
+_CIFAR_SIDE = 32
+_GREY = np.array([0.299, 0.587, 0.114])  # luma of red, green and blue, ITU-R BT.601
+_AT_ONCE = 1000  # images
+
+
+class Images(NamedTuple):
+    """Grey images [n, side, side] uint8 and their classes [n] uint8."""
+
+    pixels: np.ndarray
+    labels: np.ndarray
+
+
+def read_fashion_mnist(directory: str) -> tuple[Images, Images]:
+    """(training, test) images of 28 x 28. Raises UserError for a file that is missing or damaged."""
+    return _read_idx_pair(directory, "train"), _read_idx_pair(directory, "t10k")
+
+
+def read_cifar10(directory: str) -> tuple[Images, Images]:
+    """(training, test) images of 32 x 32 in grey. Raises UserError for a file that is missing or damaged."""
+    batches = [_read_cifar_batch(directory, f"data_batch_{number}.bin") for number in range(1, 6)]
+    training = Images(*(np.concatenate(parts) for parts in zip(*batches, strict=True)))
+    return training, _read_cifar_batch(directory, "test_batch.bin")
+
+
+READERS: dict[str, Callable[[str], tuple[Images, Images]]] = {
+    "fashion_mnist": read_fashion_mnist,
+    "cifar10": read_cifar10,
+}
+
+
+def write_images(
+    directory: str, read: tuple[Images, Images], side: int | None, progress_bar: ProgressBar = no_progress
+) -> dict[str, Any]:
+    """Writes the splits, tokenizer.json and statistics.json; the directory appears whole or not at all.
+
+    Args:
+      read: training and test images; the last tenth of the training images is the validation split.
+      side: pixels per row of what is written; each is the mean of a square of pixels. None = all pixels.
+
+    Returns:
+      what statistics.json has: per split the number of images and the share of each class, and the pixels per image.
+
+    Raises UserError if the directory exists and is not empty, or `side` does not divide the images' side.
+    """
+    training, test = read
+    begin = len(training.labels) - len(training.labels) // _VAL_SHARE
+    parts = (Images(*(x[:begin] for x in training)), Images(*(x[begin:] for x in training)), test)
+    result: dict[str, Any] = {}
+    with whole_directory(directory) as path, progress_bar(sum(len(x.labels) for x in parts), "image") as bar:
+        for split, images in zip(SPLITS, parts, strict=True):
+            pixels = images.pixels if side is None else smaller(images.pixels, side)
+            with open(path / f"{split}.tsv", "w", encoding="utf-8") as file:
+                file.write(f"{TEXT_COLUMN}\t{LABEL_COLUMN}\n")
+                for rows in _rows(pixels, images.labels):
+                    file.writelines(rows)
+                    bar.update(len(rows))
+            counts = Counter(images.labels.tolist())
+            shares = {str(label): counts[label] / len(images.labels) for label in sorted(counts)}
+            result[split] = {"images": len(images.labels), "pixels": pixels[0].size, "shares": shares}
+        pixel_tokenizer().save(str(path))
+        write_json(path / "statistics.json", result)
+    return result
+
+
+def smaller(pixels: np.ndarray, side: int) -> np.ndarray:
+    """Images [n, side, side] whose pixels are means of squares, rounded. Raises UserError if they do not fit."""
+    old = pixels.shape[1]
+    if not 0 < side <= old or old % side:
+        raise UserError(f"--side={side}: must divide the images' {old} pixels per row")
+    squares = pixels.reshape(len(pixels), side, old // side, side, old // side)
+    return np.rint(squares.mean(axis=(2, 4))).astype(np.uint8)
+
+
+def pixel_tokenizer() -> HuggingFaceTokenizer:
+    """An id per brightness, after that of the separator."""
+    names = (DOCUMENT_SEPARATOR, *map(_pixel, range(256)))
+    tokenizer = hf.Tokenizer(hf.models.WordLevel({name: number for number, name in enumerate(names)}, unk_token=None))
+    tokenizer.pre_tokenizer = hf.pre_tokenizers.Split(hf.Regex("."), "isolated")
+    tokenizer.decoder = hf.decoders.Fuse()
+    tokenizer.post_processor = hf.processors.TemplateProcessing(
+        single=f"{DOCUMENT_SEPARATOR} $A", special_tokens=[(DOCUMENT_SEPARATOR, 0)]
+    )
+    return HuggingFaceTokenizer(tokenizer.to_str().encode("utf-8"), DOCUMENT_SEPARATOR, DOCUMENT_SEPARATOR)
+
+
+def _pixel(brightness: int) -> str:
+    return chr(_FIRST_PIXEL + brightness)
+
+
+def _rows(pixels: np.ndarray, labels: np.ndarray) -> Iterator[list[str]]:
+    """Lines of the table, some at a time."""
+    for begin in range(0, len(labels), _AT_ONCE):
+        of_rows = slice(begin, begin + _AT_ONCE)
+        codes = (pixels[of_rows].reshape(len(labels[of_rows]), -1).astype("<u2") + _FIRST_PIXEL).astype("<u2")
+        yield [
+            f"{row.tobytes().decode('utf-16-le')}\t{label}\n" for row, label in zip(codes, labels[of_rows], strict=True)
+        ]
+
+
+def _read_idx_pair(directory: str, name: str) -> Images:
+    pixels = _read_idx(Path(directory) / f"{name}-images-idx3-ubyte.gz", 3)
+    labels = _read_idx(Path(directory) / f"{name}-labels-idx1-ubyte.gz", 1)
+    if len(pixels) != len(labels) or pixels.shape[1] != pixels.shape[2]:
+        raise UserError(
+            f"{directory}: {name} has images {list(pixels.shape)} and {len(labels)} labels; allowed: square images, "
+            "and as many labels"
+        )
+    return Images(pixels, labels)
+
+
+def _read_idx(path: Path, num_axes: int) -> np.ndarray:
+    """The array of unsigned bytes in a compressed IDX file: two zeros, type, number of axes, sizes, values."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; --files is the directory that has it")
+    try:
+        data = gzip.decompress(read_file(str(path)))
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    head = 4 + 4 * num_axes
+    if len(data) < head or data[:4] != bytes((0, 0, _IDX_TYPE, num_axes)):
+        raise UserError(f"{path} is no IDX file of bytes with {num_axes} axes")
+    shape = np.frombuffer(data, ">u4", num_axes, 4).tolist()
+    if len(data) - head != np.prod(shape) or not shape[0]:
+        raise UserError(f"{path}: its head says {shape}, but {len(data) - head:,} bytes follow")
+    return np.frombuffer(data, np.uint8, offset=head).reshape(shape)
+
+
+def _read_cifar_batch(directory: str, name: str) -> Images:
+    """Records of a label and the red, green and blue values of 32 x 32 pixels, plane by plane."""
+    path = os.path.join(directory, name)
+    if not os.path.isfile(path):
+        raise UserError(
+            f"{path} is missing; --files is the directory of the binary version of CIFAR-10 (cifar-10-batches-bin)"
+        )
+    record = 1 + 3 * _CIFAR_SIDE**2
+    data = np.frombuffer(read_file(path), np.uint8)
+    if not len(data) or len(data) % record:
+        raise UserError(f"{path}: {len(data):,} bytes are no whole number of records of {record:,}")
+    rows = data.reshape(-1, record)
+    labels = rows[:, 0]
+    if labels.max() > 9:
+        raise UserError(f"{path}: record {int(labels.argmax())} has the class {labels.max()}; allowed: 0 to 9")
+    planes = rows[:, 1:].reshape(-1, 3, _CIFAR_SIDE, _CIFAR_SIDE)
+    grey = np.empty((len(rows), _CIFAR_SIDE, _CIFAR_SIDE), np.uint8)
+    for begin in range(0, len(rows), _AT_ONCE):  # floating-point copies of all images would take a gigabyte
+        some = slice(begin, begin + _AT_ONCE)
+        grey[some] = np.rint(np.tensordot(planes[some], _GREY, axes=(1, 0)))
+    return Images(grey, labels)
