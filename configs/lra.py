@@ -21,8 +21,7 @@ from typing import NamedTuple
 import ml_collections
 
 from darkformer_jax.config import base
-from darkformer_jax.config.arguments import set_arguments
-from darkformer_jax.errors import UserError
+from darkformer_jax.config.arguments import set_arguments, take_choice
 
 ARGUMENTS = ("files", "attention", "m", "causal", "pooling", "length", "batch", "lr", "geometry_lr", "steps", "seed")
 
@@ -48,8 +47,8 @@ SCALES = ("small", "paper")
 def get_config(arguments: str = "") -> ml_collections.ConfigDict:
     """The config. arguments: comma-separated name=value."""
     given = list(filter(None, arguments.split(",")))
-    task = _choice(given, "task", tuple(TASKS))
-    scale = _choice(given, "scale", SCALES)
+    task = take_choice(given, "task", tuple(TASKS), "configs/lra.py")
+    scale = take_choice(given, "scale", SCALES, "configs/lra.py")
     layout = TASKS[task]
     c = base.get_config()
     c.task.name = "classification"
@@ -72,15 +71,6 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
     c.task.heldout_files = f"{directory}/{layout.split.format('val')}"
     c.data.tokenizer = f"{directory}/tokenizer.json"
     return c
-
-
-def _choice(given: list[str], name: str, allowed: tuple[str, ...]) -> str:
-    """Takes `name=value` out of `given`; without it, the first that is allowed."""
-    values = [argument.removeprefix(f"{name}=") for argument in given if argument.startswith(f"{name}=")]
-    if len(values) > 1 or not set(values) <= set(allowed):
-        raise UserError(f"configs/lra.py: {name}={','.join(values)}; allowed: one of {', '.join(allowed)}")
-    given[:] = [argument for argument in given if not argument.startswith(f"{name}=")]
-    return values[0] if values else allowed[0]
 
 
 def _small(c: ml_collections.ConfigDict, task: str) -> None:

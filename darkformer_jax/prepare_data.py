@@ -7,7 +7,7 @@
 Both passes over the text (training a tokenizer, tokenising) use bounded memory. The directory appears when it is
 complete.
 
-Benchmarks that configs/lra.py trains on: ListOps of Long Range Arena, made from a seed; images as sequences of pixels.
+Benchmarks for configs/lra.py and configs/glue.py: ListOps, made from a seed; images as sequences of pixels; GLUE.
 
     python -m darkformer_jax.prepare_data --source=listops --scale=small --out=data/listops
     python -m darkformer_jax.prepare_data --source=fashion_mnist --files=fashion-mnist --side=14 --out=data/fashion
@@ -22,6 +22,7 @@ from absl import app
 from darkformer_jax.cli.parser import Parser, one_line_errors
 from darkformer_jax.cli.progress import progress_bar
 from darkformer_jax.data.files import local_path
+from darkformer_jax.data.glue import GLUE_TASKS, write_glue
 from darkformer_jax.data.images import READERS, write_images
 from darkformer_jax.data.listops import SCALES, write_listops
 from darkformer_jax.data.prepared import DEFAULT_SHARD_TOKENS, SPLITS, prepare
@@ -29,9 +30,9 @@ from darkformer_jax.data.sources import CORPUS_SOURCES
 from darkformer_jax.data.text_files import TEXT_FIELD
 from darkformer_jax.errors import UserError
 
-LISTOPS = "listops"
+LISTOPS, GLUE = "listops", "glue"
 _USED_BY = {
-    "files": ("text", "news", *READERS),
+    "files": ("text", "news", *READERS, GLUE),
     "text_field": ("text",),
     "tokenizer": CORPUS_SOURCES,
     "heldout_fraction": CORPUS_SOURCES,
@@ -39,6 +40,7 @@ _USED_BY = {
     "scale": (LISTOPS,),
     "seed": (LISTOPS,),
     "side": tuple(READERS),
+    "task": (GLUE,),
 }
 
 
@@ -48,8 +50,9 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--source",
         required=True,
-        choices=(*CORPUS_SOURCES, LISTOPS, *READERS),
-        help="listops: made from --seed; fashion_mnist (IDX files, also MNIST's), cifar10 (binary version): images; "
+        choices=(*CORPUS_SOURCES, LISTOPS, *READERS, GLUE),
+        help="listops: made from --seed; fashion_mnist (IDX files, also MNIST's) and cifar10 (binary version): images; "
+        "glue: a --task; "
         "text: .txt, .md (one document per file), .jsonl and .parquet (one per line or row, in --text_field); "
         "news: the One Billion Word release (one per line); stdlib: the Python standard library",
     )
@@ -86,6 +89,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--side", type=int, help="images: pixels per row, each the mean of a square (default: as many as there are)"
     )
+    parser.add_argument("--task", choices=GLUE_TASKS, help="glue: which of its tasks")
     return parser.parse_args(argv[1:])
 
 
@@ -97,6 +101,8 @@ def main(args: argparse.Namespace) -> None:
             _make_listops(args)
         elif args.source in READERS:
             _convert_images(args)
+        elif args.source == GLUE:
+            _convert_glue(args)
         else:
             _tokenise(args)
 
@@ -131,6 +137,23 @@ def _convert_images(args: argparse.Namespace) -> None:
     for split, figures in result.items():
         share = max(figures["shares"].values())
         print(f"  {split:5s} {figures['images']:>7,} images; the most frequent class has {100 * share:.1f}%")
+
+
+def _convert_glue(args: argparse.Namespace) -> None:
+    if not args.files or args.task is None:
+        raise UserError("--source=glue needs --task and --files=<the directory of the release>")
+    result = write_glue(args.out, args.task, local_path(args.files), progress_bar)
+    print(f"{args.out}: {args.task} of GLUE, whose metric is {GLUE_TASKS[args.task].metric}")
+    for split, figures in result.items():
+        share = (
+            f"; the most frequent class has {100 * max(shares.values()):.1f}%"
+            if (shares := figures.get("shares"))
+            else ""
+        )
+        left_out = f"; {figures['left_out']} rows without a field left out" if figures["left_out"] else ""
+        print(
+            f"  {split:14s} {figures['examples']:>7,} examples, median {figures['median_bytes']} bytes{share}{left_out}"
+        )
 
 
 def _tokenise(args: argparse.Namespace) -> None:

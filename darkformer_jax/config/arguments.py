@@ -65,6 +65,18 @@ def set_arguments(c: ml_collections.ConfigDict, arguments: Iterable[str], allowe
     reset_unused(c, given)
 
 
+def take_choice(arguments: list[str], name: str, allowed: tuple[str, ...], file: str) -> str:
+    """Takes `name=value`, which is no field, out of the arguments; without it, the value is the first that is allowed.
+
+    Raises UserError for another value, or if it is there twice.
+    """
+    values = [argument.removeprefix(f"{name}=") for argument in arguments if argument.startswith(f"{name}=")]
+    if len(values) > 1 or not set(values) <= set(allowed):
+        raise UserError(f"{file}: {name}={','.join(values)}; allowed: one of {', '.join(allowed)}")
+    arguments[:] = [argument for argument in arguments if not argument.startswith(f"{name}=")]
+    return values[0] if values else allowed[0]
+
+
 def argument_names(arguments: Iterable[str]) -> list[str]:
     """The names of `name=value` strings."""
     return [argument.partition("=")[0] for argument in arguments]

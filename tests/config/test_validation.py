@@ -18,7 +18,7 @@ from darkformer_jax.training.run import dry_run
 from tests.tiny_specs import rope_spec
 
 # No config; one whose sizes are those of another run; one whose sizes depend on the labels of its files.
-NOT_ALONE = ("arguments", "finetune", "classify", "lra")
+NOT_ALONE = ("arguments", "finetune", "classify", "lra", "glue")
 CONFIGS = [path.stem for path in (Path(__file__).parents[2] / "configs").glob("*.py") if path.stem not in NOT_ALONE]
 
 
