@@ -20,7 +20,8 @@ from darkformer_jax.mixers.attention import ATTENTION_FIELDS
 COMPUTATION = ("attention", "dtype", "remat", "lora_rank")  # how a model is computed and trained, not what it is
 _INHERITED_BY_ATTENTION = (
     *("pattern", "query_scale", "softcap", "local_window", "far_gain", "learn_projections"),
-    *sorted(ATTENTION_FIELDS),  # positions, decay and convolution belong to the transformer, not to the mechanism
+    # Positions, decay and convolution belong to the transformer, not to the mechanism.
+    *sorted(name for name in ATTENTION_FIELDS if ATTENTION + name in base.fields()),
 )
 _OF_A_WINDOW: dict[str, Any] = {
     "num_features": 64,

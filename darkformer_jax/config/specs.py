@@ -47,6 +47,8 @@ def _mixer_spec(config: ml_collections.ConfigDict, layer: Layer) -> MixerSpec:
     for name in options.keys() - uses:
         off = fields()[ATTENTION + name].off
         options[name] = options[name] if off is None else off
+    if "positions" not in uses:
+        options["positions"] = "none"  # the field's default, which it has where nothing uses it, is not this
     own = {"kind": layer.kind, "seed": config.seed, "rope": _rope(config.model, "rope_local_theta" in uses)}
     return MixerSpec(**_by_name(MixerSpec, {**own, **options, **layer.options}, config.model))
 

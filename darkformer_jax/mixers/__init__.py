@@ -6,6 +6,7 @@ from darkformer_jax.mixers.dark import Dark
 from darkformer_jax.mixers.hedgehog import Hedgehog
 from darkformer_jax.mixers.lfk import LearnedFeatures
 from darkformer_jax.mixers.linear_transformer import LinearTransformer
+from darkformer_jax.mixers.mamba2 import Mamba2
 from darkformer_jax.mixers.mixer import MixerKind
 from darkformer_jax.mixers.performer import Performer
 from darkformer_jax.mixers.random import Random
@@ -22,6 +23,7 @@ MIXERS: dict[str, type[MixerKind]] = {
     "linear_transformer": LinearTransformer,
     "hedgehog": Hedgehog,
     "cosformer": CosFormer,
+    "mamba2": Mamba2,
     "random": Random,
     "constant": Constant,
     "window_only": WindowOnly,

@@ -19,7 +19,7 @@ from darkformer_jax.mixers.spec import MixerSpec
 
 # What `Attention` does around every mechanism; each mechanism adds them to what it uses itself.
 ATTENTION_FIELDS = frozenset(
-    {"positions", "decay", "shortest_memory", "longest_memory", "undecayed_heads", "conv_width"}
+    {"positions", "decay", "shortest_memory", "longest_memory", "undecayed_heads", "conv_width", "qk_norm", "qkv_bias"}
 )
 
 

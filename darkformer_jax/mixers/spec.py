@@ -56,6 +56,8 @@ class MixerSpec:
     undecayed_heads: int
     conv_width: int
     horizon: int
+    state_size: int
+    expand: int
 
     @property
     def scale(self) -> float:

@@ -84,6 +84,25 @@ def linear_attention_oracle(
     return _over_heads(one_head, q, k, v, ids, log_decay, feature_arrays, None)
 
 
+def signed_attention_oracle(
+    q: Float[Array, "b n hq d"],
+    k: Float[Array, "b n hk d"],
+    v: Float[Array, "b n hv dv"],
+    log_decay: Float[Array, "hv"] | Float[Array, "b n hv"],
+    *,
+    segment_ids: Int[Array, "b n"] | None = None,
+) -> Float[Array, "b n h dv"]:
+    """What `signed_attention` computes, from its definition. Shapes and arguments as there."""
+    ids = jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+    num_heads = max(q.shape[2], v.shape[2])
+    q, k, v = (jnp.repeat(x, num_heads // x.shape[2], axis=2) for x in (q, k, v))
+    decay = _between_tokens(log_decay, ids, log_decay.shape[-1])
+    decay = jnp.repeat(decay, num_heads // log_decay.shape[-1], axis=1)
+    visible = jax.vmap(lambda row: _visible(row, True))(ids)[:, None]
+    weights = jnp.einsum("bnhd,bthd->bhnt", q, k) * jnp.exp(jnp.where(visible, decay, -jnp.inf))
+    return jnp.einsum("bhnt,bthe->bnhe", weights, v)
+
+
 def _feature_logits(log_q: Float[Array, "n m"], log_k: Float[Array, "n m"]) -> Float[Array, "n n"]:
     """log sum_i exp(l_i(q) + l_i(k)), one row at a time."""
     return jax.lax.map(lambda query: jax.nn.logsumexp(query[None, :] + log_k, axis=-1), log_q)

@@ -38,7 +38,7 @@ RECENT_AXES: Any = HEAD_AXES.recent
 TOKEN_AXES: Any = Tokens(1, 1, 1, None, None, 1)  # type: ignore[arg-type]
 SUM_AXES: Any = Sums(1, 1, 1)  # type: ignore[arg-type]
 
-TokenTree = TypeVar("TokenTree", Tokens, Recent)
+Tree = TypeVar("Tree")
 
 # The scan's loop already keeps XLA from merging the recomputation with the forward pass.
 _recompute = functools.partial(jax.checkpoint, prevent_cse=False)
@@ -173,7 +173,7 @@ def _with_window(recent: Shaped[Array, "b w *h"], chunks: Shaped[Array, "n b c *
     """Each chunk with the `window` tokens before it in front."""
     num_chunks, _, size = chunks.shape[:3]
     window = recent.shape[1]
-    flat = jnp.concatenate([recent, _join_chunks(chunks)], axis=1)
+    flat = jnp.concatenate([recent, join_chunks(chunks)], axis=1)
     near = flat[:, jnp.arange(num_chunks)[:, None] * size + jnp.arange(window + size)[None, :]]
     return jnp.moveaxis(near, 1, 0)
 
@@ -226,22 +226,24 @@ def _swap_heads(recent: Recent, axis: int) -> Recent:
     return recent._replace(keys=swap(recent.keys), values=swap(recent.values), decays=decays)
 
 
-def split_chunks(tokens: TokenTree, size: int) -> TokenTree:
-    """[b, n, ...] -> [chunks, b, size, ...], with padding (segment 0) at the end."""
-    missing = -tokens.segments.shape[1] % size
+def split_chunks(tokens: Tree, size: int) -> Tree:
+    """[b, n, ...] -> [chunks, b, size, ...] of every leaf, with zeros (so padding, segment 0) at the end."""
+    missing = -jax.tree.leaves(tokens)[0].shape[1] % size
 
     def split(leaf: Array) -> Array:
         padded = jnp.pad(leaf, [(0, 0), (0, missing)] + [(0, 0)] * (leaf.ndim - 2))
         return jnp.moveaxis(padded.reshape(leaf.shape[0], padded.shape[1] // size, size, *leaf.shape[2:]), 1, 0)
 
-    return jax.tree.map(split, tokens)
+    new: Tree = jax.tree.map(split, tokens)
+    return new
 
 
 def _unsplit(sums: Sums) -> Sums:
     """[chunks, b, size, ...] -> [b, n, ...]."""
-    return jax.tree.map(_join_chunks, sums)
+    return jax.tree.map(join_chunks, sums)
 
 
-def _join_chunks(leaf: Shaped[Array, "n b c *rest"]) -> Shaped[Array, "b t *rest"]:
+def join_chunks(leaf: Shaped[Array, "n b c *rest"]) -> Shaped[Array, "b t *rest"]:
+    """[chunks, b, size, ...] -> [b, n, ...]."""
     chunks, batch, size = leaf.shape[:3]  # in full: no size can be inferred of an array without elements
     return jnp.moveaxis(leaf, 0, 1).reshape(batch, chunks * size, *leaf.shape[3:])

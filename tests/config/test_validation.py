@@ -31,7 +31,7 @@ def changed(changes):
 AT_LEAST_ONE = [
     "num_steps", "batch_size", "sequence_length", "accumulation_steps", "model.num_layers", "model.embed_dim",
     "model.num_heads", "model.num_kv_heads", "model.head_dim", "model.mlp_dim", "model.attention.num_features",
-    "model.rope_factor", "model.rope_original_length",
+    "model.rope_factor", "model.rope_original_length", "model.attention.state_size", "model.attention.expand",
     "model.attention.chunk_size", "eval.batch_size", "checkpoint.keep", "log.every", "sample.max_new_tokens",
     "profile.steps",
 ]  # fmt: skip
@@ -132,6 +132,13 @@ RULES = [
         "model.attention.horizon = 511: must be at least sequence_length = 512",
     ),
     ({"model.attention.kind": "cosformer"}, "model.attention.horizon = 0: 'cosformer' needs at least 1"),
+    ({"model.attention.kind": "mamba2", "model.attention.window": 128}, "window = 128: no mamba2 layer uses it"),
+    ({"model.attention.kind": "mamba2", "model.attention.decay": "gate"}, "decay = 'gate': no mamba2 layer uses it"),
+    ({"model.attention.kind": "mamba2", "model.attention.conv_width": 4}, "conv_width = 4: no mamba2 layer uses it"),
+    (
+        {"model.attention.kind": "mamba2", "model.causal": False, "task.name": "classification"},
+        "model.causal = False: 'mamba2' is causal only; allowed: True",
+    ),
     ({"model.attention.conv_width": 1}, "conv_width = 1; allowed: 0, or 2 and more"),
     ({"model.attention.conv_width": 513}, "conv_width = 513: must be at most sequence_length = 512"),
     (
@@ -228,6 +235,7 @@ def test_what_is_allowed(changes):
     [
         ({"kind": "softmax", "num_features": 128}, "num_features = 128: no softmax layer uses it; allowed: 64"),
         ({"kind": "softmax", "projections": "iid"}, "projections = 'iid': no softmax layer uses it; allowed: 'orth"),
+        ({"kind": "mamba2", "num_features": 32}, "num_features = 32: no mamba2 layer uses it; allowed: 64"),
         ({"kind": "constant", "geometry_init": 0.5}, "geometry_init = 0.5: no constant layer uses it; allowed: 1.0"),
         ({"kind": "linear_transformer", "query_scale": 0.3}, "query_scale = 0.3: no linear_transformer layer uses it"),
         (
@@ -280,8 +288,9 @@ def test_a_field_that_another_one_makes_idle_is_refused_on_the_command_line_alon
 
 
 @pytest.mark.parametrize(("name", "value"), [("model.rope_theta", 77.0), ("model.rope_scaling", "linear")])
-def test_rotary_positions_are_refused_where_no_layer_has_them(name, value):
-    without = {"model.attention.positions": "none", "model.head_dim": 15, "model.rope_factor": 2.0}
+@pytest.mark.parametrize("own", [{"model.attention.positions": "none"}, {"model.attention.kind": "mamba2"}])
+def test_rotary_positions_are_refused_where_no_layer_has_them(name, value, own):
+    without = {**own, "model.head_dim": 15, "model.rope_factor": 2.0}
     config = changed({**without, "model.rope_scaling": "linear", name: value})
     validate(config)
     with pytest.raises(UserError, match=f"{name} = {value!r}: no layer has rotary positions"):
@@ -425,3 +434,11 @@ def test_a_dry_run_reads_no_text(changes, vocabulary, capsys):
 def test_a_dry_run_refuses_a_tokenizer_that_is_none(tokenizer, message):
     with pytest.raises(UserError, match=message):
         dry_run(changed({"data.tokenizer": tokenizer}))
+
+
+@pytest.mark.parametrize("name", ["qk_norm", "qkv_bias"])
+def test_options_of_attention_are_refused_where_no_layer_is_attention(name):
+    changes = {f"model.{name}": True, "model.attention.kind": "mamba2"}
+    with pytest.raises(UserError, match=f"model.{name} = True: no mamba2 layer uses it; allowed: False"):
+        require_new_uses(changed(changes))
+    require_new_uses(changed({f"model.{name}": True, "model.attention.pattern": "mamba2,softmax"}))

@@ -11,6 +11,7 @@ from flax import nnx
 
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
+from darkformer_jax.mixers.attention import Mechanism
 from darkformer_jax.mixers.features import draw_layer
 from darkformer_jax.mixers.spec import Geometry, Projection
 from darkformer_jax.ops.oracle import dark_attention_oracle
@@ -23,8 +24,9 @@ LOCAL = dataclasses.replace(SPEC, local_window=7, softcap=2.0, query_scale=0.6)
 NEEDED = {"window": 8, "local_window": 7, "horizon": 64}
 OPTIONS = {"num_features": 16, "geometry_init": 0.7, "seed": 3}
 # Every kind with what it needs, every kind that can have a window with one, and what a conversion makes.
-NEEDS = {kind: {need: NEEDED[need] for need in MIXERS[kind].needs} for kind in MIXERS}
-ALL = [(kind, mixer_spec(kind, **OPTIONS, **NEEDS[kind])) for kind in MIXERS]
+MECHANISMS = [kind for kind, mixer in MIXERS.items() if issubclass(mixer, Mechanism)]
+NEEDS = {kind: {need: NEEDED[need] for need in MIXERS[kind].needs} for kind in MECHANISMS}
+ALL = [(kind, mixer_spec(kind, **OPTIONS, **NEEDS[kind])) for kind in MECHANISMS]
 ALL += [(kind, mixer_spec(kind, **OPTIONS, window=8, num_sinks=2)) for kind in MIXERS if "window" in MIXERS[kind].uses]
 ALL += [("dark", CONVERTED), ("softmax_local", LOCAL)]
 BIDIRECTIONAL = [kind for kind in MIXERS if MIXERS[kind].bidirectional]
