@@ -29,7 +29,13 @@ def continue_text(workdir):
 
 
 @pytest.mark.parametrize(
-    ("kind", "causal", "pooling"), [("dark", True, "last"), ("dark", False, "mean"), ("softmax", False, "last")]
+    ("kind", "causal", "pooling"),
+    [
+        ("dark", True, "last"),
+        ("dark", False, "mean"),
+        ("softmax", False, "last"),
+        ("nystromformer", False, "mean"),
+    ],
 )
 def test_a_classifier_learns_and_a_file_is_scored_as_in_training(tmp_path, capsys, kind, causal, pooling):
     files = write_labelled(tmp_path / "mails.jsonl", count=120)

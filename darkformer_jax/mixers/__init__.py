@@ -6,8 +6,10 @@ from darkformer_jax.mixers.dark import Dark
 from darkformer_jax.mixers.hedgehog import Hedgehog
 from darkformer_jax.mixers.lfk import LearnedFeatures
 from darkformer_jax.mixers.linear_transformer import LinearTransformer
+from darkformer_jax.mixers.linformer import Linformer
 from darkformer_jax.mixers.mamba2 import Mamba2
 from darkformer_jax.mixers.mixer import MixerKind
+from darkformer_jax.mixers.nystromformer import Nystromformer
 from darkformer_jax.mixers.performer import Performer
 from darkformer_jax.mixers.random import Random
 from darkformer_jax.mixers.softmax import Softmax
@@ -24,6 +26,8 @@ MIXERS: dict[str, type[MixerKind]] = {
     "hedgehog": Hedgehog,
     "cosformer": CosFormer,
     "mamba2": Mamba2,
+    "linformer": Linformer,
+    "nystromformer": Nystromformer,
     "random": Random,
     "constant": Constant,
     "window_only": WindowOnly,

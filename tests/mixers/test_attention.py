@@ -13,6 +13,7 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
 from darkformer_jax.mixers.attention import ATTENTION_FIELDS, Mechanism
 from darkformer_jax.mixers.convolution import ShortConvolution
+from darkformer_jax.mixers.encoders import EncoderMechanism
 from darkformer_jax.mixers.forgetting import alibi_slopes, memories
 from tests.tiny_specs import mixer_spec
 
@@ -22,7 +23,7 @@ MECHANISMS = {
     **{
         kind: {need: NEEDED[need] for need in mixer.needs}
         for kind, mixer in MIXERS.items()
-        if issubclass(mixer, Mechanism)
+        if issubclass(mixer, Mechanism) and not issubclass(mixer, EncoderMechanism)
     },
     "hybrid": {"window": 8, "num_sinks": 2},
 }
@@ -100,7 +101,7 @@ def test_every_mechanism_forgets_in_one_way(mechanism, form):
     assert jax.tree.map(jnp.shape, state) == shapes
 
 
-@pytest.mark.parametrize("kind", [kind for kind, mixer in MIXERS.items() if mixer.bidirectional])
+@pytest.mark.parametrize("kind", [kind for kind in MECHANISMS if kind in MIXERS and MIXERS[kind].bidirectional])
 @pytest.mark.parametrize("form", [{"decay": "gate"}, {"positions": "alibi"}])
 def test_an_encoder_forgets_with_the_distance_in_both_directions(kind, form):
     layer, _ = build(spec_of(kind, **form, causal=False))

@@ -12,6 +12,7 @@ from flax import nnx
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
 from darkformer_jax.mixers.attention import Mechanism
+from darkformer_jax.mixers.encoders import EncoderMechanism
 from darkformer_jax.mixers.features import draw_layer
 from darkformer_jax.mixers.spec import Geometry, Projection
 from darkformer_jax.ops.oracle import dark_attention_oracle
@@ -24,12 +25,16 @@ LOCAL = dataclasses.replace(SPEC, local_window=7, softcap=2.0, query_scale=0.6)
 NEEDED = {"window": 8, "local_window": 7, "horizon": 64}
 OPTIONS = {"num_features": 16, "geometry_init": 0.7, "seed": 3}
 # Every kind with what it needs, every kind that can have a window with one, and what a conversion makes.
-MECHANISMS = [kind for kind, mixer in MIXERS.items() if issubclass(mixer, Mechanism)]
+MECHANISMS = [
+    kind
+    for kind, mixer in MIXERS.items()
+    if issubclass(mixer, Mechanism) and not issubclass(mixer, EncoderMechanism)  # see test_encoders.py
+]
 NEEDS = {kind: {need: NEEDED[need] for need in MIXERS[kind].needs} for kind in MECHANISMS}
 ALL = [(kind, mixer_spec(kind, **OPTIONS, **NEEDS[kind])) for kind in MECHANISMS]
 ALL += [(kind, mixer_spec(kind, **OPTIONS, window=8, num_sinks=2)) for kind in MIXERS if "window" in MIXERS[kind].uses]
 ALL += [("dark", CONVERTED), ("softmax_local", LOCAL)]
-BIDIRECTIONAL = [kind for kind in MIXERS if MIXERS[kind].bidirectional]
+BIDIRECTIONAL = [kind for kind in MECHANISMS if MIXERS[kind].bidirectional]
 LENGTH = 40
 
 random = np.random.default_rng(0)
@@ -109,7 +114,7 @@ def test_without_causality_a_sequence_read_backwards_gives_the_same(kind):
         assert np.max(np.abs(out[0, last - 12] - causal[0, last - 12])) > 1e-3
 
 
-@pytest.mark.parametrize("kind", [kind for kind in MIXERS if kind not in BIDIRECTIONAL])
+@pytest.mark.parametrize("kind", [kind for kind in MIXERS if not MIXERS[kind].bidirectional])
 def test_what_is_causal_only_is_refused_in_an_encoder(kind):
     with pytest.raises(UserError, match=f"model.causal = False: '{kind}' is causal only; allowed: True"):
         MIXERS[kind].check(mixer_spec(kind, causal=False))

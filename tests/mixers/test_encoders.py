@@ -1,0 +1,168 @@
+"""The mechanisms that no causal model can have."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import NystromformerConfig
+from transformers.models.nystromformer.modeling_nystromformer import NystromformerSelfAttention
+
+from darkformer_jax.config import base
+from darkformer_jax.config.validation import validate
+from darkformer_jax.errors import UserError
+from darkformer_jax.mixers.linformer import Linformer
+from darkformer_jax.mixers.nystromformer import Nystromformer, pseudo_inverse
+from tests.tasks.labelled_files import labelled_config, write_labelled
+from tests.tiny_runs import metrics_without_time, run, tiny_config
+from tests.tiny_specs import mixer_spec
+
+KINDS = {"linformer": Linformer, "nystromformer": Nystromformer}
+LENGTH = 32
+random = np.random.default_rng(0)
+
+
+def make(kind, **options):
+    horizon = {"horizon": 40} if kind == "linformer" else {}
+    return KINDS[kind](mixer_spec(kind, **{"num_features": 8, "causal": False} | horizon | options), 0)
+
+
+def tokens(length=LENGTH, heads=4, kv_heads=2, rows=1):
+    return [random.standard_normal((rows, length, h, 8)).astype(np.float32) for h in (heads, kv_heads, kv_heads)]
+
+
+def attend(mixer, qkv, segment_ids=None):
+    ids = np.ones(qkv[0].shape[:2], np.int32) if segment_ids is None else segment_ids
+    call = jax.jit(lambda q, k, v, ids: mixer(q, k, v, segment_ids=ids, positions=0 * ids)[0])
+    return np.asarray(call(*qkv, ids))
+
+
+def softmax(x):
+    weights = np.exp(x - x.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def test_linformer_is_softmax_over_mixtures_of_keys_in_values_and_gradients():
+    mixer = make("linformer")
+    E, F = (np.asarray(x[...], np.float64)[:LENGTH] for x in (mixer.E, mixer.F))
+    qkv, cotangent = tokens(), random.standard_normal((1, LENGTH, 4, 8))
+
+    def by_definition(q, k, v):
+        q, k, v = (x[0].transpose(1, 0, 2) for x in (q, jnp.repeat(k, 2, axis=2), jnp.repeat(v, 2, axis=2)))
+        logits = q @ (E.T @ k).transpose(0, 2, 1) / np.sqrt(8)
+        return (jax.nn.softmax(logits, axis=-1) @ (F.T @ v)).transpose(1, 0, 2)[None]
+
+    with jax.enable_x64(True):
+        want, pull = jax.vjp(jax.jit(by_definition), *(x.astype(np.float64) for x in qkv))
+        gradients = pull(jnp.asarray(cotangent))
+    ids = jnp.ones((1, LENGTH), jnp.int32)
+    call = jax.jit(lambda q, k, v: mixer(q, k, v, segment_ids=ids, positions=0 * ids)[0])
+    out, pull = jax.vjp(call, *qkv)
+    np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-5)
+    for got, wanted in zip(pull(jnp.asarray(cotangent, jnp.float32)), gradients, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_nystromformer_is_that_of_transformers_from_the_same_weights():
+    # One head and one text, because theirs scales the pseudo-inverses of all heads and texts by one number.
+    mixer = make("nystromformer", num_heads=1, num_kv_heads=1)
+    config = NystromformerConfig(
+        hidden_size=8, num_attention_heads=1, num_landmarks=8, segment_means_seq_len=LENGTH, conv_kernel_size=33
+    )
+    theirs = NystromformerSelfAttention(config).eval()
+    x = random.standard_normal((1, LENGTH, 8)).astype(np.float32)
+    qkv = []
+    with torch.no_grad():
+        theirs.conv.weight.copy_(torch.tensor(np.asarray(mixer.kernel[...]).T[:, None, :, None]))
+        for linear in (theirs.query, theirs.key, theirs.value):
+            linear.weight.mul_(20)  # q and k as large as those of trained models
+            qkv.append(linear(torch.tensor(x)).numpy()[:, :, None])
+        want = theirs(torch.tensor(x))[0].numpy()
+    np.testing.assert_allclose(attend(mixer, qkv)[:, :, 0], want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [5, 8])
+def test_nystromformer_with_a_landmark_per_token_is_exact_attention_and_its_convolution(length):
+    mixer = make("nystromformer")
+    q, k, v = tokens(length)
+    q, k, v = (0.3 * q, 0.3 * k, v)
+    heads = [x[0].astype(np.float64).transpose(1, 0, 2) for x in (q, k.repeat(2, axis=2), v.repeat(2, axis=2))]
+    weights = softmax(heads[0] @ heads[1].transpose(0, 2, 1) / np.sqrt(8))
+    inverse = np.asarray(pseudo_inverse(jnp.asarray(weights, jnp.float32)[None]))[0]
+    kernel = np.asarray(mixer.kernel[...], np.float64)
+    convolved = np.zeros_like(heads[2])
+    for n in range(length):
+        for j in range(length):
+            convolved[:, n] += kernel[16 + j - n][:, None] * heads[2][:, j]
+    want = weights @ inverse @ weights @ heads[2] + convolved
+    np.testing.assert_allclose(attend(mixer, [q, k, v])[0].transpose(1, 0, 2), want, rtol=1e-4, atol=1e-4)
+
+
+def test_the_pseudo_inverse_is_one():
+    matrices = softmax(3 * random.standard_normal((2, 3, 6, 6)))
+    inverse = np.asarray(pseudo_inverse(jnp.asarray(matrices, jnp.float32)))
+    apart = np.abs(matrices @ inverse @ matrices - matrices).max()
+    assert apart < 0.05  # six steps do not reach small singular values
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [1, 5, 19])
+def test_a_text_has_the_same_outputs_whatever_stands_beside_it_and_however_it_is_padded(kind, length):
+    mixer = make(kind)
+    alone = tokens(length)
+    padded = [np.concatenate([x, 100 * np.ones((1, LENGTH - length, *x.shape[2:]), np.float32)], axis=1) for x in alone]
+    rows = [np.concatenate([x, y]) for x, y in zip(padded, tokens(), strict=True)]
+    ids = np.stack([(np.arange(LENGTH) < length), np.ones(LENGTH)]).astype(np.int32)
+    out = attend(mixer, rows, ids)
+    np.testing.assert_allclose(out[0, :length], attend(mixer, alone)[0], rtol=1e-4, atol=1e-5)
+    assert (out[0, length:] == 0).all() and np.isfinite(out).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_of_padding_gives_zeros_and_finite_gradients(kind):
+    mixer, ids = make(kind), jnp.zeros((1, LENGTH), jnp.int32)
+    grad = jax.jit(jax.grad(lambda q, k, v: mixer(q, k, v, segment_ids=ids, positions=ids)[0].sum(), argnums=(0, 1, 2)))
+    assert all((np.asarray(x) == 0).all() for x in grad(*tokens()))
+    assert (attend(mixer, tokens(), np.zeros((1, LENGTH), np.int32)) == 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_they_are_refused_in_causal_models_and_with_what_they_do_not_have(kind):
+    config = base.get_config()
+    config.model.attention.kind = kind
+    config.model.attention.horizon = 512 if kind == "linformer" else 0
+    with pytest.raises(
+        UserError, match=f"model.causal = True: in '{kind}' a token depends on later ones; allowed: False"
+    ):
+        validate(config)
+    for fields, message in (
+        ({"positions": "alibi"}, "model.attention.positions = 'alibi'"),
+        ({"conv_width": 4}, "conv_width = 4: no"),
+        ({"window": 64}, "window = 64: no"),
+    ):
+        changed = config.copy_and_resolve_references()
+        changed.model.causal = False
+        changed.task.name = "classification"
+        changed.model.attention.update(fields)
+        with pytest.raises(UserError, match=message):
+            validate(changed)
+    with pytest.raises(UserError, match="cannot continue a text"):
+        make(kind).init_state(1, 8, jnp.float32)
+
+
+def test_linformer_refuses_more_tokens_than_its_horizon():
+    with pytest.raises(UserError, match="horizon = 20 with 32 tokens: must be at least as many"):
+        attend(make("linformer", horizon=20), tokens())
+
+
+@pytest.mark.standard_promotion
+def test_linformer_trains_and_is_scored(tmp_path):
+    config = labelled_config(
+        write_labelled(tmp_path / "mails.jsonl"),
+        model__attention__kind="linformer",
+        model__attention__horizon=tiny_config().sequence_length,
+        model__causal=False,
+        num_steps=2,
+    )
+    run(config, tmp_path / "run")
+    assert metrics_without_time(tmp_path / "run")[-1]["heldout_loss"] > 0
