@@ -16,7 +16,7 @@ from darkformer_jax.cli.progress import end_bars
 from darkformer_jax.distributed.libtpu import quiet_libtpu
 from darkformer_jax.errors import UserError, one_line, printable
 
-_INTERRUPTING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_INTERRUPTING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # USR1: Slurm, before the end
 
 
 def command_of(verb: str) -> str:
@@ -48,8 +48,8 @@ class Parser(argparse_flags.ArgumentParser):
 def one_line_errors(if_interrupted: str) -> Iterator[None]:
     """Ends the program with one line: status 2 on a UserError, `if_interrupted` and status 130 on Ctrl-C.
 
-    SIGTERM and a closed terminal count as Ctrl-C, so that half-written files are removed. Status 2 is also that of too
-    little memory, because fewer or shorter rows need less.
+    SIGTERM, SIGUSR1 and a closed terminal count as Ctrl-C, so that half-written files are removed. Status 2 is also
+    that of too little memory, because fewer or shorter rows need less.
     """
     logging.set_verbosity(logging.WARNING)
     quiet_libtpu()

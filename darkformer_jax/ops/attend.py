@@ -171,7 +171,10 @@ def scale_of(scale: Any, q: Array) -> Any:
         raise UserError(f"scale has shape {np.shape(scale)}; expected one number")
     if isinstance(scale, jax.core.Tracer):
         return scale.astype(accumulator_dtype(q.dtype))
-    number = float(scale)
+    try:
+        number = float(scale)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"scale = {scale!r}: expected one real number") from error
     if not 0 <= number < math.inf:
         raise UserError(f"scale = {number:g}: allowed: finite and at least 0")
     return number

@@ -50,6 +50,8 @@ def dark_attention_fn(**options: Any) -> Callable[..., Array]:
             raise UserError("bias or mask: linear attention has no scores that they change; allowed: None, is_causal")
         if dropout_rate and not deterministic:
             raise UserError(f"dropout_rate = {dropout_rate}: linear attention has no weights to drop; allowed: 0")
+        if not query.shape[:-3] == key.shape[:-3] == value.shape[:-3]:
+            raise UserError(f"query {query.shape}, key {key.shape} and value {value.shape} differ in their batch axes")
         _refuse_others(others)
         inputs = (query, key, value) if dtype is None else tuple(x.astype(dtype) for x in (query, key, value))
         q, k, v = (x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:]) for x in inputs)

@@ -4,11 +4,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, UInt32
 
+from darkformer_jax.errors import UserError
+
 _KIND = "threefry2x32"  # JAX's default, which JAX_DEFAULT_PRNG_IMPL changes
 
 
 def key_of_seed(seed: int) -> Array:
-    """What `jax.random.key(seed)` is where nothing changes JAX's defaults. The lowest 32 bits of the seed count."""
+    """What `jax.random.key(seed)` is where nothing changes JAX's defaults. The lowest 32 bits of the seed count.
+
+    Raises UserError if JAX is told to draw other numbers from the same key.
+    """
+    if not jax.config.jax_threefry_partitionable:
+        raise UserError(
+            "jax_threefry_partitionable = False (JAX_THREEFRY_PARTITIONABLE): every seed would mean other numbers; "
+            "allowed: True, which is JAX's default"
+        )
     return key_of_data(jnp.array([0, seed % 2**32], jnp.uint32))
 
 

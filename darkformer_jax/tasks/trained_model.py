@@ -1,6 +1,7 @@
 """A run's language model for Python programs: `darkformer_jax.load_model`."""
 
 import functools
+import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -64,8 +65,10 @@ class TrainedModel:
         seed: int = 0,
     ) -> str:
         """What the model writes after the prompt, as `python -m darkformer_jax.generate` prints it."""
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens = {max_new_tokens}: must be at least 1")
+        _require_text("prompt", prompt)
+        for name, value, lowest in (("max_new_tokens", max_new_tokens, 1), ("top_k", top_k, 0), ("seed", seed, 0)):
+            if not isinstance(value, numbers.Integral) or not lowest <= value < 2**32:
+                raise UserError(f"{name} = {value!r}: must be a whole number from {lowest} to {2**32 - 1}")
         writer = Writer(self._sampler(temperature, top_k, top_p, seed), self.tokenizer, self._loaded.ends)
         return "".join(writer.stream(prompt, max_new_tokens))
 
@@ -74,7 +77,10 @@ class TrainedModel:
 
         Raises UserError for ids outside the vocabulary.
         """
-        array = np.asarray(ids)
+        try:
+            array = np.asarray(ids)
+        except ValueError as error:
+            raise UserError("the rows of ids have different lengths; allowed: rows of one length") from error
         size = self._loaded.network.spec.vocab_size
         if array.ndim not in (1, 2) or not array.size or not np.issubdtype(array.dtype, np.integer):
             raise UserError(f"ids have shape {array.shape} and type {array.dtype}; expected integers [n] or [batch, n]")
@@ -93,6 +99,7 @@ class TrainedModel:
 
         Raises UserError for a text without a token to predict.
         """
+        _require_text("text", text)
         context = self.config.sequence_length if context is None else context
         if context < QUARTERS:
             raise UserError(f"context = {context}: must be at least {QUARTERS}")
@@ -109,6 +116,13 @@ class TrainedModel:
         model = self._loaded
         options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         return Sampler(model.network, model.params, model.projections, **options, vocab_size=model.tokenizer.vocab_size)
+
+
+def _require_text(name: str, text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name} has a lone surrogate at character {error.start}, which is no UTF-8 text") from error
 
 
 def load_model(workdir: str, step: int | None = None) -> TrainedModel:

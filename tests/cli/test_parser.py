@@ -11,7 +11,7 @@ from darkformer_jax.data.progress import with_progress
 from darkformer_jax.errors import UserError
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_ends_a_verb_with_one_line_and_its_status(number, capsys):
     before = signal.signal(number, signal.SIG_DFL)  # a background job of a shell ignores SIGINT
     try:

@@ -151,3 +151,9 @@ def test_what_is_wrong_in_labelled_rows_is_named(table, message, tmp_path):
     parquet.write_table(pa.table(table), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=message):
         read_examples(str(tmp_path / "a.parquet"), Columns("text", "label"))
+
+
+def test_a_name_that_also_leads_into_another_column_is_refused(tmp_path):
+    parquet.write_table(pa.table({"a": [{"b": "nested"}], "a.b": ["flat"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match='"a.b" is a column and a field of another column; rename one'):
+        documents(tmp_path / "a.parquet", "a.b")

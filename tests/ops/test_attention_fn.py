@@ -63,3 +63,10 @@ def test_what_jaxs_attention_has_and_this_has_not_is_refused():
     attend = dark_attention_fn(projections=W)
     with pytest.raises(UserError, match="local_window_size: dark_attention_fn does not support it; allowed: None"):
         attend(*arrays(1), local_window_size=4)
+
+
+def test_batch_axes_that_differ_are_refused_though_their_products_agree():
+    attend = dark_attention_fn(projections=draw_projections(jax.random.key(1), 8, 8))
+    x = jax.random.normal(jax.random.key(3), (2, 3, 5, 2, 8))
+    with pytest.raises(UserError, match=r"query \(2, 3, 5, 2, 8\), key \(3, 2, 5, 2, 8\) and value .* batch axes"):
+        attend(x, x.reshape(3, 2, 5, 2, 8), x)

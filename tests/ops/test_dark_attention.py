@@ -103,6 +103,8 @@ BAD_INPUTS = [
     ({"scale": np.inf}, "scale = inf: allowed: finite"),
     ({"scale": float("nan")}, "scale = nan: allowed: finite"),
     ({"scale": np.ones(1)}, r"scale has shape \(1,\); expected one number"),
+    ({"scale": "a"}, "scale = .a.: expected one real number"),
+    ({"scale": 2 + 1j}, r"scale = \(2\+1j\): expected one real number"),
     ({"chunk_size": 16.0}, "chunk_size = 16.0: allowed: an integer, static under jit"),
     ({"window": 16.0, "chunk_size": 16}, "window = 16.0: allowed: an integer"),
     ({**HYBRID, "num_sinks": 2.0}, "num_sinks = 2.0: allowed: an integer"),

@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import pytest
 
+from darkformer_jax.errors import UserError
 from darkformer_jax.ops.keys import key_of_data, key_of_seed
 
 LIBRARY = Path(__file__).parents[2] / "darkformer_jax"
@@ -18,6 +19,11 @@ def test_a_seed_is_the_key_that_jax_makes_of_it_by_default(seed):
             key = key_of_seed(seed)
             np.testing.assert_array_equal(jax.random.key_data(key), data)
             assert key_of_data(jax.random.key_data(key)) == key
+
+
+def test_the_switch_that_draws_other_numbers_from_a_key_is_refused():
+    with jax.threefry_partitionable(False), pytest.raises(UserError, match="every seed would mean other numbers"):
+        key_of_seed(0)
 
 
 def test_no_other_module_makes_keys_whose_kind_jax_chooses():
