@@ -190,7 +190,9 @@ def _attention() -> Section:
     a.conv_width = at_least(0, 0, off=0, since=3)
     a.horizon = at_least(0, 0, off=0, since=4)  # cosformer: tokens that a document may have at most
     a.state_size = at_least(1, 128, since=5)  # mamba2: numbers that its state holds for each dimension of a head
-    a.expand = at_least(1, 2, since=5)  # mamba2: its heads, of head_dim each, are this times model.num_heads
+    a.expand = at_least(
+        1, 2, since=5
+    )  # mamba2: heads, as multiple of num_heads; gated_deltanet: size of v, of head_dim
     return a
 
 
