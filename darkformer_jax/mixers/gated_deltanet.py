@@ -43,13 +43,13 @@ class GatedDeltaNet(Recurrent):
         self.spec = spec
         heads, size, axes = spec.num_heads, spec.expand * spec.head_dim, ("embed", "heads", None)
         linear = functools.partial(Linear, rngs=rngs, dtype=spec.dtype)
-        self.q = linear((spec.embed_dim, heads, spec.head_dim), axes)
-        self.k = linear((spec.embed_dim, heads, spec.head_dim), axes)
-        self.v = linear((spec.embed_dim, heads, size), axes)
-        self.z = linear((spec.embed_dim, heads, size), axes)
+        self.in_q = linear((spec.embed_dim, heads, spec.head_dim), axes)
+        self.in_k = linear((spec.embed_dim, heads, spec.head_dim), axes)
+        self.in_v = linear((spec.embed_dim, heads, size), axes)
+        self.in_z = linear((spec.embed_dim, heads, size), axes)
         wide = functools.partial(Linear, (spec.embed_dim, heads), axes[:2], rngs=rngs, dtype=jnp.float32)
-        self.a = wide()  # exponents
-        self.b = wide()
+        self.in_a = wide()  # exponents
+        self.in_b = wide()
         convolution = functools.partial(
             ActivatedConvolution, CONV_WIDTH, heads, axis="heads", use_bias=False, rngs=rngs
         )
@@ -87,16 +87,18 @@ class GatedDeltaNet(Recurrent):
         """(y, the state after the tokens). x and y are [b, n, embed_dim]; positions are not read."""
         old = self.init_state(len(x), x.shape[1], self.spec.dtype) if state is None else state
         x = jnp.where((segment_ids != 0)[..., None], x, 0)
-        projected = self.q(x), self.k(x), self.v(x)
+        projected = self.in_q(x), self.in_k(x), self.in_v(x)
         convolutions = self.conv_q, self.conv_k, self.conv_v
         convolved = convolve(convolutions, projected, segment_ids, old.convolution)
         q, k, v = (constrain(part, "batch", "sequence", "heads", None) for part in convolved)
 
-        log_decay, _ = log_decay_of(self.a(x) + self.dt_bias[...].astype(jnp.float32)[None, None], self.A_log)
+        log_decay, _ = log_decay_of(self.in_a(x) + self.dt_bias[...].astype(jnp.float32)[None, None], self.A_log)
         queries = _of_length(q, self.spec.head_dim**-0.5)
         options: dict[str, Any] = {"segment_ids": segment_ids, "chunk_size": self.spec.chunk_size, "state": old.scan}
-        y, scan = delta_rule_attention(queries, _of_length(k, 1.0), v, jax.nn.sigmoid(self.b(x)), log_decay, **options)
-        gated = self.norm(y.astype(jnp.float32)) * jax.nn.silu(self.z(x).astype(jnp.float32))
+        y, scan = delta_rule_attention(
+            queries, _of_length(k, 1.0), v, jax.nn.sigmoid(self.in_b(x)), log_decay, **options
+        )
+        gated = self.norm(y.astype(jnp.float32)) * jax.nn.silu(self.in_z(x).astype(jnp.float32))
         out = self.out_proj(constrain(gated.astype(v.dtype), "batch", "sequence", "heads", None))
         if state is None:
             return out, None

@@ -30,8 +30,8 @@ def transformers_layer(layer, spec):
     convolutions = layer.conv_q, layer.conv_k, layer.conv_v
     columns = [np.asarray(part.kernel[...]).reshape(4, -1).T[:, None, ::-1] for part in convolutions]
     weights = {
-        "in_proj_qkvz.weight": rows(layer.q, layer.k, layer.v, layer.z),  # head by head
-        "in_proj_ba.weight": scalars(layer.b, layer.a),
+        "in_proj_qkvz.weight": rows(layer.in_q, layer.in_k, layer.in_v, layer.in_z),  # head by head
+        "in_proj_ba.weight": scalars(layer.in_b, layer.in_a),
         "conv1d.weight": np.concatenate(columns),
         "A_log": layer.A_log[...],
         "dt_bias": layer.dt_bias[...],
