@@ -190,7 +190,9 @@ def _attention() -> Section:
     a.conv_width = at_least(0, 0, off=0, since=3)
     a.horizon = at_least(0, 0, off=0, since=4)  # cosformer: tokens that a document may have at most
     a.state_size = at_least(1, 128, since=5)  # mamba2: numbers that its state holds for each dimension of a head
-    a.expand = at_least(1, 2, since=5)  # mamba2: its heads, of head_dim each, are this times model.num_heads
+    a.expand = at_least(
+        1, 2, since=5
+    )  # mamba2: heads, as multiple of num_heads; gated_deltanet: size of v, of head_dim
     return a
 
 
@@ -214,8 +216,8 @@ def _data() -> Section:
 def _optimizer() -> Section:
     o = Section()  # AdamW
     # all | qkv_geometry (q, k, v projections and M) | geometry (M, learned projections) | lora (low-rank updates of
-    # rank model.lora_rank, and M). Each also trains what no pretrained model brings: a classifier's head, gates, slopes
-    # and convolutions. Other parameters are frozen and have no moments.
+    # rank model.lora_rank, and M). Each also trains what no pretrained model brings: a classifier's head, gates,
+    # slopes, convolutions and layers that are no attention. Other parameters are frozen and have no moments.
     o.train = choice("all", REGIMES, since=1)
     o.learning_rate = positive(3e-3)  # peak
     o.geometry_learning_rate = at_least(0, 3e-4)  # peak, for M and learned projections, which scale exponents

@@ -3,6 +3,7 @@
 from darkformer_jax.mixers.constant import Constant
 from darkformer_jax.mixers.cosformer import CosFormer
 from darkformer_jax.mixers.dark import Dark
+from darkformer_jax.mixers.gated_deltanet import GatedDeltaNet
 from darkformer_jax.mixers.hedgehog import Hedgehog
 from darkformer_jax.mixers.lfk import LearnedFeatures
 from darkformer_jax.mixers.linear_transformer import LinearTransformer
@@ -26,6 +27,7 @@ MIXERS: dict[str, type[MixerKind]] = {
     "hedgehog": Hedgehog,
     "cosformer": CosFormer,
     "mamba2": Mamba2,
+    "gated_deltanet": GatedDeltaNet,
     "linformer": Linformer,
     "nystromformer": Nystromformer,
     "random": Random,

@@ -1,6 +1,7 @@
 """Mamba-2, a state space model (Dao and Gu, arXiv 2405.21060)."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +91,7 @@ class Mamba2(Recurrent):
         log_decay, step = log_decay_of(self.dt(x) + self.dt_bias[...].astype(jnp.float32)[None, None], self.A_log)
         wide = values.astype(jnp.float32)
         steps = (wide * step[..., None]).astype(values.dtype)
-        options = {"segment_ids": segment_ids, "chunk_size": self.spec.chunk_size, "state": old.scan}
+        options: dict[str, Any] = {"segment_ids": segment_ids, "chunk_size": self.spec.chunk_size, "state": old.scan}
         y, scan = signed_attention(C, B, steps, log_decay, **options)
         y = y.astype(jnp.float32) + self.D[...].astype(jnp.float32)[None, None, :, None] * wide
         gated = y * jax.nn.silu(self.z(x).astype(jnp.float32))

@@ -12,6 +12,9 @@ from darkformer_jax.model.network import Network, is_geometry
 ParamPath = tuple[str, ...]
 Paths = frozenset[ParamPath]
 
+# Of a layer's attention. What else a layer has is a gate, a convolution, or a mixer that is no attention.
+_OF_PRETRAINED_ATTENTION = ("q", "k", "v", "out", "q_norm", "k_norm", "mechanism")
+
 
 def _is_qkv(path: ParamPath) -> bool:
     return path[1:2] == ("attention",) and path[2] in ("q", "k", "v")
@@ -19,7 +22,7 @@ def _is_qkv(path: ParamPath) -> bool:
 
 def _is_new(path: ParamPath) -> bool:
     """Whether no pretrained model of another library has the parameter; every regime trains it."""
-    return path[0] == "classifier" or path[1:3] in (("attention", "forgetting"), ("attention", "convolution"))
+    return path[0] == "classifier" or (path[1:2] == ("attention",) and path[2] not in _OF_PRETRAINED_ATTENTION)
 
 
 # optimizer.train -> whether it trains the parameter (path, variable)

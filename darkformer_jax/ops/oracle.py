@@ -103,6 +103,34 @@ def signed_attention_oracle(
     return jnp.einsum("bhnt,bthe->bnhe", weights, v)
 
 
+def delta_rule_oracle(
+    q: Float[Array, "b n hq d"],
+    k: Float[Array, "b n hk d"],
+    v: Float[Array, "b n hv dv"],
+    beta: Float[Array, "b n hv"],
+    log_decay: Float[Array, "b n hv"],
+    *,
+    segment_ids: Int[Array, "b n"] | None = None,
+) -> Float[Array, "b n h dv"]:
+    """What `delta_rule_attention` computes, one token after the other. Shapes and arguments as there."""
+    ids = jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+    num_heads = max(q.shape[2], v.shape[2])
+    q, k, v, beta, log_decay = (jnp.repeat(x, num_heads // x.shape[2], axis=2) for x in (q, k, v, beta, log_decay))
+
+    def one_head(q: Array, k: Array, v: Array, beta: Array, decay: Array, ids: Array) -> Array:
+        def step(carry: tuple[Array, Array], token: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
+            (S, segment), (q, k, v, beta, decay, own) = carry, token
+            S = jnp.where(own == segment, jnp.exp(decay) * S, 0)
+            S = S + beta * jnp.outer(k, v - k @ S)
+            return (S, own), q @ S
+
+        start = (jnp.zeros((k.shape[1], v.shape[1]), v.dtype), jnp.zeros((), ids.dtype))
+        return jax.lax.scan(step, start, (q, k, v, beta, decay, ids))[1]
+
+    heads = jax.vmap(one_head, in_axes=(1, 1, 1, 1, 1, None), out_axes=1)
+    return jax.vmap(heads)(q, k, v, beta, log_decay, ids)
+
+
 def _feature_logits(log_q: Float[Array, "n m"], log_k: Float[Array, "n m"]) -> Float[Array, "n n"]:
     """log sum_i exp(l_i(q) + l_i(k)), one row at a time."""
     return jax.lax.map(lambda query: jax.nn.logsumexp(query[None, :] + log_k, axis=-1), log_q)

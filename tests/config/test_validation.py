@@ -140,6 +140,10 @@ RULES = [
         {"model.attention.kind": "mamba2", "model.causal": False, "task.name": "classification"},
         "model.causal = False: 'mamba2' is causal only; allowed: True",
     ),
+    (
+        {"model.attention.kind": "gated_deltanet", "model.attention.window": 128},
+        "window = 128: no gated_deltanet layer uses it",
+    ),
     ({"model.attention.conv_width": 1}, "conv_width = 1; allowed: 0, or 2 and more"),
     ({"model.attention.conv_width": 513}, "conv_width = 513: must be at most sequence_length = 512"),
     (
@@ -236,6 +240,7 @@ def test_what_is_allowed(changes):
     [
         ({"kind": "softmax", "num_features": 128}, "num_features = 128: no softmax layer uses it; allowed: 64"),
         ({"kind": "softmax", "projections": "iid"}, "projections = 'iid': no softmax layer uses it; allowed: 'orth"),
+        ({"kind": "gated_deltanet", "state_size": 32}, "state_size = 32: no gated_deltanet layer uses it; allowed"),
         ({"kind": "mamba2", "num_features": 32}, "num_features = 32: no mamba2 layer uses it; allowed: 64"),
         ({"kind": "constant", "geometry_init": 0.5}, "geometry_init = 0.5: no constant layer uses it; allowed: 1.0"),
         ({"kind": "linear_transformer", "query_scale": 0.3}, "query_scale = 0.3: no linear_transformer layer uses it"),

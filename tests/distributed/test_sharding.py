@@ -145,13 +145,13 @@ def shardings():
     Every axis of the mesh has two devices.
     """
     changes = {
-        "num_layers": 4,
+        "num_layers": 5,
         "num_heads": 4,
         "qk_norm": True,
         "qkv_bias": True,
         "tie_embeddings": False,
         "lora_rank": 2,
-        "attention__pattern": "softmax,dark,lfk,mamba2",
+        "attention__pattern": "softmax,dark,lfk,mamba2,gated_deltanet",
         "attention__window": 16,
         "attention__far_gain": True,
     }

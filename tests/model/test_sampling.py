@@ -48,7 +48,7 @@ def written(sampler, prompts, count):
     return np.stack(list(sampler.stream(prompts, count)), axis=1).tolist()
 
 
-@pytest.mark.parametrize("kind", ["dark", "hybrid", "softmax", "mamba2"])
+@pytest.mark.parametrize("kind", ["dark", "hybrid", "softmax", "mamba2", "gated_deltanet"])
 def test_greedy_is_the_argmax_of_a_full_forward_pass_at_each_step(kind):
     new = written(Sampler(*model(kind), temperature=0), PROMPTS, 20)
     assert len({token for row in new for token in row}) > 4

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict
 
 from darkformer_jax.config.specs import model_spec
 from darkformer_jax.errors import UserError
@@ -169,3 +170,13 @@ def test_a_regime_that_trains_nothing_is_refused(kind):
     assert names(
         split_params(experiment("qkv_geometry", kind).abstract.params, experiment("qkv_geometry", kind).trained)[0]
     ) == qkv(1)
+
+
+@pytest.mark.parametrize("regime", CUT_OUT)
+def test_layers_that_are_no_attention_are_trained_in_every_regime(regime):
+    network = experiment(regime, "dark,mamba2,gated_deltanet").network
+    paths = {"/".join(path) for path in flatten_dict(network.map_params(lambda path, variable: True))}
+    own = {path for path in paths if path.startswith(("blocks_1/attention/", "blocks_2/attention/"))}
+    assert len(own) > 20
+    trained = {"/".join(path) for path in trained_paths(network, regime)}
+    assert trained == own | GEOMETRY | (qkv(1) if regime == "qkv_geometry" else set())
