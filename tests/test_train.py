@@ -32,6 +32,14 @@ def test_mistakes_in_flags_are_one_line_and_status_2(tmp_path):
     cases = {
         "--config.num_step=3": "num_step: there is no such field in the config; did you mean --config.num_steps?",
         "--config.model.attention.king=dark": "did you mean --config.model.attention.kind?",
+        "--config.optimizer.lr=1 --config.epochs=3": "--config.optimizer.learning_rate?; --config.epochs: there is no",
+        "--config.xyzzy=1": "there is no such field in the config; darkformer_jax/config/base.py has all fields",
+        "--batch_size=4": "--batch_size: there is no such flag; did you mean --config.batch_size?",
+        "--dropout=0.1": "--dropout: there is no such flag; there is no dropout here",
+        "--dryrun": "--dryrun: there is no such flag; did you mean --dry_run?",
+        "--output_dir=x": "--output_dir: there is no such flag; did you mean --workdir?",
+        "--resume": "--resume: there is no such flag; a run resumes by itself: give its --workdir",
+        "--num_layers=2": "--num_layers: there is no such flag; did you mean --config.model.num_layers?",
         "--config.num_steps=many": "--config.num_steps=many: invalid literal for int()",
         "--config.num_steps=1.5": "--config.num_steps=1.5: invalid literal for int()",
         "--config.optimizer.learning_rate=fast": "--config.optimizer.learning_rate=fast: could not convert",
@@ -46,13 +54,14 @@ def test_mistakes_in_flags_are_one_line_and_status_2(tmp_path):
         f"--config={tmp_path}/notes.md": f"--config: {tmp_path}/notes.md: line 1 is not Python",
         f"--config={tmp_path}/takes_nothing.py:abc": "takes 0 positional arguments",
         "--config=configs/ablation.py:sauce=1": "configs/ablation.py has no argument 'sauce'; allowed: attention, m",
+        "--config=configs/ablation.py:d_model=64": "seed; for other fields: did you mean --config.model.embed_dim?",
         "--config=configs/ablation.py:m=x": "configs/ablation.py: 'm=x': expected m=<int>",
         "--config=configs/ablation.py:m=32 --config.model.attention.pattern=dark(m=128)": "every dark layer has a",
         "--config=configs/ablation.py:attention=performer,m=8 --config.model.attention.kind=softmax": "no softmax",
         "--config=configs/ablation.py:attention=softmax,m=32": "num_features = 32: no softmax layer uses it",
         "--config=configs/ablation.py:attention=magic": "model.attention.kind = 'magic': allowed: softmax",
         "extra": "'extra' is no flag",
-        "--sauce=1": "Unknown command line flag 'sauce'",
+        "--xyzzy=1": "--xyzzy: there is no such flag; --help lists them",
     }
     ended = run_commands([train(f"--workdir={tmp_path}/new", "--dry_run", *flags.split()) for flags in cases])
     for (flag, message), (status, out, err) in zip(cases.items(), ended, strict=True):

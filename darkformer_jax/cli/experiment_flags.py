@@ -4,6 +4,7 @@ import argparse
 import difflib
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -11,11 +12,15 @@ from ml_collections import config_flags
 
 from darkformer_jax.cli.experiments import experiments, find_experiment
 from darkformer_jax.cli.parser import command_of
+from darkformer_jax.config import base
 from darkformer_jax.config.arguments import fields_of_arguments
 from darkformer_jax.config.base import fields
+from darkformer_jax.config.names import meant
 from darkformer_jax.errors import UserError, one_line
 
 FLAGS = flags.FLAGS
+_WORKDIR = ("output_dir", "output", "out", "out_dir", "outdir", "save_dir", "log_dir", "logdir", "run_dir")
+_RESUME = ("resume", "resume_from", "resume_from_checkpoint", "restore")
 _HELP = ("?", "help", "helpshort", "helpfull", "helpxml")
 
 
@@ -41,6 +46,8 @@ def parse_experiment_flags(
             raise UserError(f"{rest[1]!r} is no flag; --help lists them")
         FLAGS.config.to_dict()  # raises OSError where the file could not be loaded
         return rest
+    except flags.UnrecognizedFlagError as error:
+        message = _unknown_flag(error.flagname, sorted(set(FLAGS) - others))
     except (UserError, flags.Error, OSError) as error:
         message = _quoted_end(error)
     except ImportError as error:
@@ -48,9 +55,15 @@ def parse_experiment_flags(
     except SyntaxError as error:
         message = f"--config: {error.filename}: line {error.lineno} is not Python: {error.msg}"
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # how config_flags refuses an override
-        message = _unknown_field(argv) or _quoted_end(error)
+        message = _unknown_fields(argv) or _quoted_end(error)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def fields_file() -> str:
+    """Where the fields are declared: a path from here if it is below, else a whole one."""
+    path = Path(base.__file__)
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _help(verb: str, description: str | None, default_config: str, names: list[str]) -> str:
@@ -60,7 +73,7 @@ def _help(verb: str, description: str | None, default_config: str, names: list[s
     parser = argparse.ArgumentParser(
         prog=command_of(verb),
         description=description,
-        epilog=f"experiments:\n{known}\n\nfields: darkformer_jax/config/base.py has them all, with meaning and range.",
+        epilog=f"experiments:\n{known}\n\nfields: {fields_file()} has them all, with meaning and range.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", metavar="FILE[:ARGUMENTS]", help=f"the experiment (default: {default_config})")
@@ -109,13 +122,25 @@ def _refuse_sections(argv: list[str]) -> None:
             )
 
 
-def _unknown_field(argv: list[str]) -> str:
-    """The message for the first --config.<field> that does not exist, with the closest one that does; "" if all do."""
-    for name in _overrides(argv):
-        if name not in fields():
-            close = difflib.get_close_matches(name, fields(), n=1, cutoff=0.0)[0]
-            return f"--config.{name}: there is no such field in the config; did you mean --config.{close}?"
-    return ""
+def _unknown_fields(argv: list[str]) -> str:
+    """The message for every --config.<field> that does not exist, with what may have been meant; "" if all do."""
+    unknown = [name for name in dict.fromkeys(_overrides(argv)) if name not in fields()]
+    hints = [meant(name) or f"{fields_file()} has all fields" for name in unknown]
+    return "; ".join(
+        f"--config.{name}: there is no such field in the config; {hint}"
+        for name, hint in zip(unknown, hints, strict=True)
+    )
+
+
+def _unknown_flag(name: str, own: list[str]) -> str:
+    """The message for a flag that is neither a verb's own nor --config.<field>. own: the verb's flags."""
+    close = difflib.get_close_matches(name.replace("-", "_"), own, n=1, cutoff=0.75)
+    hint = f"did you mean --{close[0]}?" if close else meant(name)
+    if "workdir" in own and name in _WORKDIR:
+        hint = "did you mean --workdir?"
+    if "workdir" in own and name in _RESUME:
+        hint = "a run resumes by itself: give its --workdir"
+    return f"--{name}: there is no such flag; {hint or '--help lists them'}"
 
 
 def _overrides(argv: list[str]) -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable
 import ml_collections
 
 from darkformer_jax.config.base import fields
+from darkformer_jax.config.names import meant
 from darkformer_jax.config.pattern import ATTENTION, SHORT
 from darkformer_jax.config.usage import reset_unused
 from darkformer_jax.errors import UserError
@@ -50,7 +51,8 @@ def set_arguments(c: ml_collections.ConfigDict, arguments: Iterable[str], allowe
     for argument in arguments:
         name, _, value = argument.partition("=")
         if name not in allowed:
-            raise UserError(f"{file} has no argument {name!r}; allowed: {', '.join(allowed)}")
+            hint = f"; for other fields: {hint}" if (hint := meant(name)) else ""
+            raise UserError(f"{file} has no argument {name!r}; allowed: {', '.join(allowed)}{hint}")
         field = ARGUMENTS[name]
         if field in given:
             raise UserError(f"{file}: {argument!r}: {name} is there twice")
