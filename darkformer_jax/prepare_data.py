@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from absl import app
 
-from darkformer_jax.cli.parser import Parser, one_line_errors
+from darkformer_jax.cli.parser import Parser, one_line_errors, whole
 from darkformer_jax.cli.progress import progress_bar
 from darkformer_jax.data.prepared import DEFAULT_SHARD_TOKENS, SPLITS, prepare
 from darkformer_jax.data.sources import CORPUS_SOURCES
@@ -55,7 +55,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--shard_tokens",
-        type=int,
+        type=whole,
         default=DEFAULT_SHARD_TOKENS,
         help=f"tokens per shard, rounded up to whole records (default: {DEFAULT_SHARD_TOKENS})",
     )

@@ -16,7 +16,7 @@ import traceback
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from darkformer_jax.cli.experiment_flags import overridden_fields, parse_experiment_flags
+from darkformer_jax.cli.experiment_flags import define_whole_number, overridden_fields, parse_experiment_flags
 from darkformer_jax.cli.experiments import FOLDER, experiments_root
 from darkformer_jax.distributed import processes
 from darkformer_jax.distributed.libtpu import quiet_libtpu
@@ -36,9 +36,9 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Directory of the run (default: runs/<name of the config file>).")
     flags.DEFINE_bool("dry_run", False, "Print parameters, state size and tokens per step, without training.")
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if the processes cannot find it themselves.")
-    flags.DEFINE_integer("num_processes", None, "Number of processes that train together; with --coordinator.")
-    flags.DEFINE_integer("process_id", None, "Index of this process, from 0; with --coordinator.")
-    flags.DEFINE_integer(
+    define_whole_number("num_processes", None, "Number of processes that train together; with --coordinator.")
+    define_whole_number("process_id", None, "Index of this process, from 0; with --coordinator.")
+    define_whole_number(
         "coordinator_timeout", 300, "Seconds to wait for all processes at the start.", lower_bound=1, upper_bound=86400
     )
 

@@ -15,6 +15,7 @@ from darkformer_jax.cli.parser import command_of
 from darkformer_jax.config import base
 from darkformer_jax.config.arguments import fields_of_arguments
 from darkformer_jax.config.base import fields
+from darkformer_jax.config.fields import whole_number
 from darkformer_jax.config.names import meant
 from darkformer_jax.errors import UserError, one_line
 
@@ -39,6 +40,7 @@ def parse_experiment_flags(
             sys.exit(0)
         argv = _with_config_found(argv[:1] + FLAGS.read_flags_from_files(argv[1:], force_gnu=False))
         _refuse_sections(argv)
+        argv = _with_numbers_read(argv)
         # Inside the try, because the definition already raises for a field that does not exist.
         config_flags.DEFINE_config_file("config", default_config, "The experiment.", sys_argv=argv)
         rest = FLAGS(argv)
@@ -97,6 +99,45 @@ def _with_config_found(argv: list[str]) -> list[str]:
             elif place + 1 < len(argv):
                 found[place + 1] = find_experiment(argv[place + 1])
     return found
+
+
+def _with_numbers_read(argv: list[str]) -> list[str]:
+    """`argv` with whole numbers in digits, as config_flags reads them. Raises UserError for all wrong values."""
+    read, wrong = list(argv), []
+    for place, argument in enumerate(argv):
+        flag, equals, value = argument.partition("=")
+        name = flag.lstrip("-").removeprefix("config.")
+        kind = type(fields()[name].default) if name in fields() and "config." in flag else str
+        is_apart = not equals and kind is not bool  # --config.num_steps 100
+        if kind not in (int, float, bool) or not (equals or (is_apart and place + 1 < len(argv))):
+            continue
+        value = argv[place + 1] if is_apart else value
+        try:
+            parsed = fields()[name].parse(value)
+        except ValueError as error:
+            wrong.append(f"--config.{name}={value}: {error}")
+            continue
+        if kind is int:
+            read[place + is_apart] = str(parsed) if is_apart else f"{flag}={parsed}"
+    if wrong:
+        raise UserError("; ".join(wrong))
+    return read
+
+
+class WholeNumber(flags.IntegerParser):
+    """A flag's whole number, in digits or as 1e3 or 1_000."""
+
+    def convert(self, argument: Any) -> int:
+        """The number. Raises ValueError for other texts, in words."""
+        try:
+            return whole_number(str(argument))
+        except ValueError as error:
+            raise ValueError("must be a whole number") from error
+
+
+def define_whole_number(name: str, default: int | None, about: str, **bounds: int) -> None:
+    """Defines a flag. bounds: lower_bound, upper_bound."""
+    flags.DEFINE(WholeNumber(**bounds), name, default, about, serializer=flags.ArgumentSerializer())
 
 
 def overridden_fields() -> list[str]:

@@ -60,8 +60,7 @@ def set_arguments(c: ml_collections.ConfigDict, arguments: Iterable[str], allowe
         try:
             c.update_from_flattened_dict({field: fields()[field].parse(value)})
         except ValueError as error:
-            kind = type(fields()[field].default).__name__
-            raise UserError(f"{file}: {argument!r}: expected {name}=<{kind}>") from error
+            raise UserError(f"{file}: {argument!r}: {name} {error}") from error
     if "num_steps" in given and c.optimizer.warmup_steps >= c.num_steps:
         c.optimizer.warmup_steps = c.num_steps // 4
     reset_unused(c, given)
