@@ -84,7 +84,7 @@ def plan(
       UserError: the config and the devices do not fit together.
     """
     config = inherit(config)
-    validate(config)
+    validate(config, overridden)
     require_new_uses(config, overridden)
     if config.distill.weight:
         raise UserError(f"distill.weight = {config.distill.weight}: compile plans without a teacher; allowed: 0")

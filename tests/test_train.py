@@ -51,6 +51,7 @@ def test_mistakes_in_flags_are_one_line_and_status_2(tmp_path):
         "--config.model.attention={'num_features':12}": "model.attention is a section; set its fields one by one",
         "--config.model.attention.num_features=0": "model.attention.num_features = 0: must be at least 1",
         "--config.model.attention.kind=softmax --config.model.attention.num_features=8": "no softmax layer uses it",
+        "--config.model.attention.kind=softmax": "but the experiment sets it; add --config.model.attention.window=0",
         "--workdir=": "workdir '': give the name of a directory",
         "--config=nowhere.py": "nowhere.py",
         f"--config={tmp_path}/imports.py": "--config: No module named 'nowhere'",

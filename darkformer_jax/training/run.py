@@ -86,8 +86,9 @@ def _resolve(
 ) -> ml_collections.ConfigDict:
     """The config with a value for every field, checked, and the same in all processes."""
     config = inherit(config, workdir)
-    validate(config)
-    if workdir is None or not workdir.has_begun:  # the command that began a run, in an earlier version too, resumes it
+    is_new = workdir is None or not workdir.has_begun
+    validate(config, overridden if is_new else ())
+    if is_new:  # the command that began a run, in an earlier version too, resumes it
         require_new_uses(config, overridden)
     processes.require_same("config", dict(flat_fields(config.to_dict())))
     return config

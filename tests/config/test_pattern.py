@@ -59,7 +59,7 @@ def test_a_field_that_one_kind_uses_is_off_for_the_others():
         ("dark(m=3,num_features=4)", r"pattern has dark\(m=3,num_features=4\): num_features is there twice"),
         ("dark(,)", r"pattern has dark\(\): dark has no option ''"),
         ("dark(window=64)", r"model.attention.window = 64 is not a multiple of chunk_size = 128"),
-        ("dark(sinks=2)", r"model.attention.num_sinks = 2 needs window; model.attention.window = 0"),
+        ("dark(sinks=2)", r"model.attention.num_sinks = 2 needs window, but model.attention.window = 0$"),
     ],
 )
 def test_what_an_entry_refuses(pattern, message):
