@@ -4,7 +4,7 @@ A `Task` is what a run learns, with its data. Its `Objective` is the part that h
 training step and the evaluation trace. A dry run and `compile` need only an objective.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, Self, TypeVar
 
 import jax
@@ -123,6 +123,7 @@ class Task(Protocol[E]):
       constants: further arrays that the objective reads, such as a teacher's; None = there are none. They are read at
         the first use, and kept.
       loss_unit: of losses, in words.
+      warnings: lines about data that is too little for the run.
       fingerprints: hashes of what must be the same in all processes; data.json in the workdir must match `data`.
     """
 
@@ -136,6 +137,9 @@ class Task(Protocol[E]):
 
     @property
     def constants(self) -> Any: ...
+
+    @property
+    def warnings(self) -> Sequence[str]: ...
 
     @property
     def fingerprints(self) -> Mapping[str, str]: ...

@@ -76,6 +76,8 @@ def train(
             f"{task}; training {experiment.num_trained:,} of {experiment.num_params:,} parameters; "
             f"{len(jax.devices())} x {jax.devices()[0].device_kind}; {experiment.cost}"
         )
+        if task.warnings:
+            progress.note(f"warning: little data: {'; '.join(task.warnings)}")
         outcome = _train(experiment, task, workdir, lock, mirror, watch, trackers, progress)
         if jax.process_index() == 0:
             _report(experiment, task, workdir, outcome, trackers, time.perf_counter() - began)
