@@ -6,10 +6,11 @@ import os
 from collections.abc import Sequence
 
 from darkformer_jax.data.batches import Batch, heldout_batches, num_rows, train_batches
+from darkformer_jax.data.files import local_path
 from darkformer_jax.data.heldout import DEFAULT_HELDOUT_FRACTION, HeldoutSplit
 from darkformer_jax.data.matching import Entry, weighted_entries
 from darkformer_jax.data.mixture import Mixture, Split, whole_weights
-from darkformer_jax.data.prepared import load_prepared
+from darkformer_jax.data.prepared import SPLITS, load_prepared, read_manifest
 from darkformer_jax.data.progress import ProgressBar, no_progress
 from darkformer_jax.data.sources import CORPUS_SOURCES, Corpus, open_corpus, open_text_sources
 from darkformer_jax.data.stream import TokenStream, memory_stream
@@ -30,6 +31,7 @@ __all__ = [
     "Split",
     "TokenStream",
     "Tokenizer",
+    "find_data",
     "heldout_batches",
     "load_data",
     "load_tokenizer",
@@ -109,6 +111,23 @@ def load_data(
     used = saved_or_new_tokenizer(tokenizer, tokenizer_dir, training, progress_bar)
     train, heldout = (_as_split(sources, [memory_stream(texts[side], used) for texts in splits]) for side in (0, 1))
     return Data(train, heldout, used, tuple(text for _, held_out in splits for text in held_out))
+
+
+def find_data(source: str, files: str) -> str:
+    """What a config's `data.source` and `data.files` name, in words and without reading it.
+
+    Raises UserError if there is nothing, or no file of the source.
+    """
+    if source == PREPARED_SOURCE:
+        manifests = [read_manifest(local_path(entry.name)) for entry in prepared_directories(files)]
+        tokens = [sum(manifest["splits"][side]["num_tokens"] for manifest in manifests) for side in SPLITS]
+        return f"{tokens[0]:,} training tokens, {tokens[1]:,} held out, in {len(manifests)} prepared director" + (
+            "y" if len(manifests) == 1 else "ies"
+        )
+    sources = weighted_entries(files) if source == "text" else []
+    corpora = open_text_sources(sources, TEXT_FIELD) if _is_mixture(sources) else [open_corpus(source, files)]
+    size = sum(corpus.num_bytes for corpus in corpora) / 2**20
+    return f"{size:,.1f} MiB of {source}" + (f" in {len(sources)} sources" if len(corpora) > 1 else "")
 
 
 def prepared_directories(files: str) -> list[Entry]:

@@ -121,6 +121,11 @@ class LabelledTask(ABC, Generic[O, E]):
         return objective
 
     @classmethod
+    def objective_before_data(cls, config: ml_collections.ConfigDict) -> O | None:
+        """None: the labels are the classes."""
+        return None
+
+    @classmethod
     def load(cls, config: ml_collections.ConfigDict, workdir: Workdir, progress_bar: ProgressBar = no_progress) -> Self:
         """Reads and tokenises both splits."""
         training, heldout = _examples(config)

@@ -153,6 +153,11 @@ class Task(Protocol[E]):
         ...
 
     @classmethod
+    def objective_before_data(cls, config: ml_collections.ConfigDict) -> Objective | None:
+        """What `objective_of` returns, if it is known before the data is read and cheap; else None."""
+        ...
+
+    @classmethod
     def load(cls, config: ml_collections.ConfigDict, workdir: Workdir, progress_bar: ProgressBar = no_progress) -> Self:
         """Reads the data for a run in `workdir`, and writes nothing. The bars show a tokenizer's training.
 
