@@ -258,3 +258,46 @@ def test_a_sequence_longer_than_the_text(tmp_path):
     (ended,) = run_commands([train(f"--workdir={tmp_path}/run", *flags)])
     assert ended.status == 0, ended.err
     assert len(metrics_without_time(tmp_path / "run")) == 4
+
+
+def test_a_workdir_alone_resumes_the_run_with_the_config_that_it_has(tmp_path):
+    text = write_text(tmp_path / "text.txt")
+    workdir = tmp_path / "run"
+    flags = tiny_flags(data__files=text, num_steps=4, sample__temperature=1.0, optimizer__clip_norm=2)
+    new, begun, again, longer, planned, changed, other = run_commands(
+        [
+            train(f"--workdir={workdir}", "--dry_run"),  # no run has begun there: the quickstart
+            train(f"--workdir={workdir}", *flags),
+            train(f"--workdir={workdir}"),
+            train("--workdir", str(workdir), "--config.num_steps=6", "--config.sample.temperature=0.5"),
+            train(f"--workdir={workdir}", "--dry_run"),
+            train(f"--workdir={workdir}", "--config.model.mlp_dim=48"),
+            train(f"--workdir={workdir}", "--config=configs/quickstart.py"),
+        ]
+    )
+    assert new.status == 0 and "= 8 x 256\n" in new.out and "no --config" not in new.err, new.err
+    assert begun.status == 0 and "no --config" not in begun.err, begun.err
+    for ended, start in ((again, 4), (longer, 4)):
+        assert ended.status == 0, ended.err
+        assert f"no --config: the experiment is that of {workdir}/config.json" in ended.err
+        assert f"resuming {workdir} from step {start}" in ended.err
+    assert [line["step"] for line in metrics_without_time(workdir) if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    saved = json.loads((workdir / "config.json").read_text())
+    assert (saved["num_steps"], saved["sample"]["temperature"], saved["model"]["mlp_dim"]) == (6, 0.5, 32)
+    assert planned.status == 0 and "steps          6\n" in planned.out
+    assert changed.status == 2 and changed.err.endswith("use a new workdir or undo: model.mlp_dim: 32 -> 48\n")
+    assert other.status == 2 and "belongs to another experiment" in other.err
+
+
+def test_a_workdir_of_a_model_that_was_never_trained_there_is_not_trained_with_its_config(tmp_path):
+    config = tiny_config(data__files=write_text(tmp_path / "text.txt"))
+    Workdir(tmp_path / "imported").write_config(config.to_dict())
+    (ended,) = run_commands([train(f"--workdir={tmp_path}/imported")])
+    assert ended.status == 2 and "belongs to another experiment" in ended.err and "no --config" not in ended.err
+
+
+def test_a_damaged_config_of_a_run_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "data.json").write_text("{}")
+    (ended,) = run_commands([train(f"--workdir={tmp_path}")])
+    assert ended.status == 2 and ended.err.startswith("error: ") and "config.json is not valid JSON" in ended.err

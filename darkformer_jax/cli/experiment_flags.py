@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
@@ -17,7 +18,8 @@ from darkformer_jax.config.arguments import fields_of_arguments
 from darkformer_jax.config.base import fields
 from darkformer_jax.config.fields import whole_number
 from darkformer_jax.config.names import meant
-from darkformer_jax.errors import UserError, one_line
+from darkformer_jax.config.validation import from_json
+from darkformer_jax.errors import Transient, UserError, one_line
 
 FLAGS = flags.FLAGS
 _WORKDIR = ("output_dir", "output", "out", "out_dir", "outdir", "save_dir", "log_dir", "logdir", "run_dir")
@@ -42,7 +44,11 @@ def parse_experiment_flags(
         _refuse_sections(argv)
         argv = _with_numbers_read(argv)
         # Inside the try, because the definition already raises for a field that does not exist.
-        config_flags.DEFINE_config_file("config", default_config, "The experiment.", sys_argv=argv)
+        saved = _saved_config(argv) if "workdir" in FLAGS else None
+        if saved is None:
+            config_flags.DEFINE_config_file("config", default_config, "The experiment.", sys_argv=argv)
+        else:
+            config_flags.DEFINE_config_dict("config", saved, "The config of the run.", sys_argv=argv)
         rest = FLAGS(argv)
         if len(rest) > 1:
             raise UserError(f"{rest[1]!r} is no flag; --help lists them")
@@ -50,6 +56,9 @@ def parse_experiment_flags(
         return rest
     except flags.UnrecognizedFlagError as error:
         message = _unknown_flag(error.flagname, sorted(set(FLAGS) - others))
+    except Transient as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except (UserError, flags.Error, OSError) as error:
         message = _quoted_end(error)
     except ImportError as error:
@@ -140,9 +149,33 @@ def define_whole_number(name: str, default: int | None, about: str, **bounds: in
     flags.DEFINE(WholeNumber(**bounds), name, default, about, serializer=flags.ArgumentSerializer())
 
 
+def config_file() -> str | None:
+    """The file of --config, or the default one, with its arguments; None = the config is that of the workdir."""
+    name = config_flags.get_config_filename(FLAGS["config"])
+    return name if isinstance(name, str) else None
+
+
+def _saved_config(argv: list[str]) -> ml_collections.ConfigDict | None:
+    """The config of the run in --workdir if it has begun and there is no --config, else None.
+
+    Raises UserError if its config.json cannot be read.
+    """
+    given = {}
+    for argument, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+        flag, equals, value = argument.partition("=")
+        if flag in ("--config", "-config", "--workdir", "-workdir"):
+            given[flag.lstrip("-")] = value if equals else following
+    if "config" in given or not given.get("workdir"):
+        return None
+    from darkformer_jax.runs.workdir import Workdir  # in here for a quick --help
+
+    workdir = Workdir(given["workdir"])
+    return from_json(workdir.read_config()) if workdir.has_trained else None
+
+
 def overridden_fields() -> list[str]:
     """The dotted names of the fields that the command line sets, by their names or after the config's colon."""
-    arguments = (config_flags.get_config_filename(FLAGS["config"]) or "").partition(":")[2]
+    arguments = (config_file() or "").partition(":")[2]
     return [*fields_of_arguments(arguments), *config_flags.get_override_values(FLAGS["config"])]
 
 

@@ -181,8 +181,20 @@ def _validate_task(config: ml_collections.ConfigDict) -> None:
 
 
 def from_json(saved: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """The config of a workdir's config.json."""
-    return ml_collections.ConfigDict(saved).lock()
+    """The config of a workdir's config.json, each field of the type of its default, so that flags can override it."""
+    return ml_collections.ConfigDict(_typed(saved)).lock()
+
+
+def _typed(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    typed = {}
+    for name, value in section.items():
+        field = fields().get(prefix + name)
+        kind = type(value) if field is None else type(field.default)
+        if isinstance(value, Mapping):
+            typed[name] = _typed(value, f"{prefix}{name}.")
+        else:
+            typed[name] = kind(value) if (type(value), kind) in ((int, float), (list, tuple)) else value
+    return typed
 
 
 def _require(condition: bool, message: str) -> None:

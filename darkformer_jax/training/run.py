@@ -35,16 +35,21 @@ from darkformer_jax.training.start import check_start, start
 from darkformer_jax.training.trackers import Trackers, require_installed
 
 
-def dry_run(config: ml_collections.ConfigDict, overridden: Sequence[str] = ()) -> None:
+def dry_run(config: ml_collections.ConfigDict, overridden: Sequence[str] = (), workdir: Workdir | None = None) -> None:
     """Prints the experiment's sizes and its data. Reads the tokenizer and a labelled task's files, but no other text.
 
     That there is no data is a line, no error: the machine that plans a run need not have it.
 
-    overridden: the fields that the command line sets; see `require_new_uses`.
+    Args:
+      config: of the run.
+      overridden: the fields that the command line sets; see `require_new_uses`.
+      workdir: of a run that would be resumed; None = a new run.
     """
-    config = _resolve(config, None, overridden)
+    config = _resolve(config, workdir, overridden)
+    if workdir is not None:
+        workdir.check_config(config.to_dict())
     experiment = Experiment.of(config, TASKS[config.task.name].objective_of(config))
-    check_start(config, None, experiment)
+    check_start(config, workdir, experiment)
     if jax.process_index() == 0:
         print(experiment.describe())
         if config.data.source != LABELLED_SOURCE:  # whose files are in the description
