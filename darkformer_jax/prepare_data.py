@@ -9,6 +9,7 @@ complete.
 """
 
 import argparse
+import shlex
 from collections.abc import Sequence
 
 from absl import app
@@ -89,6 +90,8 @@ def main(args: argparse.Namespace) -> None:
             f"  {name:8s} {split['num_documents']:>12,} documents {split['num_tokens']:>15,} tokens"
             f" {split['num_bytes']:>15,} bytes in {len(split['shards'])} shards"
         )
+    files = shlex.quote(f"--config.data.files={args.out}")
+    print(f"train on it: --config.data.source=array_record {files} --config.data.tokenizer=")
 
 
 if __name__ == "__main__":

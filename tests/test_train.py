@@ -238,6 +238,10 @@ def test_the_whole_road_of_lm_1b(tmp_path):
     assert [line["step"] for line in lines if "heldout_loss" in line] == [4, 5]
     assert lines[-2]["loss"] < lines[0]["loss"]
     assert mismatch.status == 2 and "tokenizer 'bytes' does not match" in mismatch.err.splitlines()[-1]
+    assert "; add --config.data.tokenizer= for the one that prepared the data" in mismatch.err
+    assert prepared.out.endswith(
+        f"train on it: --config.data.source=array_record --config.data.files={data} --config.data.tokenizer=\n"
+    )
     assert not (tmp_path / "new").exists()
     assert written.status == 0 and written.out.startswith("the market"), written.err
     model = json.loads((workdir / "config.json").read_text())["model"]

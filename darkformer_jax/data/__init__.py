@@ -179,6 +179,8 @@ def _load_prepared_data(
     files: str, tokenizer: str, heldout_fraction: float, tokenizer_dir: str | None, verify: tuple[int, int]
 ) -> Data:
     sources = prepared_directories(files)
+    if tokenizer:
+        _require_prepared_with(tokenizer, sources[0].name)  # now: hashing the shards may take long
     loaded = [load_prepared(source.name, heldout_fraction, verify=verify) for source in sources]
     train = _as_split(sources, [stream for stream, _, _ in loaded])
     heldout = _as_split(sources, [stream for _, stream, _ in loaded])
@@ -190,8 +192,6 @@ def _load_prepared_data(
                 f"{sources[0].name} ({prepared_with.fingerprint[:12]}); allowed: one tokenizer for all sources "
                 f"(prepare_data --tokenizer={sources[0].name})"
             )
-    if tokenizer:
-        check_tokenizer_is(tokenizer, prepared_with, files)
     saved = load_tokenizer(tokenizer_dir) if tokenizer_dir and has_tokenizer(tokenizer_dir) else None
     if saved and saved.fingerprint != prepared_with.fingerprint:
         raise UserError(
@@ -199,3 +199,12 @@ def _load_prepared_data(
             f" {files} (fingerprint {prepared_with.fingerprint[:12]})"
         )
     return Data(train, heldout, prepared_with, None)
+
+
+def _require_prepared_with(tokenizer: str, directory: str) -> None:
+    directory = local_path(directory)
+    read_manifest(directory)  # says that there is none
+    try:
+        check_tokenizer_is(tokenizer, load_tokenizer(directory), directory)
+    except UserError as error:
+        raise UserError(f"{error}; add --config.data.tokenizer= for the one that prepared the data") from error
