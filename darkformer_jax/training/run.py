@@ -83,8 +83,8 @@ def train(
     trackers = Trackers(config.log.trackers, progress.note)
     with workdir.lock() as lock, Mirror(workdir) as mirror, trackers:
         began, watch = time.perf_counter(), Stopwatch(workdir)
-        progress.note(f"workdir {workdir}; reading {config.data.source} {config.data.files}".rstrip())
         _check_before_data(config, workdir)
+        progress.note(f"workdir {workdir}; reading {config.data.source} {config.data.files}".rstrip())
         task = TASKS[config.task.name].load(config, workdir, progress.bar)
         # After this, all processes have read what process 0 is about to write.
         processes.require_same("data", task.fingerprints)
