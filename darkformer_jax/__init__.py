@@ -1,5 +1,6 @@
 """DARKFormer in JAX: linear attention with a learned geometry, and everything to train and convert models with it."""
 
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from darkformer_jax.ops.attention_fn import dark_attention_fn
@@ -11,6 +12,11 @@ if TYPE_CHECKING:
     from darkformer_jax.tasks.trained_model import load_model
 
 __all__ = ["dark_attention", "dark_attention_fn", "draw_projections", "linear_attention", "load_model"]
+
+try:
+    __version__ = metadata.version("darkformer_jax")
+except metadata.PackageNotFoundError:  # a clone that is not installed
+    __version__ = "0+unknown"
 
 
 def __getattr__(name: str) -> Any:

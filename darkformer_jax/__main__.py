@@ -2,6 +2,7 @@
 
     darkformer <verb> --help
     darkformer train --config=configs/lm_1b.py --workdir=runs/lm_1b
+    darkformer --version
 
 `python -m darkformer_jax.<verb>` is the same.
 """
@@ -32,6 +33,11 @@ def main() -> None:
     if verb in ("--help", "-h", "help"):
         width = max(map(len, verbs()))
         print(__doc__, "verbs:", *(f"  {name:{width}}  {line}" for name, line in verbs().items()), sep="\n")
+        return
+    if verb in ("--version", "-V", "version"):
+        from darkformer_jax.training.environment import versions
+
+        print(versions())
         return
     if verb not in verbs():
         close = difflib.get_close_matches(verb, verbs(), n=1)

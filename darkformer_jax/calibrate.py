@@ -24,7 +24,7 @@ import numpy as np
 from absl import app
 
 from darkformer_jax.calibration.fitting import GEOMETRIES, GEOMETRY_KINDS, KINDS, FitOptions, calibrate
-from darkformer_jax.cli.parser import Parser, one_line_errors
+from darkformer_jax.cli.parser import Parser, one_line_errors, whole
 from darkformer_jax.cli.progress import progress_bar
 from darkformer_jax.config.conversion import conversion_config, without_window
 from darkformer_jax.data.text_files import TEXT_FIELD
@@ -39,7 +39,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser("calibrate", __doc__)
     defaults = conversion_config("dark").model.attention  # dark uses all of _MECHANISM_OPTIONS
     parser.add_argument("--workdir", required=True, help="the exact model: an import, or a run with kind=softmax")
-    parser.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
+    parser.add_argument("--step", type=whole, help="checkpoint to use (default: the newest)")
     parser.add_argument(
         "--text", required=True, help="globs of .txt, .md, .jsonl, .parquet files, or directories; see evaluate"
     )
@@ -48,22 +48,22 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--test_text", default="", help="like --text; errors are then measured on this text")
     field_help = f"field or column of .jsonl and .parquet that holds the text (default: {TEXT_FIELD})"
     parser.add_argument("--text_field", default=TEXT_FIELD, help=field_help)
-    parser.add_argument("--transfer_steps", type=int, default=200, help="per layer; 0 = fit nothing (default: 200)")
+    parser.add_argument("--transfer_steps", type=whole, default=200, help="per layer; 0 = fit nothing (default: 200)")
     parser.add_argument("--learning_rate", type=float, default=1e-2, help="that of the transfer (default: 1e-2)")
-    parser.add_argument("--passages", type=int, default=20, help="passages of --context tokens to read (default: 20)")
-    parser.add_argument("--context", type=int, default=1024, help="tokens per passage (default: 1024)")
-    parser.add_argument("--num_features", type=int, help=f"m, features per head (default: {defaults.num_features})")
+    parser.add_argument("--passages", type=whole, default=20, help="passages of --context tokens to read (default: 20)")
+    parser.add_argument("--context", type=whole, default=1024, help="tokens per passage (default: 1024)")
+    parser.add_argument("--num_features", type=whole, help=f"m, features per head (default: {defaults.num_features})")
     window_help = f"tokens before a query's chunk seen exactly; 0 = none (default: {defaults.window})"
-    parser.add_argument("--window", type=int, help=window_help)
+    parser.add_argument("--window", type=whole, help=window_help)
     sinks_help = f"first tokens seen exactly (default: {defaults.num_sinks}, without a window 0)"
-    parser.add_argument("--num_sinks", type=int, help=sinks_help)
+    parser.add_argument("--num_sinks", type=whole, help=sinks_help)
     parser.add_argument("--geometry", default="identity", choices=GEOMETRIES, help="what M starts from (dark)")
     init_help = f"factor on that start (default: {defaults.geometry_init})"
     parser.add_argument("--geometry_init", type=float, help=init_help)
     parser.add_argument("--shrinkage", type=float, default=0.0, help="pulls whitened moments towards isotropic, 0 to 1")
     parser.add_argument("--far_gain", action="store_true", help="learn a gain per head on the far part")
     parser.add_argument("--learn_projections", action="store_true", help="dark: learn w, too")
-    parser.add_argument("--seed", type=int, default=0, help="seed of projections and passages (default: 0)")
+    parser.add_argument("--seed", type=whole, default=0, help="seed of projections and passages (default: 0)")
     return parser.parse_args(argv[1:])
 
 

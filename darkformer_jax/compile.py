@@ -31,7 +31,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from darkformer_jax.aot.collectives import Collective, collectives
 from darkformer_jax.aot.roofline import GIB, Roofline, chip_of, roofline
 from darkformer_jax.aot.topology import topology_devices
-from darkformer_jax.cli.experiment_flags import overridden_fields, parse_experiment_flags
+from darkformer_jax.cli.experiment_flags import define_whole_number, overridden_fields, parse_experiment_flags
 from darkformer_jax.cli.parser import one_line_errors
 from darkformer_jax.config import base
 from darkformer_jax.config.usage import require_new_uses
@@ -57,7 +57,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 def define_flags() -> None:
     """Defines the flags beside --config."""
     flags.DEFINE_string("topology", "v5e:4x4", "Generation and shape in chips of one slice: v5e:16x16, v5p:4x4x4.")
-    flags.DEFINE_integer("num_slices", 1, "Number of such slices, with the data center's network between them.")
+    define_whole_number("num_slices", 1, "Number of such slices, with the data center's network between them.")
 
 
 def main(argv: list[str]) -> None:
@@ -84,7 +84,7 @@ def plan(
       UserError: the config and the devices do not fit together.
     """
     config = inherit(config)
-    validate(config)
+    validate(config, overridden)
     require_new_uses(config, overridden)
     if config.distill.weight:
         raise UserError(f"distill.weight = {config.distill.weight}: compile plans without a teacher; allowed: 0")

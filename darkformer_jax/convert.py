@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from absl import app
 
-from darkformer_jax.cli.parser import Parser, one_line_errors
+from darkformer_jax.cli.parser import Parser, one_line_errors, whole
 from darkformer_jax.cli.progress import progress_bar
 from darkformer_jax.config import base
 from darkformer_jax.errors import UserError
@@ -41,7 +41,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         help="dtype of the written arrays (default: unchanged, but a GGUF file and float16 become float32); "
         "float16 only for an export",
     )
-    parser.add_argument("--step", type=int, help="checkpoint to export (default: the newest)")
+    parser.add_argument("--step", type=whole, help="checkpoint to export (default: the newest)")
     parser.add_argument("--max_shard_size", help=f"largest exported file, in KB, MB or GB (default: {SHARD_GB}GB)")
     return parser.parse_args(argv[1:])
 

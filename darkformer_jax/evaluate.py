@@ -32,7 +32,7 @@ from typing import Any
 
 from absl import app
 
-from darkformer_jax.cli.parser import Parser, one_line_errors
+from darkformer_jax.cli.parser import Parser, one_line_errors, whole
 from darkformer_jax.cli.progress import progress_bar
 from darkformer_jax.data.files import new_file, write_new
 from darkformer_jax.data.text_files import TEXT_FIELD
@@ -46,7 +46,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     """The flags; a mistake is one line and exit status 2."""
     parser = Parser("evaluate", __doc__)
     parser.add_argument("--workdir", required=True, help="directory of the run or of the imported model")
-    parser.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
+    parser.add_argument("--step", type=whole, help="checkpoint to use (default: the newest)")
     parser.add_argument(
         "--text",
         required=True,
@@ -59,12 +59,12 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--context",
-        type=int,
+        type=whole,
         help="tokens per window (default: 2048, or the run's sequence_length if that is less)",
     )
-    parser.add_argument("--stride", type=int, help="tokens from one window to the next (default: context)")
-    parser.add_argument("--batch_size", type=int, default=4, help="windows or examples at a time (default: 4)")
-    parser.add_argument("--max_tokens", type=int, help="score so many tokens, from the first file on (default: all)")
+    parser.add_argument("--stride", type=whole, help="tokens from one window to the next (default: context)")
+    parser.add_argument("--batch_size", type=whole, default=4, help="windows or examples at a time (default: 4)")
+    parser.add_argument("--max_tokens", type=whole, help="score so many tokens, from the first file on (default: all)")
     parser.add_argument("--json", help="also write the result to this file, which must not exist")
     return parser.parse_args(argv[1:])
 

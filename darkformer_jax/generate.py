@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from absl import app
 
-from darkformer_jax.cli.parser import Parser, one_line_errors
+from darkformer_jax.cli.parser import Parser, one_line_errors, whole
 from darkformer_jax.data.files import local_path
 from darkformer_jax.data.tokenizers import encode_prompt
 from darkformer_jax.errors import UserError
@@ -27,7 +27,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     """The flags; a mistake is one line and exit status 2."""
     parser = Parser("generate", __doc__)
     parser.add_argument("--workdir", required=True, help="directory of the run whose model writes")
-    parser.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
+    parser.add_argument("--step", type=whole, help="checkpoint to use (default: the newest)")
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument(
         "--prompt",
@@ -35,13 +35,16 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         "writes a document from its beginning, from BOS or, without one, from the end-of-document token",
     )
     prompts.add_argument("--prompts_file", help="a file with one prompt per line, continued as one batch")
-    parser.add_argument("--max_new_tokens", type=int, default=200, help="most new tokens per prompt (default: 200)")
+    parser.add_argument("--max_new_tokens", type=whole, default=200, help="most new tokens per prompt (default: 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 = always the likeliest token (default: 0.8)")
-    parser.add_argument("--top_k", type=int, default=0, help="choose among the k likeliest tokens; 0 = all (default)")
+    parser.add_argument("--top_k", type=whole, default=0, help="choose among the k likeliest tokens; 0 = all (default)")
     parser.add_argument(
-        "--top_p", type=float, default=1.0, help="choose among the likeliest tokens that have this probability together"
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="choose among the likeliest tokens that have this probability together",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random choices (default: 0)")
+    parser.add_argument("--seed", type=whole, default=0, help="seed of the random choices (default: 0)")
     return parser.parse_args(argv[1:])
 
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import ml_collections
 from absl import app
 
-from darkformer_jax.cli.parser import Parser, one_line_errors
+from darkformer_jax.cli.parser import Parser, one_line_errors, whole
 from darkformer_jax.cli.progress import progress_bar
 from darkformer_jax.data.files import new_file, write_new
 from darkformer_jax.data.labelled import Text, read_texts
@@ -31,14 +31,14 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     """The flags; a mistake is one line and exit status 2."""
     parser = Parser("predict", __doc__)
     parser.add_argument("--workdir", required=True, help="directory of the run whose model predicts")
-    parser.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
+    parser.add_argument("--step", type=whole, help="checkpoint to use (default: the newest)")
     texts = parser.add_mutually_exclusive_group(required=True)
     texts.add_argument(
         "--text",
         help="comma-separated globs of .txt, .tsv, .csv, .jsonl (each may be .gz) and .parquet files, or directories",
     )
     texts.add_argument("--input", help="one text")
-    parser.add_argument("--batch_size", type=int, default=8, help="texts at a time (default: 8)")
+    parser.add_argument("--batch_size", type=whole, default=8, help="texts at a time (default: 8)")
     parser.add_argument("--out", help="write the lines to this file, which must not exist (default: print them)")
     return parser.parse_args(argv[1:])
 

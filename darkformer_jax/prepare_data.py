@@ -15,11 +15,12 @@ Benchmarks for configs/lra.py and configs/glue.py: ListOps, made from a seed; im
 """
 
 import argparse
+import shlex
 from collections.abc import Sequence
 
 from absl import app
 
-from darkformer_jax.cli.parser import Parser, one_line_errors
+from darkformer_jax.cli.parser import Parser, one_line_errors, whole
 from darkformer_jax.cli.progress import progress_bar
 from darkformer_jax.data.files import local_path
 from darkformer_jax.data.glue import GLUE_TASKS, write_glue
@@ -77,7 +78,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--shard_tokens",
-        type=int,
+        type=whole,
         help=f"tokens per shard, rounded up to whole records (default: {DEFAULT_SHARD_TOKENS})",
     )
     parser.add_argument(
@@ -85,9 +86,9 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         choices=SCALES,
         help="listops: paper (the default), 96,000 expressions of 500 to 2,000 symbols; small, 20,000 of 30 to 128",
     )
-    parser.add_argument("--seed", type=int, help="listops: the seed of its expressions (default: 0)")
+    parser.add_argument("--seed", type=whole, help="listops: the seed of its expressions (default: 0)")
     parser.add_argument(
-        "--side", type=int, help="images: pixels per row, each the mean of a square (default: as many as there are)"
+        "--side", type=whole, help="images: pixels per row, each the mean of a square (default: as many as there are)"
     )
     parser.add_argument("--task", choices=GLUE_TASKS, help="glue: which of its tasks")
     return parser.parse_args(argv[1:])
@@ -175,6 +176,8 @@ def _tokenise(args: argparse.Namespace) -> None:
             f"  {name:8s} {split['num_documents']:>12,} documents {split['num_tokens']:>15,} tokens"
             f" {split['num_bytes']:>15,} bytes in {len(split['shards'])} shards"
         )
+    files = shlex.quote(f"--config.data.files={args.out}")
+    print(f"train on it: --config.data.source=array_record {files} --config.data.tokenizer=")
 
 
 if __name__ == "__main__":

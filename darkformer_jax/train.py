@@ -2,6 +2,7 @@
 
 python train.py                                                          the quickstart: a small model, real text
 python train.py --config=configs/lm_1b.py --workdir=runs/lm_1b           another experiment
+python train.py --workdir=runs/lm_1b                                     resume, with the config that the run has
 python train.py --config=configs/ablation.py:attention=performer,m=128   an ablation
 python train.py --config=configs/finetune.py:dark --config.init_from=runs/smollm2   a pretrained model, fine-tuned
 python train.py --config.optimizer.learning_rate=1e-3 --dry_run          override any field; print sizes and stop
@@ -14,9 +15,13 @@ import sys
 import traceback
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
-from darkformer_jax.cli.experiment_flags import overridden_fields, parse_experiment_flags
+from darkformer_jax.cli.experiment_flags import (
+    config_file,
+    define_whole_number,
+    overridden_fields,
+    parse_experiment_flags,
+)
 from darkformer_jax.cli.experiments import FOLDER, experiments_root
 from darkformer_jax.distributed import processes
 from darkformer_jax.distributed.libtpu import quiet_libtpu
@@ -36,16 +41,16 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Directory of the run (default: runs/<name of the config file>).")
     flags.DEFINE_bool("dry_run", False, "Print parameters, state size and tokens per step, without training.")
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if the processes cannot find it themselves.")
-    flags.DEFINE_integer("num_processes", None, "Number of processes that train together; with --coordinator.")
-    flags.DEFINE_integer("process_id", None, "Index of this process, from 0; with --coordinator.")
-    flags.DEFINE_integer(
+    define_whole_number("num_processes", None, "Number of processes that train together; with --coordinator.")
+    define_whole_number("process_id", None, "Index of this process, from 0; with --coordinator.")
+    define_whole_number(
         "coordinator_timeout", 300, "Seconds to wait for all processes at the start.", lower_bound=1, upper_bound=86400
     )
 
 
 def default_workdir() -> str:
     """runs/<name of the config file>."""
-    path = config_flags.get_config_filename(FLAGS["config"]) or DEFAULT_CONFIG
+    path = config_file() or DEFAULT_CONFIG
     return "runs/" + path.partition(":")[0].rpartition("/")[2].removesuffix(".py")
 
 
@@ -83,7 +88,7 @@ def main(argv: list[str]) -> None:
 
 def _train() -> None:
     from darkformer_jax.cli.progress import Progress
-    from darkformer_jax.runs.workdir import Workdir
+    from darkformer_jax.runs.workdir import CONFIG_FILE, Workdir
     from darkformer_jax.training.run import dry_run, train
 
     cluster = processes.cluster_of_flags(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
@@ -92,10 +97,14 @@ def _train() -> None:
     processes.require_same("command", {"--dry_run": FLAGS.dry_run})
     config = FLAGS.config
     workdir = Workdir(default_workdir() if FLAGS.workdir is None else FLAGS.workdir)
+    progress = Progress(config.num_steps, config.log.every)
+    is_saved = config_file() is None
+    if is_saved:
+        progress.note(f"no --config: the experiment is that of {workdir}/{CONFIG_FILE}")
     if FLAGS.dry_run:
-        dry_run(config, overridden_fields())
+        dry_run(config, overridden_fields(), workdir if is_saved else None)
     else:
-        train(config, workdir, Progress(config.num_steps, config.log.every), overridden_fields())
+        train(config, workdir, progress, overridden_fields())
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ def test_the_config_takes_files_and_says_what_it_would_train(tmp_path, capsys):
     assert classify.get_config(f"files={files},heldout={files}").task.heldout_files == files
     for text, value in (("False", False), ("true", True)):
         assert classify.get_config(f"causal={text}").model.causal is value
-    with pytest.raises(UserError, match="configs/classify.py: 'causal=no': expected causal=<bool>"):
+    with pytest.raises(UserError, match="configs/classify.py: 'causal=no': causal must be True or False"):
         classify.get_config("causal=no")
     with pytest.raises(UserError, match="configs/classify.py has no argument 'file'; allowed: files, heldout"):
         classify.get_config("file=a.tsv")

@@ -188,7 +188,7 @@ def test_a_result_is_written_and_never_overwritten(workdir, texts, tmp_path, cap
         (["--text={dir}/bad.jsonl", "--text_field=body"], '{dir}/bad.jsonl:1: no "body" field that is a string'),
         (["--context=3"], "--context=3: must be at least 4"),
         (["--context=0"], "--context=0: must be from 1 to"),
-        (["--context=x"], "argument --context: invalid int value: 'x'"),
+        (["--context=x"], "argument --context: 'x' is not a whole number"),
         (["--context=8", "--stride=9"], "--stride=9: must be at most --context=8"),
         (["--stride=-1"], "--stride=-1: must be from 1 to"),
         (["--batch_size=0"], "--batch_size=0: must be from 1 to"),

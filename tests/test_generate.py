@@ -81,7 +81,7 @@ def test_an_empty_prompt_is_a_document_from_its_beginning(workdir, capsys):
         (["--prompts_file={dir}/binary.txt"], "--prompts_file={dir}/binary.txt: not UTF-8 text"),
         (["--prompts_file={dir}"], "--prompts_file={dir}: Is a directory"),
         (["--prompt=a", "--max_new_tokens=0"], "--max_new_tokens=0: must be from 1 to"),
-        (["--prompt=a", "--max_new_tokens=x"], "argument --max_new_tokens: invalid int value: 'x'"),
+        (["--prompt=a", "--max_new_tokens=x"], "argument --max_new_tokens: 'x' is not a whole number"),
         (["--prompt=a", "--temperature=-1"], "temperature = -1.0"),
         (["--prompt=a", "--temperature=nan"], "temperature = nan"),
         (["--prompt=a", "--top_p=2"], "temperature = 0.8, top_k = 0, top_p = 2.0"),

@@ -1,5 +1,7 @@
 """What a wheel holds: all that the library needs where there is no clone."""
 
+import importlib.metadata
+import re
 import shutil
 import subprocess
 import sys
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import darkformer_jax
 from darkformer_jax.__main__ import verbs
 from darkformer_jax.cli.experiments import experiments, find_experiment
 from darkformer_jax.errors import UserError
@@ -59,6 +62,13 @@ def test_an_installed_package_brings_the_command_and_the_experiments(site, tmp_p
         environment = {"PATH": "", "JAX_PLATFORMS": "cpu", "HOME": str(tmp_path)}
         return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
 
+    (metadata,) = site.glob("*.dist-info/METADATA")
+    version = re.search(r"^Version: (.+)$", metadata.read_text(), re.MULTILINE)[1]
+    said = darkformer("--version")
+    assert said.returncode == 0 and said.stdout.startswith(f"darkformer_jax {version}, jax "), said.stderr
+    shown = darkformer("train", "--help")
+    (fields,) = re.findall(r"^fields: (.+) has them all", shown.stdout, re.MULTILINE)
+    assert fields == f"{site}/darkformer_jax/config/base.py" and Path(fields).is_file()
     for verb in ("train", "generate"):
         said = darkformer(verb, "--help")
         assert said.returncode == 0 and f"usage: darkformer {verb}" in said.stdout, said.stderr
@@ -83,3 +93,7 @@ def test_an_experiment_is_looked_for_here_and_then_in_the_package(tmp_path, monk
 
 def test_every_experiment_says_what_it_is():
     assert len(experiments()) >= 7 and all(experiments().values())
+
+
+def test_the_package_says_its_version():
+    assert darkformer_jax.__version__ == importlib.metadata.version("darkformer_jax")

@@ -32,27 +32,40 @@ def test_mistakes_in_flags_are_one_line_and_status_2(tmp_path):
     cases = {
         "--config.num_step=3": "num_step: there is no such field in the config; did you mean --config.num_steps?",
         "--config.model.attention.king=dark": "did you mean --config.model.attention.kind?",
-        "--config.num_steps=many": "--config.num_steps=many: invalid literal for int()",
-        "--config.num_steps=1.5": "--config.num_steps=1.5: invalid literal for int()",
-        "--config.optimizer.learning_rate=fast": "--config.optimizer.learning_rate=fast: could not convert",
-        "--config.model.qk_norm=maybe": "--config.model.qk_norm=maybe",
+        "--config.optimizer.lr=1 --config.epochs=3": "--config.optimizer.learning_rate?; --config.epochs: there is no",
+        "--config.xyzzy=1": "there is no such field in the config; darkformer_jax/config/base.py has all fields",
+        "--batch_size=4": "--batch_size: there is no such flag; did you mean --config.batch_size?",
+        "--dropout=0.1": "--dropout: there is no such flag; there is no dropout here",
+        "--dryrun": "--dryrun: there is no such flag; did you mean --dry_run?",
+        "--output_dir=x": "--output_dir: there is no such flag; did you mean --workdir?",
+        "--resume": "--resume: there is no such flag; a run resumes by itself: give its --workdir",
+        "--num_layers=2": "--num_layers: there is no such flag; did you mean --config.model.num_layers?",
+        "--config.num_steps=many": "--config.num_steps=many: must be a whole number and at least 1",
+        "--config.num_steps=1.5": "--config.num_steps=1.5: must be a whole number and at least 1",
+        "--config.num_steps=1e99999999": "--config.num_steps=1e99999999: must be a whole number and at least 1",
+        "--config.num_steps many": "--config.num_steps=many: must be a whole number and at least 1",
+        "--config.optimizer.learning_rate=fast": "--config.optimizer.learning_rate=fast: must be a number and positive",
+        "--config.model.qk_norm=maybe --config.seed=x": "qk_norm=maybe: must be True or False; --config.seed=x: must",
+        "--num_processes=x": "flag --num_processes=x: must be a whole number",
         "--config.checkpoint=5": "--config.checkpoint: checkpoint is a section; set its fields one by one, such as",
         "--config.model.attention={'num_features':12}": "model.attention is a section; set its fields one by one",
         "--config.model.attention.num_features=0": "model.attention.num_features = 0: must be at least 1",
         "--config.model.attention.kind=softmax --config.model.attention.num_features=8": "no softmax layer uses it",
+        "--config.model.attention.kind=softmax": "but the experiment sets it; add --config.model.attention.window=0",
         "--workdir=": "workdir '': give the name of a directory",
         "--config=nowhere.py": "nowhere.py",
         f"--config={tmp_path}/imports.py": "--config: No module named 'nowhere'",
         f"--config={tmp_path}/notes.md": f"--config: {tmp_path}/notes.md: line 1 is not Python",
         f"--config={tmp_path}/takes_nothing.py:abc": "takes 0 positional arguments",
         "--config=configs/ablation.py:sauce=1": "configs/ablation.py has no argument 'sauce'; allowed: attention, m",
-        "--config=configs/ablation.py:m=x": "configs/ablation.py: 'm=x': expected m=<int>",
+        "--config=configs/ablation.py:d_model=64": "seed; for other fields: did you mean --config.model.embed_dim?",
+        "--config=configs/ablation.py:m=x": "configs/ablation.py: 'm=x': m must be a whole number and at least 1",
         "--config=configs/ablation.py:m=32 --config.model.attention.pattern=dark(m=128)": "every dark layer has a",
         "--config=configs/ablation.py:attention=performer,m=8 --config.model.attention.kind=softmax": "no softmax",
         "--config=configs/ablation.py:attention=softmax,m=32": "num_features = 32: no softmax layer uses it",
         "--config=configs/ablation.py:attention=magic": "model.attention.kind = 'magic': allowed: softmax",
         "extra": "'extra' is no flag",
-        "--sauce=1": "Unknown command line flag 'sauce'",
+        "--xyzzy=1": "--xyzzy: there is no such flag; --help lists them",
     }
     ended = run_commands([train(f"--workdir={tmp_path}/new", "--dry_run", *flags.split()) for flags in cases])
     for (flag, message), (status, out, err) in zip(cases.items(), ended, strict=True):
@@ -225,6 +238,10 @@ def test_the_whole_road_of_lm_1b(tmp_path):
     assert [line["step"] for line in lines if "heldout_loss" in line] == [4, 5]
     assert lines[-2]["loss"] < lines[0]["loss"]
     assert mismatch.status == 2 and "tokenizer 'bytes' does not match" in mismatch.err.splitlines()[-1]
+    assert "; add --config.data.tokenizer= for the one that prepared the data" in mismatch.err
+    assert prepared.out.endswith(
+        f"train on it: --config.data.source=array_record --config.data.files={data} --config.data.tokenizer=\n"
+    )
     assert not (tmp_path / "new").exists()
     assert written.status == 0 and written.out.startswith("the market"), written.err
     model = json.loads((workdir / "config.json").read_text())["model"]
@@ -245,3 +262,46 @@ def test_a_sequence_longer_than_the_text(tmp_path):
     (ended,) = run_commands([train(f"--workdir={tmp_path}/run", *flags)])
     assert ended.status == 0, ended.err
     assert len(metrics_without_time(tmp_path / "run")) == 4
+
+
+def test_a_workdir_alone_resumes_the_run_with_the_config_that_it_has(tmp_path):
+    text = write_text(tmp_path / "text.txt")
+    workdir = tmp_path / "run"
+    flags = tiny_flags(data__files=text, num_steps=4, sample__temperature=1.0, optimizer__clip_norm=2)
+    new, begun, again, longer, planned, changed, other = run_commands(
+        [
+            train(f"--workdir={workdir}", "--dry_run"),  # no run has begun there: the quickstart
+            train(f"--workdir={workdir}", *flags),
+            train(f"--workdir={workdir}"),
+            train("--workdir", str(workdir), "--config.num_steps=6", "--config.sample.temperature=0.5"),
+            train(f"--workdir={workdir}", "--dry_run"),
+            train(f"--workdir={workdir}", "--config.model.mlp_dim=48"),
+            train(f"--workdir={workdir}", "--config=configs/quickstart.py"),
+        ]
+    )
+    assert new.status == 0 and "= 8 x 256\n" in new.out and "no --config" not in new.err, new.err
+    assert begun.status == 0 and "no --config" not in begun.err, begun.err
+    for ended, start in ((again, 4), (longer, 4)):
+        assert ended.status == 0, ended.err
+        assert f"no --config: the experiment is that of {workdir}/config.json" in ended.err
+        assert f"resuming {workdir} from step {start}" in ended.err
+    assert [line["step"] for line in metrics_without_time(workdir) if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    saved = json.loads((workdir / "config.json").read_text())
+    assert (saved["num_steps"], saved["sample"]["temperature"], saved["model"]["mlp_dim"]) == (6, 0.5, 32)
+    assert planned.status == 0 and "steps          6\n" in planned.out
+    assert changed.status == 2 and changed.err.endswith("use a new workdir or undo: model.mlp_dim: 32 -> 48\n")
+    assert other.status == 2 and "belongs to another experiment" in other.err
+
+
+def test_a_workdir_of_a_model_that_was_never_trained_there_is_not_trained_with_its_config(tmp_path):
+    config = tiny_config(data__files=write_text(tmp_path / "text.txt"))
+    Workdir(tmp_path / "imported").write_config(config.to_dict())
+    (ended,) = run_commands([train(f"--workdir={tmp_path}/imported")])
+    assert ended.status == 2 and "belongs to another experiment" in ended.err and "no --config" not in ended.err
+
+
+def test_a_damaged_config_of_a_run_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "data.json").write_text("{}")
+    (ended,) = run_commands([train(f"--workdir={tmp_path}")])
+    assert ended.status == 2 and ended.err.startswith("error: ") and "config.json is not valid JSON" in ended.err

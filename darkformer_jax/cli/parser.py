@@ -13,6 +13,7 @@ from absl import logging
 from absl.flags import argparse_flags
 
 from darkformer_jax.cli.progress import end_bars
+from darkformer_jax.config.fields import whole_number
 from darkformer_jax.distributed.libtpu import quiet_libtpu
 from darkformer_jax.errors import UserError, one_line, printable
 
@@ -23,6 +24,14 @@ def command_of(verb: str) -> str:
     """The command that runs a verb, as the user began it."""
     own = f"darkformer {verb}"
     return own if sys.argv[0] == own else f"python -m darkformer_jax.{verb}"
+
+
+def whole(text: str) -> int:
+    """A flag's whole number, in digits or as 1e3 or 1_000: the `type` of an argument."""
+    try:
+        return whole_number(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from error
 
 
 class Parser(argparse_flags.ArgumentParser):

@@ -67,20 +67,22 @@ class Progress:
         self._line = ""
         self._first: tuple[int, float] | None = None  # step and time of the first update, after the compile
 
-    def update(self, step: int, loss: float, tokens_per_second: float, mfu: float | None, memory_bytes: int) -> None:
+    def update(
+        self, step: int, loss: float, tokens_per_second: float | None, mfu: float | None, memory_bytes: int
+    ) -> None:
         """Shows a finished step; call it for every step.
 
         Args:
           step: optimizer step, from 1.
           loss: nats per token, or per example; the mean over the steps since the last line of metrics.jsonl.
-          tokens_per_second: over all devices.
+          tokens_per_second: over all devices; None = not known yet, after the step that was compiled.
           mfu: model FLOP/s over the devices' peak, from 0 to 1; None = not known.
           memory_bytes: of the device, or of the host if the device is the CPU.
         """
         fields = {
             "step": f"step {step}/{self._num_steps}",
             "loss": f"loss {loss:.3f}",
-            "speed": f"{tqdm.tqdm.format_sizeof(tokens_per_second)} tok/s",
+            "speed": "" if tokens_per_second is None else f"{tqdm.tqdm.format_sizeof(tokens_per_second)} tok/s",
             "mfu": "" if mfu is None else f"mfu {100 * mfu:.1f}%",
             "memory": f"memory {memory_bytes / 2**30:.1f} GiB",
             "eta": f"eta {self._time_left(step)}",

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable
 import ml_collections
 
 from darkformer_jax.config.base import fields
+from darkformer_jax.config.names import meant
 from darkformer_jax.config.pattern import ATTENTION, SHORT
 from darkformer_jax.config.usage import reset_unused
 from darkformer_jax.errors import UserError
@@ -50,7 +51,8 @@ def set_arguments(c: ml_collections.ConfigDict, arguments: Iterable[str], allowe
     for argument in arguments:
         name, _, value = argument.partition("=")
         if name not in allowed:
-            raise UserError(f"{file} has no argument {name!r}; allowed: {', '.join(allowed)}")
+            hint = f"; for other fields: {hint}" if (hint := meant(name)) else ""
+            raise UserError(f"{file} has no argument {name!r}; allowed: {', '.join(allowed)}{hint}")
         field = ARGUMENTS[name]
         if field in given:
             raise UserError(f"{file}: {argument!r}: {name} is there twice")
@@ -58,8 +60,7 @@ def set_arguments(c: ml_collections.ConfigDict, arguments: Iterable[str], allowe
         try:
             c.update_from_flattened_dict({field: fields()[field].parse(value)})
         except ValueError as error:
-            kind = type(fields()[field].default).__name__
-            raise UserError(f"{file}: {argument!r}: expected {name}=<{kind}>") from error
+            raise UserError(f"{file}: {argument!r}: {name} {error}") from error
     if "num_steps" in given and c.optimizer.warmup_steps >= c.num_steps:
         c.optimizer.warmup_steps = c.num_steps // 4
     reset_unused(c, given)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
+from decimal import Decimal, InvalidOperation
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,9 +42,14 @@ class Field:
     below: int = 2**31
 
     def parse(self, text: str) -> Any:
-        """The value that a text spells, of the field's type. Raises ValueError for other texts."""
+        """The value that a text spells, of the field's type. Raises ValueError, which says what is allowed."""
         kind = type(self.default)
-        return boolean(text) if kind is bool else kind(text)
+        words, read = _READ.get(kind, (kind.__name__, kind))
+        try:
+            return read(text)
+        except ValueError as error:
+            also = f" and {self.allowed.removeprefix('must be ')}" if kind in (int, float) and self.allowed else ""
+            raise ValueError(f"must be {words}{also}") from error
 
     def check(self, name: str, value: Any) -> None:
         """Raises UserError, which names the field, its value and what is allowed."""
@@ -105,10 +111,29 @@ def strings(*default: str, **more: Any) -> Any:
 
 
 def boolean(text: str) -> bool:
-    """True or False, in capitals or not. Raises ValueError for other texts."""
-    if text.lower() not in ("true", "false"):
+    """True or False, in capitals or not, or as absl writes them. Raises ValueError for other texts."""
+    if text.lower() not in ("true", "t", "1", "false", "f", "0"):
         raise ValueError(text)
-    return text.lower() == "true"
+    return text.lower() in ("true", "t", "1")
+
+
+def whole_number(text: str) -> int:
+    """The number that a text spells exactly, in digits or as 1e3 or 1_000. Raises ValueError for other texts."""
+    try:
+        number = Decimal(text)
+    except InvalidOperation:
+        return int(text, 0)  # 0x10
+    if not number.is_finite() or number.adjusted() > _MOST_DIGITS or number != number.to_integral_value():
+        raise ValueError(f"{text!r} is not a whole number")
+    return int(number)
+
+
+_MOST_DIGITS = 400  # a number with a larger exponent fills the memory
+_READ: Mapping[type, tuple[str, Callable[[str], Any]]] = {
+    int: ("a whole number", whole_number),
+    float: ("a number", float),
+    bool: ("True or False", boolean),
+}
 
 
 def flat_section(section: Section, prefix: str = "") -> Iterator[tuple[str, Field]]:

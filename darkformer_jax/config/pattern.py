@@ -83,6 +83,6 @@ def _parse_option(kind: str, text: str) -> tuple[str, Any]:
     try:
         parsed = field.parse(value)
     except ValueError as error:
-        raise UserError(f"{where}: must be {name}=<{type(field.default).__name__}>") from error
+        raise UserError(f"{where}: {name} {error}") from error
     field.check(f"{where}: {name}", parsed)
     return name, parsed

@@ -1,7 +1,9 @@
 """Which fields the layers of a config use, as mixers state it, and which its task does not use."""
 
 import functools
-from collections.abc import Collection, Iterable, Mapping
+import shlex
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import ml_collections
 
@@ -50,8 +52,48 @@ def fields_in_effect(config: ml_collections.ConfigDict) -> set[str]:
     return {name for name in mixer_fields() if _own(name) in names}
 
 
+class Fault(NamedTuple):
+    """A mixer's field whose value does not fit the layers.
+
+    Attributes:
+      name: the field.
+      why: what is wrong, with its value.
+      fitting: a value that fits; None = the field is to be left out.
+      is_on: whether its value is another than the one that means "not used".
+    """
+
+    name: str
+    why: str
+    fitting: Any
+    is_on: bool = True
+
+
+def refuse(faults: Sequence[Fault], overridden: Collection[str] = ()) -> None:
+    """Raises UserError for all faults at once, if there are any. With overrides, it has the flags that mend them.
+
+    overridden: the fields that the command line sets; the experiment set the others.
+    """
+    said = []
+    flags: dict[str, list[str]] = {"add": [], "instead give": [], "leave out": []}
+    for name, why, fitting, is_on in faults:
+        is_experiments = is_on and name not in overridden
+        if overridden:
+            said.append(f"{why}, but the experiment sets it" if is_experiments else why)
+        else:
+            said.append(f"{why}; allowed: {_shown(fitting)}" if is_on and fitting is not None else why)
+        if fitting is None:
+            flags["leave out"].append(name)
+        else:
+            flag = shlex.quote(f"--config.{name}={fitting}")
+            flags["instead give" if name in overridden else "add"].append(flag)
+    if overridden:
+        said += [f"{verb} {' '.join(group)}" for verb, group in flags.items() if group]
+    if faults:
+        raise UserError("; ".join(said))
+
+
 def require_new_uses(config: ml_collections.ConfigDict, overridden: Collection[str] = ()) -> None:
-    """Raises UserError for the first field that a new run sets although nothing uses it.
+    """Raises UserError for fields that a new run sets although nothing uses them.
 
     The experiment sets a field by giving it another value than the default, the command line by naming it. Where the
     command line swaps the mechanism, what the experiment set for its own mechanism may be left without a use. A saved
@@ -59,12 +101,11 @@ def require_new_uses(config: ml_collections.ConfigDict, overridden: Collection[s
 
     overridden: the fields that the command line sets, by their names or after the config's colon.
     """
-    require_used(config, overridden)
+    _require_of_task(config, overridden)
+    refuse(unused_faults(config, overridden), overridden)
     _require_read(config, overridden)
     if _SWAPS.isdisjoint(overridden):
-        for name in _set_in_vain(config):
-            shown, default = _shown(_value(config, name)), _shown(fields()[name].default)
-            raise UserError(f"{name} = {shown}: {_why_unused(config, name)}; allowed: {default}")
+        refuse([Fault(name, _unused(config, name), fields()[name].default) for name in _set_in_vain(config)])
 
 
 def reset_unused(config: ml_collections.ConfigDict, keep: Collection[str]) -> None:
@@ -74,19 +115,22 @@ def reset_unused(config: ml_collections.ConfigDict, keep: Collection[str]) -> No
             config.update_from_flattened_dict({name: fields()[name].default})
 
 
-def require_used(config: ml_collections.ConfigDict, names: Iterable[str]) -> None:
-    """Raises UserError for the first of these fields that has a value although no layer or not the task uses it.
-
-    Fields that belong neither to mixers nor to language models alone are passed over.
-    """
+def unused_faults(config: ml_collections.ConfigDict, names: Iterable[str]) -> list[Fault]:
+    """Those of these fields that belong to mixers and have a value although no layer uses it."""
     used = _used(config)
+    return [
+        Fault(name, _unused(config, name), fields()[name].off)
+        for name in names
+        if name in mixer_fields() and _own(name) not in used and _value(config, name) not in (None, fields()[name].off)
+    ]
+
+
+def _require_of_task(config: ml_collections.ConfigDict, names: Iterable[str]) -> None:
+    """Raises UserError for the first of these fields that belongs to language models alone, in another task."""
     for name in names:
         value, off = _value(config, name), fields()[name].off
         if name in OF_LANGUAGE_MODELS and config.task.name != LANGUAGE_MODEL and value != off:
             raise UserError(f"{name} = {value!r} with task.name = {config.task.name!r}; allowed: {off!r}")
-        if name in mixer_fields() and _own(name) not in used and value is not None and value != off:
-            allowed = f"; allowed: {off!r}" if off is not None else ""
-            raise UserError(f"{name} = {_shown(value)}: {_why_unused(config, name)}{allowed}")
 
 
 def _require_read(config: ml_collections.ConfigDict, names: Iterable[str]) -> None:
@@ -131,14 +175,13 @@ def _set_in_vain(config: ml_collections.ConfigDict) -> list[str]:
     ]
 
 
-def _why_unused(config: ml_collections.ConfigDict, name: str) -> str:
-    """Why no layer uses a field of mixers: none does, or each that would has a value of its own."""
+def _unused(config: ml_collections.ConfigDict, name: str) -> str:
+    """The value, and why no layer uses it: none does, or each that would has a value of its own."""
     attention = config.model.attention
     kinds = list(dict.fromkeys(layer.kind for layer in parse_pattern(attention.pattern, attention.kind)))
     own = [kind for kind in kinds if _own(name) in MIXERS[kind].uses]
-    if own:
-        return f"every {' and '.join(own)} layer has a value of its own"
-    return f"no {' or '.join(kinds)} layer uses it"
+    why = f"every {' and '.join(own)} layer has a value of its own" if own else f"no {' or '.join(kinds)} layer uses it"
+    return f"{name} = {_shown(_value(config, name))}: {why}"
 
 
 def _shown(value: object) -> str:

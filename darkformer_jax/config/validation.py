@@ -1,27 +1,32 @@
 """Finds mistakes in a config before any compile: values out of range, and values that contradict each other."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import ml_collections
 
 from darkformer_jax.config.base import LABELLED_SOURCE, LABELLED_TASKS, SOURCES, fields
-from darkformer_jax.config.fields import Field, flat_fields
-from darkformer_jax.config.pattern import ATTENTION, parse_pattern
+from darkformer_jax.config.fields import flat_fields
+from darkformer_jax.config.pattern import ATTENTION, Layer, parse_pattern
 from darkformer_jax.config.specs import mixer_specs
-from darkformer_jax.config.usage import OF_LANGUAGE_MODELS, mixer_fields, require_used
+from darkformer_jax.config.usage import OF_LANGUAGE_MODELS, Fault, refuse, unused_faults
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
 from darkformer_jax.mixers.spec import MixerSpec
 
 
-def validate(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError for the first field that is out of range or contradicts another."""
+def validate(config: ml_collections.ConfigDict, overridden: Collection[str] = ()) -> None:
+    """Raises UserError for the first field that is out of range or contradicts another.
+
+    All fields of mixers that do not fit the layers are refused together.
+
+    overridden: the fields that the command line of a new run sets; see `config.usage.refuse`.
+    """
     values = dict(flat_fields(config.to_dict()))
     for name, field in fields().items():
         field.check(name, values[name])
     _validate_model(config.model)
-    _validate_mixers(config)
+    _validate_mixers(config, overridden)
     _validate_training(config)
     _validate_task(config)
 
@@ -34,7 +39,7 @@ def _validate_model(model: ml_collections.ConfigDict) -> None:
     _validate_rope(model)
 
 
-def _validate_mixers(config: ml_collections.ConfigDict) -> None:
+def _validate_mixers(config: ml_collections.ConfigDict, overridden: Collection[str]) -> None:
     """Raises UserError for a field that no layer uses, a need that is not met, or layers that contradict themselves."""
     attention = config.model.attention
     layers = parse_pattern(attention.pattern, attention.kind)
@@ -42,7 +47,11 @@ def _validate_mixers(config: ml_collections.ConfigDict) -> None:
         len(layers) <= config.model.num_layers,
         f"model.attention.pattern has {len(layers)} entries, more than model.num_layers = {config.model.num_layers}",
     )
-    require_used(config, [name for name in fields() if name in mixer_fields() and fields()[name].off is not None])
+    to_be_used = [name for name, field in fields().items() if field.off is not None or name in overridden]
+    faults = unused_faults(config, to_be_used)
+    specs = zip(layers, mixer_specs(config), strict=True)
+    needs = [fault for layer, mixer in specs for fault in _unmet_needs(config, layer, mixer)]
+    refuse(list(dict.fromkeys(faults + needs)), overridden)
     for mixer in mixer_specs(config):
         _require(
             mixer.conv_width <= config.sequence_length,
@@ -57,25 +66,34 @@ def _validate_mixers(config: ml_collections.ConfigDict) -> None:
             mixer.head_dim % 2 == 0 or not mixer.has_rope,
             f"model.head_dim = {mixer.head_dim}: must be even, for rotary positions",
         )
-        for name in sorted(MIXERS[mixer.kind].uses):
-            field = fields().get(ATTENTION + name)
-            if field is not None and field.off is not None:
-                _require_needs(mixer, name, field)
         MIXERS[mixer.kind].check(mixer)
 
 
-def _require_needs(mixer: MixerSpec, name: str, field: Field) -> None:
-    value = getattr(mixer, name)
-    shown = repr(value) if isinstance(value, str) else value
-    if value == field.off:
-        needed = name in MIXERS[mixer.kind].needs
-        _require(not needed, f"{ATTENTION}{name} = {shown}: {mixer.kind!r} needs at least 1")
-    elif field.needs:
-        other = getattr(mixer, field.needs)
-        _require(
-            other != fields()[ATTENTION + field.needs].off,
-            f"{ATTENTION}{name} = {shown} needs {field.needs}; {ATTENTION}{field.needs} = {other!r}",
-        )
+def _unmet_needs(config: ml_collections.ConfigDict, layer: Layer, mixer: MixerSpec) -> Iterator[Fault]:
+    """The fields that a layer needs but that are off, and those that are not off but need one that is.
+
+    Raises UserError for an option of the layer's own in the pattern, which no other field mends.
+    """
+    for name in sorted(MIXERS[mixer.kind].uses):
+        field = fields().get(ATTENTION + name)
+        if field is None or field.off is None:
+            continue
+        value, shown = getattr(mixer, name), f"{ATTENTION}{name} = {getattr(mixer, name)!r}"
+        if value == field.off and name in MIXERS[mixer.kind].needs:
+            # A document may be as long as a row, and a window has whole chunks.
+            sizes = {"horizon": config.sequence_length, "window": mixer.chunk_size, "local_window": 64}
+            fault = Fault(ATTENTION + name, f"{shown}: {mixer.kind!r} needs at least 1", sizes[name], is_on=False)
+        elif value != field.off and field.needs and _is_off(mixer, field.needs):
+            why = f"{shown} needs {field.needs}, but {ATTENTION}{field.needs} = {getattr(mixer, field.needs)!r}"
+            fault = Fault(ATTENTION + name, why, field.off)
+        else:
+            continue
+        _require(name not in layer.options, fault.why)
+        yield fault
+
+
+def _is_off(mixer: MixerSpec, name: str) -> bool:
+    return bool(getattr(mixer, name) == fields()[ATTENTION + name].off)
 
 
 def _validate_rope(model: ml_collections.ConfigDict) -> None:
@@ -113,7 +131,8 @@ def _validate_training(config: ml_collections.ConfigDict) -> None:
     _require(
         optimizer.warmup_steps < config.num_steps or config.num_steps == 1,
         f"optimizer.warmup_steps = {optimizer.warmup_steps} is not shorter than num_steps = {config.num_steps}; "
-        f"allowed: up to {config.num_steps - 1} (0 = no warm-up)",
+        f"allowed: up to {config.num_steps - 1}, such as --config.optimizer.warmup_steps={config.num_steps // 4} "
+        "(0 = no warm-up)",
     )
     rank = config.model.lora_rank
     _require(
@@ -162,8 +181,20 @@ def _validate_task(config: ml_collections.ConfigDict) -> None:
 
 
 def from_json(saved: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """The config of a workdir's config.json."""
-    return ml_collections.ConfigDict(saved).lock()
+    """The config of a workdir's config.json, each field of the type of its default, so that flags can override it."""
+    return ml_collections.ConfigDict(_typed(saved)).lock()
+
+
+def _typed(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    typed = {}
+    for name, value in section.items():
+        field = fields().get(prefix + name)
+        kind = type(value) if field is None else type(field.default)
+        if isinstance(value, Mapping):
+            typed[name] = _typed(value, f"{prefix}{name}.")
+        else:
+            typed[name] = kind(value) if (type(value), kind) in ((int, float), (list, tuple)) else value
+    return typed
 
 
 def _require(condition: bool, message: str) -> None:

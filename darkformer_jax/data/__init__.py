@@ -6,10 +6,11 @@ import os
 from collections.abc import Sequence
 
 from darkformer_jax.data.batches import Batch, heldout_batches, num_rows, train_batches
+from darkformer_jax.data.files import local_path
 from darkformer_jax.data.heldout import DEFAULT_HELDOUT_FRACTION, HeldoutSplit
 from darkformer_jax.data.matching import Entry, weighted_entries
 from darkformer_jax.data.mixture import Mixture, Split, whole_weights
-from darkformer_jax.data.prepared import load_prepared
+from darkformer_jax.data.prepared import SPLITS, load_prepared, read_manifest
 from darkformer_jax.data.progress import ProgressBar, no_progress
 from darkformer_jax.data.sources import CORPUS_SOURCES, Corpus, open_corpus, open_text_sources
 from darkformer_jax.data.stream import TokenStream, memory_stream
@@ -30,6 +31,7 @@ __all__ = [
     "Split",
     "TokenStream",
     "Tokenizer",
+    "find_data",
     "heldout_batches",
     "load_data",
     "load_tokenizer",
@@ -111,6 +113,23 @@ def load_data(
     return Data(train, heldout, used, tuple(text for _, held_out in splits for text in held_out))
 
 
+def find_data(source: str, files: str) -> str:
+    """What a config's `data.source` and `data.files` name, in words and without reading it.
+
+    Raises UserError if there is nothing, or no file of the source.
+    """
+    if source == PREPARED_SOURCE:
+        manifests = [read_manifest(local_path(entry.name)) for entry in prepared_directories(files)]
+        tokens = [sum(manifest["splits"][side]["num_tokens"] for manifest in manifests) for side in SPLITS]
+        return f"{tokens[0]:,} training tokens, {tokens[1]:,} held out, in {len(manifests)} prepared director" + (
+            "y" if len(manifests) == 1 else "ies"
+        )
+    sources = weighted_entries(files) if source == "text" else []
+    corpora = open_text_sources(sources, TEXT_FIELD) if _is_mixture(sources) else [open_corpus(source, files)]
+    size = sum(corpus.num_bytes for corpus in corpora) / 2**20
+    return f"{size:,.1f} MiB of {source}" + (f" in {len(sources)} sources" if len(corpora) > 1 else "")
+
+
 def prepared_directories(files: str) -> list[Entry]:
     """The prepared directories that data.files names: one, or several with weights.
 
@@ -160,6 +179,8 @@ def _load_prepared_data(
     files: str, tokenizer: str, heldout_fraction: float, tokenizer_dir: str | None, verify: tuple[int, int]
 ) -> Data:
     sources = prepared_directories(files)
+    if tokenizer:
+        _require_prepared_with(tokenizer, sources[0].name)  # now: hashing the shards may take long
     loaded = [load_prepared(source.name, heldout_fraction, verify=verify) for source in sources]
     train = _as_split(sources, [stream for stream, _, _ in loaded])
     heldout = _as_split(sources, [stream for _, stream, _ in loaded])
@@ -171,8 +192,6 @@ def _load_prepared_data(
                 f"{sources[0].name} ({prepared_with.fingerprint[:12]}); allowed: one tokenizer for all sources "
                 f"(prepare_data --tokenizer={sources[0].name})"
             )
-    if tokenizer:
-        check_tokenizer_is(tokenizer, prepared_with, files)
     saved = load_tokenizer(tokenizer_dir) if tokenizer_dir and has_tokenizer(tokenizer_dir) else None
     if saved and saved.fingerprint != prepared_with.fingerprint:
         raise UserError(
@@ -180,3 +199,12 @@ def _load_prepared_data(
             f" {files} (fingerprint {prepared_with.fingerprint[:12]})"
         )
     return Data(train, heldout, prepared_with, None)
+
+
+def _require_prepared_with(tokenizer: str, directory: str) -> None:
+    directory = local_path(directory)
+    read_manifest(directory)  # says that there is none
+    try:
+        check_tokenizer_is(tokenizer, load_tokenizer(directory), directory)
+    except UserError as error:
+        raise UserError(f"{error}; add --config.data.tokenizer= for the one that prepared the data") from error

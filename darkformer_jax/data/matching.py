@@ -24,11 +24,13 @@ class Entry(NamedTuple):
 
 
 def entries(names: str) -> list[str]:
-    """The names and globs of a comma-separated list, with `~` expanded. What exists may have commas in its name.
+    """The names and globs of a comma-separated list, with `~` expanded.
+
+    What exists, or is matched by a glob, may have commas in its name.
 
     Raises UserError for a URL.
     """
-    return [local_path(name) for name in _split(names, _is_there)]
+    return [local_path(name) for name in _split(names, lambda name: name)]
 
 
 def weighted_entries(names: str) -> list[Entry]:
@@ -36,7 +38,7 @@ def weighted_entries(names: str) -> list[Entry]:
 
     Raises UserError for a URL, a weight that is not a finite number above 0, and a list in which only some have one.
     """
-    parts = _split(names, lambda name: _is_there(name) or _is_there(_cut_weight(name)[0]))
+    parts = _split(names, lambda name: _cut_weight(name)[0])
     found = [Entry(part, None) if _is_there(part) else _with_weight(part) for part in parts]
     without = [name for name, weight in found if weight is None]
     if without and len(without) < len(found):
@@ -49,13 +51,28 @@ def looks_weighted(name: str) -> bool:
     return bool(_cut_weight(name)[1])
 
 
-def _split(names: str, is_there: Callable[[str], bool]) -> list[str]:
-    """The parts of a comma-separated list. Parts that are there when they are joined belong together."""
+def _split(names: str, cut: Callable[[str], str]) -> list[str]:
+    """The parts of a comma-separated list. Parts that are there when they are joined belong together.
+
+    So do parts that are a glob when they are joined, if there are such files but none that the first part stands for.
+
+    cut: a part without its weight.
+    """
+
+    def is_there(name: str) -> bool:
+        return _is_there(name) or _is_there(cut(name))
+
+    def matches(name: str) -> bool:
+        pattern = os.path.expanduser(cut(name))
+        return glob.has_magic(pattern) and bool(_matching(pattern))
+
     found: list[str] = []
     parts = names.split(",")
     while parts:
-        joined = ((count, ",".join(parts[:count]).strip()) for count in range(len(parts), 1, -1))
-        count = next((count for count, name in joined if is_there(name)), 1)
+        joined = [(count, ",".join(parts[:count]).strip()) for count in range(len(parts), 0, -1)]
+        count = next((count for count, name in joined if is_there(name)), 0)
+        if not count:
+            count = next((count for count, name in reversed(joined) if matches(name)), 1)
         if name := ",".join(parts[:count]).strip():
             found.append(name)
         parts = parts[count:]

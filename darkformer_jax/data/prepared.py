@@ -110,7 +110,7 @@ def load_prepared(
         not the manifest's, or a shard is missing or (if verified) damaged.
     """
     directory = local_path(directory)
-    manifest = _read_manifest(directory)
+    manifest = read_manifest(directory)
     tokenizer = load_tokenizer(directory)
     try:
         expected = manifest["tokenizer"]["fingerprint"]
@@ -132,7 +132,8 @@ def load_prepared(
     return train, heldout, tokenizer
 
 
-def _read_manifest(directory: str) -> dict[str, Any]:
+def read_manifest(directory: str) -> dict[str, Any]:
+    """The manifest of a prepared directory. Raises UserError if there is none, or of another format."""
     path = os.path.join(directory, MANIFEST)
     if not os.path.isdir(directory):
         raise UserError(

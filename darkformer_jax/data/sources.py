@@ -149,7 +149,10 @@ def _matching_files(patterns: Sequence[str], suffixes: tuple[str, ...], source: 
         else:
             matches = [path for path in matching(pattern) if not os.path.isdir(path)]
             kind = f"no file matches {pattern!r}"
-            kind += "; weights are for data.files of a language model's training" if looks_weighted(pattern) else ""
+            if looks_weighted(pattern):
+                kind += "; weights are for data.files of a language model's training"
+            elif len(patterns) > 1:
+                kind += f" (one of {len(patterns)} names between commas)"
         if not matches:
             raise UserError(kind)
         found.update(matches)

@@ -14,7 +14,7 @@ def key_of_seed(seed: int) -> Array:
 
     Raises UserError if JAX is told to draw other numbers from the same key.
     """
-    if not jax.config.jax_threefry_partitionable:
+    if not jax.config.jax_threefry_partitionable:  # type: ignore[attr-defined]
         raise UserError(
             "jax_threefry_partitionable = False (JAX_THREEFRY_PARTITIONABLE): every seed would mean other numbers; "
             "allowed: True, which is JAX's default"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.language_model import SAMPLES_FILE
-from darkformer_jax.training.goodput import SESSIONS_FILE, read_sessions
+from darkformer_jax.training.goodput import SESSIONS_FILE, duration, read_sessions
 
 NUMBERS = ("parameters", "tokens/s", "wall time")  # the last headings
 NOT_RECORDED = "not recorded"  # an earlier version trained the run, or a part of the workdir was removed
@@ -77,15 +77,7 @@ def _wall_time(sessions: Sequence[Mapping[str, Any]]) -> str:
         return NOT_RECORDED
     seconds = sum(session["ended"] - session["began"] for session in sessions)
     starts = f" in {len(sessions)} starts" if len(sessions) > 1 else ""
-    return _duration(seconds) + starts
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    if seconds < 3600:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+    return duration(seconds) + starts
 
 
 def _of_sessions(sessions: Sequence[Mapping[str, Any]], name: str) -> str:

@@ -112,6 +112,11 @@ class Workdir(os.PathLike[str]):
         return (self / CONFIG_FILE).is_file()
 
     @property
+    def has_trained(self) -> bool:
+        """Whether the config.json is that of a training, not only of a model that was converted or calibrated."""
+        return self.has_begun and (self / DATA_FILE).is_file()
+
+    @property
     def tokenizer_dir(self) -> str | None:
         """The directory to load the tokenizer from; None = there is none yet."""
         return str(self.local) if has_tokenizer(str(self.local)) else None

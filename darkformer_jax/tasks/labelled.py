@@ -24,6 +24,7 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.model.network import Network
 from darkformer_jax.runs.load import WorkdirModel, load_model
 from darkformer_jax.runs.workdir import Workdir
+from darkformer_jax.tasks.amounts import too_few_examples
 from darkformer_jax.tasks.measured import measure_all
 from darkformer_jax.tasks.scores import predict_by_bag_of_bytes
 from darkformer_jax.tasks.table import table_lines
@@ -124,6 +125,11 @@ class LabelledTask(ABC, Generic[O, E]):
         return objective
 
     @classmethod
+    def objective_before_data(cls, config: ml_collections.ConfigDict) -> O | None:
+        """None: the labels are the classes."""
+        return None
+
+    @classmethod
     def load(cls, config: ml_collections.ConfigDict, workdir: Workdir, progress_bar: ProgressBar = no_progress) -> Self:
         """Reads and tokenises both splits."""
         training, heldout = _examples(config)
@@ -143,6 +149,12 @@ class LabelledTask(ABC, Generic[O, E]):
         """SHA-256 of both splits' tokens and labels, and the tokenizer's fingerprint."""
         data = hashlib.sha256((self.train.fingerprint + self.heldout.fingerprint).encode()).hexdigest()
         return {"data": data, "tokenizer": self.tokenizer.fingerprint}
+
+    @property
+    def warnings(self) -> list[str]:
+        """What are too few examples."""
+        c = self.config
+        return too_few_examples(len(self.train), len(self.heldout), c.num_steps * c.batch_size, c.num_steps)
 
     def train_batches(self, start_step: int, part: Part) -> Iterator[Batch]:
         """Batches of `LabelledRows.read`, each epoch in another order."""

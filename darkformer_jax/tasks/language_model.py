@@ -19,8 +19,10 @@ from darkformer_jax.distributed.sharding import Part
 from darkformer_jax.errors import printable
 from darkformer_jax.model.network import Network
 from darkformer_jax.model.sampling import Sampler
+from darkformer_jax.runs.load import language_model_network
 from darkformer_jax.runs.origin import ends_of_text
 from darkformer_jax.runs.workdir import Workdir
+from darkformer_jax.tasks.amounts import too_little_heldout_text, too_little_text
 from darkformer_jax.tasks.next_token import NextToken
 from darkformer_jax.tasks.prompts import heldout_prompts
 from darkformer_jax.tasks.task import ScoreRequest, Scores
@@ -90,11 +92,19 @@ class LanguageModel:
         return NextToken.of(config, vocab_size_of(config))
 
     @classmethod
+    def objective_before_data(cls, config: ml_collections.ConfigDict) -> NextToken | None:
+        """The objective, unless a tokenizer is to be trained, which may get fewer ids than it is asked for."""
+        objective = cls.objective_of(config)
+        return None if config.data.tokenizer.startswith("bpe:") and not config.model.vocab_size else objective
+
+    @classmethod
     def load(
         cls, config: ml_collections.ConfigDict, workdir: Workdir, progress_bar: ProgressBar = no_progress
     ) -> "LanguageModel":
         """Reads both splits. The first use of `constants` reads the teacher's weights."""
         d = config.data
+        if config.distill.weight:
+            language_model_network(Workdir(config.distill.workdir))  # refuses before the data is read
         part = (jax.process_index(), jax.process_count())
         data = load_data(
             d.source,
@@ -161,6 +171,26 @@ class LanguageModel:
             if isinstance(heldout, Mixture)
             else evaluation
         )
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is too little text, of each source and of the held-out text."""
+        c, train = self.config, self.data.train
+        sources = [("", train, 1.0)]
+        if isinstance(train, Mixture):
+            sources = list(zip(train.names, train.streams, train.shares, strict=True))
+        said = [
+            too_little_text(
+                name,
+                text.num_targets,
+                c.sequence_length,
+                drawn=share * c.num_steps * c.batch_size,
+                batch_size=share * c.batch_size,
+                num_steps=c.num_steps,
+            )
+            for name, text, share in sources
+        ]
+        return [*filter(None, [*said, too_little_heldout_text(self.data.heldout.num_targets, c.sequence_length)])]
 
     def save(self, workdir: Workdir) -> None:
         """Writes the tokenizer if the workdir has none."""

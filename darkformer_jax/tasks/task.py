@@ -4,7 +4,7 @@ A `Task` is what a run learns, with its data. Its `Objective` is the part that h
 training step and the evaluation trace. A dry run and `compile` need only an objective.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, Self, TypeVar
 
 import jax
@@ -123,6 +123,7 @@ class Task(Protocol[E]):
       constants: further arrays that the objective reads, such as a teacher's; None = there are none. They are read at
         the first use, and kept.
       loss_unit: of losses, in words.
+      warnings: lines about data that is too little for the run.
       fingerprints: hashes of what must be the same in all processes; data.json in the workdir must match `data`.
     """
 
@@ -138,6 +139,9 @@ class Task(Protocol[E]):
     def constants(self) -> Any: ...
 
     @property
+    def warnings(self) -> Sequence[str]: ...
+
+    @property
     def fingerprints(self) -> Mapping[str, str]: ...
 
     @classmethod
@@ -146,6 +150,11 @@ class Task(Protocol[E]):
 
         A language model's reads a tokenizer at most; a labelled task's reads its files, whose labels are the classes.
         """
+        ...
+
+    @classmethod
+    def objective_before_data(cls, config: ml_collections.ConfigDict) -> Objective | None:
+        """What `objective_of` returns, if it is known before the data is read and cheap; else None."""
         ...
 
     @classmethod

@@ -3,6 +3,8 @@
 import ml_collections
 
 from darkformer_jax.data import PREPARED_SOURCE, prepared_directories
+from darkformer_jax.data.files import local_path
+from darkformer_jax.data.prepared import read_manifest
 from darkformer_jax.data.tokenizers import bpe_vocab_size, load_tokenizer, make_tokenizer
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.workdir import Workdir
@@ -26,7 +28,10 @@ def vocab_size_of(config: ml_collections.ConfigDict) -> int:
         return bpe_vocab_size(tokenizer)
     if tokenizer:
         return make_tokenizer(tokenizer, tuple).vocab_size  # no text is needed: nothing is trained
-    return load_tokenizer(prepared_directories(config.data.files)[0].name).vocab_size
+    directory = prepared_directories(config.data.files)[0].name
+    if config.data.source == PREPARED_SOURCE:
+        read_manifest(local_path(directory))  # says that there is none
+    return load_tokenizer(directory).vocab_size
 
 
 def check_same_tokenizer(workdir: Workdir, fingerprint: str, field: str) -> None:

@@ -67,8 +67,7 @@ class TrainedModel:
         """What the model writes after the prompt, as `python -m darkformer_jax.generate` prints it."""
         _require_text("prompt", prompt)
         for name, value, lowest in (("max_new_tokens", max_new_tokens, 1), ("top_k", top_k, 0), ("seed", seed, 0)):
-            if not isinstance(value, numbers.Integral) or not lowest <= value < 2**32:
-                raise UserError(f"{name} = {value!r}: must be a whole number from {lowest} to {2**32 - 1}")
+            _require_whole(name, value, lowest)
         writer = Writer(self._sampler(temperature, top_k, top_p, seed), self.tokenizer, self._loaded.ends)
         return "".join(writer.stream(prompt, max_new_tokens))
 
@@ -116,6 +115,11 @@ class TrainedModel:
         model = self._loaded
         options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         return Sampler(model.network, model.params, model.projections, **options, vocab_size=model.tokenizer.vocab_size)
+
+
+def _require_whole(name: str, value: Any, lowest: int) -> None:
+    if not isinstance(value, numbers.Integral) or not lowest <= value < 2**32:
+        raise UserError(f"{name} = {value!r}: must be a whole number from {lowest} to {2**32 - 1}")
 
 
 def _require_text(name: str, text: str) -> None:

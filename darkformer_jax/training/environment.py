@@ -3,10 +3,11 @@
 import os
 import platform
 import subprocess
-from importlib import metadata
 from pathlib import Path
 
 import jax
+
+import darkformer_jax
 
 _ROOT = Path(__file__).parents[2]  # of the clone, or of site-packages
 _CPU_INFO = Path("/proc/cpuinfo")
@@ -14,8 +15,12 @@ _CPU_INFO = Path("/proc/cpuinfo")
 
 def environment() -> dict[str, str]:
     """Name -> text: hardware (all devices, and the host's processor), version (of darkformer_jax, jax and Python)."""
-    version = f"darkformer_jax {_version()}, jax {jax.__version__}, Python {platform.python_version()}"
-    return {"hardware": _hardware(), "version": version}
+    return {"hardware": _hardware(), "version": versions()}
+
+
+def versions() -> str:
+    """The versions of darkformer_jax, jax and Python, in one line."""
+    return f"darkformer_jax {_version()}, jax {jax.__version__}, Python {platform.python_version()}"
 
 
 def _hardware() -> str:
@@ -41,10 +46,7 @@ def _cores() -> int | None:
 
 def _version() -> str:
     """The package's version, and in a clone its commit, with `-dirty` if files were changed since."""
-    try:
-        version = metadata.version("darkformer_jax")
-    except metadata.PackageNotFoundError:  # a clone that is not installed
-        version = "(not installed)"
+    version = darkformer_jax.__version__
     if not (_ROOT / ".git").exists():
         return version
     command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]

@@ -135,12 +135,21 @@ def goodput(sessions: list[dict[str, Any]]) -> dict[str, float]:
     return {name: value / whole if whole else 0.0 for name, value in shares.items()}
 
 
+def duration(seconds: float) -> str:
+    """`seconds` for people: 38 s, 4.5 min, 2.1 h, 3.0 days."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+
+
 def describe(sessions: list[dict[str, Any]]) -> str:
     """One line: the goodput, then what took the rest of the time, largest first. Needs at least one session."""
     shares = goodput(sessions)
     steps = shares.pop("steps")
     rest = sorted(((share, name) for name, share in shares.items() if share >= 5e-4), reverse=True)
-    hours = (sessions[-1]["ended"] - sessions[0]["began"]) / 3600
+    whole = duration(sessions[-1]["ended"] - sessions[0]["began"])
     starts = f"{len(sessions)} start" + "s" * (len(sessions) > 1)
     others = ", ".join(f"{name} {share:.1%}" for share, name in rest)
-    return f"goodput: {steps:.1%} of {hours:.2f} h, in {starts}, were steps that count; the rest: {others}"
+    return f"goodput: {steps:.1%} of {whole}, in {starts}, were steps that count; the rest: {others}"

@@ -1,5 +1,6 @@
 """Starting a run from another run's weights, perhaps with another mechanism."""
 
+import contextlib
 import itertools
 from collections.abc import Collection
 from typing import NamedTuple
@@ -73,6 +74,26 @@ def initialize_from(
         "; not used: ", saved.keys() - wanted.keys() - merged
     )
     return state._replace(params=params, projections=projections), report
+
+
+def check_init_from(workdir: Workdir, experiment: Experiment | None = None) -> None:
+    """Raises UserError if `initialize_from` would find no checkpoint, or one that does not fit. Reads no array.
+
+    experiment: None = its sizes are not known yet.
+    """
+    checkpoints = Checkpoints(workdir)
+    try:
+        steps = checkpoints.committed_steps()
+        if not steps and not checkpoints.steps_without_manifest():
+            raise UserError(f"init_from = {workdir}: there is no checkpoint in {checkpoints.directory}")
+        if experiment is None or not steps:
+            return
+        with contextlib.suppress(OSError, ValueError, KeyError):  # of a damaged step, which `initialize_from` judges
+            shapes = checkpoints.saved_shapes(steps[-1])
+            saved, wanted = _by_layer(shapes["params"]), _by_layer(experiment.abstract.params)
+            _require_fit(workdir, saved, wanted, sorted(wanted.keys() & saved.keys()))
+    finally:
+        checkpoints.close()
 
 
 def _transfer(

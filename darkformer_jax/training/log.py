@@ -25,10 +25,12 @@ from darkformer_jax.training.trackers import Trackers
 class RunProgress(Protocol):
     """Shows people the progress of a run."""
 
-    def update(self, step: int, loss: float, tokens_per_second: float, mfu: float | None, memory_bytes: int) -> None:
+    def update(
+        self, step: int, loss: float, tokens_per_second: float | None, mfu: float | None, memory_bytes: int
+    ) -> None:
         """Shows a finished step.
 
-        loss: the mean since the last line of metrics.jsonl. mfu: model FLOP/s over the devices' peak, from 0 to 1; None
+        loss: the mean since the last line of metrics.jsonl. mfu: model FLOP/s over the devices' peak, from 0 to 1. None
         = not known.
         """
         ...
@@ -113,10 +115,12 @@ class TrainingLog:
                 self._write(step, metrics)  # the number as null, which tells this run from a stopped one
                 raise NotFinite(f"step {step}: {name} is {metrics[name]}")
         self._watch.lap("starting" if self._first else "steps", step)
-        if self._first:
-            self._host.restart()  # this step was the compilation
+        if self._first:  # this step was the compilation: no speed
+            self._host.restart()
+            self._restart()
+        else:
+            self._steps += 1
         self._first = False
-        self._steps += 1
         self._show(step, self._means.add(metrics))
 
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
@@ -141,9 +145,9 @@ class TrainingLog:
         self._watch.lap("saves", step)
 
     def _show(self, step: int, metrics: dict[str, float]) -> None:
-        speed = self._steps / (time.perf_counter() - self._clock)  # steps per second
-        tokens_per_second = speed * self._tokens_per_step
-        mfu = None if self._peak_flops is None else speed * self._step_flops / self._peak_flops
+        speed = self._steps / (time.perf_counter() - self._clock) if self._steps else None  # steps per second
+        tokens_per_second = None if speed is None else speed * self._tokens_per_step
+        mfu = None if speed is None or self._peak_flops is None else speed * self._step_flops / self._peak_flops
         device_memory, host_memory = device_memory_bytes(), host_memory_bytes()
         self._progress.update(step, metrics["loss"], tokens_per_second, mfu, device_memory or host_memory)
         if step % self._every and step != self._num_steps:
@@ -151,8 +155,7 @@ class TrainingLog:
         times = self._host.read()
         several = processes.is_distributed()
         timings = {
-            "tokens_per_second": tokens_per_second,
-            "step_seconds": 1 / speed,
+            **({"tokens_per_second": tokens_per_second, "step_seconds": 1 / speed} if speed is not None else {}),
             "host_seconds": times.own,
             **({"largest_host_seconds": times.largest, "slowest_host": times.straggler} if several else {}),
             "host_memory_bytes": host_memory,

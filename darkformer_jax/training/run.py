@@ -8,9 +8,11 @@ from typing import Any
 import jax
 import ml_collections
 
+from darkformer_jax.config.base import LABELLED_SOURCE
 from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.config.usage import require_new_uses
 from darkformer_jax.config.validation import validate
+from darkformer_jax.data import find_data
 from darkformer_jax.distributed import processes
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.checkpoints import Checkpoints
@@ -29,19 +31,36 @@ from darkformer_jax.training.log import NotFinite, RunProgress, TrainingLog
 from darkformer_jax.training.loop import Loop, Outcome
 from darkformer_jax.training.loss_curve import LossCurve, draw_loss_curve
 from darkformer_jax.training.patience import Patience
-from darkformer_jax.training.start import start
+from darkformer_jax.training.start import check_start, start
 from darkformer_jax.training.trackers import Trackers, require_installed
 
 
-def dry_run(config: ml_collections.ConfigDict, overridden: Sequence[str] = ()) -> None:
-    """Prints the experiment's sizes. Reads the tokenizer and a labelled task's files, allocates nothing on a device.
+def dry_run(config: ml_collections.ConfigDict, overridden: Sequence[str] = (), workdir: Workdir | None = None) -> None:
+    """Prints the experiment's sizes and its data. Reads the tokenizer and a labelled task's files, but no other text.
 
-    overridden: the fields that the command line sets; see `require_new_uses`.
+    That there is no data is a line, no error: the machine that plans a run need not have it.
+
+    Args:
+      config: of the run.
+      overridden: the fields that the command line sets; see `require_new_uses`.
+      workdir: of a run that would be resumed; None = a new run.
     """
-    config = _resolve(config, None, overridden)
-    description = Experiment.of(config, TASKS[config.task.name].objective_of(config)).describe()
+    config = _resolve(config, workdir, overridden)
+    if workdir is not None:
+        workdir.check_config(config.to_dict())
+    experiment = Experiment.of(config, TASKS[config.task.name].objective_of(config))
+    check_start(config, workdir, experiment)
     if jax.process_index() == 0:
-        print(description)
+        print(experiment.describe())
+        if config.data.source != LABELLED_SOURCE:  # whose files are in the description
+            print(f"{'data':14s} {_found_data(config)}")
+
+
+def _found_data(config: ml_collections.ConfigDict) -> str:
+    try:
+        return find_data(config.data.source, config.data.files)
+    except UserError as error:
+        return f"none: {error}"
 
 
 def train(
@@ -64,8 +83,8 @@ def train(
     trackers = Trackers(config.log.trackers, progress.note)
     with workdir.lock() as lock, Mirror(workdir) as mirror, trackers:
         began, watch = time.perf_counter(), Stopwatch(workdir)
+        _check_before_data(config, workdir)
         progress.note(f"workdir {workdir}; reading {config.data.source} {config.data.files}".rstrip())
-        mesh_of(config)  # refuses what does not fit before the data is read, which may take long
         task = TASKS[config.task.name].load(config, workdir, progress.bar)
         # After this, all processes have read what process 0 is about to write.
         processes.require_same("data", task.fingerprints)
@@ -76,9 +95,18 @@ def train(
             f"{task}; training {experiment.num_trained:,} of {experiment.num_params:,} parameters; "
             f"{len(jax.devices())} x {jax.devices()[0].device_kind}; {experiment.cost}"
         )
+        if task.warnings:
+            progress.note(f"warning: little data: {'; '.join(task.warnings)}")
         outcome = _train(experiment, task, workdir, lock, mirror, watch, trackers, progress)
         if jax.process_index() == 0:
             _report(experiment, task, workdir, outcome, trackers, time.perf_counter() - began)
+
+
+def _check_before_data(config: ml_collections.ConfigDict, workdir: Workdir) -> None:
+    """Refuses what does not fit before the data is read and a tokenizer trained, which may take long."""
+    mesh_of(config)
+    objective = TASKS[config.task.name].objective_before_data(config)
+    check_start(config, workdir, Experiment.of(config, objective) if objective else None)
 
 
 def _resolve(
@@ -86,8 +114,9 @@ def _resolve(
 ) -> ml_collections.ConfigDict:
     """The config with a value for every field, checked, and the same in all processes."""
     config = inherit(config, workdir)
-    validate(config)
-    if workdir is None or not workdir.has_begun:  # the command that began a run, in an earlier version too, resumes it
+    is_new = workdir is None or not workdir.has_begun
+    validate(config, overridden if is_new else ())
+    if is_new:  # the command that began a run, in an earlier version too, resumes it
         require_new_uses(config, overridden)
     processes.require_same("config", dict(flat_fields(config.to_dict())))
     return config

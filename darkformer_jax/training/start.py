@@ -3,13 +3,37 @@
 from collections.abc import Callable
 from typing import Any
 
+import ml_collections
+
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.checkpoints import Checkpoints
 from darkformer_jax.runs.metrics import METRICS_FILE, read_metrics
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.training.experiment import Experiment
-from darkformer_jax.training.init_from import initialize_from
+from darkformer_jax.training.init_from import check_init_from, initialize_from
 from darkformer_jax.training.step import TrainState, from_saved, to_saved
+
+
+def check_start(config: ml_collections.ConfigDict, workdir: Workdir | None, experiment: Experiment | None) -> None:
+    """Raises UserError for what `start` would refuse, as far as it is known before the data is read.
+
+    Args:
+      config: of the run.
+      workdir: of the run; None = it has none.
+      experiment: None = its sizes are not known before the data.
+    """
+    if workdir is not None:
+        checkpoints = Checkpoints(workdir)
+        try:
+            steps = checkpoints.committed_steps()
+            if steps and steps[-1] > config.num_steps:  # the newest may be damaged
+                _require_steps_left(config, workdir, checkpoints.latest_good_step())
+        finally:
+            checkpoints.close()
+        if steps:
+            return
+    if config.init_from:
+        check_init_from(Workdir(config.init_from), experiment)
 
 
 def start(
@@ -26,9 +50,7 @@ def start(
     step = checkpoints.latest_good_step()
     if step is not None:
         _, saved = checkpoints.restore(to_saved(experiment.sharded_state), step, verify=False)
-        num_steps = experiment.config.num_steps
-        if step > num_steps:
-            raise UserError(f"num_steps = {num_steps}, but {workdir} is at step {step} already")
+        _require_steps_left(experiment.config, workdir, step)
         note(f"resuming {workdir} from step {step}")
         return step, from_saved(saved, experiment.abstract), checkpoints.carried(step)
     _require_new(experiment.config.checkpoint.every, workdir, checkpoints)
@@ -38,6 +60,11 @@ def start(
         state, report = initialize_from(Workdir(source), experiment, state)
         note(report)
     return 0, state, {}
+
+
+def _require_steps_left(config: ml_collections.ConfigDict, workdir: Workdir, step: int | None) -> None:
+    if step is not None and step > config.num_steps:
+        raise UserError(f"num_steps = {config.num_steps}, but {workdir} is at step {step} already")
 
 
 def _require_new(save_every: int, workdir: Workdir, checkpoints: Checkpoints) -> None:

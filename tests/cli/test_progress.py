@@ -101,6 +101,12 @@ def test_elsewhere_plain_lines_every_log_every_steps_and_at_the_end() -> None:
     ]
 
 
+def test_a_speed_that_is_not_known_is_left_out() -> None:
+    stream = io.StringIO()
+    Progress(9, 1, stream, Clock()).update(1, 2.0, None, None, 2**30)
+    assert stream.getvalue() == "step 1/9  loss 2.000  memory 1.0 GiB  eta --:--\n"
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "00:00"), (59.6, "01:00"), (201, "03:21"), (36_000, "10:00:00")])
 def test_time_left(seconds: float, text: str) -> None:
     stream = io.StringIO()

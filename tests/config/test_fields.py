@@ -3,7 +3,16 @@
 import pytest
 
 from darkformer_jax.config import base
-from darkformer_jax.config.fields import Section, anything, at_least, default_config, flat_fields, flat_section
+from darkformer_jax.config.fields import (
+    Section,
+    anything,
+    at_least,
+    default_config,
+    flat_fields,
+    flat_section,
+    fraction,
+    positive,
+)
 from darkformer_jax.errors import UserError
 
 
@@ -32,6 +41,34 @@ def test_what_a_field_needs_is_a_field_beside_it():
 def test_a_value_of_another_type_or_out_of_range_is_refused(value, message):
     with pytest.raises(UserError, match=message):
         at_least(2, 3).check("n", value)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("12", 12), ("-1", -1), ("1e3", 1000), ("1.5e1", 15), ("1_000", 1000), ("2.0", 2), ("0x10", 16)],
+)
+def test_a_whole_number_may_be_written_in_any_way_that_spells_it_exactly(text, number):
+    assert at_least(-2, 3).parse(text) == number and type(at_least(-2, 3).parse(text)) is int
+
+
+@pytest.mark.parametrize("text", ["many", "", "1.5", "1e-1", "1e999999999", "inf", "nan", "1,000", "0x"])
+def test_a_text_that_spells_no_whole_number_is_refused_in_words(text):
+    with pytest.raises(ValueError, match="^must be a whole number and at least -2$"):
+        at_least(-2, 3).parse(text)
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        (positive(1.0), "must be a number and positive"),
+        (fraction(0.5, high=")"), r"must be a number and in \[0, 1\)"),
+        (anything(1), "must be a whole number"),
+        (anything(True), "must be True or False"),
+    ],
+)
+def test_every_type_says_what_it_allows(field, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        field.parse("x")
 
 
 def test_json_may_write_a_whole_float_as_an_integer_and_a_tuple_as_a_list():

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs import ablation, classify, finetune, large, lm_1b, paper
+from configs import ablation, classify, finetune, large, lm_1b, paper, quickstart
 from darkformer_jax.config import base
 from darkformer_jax.config.arguments import ARGUMENTS, fields_of_arguments
 from darkformer_jax.config.specs import model_spec
@@ -107,15 +107,18 @@ RULES = [
         "model.attention.local_window = 64: no softmax layer uses it; allowed: 0",
     ),
     ({"model.attention.window": 64}, "model.attention.window = 64 is not a multiple of chunk_size = 128"),
-    ({"model.attention.num_sinks": 4}, "model.attention.num_sinks = 4 needs window; model.attention.window = 0"),
+    ({"model.attention.num_sinks": 4}, "model.attention.num_sinks = 4 needs window, but model.attention.window = 0"),
     (
         {"model.attention.window": 128, "model.attention.kind": "softmax"},
         "128: no softmax layer uses it; allowed: 0",
     ),
     ({"model.attention.window": 128, "model.attention.kind": "constant"}, "window = 128: no constant layer uses it"),
     ({"model.attention.window_kernel": "softmax"}, "model.attention.window_kernel = 'softmax' needs window"),
-    ({"model.attention.far_gain": True}, "far_gain = True needs window; model.attention.window = 0"),
-    ({"model.attention.longest_memory": 512.0}, "longest_memory = 512.0 needs decay; model.attention.decay = 'none'"),
+    ({"model.attention.far_gain": True}, "far_gain = True needs window, but model.attention.window = 0"),
+    (
+        {"model.attention.longest_memory": 512.0},
+        "longest_memory = 512.0 needs decay, but model.attention.decay = 'none'",
+    ),
     (
         {"model.attention.decay": "gate", "model.attention.shortest_memory": 200.0},
         "shortest_memory = 200.0: must be at most longest_memory = 128.0",
@@ -256,6 +259,62 @@ def test_what_an_experiment_sets_in_vain_is_refused_in_a_new_run(changes, messag
         require_new_uses(config)
     validate(config)  # a run of an earlier version may have it
     require_new_uses(config, ["model.attention.kind"])  # the experiment chose it for its own mechanism
+
+
+def overridden(config, flags):
+    """(the config with flags, the fields they set), as the command line has them."""
+    changes = {}
+    for flag in flags:
+        name, _, value = flag.removeprefix("--config.").partition("=")
+        changes[name] = base.fields()[name].parse(value)
+    new = config.copy_and_resolve_references()
+    new.update_from_flattened_dict(changes)
+    return new, list(changes)
+
+
+EXPERIMENTS = {
+    "quickstart": quickstart.get_config,
+    "lm_1b": lm_1b.get_config,
+    "classify": lambda: classify.get_config("files=a.tsv"),
+    "large": lambda: large.get_config("gemma_2b"),
+    "hybrid": lambda: changed(
+        {
+            "model.attention.window": 128,
+            "model.attention.num_sinks": 2,
+            "model.attention.window_kernel": "softmax",
+            "model.attention.far_gain": True,
+        }
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_a_mechanism_that_does_not_fit_the_experiment_is_refused_once_with_the_flags_that_make_it_fit(experiment, kind):
+    flags = [f"--config.model.attention.kind={kind}"]
+    try:
+        validate(*overridden(EXPERIMENTS[experiment](), flags))
+    except UserError as error:
+        said, _, added = str(error).rpartition("; add ")
+        assert "the experiment sets it" in said or "needs at least 1" in said
+        flags += added.split()
+    config, names = overridden(EXPERIMENTS[experiment](), flags)
+    validate(config, names)
+    require_new_uses(config, names)
+
+
+def test_all_that_does_not_fit_is_in_one_message_that_tells_the_users_fields_from_the_experiments():
+    flags = ["--config.model.attention.kind=softmax", "--config.model.attention.num_features=8"]
+    flags += ["--config.model.attention.num_sinks=4"]
+    with pytest.raises(UserError) as error:
+        validate(*overridden(quickstart.get_config(), flags))
+    assert str(error.value) == (
+        "model.attention.num_features = 8: no softmax layer uses it; "
+        "model.attention.window = 32: no softmax layer uses it, but the experiment sets it; "
+        "model.attention.num_sinks = 4: no softmax layer uses it; "
+        "add --config.model.attention.window=0; instead give --config.model.attention.num_sinks=0; "
+        "leave out model.attention.num_features"
+    )
 
 
 def test_an_experiment_with_another_mechanism_sets_nothing_in_vain():

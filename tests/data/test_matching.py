@@ -92,6 +92,11 @@ def test_a_folder_that_cannot_be_read_is_named(files, monkeypatch):
         ("link/../x.txt", ["link/../x.txt"]),
         (".hidden/*.txt", [".hidden/e.txt"]),
         ("*/e.txt", ["d[2]/e.txt"]),
+        ("b,*.txt", ["b, c.txt"]),
+        ("a1.txt,b,*.txt", ["a1.txt", "b, c.txt"]),
+        ("b,*.txt,a1.txt", ["a1.txt", "b, c.txt"]),
+        ("a?.txt,b,*.txt,a[1].txt", ["a1.txt", "a[1].txt", "b, c.txt"]),
+        ("~/b,*.txt", ["{home}/b, c.txt"]),
         ("~/a1.txt", ["{home}/a1.txt"]),
         ("~/d[2]/*.txt, ~/b, c.txt", ["{home}/b, c.txt", "{home}/d[2]/e.txt"]),
     ],
@@ -110,6 +115,20 @@ def test_runs_are_found_by_the_same_rules(here):
     for nothing in ("runs/m[3]", "runs/*.txt", "runs/m2"):
         with pytest.raises(UserError, match="no run matches"):
             find_workdirs(nothing)
+
+
+def test_a_glob_of_names_with_commas_may_have_a_weight(here):
+    write("a,1.txt", "a,2.txt", "c.txt")
+    found = matching.weighted_entries("a,*.txt:0.7,c.txt:0.3")
+    assert [(name, float(weight)) for name, weight in found] == [("a,*.txt", 0.7), ("c.txt", 0.3)]
+
+
+def test_a_name_between_commas_that_matches_nothing_is_said_to_be_one_of_several(here):
+    write("c.txt")
+    with pytest.raises(UserError, match=r"^no file matches 'a' \(one of 3 names between commas\)$"):
+        find_text_files("a,b*.txt,c.txt")
+    with pytest.raises(UserError, match=r"^no file matches 'a\*.txt'$"):
+        find_text_files("a*.txt")
 
 
 @pytest.mark.parametrize("files", ["a1.txt,gs://bucket/x.txt", "~nobody-is-called-so/x.txt"])

@@ -107,7 +107,9 @@ def test_the_tokenizer_must_be_the_one_of_the_data(arguments, tmp_path):
     load_data("array_record", str(out), "", 0.1)
     load_data("array_record", str(out), str(out / "tokenizer.json"), 0.1, tokenizer_dir=str(out))
     for spec in ("bytes", "bpe:281"):
-        with pytest.raises(UserError, match=f"{spec}.*does not match"):
+        with pytest.raises(
+            UserError, match=f"{spec}.*does not match.*; add --config.data.tokenizer= for the one that pr"
+        ):
             load_data("array_record", str(out), spec, 0.1)
     other = tmp_path / "workdir"
     load_data("stdlib", "", "bytes", 0.5).tokenizer.save(str(other))
@@ -116,6 +118,14 @@ def test_the_tokenizer_must_be_the_one_of_the_data(arguments, tmp_path):
     (out / "tokenizer.json").write_text((out / "tokenizer.json").read_text() + "\n")
     with pytest.raises(UserError, match=f"fingerprint.*is not the one its shards.*{fingerprint}"):
         load_prepared(str(out))
+
+
+def test_another_tokenizer_is_refused_before_the_shards_are_read(arguments, tmp_path):
+    prepare(str(tmp_path / "out"), **arguments)
+    for shard in (tmp_path / "out").glob("*.array_record"):
+        shard.unlink()
+    with pytest.raises(UserError, match="tokenizer 'bpe:281' does not match the one in .*out: bytes with 257 ids; add"):
+        load_data("array_record", str(tmp_path / "out"), "bpe:281", 0.1)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 import darkformer_jax.training.goodput
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.workdir import Workdir
-from darkformer_jax.training.goodput import SESSIONS_FILE, Stopwatch, describe, goodput, read_sessions
+from darkformer_jax.training.goodput import SESSIONS_FILE, Stopwatch, describe, duration, goodput, read_sessions
 from darkformer_jax.training.trace import PROFILE_DIRECTORY, TraceWindow
 
 
@@ -63,9 +63,16 @@ def test_every_second_has_its_name(tmp_path, clock):
     }
     assert {name: share * total for name, share in shares.items()} == pytest.approx(expected)
     assert describe(sessions) == (
-        "goodput: 50.5% of 0.06 h, in 2 starts, were steps that count; the rest: "
+        "goodput: 50.5% of 3.3 min, in 2 starts, were steps that count; the rest: "
         "repeated 20.2%, stopped 15.2%, starting 7.1%, evaluation 5.1%, saves 2.0%"
     )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(38, "38 s"), (59.4, "59 s"), (270, "4.5 min"), (7560, "2.1 h"), (3 * 86400, "3.0 days")]
+)
+def test_a_duration_has_the_unit_that_people_would_choose(seconds, text):
+    assert duration(seconds) == text
 
 
 def test_the_account_is_kept_while_it_runs_and_a_session_without_a_step_is_none(tmp_path, clock):

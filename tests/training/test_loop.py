@@ -328,3 +328,13 @@ def test_damaged_or_lost_checkpoints_and_other_data(tmp_path, text, caplog):
     with pytest.raises(UserError, match="was trained on other data"):
         run(config, str(workdir))
     assert files() == before
+
+
+def test_the_step_that_is_compiled_has_no_speed(tmp_path, capsys):
+    text = write_text(tmp_path / "text.txt")
+    run(tiny_config(data__files=text, num_steps=3, model__attention__kind="softmax"), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    speeds = [line["time"].keys() & {"tokens_per_second", "step_seconds"} for line in lines if "time" in line]
+    assert [len(names) for names in speeds] == [0, 2, 2]
+    first, second = (line for line in capsys.readouterr().err.splitlines() if line.startswith(("step 1/3", "step 2/3")))
+    assert "tok/s" not in first and "tok/s" in second
