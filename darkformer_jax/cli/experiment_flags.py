@@ -14,7 +14,7 @@ from ml_collections import config_flags
 from darkformer_jax.cli.experiments import experiments, find_experiment
 from darkformer_jax.cli.parser import command_of
 from darkformer_jax.config import base
-from darkformer_jax.config.arguments import fields_of_arguments
+from darkformer_jax.config.arguments import fields_of_arguments, shorten_warmup
 from darkformer_jax.config.base import fields
 from darkformer_jax.config.fields import whole_number
 from darkformer_jax.config.names import meant
@@ -24,7 +24,7 @@ from darkformer_jax.errors import Transient, UserError, one_line
 FLAGS = flags.FLAGS
 _WORKDIR = ("output_dir", "output", "out", "out_dir", "outdir", "save_dir", "log_dir", "logdir", "run_dir")
 _RESUME = ("resume", "resume_from", "resume_from_checkpoint", "restore")
-_HELP = ("?", "help", "helpshort", "helpfull", "helpxml")
+_HELP = ("?", "h", "help", "helpshort", "helpfull", "helpxml")
 
 
 def parse_experiment_flags(
@@ -53,6 +53,7 @@ def parse_experiment_flags(
         if len(rest) > 1:
             raise UserError(f"{rest[1]!r} is no flag; --help lists them")
         FLAGS.config.to_dict()  # raises OSError where the file could not be loaded
+        _fit_warmup(FLAGS.config)
         return rest
     except flags.UnrecognizedFlagError as error:
         message = _unknown_flag(error.flagname, sorted(set(FLAGS) - others))
@@ -60,7 +61,7 @@ def parse_experiment_flags(
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except (UserError, flags.Error, OSError) as error:
-        message = _quoted_end(error)
+        message = _needless_arguments(argv, error) or _quoted_end(error)
     except ImportError as error:
         message = f"--config: {one_line(error)}"
     except SyntaxError as error:
@@ -69,6 +70,14 @@ def parse_experiment_flags(
         message = _unknown_fields(argv) or _quoted_end(error)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def _fit_warmup(config: ml_collections.ConfigDict) -> None:
+    """Shortens the experiment's warm-up if the command line asks for a run that is no longer, and says so."""
+    given = config_flags.get_override_values(FLAGS["config"])
+    if "num_steps" in given and "optimizer.warmup_steps" not in given and shorten_warmup(config):
+        steps = f"num_steps = {config.num_steps}"
+        print(f"note: optimizer.warmup_steps = {config.optimizer.warmup_steps}, because {steps}", file=sys.stderr)
 
 
 def fields_file() -> str:
@@ -215,6 +224,14 @@ def _unknown_flag(name: str, own: list[str]) -> str:
     if "workdir" in own and name in _RESUME:
         hint = "a run resumes by itself: give its --workdir"
     return f"--{name}: there is no such flag; {hint or '--help lists them'}"
+
+
+def _needless_arguments(argv: list[str], error: Exception) -> str:
+    """The message if an experiment without arguments got some, else ""."""
+    if "get_config() takes 0 positional arguments" not in str(error):
+        return ""
+    given = next((argument for argument in argv if argument.lstrip("-").startswith("config=")), "--config")
+    return f"{given.partition(':')[0]} takes no arguments after a colon; --config.<field>=<value> sets a field"
 
 
 def _overrides(argv: list[str]) -> list[str]:

@@ -61,9 +61,17 @@ def set_arguments(c: ml_collections.ConfigDict, arguments: Iterable[str], allowe
             c.update_from_flattened_dict({field: fields()[field].parse(value)})
         except ValueError as error:
             raise UserError(f"{file}: {argument!r}: {name} {error}") from error
-    if "num_steps" in given and c.optimizer.warmup_steps >= c.num_steps:
-        c.optimizer.warmup_steps = c.num_steps // 4
+    if "num_steps" in given:
+        shorten_warmup(c)
     reset_unused(c, given)
+
+
+def shorten_warmup(c: ml_collections.ConfigDict) -> bool:
+    """Makes a warm-up that is not shorter than the run a quarter of it. Returns whether it was."""
+    is_long = 0 < c.num_steps <= c.optimizer.warmup_steps
+    if is_long:
+        c.optimizer.warmup_steps = c.num_steps // 4
+    return is_long
 
 
 def take_choice(arguments: list[str], name: str, allowed: tuple[str, ...], file: str) -> str:

@@ -1,7 +1,6 @@
 """A run's language model for Python programs: `darkformer_jax.load_model`."""
 
 import functools
-import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -118,7 +117,7 @@ class TrainedModel:
 
 
 def _require_whole(name: str, value: Any, lowest: int) -> None:
-    if not isinstance(value, numbers.Integral) or not lowest <= value < 2**32:
+    if not isinstance(value, int | np.integer) or not lowest <= value < 2**32:
         raise UserError(f"{name} = {value!r}: must be a whole number from {lowest} to {2**32 - 1}")
 
 

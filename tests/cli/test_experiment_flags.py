@@ -18,3 +18,31 @@ def test_a_whole_number_may_be_written_as_1e3_or_1_000_with_or_without_an_equals
     (shown,) = run_commands([("train.py", ["--dry_run", *flags])])
     assert shown.status == 0, shown.err
     assert "steps          1,000\n" in shown.out and "= 16 x 256\n" in shown.out
+
+
+def test_the_warm_up_of_an_experiment_fits_a_shorter_run_unless_it_is_given():
+    short, one, given, none = run_commands(
+        [
+            ("train.py", ["--dry_run", *flags])
+            for flags in (
+                ["--config.num_steps=6"],
+                ["--config.num_steps=1"],
+                ["--config.num_steps=6", "--config.optimizer.warmup_steps=7"],
+                ["--config.num_steps=0"],
+            )
+        ]
+    )
+    assert short.status == 0 and "note: optimizer.warmup_steps = 1, because num_steps = 6\n" in short.err, short.err
+    assert one.status == 0 and "note: optimizer.warmup_steps = 0, because num_steps = 1\n" in one.err, one.err
+    assert given.status == 2 and "warmup_steps = 7 is not shorter than num_steps = 6" in given.err
+    assert none.status == 2 and none.err == "error: num_steps = 0: must be at least 1\n"
+
+
+def test_arguments_of_an_experiment_that_has_none_are_refused_in_words_and_h_is_help():
+    refused, helped = run_commands(
+        [("train.py", ["--config=configs/quickstart.py:steps=5", "--dry_run"]), ("train.py", ["-h"])]
+    )
+    assert refused.status == 2 and refused.err == (
+        "error: --config=configs/quickstart.py takes no arguments after a colon; --config.<field>=<value> sets a field\n"
+    )
+    assert helped.status == 0 and "experiments:" in helped.out
