@@ -56,7 +56,7 @@ def test_mistakes_in_flags_are_one_line_and_status_2(tmp_path):
         "--config=nowhere.py": "nowhere.py",
         f"--config={tmp_path}/imports.py": "--config: No module named 'nowhere'",
         f"--config={tmp_path}/notes.md": f"--config: {tmp_path}/notes.md: line 1 is not Python",
-        f"--config={tmp_path}/takes_nothing.py:abc": "takes 0 positional arguments",
+        f"--config={tmp_path}/takes_nothing.py:abc": "takes no arguments after a colon",
         "--config=configs/ablation.py:sauce=1": "configs/ablation.py has no argument 'sauce'; allowed: attention, m",
         "--config=configs/ablation.py:d_model=64": "seed; for other fields: did you mean --config.model.embed_dim?",
         "--config=configs/ablation.py:m=x": "configs/ablation.py: 'm=x': m must be a whole number and at least 1",

@@ -231,7 +231,7 @@ def _needless_arguments(argv: list[str], error: Exception) -> str:
     if "get_config() takes 0 positional arguments" not in str(error):
         return ""
     given = next((argument for argument in argv if argument.lstrip("-").startswith("config=")), "--config")
-    return f"{given.partition(':')[0]} takes no arguments after a colon; --config.<field>=<value> sets a field"
+    return f"{given.partition(':')[0]} takes no arguments after a colon; --config.<field>=<value> sets one"
 
 
 def _overrides(argv: list[str]) -> list[str]:

@@ -3,11 +3,10 @@
 import os
 import platform
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import jax
-
-import darkformer_jax
 
 _ROOT = Path(__file__).parents[2]  # of the clone, or of site-packages
 _CPU_INFO = Path("/proc/cpuinfo")
@@ -46,7 +45,10 @@ def _cores() -> int | None:
 
 def _version() -> str:
     """The package's version, and in a clone its commit, with `-dirty` if files were changed since."""
-    version = darkformer_jax.__version__
+    try:
+        version = metadata.version("darkformer_jax")  # as darkformer_jax.__version__
+    except metadata.PackageNotFoundError:  # a clone that is not installed
+        version = "(not installed)"
     if not (_ROOT / ".git").exists():
         return version
     command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]

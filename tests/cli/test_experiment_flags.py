@@ -43,6 +43,6 @@ def test_arguments_of_an_experiment_that_has_none_are_refused_in_words_and_h_is_
         [("train.py", ["--config=configs/quickstart.py:steps=5", "--dry_run"]), ("train.py", ["-h"])]
     )
     assert refused.status == 2 and refused.err == (
-        "error: --config=configs/quickstart.py takes no arguments after a colon; --config.<field>=<value> sets a field\n"
+        "error: --config=configs/quickstart.py takes no arguments after a colon; --config.<field>=<value> sets one\n"
     )
     assert helped.status == 0 and "experiments:" in helped.out
