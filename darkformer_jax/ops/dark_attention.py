@@ -74,8 +74,7 @@ def dark_attention(
       return_state: also returns the state after the last token. Padding at the end leaves no trace in it.
       sequence_axis: within `jax.shard_map`, the mesh axis over which the sequence is split. q, k, v, segment_ids and a
         log_decay per token are this device's stretch; out is this stretch of what one device would compute. The devices
-        exchange their far states, windows, sinks and sums of decays: the size of their messages does not depend on the
-        length.
+        exchange far states, windows, sinks and sums of decays, in messages that do not grow with the length.
 
     Returns:
       out [b, n, hq, dv] in v's dtype, or (out, state).
