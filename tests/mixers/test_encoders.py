@@ -78,7 +78,8 @@ def test_nystromformer_is_that_of_transformers_from_the_same_weights():
             linear.weight.mul_(20)  # q and k as large as those of trained models
             qkv.append(linear(torch.tensor(x)).numpy()[:, :, None])
         want = theirs(torch.tensor(x))[0].numpy()
-    np.testing.assert_allclose(attend(mixer, qkv)[:, :, 0], want, rtol=1e-4, atol=1e-5)
+    # Outputs are as large as 40, and B^+ multiplies what float32 rounds.
+    np.testing.assert_allclose(attend(mixer, qkv)[:, :, 0], want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
 @pytest.mark.parametrize("length", [5, 8])
@@ -162,7 +163,7 @@ def test_linformer_trains_and_is_scored(tmp_path):
         model__attention__kind="linformer",
         model__attention__horizon=tiny_config().sequence_length,
         model__causal=False,
-        num_steps=2,
+        num_steps=3,
     )
     run(config, tmp_path / "run")
     assert metrics_without_time(tmp_path / "run")[-1]["heldout_loss"] > 0
