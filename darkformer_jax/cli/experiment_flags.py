@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -170,7 +171,7 @@ def _saved_config(argv: list[str]) -> ml_collections.ConfigDict | None:
     Raises UserError if its config.json cannot be read.
     """
     given = {}
-    for argument, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+    for argument, following in itertools.pairwise([*argv[1:], ""]):
         flag, equals, value = argument.partition("=")
         if flag in ("--config", "-config", "--workdir", "-workdir"):
             given[flag.lstrip("-")] = value if equals else following

@@ -46,3 +46,9 @@ def test_arguments_of_an_experiment_that_has_none_are_refused_in_words_and_h_is_
         "error: --config=configs/quickstart.py takes no arguments after a colon; --config.<field>=<value> sets one\n"
     )
     assert helped.status == 0 and "experiments:" in helped.out
+
+
+def test_without_any_flag_it_is_the_quickstart_in_its_own_directory(tmp_path):
+    (tmp_path / "runs").write_text("not a directory, so that nothing is trained here")
+    (ended,) = run_commands([("darkformer_jax.train", [])], cwd=tmp_path)
+    assert ended.status == 2 and "runs/quickstart" in ended.err, ended.err
