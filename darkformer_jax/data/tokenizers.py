@@ -178,10 +178,12 @@ class HuggingFaceTokenizer(_DefinedByFile):
 
 @contextlib.contextmanager
 def _unknown_words() -> Iterator[None]:
-    """Whatever the library raises for a text is a UserError: a list of words without an unknown one may lack a word."""
+    """What the library raises for a text is a UserError: a list of words without an unknown one may lack a word."""
     try:
         yield
-    except Exception as error:  # the library raises bare Exception
+    except Exception as error:
+        if type(error) is not Exception:  # the library raises bare Exception; all else is not about words
+            raise
         raise UserError(f"the tokenizer has no ids for a word of the text: {one_line(error)}") from error
 
 
