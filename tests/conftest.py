@@ -23,6 +23,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))  # bytes; th
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax  # after the lines above, which it reads
+import numpy as np
 
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup, which the programs that tests start must not see
     signal.signal(signal.SIGHUP, lambda *_: None)
@@ -51,6 +52,13 @@ def strict_dtype_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
     standard = standard or request.node.get_closest_marker("standard_promotion") is not None
     with jax.numpy_dtype_promotion("standard" if standard else "strict"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def own_random_numbers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test draws the same numbers alone, after others, and in any of pytest-xdist's workers."""
+    if isinstance(getattr(request.module, "random", None), np.random.Generator):
+        monkeypatch.setattr(request.module, "random", np.random.default_rng(0))
 
 
 _MAPS = Path("/proc/self/maps")  # of Linux alone
