@@ -1,5 +1,6 @@
 """cosFormer (Qin et al., arXiv 2202.08791)."""
 
+import functools
 import math
 from typing import Any
 
@@ -61,8 +62,8 @@ class CosFormer(LinearMechanism):
             relu = jax.nn.relu(x.astype(jnp.float32))
             return jnp.concatenate([relu * jnp.cos(angle), relu * jnp.sin(angle)], axis=-1).astype(x.dtype)
 
-        arrays: dict[str, Any] = {"segment_ids": segment_ids, "log_decay": log_decay}
-        return self.run(linear_attention, features(q), features(k), v, state, feature_map=log_relu, **arrays)
+        attend = functools.partial(linear_attention, feature_map=log_relu)
+        return self.run(attend, features(q), features(k), v, state, segment_ids=segment_ids, log_decay=log_decay)
 
     def _require_horizon(self, length: int) -> None:
         if length > self.spec.horizon:

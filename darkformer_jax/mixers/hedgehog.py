@@ -1,5 +1,6 @@
 """Hedgehog's learned features (Zhang et al., arXiv 2402.04347), the map of LoLCATs (arXiv 2410.10254)."""
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -49,5 +50,5 @@ class Hedgehog(LinearMechanism):
         q, k = (
             matmul("bnhd,hed->bnhe", x, W[...], x.dtype).astype(x.dtype) for x, W in ((q, self.queries), (k, self.keys))
         )
-        arrays: dict[str, Any] = {"segment_ids": segment_ids, "log_decay": log_decay}
-        return self.run(linear_attention, q, k, v, state, feature_map=log_two_sided, **arrays)
+        attend = functools.partial(linear_attention, feature_map=log_two_sided)
+        return self.run(attend, q, k, v, state, segment_ids=segment_ids, log_decay=log_decay)

@@ -1,0 +1,49 @@
+"""Every mechanism on sequences that the mesh splits."""
+
+import numpy as np
+
+from darkformer_jax.errors import UserError
+from darkformer_jax.mixers import MIXERS
+from tests.mixers.test_mechanisms import ALL, make
+from tests.tiny_runs import on_eight_devices
+
+LENGTH = 64
+MESH = {"data": 2, "fsdp": 1, "tensor": 1, "context": 4}
+
+
+def can_split(spec):
+    try:
+        MIXERS[spec.kind].check_stretch(spec, LENGTH // MESH["context"])
+    except UserError:
+        return False
+    return True
+
+
+CASES = [(kind, spec) for kind, spec in ALL if can_split(spec)]
+
+
+def outputs():
+    """Of each case, on two rows of two documents."""
+    random = np.random.default_rng(0)
+    q, k, v = (random.standard_normal((2, LENGTH, heads, 8)).astype(np.float32) for heads in (4, 2, 2))
+    ids = np.where(np.arange(LENGTH) < np.array([[24], [40]]), 1, 2).astype(np.int32)
+    positions = np.tile(np.arange(LENGTH, dtype=np.int32), (2, 1))
+    return [np.asarray(make(kind, spec)[1](q, k, v, ids, positions)[0]) for kind, spec in CASES]
+
+
+def test_a_sequence_on_four_devices_gives_what_one_device_gives(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import jax, numpy as np\n"
+        "from darkformer_jax.distributed.sharding import make_mesh\n"
+        "from tests.mixers.test_stretches import MESH, outputs\n"
+        "with jax.set_mesh(make_mesh(MESH)):\n"
+        f"    np.savez({str(tmp_path / 'split.npz')!r}, *outputs())\n"
+    )
+    command = on_eight_devices(program, tmp_path)
+    whole = outputs()
+    ended = command.wait()
+    assert ended.status == 0, ended.err
+    with np.load(tmp_path / "split.npz") as split:
+        for (kind, _), name, expected in zip(CASES, split.files, whole, strict=True):
+            np.testing.assert_allclose(split[name], expected, rtol=2e-5, atol=2e-5, err_msg=kind)
