@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from absl import app
 
-from darkformer_jax.cli.parser import Parser, one_line_errors, whole
+from darkformer_jax.cli.parser import Parser, is_utf8, one_line_errors, whole
 from darkformer_jax.data.files import local_path
 from darkformer_jax.data.tokenizers import encode_prompt
 from darkformer_jax.errors import UserError
@@ -60,7 +60,7 @@ def generate(args: argparse.Namespace) -> None:
         raise UserError(f"--max_new_tokens={args.max_new_tokens}: must be from 1 to {2**31 - 1}")
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed={args.seed}: must be from 0 to {2**32 - 1}")
-    if args.prompt is not None and not _is_utf8(args.prompt):
+    if args.prompt is not None and not is_utf8(args.prompt):
         raise UserError(f"--prompt={args.prompt!r}: not UTF-8 text")
     prompts = [args.prompt] if args.prompt is not None else _read_prompts(local_path(args.prompts_file))
     model = load_language_model(Workdir(args.workdir), args.step)
@@ -95,11 +95,6 @@ def _note_length(model: WorkdirModel, prompts: Sequence[str], max_new_tokens: in
             "tokens this model was made for",
             file=sys.stderr,
         )
-
-
-def _is_utf8(text: str) -> bool:
-    # Python keeps a flag's undecodable bytes as lone surrogates.
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _read_prompts(path: str) -> list[str]:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import ml_collections
 from absl import app
 
-from darkformer_jax.cli.parser import Parser, one_line_errors, whole
+from darkformer_jax.cli.parser import Parser, is_utf8, one_line_errors, whole
 from darkformer_jax.cli.progress import progress_bar
 from darkformer_jax.data.files import new_file, write_new
 from darkformer_jax.data.labelled import Text, read_texts
@@ -54,8 +54,8 @@ def predict(args: argparse.Namespace) -> None:
     if not 1 <= args.batch_size < 2**31:
         raise UserError(f"--batch_size={args.batch_size}: must be from 1 to {2**31 - 1}")
     out = None if args.out is None else new_file("--out", args.out)
-    if args.input is not None and not args.input.strip():
-        raise UserError("--input is empty; expected a text")
+    if args.input is not None:
+        _check_input(args.input)
     workdir = Workdir(args.workdir)
     task = task_of(workdir)
     if not issubclass(task, LabelledTask):
@@ -74,12 +74,24 @@ def predict(args: argparse.Namespace) -> None:
             f"note: {100 * cut_share:.1f}% of the texts are longer than the model reads; it sees their beginning",
             file=sys.stderr,
         )
-    lines = (json.dumps({"place": text.place, **answer}, ensure_ascii=False) for text, answer in predicted)
+    lines = (json.dumps({"place": _shown(text.place), **answer}, ensure_ascii=False) for text, answer in predicted)
     if out is None:
         for line in lines:
             print(line)
     else:
         write_new("--out", out, "".join(line + "\n" for line in lines))
+
+
+def _check_input(text: str) -> None:
+    if not text.strip():
+        raise UserError("--input is empty; expected a text")
+    if not is_utf8(text):
+        raise UserError(f"--input={text!r}: not UTF-8 text")
+
+
+def _shown(place: str) -> str:
+    """A place, with marks for the bytes of a file's name that are no UTF-8."""
+    return place.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -6,7 +9,7 @@ import pytest
 from darkformer_jax import evaluate, predict
 from darkformer_jax.errors import UserError
 from tests.tasks.labelled_files import labelled_config, write_labelled
-from tests.tiny_runs import run, run_commands, tiny_config, write_workdir
+from tests.tiny_runs import ROOT, run, run_commands, tiny_config, write_workdir
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -84,12 +87,28 @@ def test_texts_that_cannot_be_read_are_named(classifier, tmp_path, capsys, conte
         predicted(classifier, capsys, f"--text={tmp_path / 'a.csv'}")
 
 
+def test_a_file_whose_name_is_no_utf8_has_a_place(classifier, tmp_path):
+    Path(os.fsdecode(bytes(tmp_path) + b"/n\xff.txt")).write_text("cheap talk")
+    flags = (f"--workdir={classifier}", f"--text={tmp_path}", f"--out={tmp_path / 'out.jsonl'}")
+    predict.predict(predict.parse_flags(["predict", *flags]))
+    assert json.loads((tmp_path / "out.jsonl").read_text())["place"] == f"{tmp_path}/n\ufffd.txt"
+
+
+def test_a_reader_that_has_seen_enough_ends_it_without_a_word(classifier, tmp_path):
+    text = write_labelled(tmp_path / "many.jsonl", count=3000)  # more than a pipe holds
+    command = f"{sys.executable} -m darkformer_jax.predict --workdir={classifier} --text={text} | head -n 1"
+    ended = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 141 and len(ended.stdout.splitlines()) == 1
+    assert "Traceback" not in ended.stderr and "rror" not in ended.stderr, ended.stderr
+
+
 def test_a_mistake_is_one_line(classifier, tmp_path):
     language_model = tmp_path / "lm"
     write_workdir(language_model, tiny_config())
     mistakes = {
         (f"--workdir={language_model}", "--input=x"): "a language model has no labels; `generate` continues texts",
         (f"--workdir={classifier}", "--input= "): "--input is empty; expected a text",
+        (f"--workdir={classifier}", "--input=\udcff"): "--input='\\udcff': not UTF-8 text",
         (f"--workdir={classifier}", "--input=x", "--batch_size=0"): "--batch_size=0: must be from 1 to",
         (f"--workdir={classifier}", "--input=x", "--out="): "--out=: give the name of a file",
     }

@@ -15,7 +15,7 @@ from ml_collections import config_flags
 from darkformer_jax.cli.experiments import experiments, find_experiment
 from darkformer_jax.cli.parser import command_of
 from darkformer_jax.config import base
-from darkformer_jax.config.arguments import fields_of_arguments, shorten_warmup
+from darkformer_jax.config.arguments import fields_of_arguments, fit_warmup
 from darkformer_jax.config.base import fields
 from darkformer_jax.config.fields import whole_number
 from darkformer_jax.config.names import meant
@@ -54,7 +54,8 @@ def parse_experiment_flags(
         if len(rest) > 1:
             raise UserError(f"{rest[1]!r} is no flag; --help lists them")
         FLAGS.config.to_dict()  # raises OSError where the file could not be loaded
-        _fit_warmup(FLAGS.config)
+        if "workdir" not in FLAGS:  # a run's is fitted once it is known whether it has begun
+            _fit_warmup(FLAGS.config)
         return rest
     except flags.UnrecognizedFlagError as error:
         message = _unknown_flag(error.flagname, sorted(set(FLAGS) - others))
@@ -75,10 +76,8 @@ def parse_experiment_flags(
 
 def _fit_warmup(config: ml_collections.ConfigDict) -> None:
     """Shortens the experiment's warm-up if the command line asks for a run that is no longer, and says so."""
-    given = config_flags.get_override_values(FLAGS["config"])
-    if "num_steps" in given and "optimizer.warmup_steps" not in given and shorten_warmup(config):
-        steps = f"num_steps = {config.num_steps}"
-        print(f"note: optimizer.warmup_steps = {config.optimizer.warmup_steps}, because {steps}", file=sys.stderr)
+    if said := fit_warmup(config, config_flags.get_override_values(FLAGS["config"])):
+        print(f"note: {said}", file=sys.stderr)
 
 
 def fields_file() -> str:

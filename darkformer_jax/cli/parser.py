@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -58,7 +59,8 @@ def one_line_errors(if_interrupted: str) -> Iterator[None]:
     """Ends the program with one line: status 2 on a UserError, `if_interrupted` and status 130 on Ctrl-C.
 
     SIGTERM, SIGUSR1 and a closed terminal count as Ctrl-C, so that half-written files are removed. Status 2 is also
-    that of too little memory, because fewer or shorter rows need less.
+    that of too little memory, because fewer or shorter rows need less. Where `head` or a pager has closed the pipe, the
+    program ends without a word, as by SIGPIPE.
     """
     logging.set_verbosity(logging.WARNING)
     quiet_libtpu()
@@ -67,6 +69,11 @@ def one_line_errors(if_interrupted: str) -> Iterator[None]:
     before = {number: signal.signal(number, _interrupt) for number in heard}
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        end_bars()
+        sys.exit(128 + signal.SIGPIPE)
     except UserError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt as error:
@@ -79,6 +86,11 @@ def one_line_errors(if_interrupted: str) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def is_utf8(text: str) -> bool:
+    """Whether the value of a flag is: Python keeps bytes that it cannot decode as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 class _Interrupted(KeyboardInterrupt):

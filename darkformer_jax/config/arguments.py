@@ -4,7 +4,8 @@ An experiment says which of `ARGUMENTS` it has. A name means the same field in a
 `cli.experiment_flags` knows which fields a command line sets.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import ml_collections
 
@@ -35,6 +36,7 @@ ARGUMENTS = {short: ATTENTION + name for short, name in SHORT.items()} | {
 }
 
 # Of model.attention: the paper's layers have no gates and no convolution, and M starts at the identity.
+WARMUP = "optimizer.warmup_steps"
 PAPER_FORM = {"decay": "none", "conv_width": 0, "geometry_init": 1.0}
 
 
@@ -72,6 +74,34 @@ def shorten_warmup(c: ml_collections.ConfigDict) -> bool:
     if is_long:
         c.optimizer.warmup_steps = c.num_steps // 4
     return is_long
+
+
+def fit_warmup(c: ml_collections.ConfigDict, overridden: Collection[str]) -> str:
+    """Shortens the warm-up of a new run if the command line's num_steps asks for it; says so, or returns "".
+
+    overridden: the fields that the command line sets.
+    """
+    if "num_steps" in overridden and WARMUP not in overridden and shorten_warmup(c):
+        return f"{WARMUP} = {c.optimizer.warmup_steps}, because num_steps = {c.num_steps}"
+    return ""
+
+
+def keep_warmup(c: ml_collections.ConfigDict, overridden: Collection[str], saved: Mapping[str, Any]) -> str:
+    """Gives a run that has begun the warm-up that it began with, if it may have been shortened; says so, or "".
+
+    saved: the flat fields of its config.json.
+
+    Raises UserError if the run is to end within its warm-up.
+    """
+    warmup, now = saved[WARMUP], c.optimizer.warmup_steps
+    if WARMUP in overridden:
+        return ""
+    if 1 < c.num_steps <= warmup:
+        raise UserError(f"num_steps = {c.num_steps}: the run began with a warm-up of {warmup} steps; allowed: more")
+    if now == warmup or (now < warmup and now != c.num_steps // 4):
+        return ""
+    c.optimizer.warmup_steps = warmup
+    return f"{WARMUP} = {warmup}, as the run began"
 
 
 def take_choice(arguments: list[str], name: str, allowed: tuple[str, ...], file: str) -> str:

@@ -83,9 +83,10 @@ def new_file(flag: str, path: str) -> str:
 
 def write_new(flag: str, path: str, text: str) -> None:
     """Writes a file that does not exist, or none. Raises UserError, which names `flag`, if it cannot be written."""
+    data = text.encode("utf-8")  # before there is a file
     try:
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(text)
+        with open(path, "xb") as file:
+            file.write(data)
     except OSError as error:
         if not isinstance(error, FileExistsError):
             Path(path).unlink(missing_ok=True)

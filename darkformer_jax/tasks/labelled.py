@@ -116,16 +116,16 @@ class LabelledTask(ABC, Generic[O, E]):
         """The objective of a workdir's model, without the data."""
 
     @classmethod
-    def objective_of(cls, config: ml_collections.ConfigDict) -> O:
+    def objective_of(cls, config: ml_collections.ConfigDict, workdir: Workdir | None = None) -> O:
         """The objective of a config. Reads and checks all labels: the model's size depends on those of training."""
         splits = _examples(config)
-        objective = cls.make_objective(config, vocab_size_of(config), splits[0])
+        objective = cls.make_objective(config, vocab_size_of(config, workdir), splits[0])
         for examples in splits:
             objective.labels(examples)
         return objective
 
     @classmethod
-    def objective_before_data(cls, config: ml_collections.ConfigDict) -> O | None:
+    def objective_before_data(cls, config: ml_collections.ConfigDict, workdir: Workdir) -> O | None:
         """None: the labels are the classes."""
         return None
 

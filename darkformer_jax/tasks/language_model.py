@@ -87,14 +87,14 @@ class LanguageModel:
     loss_unit: ClassVar[str] = "nats per token"
 
     @classmethod
-    def objective_of(cls, config: ml_collections.ConfigDict) -> NextToken:
+    def objective_of(cls, config: ml_collections.ConfigDict, workdir: Workdir | None = None) -> NextToken:
         """The objective of a config, without a teacher."""
-        return NextToken.of(config, vocab_size_of(config))
+        return NextToken.of(config, vocab_size_of(config, workdir))
 
     @classmethod
-    def objective_before_data(cls, config: ml_collections.ConfigDict) -> NextToken | None:
+    def objective_before_data(cls, config: ml_collections.ConfigDict, workdir: Workdir) -> NextToken | None:
         """The objective, unless a tokenizer is to be trained, which may get fewer ids than it is asked for."""
-        objective = cls.objective_of(config)
+        objective = cls.objective_of(config, workdir)
         return None if config.data.tokenizer.startswith("bpe:") and not config.model.vocab_size else objective
 
     @classmethod

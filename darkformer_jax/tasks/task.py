@@ -145,15 +145,17 @@ class Task(Protocol[E]):
     def fingerprints(self) -> Mapping[str, str]: ...
 
     @classmethod
-    def objective_of(cls, config: ml_collections.ConfigDict) -> Objective:
+    def objective_of(cls, config: ml_collections.ConfigDict, workdir: Workdir | None = None) -> Objective:
         """The objective of a validated config, without its data.
 
         A language model's reads a tokenizer at most; a labelled task's reads its files, whose labels are the classes.
+
+        workdir: of the run, which may have a tokenizer of its own; None = it has none.
         """
         ...
 
     @classmethod
-    def objective_before_data(cls, config: ml_collections.ConfigDict) -> Objective | None:
+    def objective_before_data(cls, config: ml_collections.ConfigDict, workdir: Workdir) -> Objective | None:
         """What `objective_of` returns, if it is known before the data is read and cheap; else None."""
         ...
 

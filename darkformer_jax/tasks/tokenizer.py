@@ -19,18 +19,17 @@ def tokenizer_of(config: ml_collections.ConfigDict, workdir: Workdir | None = No
     return own or (str(Workdir(config.init_from).local) if config.init_from else "")
 
 
-def vocab_size_of(config: ml_collections.ConfigDict) -> int:
+def vocab_size_of(config: ml_collections.ConfigDict, workdir: Workdir | None = None) -> int:
     """`model.vocab_size`, or the tokenizer's if that is 0. Does not read the text, which a dry run may lack."""
     if config.model.vocab_size:
         return config.model.vocab_size
-    tokenizer = tokenizer_of(config)
+    tokenizer = tokenizer_of(config, workdir)
     if tokenizer.startswith("bpe:"):
         return bpe_vocab_size(tokenizer)
-    if tokenizer:
+    if tokenizer or config.data.source != PREPARED_SOURCE:
         return make_tokenizer(tokenizer, tuple).vocab_size  # no text is needed: nothing is trained
     directory = prepared_directories(config.data.files)[0].name
-    if config.data.source == PREPARED_SOURCE:
-        read_manifest(local_path(directory))  # says that there is none
+    read_manifest(local_path(directory))  # says that there is none
     return load_tokenizer(directory).vocab_size
 
 

@@ -137,9 +137,9 @@ def goodput(sessions: list[dict[str, Any]]) -> dict[str, float]:
 
 def duration(seconds: float) -> str:
     """`seconds` for people: 38 s, 4.5 min, 2.1 h, 3.0 days."""
-    if seconds < 60:
+    if seconds < 59.5:  # which rounds to 60
         return f"{seconds:.0f} s"
-    if seconds < 3600:
+    if seconds < 59.95 * 60:
         return f"{seconds / 60:.1f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 

@@ -1,13 +1,15 @@
 """Takes a run from its config to a finished workdir, for `train.py`."""
 
 import contextlib
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import ml_collections
 
+from darkformer_jax.config.arguments import fit_warmup, keep_warmup
 from darkformer_jax.config.base import LABELLED_SOURCE
 from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.config.usage import require_new_uses
@@ -45,10 +47,10 @@ def dry_run(config: ml_collections.ConfigDict, overridden: Sequence[str] = (), w
       overridden: the fields that the command line sets; see `require_new_uses`.
       workdir: of a run that would be resumed; None = a new run.
     """
-    config = _resolve(config, workdir, overridden)
+    config = _resolve(config, workdir, overridden, lambda said: print(said, file=sys.stderr))
     if workdir is not None:
         workdir.check_config(config.to_dict())
-    experiment = Experiment.of(config, TASKS[config.task.name].objective_of(config))
+    experiment = Experiment.of(config, TASKS[config.task.name].objective_of(config, workdir))
     check_start(config, workdir, experiment)
     if jax.process_index() == 0:
         print(experiment.describe())
@@ -77,7 +79,7 @@ def train(
     """
     # First, because the run depends on what the workdir has.
     processes.require_shared(workdir.shared, str(workdir))
-    config = _resolve(config, workdir, overridden)
+    config = _resolve(config, workdir, overridden, progress.note)
     workdir.check_config(config.to_dict())
     require_installed(config.log.trackers)
     trackers = Trackers(config.log.trackers, progress.note)
@@ -105,16 +107,25 @@ def train(
 def _check_before_data(config: ml_collections.ConfigDict, workdir: Workdir) -> None:
     """Refuses what does not fit before the data is read and a tokenizer trained, which may take long."""
     mesh_of(config)
-    objective = TASKS[config.task.name].objective_before_data(config)
+    objective = TASKS[config.task.name].objective_before_data(config, workdir)
     check_start(config, workdir, Experiment.of(config, objective) if objective else None)
 
 
 def _resolve(
-    config: ml_collections.ConfigDict, workdir: Workdir | None, overridden: Sequence[str]
+    config: ml_collections.ConfigDict,
+    workdir: Workdir | None,
+    overridden: Sequence[str],
+    note: Callable[[str], None],
 ) -> ml_collections.ConfigDict:
     """The config with a value for every field, checked, and the same in all processes."""
-    config = inherit(config, workdir)
+    config = inherit(config, workdir).copy_and_resolve_references()
     is_new = workdir is None or not workdir.has_begun
+    if workdir is None or is_new:
+        said = fit_warmup(config, overridden)
+    else:
+        said = keep_warmup(config, overridden, dict(flat_fields(workdir.read_config())))
+    if said and jax.process_index() == 0:
+        note(f"note: {said}")
     validate(config, overridden if is_new else ())
     if is_new:  # the command that began a run, in an earlier version too, resumes it
         require_new_uses(config, overridden)

@@ -69,7 +69,16 @@ def test_every_second_has_its_name(tmp_path, clock):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(38, "38 s"), (59.4, "59 s"), (270, "4.5 min"), (7560, "2.1 h"), (3 * 86400, "3.0 days")]
+    ("seconds", "text"),
+    [
+        (38, "38 s"),
+        (59.4, "59 s"),
+        (59.6, "1.0 min"),
+        (3599, "1.0 h"),
+        (270, "4.5 min"),
+        (7560, "2.1 h"),
+        (3 * 86400, "3.0 days"),
+    ],
 )
 def test_a_duration_has_the_unit_that_people_would_choose(seconds, text):
     assert duration(seconds) == text

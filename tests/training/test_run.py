@@ -1,6 +1,7 @@
 """Which fields of a command line a run accepts; `test_train.py` covers the rest."""
 
 import re
+import shutil
 
 import pytest
 
@@ -9,7 +10,7 @@ from darkformer_jax.data.prepared import prepare
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.training.run import dry_run, train
-from tests.tiny_runs import tiny_config, write_text, write_workdir
+from tests.tiny_runs import metrics_without_time, run, tiny_config, write_text, write_workdir
 
 UNUSED = ["model.attention.num_features"]
 
@@ -77,6 +78,46 @@ def test_a_run_beyond_its_last_step_is_refused_before_the_data_is_read(trained):
     config = tiny_config(data__files="nowhere.txt", num_steps=2, optimizer__warmup_steps=1)
     with pytest.raises(UserError, match="num_steps = 2, but .* is at step 3 already"):
         train(config, Workdir(trained), Progress(1, 1))
+
+
+@pytest.mark.standard_promotion
+def test_a_run_goes_on_when_the_run_that_it_started_from_is_gone(tmp_path):
+    fields = {"data__files": write_text(tmp_path / "text.txt", 20_000), "eval__every": 0, "model__vocab_size": 0}
+    fields |= {"optimizer__warmup_steps": 0}
+    run(tiny_config(**fields, num_steps=1), tmp_path / "first")
+    fields |= {"data__tokenizer": "", "init_from": str(tmp_path / "first")}
+    run(tiny_config(**fields, num_steps=1), tmp_path / "second")
+    shutil.rmtree(tmp_path / "first")
+    dry_run(tiny_config(**fields, num_steps=2), workdir=Workdir(tmp_path / "second"))
+    run(tiny_config(**fields, num_steps=2), tmp_path / "second")
+    assert metrics_without_time(tmp_path / "second")[-1]["step"] == 2
+
+
+@pytest.mark.standard_promotion
+def test_a_run_keeps_the_warm_up_that_a_number_of_steps_chose(tmp_path, capsys):
+    text = write_text(tmp_path / "text.txt", 20_000)
+    fields = {"data__files": text, "eval__every": 0, "optimizer__warmup_steps": 8, "optimizer__schedule": "constant"}
+
+    def go(steps, *overridden, name="run", warmup=8):
+        config = tiny_config(**fields | {"num_steps": steps, "optimizer__warmup_steps": warmup})
+        train(config, Workdir(tmp_path / name), Progress(steps, 1), overridden)
+        return Workdir(tmp_path / name).read_config()["optimizer"]["warmup_steps"], capsys.readouterr().err
+
+    warmup, said = go(4, "num_steps")
+    assert warmup == 1 and "note: optimizer.warmup_steps = 1, because num_steps = 4\n" in said
+    # More steps, by the command line or as the experiment has them, whether its warm-up fits them or was shortened.
+    for steps, given, warmup in ((5, ["num_steps"], 8), (12, [], 8), (16, ["num_steps"], 4)):
+        assert (kept := go(steps, *given, warmup=warmup))[0] == 1
+        assert "note: optimizer.warmup_steps = 1, as the run began\n" in kept[1]
+    with pytest.raises(UserError, match="belongs to another experiment.*optimizer.warmup_steps: 1 -> 8"):
+        go(16, "num_steps", "optimizer.warmup_steps")
+
+    assert go(1, name="one")[0] == 8  # as earlier versions wrote it
+    kept, said = go(1, "num_steps", name="one")
+    assert kept == 8 and "note" not in said
+    go(9, name="long")
+    with pytest.raises(UserError, match="num_steps = 8: the run began with a warm-up of 8 steps; allowed: more"):
+        go(8, "num_steps", name="long")
 
 
 def test_a_dry_run_finds_the_data_or_says_that_there_is_none(tmp_path, trained, capsys):
