@@ -76,7 +76,9 @@ def export_workdir(
             _write_mechanism_arrays(temporary, model)
     size = sum(array.nbytes for array in arrays)
     return f"{family.architecture}, step {model.step}, {len(arrays)} arrays, {size / 1e6:,.1f} MB" + (
-        f"; its mechanisms in {JSON_FILE} and in {STEM}.safetensors" if has_own else ""
+        f"; its mechanisms in {JSON_FILE} and in {STEM}.safetensors: transformers alone has exact attention (README.md)"
+        if has_own
+        else ""
     )
 
 

@@ -91,7 +91,8 @@ def _require_language_model(workdir: Workdir) -> None:
     task = dict(flat_fields(workdir.read_config())).get("task.name", LANGUAGE_MODEL)
     if task != LANGUAGE_MODEL:
         raise UserError(
-            f"{workdir}: a model with task.name = {task!r} predicts no next token; allowed: a language model's workdir"
+            f"{workdir}: a model with task.name = {task!r} predicts no next token; `predict` answers for it; "
+            "allowed here: a language model's workdir"
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from darkformer_jax.distributed import processes
 from darkformer_jax.runs.checkpoints import Checkpoints
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.task import Batch, Evaluation, Task
@@ -91,6 +92,9 @@ class Loop:
                 if signum is not None:
                     self._checkpoints.wait()
                     raise Stopped(signum, step)
+            self._checkpoints.wait()  # while a signal is still heard: the last save must not be cut off
+            if signals.received is not None and not processes.is_distributed():  # others would go on to the report
+                raise Stopped(signals.received, step)
             return Outcome(state, evaluation or self._evaluate(state, 0), self._stopped_early(step))
 
     def _is_last(self, step: int) -> bool:

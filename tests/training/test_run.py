@@ -1,15 +1,19 @@
 """Which fields of a command line a run accepts; `test_train.py` covers the rest."""
 
+import os
 import re
 import shutil
+import signal
 
 import pytest
 
 from darkformer_jax.cli.progress import Progress
 from darkformer_jax.data.prepared import prepare
 from darkformer_jax.errors import UserError
+from darkformer_jax.runs.checkpoints import Checkpoints
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.training.run import dry_run, train
+from darkformer_jax.training.stopping import Stopped
 from tests.tiny_runs import metrics_without_time, run, tiny_config, write_text, write_workdir
 
 UNUSED = ["model.attention.num_features"]
@@ -91,6 +95,25 @@ def test_a_run_goes_on_when_the_run_that_it_started_from_is_gone(tmp_path):
     dry_run(tiny_config(**fields, num_steps=2), workdir=Workdir(tmp_path / "second"))
     run(tiny_config(**fields, num_steps=2), tmp_path / "second")
     assert metrics_without_time(tmp_path / "second")[-1]["step"] == 2
+
+
+@pytest.mark.standard_promotion
+def test_a_signal_during_the_last_save_waits_for_it(tmp_path, monkeypatch):
+    fields = {"data__files": write_text(tmp_path / "text.txt", 20_000), "num_steps": 2, "optimizer__warmup_steps": 0}
+    wait, waits = Checkpoints.wait, []
+
+    def interrupted(checkpoints):
+        if checkpoints._pending is not None and not waits:  # a save is under way
+            waits.append(checkpoints)
+            os.kill(os.getpid(), signal.SIGTERM)
+        wait(checkpoints)
+
+    monkeypatch.setattr(Checkpoints, "wait", interrupted)
+    with pytest.raises(Stopped, match="SIGTERM: saved step 2"):
+        run(tiny_config(**fields), tmp_path / "run")
+    assert Checkpoints(Workdir(tmp_path / "run")).latest_good_step() == 2
+    run(tiny_config(**fields), tmp_path / "run")
+    assert (tmp_path / "run" / "loss_curve.png").exists()
 
 
 @pytest.mark.standard_promotion
