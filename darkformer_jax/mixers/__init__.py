@@ -13,6 +13,7 @@ from darkformer_jax.mixers.mixer import MixerKind
 from darkformer_jax.mixers.nystromformer import Nystromformer
 from darkformer_jax.mixers.performer import Performer
 from darkformer_jax.mixers.random import Random
+from darkformer_jax.mixers.reformer import Reformer
 from darkformer_jax.mixers.rfa_gate import RFAGate
 from darkformer_jax.mixers.softmax import Softmax
 from darkformer_jax.mixers.softmax_local import LocalSoftmax
@@ -32,6 +33,7 @@ MIXERS: dict[str, type[MixerKind]] = {
     "gated_deltanet": GatedDeltaNet,
     "linformer": Linformer,
     "nystromformer": Nystromformer,
+    "reformer": Reformer,
     "random": Random,
     "constant": Constant,
     "window_only": WindowOnly,

@@ -35,7 +35,7 @@ AT_LEAST_ONE = [
     "model.num_heads", "model.num_kv_heads", "model.head_dim", "model.mlp_dim", "model.attention.num_features",
     "model.rope_factor", "model.rope_original_length", "model.attention.state_size", "model.attention.expand",
     "model.attention.chunk_size", "eval.batch_size", "checkpoint.keep", "log.every", "sample.max_new_tokens",
-    "profile.steps",
+    "profile.steps", "model.attention.num_hashes",
 ]  # fmt: skip
 AT_LEAST_ZERO = [
     "seed", "model.vocab_size", "model.attention.redraw_every", "model.attention.window", "model.attention.num_sinks",
