@@ -63,7 +63,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
     c.eval.every = c.checkpoint.every = 500
     c.checkpoint.keep = 1
     c.log.every = 50
-    c.model.attention.horizon = c.sequence_length  # for cosformer
+    c.model.attention.horizon = c.sequence_length  # for cosformer and linformer
     {"small": _small, "paper": _paper}[scale](c, task)
     set_arguments(c, given, ARGUMENTS, "configs/lra.py")
     directory = c.data.files.rstrip("/")

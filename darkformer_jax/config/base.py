@@ -166,12 +166,12 @@ def _attention() -> Section:
     a.query_scale = at_least(0, 0.0, since=1)  # factor on the products of q and k; 0 = head_dim^-0.5
     a.softcap = at_least(0, 0.0, off=0.0, since=1)  # exact attention: cap * tanh(logits / cap); 0 = none (Gemma 2: 50)
     a.local_window = at_least(0, 0, off=0, since=1)  # softmax_local: tokens that a query sees, its own included
-    a.num_features = at_least(1, 64)  # m, random features per head
+    a.num_features = at_least(1, 64)  # m, random features per head; linformer: mixtures, nystromformer: landmarks
     a.projections = choice("orthogonal", get_args(ProjectionKind))  # orthogonal_unsigned: biased (docs/attention.md)
     a.redraw_every = at_least(0, 0, off=0)  # optimizer steps between redraws of the projections; 0 = never
     a.geometry_init = positive(1.0)  # M starts as this times the identity; 1 is Performer
     a.learn_projections = anything(False, off=False, since=1)  # dark: w is trained, too, and then estimates no kernel
-    a.chunk_size = at_least(1, 128)  # tokens per chunk of the linear scan
+    a.chunk_size = at_least(1, 128)  # tokens per chunk of the linear scan; reformer: of the sorted text
     a.window = at_least(0, 0, off=0)  # tokens seen exactly before the own chunk, whole chunks; 0 = features everywhere
     a.num_sinks = at_least(0, 0, off=0, needs="window")  # first tokens of a document that every query sees exactly
     # Kernel of the keys seen exactly: dark (which the features estimate) | softmax (without M).
@@ -193,6 +193,7 @@ def _attention() -> Section:
     a.expand = at_least(
         1, 2, since=5
     )  # mamba2: heads, as multiple of num_heads; gated_deltanet: size of v, of head_dim
+    a.num_hashes = at_least(1, 2, since=6)  # reformer: rounds of hashing, each with rotations and a sorting of its own
     return a
 
 

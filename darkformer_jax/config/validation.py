@@ -81,8 +81,14 @@ def _unmet_needs(config: ml_collections.ConfigDict, layer: Layer, mixer: MixerSp
         value, shown = getattr(mixer, name), f"{ATTENTION}{name} = {getattr(mixer, name)!r}"
         if value == field.off and name in MIXERS[mixer.kind].needs:
             # A document may be as long as a row, and a window has whole chunks.
-            sizes = {"horizon": config.sequence_length, "window": mixer.chunk_size, "local_window": 64}
-            fault = Fault(ATTENTION + name, f"{shown}: {mixer.kind!r} needs at least 1", sizes[name], is_on=False)
+            fitting = {
+                "horizon": config.sequence_length,
+                "window": mixer.chunk_size,
+                "local_window": 64,
+                "decay": "gate",
+            }
+            needed = "'gate'" if name == "decay" else "at least 1"
+            fault = Fault(ATTENTION + name, f"{shown}: {mixer.kind!r} needs {needed}", fitting[name], is_on=False)
         elif value != field.off and field.needs and _is_off(mixer, field.needs):
             why = f"{shown} needs {field.needs}, but {ATTENTION}{field.needs} = {getattr(mixer, field.needs)!r}"
             fault = Fault(ATTENTION + name, why, field.off)

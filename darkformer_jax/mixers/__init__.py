@@ -13,6 +13,8 @@ from darkformer_jax.mixers.mixer import MixerKind
 from darkformer_jax.mixers.nystromformer import Nystromformer
 from darkformer_jax.mixers.performer import Performer
 from darkformer_jax.mixers.random import Random
+from darkformer_jax.mixers.reformer import Reformer
+from darkformer_jax.mixers.rfa_gate import RFAGate
 from darkformer_jax.mixers.softmax import Softmax
 from darkformer_jax.mixers.softmax_local import LocalSoftmax
 from darkformer_jax.mixers.window_only import WindowOnly
@@ -26,10 +28,12 @@ MIXERS: dict[str, type[MixerKind]] = {
     "linear_transformer": LinearTransformer,
     "hedgehog": Hedgehog,
     "cosformer": CosFormer,
+    "rfa_gate": RFAGate,
     "mamba2": Mamba2,
     "gated_deltanet": GatedDeltaNet,
     "linformer": Linformer,
     "nystromformer": Nystromformer,
+    "reformer": Reformer,
     "random": Random,
     "constant": Constant,
     "window_only": WindowOnly,

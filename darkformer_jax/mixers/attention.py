@@ -28,9 +28,11 @@ class Mechanism(MixerKind):
 
     Attributes:
       reads_q_and_k: False if the weights depend on neither q nor k, which then need not be computed.
+      shares_q_and_k: whether k is q. There is no projection to k then.
     """
 
     reads_q_and_k: ClassVar[bool] = True
+    shares_q_and_k: ClassVar[bool] = False
 
     def __init__(self, spec: MixerSpec, layer: int | Array) -> None:
         self.spec = spec
@@ -43,6 +45,8 @@ class Mechanism(MixerKind):
     def flops(cls, spec: MixerSpec, length: int) -> float:
         width = (spec.num_heads + spec.num_kv_heads) * spec.head_dim
         projections = (4 if cls.reads_q_and_k else 2) * spec.embed_dim * width
+        if cls.shares_q_and_k:
+            projections -= 2 * spec.embed_dim * spec.num_kv_heads * spec.head_dim
         convolved = spec.num_kv_heads * spec.head_dim + (width if cls.reads_q_and_k else 0)
         gate = 2 * spec.embed_dim * spec.num_kv_heads if spec.decay == "gate" else 0
         return projections + 2 * spec.conv_width * convolved + gate + cls.mixing_flops(spec, length)
@@ -95,12 +99,13 @@ class Attention(nnx.Module):
         kv_shape = (spec.embed_dim, spec.num_kv_heads, spec.head_dim)
         linear = functools.partial(Linear, rank=spec.lora_rank, rngs=rngs, dtype=spec.dtype)
         self.q = linear(shape, ("embed", "heads", None), use_bias=spec.qkv_bias)
-        self.k = linear(kv_shape, ("embed", "kv_heads", None), use_bias=spec.qkv_bias)
+        shared = mechanism.shares_q_and_k
+        self.k = None if shared else linear(kv_shape, ("embed", "kv_heads", None), use_bias=spec.qkv_bias)
         self.v = linear(kv_shape, ("embed", "kv_heads", None), use_bias=spec.qkv_bias)
         self.out = linear((spec.num_heads, spec.head_dim, spec.embed_dim), ("heads", None, "embed"), num_inputs=2)
         norm = functools.partial(RMSNorm, spec.head_dim, spec.norm_eps, spec.norm_plus_one, axis=None)
         self.q_norm = norm() if spec.qk_norm else None
-        self.k_norm = norm() if spec.qk_norm else None
+        self.k_norm = norm() if spec.qk_norm and not shared else None
         self.mechanism = mechanism
         # Drawn last, so that this layer's other weights are the same with and without them.
         self.convolution = QKVConvolution(spec) if spec.conv_width else None
@@ -127,12 +132,18 @@ class Attention(nnx.Module):
     def project(
         self, x: Array, segment_ids: Array, positions: Array, state: ConvolutionState | None = None
     ) -> tuple[tuple[Array, Array, Array], ConvolutionState | None]:
-        """(q [b, n, hq, d], k and v [b, n, hkv, d] as the mechanism sees them, not yet scaled), and the new state."""
-        q, k, v = self.q(x), self.k(x), self.v(x)
+        """(q [b, n, hq, d], k and v [b, n, hkv, d] as the mechanism sees them, not yet scaled), and the new state.
+
+        A mechanism that shares q and k gets q for k.
+        """
+        q = self.q(x)
+        k = q if self.k is None else self.k(x)
+        v = self.v(x)
         if self.convolution is not None:
             (q, k, v), state = self.convolution((q, k, v), segment_ids, state)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        if self.q_norm is not None:
+            q = self.q_norm(q)
+            k = q if self.k_norm is None else self.k_norm(k)
         if self.rope is not None:
             q, k = rotate(q, positions, self.rope), rotate(k, positions, self.rope)
         q = constrain(q, "batch", "sequence", "heads", None)

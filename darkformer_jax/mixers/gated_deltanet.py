@@ -11,7 +11,7 @@ from jaxtyping import Array
 from darkformer_jax.distributed.sharding import constrain
 from darkformer_jax.mixers.convolution import ActivatedConvolution, last_tokens, no_tokens
 from darkformer_jax.mixers.features import mean_exact_keys
-from darkformer_jax.mixers.layers import Linear, RMSNorm
+from darkformer_jax.mixers.layers import Linear, RMSNorm, of_length
 from darkformer_jax.mixers.recurrent import (
     CONV_WIDTH,
     Recurrent,
@@ -24,8 +24,6 @@ from darkformer_jax.mixers.recurrent import (
 from darkformer_jax.mixers.spec import MixerSpec
 from darkformer_jax.ops.delta_rule import delta_rule_attention
 from darkformer_jax.ops.signed_attention import init_signed_state
-
-_EPSILON = 1e-6  # of the squared length of q and k
 
 
 class GatedDeltaNet(Recurrent):
@@ -93,10 +91,10 @@ class GatedDeltaNet(Recurrent):
         q, k, v = (constrain(part, "batch", "sequence", "heads", None) for part in convolved)
 
         log_decay, _ = log_decay_of(self.in_a(x) + self.dt_bias[...].astype(jnp.float32)[None, None], self.A_log)
-        queries = _of_length(q, self.spec.head_dim**-0.5)
+        queries = of_length(q, self.spec.head_dim**-0.5)
         options: dict[str, Any] = {"segment_ids": segment_ids, "chunk_size": self.spec.chunk_size, "state": old.scan}
         y, scan = delta_rule_attention(
-            queries, _of_length(k, 1.0), v, jax.nn.sigmoid(self.in_b(x)), log_decay, **options
+            queries, of_length(k, 1.0), v, jax.nn.sigmoid(self.in_b(x)), log_decay, **options
         )
         gated = self.norm(y.astype(jnp.float32)) * jax.nn.silu(self.in_z(x).astype(jnp.float32))
         out = self.out_proj(constrain(gated.astype(v.dtype), "batch", "sequence", "heads", None))
@@ -110,10 +108,3 @@ class GatedDeltaNet(Recurrent):
         heads, dim, size = s.num_heads, s.head_dim, s.expand * s.head_dim
         scan = init_signed_state(batch, heads, dim, size, jnp.dtype(dtype))
         return RecurrentState(scan, no_tokens(batch, CONV_WIDTH, ((heads, dim), (heads, dim), (heads, size)), dtype))
-
-
-def _of_length(x: Array, length: float) -> Array:
-    """Each head's vector scaled to a length, in float32 until the end."""
-    wide = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + _EPSILON)
-    return (wide * inverse * length).astype(x.dtype)

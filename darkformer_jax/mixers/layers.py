@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -74,6 +74,13 @@ class RMSNorm(nnx.Module):
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         scale = self.scale[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
         return (wide * inverse * (1 + scale if self.plus_one else scale)).astype(x.dtype)
+
+
+def of_length(x: Float[Array, "*b d"], length: float) -> Float[Array, "*b d"]:
+    """x / sqrt(|x|^2 + 1e-6) * length over the last axis, in float32 until the end."""
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
+    return (wide * inverse * length).astype(x.dtype)
 
 
 class GatedMLP(nnx.Module):

@@ -58,6 +58,7 @@ class MixerSpec:
     horizon: int
     state_size: int
     expand: int
+    num_hashes: int
 
     @property
     def scale(self) -> float:

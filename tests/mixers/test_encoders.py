@@ -5,19 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import NystromformerConfig
+from flax import nnx
+from transformers import NystromformerConfig, ReformerConfig
 from transformers.models.nystromformer.modeling_nystromformer import NystromformerSelfAttention
+from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
 from darkformer_jax.config import base
 from darkformer_jax.config.validation import validate
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers.linformer import Linformer
 from darkformer_jax.mixers.nystromformer import Nystromformer, pseudo_inverse
+from darkformer_jax.mixers.reformer import Reformer
 from tests.tasks.labelled_files import labelled_config, write_labelled
 from tests.tiny_runs import metrics_without_time, run, tiny_config
 from tests.tiny_specs import mixer_spec
 
-KINDS = {"linformer": Linformer, "nystromformer": Nystromformer}
+KINDS = {"linformer": Linformer, "nystromformer": Nystromformer, "reformer": Reformer}
 LENGTH = 32
 random = np.random.default_rng(0)
 
@@ -107,6 +110,79 @@ def test_the_pseudo_inverse_is_one():
     assert apart < 0.05  # six steps do not reach small singular values
 
 
+@pytest.mark.parametrize("num_hashes", [1, 2])
+def test_reformer_is_that_of_transformers_from_the_same_weights_and_rotations(num_hashes):
+    mixer = make("reformer", num_kv_heads=4, num_hashes=num_hashes)
+    config = ReformerConfig(
+        hidden_size=32, num_attention_heads=4, attention_head_size=8, num_hashes=num_hashes, num_buckets=8,
+        lsh_attn_chunk_length=8, lsh_num_chunks_before=1, lsh_num_chunks_after=0, is_decoder=False, hash_seed=3,
+        lsh_attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    theirs = LSHSelfAttention(config).eval().double()
+    torch.manual_seed(config.hash_seed)
+    rotations = torch.randn((4, 8, num_hashes, 4), dtype=torch.float64)  # as `_hash_vectors` draws them
+    mixer.rotations[...] = jnp.asarray(rotations.numpy().transpose(2, 0, 1, 3), jnp.float32)
+    x, cotangent = (random.standard_normal((2, 48, 32)) for _ in range(2))
+    qk, v = (random.standard_normal((32, 32)) * 32**-0.5 for _ in range(2))
+    with torch.no_grad():
+        theirs.query_key.weight.copy_(torch.tensor(3 * qk.T))
+        theirs.value.weight.copy_(torch.tensor(v.T))
+    wide = torch.tensor(x, requires_grad=True)
+    want = theirs(wide).hidden_states
+    want.backward(torch.tensor(cotangent))
+
+    @jax.jit
+    def ours(x):
+        q, values = ((x @ weight.astype(np.float32)).reshape(2, 48, 4, 8) for weight in (3 * qk, v))
+        ids = jnp.ones((2, 48), jnp.int32)
+        return mixer(q, q, values, segment_ids=ids, positions=ids)[0].reshape(2, 48, 32)
+
+    out, pull = jax.vjp(ours, x.astype(np.float32))
+    want, gradient = want.detach().numpy(), wide.grad.numpy()
+    np.testing.assert_allclose(out, want, rtol=0, atol=1e-5 * np.abs(want).max())
+    got = pull(jnp.asarray(cotangent, jnp.float32))[0]
+    np.testing.assert_allclose(got, gradient, rtol=0, atol=1e-5 * np.abs(gradient).max())
+
+
+@pytest.mark.parametrize("length", [1, 5, 8, 13, 19, LENGTH])
+def test_reformer_by_hand(length):
+    mixer = make("reformer", num_hashes=3)
+    qkv = tokens(length)
+    q, v = (x[0].astype(np.float64) for x in (qkv[0], qkv[2].repeat(2, axis=2)))
+    rotations = np.asarray(mixer.rotations[...], np.float64)
+    want = np.zeros_like(q)
+    for head in range(4):
+        keys = q[:, head] / np.linalg.norm(q[:, head], axis=-1, keepdims=True)
+        chunks = []
+        for rotation in rotations[:, head]:
+            rotated = q[:, head] @ rotation
+            order = np.argsort(np.argmax(np.concatenate([rotated, -rotated], axis=-1), axis=-1), kind="stable")
+            chunks += [order[start : start + 8] for start in range(0, length, 8)]
+        sums, weighed = np.zeros((length, 1)), np.zeros((length, 8))
+        for number, chunk in enumerate(chunks):
+            near = chunk if length <= 8 else np.concatenate([chunk, chunks[number - 1]])
+            for i in chunk:
+                others = near[near != i] if length > 1 else near
+                weights = np.exp(keys[others] @ q[i, head])
+                sums[i] += weights.sum()
+                weighed[i] += weights @ v[others, head]
+        want[:, head] = weighed / sums
+    np.testing.assert_allclose(attend(mixer, qkv)[0], want, rtol=1e-4, atol=1e-5)
+
+
+def test_reformer_has_no_projection_to_k_and_an_even_number_of_buckets():
+    spec = mixer_spec("reformer", num_features=8, causal=False, embed_dim=24, qk_norm=True)
+    layer = Reformer.build(spec, 0, rngs=nnx.Rngs(params=0))
+    names = {"/".join(path) for path, _ in nnx.to_flat_state(nnx.state(layer))}
+    assert names == {"q/kernel", "q_norm/scale", "v/kernel", "out/kernel", "mechanism/rotations"}
+    assert Reformer.flops(spec, 16) == (
+        2 * 24 * (32 + 16 + 32)  # q, v and out
+        + 2 * 4 * (8 * 8 + 4 * 8 * 16)  # two rounds: hash, and 16 keys
+    )  # fmt: skip
+    with pytest.raises(UserError, match="num_features = 7: 'reformer' has as many buckets; must be even"):
+        Reformer.check(mixer_spec("reformer", num_features=7, causal=False))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("length", [1, 5, 19])
 def test_a_text_has_the_same_outputs_whatever_stands_beside_it_and_however_it_is_padded(kind, length):
@@ -158,11 +234,13 @@ def test_linformer_refuses_more_tokens_than_its_horizon():
 
 
 @pytest.mark.standard_promotion
-def test_linformer_trains_and_is_scored(tmp_path):
+@pytest.mark.parametrize("kind", ["linformer", "reformer"])
+def test_they_train_and_are_scored(kind, tmp_path):
+    options = {"horizon": tiny_config().sequence_length} if kind == "linformer" else {"chunk_size": 8}
     config = labelled_config(
         write_labelled(tmp_path / "mails.jsonl"),
-        model__attention__kind="linformer",
-        model__attention__horizon=tiny_config().sequence_length,
+        **{f"model__attention__{name}": value for name, value in options.items()},
+        model__attention__kind=kind,
         model__causal=False,
         num_steps=3,
     )

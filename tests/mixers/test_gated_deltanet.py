@@ -1,16 +1,13 @@
 """Gated DeltaNet beside the layer of transformers' Qwen3-Next, with the same weights."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from darkformer_jax.mixers.gated_deltanet import GatedDeltaNet
-from tests.mixers.test_recurrent import make
+from tests.mixers.test_recurrent import assert_is_theirs, make
 from tests.tiny_specs import mixer_spec
-
-LENGTH = 50
 
 
 def transformers_layer(layer, spec):
@@ -43,25 +40,11 @@ def transformers_layer(layer, spec):
 
 
 def test_it_is_the_layer_of_transformers_in_one_pass_and_token_by_token():
-    torch = pytest.importorskip("torch")
     layer, _ = make("gated_deltanet", embed_dim=32)
     random = np.random.default_rng(0)
     layer.norm.scale[...] = jnp.asarray(1 + 0.5 * random.standard_normal(16), jnp.float32)
     theirs, cache = transformers_layer(layer, layer.spec)
-    x = random.standard_normal((2, LENGTH, 32)).astype(np.float32)
-    ids = np.ones((2, LENGTH), np.int32)
-    graphdef, arrays = nnx.split(layer)
-    ours = jax.jit(lambda x, ids, state=None: nnx.merge(graphdef, arrays)(x, ids, ids, state))
-
-    with torch.no_grad():
-        want = theirs(torch.tensor(x)).numpy()
-        np.testing.assert_allclose(ours(x, ids)[0], want, atol=1e-4 * np.abs(want).max())
-        state = layer.init_state(2, LENGTH, jnp.float32)
-        for start, stop in [(0, 44), *((n, n + 1) for n in range(44, LENGTH))]:
-            step = theirs(torch.tensor(x[:, start:stop]), cache_params=cache).numpy()
-            out, state = ours(x[:, start:stop], ids[:, start:stop], state)
-            np.testing.assert_allclose(step, want[:, start:stop], atol=1e-4 * np.abs(want).max())
-            np.testing.assert_allclose(out, step, atol=1e-4 * np.abs(want).max())
+    assert_is_theirs(layer, theirs, cache)
 
 
 def test_its_parameters_start_as_in_the_paper():

@@ -7,11 +7,9 @@ import pytest
 from flax import nnx
 
 from darkformer_jax.mixers.mamba2 import Mamba2
-from tests.mixers.test_recurrent import make
+from tests.mixers.test_recurrent import assert_is_theirs, make
 from tests.tiny_runs import experiment_of, fresh_state, tiny_config
 from tests.tiny_specs import mixer_spec
-
-LENGTH = 50
 
 
 def transformers_mixer(layer, spec):
@@ -46,26 +44,12 @@ def transformers_mixer(layer, spec):
 
 
 def test_it_is_transformers_mixer_in_one_pass_and_token_by_token():
-    torch = pytest.importorskip("torch")
     layer, _ = make("mamba2", embed_dim=32)
     random = np.random.default_rng(0)
     for parameter in (layer.D, layer.norm.scale, layer.conv_x.bias, layer.conv_B.bias, layer.conv_C.bias):
         parameter[...] = jnp.asarray(1 + 0.5 * random.standard_normal(parameter.shape), jnp.float32)
     theirs, cache = transformers_mixer(layer, layer.spec)
-    x = random.standard_normal((2, LENGTH, 32)).astype(np.float32)
-    ids = np.ones((2, LENGTH), np.int32)
-    graphdef, arrays = nnx.split(layer)
-    ours = jax.jit(lambda x, ids, state=None: nnx.merge(graphdef, arrays)(x, ids, ids, state))
-
-    with torch.no_grad():
-        want = theirs(torch.tensor(x)).numpy()
-        np.testing.assert_allclose(ours(x, ids)[0], want, atol=1e-4 * np.abs(want).max())
-        state = layer.init_state(2, LENGTH, jnp.float32)
-        for start, stop in [(0, 44), *((n, n + 1) for n in range(44, LENGTH))]:
-            step = theirs(torch.tensor(x[:, start:stop]), cache_params=cache).numpy()
-            out, state = ours(x[:, start:stop], ids[:, start:stop], state)
-            np.testing.assert_allclose(step, want[:, start:stop], atol=1e-4 * np.abs(want).max())
-            np.testing.assert_allclose(out, step, atol=1e-4 * np.abs(want).max())
+    assert_is_theirs(layer, theirs, cache)
 
 
 def test_its_parameters_start_as_in_the_paper():

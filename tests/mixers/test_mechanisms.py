@@ -22,7 +22,7 @@ SPEC = mixer_spec(num_features=16, geometry_init=0.7, seed=3)
 HYBRID = dataclasses.replace(SPEC, window=8, num_sinks=2)
 CONVERTED = dataclasses.replace(HYBRID, window_kernel="softmax", far_gain=True)
 LOCAL = dataclasses.replace(SPEC, local_window=7, softcap=2.0, query_scale=0.6)
-NEEDED = {"window": 8, "local_window": 7, "horizon": 64}
+NEEDED = {"window": 8, "local_window": 7, "horizon": 64, "decay": "gate"}
 OPTIONS = {"num_features": 16, "geometry_init": 0.7, "seed": 3}
 # Every kind with what it needs, every kind that can have a window with one, and what a conversion makes.
 MECHANISMS = [
@@ -48,11 +48,13 @@ PLACES = {"segment_ids": jnp.asarray(ONE), "positions": jnp.asarray(POSITIONS)}
 
 
 def make(kind, spec, layer=0):
-    """The mechanism as a jitted function."""
+    """The mechanism as a jitted function. Where it needs a decay, each key/value head has a constant one."""
     mechanism = MIXERS[kind](spec, layer)
+    log_decay = -jnp.array([0.02, 0.5]) if spec.has_decay else None
 
     def call(q, k, v, segment_ids, positions, state=None):
-        return mechanism(q, k, v, segment_ids=segment_ids, positions=positions, state=state)
+        places = {"segment_ids": segment_ids, "positions": positions}
+        return mechanism(q, k, v, **places, log_decay=log_decay, state=state)
 
     return mechanism, jax.jit(call)
 

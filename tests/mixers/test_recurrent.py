@@ -31,6 +31,25 @@ def make(kind, **changes):
     return layer, call
 
 
+def assert_is_theirs(layer, theirs, cache):
+    """Whether a layer of width 32 gives the outputs of transformers' in one pass and, with a cache, token by token."""
+    torch = pytest.importorskip("torch")
+    x = np.random.default_rng(1).standard_normal((2, 50, 32)).astype(np.float32)
+    ids = np.ones((2, 50), np.int32)
+    graphdef, arrays = nnx.split(layer)
+    ours = jax.jit(lambda x, ids, state=None: nnx.merge(graphdef, arrays)(x, ids, ids, state))
+    with torch.no_grad():
+        want = theirs(torch.tensor(x)).numpy()
+        limit = 1e-4 * np.abs(want).max()
+        np.testing.assert_allclose(ours(x, ids)[0], want, atol=limit)
+        state = layer.init_state(2, 50, jnp.float32)
+        for start, stop in [(0, 44), *((n, n + 1) for n in range(44, 50))]:
+            step = theirs(torch.tensor(x[:, start:stop]), cache_params=cache).numpy()
+            out, state = ours(x[:, start:stop], ids[:, start:stop], state)
+            np.testing.assert_allclose(step, want[:, start:stop], atol=limit)
+            np.testing.assert_allclose(out, step, atol=limit)
+
+
 def assert_close(got, want, tolerance=2e-5):
     np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=tolerance, atol=tolerance)
 
