@@ -75,11 +75,16 @@ def read_examples(files: str, columns: Columns) -> list[Example]:
     if columns.text == columns.label:
         raise UserError(f"text and label have the same column {columns.text!r}; allowed: two columns")
     examples: list[Example] = []
-    for path in find_files(files, _SUFFIXES, "labelled"):
+    for path in find_labelled_files(files):
         examples += [_example(record, columns, place) for place, record in _records(path, columns)]
     if not examples:
         raise UserError(f"{files}: there is no example")
     return examples
+
+
+def find_labelled_files(files: str) -> list[str]:
+    """Sorted paths of the files that `read_examples` reads. Raises UserError if there is none."""
+    return find_files(files, _SUFFIXES, "labelled")
 
 
 def read_texts(files: str, column: str) -> list[Text]:
