@@ -114,7 +114,7 @@ def _task() -> Section:
     # These two alone have a head. It sees the output of the last real token, or the mean output.
     w.pooling = choice("last", get_args(Pooling), since=2)
     # Of labelled files, which a language model may read as well: without the labels (docs/lra.md, self-pretraining).
-    w.text_column = anything("text", since=2)  # column of a table, or field of a JSON object
+    w.text_column = anything("text", since=2)  # column of a table, or field of a JSON object; of a pair "a,b"
     w.label_column = anything("label", since=2)  # holds class names, or the numbers of a regression
     w.heldout_files = anything("", since=2)  # like data.files; "" = data.heldout_fraction of the texts in data.files
     return w
