@@ -331,7 +331,7 @@ def test_a_benchmark_has_best_and_last_figures_of_validation_and_test(listops, t
     assert re.search(
         r"\| always the most frequent class (\|  )+\| 40.00 \| 40.00 \| 50.00 \| 50.00 (\|  ){4}\|\n", rows
     )
-    assert "### Published, not ours" in text and "| Performer | 18.01 | README of google-research/long-range" in text
+    assert "### Published, not ours" in text and "(arXiv 2011.04006) | 18.01 |" in text
     assert "read at most\n512 tokens per sequence and trained 20 steps" in text
     assert "ListOps of Long Range Arena</h2>" in (tmp_path / "out" / "report.html").read_text()
 
