@@ -6,9 +6,13 @@
 Files are .tsv, .csv, .jsonl or .parquet with a text and a label per line. If their columns are not `text` and `label`,
 --config.task.text_column and label_column name them. Without `heldout`, 15% of the texts are held out, chosen by hash.
 
-Arguments: files, heldout (a file, or globs in quotes), attention (as in configs/ablation.py), m (random features per
-head), window and chunk (tokens), causal (False: tokens see their whole text), pooling (last, mean), length (tokens read
-per text), batch, lr and geometry_lr (peak learning rates), steps, seed.
+pretrain=next_token makes a language model of the training texts, without their labels; init_from=<its workdir> starts
+the classifier from its weights.
+
+Arguments: files, heldout (a file, or globs in quotes), pretrain (none, next_token), init_from, attention (as in
+configs/ablation.py), m (random features per head), window and chunk (tokens), causal (False: tokens see their whole
+text), pooling (last, mean), length (tokens read per text), batch, lr and geometry_lr (peak learning rates), steps,
+seed.
 
 0.13 M parameters on the first 256 bytes of a text; two minutes of CPU time. Of SpamAssassin's e-mails (python -m
 benchmarks.spam_assassin) it then tells 94% of the held-out ones right; 70% are ham. See docs/classification.md.
@@ -17,10 +21,10 @@ benchmarks.spam_assassin) it then tells 94% of the held-out ones right; 70% are 
 import ml_collections
 
 from darkformer_jax.config import base
-from darkformer_jax.config.arguments import set_arguments
+from darkformer_jax.config.arguments import set_arguments, take_pretraining
 
 ARGUMENTS = (
-    "files", "heldout", "attention", "m", "window", "chunk", "causal", "pooling", "length", "batch", "lr",
+    "files", "heldout", "init_from", "attention", "m", "window", "chunk", "causal", "pooling", "length", "batch", "lr",
     "geometry_lr", "steps", "seed",
 )  # fmt: skip
 
@@ -43,5 +47,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
     c.optimizer.z_loss = 0.0
     c.eval.every = 100
     c.checkpoint.every = 100
-    set_arguments(c, filter(None, arguments.split(",")), ARGUMENTS, "configs/classify.py")
+    given = list(filter(None, arguments.split(",")))
+    take_pretraining(c, given, "configs/classify.py")
+    set_arguments(c, given, ARGUMENTS, "configs/classify.py")
     return c

@@ -4,9 +4,15 @@
     python train.py --config=configs/lra.py:task=listops,attention=dark --workdir=runs/listops-dark
     python -m darkformer_jax.evaluate --workdir=runs/listops-dark --text=data/listops/basic_test.tsv
 
+Self-pretraining on the training texts without their labels, then the classifier from these weights:
+
+    python train.py --config=configs/lra.py:task=listops,pretrain=next_token --workdir=runs/listops-pretrained
+    python train.py --config=configs/lra.py:task=listops,init_from=runs/listops-pretrained --workdir=runs/listops-tuned
+
 Arguments: task (listops, fashion_mnist, cifar10), files (what prepare_data wrote, or the published ListOps;
-data/<task>), scale (small, paper), attention (as in configs/ablation.py), m (random features per head), causal (True:
-a token does not see later ones), pooling (last, mean), length (tokens of the longest text, BOS included), batch, lr and
+data/<task>), pretrain (none, next_token), init_from (a workdir), scale (small, paper), attention (as in
+configs/ablation.py), m (random features per head), causal (True: a token does not see later ones; so it is with
+pretrain and init_from), pooling (last, mean), length (tokens of the longest text, BOS included), batch, lr and
 geometry_lr (peak learning rates), steps, seed.
 
 scale=small is the model of the Nystromformer repository's comparison: 2 layers of width 64, 2 heads of 32. It is for
@@ -21,9 +27,12 @@ from typing import NamedTuple
 import ml_collections
 
 from darkformer_jax.config import base
-from darkformer_jax.config.arguments import set_arguments, take_choice
+from darkformer_jax.config.arguments import set_arguments, take_choice, take_pretraining
 
-ARGUMENTS = ("files", "attention", "m", "causal", "pooling", "length", "batch", "lr", "geometry_lr", "steps", "seed")
+ARGUMENTS = (
+    "files", "init_from", "attention", "m", "causal", "pooling", "length", "batch", "lr", "geometry_lr", "steps",
+    "seed",
+)  # fmt: skip
 
 
 class _Layout(NamedTuple):
@@ -65,6 +74,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
     c.log.every = 50
     c.model.attention.horizon = c.sequence_length  # for cosformer and linformer
     {"small": _small, "paper": _paper}[scale](c, task)
+    take_pretraining(c, given, "configs/lra.py")
     set_arguments(c, given, ARGUMENTS, "configs/lra.py")
     directory = c.data.files.rstrip("/")
     c.data.files = f"{directory}/{layout.split.format('train')}"

@@ -6,10 +6,12 @@ import pytest
 
 from configs import classify
 from darkformer_jax import evaluate, generate, report
+from darkformer_jax.config.validation import validate
 from darkformer_jax.data.labelled import Columns, split_examples
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.classification import Classification
+from darkformer_jax.tasks.language_model import LanguageModel
 from darkformer_jax.training.run import dry_run
 from tests.tasks.labelled_files import labelled_config, write_labelled
 from tests.tiny_runs import metrics_without_time, run, saved_arrays, tiny_config, write_text, write_workdir
@@ -68,6 +70,16 @@ def test_a_classifier_learns_and_a_file_is_scored_as_in_training(tmp_path, capsy
         score(tmp_path / "run", again, context=8)
     with pytest.raises(UserError, match="--text_field=body: the model of .*/run reads the columns it was trained on"):
         score(tmp_path / "run", again, text_field="body")
+
+
+def test_pretraining_holds_out_the_texts_that_the_classifier_holds_out(tmp_path):
+    files = write_labelled(tmp_path / "mails.jsonl")
+    config = classify.get_config(f"files={files},pretrain=next_token")
+    validate(config)
+    assert config.model.causal and config.model.embed_dim == classify.get_config().model.embed_dim
+    held_out = LanguageModel.load(config, Workdir(tmp_path / "run")).data.heldout_documents
+    _, heldout = split_examples(files, "", 0.0, Columns("text", "label"))
+    assert held_out == tuple(example.text for example in heldout)
 
 
 def test_a_stopped_run_goes_on_and_other_labels_are_refused(tmp_path):

@@ -4,16 +4,25 @@ import json
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
 from configs import lra
 from darkformer_jax import evaluate
 from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.config.validation import validate
-from darkformer_jax.data.listops import Scale, write_listops
+from darkformer_jax.data.images import Images, write_images
+from darkformer_jax.data.listops import Scale, listops_tokenizer, write_listops
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
-from tests.tiny_runs import run
+from darkformer_jax.runs.checkpoints import Checkpoints
+from darkformer_jax.runs.workdir import Workdir
+from darkformer_jax.tasks.classification import Classification
+from darkformer_jax.tasks.language_model import LanguageModel
+from darkformer_jax.training.experiment import Experiment
+from darkformer_jax.training.init_from import initialize_from
+from tests.tiny_runs import metrics_without_time, run
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -21,10 +30,30 @@ TINY = Scale(4, 4, 4, 30, {"train": 60, "val": 20, "test": 20})
 
 
 @pytest.fixture(scope="module")
-def listops(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("lra") / "listops"
-    write_listops(str(directory), TINY, seed=0)
-    return directory
+def data(tmp_path_factory):
+    """Tiny files of a task that reads words, and of one that reads pixels, by the task's name."""
+    directory = tmp_path_factory.mktemp("lra")
+    write_listops(str(directory / "listops"), TINY, seed=0)
+    rng = np.random.default_rng(0)
+    images = [Images(rng.integers(0, 256, (n, 4, 4), np.uint8), (np.arange(n) % 3).astype(np.uint8)) for n in (60, 5)]
+    write_images(str(directory / "fashion_mnist"), (images[0], images[1]), None)
+    return {name: directory / name for name in ("listops", "fashion_mnist")}
+
+
+@pytest.fixture(scope="module")
+def listops(data):
+    return data["listops"]
+
+
+def tiny(arguments):
+    config = lra.get_config(f"{arguments},m=16,batch=8,steps=2")
+    config.update_from_flattened_dict({"model.num_layers": 1, "sequence_length": 32, "sample.max_new_tokens": 4})
+    return config
+
+
+def texts(file):
+    _, *lines = file.read_text().splitlines()
+    return [line.split("\t")[0] for line in lines]
 
 
 def test_a_test_figure_is_the_same_bit_for_bit_in_another_process(listops, tmp_path):
@@ -42,6 +71,55 @@ def test_a_test_figure_is_the_same_bit_for_bit_in_another_process(listops, tmp_p
         assert here[name] == there[name]
 
 
+@pytest.mark.parametrize("task", ["listops", "fashion_mnist"])
+def test_a_classifier_begins_with_the_weights_of_its_pretraining_and_a_new_head(data, task, tmp_path):
+    pretraining = tiny(f"task={task},files={data[task]},pretrain=next_token")
+    run(pretraining, tmp_path / "pretrained")
+    assert "heldout_bits_per_byte" in metrics_without_time(tmp_path / "pretrained")[-1]
+    assert (tmp_path / "pretrained" / "samples.txt").exists()
+    config = tiny(f"task={task},files={data[task]},init_from={tmp_path / 'pretrained'}")
+    assert config.model.to_dict() == pretraining.model.to_dict() and config.model.causal
+
+    experiment = Experiment.of(config, Classification.load(config, Workdir(tmp_path / "tuned")).objective)
+    state, _ = initialize_from(Workdir(tmp_path / "pretrained"), experiment, experiment.initial_state())
+    checkpoints = Checkpoints(Workdir(tmp_path / "pretrained"))
+    _, saved = checkpoints.restore(checkpoints.saved_shapes(2), 2)
+    checkpoints.close()
+    assert sorted(state.params.keys() - saved["params"].keys()) == ["classifier"]
+    params = {name: state.params[name] for name in saved["params"]}
+    same = (params, state.projections), (saved["params"], saved["projections"])
+    jax.tree.map(np.testing.assert_array_equal, *same)
+
+    run(config, tmp_path / "tuned")
+    assert "heldout_accuracy" in metrics_without_time(tmp_path / "tuned")[-1]
+
+
+def test_pretraining_reads_the_training_texts_alone_and_is_judged_on_the_validation_split(listops, tmp_path):
+    task = LanguageModel.load(tiny(f"task=listops,files={listops},pretrain=next_token"), Workdir(tmp_path / "run"))
+    tokenizer = listops_tokenizer()
+    for stream, split in ((task.data.train, "train"), (task.data.heldout, "val")):
+        (tokens,), (is_start,) = stream.read(np.zeros(1, np.int64), stream.num_tokens - 1)
+        documents = np.split(tokens, np.flatnonzero(is_start)[1:])
+        wanted = texts(listops / f"basic_{split}.tsv")
+        assert [document[1:].tolist() for document in documents] == [tokenizer.encode(text) for text in wanted]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("pretrain=next_token,causal=False", "model.causal = False with task.name = 'language_model'; allowed: True"),
+        ("pretrain=next_token,attention=linformer", "model.causal = True: in 'linformer' a token depends on later"),
+        (
+            "pretrain=next_token,pooling=mean",
+            "task.pooling = 'mean' with task.name = 'language_model'; allowed: 'last'",
+        ),
+    ],
+)
+def test_what_predicts_no_next_token_is_not_pretrained(arguments, message):
+    with pytest.raises(UserError, match=message):
+        validate(lra.get_config(f"task=listops,{arguments}"))
+
+
 @pytest.mark.parametrize("scale", lra.SCALES)
 @pytest.mark.parametrize("task", lra.TASKS)
 @pytest.mark.parametrize("kind", [kind for kind in MIXERS if MIXERS[kind].bidirectional])
@@ -56,7 +134,9 @@ def test_every_mechanism_that_sees_both_sides_has_the_same_model_around_it(task,
     assert around == same
 
 
-@pytest.mark.parametrize("arguments", ["scale=large", "scale=small,scale=paper", "task=imdb", "window=64", "task="])
+@pytest.mark.parametrize(
+    "arguments", ["pretrain=masked", "scale=large", "scale=small,scale=paper", "task=imdb", "window=64", "task="]
+)
 def test_arguments_that_it_does_not_have_are_refused(arguments):
     with pytest.raises(UserError, match=r"configs/lra.py"):
         lra.get_config(arguments)

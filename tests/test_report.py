@@ -279,6 +279,79 @@ def test_classifiers_are_reported_by_their_own_figures(tmp_path):
     assert "DARK is better than Performer (-0.1000 ± 0.0000 in held-out loss, 2 shared seeds)" in text
 
 
+def write_listops_run(workdir, losses, accuracies, arguments, data, tests=()):
+    """A run on ListOps, evaluated half way and at the end. tests: (step, accuracy) of each test*.json."""
+    figures = {"loss": losses[1], "accuracy": accuracies[1], "f1": 0.5, "matthews": 0.4}
+    write_labelled_run(workdir, "classification", figures, arguments)
+    config = json.loads((workdir / "config.json").read_text())
+    config["data"]["files"] = str(data / "basic_train.tsv")
+    config["task"] |= {"text_column": "Source", "label_column": "Target"}
+    config["task"]["heldout_files"] = str(data / "basic_val.tsv")
+    (workdir / "config.json").write_text(json.dumps(config))
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    middle = {"step": STEPS // 2, "heldout_loss": losses[0], "heldout_accuracy": accuracies[0]}
+    lines.insert(STEPS // 2, middle | {"heldout_f1": 0.5, "heldout_matthews": 0.4})
+    lines[0]["time"] = {"tokens_per_second": 1000.0, "host_memory_bytes": 3 * 2**29}
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for number, (step, accuracy) in enumerate(tests):
+        (workdir / f"test{number}.json").write_text(json.dumps({"step": step, "accuracy": accuracy}))
+
+
+@pytest.fixture
+def listops(tmp_path):
+    """A directory of data with nothing but its statistics."""
+    (tmp_path / "data").mkdir()
+    shares = {"train": {"0": 0.3, "1": 0.7}, "val": {"0": 0.6, "1": 0.4}, "test": {"0": 0.5, "1": 0.5}}
+    statistics = {split: {"shares": values} for split, values in shares.items()}
+    (tmp_path / "data" / "statistics.json").write_text(json.dumps(statistics))
+    return tmp_path / "data"
+
+
+def test_a_benchmark_has_best_and_last_figures_of_validation_and_test(listops, tmp_path):
+    middle = STEPS // 2
+    for seed in (0, 1):
+        tests = [(middle, 0.30 + seed / 10), (STEPS, 0.2)]
+        figures = (1.0, 2.0), (0.32 + seed / 50, 0.25)
+        write_listops_run(tmp_path / "runs" / f"a{seed}", *figures, f"attention=softmax,seed={seed}", listops, tests)
+    write_listops_run(tmp_path / "runs" / "b", (2.0, 1.5), (0.1, 0.2), "attention=performer", listops)
+    result = run_report(f"{tmp_path}/runs/*", tmp_path / "out")["benchmark"]
+    exact, performer = result["rows"]
+    assert result["name"] == "listops" and result["metric"] == "accuracy"
+    assert exact["best"] == {"mean": pytest.approx(33.0), "standard_error": pytest.approx(1.0)}
+    assert exact["last"]["mean"] == pytest.approx(25.0) and exact["test_last"]["mean"] == pytest.approx(20.0)
+    assert exact["test_best"] == {"mean": pytest.approx(35.0), "standard_error": pytest.approx(5.0)}
+    assert performer["best"]["mean"] == pytest.approx(20.0) and performer["test_best"] is None
+    assert result["majority_class"] == {"validation": pytest.approx(40.0), "test": pytest.approx(50.0)}
+    text = (tmp_path / "out" / "report.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| softmax (exact) |") and "GiB" in line)
+    assert "| 2 | 33.00 ± 1.00 | 25.00 ± 0.00 | 35.00 ± 5.00 | 20.00 ± 0.00 | not recorded |" in row
+    assert row.endswith("| 1,000 | 1.50 GiB |")
+    heads, rows = re.search(r"## ListOps of Long Range Arena\n+(\|.*)\n\|.*\n((?:\|.*\n)+)", text).groups()
+    assert {line.count(" |") for line in rows.splitlines()} == {heads.count(" |")}
+    assert re.search(
+        r"\| always the most frequent class (\|  )+\| 40.00 \| 40.00 \| 50.00 \| 50.00 (\|  ){4}\|\n", rows
+    )
+    assert "### Published, not ours" in text and "(arXiv 2011.04006) | 18.01 |" in text
+    assert "read at most\n512 tokens per sequence and trained 20 steps" in text
+    assert "ListOps of Long Range Arena</h2>" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_two_test_files_of_one_checkpoint_and_foreign_ones_are_refused(listops, tmp_path):
+    tests = [(STEPS, 0.3), (STEPS, 0.4)]
+    write_listops_run(tmp_path / "twice", (1.0, 2.0), (0.3, 0.2), "", listops, tests)
+    with pytest.raises(UserError, match=r"twice has two test\*.json of step 20; allowed: one per checkpoint"):
+        run_report(tmp_path / "twice", tmp_path / "out")
+    write_listops_run(tmp_path / "foreign", (1.0, 2.0), (0.3, 0.2), "", listops, [("last", 0.3)])
+    with pytest.raises(UserError, match=r"foreign/test0.json is not what evaluate --json writes for this run"):
+        run_report(tmp_path / "foreign", tmp_path / "out")
+
+
+def test_a_page_without_a_benchmark_names_none(tmp_path):
+    write_labelled_run(tmp_path / "a", "classification", {"loss": 1.0, "accuracy": 0.5})
+    assert "benchmark" not in run_report(tmp_path / "a", tmp_path / "out")
+    assert "not ours" not in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_a_figure_that_only_some_rows_have_is_left_out_in_the_others(tmp_path):
     write_labelled_run(tmp_path / "a", "regression", {"loss": 4.0, "pearson": 0.5, "kendall_tau": 0.3})
     write_labelled_run(tmp_path / "b", "regression", {"loss": 5.0, "pearson": 0.4}, "attention=softmax")

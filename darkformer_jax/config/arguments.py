@@ -9,7 +9,7 @@ from typing import Any
 
 import ml_collections
 
-from darkformer_jax.config.base import fields
+from darkformer_jax.config.base import LANGUAGE_MODEL, fields
 from darkformer_jax.config.names import meant
 from darkformer_jax.config.pattern import ATTENTION, SHORT
 from darkformer_jax.config.usage import reset_unused
@@ -22,6 +22,7 @@ ARGUMENTS = {short: ATTENTION + name for short, name in SHORT.items()} | {
     "decay": f"{ATTENTION}decay",
     "causal": "model.causal",
     "lora": "model.lora_rank",
+    "init_from": "init_from",
     "files": "data.files",
     "heldout": "task.heldout_files",
     "pooling": "task.pooling",
@@ -38,6 +39,9 @@ ARGUMENTS = {short: ATTENTION + name for short, name in SHORT.items()} | {
 # Of model.attention: the paper's layers have no gates and no convolution, and M starts at the identity.
 WARMUP = "optimizer.warmup_steps"
 PAPER_FORM = {"decay": "none", "conv_width": 0, "geometry_init": 1.0}
+
+
+PRETRAINING = ("none", "next_token")
 
 
 def set_arguments(c: ml_collections.ConfigDict, arguments: Iterable[str], allowed: Collection[str], file: str) -> None:
@@ -114,6 +118,20 @@ def take_choice(arguments: list[str], name: str, allowed: tuple[str, ...], file:
         raise UserError(f"{file}: {name}={','.join(values)}; allowed: one of {', '.join(allowed)}")
     arguments[:] = [argument for argument in arguments if not argument.startswith(f"{name}=")]
     return values[0] if values else allowed[0]
+
+
+def take_pretraining(c: ml_collections.ConfigDict, arguments: list[str], file: str) -> None:
+    """Takes `pretrain=...`, which is no field, out of the arguments of a classifier on labelled files.
+
+    next_token makes it a language model of the same training texts, from which `init_from=` starts the classifier. That
+    one is causal, too, unless an argument says otherwise.
+    """
+    if take_choice(arguments, "pretrain", PRETRAINING, file) == "next_token":
+        c.task.name = LANGUAGE_MODEL
+        c.task.pooling = fields()["task.pooling"].default  # a language model has no head
+        c.model.causal = True
+    elif "init_from" in argument_names(arguments):
+        c.model.causal = True
 
 
 def argument_names(arguments: Iterable[str]) -> list[str]:

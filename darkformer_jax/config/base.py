@@ -37,7 +37,7 @@ from darkformer_jax.ops.projections import ProjectionKind
 LANGUAGE_MODEL = "language_model"
 LABELLED_TASKS = ("classification", "regression")
 TASKS = (LANGUAGE_MODEL, *LABELLED_TASKS)  # the keys of tasks.TASKS, which this module may not import
-LABELLED_SOURCE = "labelled"  # the one that the tasks on labelled texts read
+LABELLED_SOURCE = "labelled"  # the only one that the tasks on labelled texts read
 TRACKERS = ("wandb", "mlflow")  # the keys of training.trackers.TRACKERS; not imported either
 SOURCES = ("stdlib", "text", "news", "array_record", LABELLED_SOURCE)  # what data/ reads; not imported either
 
@@ -111,9 +111,10 @@ def _task() -> Section:
     w = Section()
     # What is learned. classification, regression: labels of whole texts, by a head on the last layer's outputs.
     w.name = choice(LANGUAGE_MODEL, TASKS, since=2)
-    # These two alone use the other fields. The head sees the output of the last real token, or the mean output.
+    # These two alone have a head. It sees the output of the last real token, or the mean output.
     w.pooling = choice("last", get_args(Pooling), since=2)
-    w.text_column = anything("text", since=2)  # column of a table, or field of a JSON object
+    # Of labelled files, which a language model may read as well: without the labels (docs/lra.md, self-pretraining).
+    w.text_column = anything("text", since=2)  # column of a table, or field of a JSON object; of a pair "a,b"
     w.label_column = anything("label", since=2)  # holds class names, or the numbers of a regression
     w.heldout_files = anything("", since=2)  # like data.files; "" = data.heldout_fraction of the texts in data.files
     return w

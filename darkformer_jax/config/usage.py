@@ -15,6 +15,8 @@ from darkformer_jax.mixers import MIXERS
 from darkformer_jax.mixers.spec import MixerSpec
 
 OF_LANGUAGE_MODELS = ("optimizer.z_loss", "distill.weight")
+OF_LABELLED_TASKS = ("task.pooling", "model.causal")
+OF_LABELLED_FILES = ("task.text_column", "task.label_column", "task.heldout_files")
 _SWAPS = {f"{ATTENTION}kind", f"{ATTENTION}pattern"}  # which mixers there are
 
 # Fields that do nothing unless another field has one of these values.

@@ -9,7 +9,14 @@ from darkformer_jax.config.base import LABELLED_SOURCE, LABELLED_TASKS, SOURCES,
 from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.config.pattern import ATTENTION, Layer, parse_pattern
 from darkformer_jax.config.specs import mixer_specs
-from darkformer_jax.config.usage import OF_LANGUAGE_MODELS, Fault, refuse, unused_faults
+from darkformer_jax.config.usage import (
+    OF_LABELLED_FILES,
+    OF_LABELLED_TASKS,
+    OF_LANGUAGE_MODELS,
+    Fault,
+    refuse,
+    unused_faults,
+)
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
 from darkformer_jax.mixers.spec import MixerSpec
@@ -168,12 +175,12 @@ def _validate_task(config: ml_collections.ConfigDict) -> None:
     """Raises UserError if a field that the task does not use is set: is neither off nor as it is by default."""
     task, source = config.task, config.data.source
     is_labelled = task.name in LABELLED_TASKS
-    sources = [name for name in SOURCES if is_labelled == (name == LABELLED_SOURCE)]
+    sources = (LABELLED_SOURCE,) if is_labelled else SOURCES
     _require(
         source in sources,
         f"data.source = {source!r} with task.name = {task.name!r}; allowed: {', '.join(map(repr, sources))}",
     )
-    of_labelled = [name for name in fields() if name.startswith("task.") and name != "task.name"] + ["model.causal"]
+    of_labelled = [*OF_LABELLED_TASKS, *(() if source == LABELLED_SOURCE else OF_LABELLED_FILES)]
     values = dict(flat_fields(config.to_dict()))
     for name in OF_LANGUAGE_MODELS if is_labelled else of_labelled:
         value, default, off = values[name], fields()[name].default, fields()[name].off

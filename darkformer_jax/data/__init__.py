@@ -31,6 +31,7 @@ __all__ = [
     "Split",
     "TokenStream",
     "Tokenizer",
+    "data_of_texts",
     "find_data",
     "heldout_batches",
     "load_data",
@@ -111,6 +112,18 @@ def load_data(
     used = saved_or_new_tokenizer(tokenizer, tokenizer_dir, training, progress_bar)
     train, heldout = (_as_split(sources, [memory_stream(texts[side], used) for texts in splits]) for side in (0, 1))
     return Data(train, heldout, used, tuple(text for _, held_out in splits for text in held_out))
+
+
+def data_of_texts(
+    training: Sequence[str],
+    heldout: Sequence[str],
+    tokenizer: str,
+    tokenizer_dir: str | None = None,
+    progress_bar: ProgressBar = no_progress,
+) -> Data:
+    """The data of two splits that are in memory, a document per text; other arguments as in `load_data`."""
+    used = saved_or_new_tokenizer(tokenizer, tokenizer_dir, training, progress_bar)
+    return Data(memory_stream(training, used), memory_stream(heldout, used), used, tuple(heldout))
 
 
 def find_data(source: str, files: str) -> str:

@@ -44,7 +44,10 @@ _LARGEST_NUMBER = 1e15  # float32 can add 10^8 squares of it: the errors of a sp
 
 
 class Columns(NamedTuple):
-    """Names of the table's columns, or of the object's fields, that hold the text and the label."""
+    """Names of the table's columns, or of the object's fields, that hold the text and the label.
+
+    The text may have several names between commas, `sentence1,sentence2`: it is then theirs, a line each.
+    """
 
     text: str
     label: str
@@ -72,35 +75,45 @@ def read_examples(files: str, columns: Columns) -> list[Example]:
       UserError: there is no such file, or one column for text and another for labels, or an example has no text or
         label; the line is named.
     """
-    if columns.text == columns.label:
-        raise UserError(f"text and label have the same column {columns.text!r}; allowed: two columns")
+    names = _text_names(columns.text)
+    if columns.label in names:
+        raise UserError(f"text and label have the same column {columns.label!r}; allowed: two columns")
     examples: list[Example] = []
-    for path in find_files(files, _SUFFIXES, "labelled"):
-        examples += [_example(record, columns, place) for place, record in _records(path, columns)]
+    for path in find_labelled_files(files):
+        records = _records(path, (*names, columns.label))
+        examples += [_example(record, names, columns.label, place) for place, record in records]
     if not examples:
         raise UserError(f"{files}: there is no example")
     return examples
 
 
+def find_labelled_files(files: str) -> list[str]:
+    """Sorted paths of the files that `read_examples` reads. Raises UserError if there is none."""
+    return find_files(files, _SUFFIXES, "labelled")
+
+
 def read_texts(files: str, column: str) -> list[Text]:
-    """The texts of a column of .tsv, .csv, .jsonl and .parquet files, and each .txt file as one text, in order.
+    """The texts of .tsv, .csv, .jsonl and .parquet files, and each .txt file as one text, in order.
+
+    column: as `Columns.text`.
 
     Raises:
       UserError: there is no such file or column, or a text is empty; the line is named.
     """
+    names = _text_names(column)
     texts: list[Text] = []
     for path in find_files(files, _SUFFIXES + _PLAIN_SUFFIXES, "text"):
         if path.endswith(_PLAIN_SUFFIXES):
             texts.append(Text("".join(piece for _, piece in read_pieces(path)), path))
         else:
-            texts += [Text(_text_of(record, column, place), place) for place, record in _records(path, (column,))]
+            texts += [Text(_text_of(record, names, place), place) for place, record in _records(path, names)]
     if not texts:
         raise UserError(f"{files}: there is no text")
     return texts
 
 
 def _records(path: str, columns: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """(`file:line`, record) of a file. columns: what a record must have, first the text's."""
+    """(`file:line`, record) of a file. columns: what a record must have, first a text's."""
     records: Iterable[tuple[int, Any]]
     if path.endswith(_TABLE_SUFFIXES):
         records = _table_records(path, columns)
@@ -142,23 +155,32 @@ def _table_records(path: str, columns: Sequence[str]) -> Iterator[tuple[int, dic
         raise UserError(f"{path}:{begin}: not a record: {error}") from error
 
 
-def _text_of(record: Any, column: str, place: str) -> str:
-    text = string_field(record, column, place, "task.text_column")
-    if not text.strip():
-        raise UserError(f"{place}: the text in {column!r} is empty")
-    return text
+def _text_names(column: str) -> tuple[str, ...]:
+    """The names in `Columns.text`. Raises UserError for one that is empty or there twice."""
+    names = tuple(column.split(","))
+    if not all(names) or len(set(names)) < len(names):
+        raise UserError(f"task.text_column = {column!r}; allowed: a name, or different names between commas")
+    return names
 
 
-def _example(record: Any, columns: Columns, place: str) -> Example:
-    text = _text_of(record, columns.text, place)
-    value = record.get(columns.label)
+def _text_of(record: Any, names: Sequence[str], place: str) -> str:
+    texts = [string_field(record, name, place, "task.text_column") for name in names]
+    for name, text in zip(names, texts, strict=True):
+        if not text.strip():
+            raise UserError(f"{place}: the text in {name!r} is empty")
+    return "\n".join(texts)
+
+
+def _example(record: Any, names: Sequence[str], label_column: str, place: str) -> Example:
+    text = _text_of(record, names, place)
+    value = record.get(label_column)
     is_nan = isinstance(value, float) and math.isnan(value)  # how some programs write that a value is missing
     if value is None or is_nan or (isinstance(value, str) and not value.strip()):
-        raise UserError(f"{place}: there is no label in {columns.label!r}")
+        raise UserError(f"{place}: there is no label in {label_column!r}")
     if not isinstance(value, str | int | float):
-        raise UserError(f"{place}: the label in {columns.label!r} is neither a string nor a number")
+        raise UserError(f"{place}: the label in {label_column!r} is neither a string nor a number")
     if isinstance(value, str):
-        label = string_field(record, columns.label, place, "task.label_column").strip()
+        label = string_field(record, label_column, place, "task.label_column").strip()
     else:
         label = json.dumps(value)
     return Example(text, label, place)

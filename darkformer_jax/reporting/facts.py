@@ -66,10 +66,24 @@ def _parameters(sessions: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _speed(lines: Sequence[Mapping[str, Any]]) -> str:
-    """The median over the lines, which a pause does not change."""
+    speed = median_speed(lines)
+    return NOT_RECORDED if speed is None else f"{speed:,.0f}"
+
+
+def median_speed(lines: Sequence[Mapping[str, Any]]) -> float | None:
+    """Tokens per second: the median over the lines of metrics.jsonl, which a pause does not change. None = no line."""
     speeds = [line["time"]["tokens_per_second"] for line in lines if "tokens_per_second" in line.get("time", {})]
     known = [speed for speed in speeds if speed is not None]
-    return f"{statistics.median(known):,.0f}" if known else NOT_RECORDED
+    return statistics.median(known) if known else None
+
+
+def largest_memory(lines: Sequence[Mapping[str, Any]]) -> int | None:
+    """Bytes: the peak of the device where it counts, else the largest of the process on the host. None = no line."""
+    for name in ("device_memory_bytes", "host_memory_bytes"):
+        known = [line["time"][name] for line in lines if line.get("time", {}).get(name) is not None]
+        if known:
+            return max(known)
+    return None
 
 
 def _wall_time(sessions: Sequence[Mapping[str, Any]]) -> str:

@@ -7,6 +7,8 @@ from darkformer_jax.config.pattern import pattern_kinds
 from darkformer_jax.data.progress import ProgressBar, no_progress, with_progress
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
+from darkformer_jax.reporting.benchmarks import BenchmarkTable, benchmark_table
+from darkformer_jax.reporting.benchmarks import as_json as benchmark_as_json
 from darkformer_jax.reporting.calibrations import Calibration, find_calibrations
 from darkformer_jax.reporting.comparison import Comparison, comparisons
 from darkformer_jax.reporting.conclusion import conclusion, title_of
@@ -31,6 +33,7 @@ class Findings:
     calibrations: list[Calibration]
     spectra: list[Spectra]  # of the first seed of each row with an M at its best learning rates
     missing_spectra: list[str]  # "workdir: reason" for each such row without spectra
+    benchmark: BenchmarkTable | None  # None = the runs are of none that is known
 
     @property
     def title(self) -> str:
@@ -61,7 +64,8 @@ def collect(globs: str, progress_bar: ProgressBar = no_progress) -> Findings:
         except UserError as error:  # the checkpoint may have been removed; no other figure needs it
             missing.append(f"{workdir}: {error}")
     loss_unit = next((run.loss_unit for run in runs if run.lines), "")
-    return Findings(globs, runs, rows, loss_unit, comparisons(rows), calibrations, spectra, missing)
+    benchmark = benchmark_table(rows)
+    return Findings(globs, runs, rows, loss_unit, comparisons(rows), calibrations, spectra, missing, benchmark)
 
 
 def _has_geometry(row: Row) -> bool:
@@ -78,7 +82,7 @@ def as_json(found: Findings) -> dict[str, Any]:
         "left_out": [_picked(run, "workdir", "state", "reason") for run in found.runs if run.state != FINISHED],
         "calibrations": [_picked(one, *_OF_CALIBRATIONS) for one in found.calibrations],
         "spectra": [_picked(one, *_OF_SPECTRA) for one in found.spectra],
-    }
+    } | ({"benchmark": benchmark_as_json(found.benchmark)} if found.benchmark else {})
 
 
 def _run(run: ReportedRun, figures: list[str]) -> dict[str, Any]:

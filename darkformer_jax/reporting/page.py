@@ -12,6 +12,7 @@ from markdown_it.token import Token
 from markupsafe import Markup
 
 from darkformer_jax.errors import printable
+from darkformer_jax.reporting.benchmarks import shown
 from darkformer_jax.reporting.facts import NOT_RECORDED, NUMBERS, common_facts
 from darkformer_jax.reporting.findings import Findings
 from darkformer_jax.reporting.rows import columns, common_settings, figure_columns, label
@@ -29,6 +30,7 @@ def as_markdown(found: Findings, pictures: Mapping[str, str]) -> str:
     """The page in GitHub's Markdown. pictures: name of a file beside it -> what it shows, in words."""
     functions = {
         "columns": columns,
+        "cell": shown,
         "common_settings": common_settings,
         "figure_columns": figure_columns,
         "label": label,

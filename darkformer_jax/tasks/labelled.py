@@ -291,14 +291,19 @@ def columns_of(config: ml_collections.ConfigDict) -> Columns:
     return Columns(config.task.text_column, config.task.label_column)
 
 
-def _examples(config: ml_collections.ConfigDict) -> tuple[list[Example], list[Example]]:
-    """(training, held-out) examples. Raises UserError, also for fewer than a batch of training examples."""
+def read_splits(config: ml_collections.ConfigDict) -> tuple[list[Example], list[Example]]:
+    """(training, held-out) examples of the config's files. Raises UserError."""
     d = config.data
-    training, heldout = split_examples(d.files, config.task.heldout_files, d.heldout_fraction, columns_of(config))
+    return split_examples(d.files, config.task.heldout_files, d.heldout_fraction, columns_of(config))
+
+
+def _examples(config: ml_collections.ConfigDict) -> tuple[list[Example], list[Example]]:
+    """`read_splits`. Raises UserError also for fewer than a batch of training examples."""
+    training, heldout = read_splits(config)
     if len(training) < config.batch_size:
         raise UserError(
-            f"{d.files} has {len(training)} training examples, fewer than batch_size = {config.batch_size}; allowed: a "
-            "smaller batch_size"
+            f"{config.data.files} has {len(training)} training examples, fewer than batch_size = {config.batch_size}; "
+            "allowed: a smaller batch_size"
         )
     return training, heldout
 

@@ -12,7 +12,18 @@ import jax
 import ml_collections
 import numpy as np
 
-from darkformer_jax.data import Batch, Data, Mixture, Split, heldout_batches, load_data, num_rows, train_batches
+from darkformer_jax.config.base import LABELLED_SOURCE
+from darkformer_jax.data import (
+    Batch,
+    Data,
+    Mixture,
+    Split,
+    data_of_texts,
+    heldout_batches,
+    load_data,
+    num_rows,
+    train_batches,
+)
 from darkformer_jax.data.files import write_atomically
 from darkformer_jax.data.progress import ProgressBar, no_progress
 from darkformer_jax.distributed.sharding import Part
@@ -23,6 +34,7 @@ from darkformer_jax.runs.load import language_model_network
 from darkformer_jax.runs.origin import ends_of_text
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.amounts import too_little_heldout_text, too_little_text
+from darkformer_jax.tasks.labelled import read_splits
 from darkformer_jax.tasks.next_token import NextToken
 from darkformer_jax.tasks.prompts import heldout_prompts
 from darkformer_jax.tasks.task import ScoreRequest, Scores
@@ -102,20 +114,9 @@ class LanguageModel:
         cls, config: ml_collections.ConfigDict, workdir: Workdir, progress_bar: ProgressBar = no_progress
     ) -> "LanguageModel":
         """Reads both splits. The first use of `constants` reads the teacher's weights."""
-        d = config.data
         if config.distill.weight:
             language_model_network(Workdir(config.distill.workdir))  # refuses before the data is read
-        part = (jax.process_index(), jax.process_count())
-        data = load_data(
-            d.source,
-            d.files,
-            tokenizer_of(config, workdir),
-            d.heldout_fraction,
-            workdir.tokenizer_dir,
-            text_field=d.text_field,
-            verify=part,
-            progress_bar=progress_bar,
-        )
+        data = _read(config, workdir, progress_bar)
         fingerprint = data.tokenizer.fingerprint
         if config.init_from:
             check_same_tokenizer(Workdir(config.init_from), fingerprint, "init_from")
@@ -260,6 +261,25 @@ class LanguageModel:
         for name, stream, share in zip(train.names, train.streams, train.shares, strict=True):
             epochs = share * c.num_steps * c.batch_size / num_rows(stream, c.sequence_length)
             yield f"{name}: {100 * share:.4g}% of the rows, {stream.num_tokens:,} tokens, {epochs:.3g} epochs"
+
+
+def _read(config: ml_collections.ConfigDict, workdir: Workdir, progress_bar: ProgressBar) -> Data:
+    """Both splits. Of labelled files they are a classifier's texts, to the row, without the labels."""
+    d = config.data
+    tokenizer = tokenizer_of(config, workdir)
+    if d.source == LABELLED_SOURCE:
+        training, heldout = ([example.text for example in side] for side in read_splits(config))
+        return data_of_texts(training, heldout, tokenizer, workdir.tokenizer_dir, progress_bar)
+    return load_data(
+        d.source,
+        d.files,
+        tokenizer,
+        d.heldout_fraction,
+        workdir.tokenizer_dir,
+        text_field=d.text_field,
+        verify=(jax.process_index(), jax.process_count()),
+        progress_bar=progress_bar,
+    )
 
 
 def tokens_per_byte(split: Split) -> float:

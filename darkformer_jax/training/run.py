@@ -10,11 +10,12 @@ import jax
 import ml_collections
 
 from darkformer_jax.config.arguments import fit_warmup, keep_warmup
-from darkformer_jax.config.base import LABELLED_SOURCE
+from darkformer_jax.config.base import LABELLED_SOURCE, LABELLED_TASKS
 from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.config.usage import require_new_uses
 from darkformer_jax.config.validation import validate
 from darkformer_jax.data import find_data
+from darkformer_jax.data.labelled import find_labelled_files
 from darkformer_jax.distributed import processes
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.checkpoints import Checkpoints
@@ -54,13 +55,16 @@ def dry_run(config: ml_collections.ConfigDict, overridden: Sequence[str] = (), w
     check_start(config, workdir, experiment)
     if jax.process_index() == 0:
         print(experiment.describe())
-        if config.data.source != LABELLED_SOURCE:  # whose files are in the description
+        if config.task.name not in LABELLED_TASKS:  # whose files are in the description
             print(f"{'data':14s} {_found_data(config)}")
 
 
 def _found_data(config: ml_collections.ConfigDict) -> str:
+    d = config.data
     try:
-        return find_data(config.data.source, config.data.files)
+        if d.source == LABELLED_SOURCE:
+            return f"labelled files, read without their labels: {len(find_labelled_files(d.files))}"
+        return find_data(d.source, d.files)
     except UserError as error:
         return f"none: {error}"
 

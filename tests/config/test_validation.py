@@ -222,6 +222,7 @@ def test_a_rule_names_its_field_and_what_is_allowed(changes, message):
         {"log.trackers": "mlflow,wandb", "eval.patience": 3},
         {"task.name": "classification", "data.source": "labelled"},
         {"task.name": "regression", "data.source": "labelled", "optimizer.z_loss": 0.0},
+        {"data.source": "labelled", "task.text_column": "Source", "task.heldout_files": "val.tsv"},
         {"model.attention.pattern": "dark,dark,softmax"},
         {"model.attention.pattern": "softmax,dark", "model.attention.softcap": 50.0},
         {

@@ -15,6 +15,7 @@ from darkformer_jax.data.labelled import (
     load_class_names,
     number_labels,
     read_examples,
+    read_texts,
     save_class_names,
     shown_label,
     split_examples,
@@ -34,6 +35,41 @@ def write(tmp_path, name, content):
 
 def examples(pairs):
     return [Example(text, label, f"made.tsv:{line}") for line, (text, label) in enumerate(pairs, start=2)]
+
+
+PAIR = Columns("sentence1,sentence2", "label")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.tsv", "sentence2\tlabel\tsentence1\nIt is.\t1\tIs it, so?\n"),
+        ("a.csv", 'label,sentence1,sentence2\n1,"Is it, so?",It is.\n'),
+        ("a.jsonl", '{"sentence2": "It is.", "label": 1, "sentence1": "Is it, so?"}\n'),
+    ],
+)
+def test_a_pair_is_a_text_of_two_columns(tmp_path, name, content):
+    path = write(tmp_path, name, content)
+    (found,) = read_examples(path, PAIR)
+    assert found[:2] == ("Is it, so?\nIt is.", "1")
+    (text,) = read_texts(path, PAIR.text)
+    assert text.text == found.text
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (Columns("sentence1,sentence3", "label"), r"a.tsv has no column 'sentence3'; it has: sentence1, sentence2"),
+        (Columns("sentence1,sentence2", "sentence2"), "text and label have the same column 'sentence2'"),
+        (Columns("sentence1,", "label"), "task.text_column = 'sentence1,'; allowed: a name, or different names"),
+        (Columns("sentence1,sentence1", "label"), "allowed: a name, or different names between commas"),
+        (PAIR, r"a.tsv:2: the text in 'sentence2' is empty"),
+    ],
+)
+def test_what_is_no_pair_is_refused(tmp_path, columns, message):
+    path = write(tmp_path, "a.tsv", "sentence1\tsentence2\tlabel\nIs it?\t \t1\n")
+    with pytest.raises(UserError, match=message):
+        read_examples(path, columns)
 
 
 def rows_of(texts, labels=None, length=6):

@@ -153,6 +153,13 @@ def test_what_is_wrong_in_labelled_rows_is_named(table, message, tmp_path):
         read_examples(str(tmp_path / "a.parquet"), Columns("text", "label"))
 
 
+def test_labelled_rows_may_be_pairs(tmp_path):
+    table = pa.table({"b": ["It is.", "No."], "label": [1, 0], "a": ["Is it?", "Is it so?"]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    rows = read_examples(str(tmp_path / "a.parquet"), Columns("a,b", "label"))
+    assert [row[:2] for row in rows] == [("Is it?\nIt is.", "1"), ("Is it so?\nNo.", "0")]
+
+
 def test_a_name_that_also_leads_into_another_column_is_refused(tmp_path):
     parquet.write_table(pa.table({"a": [{"b": "nested"}], "a.b": ["flat"]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match='"a.b" is a column and a field of another column; rename one'):

@@ -1,0 +1,257 @@
+"""The table of a benchmark: the metric on validation and test, best and last, beside what others published.
+
+A set of runs belongs to a benchmark if its files have the names that `prepare_data` gives them: Long Range Arena's
+basic_train.tsv, a directory fashion_mnist or cifar10 with train.tsv, a directory of a task of GLUE with train.jsonl.
+
+Test figures are those that `evaluate --json` wrote into the workdir as test*.json, each of one checkpoint.
+"""
+
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from darkformer_jax.config.specs import model_spec
+from darkformer_jax.config.validation import from_json
+from darkformer_jax.data import images, listops
+from darkformer_jax.data.files import read_json_object
+from darkformer_jax.data.glue import GLUE_TASKS
+from darkformer_jax.errors import UserError
+from darkformer_jax.model.flops import train_step_flops
+from darkformer_jax.reporting.facts import NOT_RECORDED, largest_memory, median_speed
+from darkformer_jax.reporting.published import PUBLISHED, Published
+from darkformer_jax.reporting.reported_runs import LOSS, ReportedRun
+from darkformer_jax.reporting.rows import Mean, Row
+from darkformer_jax.runs.workdir import Workdir
+
+_STATISTICS_FILE = "statistics.json"  # of prepare_data, beside the data
+_TEST_FILES = "test*.json"
+_ABSENT = "–"
+
+
+class Benchmark(NamedTuple):
+    """What is measured.
+
+    Attributes:
+      title: its name for people.
+      metric: the official one, as it is called there.
+      figure: its name in metrics.jsonl.
+    """
+
+    title: str
+    metric: str
+    figure: str
+
+
+_FIGURES = {  # by the metric of GLUE
+    "accuracy": "heldout_accuracy",
+    "F1": "heldout_f1",
+    "Matthews": "heldout_matthews",
+    "Spearman": "heldout_spearman",
+}
+BENCHMARKS = {
+    "listops": Benchmark("ListOps of Long Range Arena", "accuracy", "heldout_accuracy"),
+    "cifar10": Benchmark("CIFAR-10 as sequences of pixels, of Long Range Arena", "accuracy", "heldout_accuracy"),
+    "fashion_mnist": Benchmark("Fashion-MNIST as sequences of pixels", "accuracy", "heldout_accuracy"),
+} | {
+    name: Benchmark(f"{task.directory} of GLUE", task.metric, _FIGURES[task.metric])
+    for name, task in GLUE_TASKS.items()
+}
+
+
+@dataclass(frozen=True)
+class BenchmarkRow:
+    """A row of the page's table and its figures, all in percent of the metric: means over the seeds.
+
+    Attributes:
+      best: validation at the checkpoint with the lowest validation loss.
+      last: validation after the last step.
+      test_best, test_last: of the same checkpoints; None unless all seeds were tested.
+      flops: forward, for one sequence of full length.
+    """
+
+    row: Row
+    best: Mean
+    last: Mean
+    test_best: Mean | None
+    test_last: Mean | None
+    flops: float
+    parameters: str
+    speed: str
+    memory: str
+
+
+@dataclass(frozen=True)
+class BenchmarkTable:
+    """What a benchmark's section of the page shows.
+
+    Attributes:
+      name: the key in BENCHMARKS.
+      majority: the share in percent of the most frequent training class, in "validation" and "test", as far as known.
+      lengths, steps: of the rows, each once: tokens per sequence, and training steps.
+    """
+
+    name: str
+    rows: list[BenchmarkRow]
+    majority: dict[str, float]
+    lengths: list[int]
+    steps: list[int]
+
+    @property
+    def benchmark(self) -> Benchmark:
+        """What is measured."""
+        return BENCHMARKS[self.name]
+
+    @property
+    def published(self) -> tuple[Published, ...]:
+        """What others published; () = nothing that this library knows of."""
+        return PUBLISHED.get(self.name, ())
+
+    @property
+    def has_test(self) -> bool:
+        """Whether a row has a test figure."""
+        return any(row.test_best or row.test_last for row in self.rows)
+
+
+def benchmark_of(files: str, task: Mapping[str, Any]) -> str | None:
+    """The benchmark in whose files a run was trained; None = none that is known here.
+
+    Args:
+      files: its data.files.
+      task: the section `task` of its config.
+    """
+    directory, file = os.path.split(os.path.normpath(files))
+    columns = (task["text_column"], task["label_column"])
+    name = os.path.basename(directory)
+    if task["name"] == "language_model":
+        return None
+    if (file, columns) == ("basic_train.tsv", (listops.TEXT_COLUMN, listops.LABEL_COLUMN)):
+        return "listops"
+    if (file, columns) == ("train.tsv", (images.TEXT_COLUMN, images.LABEL_COLUMN)):
+        return name if name in images.READERS else None
+    return name if file == "train.jsonl" and name in GLUE_TASKS else None
+
+
+def benchmark_table(rows: Sequence[Row]) -> BenchmarkTable | None:
+    """The table of finished rows; None if there are none, or they are of no benchmark or of several.
+
+    Raises UserError for a test*.json that `evaluate` did not write, or two of one checkpoint.
+    """
+    configs = {run.workdir: Workdir(run.workdir).read_config() for row in rows for run in row.runs}
+    names = {benchmark_of(config["data"]["files"], config["task"]) for config in configs.values()}
+    name = names.pop() if len(names) == 1 else None
+    if name is None or not all(BENCHMARKS[name].figure in row.figures for row in rows):
+        return None
+    figure = BENCHMARKS[name].figure
+    tests = {run.workdir: _test_results(run, figure) for row in rows for run in row.runs}
+    first = next(iter(configs.values()))
+    return BenchmarkTable(
+        name,
+        [_benchmark_row(row, figure, tests, configs[row.runs[0].workdir]) for row in rows],
+        _majority(first["data"]["files"], first["task"]["heldout_files"]) if figure == "heldout_accuracy" else {},
+        sorted({config["sequence_length"] for config in configs.values()}),
+        sorted({config["num_steps"] for config in configs.values()}),
+    )
+
+
+def _benchmark_row(
+    row: Row, figure: str, tests: Mapping[str, Mapping[int, float]], config: Mapping[str, Any]
+) -> BenchmarkRow:
+    best_lines = [best_line(run, figure) for run in row.runs]
+    last_steps = [run.final["step"] for run in row.runs]
+    return BenchmarkRow(
+        row,
+        best=Mean.of([100 * line[figure] for line in best_lines]),
+        last=Mean.of([100 * run.final[figure] for run in row.runs]),
+        test_best=_test_mean(row, [line["step"] for line in best_lines], tests),
+        test_last=_test_mean(row, last_steps, tests),
+        flops=_forward_flops(config),
+        parameters=row.runs[0].facts.shown["parameters"],
+        speed=_over_seeds([median_speed(run.lines) for run in row.runs], "{:,.0f}"),
+        memory=_over_seeds([largest_memory(run.lines) for run in row.runs], "{:,.2f} GiB", 2**30),
+    )
+
+
+def best_line(run: ReportedRun, figure: str) -> dict[str, Any]:
+    """The line of the evaluation with the lowest validation loss: that of the checkpoint that a run keeps as best."""
+    lines = [line for line in run.lines if line.get(LOSS) is not None and line.get(figure) is not None]
+    return min(lines, key=lambda line: line[LOSS])
+
+
+def _test_mean(row: Row, steps: Sequence[int], tests: Mapping[str, Mapping[int, float]]) -> Mean | None:
+    found = [tests[run.workdir].get(step) for run, step in zip(row.runs, steps, strict=True)]
+    known = [value for value in found if value is not None]
+    return Mean.of([100 * value for value in known]) if len(known) == len(found) else None
+
+
+def _test_results(run: ReportedRun, figure: str) -> dict[int, float]:
+    """step -> the figure of the test file, of each checkpoint that was tested."""
+    results: dict[int, float] = {}
+    for path in sorted(Path(run.workdir).glob(_TEST_FILES)):
+        result = read_json_object(str(path))
+        step, value = result.get("step"), result.get(figure.removeprefix("heldout_"))
+        if type(step) is not int or not isinstance(value, int | float):
+            raise UserError(f"{path} is not what evaluate --json writes for this run; give it another name than test*")
+        if step in results:
+            raise UserError(f"{run.workdir} has two {_TEST_FILES} of step {step}; allowed: one per checkpoint")
+        results[step] = value
+    return results
+
+
+def _forward_flops(config: Mapping[str, Any]) -> float:
+    """For one sequence of full length. The vocabulary does not matter: a head on whole texts has no logits of it."""
+    read = from_json(config)
+    spec = model_spec(read, read.model.vocab_size or 1, num_outputs=1)
+    return train_step_flops(spec, read.sequence_length, read.sequence_length) / 3
+
+
+def _majority(files: str, heldout_files: str) -> dict[str, float]:
+    """From the statistics that prepare_data left beside the data, which may not be there any more."""
+    path = os.path.join(os.path.dirname(files), _STATISTICS_FILE)
+    if not os.path.isfile(path):
+        return {}
+    splits = read_json_object(path)
+    try:
+        shares = splits["train"]["shares"]
+        commonest = max(shares, key=shares.__getitem__)
+        validation = os.path.basename(heldout_files).split(".")[0].removeprefix("basic_")
+        found = {"validation": splits.get(validation, {}), "test": splits.get("test", {})}
+        return {name: 100 * split["shares"][commonest] for name, split in found.items() if "shares" in split}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not what prepare_data writes: {error!r}") from error
+
+
+def _over_seeds(values: Sequence[float | None], form: str, unit: float = 1) -> str:
+    known = [value for value in values if value is not None]
+    return form.format(statistics.median(known) / unit) if known else NOT_RECORDED
+
+
+def shown(mean: Mean | None) -> str:
+    """`36.40 ± 0.52`."""
+    return _ABSENT if mean is None else mean.text(2)
+
+
+def as_json(table: BenchmarkTable) -> dict[str, Any]:
+    """The table's part of results.json; `row` is an index of its rows."""
+    return {
+        "name": table.name,
+        "metric": table.benchmark.metric,
+        "rows": [
+            {
+                "row": number,
+                **{name: _json_of(getattr(row, name)) for name in ("best", "last", "test_best", "test_last")},
+                "forward_flops_per_sequence": row.flops,
+            }
+            for number, row in enumerate(table.rows)
+        ],
+        "majority_class": table.majority,
+        "published_not_ours": [
+            {"model": one.model, "figure": one.figure, "source": one.source.name} for one in table.published
+        ],
+    }
+
+
+def _json_of(mean: Mean | None) -> dict[str, Any] | None:
+    return None if mean is None else {"mean": mean.mean, "standard_error": mean.standard_error}

@@ -1,0 +1,140 @@
+"""Accuracies that others published on the benchmarks, each with its source. None was measured with this library.
+
+A figure is in percent, of the metric that the benchmark's name stands for (`reporting.benchmarks.BENCHMARKS`).
+"""
+
+from typing import NamedTuple
+
+
+class Source(NamedTuple):
+    """Where figures were published, and the models that they are of."""
+
+    name: str
+    models: str
+
+
+class Published(NamedTuple):
+    """A published figure."""
+
+    model: str
+    figure: float
+    source: Source
+
+
+_LRA = Source(
+    "README of google-research/long-range-arena (arXiv 2011.04006)",
+    "ListOps: 4 layers of width 512, 5,000 steps of 32; CIFAR-10: 1 layer of width 128, 35,000 steps of 256",
+)
+_NYSTROM = Source("img/LRA.png in mlpen/Nystromformer", "2 layers of width 64, 2 heads; CIFAR-10: 35,000 steps")
+_XFORMERS = Source("BENCHMARKS.md of facebookresearch/xformers", "2 layers, one setting for all tasks")
+_S4 = Source("S4 paper (v2)", "bidirectional, 6 layers or more of width 128 to 512; CIFAR-10: pixels as real numbers")
+_S5 = Source("S5 paper", "bidirectional, 6 layers or more of width 128 to 512; CIFAR-10: pixels as real numbers")
+_LRU = Source("LRU paper", "not known here")
+_MEGA = Source("MEGA paper", "CIFAR-10: pixels as real numbers")
+_METALA = Source("MetaLA paper", "not known here")
+_XLSTM = Source("xLSTM paper, as quoted in the LION paper", "not known here")
+_MLRA = Source("report of fluderm/MLRA", "0.1 to 0.9 million parameters")
+_AMOS = Source("arXiv 2310.02980, as quoted in the report of fluderm/MLRA", "not known here")
+_AMOS_PRETRAINED = Source("arXiv 2310.02980, as quoted in the RTF paper", "sizes of Long Range Arena, causal")
+_LION = Source("LION paper", "bidirectional")
+_LLAMA = Source(
+    "model card of nkiyohara/lra-image-softmax-noncausal", "bidirectional, 6 layers of width 512, 200 epochs"
+)
+_BERT = Source(
+    "examples/pytorch/text-classification/README.md of huggingface/transformers",
+    "bert-base-cased, an encoder, fine-tuned on the task alone; development split",
+)
+_GPT2 = Source("models of fusion_bench", "GPT-2 small, a head on the last token; development split")
+_LION_GLUE = Source("LION paper", "110 million parameters, bidirectional linear attention, pretrained")
+_NYSTROM_GLUE = Source("Nystromformer paper", "pretrained, an encoder")
+
+_SELF_PRETRAINED = "Transformer, causal, after self-pretraining"
+
+PUBLISHED: dict[str, tuple[Published, ...]] = {  # by the benchmark's name
+    "listops": (
+        Published("Transformer", 36.37, _LRA),
+        Published("Performer", 18.01, _LRA),
+        Published("Linear Transformer", 16.13, _LRA),
+        Published("Linformer", 35.70, _LRA),
+        Published("Reformer", 37.27, _LRA),
+        Published("BigBird", 36.05, _LRA),
+        Published("Transformer", 37.10, _NYSTROM),
+        Published("Nystromformer", 37.15, _NYSTROM),
+        Published("Reformer", 19.05, _NYSTROM),
+        Published("Linformer", 37.25, _NYSTROM),
+        Published("Performer", 18.80, _NYSTROM),
+        Published("Transformer", 37.5, _XFORMERS),
+        Published("Nystromformer, 128 landmarks", 36.29, _XFORMERS),
+        Published("Performer, m 256", 19.56, _XFORMERS),
+        Published("Linformer", 36.69, _XFORMERS),
+        Published("S4", 59.60, _S4),
+        Published("S5", 62.15, _S5),
+        Published("LRU", 60.2, _LRU),
+        Published("MEGA", 63.14, _MEGA),
+        Published("MEGA-chunk", 58.76, _MEGA),
+        Published("Mamba", 38.02, _METALA),
+        Published("Mamba", 32.5, _XLSTM),
+        Published("Mamba", 44.86, _MLRA),
+        Published("Transformer, rotary positions", 38.86, _MLRA),
+        Published("Transformer, rotary positions", 47.90, _AMOS),
+        Published(_SELF_PRETRAINED, 59.15, _AMOS_PRETRAINED),
+        Published("LION-LIT, linear attention", 16.78, _LION),
+    ),
+    "cifar10": (
+        Published("Transformer", 42.44, _LRA),
+        Published("Performer", 42.77, _LRA),
+        Published("Linear Transformer", 42.34, _LRA),
+        Published("Linformer", 38.56, _LRA),
+        Published("Reformer", 38.07, _LRA),
+        Published("BigBird", 40.83, _LRA),
+        Published("Transformer", 38.20, _NYSTROM),
+        Published("Nystromformer", 41.58, _NYSTROM),
+        Published("Reformer", 43.29, _NYSTROM),
+        Published("Linformer", 37.84, _NYSTROM),
+        Published("Performer", 37.07, _NYSTROM),
+        Published("Transformer", 38.69, _XFORMERS),
+        Published("Nystromformer, 128 landmarks", 42.86, _XFORMERS),
+        Published("Performer, m 256", 36.09, _XFORMERS),
+        Published("Linformer", 35.57, _XFORMERS),
+        Published("S4", 88.65, _S4),
+        Published("S5", 88.00, _S5),
+        Published("LRU", 89.0, _LRU),
+        Published("MEGA", 90.44, _MEGA),
+        Published("MEGA-chunk", 85.80, _MEGA),
+        Published("Mamba", 69.82, _METALA),
+        Published("Mamba", 68.9, _XLSTM),
+        Published("Mamba", 68.74, _MLRA),
+        Published("Transformer, rotary positions", 67.70, _MLRA),
+        Published("Transformer, rotary positions", 75.04, _AMOS),
+        Published(_SELF_PRETRAINED, 76.00, _AMOS_PRETRAINED),
+        Published("LION-LIT, linear attention", 43.29, _LION),
+        Published("softmax, bidirectional", 69.87, _LLAMA),
+    ),
+    "cola": (Published("BERT base", 56.53, _BERT), Published("LION-LIT", 49.2, _LION_GLUE)),
+    "sst2": (
+        Published("BERT base", 92.32, _BERT),
+        Published("GPT-2 small", 91.2, _GPT2),
+        Published("LION-LIT", 91.7, _LION_GLUE),
+        Published("Nystromformer", 91.4, _NYSTROM_GLUE),
+    ),
+    "mrpc": (Published("BERT base", 88.85, _BERT), Published("Nystromformer", 88.1, _NYSTROM_GLUE)),
+    "stsb": (Published("BERT base", 88.48, _BERT),),
+    "qqp": (Published("BERT base", 87.49, _BERT),),
+    "mnli": (
+        Published("BERT base", 83.91, _BERT),
+        Published("GPT-2 small", 82.1, _GPT2),
+        Published("LION-LIT", 82.5, _LION_GLUE),
+    ),
+    "qnli": (
+        Published("BERT base", 90.66, _BERT),
+        Published("GPT-2 small", 88.3, _GPT2),
+        Published("LION-LIT", 89.3, _LION_GLUE),
+        Published("Nystromformer", 88.7, _NYSTROM_GLUE),
+    ),
+    "rte": (
+        Published("BERT base", 65.70, _BERT),
+        Published("GPT-2 small", 65.3, _GPT2),
+        Published("LION-LIT", 63.5, _LION_GLUE),
+    ),
+    "wnli": (Published("BERT base", 56.34, _BERT),),
+}
