@@ -247,7 +247,7 @@ def _short_curve(canvas: _Canvas) -> bool:
     size = canvas.size
     for _ in range(_TRIES_OF_SHORT_CURVES):
         dash = canvas.begin(complex(canvas.draw(), canvas.draw()) * (canvas.scale.side - 1), 0.0)
-        curve = []
+        curve: list[_Dash] = []
         while dash and len(curve) < NUM_SHORT_DASHES - 1:
             curve.append(dash)
             dash = canvas.extend(curve, 0.0)
