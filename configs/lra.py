@@ -1,4 +1,4 @@
-"""Long Range Arena and its like: one small model for all mechanisms, or the official sizes. ListOps and images.
+"""Long Range Arena and its like: one small model for all mechanisms, or the official sizes.
 
     python -m darkformer_jax.prepare_data --source=listops --scale=small --out=data/listops
     python train.py --config=configs/lra.py:task=listops,attention=dark --workdir=runs/listops-dark
@@ -9,17 +9,18 @@ Self-pretraining on the training texts without their labels, then the classifier
     python train.py --config=configs/lra.py:task=listops,pretrain=next_token --workdir=runs/listops-pretrained
     python train.py --config=configs/lra.py:task=listops,init_from=runs/listops-pretrained --workdir=runs/listops-tuned
 
-Arguments: task (listops, fashion_mnist, cifar10), files (what prepare_data wrote, or the published ListOps;
+Arguments: task (listops, fashion_mnist, cifar10, pathfinder), files (what prepare_data wrote, or the published ListOps;
 data/<task>), pretrain (none, next_token), init_from (a workdir), scale (small, paper), attention (as in
 configs/ablation.py), m (random features per head), causal (True: a token does not see later ones; so it is with
 pretrain and init_from), pooling (last, mean), length (tokens of the longest text, BOS included), batch, lr and
 geometry_lr (peak learning rates), steps, seed.
 
 scale=small is the model of the Nystromformer repository's comparison: 2 layers of width 64, 2 heads of 32. It is for
-ListOps of the small scale and for images of 14 x 14 pixels. scale=paper has the official code's sizes: for ListOps 4
-layers of width 512, batches of 32, 5,000 steps; for images 1 layer of width 128, batches of 256, 35,000 steps, 32 x 32
-pixels. No text is cut. Positions are rotary. The validation split chooses the best checkpoint; the test split is for
-`evaluate`, once. docs/lra.md has results.
+ListOps of the small scale, for images of 14 x 14 pixels and for Pathfinder of 32 x 32. scale=paper has the official
+code's sizes: for ListOps 4 layers of width 512, batches of 32, 5,000 steps; for images 1 layer of width 128, batches of
+256, 35,000 steps, 32 x 32 pixels; for Pathfinder 1 layer of width 128 with 8 heads of 8 (its authors' later correction,
+issue 37 of their repository), batches of 512, 62,400 steps. No text is cut. Positions are rotary. The validation split
+chooses the best checkpoint; the test split is for `evaluate`, once. docs/lra.md has results.
 """
 
 from typing import NamedTuple
@@ -49,6 +50,7 @@ TASKS = {
     "listops": _Layout("basic_{}.tsv", "Source", "Target", {"small": 128, "paper": 2000}),
     "fashion_mnist": _IMAGES,
     "cifar10": _IMAGES,
+    "pathfinder": _IMAGES._replace(longest={"small": 32 * 32 + 1, "paper": 32 * 32 + 1}),
 }
 SCALES = ("small", "paper")
 
@@ -104,3 +106,8 @@ def _paper(c: ml_collections.ConfigDict, task: str) -> None:
         c.batch_size, c.num_steps = 256, 35_000
         c.optimizer.learning_rate = 5e-4
         c.optimizer.warmup_steps = 175
+    if task == "pathfinder":
+        c.model.head_dim = 8
+        c.batch_size, c.num_steps = 512, 62_400
+        c.optimizer.learning_rate = 1e-3
+        c.optimizer.warmup_steps = 312

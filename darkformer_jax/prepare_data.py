@@ -7,16 +7,20 @@
 Both passes over the text (training a tokenizer, tokenising) use bounded memory. The directory appears when it is
 complete.
 
-Benchmarks for configs/lra.py and configs/glue.py: ListOps, made from a seed; images as sequences of pixels; GLUE.
+Benchmarks for configs/lra.py and configs/glue.py: ListOps and Pathfinder, made from a seed; images as sequences of
+pixels; GLUE.
 
     python -m darkformer_jax.prepare_data --source=listops --scale=small --out=data/listops
+    python -m darkformer_jax.prepare_data --source=pathfinder --scale=32 --images=20000 --out=data/pathfinder
     python -m darkformer_jax.prepare_data --source=fashion_mnist --files=fashion-mnist --side=14 --out=data/fashion
     python train.py --config=configs/lra.py:task=listops,files=data/listops,attention=dark --workdir=runs/listops
 """
 
 import argparse
+import itertools
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import app
 
@@ -25,21 +29,26 @@ from darkformer_jax.cli.progress import progress_bar
 from darkformer_jax.data.files import local_path
 from darkformer_jax.data.glue import GLUE_TASKS, write_glue
 from darkformer_jax.data.images import READERS, write_images
-from darkformer_jax.data.listops import SCALES, write_listops
+from darkformer_jax.data.listops import SCALES as LISTOPS_SCALES
+from darkformer_jax.data.listops import write_listops
+from darkformer_jax.data.pathfinder import NUM_IMAGES, write_pathfinder
+from darkformer_jax.data.pathfinder import SCALES as PATHFINDER_SCALES
 from darkformer_jax.data.prepared import DEFAULT_SHARD_TOKENS, SPLITS, prepare
 from darkformer_jax.data.sources import CORPUS_SOURCES
 from darkformer_jax.data.text_files import TEXT_FIELD
 from darkformer_jax.errors import UserError
 
-LISTOPS, GLUE = "listops", "glue"
+LISTOPS, PATHFINDER, GLUE = "listops", "pathfinder", "glue"
+_SCALES = {LISTOPS: tuple(LISTOPS_SCALES), PATHFINDER: tuple(PATHFINDER_SCALES)}
 _USED_BY = {
     "files": ("text", "news", *READERS, GLUE),
     "text_field": ("text",),
     "tokenizer": CORPUS_SOURCES,
     "heldout_fraction": CORPUS_SOURCES,
     "shard_tokens": CORPUS_SOURCES,
-    "scale": (LISTOPS,),
-    "seed": (LISTOPS,),
+    "scale": tuple(_SCALES),
+    "seed": tuple(_SCALES),
+    "images": (PATHFINDER,),
     "side": tuple(READERS),
     "task": (GLUE,),
 }
@@ -51,9 +60,9 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--source",
         required=True,
-        choices=(*CORPUS_SOURCES, LISTOPS, *READERS, GLUE),
-        help="listops: made from --seed; fashion_mnist (IDX files, also MNIST's) and cifar10 (binary version): images; "
-        "glue: a --task; "
+        choices=(*CORPUS_SOURCES, LISTOPS, PATHFINDER, *READERS, GLUE),
+        help="listops, pathfinder: made from --seed; fashion_mnist (IDX files, also MNIST's) and "
+        "cifar10 (binary version): images; glue: a --task; "
         "text: .txt, .md (one document per file), .jsonl and .parquet (one per line or row, in --text_field); "
         "news: the One Billion Word release (one per line); stdlib: the Python standard library",
     )
@@ -83,10 +92,14 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--scale",
-        choices=SCALES,
-        help="listops: paper (the default), 96,000 expressions of 500 to 2,000 symbols; small, 20,000 of 30 to 128",
+        choices=tuple(itertools.chain.from_iterable(_SCALES.values())),
+        help="listops: paper (the default), 96,000 expressions of 500 to 2,000 symbols; small, 20,000 of 30 to 128; "
+        "pathfinder: pixels per row (default: 32)",
     )
-    parser.add_argument("--seed", type=whole, help="listops: the seed of its expressions (default: 0)")
+    parser.add_argument("--seed", type=whole, help="listops, pathfinder: the seed of what is made (default: 0)")
+    parser.add_argument(
+        "--images", type=whole, help=f"pathfinder: images in all, 8 of 10 for training (default: {NUM_IMAGES})"
+    )
     parser.add_argument(
         "--side", type=whole, help="images: pixels per row, each the mean of a square (default: as many as there are)"
     )
@@ -100,6 +113,8 @@ def main(args: argparse.Namespace) -> None:
         _check_flags(args)
         if args.source == LISTOPS:
             _make_listops(args)
+        elif args.source == PATHFINDER:
+            _make_pathfinder(args)
         elif args.source in READERS:
             _convert_images(args)
         elif args.source == GLUE:
@@ -114,13 +129,15 @@ def _check_flags(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and args.source not in sources:
             raise UserError(f"--{name}={value}: --source={args.source} does not use it; allowed: {', '.join(sources)}")
+    if args.scale is not None and args.scale not in (scales := _SCALES[args.source]):
+        raise UserError(f"--scale={args.scale}: --source={args.source} has: {', '.join(scales)}")
+    if args.seed is not None and not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed={args.seed}: must be from 0 to {2**32 - 1}")
 
 
 def _make_listops(args: argparse.Namespace) -> None:
-    seed = 0 if args.seed is None else args.seed
-    if not 0 <= seed < 2**32:
-        raise UserError(f"--seed={seed}: must be from 0 to {2**32 - 1}")
-    result = write_listops(args.out, SCALES[args.scale or "paper"], seed, progress_bar)
+    seed = args.seed or 0
+    result = write_listops(args.out, LISTOPS_SCALES[args.scale or "paper"], seed, progress_bar)
     print(f"{args.out}: ListOps, seed {seed}")
     for split, figures in result.items():
         print(
@@ -134,7 +151,17 @@ def _convert_images(args: argparse.Namespace) -> None:
     if not args.files:
         raise UserError(f"--source={args.source} needs --files=<the directory of its files>")
     result = write_images(args.out, READERS[args.source](local_path(args.files)), args.side, progress_bar)
-    print(f"{args.out}: {args.source}, {result['train']['pixels']:,} pixels per image")
+    _print_images(args.out, args.source, result)
+
+
+def _make_pathfinder(args: argparse.Namespace) -> None:
+    num_images = NUM_IMAGES if args.images is None else args.images
+    result = write_pathfinder(args.out, args.scale or "32", args.seed or 0, num_images, progress_bar)
+    _print_images(args.out, f"Pathfinder, seed {args.seed or 0}", result)
+
+
+def _print_images(out: str, what: str, result: Mapping[str, Any]) -> None:
+    print(f"{out}: {what}, {result['train']['pixels']:,} pixels per image")
     for split, figures in result.items():
         share = max(figures["shares"].values())
         print(f"  {split:5s} {figures['images']:>7,} images; the most frequent class has {100 * share:.1f}%")

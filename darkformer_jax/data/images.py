@@ -13,7 +13,7 @@ import gzip
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,19 +76,30 @@ def write_images(
     """
     training, test = read
     begin = len(training.labels) - len(training.labels) // _VAL_SHARE
-    parts = (Images(*(x[:begin] for x in training)), Images(*(x[begin:] for x in training)), test)
+    parts: tuple[Images, ...] = (Images(*(x[:begin] for x in training)), Images(*(x[begin:] for x in training)), test)
+    if side is not None:
+        parts = tuple(Images(smaller(images.pixels, side), images.labels) for images in parts)
+    splits = {split: _some(images) for split, images in zip(SPLITS, parts, strict=True)}
+    return write_splits(directory, splits, sum(len(x.labels) for x in parts), progress_bar)
+
+
+def write_splits(
+    directory: str, splits: Mapping[str, Iterable[Images]], num_images: int, progress_bar: ProgressBar
+) -> dict[str, Any]:
+    """`write_images` for splits that come in pieces. num_images: in all, for the progress bar."""
     result: dict[str, Any] = {}
-    with whole_directory(directory) as path, progress_bar(sum(len(x.labels) for x in parts), "image") as bar:
-        for split, images in zip(SPLITS, parts, strict=True):
-            pixels = images.pixels if side is None else smaller(images.pixels, side)
+    with whole_directory(directory) as path, progress_bar(num_images, "image") as bar:
+        for split, pieces in splits.items():
+            counts: Counter[int] = Counter()
             with open(path / f"{split}.tsv", "w", encoding="utf-8") as file:
                 file.write(f"{TEXT_COLUMN}\t{LABEL_COLUMN}\n")
-                for rows in _rows(pixels, images.labels):
-                    file.writelines(rows)
-                    bar.update(len(rows))
-            counts = Counter(images.labels.tolist())
-            shares = {str(label): counts[label] / len(images.labels) for label in sorted(counts)}
-            result[split] = {"images": len(images.labels), "pixels": pixels[0].size, "shares": shares}
+                for images in pieces:
+                    file.writelines(_lines(images))
+                    counts.update(images.labels.tolist())
+                    num_pixels = images.pixels[0].size
+                    bar.update(len(images.labels))
+            shares = {str(label): counts[label] / counts.total() for label in sorted(counts)}
+            result[split] = {"images": counts.total(), "pixels": num_pixels, "shares": shares}
         pixel_tokenizer().save(str(path))
         write_json(path / "statistics.json", result)
     return result
@@ -119,14 +130,17 @@ def _pixel(brightness: int) -> str:
     return chr(_FIRST_PIXEL + brightness)
 
 
-def _rows(pixels: np.ndarray, labels: np.ndarray) -> Iterator[list[str]]:
-    """Lines of the table, some at a time."""
-    for begin in range(0, len(labels), _AT_ONCE):
-        of_rows = slice(begin, begin + _AT_ONCE)
-        codes = (pixels[of_rows].reshape(len(labels[of_rows]), -1).astype("<u2") + _FIRST_PIXEL).astype("<u2")
-        yield [
-            f"{row.tobytes().decode('utf-16-le')}\t{label}\n" for row, label in zip(codes, labels[of_rows], strict=True)
-        ]
+def _some(images: Images) -> Iterator[Images]:
+    """The images, some at a time."""
+    for begin in range(0, len(images.labels), _AT_ONCE):
+        yield Images(*(array[begin : begin + _AT_ONCE] for array in images))
+
+
+def _lines(images: Images) -> list[str]:
+    """Lines of the table."""
+    codes = images.pixels.reshape(len(images.labels), -1).astype("<u2") + np.array(_FIRST_PIXEL, "<u2")
+    words = (row.tobytes().decode("utf-16-le") for row in codes)
+    return [f"{word}\t{label}\n" for word, label in zip(words, images.labels, strict=True)]
 
 
 def _read_idx_pair(directory: str, name: str) -> Images:
