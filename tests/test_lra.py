@@ -56,6 +56,21 @@ def test_every_mechanism_that_sees_both_sides_has_the_same_model_around_it(task,
     assert around == same
 
 
+@pytest.mark.parametrize(
+    ("task", "sizes", "recipe"),
+    [
+        ("listops", (4, 512, 8, 512, 1024), (32, 5000, 1000, 1.6e-3, 0.1)),
+        ("cifar10", (1, 128, 8, 64, 128), (256, 35_000, 175, 5e-4, 0.0)),
+    ],
+)
+def test_scale_paper_has_the_sizes_of_the_official_code(task, sizes, recipe):
+    config = lra.get_config(f"task={task},scale=paper")
+    m, o = config.model, config.optimizer
+    assert (m.num_layers, m.embed_dim, m.num_heads, m.num_heads * m.head_dim, m.mlp_dim) == sizes
+    assert m.num_kv_heads == m.num_heads
+    assert (config.batch_size, config.num_steps, o.warmup_steps, o.learning_rate, o.weight_decay) == recipe
+
+
 @pytest.mark.parametrize("arguments", ["scale=large", "scale=small,scale=paper", "task=imdb", "window=64", "task="])
 def test_arguments_that_it_does_not_have_are_refused(arguments):
     with pytest.raises(UserError, match=r"configs/lra.py"):
