@@ -22,6 +22,7 @@ import ml_collections
 
 from darkformer_jax.config import base
 from darkformer_jax.config.arguments import set_arguments, take_choice
+from darkformer_jax.mixers import MIXERS
 
 ARGUMENTS = ("files", "attention", "m", "causal", "pooling", "length", "batch", "lr", "geometry_lr", "steps", "seed")
 
@@ -63,9 +64,10 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
     c.eval.every = c.checkpoint.every = 500
     c.checkpoint.keep = 1
     c.log.every = 50
-    c.model.attention.horizon = c.sequence_length  # for cosformer
     {"small": _small, "paper": _paper}[scale](c, task)
     set_arguments(c, given, ARGUMENTS, "configs/lra.py")
+    if "horizon" in MIXERS[c.model.attention.kind].uses:
+        c.model.attention.horizon = c.sequence_length
     directory = c.data.files.rstrip("/")
     c.data.files = f"{directory}/{layout.split.format('train')}"
     c.task.heldout_files = f"{directory}/{layout.split.format('val')}"

@@ -9,6 +9,7 @@ import pytest
 from configs import lra
 from darkformer_jax import evaluate
 from darkformer_jax.config.fields import flat_fields
+from darkformer_jax.config.usage import require_new_uses
 from darkformer_jax.config.validation import validate
 from darkformer_jax.data.listops import Scale, write_listops
 from darkformer_jax.errors import UserError
@@ -69,6 +70,14 @@ def test_scale_paper_has_the_sizes_of_the_official_code(task, sizes, recipe):
     assert (m.num_layers, m.embed_dim, m.num_heads, m.num_heads * m.head_dim, m.mlp_dim) == sizes
     assert m.num_kv_heads == m.num_heads
     assert (config.batch_size, config.num_steps, o.warmup_steps, o.learning_rate, o.weight_decay) == recipe
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MIXERS if MIXERS[kind].bidirectional])
+def test_a_mechanism_for_texts_up_to_a_length_is_for_the_length_that_is_asked_for(kind):
+    config = lra.get_config(f"task=listops,length=256,attention={kind}")
+    validate(config)
+    require_new_uses(config, ["sequence_length", "model.attention.kind"])
+    assert config.model.attention.horizon == (256 if "horizon" in MIXERS[kind].uses else 0)
 
 
 @pytest.mark.parametrize("arguments", ["scale=large", "scale=small,scale=paper", "task=imdb", "window=64", "task="])
