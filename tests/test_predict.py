@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from darkformer_jax import evaluate, predict
+from darkformer_jax.data.labelled import read_texts
 from darkformer_jax.errors import UserError
 from tests.tasks.labelled_files import labelled_config, write_labelled
 from tests.tiny_runs import run, run_commands, tiny_config, write_workdir
@@ -82,6 +83,14 @@ def test_texts_that_cannot_be_read_are_named(classifier, tmp_path, capsys, conte
     (tmp_path / "a.csv").write_text(content)
     with pytest.raises(UserError, match=message):
         predicted(classifier, capsys, f"--text={tmp_path / 'a.csv'}")
+
+
+@pytest.mark.parametrize("blank", ["\n \n", "\ufeff \t"])
+def test_a_blank_text_file_is_refused_by_its_name_as_a_blank_cell_is(tmp_path, blank):
+    (tmp_path / "a.txt").write_text("we met")
+    (tmp_path / "b.txt").write_text(blank)
+    with pytest.raises(UserError, match=r"b.txt: the text is empty$"):
+        read_texts(str(tmp_path), "text")
 
 
 def test_a_mistake_is_one_line(classifier, tmp_path):

@@ -86,12 +86,15 @@ def read_texts(files: str, column: str) -> list[Text]:
     """The texts of a column of .tsv, .csv, .jsonl and .parquet files, and each .txt file as one text, in order.
 
     Raises:
-      UserError: there is no such file or column, or a text is empty; the line is named.
+      UserError: there is no such file or column, or a text is empty; the file and its line are named.
     """
     texts: list[Text] = []
     for path in find_files(files, _SUFFIXES + _PLAIN_SUFFIXES, "text"):
         if path.endswith(_PLAIN_SUFFIXES):
-            texts.append(Text("".join(piece for _, piece in read_pieces(path)), path))
+            text = "".join(piece for _, piece in read_pieces(path))
+            if not text.strip():
+                raise UserError(f"{path}: the text is empty")
+            texts.append(Text(text, path))
         else:
             texts += [Text(_text_of(record, column, place), place) for place, record in _records(path, (column,))]
     if not texts:
