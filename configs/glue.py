@@ -9,8 +9,8 @@ attention (default: dark), m, window, chunk, sinks, init (as in configs/finetune
 lr and geometry_lr (peak learning rates), steps, seed, train and lora (as there).
 
 The head reads the last token. By default three epochs (MRPC and RTE five) of batches of 32, lengths up to 128, a peak
-learning rate of 3e-5: the recipe of BERT (Devlin et al., arXiv 1810.04805). The development split is what is held out;
-MNLI's is the matched one, and `evaluate` scores the other. The test split has no labels.
+learning rate of 3e-5 after a tenth of the steps: the recipe of BERT (Devlin et al., arXiv 1810.04805). The development
+split is what is held out; MNLI's is the matched one, and `evaluate` scores the other. The test split has no labels.
 """
 
 import ml_collections
@@ -18,6 +18,7 @@ import ml_collections
 from darkformer_jax.config.arguments import argument_names, set_arguments, take_choice
 from darkformer_jax.config.conversion import conversion_config, without_window
 from darkformer_jax.data.glue import GLUE_TASKS
+from darkformer_jax.mixers import MIXERS
 
 ARGUMENTS = (
     "files", "m", "window", "chunk", "init", "sinks", "length", "batch", "lr", "geometry_lr", "train", "lora", "steps",
@@ -30,8 +31,8 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
     """The config. arguments: comma-separated name=value."""
     given = list(filter(None, arguments.split(",")))
     name = take_choice(given, "task", tuple(GLUE_TASKS), "configs/glue.py")
-    kinds = [argument for argument in given if argument.startswith("attention=")]
-    c = conversion_config(kinds[-1].removeprefix("attention=") if kinds else "dark")
+    kinds = ("dark", *(kind for kind in MIXERS if kind != "dark"))
+    c = conversion_config(take_choice(given, "attention", kinds, "configs/glue.py"))
     task = GLUE_TASKS[name]
     c.task.name = "classification" if task.classes else "regression"
     c.task.pooling = "last"
@@ -42,14 +43,13 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
     o = c.optimizer
     o.learning_rate, o.geometry_learning_rate, o.weight_decay, o.z_loss = 3e-5, 3e-4, 0.01, 0.0
     c.checkpoint.keep = 1
-    others = [argument for argument in given if argument not in kinds]
-    set_arguments(c, others, ARGUMENTS, "configs/glue.py")
-    names = argument_names(others)
+    set_arguments(c, given, ARGUMENTS, "configs/glue.py")
+    names = argument_names(given)
     if "sinks" not in names:
         without_window(c)
     if "steps" not in names:
         c.num_steps = (5 if name in _SMALL_TASKS else 3) * task.train_size // c.batch_size
-        o.warmup_steps = c.num_steps // 10
+    o.warmup_steps = c.num_steps // 10
     c.eval.every = c.checkpoint.every = max(c.num_steps // 5, 1)
     directory = c.data.files.rstrip("/")
     c.data.files, c.task.heldout_files = (f"{directory}/{split}.jsonl" for split in task.splits[:2])

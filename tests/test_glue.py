@@ -46,6 +46,20 @@ def test_a_pair_task_trains_from_a_language_model(tmp_path):
     assert json.loads((tmp_path / "run" / "labels.json").read_text()) == {"labels": ["entailment", "not_entailment"]}
 
 
-def test_another_task_is_refused():
-    with pytest.raises(UserError, match=r"configs/glue.py: task=snli; allowed: one of cola, sst2"):
-        glue.get_config("task=snli")
+@pytest.mark.parametrize("arguments", ["task=cola", "task=cola,steps=100", "task=cola,batch=8", "task=cola,steps=5"])
+def test_a_tenth_of_the_steps_are_warm_up_however_many_there_are(arguments):
+    config = glue.get_config(arguments)
+    assert config.optimizer.warmup_steps == config.num_steps // 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("task=snli", "task=snli; allowed: one of cola, sst2"),
+        ("task=cola,attention=dark,attention=softmax", "attention=dark,softmax; allowed: one of dark, softmax"),
+        ("task=cola,attention=foo", "attention=foo; allowed: one of dark, softmax"),
+    ],
+)
+def test_another_task_or_mechanism_is_refused_and_so_are_two(arguments, message):
+    with pytest.raises(UserError, match=f"configs/glue.py: {message}"):
+        glue.get_config(arguments)

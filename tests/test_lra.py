@@ -11,6 +11,7 @@ import pytest
 from configs import lra
 from darkformer_jax import evaluate
 from darkformer_jax.config.fields import flat_fields
+from darkformer_jax.config.usage import require_new_uses
 from darkformer_jax.config.validation import validate
 from darkformer_jax.data.images import Images, write_images
 from darkformer_jax.data.listops import Scale, listops_tokenizer, write_listops
@@ -132,6 +133,29 @@ def test_every_mechanism_that_sees_both_sides_has_the_same_model_around_it(task,
         for c in (config, plain)
     )
     assert around == same
+
+
+@pytest.mark.parametrize(
+    ("task", "sizes", "recipe"),
+    [
+        ("listops", (4, 512, 8, 512, 1024), (32, 5000, 1000, 1.6e-3, 0.1)),
+        ("cifar10", (1, 128, 8, 64, 128), (256, 35_000, 175, 5e-4, 0.0)),
+    ],
+)
+def test_scale_paper_has_the_sizes_of_the_official_code(task, sizes, recipe):
+    config = lra.get_config(f"task={task},scale=paper")
+    m, o = config.model, config.optimizer
+    assert (m.num_layers, m.embed_dim, m.num_heads, m.num_heads * m.head_dim, m.mlp_dim) == sizes
+    assert m.num_kv_heads == m.num_heads
+    assert (config.batch_size, config.num_steps, o.warmup_steps, o.learning_rate, o.weight_decay) == recipe
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MIXERS if MIXERS[kind].bidirectional])
+def test_a_mechanism_for_texts_up_to_a_length_is_for_the_length_that_is_asked_for(kind):
+    config = lra.get_config(f"task=listops,length=256,attention={kind}")
+    validate(config)
+    require_new_uses(config, ["sequence_length", "model.attention.kind"])
+    assert config.model.attention.horizon == (256 if "horizon" in MIXERS[kind].uses else 0)
 
 
 @pytest.mark.parametrize(

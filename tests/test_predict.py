@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from darkformer_jax import evaluate, predict
+from darkformer_jax.data.labelled import read_texts
 from darkformer_jax.errors import UserError
 from tests.tasks.labelled_files import labelled_config, write_labelled
 from tests.tiny_runs import ROOT, run, run_commands, tiny_config, write_workdir
@@ -100,6 +101,14 @@ def test_a_reader_that_has_seen_enough_ends_it_without_a_word(classifier, tmp_pa
     ended = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 141 and len(ended.stdout.splitlines()) == 1
     assert "Traceback" not in ended.stderr and "rror" not in ended.stderr, ended.stderr
+
+
+@pytest.mark.parametrize("blank", ["\n \n", "\ufeff \t"])
+def test_a_blank_text_file_is_refused_by_its_name_as_a_blank_cell_is(tmp_path, blank):
+    (tmp_path / "a.txt").write_text("we met")
+    (tmp_path / "b.txt").write_text(blank)
+    with pytest.raises(UserError, match=r"b.txt: the text is empty$"):
+        read_texts(str(tmp_path), "text")
 
 
 def test_a_mistake_is_one_line(classifier, tmp_path):

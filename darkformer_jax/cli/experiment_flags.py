@@ -42,6 +42,7 @@ def parse_experiment_flags(
             print(_help(verb, description, default_config, sorted(set(FLAGS) - others)))
             sys.exit(0)
         argv = _with_config_found(argv[:1] + FLAGS.read_flags_from_files(argv[1:], force_gnu=False))
+        _refuse_forgotten_values(argv)
         _refuse_sections(argv)
         argv = _with_numbers_read(argv)
         # Inside the try, because the definition already raises for a field that does not exist.
@@ -193,6 +194,19 @@ def _quoted_end(error: Exception) -> str:
     message, traceback, quoted = str(error).partition("Traceback (most recent call last):")
     end = quoted.strip().splitlines()[-1] if traceback else ""
     return one_line(UserError(message + end))
+
+
+def _refuse_forgotten_values(argv: list[str]) -> None:
+    """Raises UserError for a text's flag that is followed by another flag, which absl would take as its value."""
+    for argument, following in itertools.pairwise(argv[1:]):
+        name = argument.lstrip("-")
+        own = name in FLAGS and isinstance(FLAGS[name].value, str | None) and not FLAGS[name].boolean
+        field = fields().get(name.removeprefix("config.")) if name.startswith("config.") else None
+        is_text = own or (field is not None and isinstance(field.default, str))
+        if argument.startswith("-") and is_text and following.startswith("--"):
+            raise UserError(
+                f"{argument} {following}: {argument} has no value; to give this one, write {argument}={following}"
+            )
 
 
 def _refuse_sections(argv: list[str]) -> None:

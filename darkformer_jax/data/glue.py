@@ -1,7 +1,8 @@
 """The tasks of GLUE (Wang et al., arXiv 1804.07461) from its released files to JSON lines with a text and a label.
 
 The release has a directory per task with tab-separated files whose quotes are text. A pair of sentences becomes one
-text with a line feed between them. Rows that lack a field are left out and counted: the release has some.
+text with a line feed between them. Rows with a label that lack a field are left out and counted: the release has some.
+Test rows are all kept, each with its index in the release, because a submission needs an answer for each.
 """
 
 import json
@@ -20,6 +21,7 @@ from darkformer_jax.errors import UserError, printable
 _TRUTH = ("0", "1")
 _ENTAILMENT = ("entailment", "not_entailment")
 _SPLITS = ("train", "dev", "test")
+_INDEX = ("index", "id")  # names of a test file's first column
 
 
 class GlueTask(NamedTuple):
@@ -86,7 +88,8 @@ def write_glue(
       what statistics.json has: per split the number of examples and of rows left out, the median length in bytes, and
       with classes the share of each.
 
-    Raises UserError if a file or a column is missing, or a label is none of the task's; the line is named.
+    Raises UserError if a file or a column is missing, a label is none of the task's, or a test row has no text; the
+    line is named.
     """
     task = GLUE_TASKS[name]
     inner = os.path.join(release, task.directory)
@@ -116,21 +119,25 @@ def _read(path: str, task: GlueTask, is_test: bool) -> _Table:
         _, names = next(lines)
         header = tuple(names)
     wanted = task.texts if is_test else (*task.texts, task.label)
+    shown = ", ".join(map(printable, header))
+    if is_test and header[0] not in _INDEX:
+        raise UserError(f"{path} does not begin with the column {' or '.join(_INDEX)}; it has: {shown}")
     for column in wanted:
         if column not in header:
-            raise UserError(f"{path} has no column {column!r}; it has: {', '.join(map(printable, header))}")
+            raise UserError(f"{path} has no column {column!r}; it has: {shown}")
     places = [header.index(column) for column in wanted]
     rows: list[dict[str, Any]] = []
     num_short = 0
     for number, fields in lines:
         values = [fields[place].strip() if place < len(fields) else "" for place in places]
-        if not all(values):
+        text = "\n".join(values[: len(task.texts)])
+        if is_test:
+            if any(fields):  # not a blank line
+                rows.append(_test_row(fields[0], text, f"{path}:{number}"))
+        elif all(values):
+            rows.append({"text": text, "label": _label(values[-1], task, f"{path}:{number}")})
+        else:
             num_short += 1
-            continue
-        row: dict[str, Any] = {"text": "\n".join(values[: len(task.texts)])}
-        if not is_test:
-            row["label"] = _label(values[-1], task, f"{path}:{number}")
-        rows.append(row)
     if not rows:
         raise UserError(f"{path} has no example")
     return _Table(rows, num_short)
@@ -139,6 +146,13 @@ def _read(path: str, task: GlueTask, is_test: bool) -> _Table:
 def _fields(path: str) -> Iterator[tuple[int, list[str]]]:
     for number, line in read_lines(path):
         yield number, line.rstrip("\r").split("\t")
+
+
+def _test_row(index: str, text: str, place: str) -> dict[str, Any]:
+    """A row to be predicted; one sentence of a pair may be missing."""
+    if not text.strip():
+        raise UserError(f"{place}: there is no sentence; a test row is predicted, and cannot be left out")
+    return {"index": index, "text": text}
 
 
 def _label(text: str, task: GlueTask, place: str) -> str | float:

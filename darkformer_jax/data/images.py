@@ -72,9 +72,15 @@ def write_images(
     Returns:
       what statistics.json has: per split the number of images and the share of each class, and the pixels per image.
 
-    Raises UserError if the directory exists and is not empty, or `side` does not divide the images' side.
+    Raises UserError if the directory exists and is not empty, `side` does not divide the images' side, or a tenth of
+    the training images is less than one.
     """
     training, test = read
+    if len(training.labels) < _VAL_SHARE:
+        raise UserError(
+            f"{len(training.labels)} training images: must be at least {_VAL_SHARE}, because one in {_VAL_SHARE} is "
+            "for validation"
+        )
     begin = len(training.labels) - len(training.labels) // _VAL_SHARE
     parts: tuple[Images, ...] = (Images(*(x[:begin] for x in training)), Images(*(x[begin:] for x in training)), test)
     if side is not None:

@@ -98,13 +98,16 @@ def read_texts(files: str, column: str) -> list[Text]:
     column: as `Columns.text`.
 
     Raises:
-      UserError: there is no such file or column, or a text is empty; the line is named.
+      UserError: there is no such file or column, or a text is empty; the file and its line are named.
     """
     names = _text_names(column)
     texts: list[Text] = []
     for path in find_files(files, _SUFFIXES + _PLAIN_SUFFIXES, "text"):
         if path.endswith(_PLAIN_SUFFIXES):
-            texts.append(Text("".join(piece for _, piece in read_pieces(path)), path))
+            text = "".join(piece for _, piece in read_pieces(path))
+            if not text.strip():
+                raise UserError(f"{path}: the text is empty")
+            texts.append(Text(text, path))
         else:
             texts += [Text(_text_of(record, names, place), place) for place, record in _records(path, names)]
     if not texts:

@@ -61,12 +61,10 @@ def read_parquet_records(
             num_rows = file.metadata.num_rows
             if not num_rows:
                 raise UserError(f"{path} is empty; a data file needs text")
-            nested = [name for name in columns if _is_also_nested(file.schema_arrow, name)]
-            if nested:
-                raise UserError(f'{path}: "{nested[0]}" is a column and a field of another column; rename one')
             row, reported = 0, 0
             for group in range(file.num_row_groups):
                 options: dict[str, Any] = {"row_groups": [group], "columns": columns, "use_threads": False}
+                # Columns are asked for by name: of "a.b", pyarrow also reads the field b of another column a.
                 for batch in file.iter_batches(_ROWS_AT_ONCE, **options):
                     for text, *values in zip(*(batch.column(column) for column in columns), strict=True):
                         row += 1
@@ -89,11 +87,6 @@ def _check_column(path: str, schema: "pyarrow.Schema", field: str, option: str, 
     kind = schema.field(field).type
     if is_text and not _is_text(kind):
         raise UserError(f'{path}: the column "{field}" has the type {kind}; allowed: string or large_string')
-
-
-def _is_also_nested(schema: "pyarrow.Schema", name: str) -> bool:
-    """Whether a name with points also leads to a field inside another column: pyarrow would read both."""
-    return any(name.startswith(f"{other}.") for other in schema.names)
 
 
 def _is_text(kind: "pyarrow.DataType") -> bool:

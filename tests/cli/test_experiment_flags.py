@@ -52,3 +52,13 @@ def test_without_any_flag_it_is_the_quickstart_in_its_own_directory(tmp_path):
     (tmp_path / "runs").write_text("not a directory, so that nothing is trained here")
     (ended,) = run_commands([("darkformer_jax.train", [])], cwd=tmp_path)
     assert ended.status == 2 and "runs/quickstart" in ended.err, ended.err
+
+
+def test_a_flag_is_no_value_of_the_text_flag_before_it(tmp_path):
+    workdir, field = run_commands(
+        [("darkformer_jax.train", [flag, "--dry_run"]) for flag in ("--workdir", "--config.init_from")], cwd=tmp_path
+    )
+    for ended, flag in ((workdir, "--workdir"), (field, "--config.init_from")):
+        assert ended.status == 2, ended.err
+        assert ended.err == f"error: {flag} --dry_run: {flag} has no value; to give this one, write {flag}=--dry_run\n"
+    assert not list(tmp_path.iterdir())

@@ -7,6 +7,7 @@ import pytest
 
 from darkformer_jax import prepare_data
 from darkformer_jax.data.glue import GLUE_TASKS, write_glue
+from darkformer_jax.data.labelled import read_texts
 from darkformer_jax.errors import UserError
 
 # Per task: the head of its training file, a row and what becomes of it; the head of its test file and a row.
@@ -73,7 +74,7 @@ def test_every_task_is_read_as_it_was_released(tmp_path, name):
     for split in GLUE_TASKS[name].splits:
         (row,) = lines(tmp_path / "out" / f"{split}.jsonl")
         if split.startswith("test"):
-            assert row.keys() == {"text"}
+            assert row.keys() == {"index", "text"} and row["index"] == "0"
         else:
             assert row == {"text": text, "label": label}
         assert result[split]["examples"] == 1 and result[split]["left_out"] == 0
@@ -91,6 +92,19 @@ def test_rows_that_lack_a_field_are_left_out_and_counted(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "qqp of GLUE, whose metric is F1" in said
     assert "2 examples, median" in said and "50.0%; 2 rows without a field left out" in said
+
+
+def test_test_rows_are_all_kept_with_their_index_because_a_submission_has_an_answer_for_each(tmp_path):
+    own = release(tmp_path, "qqp")
+    (own / "test.tsv").write_text("id\tquestion1\tquestion2\n0\tWho?\tWhat?\n1\tHow?\n2\t\tWhy?\n\n3\tIs it?\tIt is.\n")
+    result = write_glue(str(tmp_path / "out"), "qqp", str(own))
+    texts = ["Who?\nWhat?", "How?\n", "\nWhy?", "Is it?\nIt is."]
+    assert lines(tmp_path / "out" / "test.jsonl") == [
+        {"index": str(number), "text": text} for number, text in enumerate(texts)
+    ]
+    assert result["test"]["examples"] == 4 and result["test"]["left_out"] == 0
+    read = read_texts(str(tmp_path / "out" / "test.jsonl"), "text")
+    assert [text.place.rpartition(":")[2] for text in read] == ["1", "2", "3", "4"]
 
 
 def absent(own):
@@ -119,7 +133,18 @@ def no_row(own):
     return "rte", r"dev.tsv has no example"
 
 
-@pytest.mark.parametrize("damage", [absent, other_columns, other_label, large_score, no_row])
+def no_index(own):
+    (own / "test.tsv").write_text("sentence1\tsentence2\na\tb\n")
+    return "rte", r"test.tsv does not begin with the column index or id; it has: sentence1, sentence2"
+
+
+def no_sentence(own):
+    with open(own / "test.tsv", "a") as file:
+        file.write("1\t \t\n")
+    return "rte", r"test.tsv:3: there is no sentence; a test row is predicted, and cannot be left out"
+
+
+@pytest.mark.parametrize("damage", [absent, other_columns, other_label, large_score, no_row, no_index, no_sentence])
 def test_what_is_missing_or_wrong_is_named_and_nothing_is_written(tmp_path, damage):
     own = release(tmp_path / "glue_data", "rte")
     name, message = damage(own)

@@ -114,6 +114,11 @@ def fewer_labels(mnist, cifar):
     return "fashion_mnist", r"train has images \[30, 4, 4\] and 29 labels"
 
 
+def few_images(mnist, cifar):
+    write_idx(mnist, "train", 9)
+    return "fashion_mnist", r"error: 9 training images: must be at least 10, because one in 10 is for validation$"
+
+
 def cifar_missing(mnist, cifar):
     (cifar / "data_batch_3.bin").unlink()
     return "cifar10", r"data_batch_3.bin is missing; --files is the directory of the binary version"
@@ -133,7 +138,7 @@ def cifar_label(mnist, cifar):
 
 
 @pytest.mark.parametrize(
-    "damage", [missing, truncated, short, no_idx, fewer_labels, cifar_missing, cifar_torn, cifar_label]
+    "damage", [missing, truncated, short, no_idx, fewer_labels, few_images, cifar_missing, cifar_torn, cifar_label]
 )
 def test_damaged_releases_are_named_in_a_line_and_nothing_is_written(mnist, tmp_path, capsys, damage):
     write_cifar(tmp_path / "cifar")

@@ -160,7 +160,9 @@ def test_labelled_rows_may_be_pairs(tmp_path):
     assert [row[:2] for row in rows] == [("Is it?\nIt is.", "1"), ("Is it so?\nNo.", "0")]
 
 
-def test_a_name_that_also_leads_into_another_column_is_refused(tmp_path):
-    parquet.write_table(pa.table({"a": [{"b": "nested"}], "a.b": ["flat"]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match='"a.b" is a column and a field of another column; rename one'):
-        documents(tmp_path / "a.parquet", "a.b")
+@pytest.mark.parametrize("other", [["plain", "too"], [{"text": "nested"}, {"text": "too"}], [{"x": 1}, {"x": 2}]])
+def test_a_column_whose_name_has_a_point_is_read_whatever_the_other_columns_are(tmp_path, other):
+    table = {"id": [1, 2], "meta": other, "meta.text": ["flat", "as well"], "meta.label": ["x", "y"]}
+    parquet.write_table(pa.table(table), tmp_path / "a.parquet")
+    examples = read_examples(str(tmp_path / "a.parquet"), Columns("meta.text", "meta.label"))
+    assert [example[:2] for example in examples] == [("flat", "x"), ("as well", "y")]
