@@ -219,7 +219,8 @@ def _optimizer() -> Section:
     o = Section()  # AdamW
     # all | qkv_geometry (q, k, v projections and M) | geometry (M, learned projections) | lora (low-rank updates of
     # rank model.lora_rank, and M). Each also trains what no pretrained model brings: a classifier's head, gates,
-    # slopes, convolutions and layers that are no attention. Other parameters are frozen and have no moments.
+    # slopes, convolutions, E and F of linformer, and layers that are no attention. Other parameters are frozen and have
+    # no moments.
     o.train = choice("all", REGIMES, since=1)
     o.learning_rate = positive(3e-3)  # peak
     o.geometry_learning_rate = at_least(0, 3e-4)  # peak, for M and learned projections, which scale exponents

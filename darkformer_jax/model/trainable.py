@@ -12,8 +12,8 @@ from darkformer_jax.model.network import Network, is_geometry
 ParamPath = tuple[str, ...]
 Paths = frozenset[ParamPath]
 
-# Of a layer's attention. What else a layer has is a gate, a convolution, or a mixer that is no attention.
-_OF_PRETRAINED_ATTENTION = ("q", "k", "v", "out", "q_norm", "k_norm", "mechanism")
+# Of a layer's attention. What else a layer has is a mechanism's, a gate, a convolution, or a mixer that is no attention.
+_OF_PRETRAINED_ATTENTION = ("q", "k", "v", "out", "q_norm", "k_norm")
 
 
 def _is_qkv(path: ParamPath) -> bool:
@@ -25,26 +25,29 @@ def _is_new(path: ParamPath) -> bool:
     return path[0] == "classifier" or (path[1:2] == ("attention",) and path[2] not in _OF_PRETRAINED_ATTENTION)
 
 
-# optimizer.train -> whether it trains the parameter (path, variable)
+# optimizer.train -> whether it is named after the parameter (path, variable). It also trains what is new.
 REGIMES: Mapping[str, Callable[[ParamPath, Any], bool]] = {
     "all": lambda path, variable: True,
-    "qkv_geometry": lambda path, variable: _is_qkv(path) or is_geometry(variable) or _is_new(path),
-    "geometry": lambda path, variable: is_geometry(variable) or _is_new(path),
-    "lora": lambda path, variable: is_lora(path) or is_geometry(variable) or _is_new(path),
+    "qkv_geometry": lambda path, variable: _is_qkv(path) or is_geometry(variable),
+    "geometry": lambda path, variable: is_geometry(variable),
+    "lora": lambda path, variable: is_lora(path) or is_geometry(variable),
 }
 
 
 def trained_paths(network: Network, regime: str) -> Paths:
-    """The parameters that `optimizer.train = regime` trains. Raises UserError if the model has none."""
-    is_trained = flatten_dict(network.map_params(REGIMES[regime]))
-    found = frozenset(path for path, trained in is_trained.items() if trained)
-    if all(map(_is_new, found)):
+    """The parameters that `optimizer.train = regime` trains. Raises UserError if the model has none that it names."""
+    named = _paths(network, REGIMES[regime])
+    if not named:
         kinds = ", ".join(sorted(set(network.spec.layer_kinds)))
         raise UserError(
             f"optimizer.train = {regime!r}: a model of {kinds} layers has no M and no learned projections to train; "
             f"allowed: {', '.join(name for name in REGIMES if name != regime)}"
         )
-    return found
+    return named | _paths(network, lambda path, variable: _is_new(path))
+
+
+def _paths(network: Network, is_in: Callable[[ParamPath, Any], bool]) -> Paths:
+    return frozenset(path for path, found in flatten_dict(network.map_params(is_in)).items() if found)
 
 
 def split_params(params: dict, trained: Paths) -> tuple[dict, dict]:

@@ -8,6 +8,8 @@ from flax.traverse_util import flatten_dict
 
 from darkformer_jax.config.specs import model_spec
 from darkformer_jax.errors import UserError
+from darkformer_jax.mixers import MIXERS
+from darkformer_jax.mixers.encoders import EncoderMechanism
 from darkformer_jax.model.network import Network
 from darkformer_jax.model.trainable import REGIMES, join_params, split_params, trained_paths
 from darkformer_jax.training.step import TrainState, from_saved, make_train_step, to_saved
@@ -100,6 +102,21 @@ def test_gates_and_convolutions_which_no_pretrained_model_brings_are_always_trai
     trained = {"/".join(path) for path in trained_paths(network, regime)}
     kernels = ("forgetting/bias", "forgetting/gate/kernel", *(f"convolution/{name}/kernel" for name in "qkv"))
     assert trained >= {f"blocks_0/attention/{name}" for name in kernels}
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+@pytest.mark.parametrize("regime", TRAINED)
+def test_every_parameter_that_a_pretrained_model_does_not_have_is_trained(regime, kind):
+    needed = {"window": 16, "local_window": 8, "horizon": 32}
+    options = {f"model__attention__{name}": needed[name] for name in MIXERS[kind].needs}
+    common = {"model__qk_norm": True, "model__qkv_bias": True, "model__num_layers": 2, "model__lora_rank": RANK}
+    common["model__causal"] = not issubclass(MIXERS[kind], EncoderMechanism)
+    # Beside a dark layer, which has something of each regime.
+    changes = common | options | {"model__attention__pattern": f"{kind},dark"}
+    network = Network.of(model_spec(tiny_config(**changes), 257))
+    pretrained = Network.of(model_spec(tiny_config(**common, model__attention__pattern="softmax,softmax"), 257))
+    params, of_pretrained = (trained_paths(n, "all") for n in (network, pretrained))
+    assert params - trained_paths(network, regime) <= of_pretrained
 
 
 @pytest.mark.parametrize("regime", CUT_OUT)
