@@ -52,6 +52,7 @@ class Linformer(EncoderMechanism):
             )
         place, _ = places_in_row(segment_ids)
         is_real = (segment_ids != 0)[..., None]
+        q, k, v = (jnp.where(is_real[..., None], x, 0) for x in (q, k, v))  # 0 times what padding holds may be NaN
 
         def mixed(weights: nnx.Param, x: Array) -> Array:
             rows = jnp.where(is_real, weights[...].astype(jnp.float32)[place], 0)

@@ -51,9 +51,10 @@ class Nystromformer(EncoderMechanism):
         state: Any = None,
     ) -> tuple[Array, Any]:
         m, dtype = self.spec.num_features, v.dtype
+        is_real = segment_ids != 0
+        q, k, v = (jnp.where(is_real[..., None, None], x, 0) for x in (q, k, v))  # 0 times padding's may be NaN
         k, v = per_query_head(k, self.spec.num_heads), per_query_head(v, self.spec.num_heads)
         place, count = places_in_row(segment_ids)
-        is_real = segment_ids != 0
         stretch = place * m // jnp.maximum(count, 1)[:, None]
         members = jnp.where(is_real[..., None], jax.nn.one_hot(stretch, m), 0)  # [b, n, m]
         sizes = jnp.sum(members, axis=1)
@@ -71,9 +72,7 @@ class Nystromformer(EncoderMechanism):
         B = jnp.where(is_landmark[:, None, :, None], weights(q_marks, k_marks, is_landmark), own)
         of_values = matmul("bhmn,bnhd->bhmd", C, v, jnp.float32)
         solved = matmul("bhmt,bhtd->bhmd", pseudo_inverse(B), of_values, jnp.float32)
-        out = matmul("bhnm,bhmd->bnhd", A, solved, jnp.float32) + self._convolve(
-            jnp.where(is_real[..., None, None], v, 0)
-        )
+        out = matmul("bhnm,bhmd->bnhd", A, solved, jnp.float32) + self._convolve(v)
         return jnp.where(is_real[..., None, None], out, 0).astype(dtype), None
 
     def _convolve(self, v: Float[Array, "b n h d"]) -> Float[Array, "b n h d"]:

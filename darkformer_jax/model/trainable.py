@@ -12,7 +12,7 @@ from darkformer_jax.model.network import Network, is_geometry
 ParamPath = tuple[str, ...]
 Paths = frozenset[ParamPath]
 
-# Of a layer's attention. What else a layer has is a mechanism's, a gate, a convolution, or a mixer that is no attention.
+# Of a layer's attention. Else a layer has a mechanism's, a gate, a convolution, or a mixer that is no attention.
 _OF_PRETRAINED_ATTENTION = ("q", "k", "v", "out", "q_norm", "k_norm")
 
 

@@ -1,7 +1,8 @@
 """The table of a benchmark: the metric on validation and test, best and last, beside what others published.
 
 A set of runs belongs to a benchmark if its files have the names that `prepare_data` gives them: Long Range Arena's
-basic_train.tsv, a directory fashion_mnist or cifar10 with train.tsv, a directory of a task of GLUE with train.jsonl.
+basic_train.tsv, a directory fashion_mnist, cifar10 or pathfinder with train.tsv, a directory of a task of GLUE with
+train.jsonl.
 
 Test figures are those that `evaluate --json` wrote into the workdir as test*.json, each of one checkpoint.
 """
@@ -54,6 +55,7 @@ _FIGURES = {  # by the metric of GLUE
 BENCHMARKS = {
     "listops": Benchmark("ListOps of Long Range Arena", "accuracy", "heldout_accuracy"),
     "cifar10": Benchmark("CIFAR-10 as sequences of pixels, of Long Range Arena", "accuracy", "heldout_accuracy"),
+    "pathfinder": Benchmark("Pathfinder, generated here", "accuracy", "heldout_accuracy"),
     "fashion_mnist": Benchmark("Fashion-MNIST as sequences of pixels", "accuracy", "heldout_accuracy"),
 } | {
     name: Benchmark(f"{task.directory} of GLUE", task.metric, _FIGURES[task.metric])
@@ -130,7 +132,7 @@ def benchmark_of(files: str, task: Mapping[str, Any]) -> str | None:
     if (file, columns) == ("basic_train.tsv", (listops.TEXT_COLUMN, listops.LABEL_COLUMN)):
         return "listops"
     if (file, columns) == ("train.tsv", (images.TEXT_COLUMN, images.LABEL_COLUMN)):
-        return name if name in images.READERS else None
+        return name if name in (*images.READERS, "pathfinder") else None
     return name if file == "train.jsonl" and name in GLUE_TASKS else None
 
 

@@ -495,7 +495,7 @@ def test_a_dry_run_reads_no_text(changes, vocabulary, capsys):
         ("bpe:x", "tokenizer 'bpe:x' is not possible"),
         ("bpe:9", "tokenizer 'bpe:9' is not possible"),
         ("nowhere.json", "tokenizer 'nowhere.json' is not a file"),
-        ("", "must hold exactly one of"),
+        ("", "tokenizer '' is not a file"),
     ],
 )
 def test_a_dry_run_refuses_a_tokenizer_that_is_none(tokenizer, message):

@@ -107,7 +107,7 @@ def test_gates_and_convolutions_which_no_pretrained_model_brings_are_always_trai
 @pytest.mark.parametrize("kind", MIXERS)
 @pytest.mark.parametrize("regime", TRAINED)
 def test_every_parameter_that_a_pretrained_model_does_not_have_is_trained(regime, kind):
-    needed = {"window": 16, "local_window": 8, "horizon": 32}
+    needed = {"window": 16, "local_window": 8, "horizon": 32, "decay": "gate"}
     options = {f"model__attention__{name}": needed[name] for name in MIXERS[kind].needs}
     common = {"model__qk_norm": True, "model__qkv_bias": True, "model__num_layers": 2, "model__lora_rank": RANK}
     common["model__causal"] = not issubclass(MIXERS[kind], EncoderMechanism)
