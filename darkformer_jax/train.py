@@ -13,7 +13,6 @@ give --coordinator=HOST:PORT --num_processes=N --process_id=I, where HOST is tha
 
 import sys
 import traceback
-from pathlib import Path
 
 from absl import app, flags, logging
 
@@ -102,8 +101,6 @@ def _train() -> None:
     is_saved = config_file() is None
     if is_saved:
         progress.note(f"no --config: the experiment is that of {workdir}/{CONFIG_FILE}")
-    elif FLAGS.workdir is not None and FLAGS["config"].using_default_value:
-        progress.note(f"no --config, and no run in {workdir}: a new run of {FOLDER}/{Path(DEFAULT_CONFIG).name}")
     if FLAGS.dry_run:
         dry_run(config, overridden_fields(), workdir if is_saved else None)
     else:

@@ -181,7 +181,7 @@ def test_held_out_files_win_over_a_share_that_nobody_asked_for(tmp_path):
     ("changes", "message"),
     [
         ({"data__source": "text"}, "data.source = 'text' with task.name = 'classification'; allowed: 'labelled'"),
-        ({"task__name": "language_model"}, "'language_model'; allowed: 'stdlib', 'text', 'news', 'array_r"),
+        ({"task__name": "language_model", "task__pooling": "mean"}, "'language_model'; allowed: 'last'"),
         ({"task__pooling": "max"}, "task.pooling = 'max': allowed: last, mean"),
         ({"optimizer__z_loss": 0.1}, "optimizer.z_loss = 0.1 with task.name = 'classification'; allowed: 0.0"),
         ({"task__heldout_files": "dev.tsv"}, "data.heldout_fraction = 0.3 with task.heldout_files = 'dev.tsv'"),

@@ -60,10 +60,9 @@ class Comparison:
             return text
         if share is None:
             return f"{text} There is no gap to close: {name} is not worse than exact attention here."
-        text += f" It closes {share.percent(0)} of the gap of {gap.text()} between {name} and exact attention"
-        if gap.is_clear is False:
-            text += " (the gap itself is within the spread of the seeds)"
-        return text + "."
+        if gap.is_clear is False:  # a share of it would say nothing
+            return f"{text} The gap of {gap.text()} from {name} to exact attention is within the spread of the seeds."
+        return f"{text} It closes {share.percent(0)} of the gap of {gap.text()} between {name} and exact attention."
 
 
 def comparisons(rows: Sequence[Row]) -> list[Comparison]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Source(NamedTuple):
-    """Where figures were published, and the models that they are of."""
+    """Where figures were published, and the models that they are of; "" = not known here."""
 
     name: str
     models: str
@@ -29,12 +29,12 @@ _NYSTROM = Source("img/LRA.png in mlpen/Nystromformer", "2 layers of width 64, 2
 _XFORMERS = Source("BENCHMARKS.md of facebookresearch/xformers", "2 layers, one setting for all tasks")
 _S4 = Source("S4 paper (v2)", "bidirectional, 6 layers or more of width 128 to 512; CIFAR-10: pixels as real numbers")
 _S5 = Source("S5 paper", "bidirectional, 6 layers or more of width 128 to 512; CIFAR-10: pixels as real numbers")
-_LRU = Source("LRU paper", "not known here")
+_LRU = Source("LRU paper", "")
 _MEGA = Source("MEGA paper", "CIFAR-10: pixels as real numbers")
-_METALA = Source("MetaLA paper", "not known here")
-_XLSTM = Source("xLSTM paper, as quoted in the LION paper", "not known here")
+_METALA = Source("MetaLA paper", "")
+_XLSTM = Source("xLSTM paper, as quoted in the LION paper", "")
 _MLRA = Source("report of fluderm/MLRA", "0.1 to 0.9 million parameters")
-_AMOS = Source("arXiv 2310.02980, as quoted in the report of fluderm/MLRA", "not known here")
+_AMOS = Source("arXiv 2310.02980, as quoted in the report of fluderm/MLRA", "")
 _AMOS_PRETRAINED = Source("arXiv 2310.02980, as quoted in the RTF paper", "sizes of Long Range Arena, causal")
 _LION = Source("LION paper", "bidirectional")
 _LLAMA = Source(

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -48,12 +48,14 @@ def dry_run(config: ml_collections.ConfigDict, overridden: Sequence[str] = (), w
       overridden: the fields that the command line sets; see `require_new_uses`.
       workdir: of a run that would be resumed; None = a new run.
     """
-    config = _resolve(config, workdir, overridden, lambda said: print(said, file=sys.stderr))
+    config, notes = _resolve(config, workdir, overridden)
     if workdir is not None:
         workdir.check_config(config.to_dict())
     experiment = Experiment.of(config, TASKS[config.task.name].objective_of(config, workdir))
     check_start(config, workdir, experiment)
     if jax.process_index() == 0:
+        for line in notes:
+            print(line, file=sys.stderr)
         print(experiment.describe())
         if config.task.name not in LABELLED_TASKS:  # whose files are in the description
             print(f"{'data':14s} {_found_data(config)}")
@@ -83,14 +85,17 @@ def train(
     """
     # First, because the run depends on what the workdir has.
     processes.require_shared(workdir.shared, str(workdir))
-    config = _resolve(config, workdir, overridden, progress.note)
+    config, notes = _resolve(config, workdir, overridden)
     workdir.check_config(config.to_dict())
     require_installed(config.log.trackers)
     trackers = Trackers(config.log.trackers, progress.note)
     with workdir.lock() as lock, Mirror(workdir) as mirror, trackers:
         began, watch = time.perf_counter(), Stopwatch(workdir)
         _check_before_data(config, workdir)
-        progress.note(f"workdir {workdir}; reading {config.data.source} {config.data.files}".rstrip())
+        for line in notes:
+            progress.note(line)
+        which = f"{workdir}" if workdir.has_begun else f"{workdir} (new)"
+        progress.note(f"workdir {which}; reading {config.data.source} {config.data.files}".rstrip())
         task = TASKS[config.task.name].load(config, workdir, progress.bar)
         # After this, all processes have read what process 0 is about to write.
         processes.require_same("data", task.fingerprints)
@@ -119,22 +124,19 @@ def _resolve(
     config: ml_collections.ConfigDict,
     workdir: Workdir | None,
     overridden: Sequence[str],
-    note: Callable[[str], None],
-) -> ml_collections.ConfigDict:
-    """The config with a value for every field, checked, and the same in all processes."""
+) -> tuple[ml_collections.ConfigDict, list[str]]:
+    """The config with a value for every field, checked, and the same in all processes; what to say of it."""
     config = inherit(config, workdir).copy_and_resolve_references()
     is_new = workdir is None or not workdir.has_begun
     if workdir is None or is_new:
         said = fit_warmup(config, overridden)
     else:
         said = keep_warmup(config, overridden, dict(flat_fields(workdir.read_config())))
-    if said and jax.process_index() == 0:
-        note(f"note: {said}")
     validate(config, overridden if is_new else ())
     if is_new:  # the command that began a run, in an earlier version too, resumes it
         require_new_uses(config, overridden)
     processes.require_same("config", dict(flat_fields(config.to_dict())))
-    return config
+    return config, [f"note: {said}"] if said else []
 
 
 def _train(
