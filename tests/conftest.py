@@ -19,8 +19,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))  # bytes; the least recently used go first
-# XLA's own passes as ever, LLVM's not: a third less time. XLA_FLAGS= launch/test.sh runs the tests with them.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# XLA's own passes as ever, LLVM's not: a third less time. JAX_DISABLE_MOST_OPTIMIZATIONS=0 launch/test.sh has them.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax  # after the lines above, which it reads
 import numpy as np
@@ -28,11 +28,22 @@ import numpy as np
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup, which the programs that tests start must not see
     signal.signal(signal.SIGHUP, lambda *_: None)
 
+_UNOPTIMISED = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
+_NUMERICS = ("ops", "mixers")  # these folders are compiled as users compile
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "standard_promotion: dtypes promote as usual, because optax needs it")
     if not hasattr(config, "workerinput"):  # once, before pytest-xdist's workers start
         _remove_torn_cache_entries(Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before any fixture, so that those of a module are compiled as its tests are."""
+    folder = item.path.relative_to(item.config.rootpath).parts[1]
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = value = "0" if folder in _NUMERICS else _UNOPTIMISED
+    jax.config.update("jax_disable_most_optimizations", value == "1")
 
 
 def _remove_torn_cache_entries(cache: Path) -> None:

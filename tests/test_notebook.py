@@ -38,7 +38,7 @@ def test_the_notebook_runs_and_its_outputs_are_of_the_saved_kinds(monkeypatch):
     import nbformat
 
     monkeypatch.delenv("MPLBACKEND", raising=False)  # so that pictures are shown
-    monkeypatch.setenv("XLA_FLAGS", "")  # it trains so long that LLVM's optimisations pay
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")  # it trains so long that LLVM's optimisations pay
     saved = json.loads(NOTEBOOK.read_text())
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbclient.NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(ROOT)}}).execute()
