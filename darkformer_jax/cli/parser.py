@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import logging
@@ -45,10 +45,22 @@ class Parser(argparse_flags.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        self._given: list[str] = []
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, whose `parse_args` calls it. It keeps the arguments, to say which of them is unknown."""
+        self._given = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Prints one line and exits with status 2, as for every other mistake."""
-        unknown = message.partition("unrecognized arguments: ")[2].partition("=")[0].split(" ")[0]
+        """Prints one line and exits with status 2, as for every other mistake.
+
+        argparse misses a flag that is required before it minds one that is misspelt: then the line names both.
+        """
+        flags = [text.partition("=")[0] for text in self._given if text.startswith("--") and text != "--"]
+        unknown = next((flag for flag in flags if flag not in self._option_string_actions), "")
+        if unknown and "unrecognized arguments" not in message:
+            message = f"{message}; {unknown} is none of its flags"
         close = difflib.get_close_matches(unknown, self._option_string_actions, n=1)
         meant = f"; did you mean {close[0]}?" if close else ""
         self.exit(2, f"error: {message}{meant} (--help lists the flags)\n")

@@ -1,11 +1,11 @@
-"""What every verb's command line does with signals."""
+"""What every verb's command line does with signals and with flags that it does not know."""
 
 import os
 import signal
 
 import pytest
 
-from darkformer_jax.cli.parser import one_line_errors
+from darkformer_jax.cli.parser import Parser, one_line_errors
 from darkformer_jax.cli.progress import progress_bar
 from darkformer_jax.data.progress import with_progress
 from darkformer_jax.errors import UserError
@@ -42,3 +42,21 @@ def test_an_error_between_two_items_of_a_bar_has_a_line_of_its_own(capsys):
     with pytest.raises(SystemExit), one_line_errors("nothing was written"):
         damaged(next(items))
     assert capsys.readouterr().err.splitlines()[-1] == "error: a is damaged"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--promt=hi"], "arguments are required: --prompt; --promt is none of its flags; did you mean --prompt?"),
+        (["--prompt=hi", "--sed", "1"], "error: unrecognized arguments: --sed 1; did you mean --seed?"),
+        ([], "arguments are required: --prompt"),
+    ],
+)
+def test_a_misspelt_flag_is_named_with_the_one_that_was_meant(given, said, capsys):
+    parser = Parser("generate", None)
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--seed")
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(given)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.removeprefix("error: the following ") == f"{said} (--help lists the flags)\n"
