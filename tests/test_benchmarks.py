@@ -3,13 +3,15 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import paper, recall
+from benchmarks import paper, recall, zoo
 from benchmarks.learning import FAR, REPEATED, Result, Run, ngram_bits, repeat_distance, table
 from configs.paper import get_config
 from darkformer_jax.data import Data
 from darkformer_jax.data.stream import memory_stream
 from darkformer_jax.data.tokenizers import BytesTokenizer
 from darkformer_jax.errors import UserError
+from darkformer_jax.mixers import MIXERS
+from darkformer_jax.mixers.encoders import EncoderMechanism
 
 
 def test_a_repeat_is_found_in_its_own_document_only():
@@ -100,3 +102,20 @@ def test_paper_runs_differ_and_a_run_is_done_with_its_last_checkpoint(tmp_path):
             paper.is_done(workdir, arguments.replace(old, new))
     (workdir / "metrics.jsonl").write_text('{"step": 150, "heldo')
     assert not paper.is_done(workdir, arguments)
+
+
+def test_the_zoo_has_every_mixer_that_can_be_causal_and_states_that_grow_only_with_a_cache():
+    entries = zoo.causal_mixers()
+    kinds = {entry.partition("(")[0] for entry in entries}
+    assert set(MIXERS) - kinds == {kind for kind, mixer in MIXERS.items() if issubclass(mixer, EncoderMechanism)}
+    short, long = ({e: zoo.state_bytes(zoo.spec_of(e, length), length) for e in entries} for length in (512, 1024))
+    assert {entry for entry in entries if long[entry] != short[entry]} == {"softmax"}
+    per_token = (2 * zoo.HEADS * zoo.HEAD_DIM + 2) * 4  # a key, a value, the segment and the position
+    assert long["softmax"] - short["softmax"] == 512 * per_token
+
+
+def test_the_table_of_the_zoo_says_why_a_layer_is_left_out():
+    figures = {"median_ms": 12.0, "ratio": 1.5}
+    row = {"mixer": "dark", "length": 1024, "state_bytes": 2048, "flops_per_token": 2.5e6, "forward": figures}
+    text = zoo.table([row | {"forward+backward": {"skipped": "needs 9.0 GiB, 1.0 GiB are free"}}])
+    assert text.endswith("| 1,024 | `dark` | 12 (1.50x) | needs 9.0 GiB, 1.0 GiB are free | 2 | 2.50 |")
