@@ -12,20 +12,16 @@ short goes on. A run that diverges is a result, and the others go on. For runs f
 
 import argparse
 import itertools
-import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import tqdm
-
+from benchmarks.grid import complete, is_done, train
 from configs.paper import get_config
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
 
-ROOT = Path(__file__).parents[1]
+CONFIG = "configs/paper.py"
 PRETRAINED = "pretrained"
 VARIANTS = {
     "softmax": "softmax",
@@ -56,36 +52,6 @@ def plan(args: argparse.Namespace) -> dict[str, str]:
             arguments += f",geometry_lr={rate * args.geometry_ratio:g}"
         runs[f"{name}-lr{rate:g}-s{seed}"] = arguments
     return runs
-
-
-def is_done(workdir: Path, arguments: str) -> bool:
-    """Whether the run reached its last step, and measured and saved its weights.
-
-    Raises UserError if the workdir has another number of steps or other learning rates than `arguments`.
-    """
-    try:
-        saved = json.loads((workdir / "config.json").read_text())
-    except FileNotFoundError:
-        return False
-    wanted = get_config(arguments)
-    for asked, found in ((wanted, saved), (wanted.optimizer, saved["optimizer"])):
-        for name in ("num_steps", "learning_rate", "geometry_learning_rate"):
-            if name in asked and asked[name] != found[name]:
-                raise UserError(f"{workdir} has {name} = {found[name]}, not {asked[name]}: choose another --out")
-    try:
-        row = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
-    except (FileNotFoundError, IndexError, ValueError):  # not begun, or cut short in the middle of a line
-        return False
-    last = saved["num_steps"]
-    return row["step"] == last and "heldout_loss" in row and (workdir / "checkpoints" / str(last)).is_dir()
-
-
-def train(workdir: Path, arguments: str, *flags: str) -> bool:
-    """Runs train.py with its output in <workdir>.log. Returns whether it reached its end."""
-    config = f"--config=configs/paper.py:{arguments}"
-    command = [sys.executable, str(ROOT / "train.py"), f"--workdir={workdir}", config, *flags]
-    with workdir.with_name(f"{workdir.name}.log").open("w") as log:
-        return subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode == 0
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -120,20 +86,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     pretraining = f"pretrain,steps={args.pretrain_steps}"
     runs = {args.out / name: arguments for name, arguments in plan(args).items()}
     try:
-        begun = is_done(exact, pretraining)
-        missing = [workdir for workdir, arguments in runs.items() if not is_done(workdir, arguments)]
+        begun = is_done(exact, get_config(pretraining))
+        missing = [workdir for workdir, arguments in runs.items() if not is_done(workdir, get_config(arguments))]
     except UserError as error:
         raise SystemExit(f"error: {error}") from error
-    if not begun and not train(exact, pretraining):
+    if not begun and not train(exact, f"{CONFIG}:{pretraining}"):
         raise SystemExit(f"{exact}: pretraining failed; see {exact}.log")
-    failed = []
-    with tqdm.tqdm(missing, unit="run") as bar:
-        for workdir in bar:
-            bar.set_description(workdir.name)
-            if not train(workdir, runs[workdir], f"--config.init_from={exact}"):
-                failed.append(workdir.name)
-    if failed:
-        raise SystemExit(f"did not reach their end (diverged?), see their .log: {', '.join(failed)}")
+    complete(missing, lambda workdir: train(workdir, f"{CONFIG}:{runs[workdir]}", f"--config.init_from={exact}"))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import paper, recall, zoo
+from benchmarks import lra, paper, recall, zoo
+from benchmarks.grid import is_done
 from benchmarks.learning import FAR, REPEATED, Result, Run, ngram_bits, repeat_distance, table
+from configs.lra import get_config as get_lra_config
 from configs.paper import get_config
 from darkformer_jax.data import Data
 from darkformer_jax.data.stream import memory_stream
@@ -87,21 +89,21 @@ def test_paper_runs_differ_and_a_run_is_done_with_its_last_checkpoint(tmp_path):
     assert arguments == "dark,window=32,m=16,lr=0.001,seed=1,steps=150,geometry_lr=0.003"
     workdir = tmp_path / "run"
     workdir.mkdir()
-    assert not paper.is_done(workdir, arguments)
+    assert not is_done(workdir, get_config(arguments))
     config = {"num_steps": 150, "optimizer": {"learning_rate": 0.001, "geometry_learning_rate": 0.003}}
     (workdir / "config.json").write_text(json.dumps(config))
     (workdir / "metrics.jsonl").write_text('{"step": 150, "heldout_loss": 2.0}\n')
-    assert not paper.is_done(workdir, arguments)
+    assert not is_done(workdir, get_config(arguments))
     (workdir / "checkpoints/150").mkdir(parents=True)
-    assert paper.is_done(workdir, arguments)
+    assert is_done(workdir, get_config(arguments))
     for old, new, message in (
         (",steps=150", ",steps=3", "num_steps = 150, not 3"),
         (",lr=0.001", ",lr=0.1", "learning_rate = 0.001, not 0.1"),
     ):
         with pytest.raises(UserError, match=message):
-            paper.is_done(workdir, arguments.replace(old, new))
+            is_done(workdir, get_config(arguments.replace(old, new)))
     (workdir / "metrics.jsonl").write_text('{"step": 150, "heldo')
-    assert not paper.is_done(workdir, arguments)
+    assert not is_done(workdir, get_config(arguments))
 
 
 def test_the_zoo_has_every_mixer_that_can_be_causal_and_states_that_grow_only_with_a_cache():
@@ -119,3 +121,18 @@ def test_the_table_of_the_zoo_says_why_a_layer_is_left_out():
     row = {"mixer": "dark", "length": 1024, "state_bytes": 2048, "flops_per_token": 2.5e6, "forward": figures}
     text = zoo.table([row | {"forward+backward": {"skipped": "needs 9.0 GiB, 1.0 GiB are free"}}])
     assert text.endswith("| 1,024 | `dark` | 12 (1.50x) | needs 9.0 GiB, 1.0 GiB are free | 2 | 2.50 |")
+
+
+def test_every_run_of_the_grid_has_a_config_and_a_tuned_one_begins_where_its_own_pretraining_ended(tmp_path):
+    args = lra.parse([f"--out={tmp_path}", "--tasks=listops,fashion_mnist", "--attention=dark,mamba2", "--seeds=2"])
+    runs = lra.plan(args)
+    assert len(runs) == 2 * 2 * 2 * 3
+    assert list(runs)[:3] == [f"listops-dark-{name}-s0" for name in ("scratch", "pretrained", "tuned")]
+    for name, run in runs.items():
+        config = get_lra_config(run.arguments)
+        assert config.model.causal
+        task, attention, kind, seed = name.split("-")
+        assert (config.model.attention.kind, f"s{config.seed}") == (attention, seed)
+        assert (config.task.name == "classification") == (run.test is not None) == (kind != "pretrained")
+        begins = str(tmp_path / f"{task}-{attention}-pretrained-{seed}") if kind == "tuned" else ""
+        assert config.init_from == begins
