@@ -4,8 +4,7 @@ An experiment says which of `ARGUMENTS` it has. A name means the same field in a
 `cli.experiment_flags` knows which fields a command line sets.
 """
 
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable
 
 import ml_collections
 
@@ -90,22 +89,22 @@ def fit_warmup(c: ml_collections.ConfigDict, overridden: Collection[str]) -> str
     return ""
 
 
-def keep_warmup(c: ml_collections.ConfigDict, overridden: Collection[str], saved: Mapping[str, Any]) -> str:
-    """Gives a run that has begun the warm-up that it began with, if it may have been shortened; says so, or "".
+def keep_warmup(c: ml_collections.ConfigDict, overridden: Collection[str], warmup: int) -> str:
+    """Gives a run that has begun the `warmup` that it began with, unless the command line sets another; says so, or "".
 
-    saved: the flat fields of its config.json.
-
-    Raises UserError if the run is to end within its warm-up.
+    The experiment's own may differ because num_steps, now or then, shortened one of them.
     """
-    warmup, now = saved[WARMUP], c.optimizer.warmup_steps
-    if WARMUP in overridden:
-        return ""
-    if 1 < c.num_steps <= warmup:
-        raise UserError(f"num_steps = {c.num_steps}: the run began with a warm-up of {warmup} steps; allowed: more")
-    if now == warmup or (now < warmup and now != c.num_steps // 4):
+    if WARMUP in overridden or c.optimizer.warmup_steps == warmup:
         return ""
     c.optimizer.warmup_steps = warmup
     return f"{WARMUP} = {warmup}, as the run began"
+
+
+def require_end_after_warmup(c: ml_collections.ConfigDict) -> None:
+    """Raises UserError if a run that has begun is to end within its warm-up."""
+    warmup = c.optimizer.warmup_steps
+    if 1 < c.num_steps <= warmup:
+        raise UserError(f"num_steps = {c.num_steps}: the run began with a warm-up of {warmup} steps; allowed: more")
 
 
 def take_choice(arguments: list[str], name: str, allowed: tuple[str, ...], file: str) -> str:

@@ -15,7 +15,7 @@ from darkformer_jax.mixers.spec import Geometry, MixerSpec, Projection
 from darkformer_jax.ops.features import matmul
 from darkformer_jax.ops.signed_attention import SignedState, init_signed_state, signed_attention
 
-FLOOR = 0.01  # of the normaliser, which is 1 if all keys of a full memory are the query
+FLOOR = 0.001  # of the normaliser, which is 1 if all keys of a full memory are the query
 
 
 class RFAGate(Mechanism):
@@ -27,7 +27,9 @@ class RFAGate(Mechanism):
     The m = `num_features` rows of w are drawn from N(0, I). sigma is learned per key/value head and dimension, from 1
     on. The gate is that of `decay = gate`. Estimates may be negative or near 0, hence the floor. The authors' published
     code has no gate; with 64 features it takes max(sum, 1.6 |phi|^2) or, in its quadratic form, max(|sum|, 0.0016
-    |phi|^2). Here 1 - g scales z, and the first would act on every token.
+    |phi|^2). Here 1 - g scales z, and the first would act on every token. Ours acts on the first tokens of a document
+    where the memory is long: one key has 1 - g = 1 / memory, times 0.14 or more of the kernel at sigma = 1. With the
+    default `longest_memory`, 128 tokens, that is the floor at the least.
     """
 
     role: ClassVar[Role] = "estimator"

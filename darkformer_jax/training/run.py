@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from darkformer_jax.config.arguments import fit_warmup, keep_warmup
+from darkformer_jax.config.arguments import WARMUP, fit_warmup, keep_warmup, require_end_after_warmup
 from darkformer_jax.config.base import LABELLED_SOURCE, LABELLED_TASKS
 from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.config.usage import require_new_uses
@@ -131,7 +131,9 @@ def _resolve(
     if workdir is None or is_new:
         said = fit_warmup(config, overridden)
     else:
-        said = keep_warmup(config, overridden, dict(flat_fields(workdir.read_config())))
+        said = keep_warmup(config, overridden, dict(flat_fields(workdir.read_config()))[WARMUP])
+        workdir.check_config(config.to_dict())  # before the next line, which another experiment's user must not be told
+        require_end_after_warmup(config)
     validate(config, overridden if is_new else ())
     if is_new:  # the command that began a run, in an earlier version too, resumes it
         require_new_uses(config, overridden)

@@ -207,3 +207,13 @@ def test_other_decays_and_what_it_does_not_have_are_refused(fields, message):
 def test_a_sequence_on_several_devices_is_refused(random):
     with pytest.raises(UserError, match="mesh.context > 1: 'rfa_gate' does not split sequences"):
         RFAGate.check_stretch(make(random).spec, 16)
+
+
+def test_with_the_longest_memory_by_default_a_first_token_returns_its_own_value(random):
+    mixer = RFAGate(mixer_spec("rfa_gate", decay="gate", num_features=64), 0)
+    q, k, v = (jnp.asarray(random.standard_normal((8, 1, heads, 8)), jnp.float32) for heads in (4, 2, 2))
+    places = {"segment_ids": jnp.ones((8, 1), jnp.int32), "positions": jnp.zeros((8, 1), jnp.int32)}
+    gate = np.log1p(-1 / base.get_config().model.attention.longest_memory)
+    out, _ = mixer(q, k, v, **places, log_decay=jnp.full((8, 1, 2), gate, jnp.float32))
+    is_own = np.isclose(out, np.repeat(v, 2, axis=2), rtol=1e-5).all(-1)
+    assert is_own.mean() > 0.8  # of 32: an estimate of the kernel may be below the floor, or negative

@@ -141,6 +141,12 @@ def test_a_run_keeps_the_warm_up_that_a_number_of_steps_chose(tmp_path, capsys):
     go(9, name="long")
     with pytest.raises(UserError, match="num_steps = 8: the run began with a warm-up of 8 steps; allowed: more"):
         go(8, "num_steps", name="long")
+    for warmup in (3, 20):  # an earlier version shortened it otherwise, or the experiment has another now
+        kept, said = go(30, name="long", warmup=warmup)
+        assert kept == 8 and "note: optimizer.warmup_steps = 8, as the run began\n" in said
+    fields["seed"] = 5
+    with pytest.raises(UserError, match="belongs to another experiment; use a new workdir or undo: seed: 0 -> 5$"):
+        go(8, "num_steps", name="long", warmup=2)
 
 
 def test_a_dry_run_finds_the_data_or_says_that_there_is_none(tmp_path, trained, capsys):
