@@ -7,8 +7,8 @@
 Both passes over the text (training a tokenizer, tokenising) use bounded memory. The directory appears when it is
 complete.
 
-Benchmarks for configs/lra.py and configs/glue.py: ListOps and Pathfinder, made from a seed; images as sequences of
-pixels; GLUE.
+Benchmarks for configs/lra.py and configs/glue.py: ListOps and Pathfinder, made from a seed or as published
+(lra_release); images as sequences of pixels; GLUE.
 
     python -m darkformer_jax.prepare_data --source=listops --scale=small --out=data/listops
     python -m darkformer_jax.prepare_data --source=pathfinder --scale=32 --images=20000 --out=data/pathfinder
@@ -31,17 +31,20 @@ from darkformer_jax.data.glue import GLUE_TASKS, write_glue
 from darkformer_jax.data.images import READERS, write_images
 from darkformer_jax.data.listops import SCALES as LISTOPS_SCALES
 from darkformer_jax.data.listops import write_listops
+from darkformer_jax.data.lra_release import LISTOPS_LENGTH, write_listops_release
 from darkformer_jax.data.pathfinder import NUM_IMAGES, write_pathfinder
 from darkformer_jax.data.pathfinder import SCALES as PATHFINDER_SCALES
+from darkformer_jax.data.pathfinder_images import HARD, LEVELS, SIDES, write_pathfinder_release
 from darkformer_jax.data.prepared import DEFAULT_SHARD_TOKENS, SPLITS, prepare
 from darkformer_jax.data.sources import CORPUS_SOURCES
 from darkformer_jax.data.text_files import TEXT_FIELD
 from darkformer_jax.errors import UserError
 
-LISTOPS, PATHFINDER, GLUE = "listops", "pathfinder", "glue"
+LISTOPS, PATHFINDER, LRA, GLUE = "listops", "pathfinder", "lra_release", "glue"
+_TASKS = {LRA: (LISTOPS, *SIDES), GLUE: tuple(GLUE_TASKS)}
 _SCALES = {LISTOPS: tuple(LISTOPS_SCALES), PATHFINDER: tuple(PATHFINDER_SCALES)}
 _USED_BY = {
-    "files": ("text", "news", *READERS, GLUE),
+    "files": ("text", "news", *READERS, *_TASKS),
     "text_field": ("text",),
     "tokenizer": CORPUS_SOURCES,
     "heldout_fraction": CORPUS_SOURCES,
@@ -50,7 +53,8 @@ _USED_BY = {
     "seed": tuple(_SCALES),
     "images": (PATHFINDER,),
     "side": tuple(READERS),
-    "task": (GLUE,),
+    "task": tuple(_TASKS),
+    "level": (LRA,),
 }
 
 
@@ -60,9 +64,9 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--source",
         required=True,
-        choices=(*CORPUS_SOURCES, LISTOPS, PATHFINDER, *READERS, GLUE),
+        choices=(*CORPUS_SOURCES, LISTOPS, PATHFINDER, *READERS, *_TASKS),
         help="listops, pathfinder: made from --seed; fashion_mnist (IDX files, also MNIST's) and "
-        "cifar10 (binary version): images; glue: a --task; "
+        "cifar10 (binary version): images; lra_release (the archive of Long Range Arena), glue: a --task; "
         "text: .txt, .md (one document per file), .jsonl and .parquet (one per line or row, in --text_field); "
         "news: the One Billion Word release (one per line); stdlib: the Python standard library",
     )
@@ -103,7 +107,12 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--side", type=whole, help="images: pixels per row, each the mean of a square (default: as many as there are)"
     )
-    parser.add_argument("--task", choices=GLUE_TASKS, help="glue: which of its tasks")
+    parser.add_argument(
+        "--task",
+        choices=tuple(itertools.chain.from_iterable(_TASKS.values())),
+        help=f"lra_release ({', '.join(_TASKS[LRA])}), glue (the others): which of its tasks",
+    )
+    parser.add_argument("--level", choices=LEVELS, help=f"pathfinder of lra_release: its level (default: {HARD})")
     return parser.parse_args(argv[1:])
 
 
@@ -117,6 +126,8 @@ def main(args: argparse.Namespace) -> None:
             _make_pathfinder(args)
         elif args.source in READERS:
             _convert_images(args)
+        elif args.source == LRA:
+            _convert_lra(args)
         elif args.source == GLUE:
             _convert_glue(args)
         else:
@@ -129,8 +140,12 @@ def _check_flags(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and args.source not in sources:
             raise UserError(f"--{name}={value}: --source={args.source} does not use it; allowed: {', '.join(sources)}")
-    if args.scale is not None and args.scale not in (scales := _SCALES[args.source]):
-        raise UserError(f"--scale={args.scale}: --source={args.source} has: {', '.join(scales)}")
+    for name, allowed in (("scale", _SCALES), ("task", _TASKS)):
+        value = getattr(args, name)
+        if value is not None and value not in (own := allowed[args.source]):
+            raise UserError(f"--{name}={value}: --source={args.source} has: {', '.join(own)}")
+    if args.level is not None and args.task not in SIDES:
+        raise UserError(f"--level={args.level}: --task={args.task} has no levels; allowed: {', '.join(SIDES)}")
     if args.seed is not None and not 0 <= args.seed < 2**32:
         raise UserError(f"--seed={args.seed}: must be from 0 to {2**32 - 1}")
 
@@ -138,7 +153,29 @@ def _check_flags(args: argparse.Namespace) -> None:
 def _make_listops(args: argparse.Namespace) -> None:
     seed = args.seed or 0
     result = write_listops(args.out, LISTOPS_SCALES[args.scale or "paper"], seed, progress_bar)
-    print(f"{args.out}: ListOps, seed {seed}")
+    _print_listops(args.out, f"ListOps, seed {seed}", result)
+
+
+def _convert_lra(args: argparse.Namespace) -> None:
+    if not args.files or args.task is None:
+        raise UserError(f"--source={LRA} needs --task and --files=<the directory of the archive>")
+    files = local_path(args.files)
+    if args.task == LISTOPS:
+        result = write_listops_release(args.out, files, progress_bar)
+        _print_listops(args.out, "ListOps of Long Range Arena", result)
+        cut = max(figures["cut_share"] for figures in result.values())
+        print(f"  at {LISTOPS_LENGTH:,} tokens, up to {100 * cut:.1f}% of a split's expressions are cut")
+        return
+    level = args.level or HARD
+    result = write_pathfinder_release(args.out, files, args.task, level, progress_bar)
+    source = result.pop("source")
+    _print_images(args.out, f"{args.task}, {level}, from {source['directory']}", result)
+    if source["left_out"]:
+        print(f"  left out, because it is empty: {', '.join(source['left_out'])}")
+
+
+def _print_listops(out: str, what: str, result: Mapping[str, Any]) -> None:
+    print(f"{out}: {what}")
     for split, figures in result.items():
         print(
             f"  {split:5s} {figures['expressions']:>7,} expressions of {figures['shortest']:,} to "

@@ -90,9 +90,16 @@ def write_images(
 
 
 def write_splits(
-    directory: str, splits: Mapping[str, Iterable[Images]], num_images: int, progress_bar: ProgressBar
+    directory: str,
+    splits: Mapping[str, Iterable[Images]],
+    num_images: int,
+    progress_bar: ProgressBar,
+    source: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """`write_images` for splits that come in pieces. num_images: in all, for the progress bar."""
+    """`write_images` for splits that come in pieces.
+
+    num_images: in all, for the progress bar. source: where they are from; statistics.json has it under this name.
+    """
     result: dict[str, Any] = {}
     with whole_directory(directory) as path, progress_bar(num_images, "image") as bar:
         for split, pieces in splits.items():
@@ -106,6 +113,8 @@ def write_splits(
                     bar.update(len(images.labels))
             shares = {str(label): counts[label] / counts.total() for label in sorted(counts)}
             result[split] = {"images": counts.total(), "pixels": num_pixels, "shares": shares}
+        if source is not None:
+            result["source"] = source
         pixel_tokenizer().save(str(path))
         write_json(path / "statistics.json", result)
     return result

@@ -119,7 +119,7 @@ def _records(path: str, columns: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """(`file:line`, record) of a file. columns: what a record must have, first a text's."""
     records: Iterable[tuple[int, Any]]
     if path.endswith(_TABLE_SUFFIXES):
-        records = _table_records(path, columns)
+        records = table_records(path, columns)
     elif path.endswith(parquet_files.SUFFIX):
         parquet_files.require_pyarrow(path)
         option = "task.text_column or task.label_column"
@@ -129,8 +129,11 @@ def _records(path: str, columns: Sequence[str]) -> Iterator[tuple[str, Any]]:
     return ((f"{path}:{line}", record) for line, record in records)
 
 
-def _table_records(path: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line, field by column) of each record of a .tsv or .csv file."""
+def table_records(path: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line, field by column) of each record of a .tsv or .csv file; a field that a record lacks is not there.
+
+    Raises UserError if a column is missing or there twice, or a record is none.
+    """
     csv.field_size_limit(_MAX_FIELD_CHARACTERS)
     lines = (line + "\n" for _, line in read_lines(path))
     if path.removesuffix(".gz").endswith(".tsv"):
