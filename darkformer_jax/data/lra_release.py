@@ -20,19 +20,19 @@ _RELEASE, _LISTOPS = "lra_release", "listops-1000"
 _DIGITS = tuple("0123456789")
 
 
-def released(files: str, name: str) -> Path:
+def released(files: str, name: str, otherwise: str = "") -> Path:
     """The directory `name` of the archive: of several, the innermost.
 
-    files: lra_release, the one inside it, or the directory that has it. Raises UserError if there is none.
+    files: lra_release, the one inside it, or the directory that has it. otherwise: what else `files` may be, for the
+    error. Raises UserError if there is none.
     """
     for place in (Path(files, _RELEASE, _RELEASE), Path(files, _RELEASE), Path(files)):
         if (place / name).is_dir():
             return place / name
     if Path(files).is_file():
         raise UserError(f"{files} is a file; --files is the directory {_RELEASE} that the archive unpacks to")
-    raise UserError(
-        f"{files} has no directory {name}; --files is {_RELEASE}, with {name} in it or in its inner {_RELEASE}"
-    )
+    allowed = f"{_RELEASE}, with {name} in it or in its inner {_RELEASE}{otherwise}"
+    raise UserError(f"{files} has no directory {name}; --files is {allowed}")
 
 
 def write_listops_release(directory: str, files: str, progress_bar: ProgressBar = no_progress) -> dict[str, Any]:
