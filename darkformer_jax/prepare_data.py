@@ -70,8 +70,8 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         required=True,
         choices=(*CORPUS_SOURCES, LISTOPS, PATHFINDER, *READERS, IMDB, AAN, *_TASKS),
         help="listops, pathfinder: made from --seed; fashion_mnist (IDX files, also MNIST's) and "
-        "cifar10 (binary version): images; imdb (aclImdb): reviews; aan (new_aan_pairs.*.tsv): pairs of papers; "
-        "lra_release (the archive of Long Range Arena), glue: a --task; "
+        "cifar10 (binary or Python version): images; imdb (aclImdb): reviews; aan (new_aan_pairs.*.tsv): pairs of "
+        "papers; lra_release (the archive of Long Range Arena), glue: a --task; "
         "text: .txt, .md (one document per file), .jsonl and .parquet (one per line or row, in --text_field); "
         "news: the One Billion Word release (one per line); stdlib: the Python standard library",
     )
