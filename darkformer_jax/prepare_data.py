@@ -195,10 +195,11 @@ def _convert_texts(args: argparse.Namespace) -> None:
     if not args.files:
         raise UserError(f"--source={args.source} needs --files=<the directory of its files>")
     files = local_path(args.files)
+    length = LENGTH if args.length is None else args.length
     if args.source == IMDB:
         result = write_imdb(args.out, files, progress_bar)
     else:
-        result = write_aan(args.out, files, LENGTH if args.length is None else args.length, progress_bar)
+        result = write_aan(args.out, files, length, progress_bar)
     print(f"{args.out}: {'reviews' if args.source == IMDB else 'pairs of papers'}")
     for split, figures in result.items():
         cut = ", ".join(f"{100 * share:.1f}% over {int(at):,}" for at, share in figures["cut_shares"].items())
@@ -208,6 +209,9 @@ def _convert_texts(args: argparse.Namespace) -> None:
             f"{100 * figures['majority_class']:.1f}%"
         )
     _print_rest(args.source, sum(figures["examples"] for figures in result.values()))
+    if args.source == AAN:
+        both = f"task=retrieval,length={2 * length + 2}"
+        print(f"train on it: --config=configs/lra.py:{both}, which shows both papers whole")
 
 
 def _print_listops(out: str, what: str, result: Mapping[str, Any]) -> None:

@@ -21,10 +21,10 @@ def line(row):
     return "\t".join(row) + "\n"
 
 
-def write_release(root):
+def write_release(root, copies=1):
     root.mkdir(parents=True)
     for name in NAMES.values():
-        (root / name).write_text("".join(map(line, ROWS)), encoding="utf-8")
+        (root / name).write_text("".join(map(line, ROWS)) * copies, encoding="utf-8")
     return root
 
 
@@ -61,7 +61,7 @@ def test_each_paper_is_cut_so_that_the_second_is_seen_and_the_share_of_cut_ones_
     write_release(tmp_path / "files")
     flags = ("--source=aan", f"--files={tmp_path}/files", f"--out={tmp_path}/out", "--length=18")
     status, said, _ = run(capsys, *flags)
-    assert status == 0 and "33.3% over 18" in said
+    assert status == 0 and "33.3% over 18" in said and "task=retrieval,length=38, which shows both papers" in said
     texts = [text for text, _ in pairs(tmp_path / "out", "test")]
     # the apostrophe has three bytes, of which the limit leaves one: it is dropped
     assert texts == [
