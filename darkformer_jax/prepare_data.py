@@ -160,6 +160,13 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--seed={args.seed}: must be from 0 to {2**32 - 1}")
 
 
+def _directory(args: argparse.Namespace) -> str:
+    """What --files names. Raises UserError without it."""
+    if not args.files:
+        raise UserError(f"--source={args.source} needs --files=<the directory of its files>")
+    return local_path(args.files)
+
+
 def _make_listops(args: argparse.Namespace) -> None:
     seed = args.seed or 0
     result = write_listops(args.out, LISTOPS_SCALES[args.scale or "paper"], seed, progress_bar)
@@ -192,9 +199,7 @@ def _print_rest(name: str, found: int) -> None:
 
 
 def _convert_texts(args: argparse.Namespace) -> None:
-    if not args.files:
-        raise UserError(f"--source={args.source} needs --files=<the directory of its files>")
-    files = local_path(args.files)
+    files = _directory(args)
     length = LENGTH if args.length is None else args.length
     if args.source == IMDB:
         result = write_imdb(args.out, files, progress_bar)
@@ -225,9 +230,7 @@ def _print_listops(out: str, what: str, result: Mapping[str, Any]) -> None:
 
 
 def _convert_images(args: argparse.Namespace) -> None:
-    if not args.files:
-        raise UserError(f"--source={args.source} needs --files=<the directory of its files>")
-    result = write_images(args.out, READERS[args.source](local_path(args.files)), args.side, progress_bar)
+    result = write_images(args.out, READERS[args.source](_directory(args)), args.side, progress_bar)
     _print_images(args.out, args.source, result)
 
 
