@@ -21,6 +21,7 @@ CORE = [
     "numpy>=2.1",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
+    "pillow>=11",  # PNG images; matplotlib has it, too
     "safetensors>=0.8",
     "scikit-learn>=1.7",  # figures of classifiers, and the baseline beside them
     "scipy>=1.15",

@@ -7,8 +7,8 @@
 Both passes over the text (training a tokenizer, tokenising) use bounded memory. The directory appears when it is
 complete.
 
-Benchmarks for configs/lra.py and configs/glue.py: ListOps and Pathfinder, made from a seed; images as sequences of
-pixels; GLUE.
+Benchmarks for configs/lra.py and configs/glue.py: ListOps and Pathfinder, made from a seed or as published
+(lra_release); reviews (imdb); pairs of papers (aan); images as sequences of pixels; GLUE.
 
     python -m darkformer_jax.prepare_data --source=listops --scale=small --out=data/listops
     python -m darkformer_jax.prepare_data --source=pathfinder --scale=32 --images=20000 --out=data/pathfinder
@@ -26,22 +26,28 @@ from absl import app
 
 from darkformer_jax.cli.parser import Parser, one_line_errors, whole
 from darkformer_jax.cli.progress import progress_bar
+from darkformer_jax.data.aan import LENGTH, write_aan
 from darkformer_jax.data.files import local_path
 from darkformer_jax.data.glue import GLUE_TASKS, write_glue
 from darkformer_jax.data.images import READERS, write_images
+from darkformer_jax.data.imdb import write_imdb
 from darkformer_jax.data.listops import SCALES as LISTOPS_SCALES
 from darkformer_jax.data.listops import write_listops
+from darkformer_jax.data.lra_release import LISTOPS_LENGTH, write_listops_release
 from darkformer_jax.data.pathfinder import NUM_IMAGES, write_pathfinder
 from darkformer_jax.data.pathfinder import SCALES as PATHFINDER_SCALES
+from darkformer_jax.data.pathfinder_images import HARD, LEVELS, SIDES, write_pathfinder_release
 from darkformer_jax.data.prepared import DEFAULT_SHARD_TOKENS, SPLITS, prepare
 from darkformer_jax.data.sources import CORPUS_SOURCES
 from darkformer_jax.data.text_files import TEXT_FIELD
 from darkformer_jax.errors import UserError
 
-LISTOPS, PATHFINDER, GLUE = "listops", "pathfinder", "glue"
+LISTOPS, PATHFINDER, LRA, IMDB, AAN, GLUE = "listops", "pathfinder", "lra_release", "imdb", "aan", "glue"
+_RELEASED = {LISTOPS: 100_000, **dict.fromkeys(SIDES, 200_000), IMDB: 50_000, AAN: 182_613}  # examples in all
+_TASKS = {LRA: (LISTOPS, *SIDES), GLUE: tuple(GLUE_TASKS)}
 _SCALES = {LISTOPS: tuple(LISTOPS_SCALES), PATHFINDER: tuple(PATHFINDER_SCALES)}
 _USED_BY = {
-    "files": ("text", "news", *READERS, GLUE),
+    "files": ("text", "news", *READERS, IMDB, AAN, *_TASKS),
     "text_field": ("text",),
     "tokenizer": CORPUS_SOURCES,
     "heldout_fraction": CORPUS_SOURCES,
@@ -50,7 +56,9 @@ _USED_BY = {
     "seed": tuple(_SCALES),
     "images": (PATHFINDER,),
     "side": tuple(READERS),
-    "task": (GLUE,),
+    "task": tuple(_TASKS),
+    "level": (LRA,),
+    "length": (AAN,),
 }
 
 
@@ -60,9 +68,10 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--source",
         required=True,
-        choices=(*CORPUS_SOURCES, LISTOPS, PATHFINDER, *READERS, GLUE),
+        choices=(*CORPUS_SOURCES, LISTOPS, PATHFINDER, *READERS, IMDB, AAN, *_TASKS),
         help="listops, pathfinder: made from --seed; fashion_mnist (IDX files, also MNIST's) and "
-        "cifar10 (binary version): images; glue: a --task; "
+        "cifar10 (binary or Python version): images; imdb (aclImdb): reviews; aan (new_aan_pairs.*.tsv): pairs of "
+        "papers; lra_release (the archive of Long Range Arena), glue: a --task; "
         "text: .txt, .md (one document per file), .jsonl and .parquet (one per line or row, in --text_field); "
         "news: the One Billion Word release (one per line); stdlib: the Python standard library",
     )
@@ -103,7 +112,15 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--side", type=whole, help="images: pixels per row, each the mean of a square (default: as many as there are)"
     )
-    parser.add_argument("--task", choices=GLUE_TASKS, help="glue: which of its tasks")
+    parser.add_argument(
+        "--task",
+        choices=tuple(itertools.chain.from_iterable(_TASKS.values())),
+        help=f"lra_release ({', '.join(_TASKS[LRA])}), glue (the others): which of its tasks",
+    )
+    parser.add_argument(
+        "--length", type=whole, help=f"aan: bytes of each of the two papers that are kept (default: {LENGTH})"
+    )
+    parser.add_argument("--level", choices=LEVELS, help=f"pathfinder of lra_release: its level (default: {HARD})")
     return parser.parse_args(argv[1:])
 
 
@@ -117,6 +134,10 @@ def main(args: argparse.Namespace) -> None:
             _make_pathfinder(args)
         elif args.source in READERS:
             _convert_images(args)
+        elif args.source == LRA:
+            _convert_lra(args)
+        elif args.source in (IMDB, AAN):
+            _convert_texts(args)
         elif args.source == GLUE:
             _convert_glue(args)
         else:
@@ -129,16 +150,77 @@ def _check_flags(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and args.source not in sources:
             raise UserError(f"--{name}={value}: --source={args.source} does not use it; allowed: {', '.join(sources)}")
-    if args.scale is not None and args.scale not in (scales := _SCALES[args.source]):
-        raise UserError(f"--scale={args.scale}: --source={args.source} has: {', '.join(scales)}")
+    for name, allowed in (("scale", _SCALES), ("task", _TASKS)):
+        value = getattr(args, name)
+        if value is not None and value not in (own := allowed[args.source]):
+            raise UserError(f"--{name}={value}: --source={args.source} has: {', '.join(own)}")
+    if args.level is not None and args.task not in SIDES:
+        raise UserError(f"--level={args.level}: --task={args.task} has no levels; allowed: {', '.join(SIDES)}")
     if args.seed is not None and not 0 <= args.seed < 2**32:
         raise UserError(f"--seed={args.seed}: must be from 0 to {2**32 - 1}")
+
+
+def _directory(args: argparse.Namespace) -> str:
+    """What --files names. Raises UserError without it."""
+    if not args.files:
+        raise UserError(f"--source={args.source} needs --files=<the directory of its files>")
+    return local_path(args.files)
 
 
 def _make_listops(args: argparse.Namespace) -> None:
     seed = args.seed or 0
     result = write_listops(args.out, LISTOPS_SCALES[args.scale or "paper"], seed, progress_bar)
-    print(f"{args.out}: ListOps, seed {seed}")
+    _print_listops(args.out, f"ListOps, seed {seed}", result)
+
+
+def _convert_lra(args: argparse.Namespace) -> None:
+    if not args.files or args.task is None:
+        raise UserError(f"--source={LRA} needs --task and --files=<the directory of the archive>")
+    files = local_path(args.files)
+    if args.task == LISTOPS:
+        result = write_listops_release(args.out, files, progress_bar)
+        _print_listops(args.out, "ListOps of Long Range Arena", result)
+        cut = max(figures["cut_share"] for figures in result.values())
+        print(f"  at {LISTOPS_LENGTH:,} tokens, up to {100 * cut:.1f}% of a split's expressions are cut")
+        _print_rest(LISTOPS, sum(figures["expressions"] for figures in result.values()))
+        return
+    level = args.level or HARD
+    result = write_pathfinder_release(args.out, files, args.task, level, progress_bar)
+    source = result.pop("source")
+    _print_images(args.out, f"{args.task}, {level}, from {source['directory']}", result)
+    if source["left_out"]:
+        print(f"  left out, because it is empty: {', '.join(source['left_out'])}")
+    _print_rest(args.task, sum(figures["images"] for figures in result.values()) + len(source["left_out"]))
+
+
+def _print_rest(name: str, found: int) -> None:
+    if found != _RELEASED[name]:
+        print(f"  these are {found:,} examples, but {_RELEASED[name]:,} were published")
+
+
+def _convert_texts(args: argparse.Namespace) -> None:
+    files = _directory(args)
+    length = LENGTH if args.length is None else args.length
+    if args.source == IMDB:
+        result = write_imdb(args.out, files, progress_bar)
+    else:
+        result = write_aan(args.out, files, length, progress_bar)
+    print(f"{args.out}: {'reviews' if args.source == IMDB else 'pairs of papers'}")
+    for split, figures in result.items():
+        cut = ", ".join(f"{100 * share:.1f}% over {int(at):,}" for at, share in figures["cut_shares"].items())
+        print(
+            f"  {split:5s} {figures['examples']:>7,} examples; bytes of a text: {figures['shortest_bytes']:,} to "
+            f"{figures['longest_bytes']:,}, median {figures['median_bytes']:,}, {cut}; the most frequent class has "
+            f"{100 * figures['majority_class']:.1f}%"
+        )
+    _print_rest(args.source, sum(figures["examples"] for figures in result.values()))
+    if args.source == AAN:
+        both = f"task=retrieval,length={2 * length + 2}"
+        print(f"train on it: --config=configs/lra.py:{both}, which shows both papers whole")
+
+
+def _print_listops(out: str, what: str, result: Mapping[str, Any]) -> None:
+    print(f"{out}: {what}")
     for split, figures in result.items():
         print(
             f"  {split:5s} {figures['expressions']:>7,} expressions of {figures['shortest']:,} to "
@@ -148,9 +230,7 @@ def _make_listops(args: argparse.Namespace) -> None:
 
 
 def _convert_images(args: argparse.Namespace) -> None:
-    if not args.files:
-        raise UserError(f"--source={args.source} needs --files=<the directory of its files>")
-    result = write_images(args.out, READERS[args.source](local_path(args.files)), args.side, progress_bar)
+    result = write_images(args.out, READERS[args.source](_directory(args)), args.side, progress_bar)
     _print_images(args.out, args.source, result)
 
 

@@ -13,7 +13,9 @@ from darkformer_jax import evaluate
 from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.config.usage import require_new_uses
 from darkformer_jax.config.validation import validate
+from darkformer_jax.data.aan import write_aan
 from darkformer_jax.data.images import Images, write_images
+from darkformer_jax.data.imdb import write_imdb
 from darkformer_jax.data.listops import Scale, listops_tokenizer, write_listops
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
@@ -23,6 +25,7 @@ from darkformer_jax.tasks.classification import Classification
 from darkformer_jax.tasks.language_model import LanguageModel
 from darkformer_jax.training.experiment import Experiment
 from darkformer_jax.training.init_from import initialize_from
+from tests.data import test_aan, test_imdb
 from tests.tiny_runs import metrics_without_time, run
 
 pytestmark = pytest.mark.standard_promotion
@@ -32,13 +35,17 @@ TINY = Scale(4, 4, 4, 30, {"train": 60, "val": 20, "test": 20})
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Tiny files of a task that reads words, and of one that reads pixels, by the task's name."""
+    """Tiny files of a task that reads words, of one that reads pixels and of those that read bytes, by task."""
     directory = tmp_path_factory.mktemp("lra")
     write_listops(str(directory / "listops"), TINY, seed=0)
     rng = np.random.default_rng(0)
     images = [Images(rng.integers(0, 256, (n, 4, 4), np.uint8), (np.arange(n) % 3).astype(np.uint8)) for n in (60, 5)]
     write_images(str(directory / "fashion_mnist"), (images[0], images[1]), None)
-    return {name: directory / name for name in ("listops", "fashion_mnist")}
+    test_imdb.write_release(directory, count=30)
+    write_imdb(str(directory / "text"), str(directory))
+    test_aan.write_release(directory / "pairs", copies=20)
+    write_aan(str(directory / "retrieval"), str(directory / "pairs"), length=15)
+    return {name: directory / name for name in ("listops", "fashion_mnist", "text", "retrieval")}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +79,7 @@ def test_a_test_figure_is_the_same_bit_for_bit_in_another_process(listops, tmp_p
         assert here[name] == there[name]
 
 
-@pytest.mark.parametrize("task", ["listops", "fashion_mnist"])
+@pytest.mark.parametrize("task", ["listops", "fashion_mnist", "retrieval"])
 def test_a_classifier_begins_with_the_weights_of_its_pretraining_and_a_new_head(data, task, tmp_path):
     pretraining = tiny(f"task={task},files={data[task]},pretrain=next_token")
     run(pretraining, tmp_path / "pretrained")
@@ -103,6 +110,21 @@ def test_pretraining_reads_the_training_texts_alone_and_is_judged_on_the_validat
         documents = np.split(tokens, np.flatnonzero(is_start)[1:])
         wanted = texts(listops / f"basic_{split}.tsv")
         assert [document[1:].tolist() for document in documents] == [tokenizer.encode(text) for text in wanted]
+
+
+@pytest.mark.parametrize(("task", "longest"), [("text", 1001), ("retrieval", 2002)])
+def test_texts_are_rows_of_bytes_and_only_longer_reviews_are_cut(data, task, longest, tmp_path):
+    config = lra.get_config(f"task={task},files={data[task]}")
+    loaded = Classification.load(config, Workdir(tmp_path / "run"))
+    assert loaded.tokenizer.vocab_size == 257 and config.sequence_length == longest
+    examples = [json.loads(line) for line in (data[task] / "train.jsonl").read_text().splitlines()]
+    texts = [example[config.task.text_column].encode() for example in examples]
+    is_longer = [1 + len(text) > longest for text in texts]
+    assert any(is_longer) == (task == "text") and loaded.train.cut_share == np.mean(is_longer)
+    batch = loaded.train.read(np.arange(len(texts)))
+    for row, text in zip(batch["inputs"], texts, strict=True):
+        wanted = [256, *text][:longest]
+        assert row[: len(wanted)].tolist() == wanted
 
 
 @pytest.mark.parametrize(
@@ -140,6 +162,9 @@ def test_every_mechanism_that_sees_both_sides_has_the_same_model_around_it(task,
     [
         ("listops", (4, 512, 8, 512, 1024), (32, 5000, 1000, 1.6e-3, 0.1)),
         ("cifar10", (1, 128, 8, 64, 128), (256, 35_000, 175, 5e-4, 0.0)),
+        ("pathfinder", (1, 128, 8, 64, 128), (512, 62_400, 312, 1e-3, 0.0)),
+        ("text", (4, 256, 4, 256, 1024), (32, 20_000, 8000, 5.6e-4, 0.1)),
+        ("retrieval", (4, 128, 4, 128, 512), (32, 5000, 1250, 3.5e-4, 0.1)),
     ],
 )
 def test_scale_paper_has_the_sizes_of_the_official_code(task, sizes, recipe):

@@ -6,7 +6,8 @@ files train.tsv, val.tsv and test.tsv have the columns `pixels` and `label`; tok
 brightness.
 
 fashion_mnist  the files *-images-idx3-ubyte.gz and *-labels-idx1-ubyte.gz of Fashion-MNIST, or of MNIST (IDX format)
-cifar10        data_batch_1.bin to data_batch_5.bin and test_batch.bin, the binary version of CIFAR-10
+cifar10        data_batch_1.bin to data_batch_5.bin and test_batch.bin, the binary version of CIFAR-10; or the same
+               names without .bin, its Python version
 """
 
 import gzip
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tokenizers as hf
 
+from darkformer_jax.data.cifar_pickles import read_cifar_pickle
 from darkformer_jax.data.files import read_file, whole_directory, write_json
 from darkformer_jax.data.progress import ProgressBar, no_progress
 from darkformer_jax.data.tokenizers import DOCUMENT_SEPARATOR, HuggingFaceTokenizer
@@ -48,10 +50,23 @@ def read_fashion_mnist(directory: str) -> tuple[Images, Images]:
 
 
 def read_cifar10(directory: str) -> tuple[Images, Images]:
-    """(training, test) images of 32 x 32 in grey. Raises UserError for a file that is missing or damaged."""
-    batches = [_read_cifar_batch(directory, f"data_batch_{number}.bin") for number in range(1, 6)]
-    training = Images(*(np.concatenate(parts) for parts in zip(*batches, strict=True)))
-    return training, _read_cifar_batch(directory, "test_batch.bin")
+    """(training, test) images of 32 x 32 in grey, of the binary version if a file of it is there, else of the other.
+
+    Raises UserError for a file that is missing or damaged.
+    """
+    names = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
+    binary = [os.path.join(directory, f"{name}.bin") for name in names]
+    pickled = [os.path.join(directory, name) for name in names]
+    is_pickled = any(map(os.path.isfile, pickled)) and not any(map(os.path.isfile, binary))
+    paths, read = (pickled, _read_pickled_batch) if is_pickled else (binary, _read_cifar_batch)
+    for path in paths:
+        if not os.path.isfile(path):
+            raise UserError(
+                f"{path} is missing; --files is the directory of the binary version of CIFAR-10 "
+                "(cifar-10-batches-bin), or of its Python version (cifar-10-batches-py)"
+            )
+    *batches, test = map(read, paths)
+    return Images(*(np.concatenate(parts) for parts in zip(*batches, strict=True))), test
 
 
 READERS: dict[str, Callable[[str], tuple[Images, Images]]] = {
@@ -90,9 +105,16 @@ def write_images(
 
 
 def write_splits(
-    directory: str, splits: Mapping[str, Iterable[Images]], num_images: int, progress_bar: ProgressBar
+    directory: str,
+    splits: Mapping[str, Iterable[Images]],
+    num_images: int,
+    progress_bar: ProgressBar,
+    source: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """`write_images` for splits that come in pieces. num_images: in all, for the progress bar."""
+    """`write_images` for splits that come in pieces.
+
+    num_images: in all, for the progress bar. source: where they are from; statistics.json has it under this name.
+    """
     result: dict[str, Any] = {}
     with whole_directory(directory) as path, progress_bar(num_images, "image") as bar:
         for split, pieces in splits.items():
@@ -106,6 +128,8 @@ def write_splits(
                     bar.update(len(images.labels))
             shares = {str(label): counts[label] / counts.total() for label in sorted(counts)}
             result[split] = {"images": counts.total(), "pixels": num_pixels, "shares": shares}
+        if source is not None:
+            result["source"] = source
         pixel_tokenizer().save(str(path))
         write_json(path / "statistics.json", result)
     return result
@@ -177,13 +201,8 @@ def _read_idx(path: Path, num_axes: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=head).reshape(shape)
 
 
-def _read_cifar_batch(directory: str, name: str) -> Images:
-    """Records of a label and the red, green and blue values of 32 x 32 pixels, plane by plane."""
-    path = os.path.join(directory, name)
-    if not os.path.isfile(path):
-        raise UserError(
-            f"{path} is missing; --files is the directory of the binary version of CIFAR-10 (cifar-10-batches-bin)"
-        )
+def _read_cifar_batch(path: str) -> Images:
+    """Records of a label and the values of an image."""
     record = 1 + 3 * _CIFAR_SIDE**2
     data = np.frombuffer(read_file(path), np.uint8)
     if not len(data) or len(data) % record:
@@ -192,9 +211,19 @@ def _read_cifar_batch(directory: str, name: str) -> Images:
     labels = rows[:, 0]
     if labels.max() > 9:
         raise UserError(f"{path}: record {int(labels.argmax())} has the class {labels.max()}; allowed: 0 to 9")
-    planes = rows[:, 1:].reshape(-1, 3, _CIFAR_SIDE, _CIFAR_SIDE)
-    grey = np.empty((len(rows), _CIFAR_SIDE, _CIFAR_SIDE), np.uint8)
-    for begin in range(0, len(rows), _AT_ONCE):  # floating-point copies of all images would take a gigabyte
+    return Images(_grey(rows[:, 1:]), labels)
+
+
+def _read_pickled_batch(path: str) -> Images:
+    values, labels = read_cifar_pickle(path)
+    return Images(_grey(values), np.array(labels, np.uint8))
+
+
+def _grey(values: np.ndarray) -> np.ndarray:
+    """[n, 32, 32] of the red, green and blue values of images, plane by plane: [n, 3072]."""
+    planes = values.reshape(-1, 3, _CIFAR_SIDE, _CIFAR_SIDE)
+    grey = np.empty((len(planes), _CIFAR_SIDE, _CIFAR_SIDE), np.uint8)
+    for begin in range(0, len(planes), _AT_ONCE):  # floating-point copies of all images would take a gigabyte
         some = slice(begin, begin + _AT_ONCE)
         grey[some] = np.rint(np.tensordot(planes[some], _GREY, axes=(1, 0)))
-    return Images(grey, labels)
+    return grey

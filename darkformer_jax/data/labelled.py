@@ -119,7 +119,7 @@ def _records(path: str, columns: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """(`file:line`, record) of a file. columns: what a record must have, first a text's."""
     records: Iterable[tuple[int, Any]]
     if path.endswith(_TABLE_SUFFIXES):
-        records = _table_records(path, columns)
+        records = table_records(path, columns)
     elif path.endswith(parquet_files.SUFFIX):
         parquet_files.require_pyarrow(path)
         option = "task.text_column or task.label_column"
@@ -129,8 +129,11 @@ def _records(path: str, columns: Sequence[str]) -> Iterator[tuple[str, Any]]:
     return ((f"{path}:{line}", record) for line, record in records)
 
 
-def _table_records(path: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line, field by column) of each record of a .tsv or .csv file."""
+def table_records(path: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line, field by column) of each record of a .tsv or .csv file; a field that a record lacks is not there.
+
+    Raises UserError if a column is missing or there twice, or a record is none.
+    """
     csv.field_size_limit(_MAX_FIELD_CHARACTERS)
     lines = (line + "\n" for _, line in read_lines(path))
     if path.removesuffix(".gz").endswith(".tsv"):
@@ -323,13 +326,16 @@ class LabelledRows:
         for begin in range(0, len(self.texts), _ENCODED_AT_ONCE):
             for ids in tokenizer.encode_batch(self.texts[begin : begin + _ENCODED_AT_ONCE]):
                 prefix = [tokenizer.bos_id] if tokenizer.adds_bos or not len(ids) else []
-                rows.append(np.concatenate([np.array(prefix, np.int32), ids[: sequence_length - len(prefix)]]))
+                kept = ids[: sequence_length - len(prefix)].astype(np.int32)  # ids may be uint32: together, int64
+                rows.append(np.concatenate([np.array(prefix, np.int32), kept]))
                 num_tokens.append(len(prefix) + len(ids))
         self.num_tokens = np.array(num_tokens)
-        self._tokens = np.concatenate(rows).astype(np.int32)
+        self._tokens = np.concatenate(rows)
         self._ends = np.cumsum([len(row) for row in rows])
-        content = self._tokens.tobytes() + self._ends.astype(np.int64).tobytes() + labels.tobytes()
-        self.fingerprint = hashlib.sha256(content).hexdigest()
+        digest = hashlib.sha256(self._tokens.data)  # without a copy: there may be gigabytes
+        digest.update(self._ends.astype(np.int64).data)
+        digest.update(labels.tobytes())
+        self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.texts)

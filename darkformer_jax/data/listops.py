@@ -13,7 +13,7 @@ symbol and drops the parentheses, which say nothing that the brackets do not.
 import random
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,7 +128,7 @@ def write_listops(directory: str, scale: Scale, seed: int, progress_bar: Progres
                 drawn.append(next(expressions))
                 bar.update()
             _write_split(path / f"basic_{split}.tsv", drawn)
-            result[split] = _statistics(drawn)
+            result[split] = statistics_of([len(e.symbols) for e in drawn], [e.value for e in drawn])
         listops_tokenizer().save(str(path))
         write_json(path / "statistics.json", result)
     return result
@@ -151,15 +151,16 @@ def _write_split(path: Path, expressions: list[Expression]) -> None:
     path.write_text(f"{TEXT_COLUMN}\t{LABEL_COLUMN}\n{rows}", encoding="ascii")
 
 
-def _statistics(expressions: list[Expression]) -> dict[str, Any]:
-    lengths = sorted(len(expression.symbols) for expression in expressions)
-    counts = Counter(expression.value for expression in expressions)
-    shares = {str(value): counts[value] / len(expressions) for value in range(10)}
+def statistics_of(lengths: Sequence[int], values: Sequence[int]) -> dict[str, Any]:
+    """What statistics.json has of a split. lengths: symbols of each expression."""
+    ordered = sorted(lengths)
+    counts = Counter(values)
+    shares = {str(value): counts[value] / len(values) for value in range(10)}
     return {
-        "expressions": len(expressions),
-        "shortest": lengths[0],
-        "median": int(statistics.median(lengths)),
-        "longest": lengths[-1],
+        "expressions": len(values),
+        "shortest": ordered[0],
+        "median": int(statistics.median(ordered)),
+        "longest": ordered[-1],
         "majority_class": max(shares.values()),
         "shares": shares,
     }

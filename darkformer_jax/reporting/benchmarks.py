@@ -1,8 +1,8 @@
 """The table of a benchmark: the metric on validation and test, best and last, beside what others published.
 
 A set of runs belongs to a benchmark if its files have the names that `prepare_data` gives them: Long Range Arena's
-basic_train.tsv, a directory fashion_mnist, cifar10 or pathfinder with train.tsv, a directory of a task of GLUE with
-train.jsonl.
+basic_train.tsv, a directory fashion_mnist, cifar10, pathfinder or lra_pathfinder32 with train.tsv, train.jsonl with the
+columns of IMDb's reviews or of pairs of papers, a directory of a task of GLUE with train.jsonl.
 
 Test figures are those that `evaluate --json` wrote into the workdir as test*.json, each of one checkpoint.
 """
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from darkformer_jax.config.specs import model_spec
 from darkformer_jax.config.validation import from_json
-from darkformer_jax.data import images, listops
+from darkformer_jax.data import aan, images, imdb, listops, text_sets
 from darkformer_jax.data.files import read_json_object
 from darkformer_jax.data.glue import GLUE_TASKS
 from darkformer_jax.errors import UserError
@@ -56,10 +56,25 @@ BENCHMARKS = {
     "listops": Benchmark("ListOps of Long Range Arena", "accuracy", "heldout_accuracy"),
     "cifar10": Benchmark("CIFAR-10 as sequences of pixels, of Long Range Arena", "accuracy", "heldout_accuracy"),
     "pathfinder": Benchmark("Pathfinder, generated here", "accuracy", "heldout_accuracy"),
+    "lra_pathfinder32": Benchmark("Pathfinder of Long Range Arena", "accuracy", "heldout_accuracy"),
+    "lra_pathfinder128": Benchmark("Path-X of Long Range Arena", "accuracy", "heldout_accuracy"),
+    "text": Benchmark("Text (IMDb's reviews as bytes) of Long Range Arena", "accuracy", "heldout_accuracy"),
+    "retrieval": Benchmark(
+        "Retrieval of Long Range Arena: a pair of papers as one text of bytes, by others as two",
+        *("accuracy", "heldout_accuracy"),
+    ),
     "fashion_mnist": Benchmark("Fashion-MNIST as sequences of pixels", "accuracy", "heldout_accuracy"),
 } | {
     name: Benchmark(f"{task.directory} of GLUE", task.metric, _FIGURES[task.metric])
     for name, task in GLUE_TASKS.items()
+}
+
+
+_PIXELS = (*images.READERS, "pathfinder", "lra_pathfinder32", "lra_pathfinder128")
+_OF_COLUMNS = {  # (file, its columns)
+    ("basic_train.tsv", (listops.TEXT_COLUMN, listops.LABEL_COLUMN)): "listops",
+    ("train.jsonl", (imdb.TEXT_COLUMN, text_sets.LABEL_COLUMN)): "text",
+    ("train.jsonl", (aan.TEXT_COLUMN, text_sets.LABEL_COLUMN)): "retrieval",
 }
 
 
@@ -129,10 +144,10 @@ def benchmark_of(files: str, task: Mapping[str, Any]) -> str | None:
     name = os.path.basename(directory)
     if task["name"] == "language_model":
         return None
-    if (file, columns) == ("basic_train.tsv", (listops.TEXT_COLUMN, listops.LABEL_COLUMN)):
-        return "listops"
+    if known := _OF_COLUMNS.get((file, columns)):
+        return known
     if (file, columns) == ("train.tsv", (images.TEXT_COLUMN, images.LABEL_COLUMN)):
-        return name if name in (*images.READERS, "pathfinder") else None
+        return name if name in _PIXELS else None
     return name if file == "train.jsonl" and name in GLUE_TASKS else None
 
 

@@ -23,7 +23,9 @@ class Published(NamedTuple):
 
 _LRA = Source(
     "README of google-research/long-range-arena (arXiv 2011.04006)",
-    "ListOps: 4 layers of width 512, 5,000 steps of 32; CIFAR-10: 1 layer of width 128, 35,000 steps of 256",
+    "ListOps: 4 layers of width 512, 5,000 steps of 32; CIFAR-10: 1 layer of width 128, 35,000 steps of 256; Text: 4 "
+    "layers of width 256, 20,000 steps of 32; Retrieval: 4 layers of width 128, 5,000 steps of 32; Pathfinder: models "
+    "of several sizes, 62,400 steps of 512",
 )
 _NYSTROM = Source("img/LRA.png in mlpen/Nystromformer", "2 layers of width 64, 2 heads; CIFAR-10: 35,000 steps")
 _XFORMERS = Source("BENCHMARKS.md of facebookresearch/xformers", "2 layers, one setting for all tasks")
@@ -137,4 +139,43 @@ PUBLISHED: dict[str, tuple[Published, ...]] = {  # by the benchmark's name
         Published("LION-LIT", 63.5, _LION_GLUE),
     ),
     "wnli": (Published("BERT base", 56.34, _BERT),),
+}
+
+# Figures of Text, Retrieval, Pathfinder (32 pixels per row) and Path-X; None = not published, or chance.
+_MORE_OF_LONG_RANGE_ARENA: tuple[tuple[str, Source, tuple[float | None, ...]], ...] = (
+    ("Transformer", _LRA, (64.27, 57.46, 71.40, None)),
+    ("Performer", _LRA, (65.40, 53.82, 77.05, None)),
+    ("Linear Transformer", _LRA, (65.90, 53.09, 75.30, None)),
+    ("Linformer", _LRA, (53.94, 52.27, 76.34, None)),
+    ("Reformer", _LRA, (56.10, 53.40, 68.50, None)),
+    ("BigBird", _LRA, (64.02, 59.29, 74.87, None)),
+    ("Transformer", _NYSTROM, (65.02, 79.35, 74.16, None)),
+    ("Nystromformer", _NYSTROM, (65.52, 79.56, 70.94, None)),
+    ("Reformer", _NYSTROM, (64.88, 78.64, 69.36, None)),
+    ("Linformer", _NYSTROM, (55.91, 79.37, 67.60, None)),
+    ("Performer", _NYSTROM, (63.81, 78.62, 69.87, None)),
+    ("Transformer", _XFORMERS, (62.66, 79.24, 70.37, None)),
+    ("Nystromformer, 128 landmarks", _XFORMERS, (63.24, 78.18, 67.49, None)),
+    ("Performer, m 256", _XFORMERS, (62.76, 81.1, 67.23, None)),
+    ("Linformer", _XFORMERS, (57.39, 76.41, 65.12, None)),
+    ("S4", _S4, (86.82, 90.90, 94.20, 96.35)),
+    ("S5", _S5, (89.31, 91.40, 95.33, 98.58)),
+    ("LRU", _LRU, (89.4, 89.9, 95.1, 94.2)),
+    ("MEGA", _MEGA, (90.43, 91.25, 96.01, 97.98)),
+    ("MEGA-chunk", _MEGA, (90.19, 90.97, 94.41, 93.81)),
+    ("Mamba", _METALA, (82.98, 72.14, 69.26, 67.32)),
+    ("Mamba", _XLSTM, (None, 90.2, 99.2, None)),
+    ("Mamba", _MLRA, (81.27, 86.51, 74.17, None)),
+    ("Transformer, rotary positions", _MLRA, (65.79, 74.30, 68.44, None)),
+    ("Transformer, rotary positions", _AMOS, (79.08, 82.31, 76.64, 84.72)),
+    (_SELF_PRETRAINED, _AMOS_PRETRAINED, (88.81, 90.38, 88.49, 88.05)),
+    ("LION-LIT, linear attention", _LION, (65.21, 54.00, 72.78, None)),
+)
+PUBLISHED |= {
+    name: tuple(
+        Published(model, figure, source)
+        for model, source, figures in _MORE_OF_LONG_RANGE_ARENA
+        if (figure := figures[place]) is not None
+    )
+    for place, name in enumerate(("text", "retrieval", "lra_pathfinder32", "lra_pathfinder128"))
 }
