@@ -157,7 +157,7 @@ def test_the_config_takes_files_and_says_what_it_would_train(tmp_path, capsys):
     files = write_labelled(tmp_path / "mails.jsonl")
     dry_run(classify.get_config(f"files={files},attention=softmax,length=64,pooling=last"))
     shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert shown["classes"] == "2" and shown["layers"] == "2 x (softmax)" and shown["tokens/step"] == "1,024 = 16 x 64"
+    assert shown["classes"] == "2" and shown["layers"] == "2 x softmax" and shown["tokens/step"] == "1,024 = 16 x 64"
     assert classify.get_config(f"files={files},heldout={files}").task.heldout_files == files
     for text, value in (("False", False), ("true", True)):
         assert classify.get_config(f"causal={text}").model.causal is value

@@ -137,7 +137,9 @@ def find_files(files: str, suffixes: tuple[str, ...], source: str) -> list[str]:
 
 def _matching_files(patterns: Sequence[str], suffixes: tuple[str, ...], source: str) -> list[str]:
     if not patterns:
-        raise UserError(f"data files are not given; the {source} source needs globs of {', '.join(suffixes)}")
+        raise UserError(
+            f"data files are not given; data.files needs globs of {', '.join(suffixes)} for the {source} source"
+        )
     found: set[str] = set()
     for pattern in patterns:
         if os.path.isdir(pattern):

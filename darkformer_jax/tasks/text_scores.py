@@ -125,7 +125,7 @@ class TextScorer:
         loss = float(self._nll[chosen].sum()) / tokens
         if not math.isfinite(loss):
             raise UserError(f"the model's loss is {loss}: its weights are damaged, or a number overflowed")
-        tokens_per_byte = self.tokens.sum() / max(self.num_bytes, 1)
+        tokens_per_byte = float(self.tokens.sum()) / max(self.num_bytes, 1)
         return {
             "tokens": tokens,
             "loss": loss,

@@ -177,13 +177,14 @@ class Experiment:
         """The sizes of the experiment, which --dry_run prints."""
         spec = self.network.spec
         per_device = bytes_per_device(self.abstract, self.shardings)
+        kinds = ", ".join(mixer.kind for mixer in spec.pattern)
         rows = (
             ("parameters", f"{self.num_params:,}"),
             ("trained", f"{self.num_trained:,} (optimizer.train = {self.config.optimizer.train!r})"),
             ("state", f"{self.state_bytes / 2**20:,.1f} MiB, of which {per_device / 2**20:,.1f} MiB per device"),
             ("tokens/step", f"{self.tokens_per_step:,} = {self.config.batch_size} x {self.config.sequence_length}"),
             ("FLOPs/step", f"{self.step_flops:.3e}"),
-            ("layers", f"{spec.num_layers} x ({', '.join(mixer.kind for mixer in spec.pattern)})"),
+            ("layers", f"{spec.num_layers}{', in turn ' if len(spec.pattern) > 1 else ' x '}{kinds}"),
             ("vocabulary", f"{spec.vocab_size:,}"),
             *self.objective.describe().items(),
             ("mesh", ", ".join(f"{name}={size}" for name, size in self.mesh.shape.items())),

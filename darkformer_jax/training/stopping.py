@@ -97,7 +97,8 @@ class StopSignals:
 class _Watchdog:
     """Ends the process where a handler cannot: Python runs handlers between two instructions of the main thread.
 
-    That thread may wait in jax for ever. So another one reads the signals' numbers, which Python writes to a socket.
+    That thread may wait in jax, for minutes or for ever. So another one reads the signals' numbers, which Python writes
+    to a socket, and answers the first signal in words.
     """
 
     def __init__(self) -> None:
@@ -130,11 +131,14 @@ class _Watchdog:
             self._longest = max(self._longest, time.monotonic() - began)
 
     def _run(self) -> None:
-        first, came = 0, 0.0
+        first, came, is_answered = 0, 0.0, False
         while True:
             try:
                 number = self._numbers.recv(1)
             except TimeoutError:
+                if not is_answered:  # compiling takes minutes, in which nothing else would answer
+                    is_answered = True
+                    _answer(first)
                 patience = max(_STEP_SECONDS, _TIMES_LONGEST * self._longest)
                 began = self._began
                 if began is not None and time.monotonic() - max(began, came) > patience:
@@ -156,6 +160,12 @@ def _end(signum: int, why: str) -> None:
     processes.end_at_once(
         f"{_name(signum)}: {why}; the same command resumes from the last checkpoint, if any", 128 + signum
     )
+
+
+def _answer(signum: int) -> None:
+    words = f"\n{_name(signum)}: the run ends after this step and saves it; a second signal ends it at once\n"
+    with contextlib.suppress(OSError):  # of a terminal that is closed
+        os.write(2, words.encode())  # not through sys.stderr, whose lock the main thread may hold
 
 
 def _name(signum: int) -> str:

@@ -92,7 +92,9 @@ def test_a_step_that_never_ends_is_ended_by_a_signal(tmp_path, seconds, first_st
         time.sleep(0.7)  # two at the same time are one
     ended = child.wait_or_kill(30)
     assert ended.status == 128 + sent[-1]
-    assert ended.err == f"\nerror: {sent[-1].name}: {why}; the same command resumes from the last checkpoint, if any\n"
+    answered = f"\n{sent[0].name}: the run ends after this step and saves it; a second signal ends it at once\n"
+    ending = f"\nerror: {sent[-1].name}: {why}; the same command resumes from the last checkpoint, if any\n"
+    assert ended.err == answered + ending
 
 
 ON_A_TERMINAL = """
