@@ -12,6 +12,7 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.reporting.findings import collect
 from darkformer_jax.reporting.plots import pictures_of
 from darkformer_jax.reporting.themes import LIGHT
+from darkformer_jax.runs.manifest import write_manifest
 from tests.tiny_runs import tiny_config, write_workdir
 
 STEPS = 20
@@ -334,6 +335,38 @@ def test_a_benchmark_has_best_and_last_figures_of_validation_and_test(listops, t
     assert "### Published, not ours" in text and "(arXiv 2011.04006) | 18.01 |" in text
     assert "read at most\n512 tokens per sequence and trained 20 steps" in text
     assert "ListOps of Long Range Arena</h2>" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_evaluation_before_training_is_not_the_best_checkpoint(listops, tmp_path):
+    middle = STEPS // 2
+    write_listops_run(tmp_path / "run", (1.0, 2.0), (0.3, 0.2), "", listops, [(middle, 0.25)])
+    before = {"step": 0, "heldout_loss": 0.5, "heldout_accuracy": 0.9, "heldout_f1": 0.5, "heldout_matthews": 0.4}
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text(json.dumps(before) + "\n" + metrics.read_text())
+    (row,) = run_report(tmp_path / "run", tmp_path / "out")["benchmark"]["rows"]
+    assert row["best"]["mean"] == pytest.approx(30.0) and row["test_best"]["mean"] == pytest.approx(25.0)
+    assert "Of a run without checkpoints (1 here)" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_the_best_is_the_checkpoint_that_the_run_keeps_as_best(listops, tmp_path):
+    middle = STEPS // 2
+    tests = [(middle, 0.25), (STEPS, 0.15)]
+    write_listops_run(tmp_path / "run", (1.5, 1.0), (0.3, 0.2), "", listops, tests)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["eval"]["batches"] = 2
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "run" / "checkpoints").mkdir()
+    for step, loss in ((middle, 1.5), (STEPS, 1.6)):  # of both by the same two batches; step 20's line has all of them
+        manifest = tmp_path / "run" / "checkpoints" / f"{step}.sha256.json"
+        write_manifest(manifest, step, {}, {"heldout_loss": loss}, {})
+    (row,) = run_report(tmp_path / "run", tmp_path / "out")["benchmark"]["rows"]
+    assert row["best"]["mean"] == pytest.approx(30.0) and row["test_best"]["mean"] == pytest.approx(25.0)
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "cover eval.batches batches of the split" in text and "without checkpoints" not in text
+
+    write_manifest(tmp_path / "run" / "checkpoints" / "3.sha256.json", 3, {}, {"heldout_loss": 0.1}, {})
+    with pytest.raises(UserError, match="run has a best checkpoint, step 3, whose evaluation metrics.jsonl lacks"):
+        run_report(tmp_path / "run", tmp_path / "other")
 
 
 def test_two_test_files_of_one_checkpoint_and_foreign_ones_are_refused(listops, tmp_path):

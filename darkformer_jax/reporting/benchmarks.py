@@ -25,6 +25,8 @@ from darkformer_jax.reporting.facts import NOT_RECORDED, largest_memory, median_
 from darkformer_jax.reporting.published import PUBLISHED, Published
 from darkformer_jax.reporting.reported_runs import LOSS, ReportedRun
 from darkformer_jax.reporting.rows import Mean, Row
+from darkformer_jax.runs.checkpoints import best_step
+from darkformer_jax.runs.metrics import METRICS_FILE
 from darkformer_jax.runs.workdir import Workdir
 
 _STATISTICS_FILE = "statistics.json"  # of prepare_data, beside the data
@@ -68,7 +70,7 @@ class BenchmarkRow:
     """A row of the page's table and its figures, all in percent of the metric: means over the seeds.
 
     Attributes:
-      best: validation at the checkpoint with the lowest validation loss.
+      best: validation at the checkpoint with the lowest validation loss: see `_best_line`.
       last: validation after the last step.
       test_best, test_last: of the same checkpoints; None unless all seeds were tested.
       flops: forward, for one sequence of full length.
@@ -93,6 +95,8 @@ class BenchmarkTable:
       name: the key in BENCHMARKS.
       majority: the share in percent of the most frequent training class, in "validation" and "test", as far as known.
       lengths, steps: of the rows, each once: tokens per sequence, and training steps.
+      is_sampled: whether a run was evaluated on a part of the validation split (eval.batches) before its last step.
+      without_checkpoints: how many runs have no measured checkpoint left, so that metrics.jsonl alone tells the best.
     """
 
     name: str
@@ -100,6 +104,8 @@ class BenchmarkTable:
     majority: dict[str, float]
     lengths: list[int]
     steps: list[int]
+    is_sampled: bool
+    without_checkpoints: int
 
     @property
     def benchmark(self) -> Benchmark:
@@ -147,21 +153,29 @@ def benchmark_table(rows: Sequence[Row]) -> BenchmarkTable | None:
     if name is None or not all(BENCHMARKS[name].figure in row.figures for row in rows):
         return None
     figure = BENCHMARKS[name].figure
-    tests = {run.workdir: _test_results(run, figure) for row in rows for run in row.runs}
+    runs = [run for row in rows for run in row.runs]
+    tests = {run.workdir: _test_results(run, figure) for run in runs}
+    kept = {run.workdir: best_step(Workdir(run.workdir), LOSS) for run in runs}
     first = next(iter(configs.values()))
     return BenchmarkTable(
         name,
-        [_benchmark_row(row, figure, tests, configs[row.runs[0].workdir]) for row in rows],
+        [_benchmark_row(row, figure, tests, kept, configs[row.runs[0].workdir]) for row in rows],
         _majority(first["data"]["files"], first["task"]["heldout_files"]) if figure == "heldout_accuracy" else {},
         sorted({config["sequence_length"] for config in configs.values()}),
         sorted({config["num_steps"] for config in configs.values()}),
+        any(config["eval"]["batches"] for config in configs.values()),
+        list(kept.values()).count(None),
     )
 
 
 def _benchmark_row(
-    row: Row, figure: str, tests: Mapping[str, Mapping[int, float]], config: Mapping[str, Any]
+    row: Row,
+    figure: str,
+    tests: Mapping[str, Mapping[int, float]],
+    kept: Mapping[str, int | None],
+    config: Mapping[str, Any],
 ) -> BenchmarkRow:
-    best_lines = [best_line(run, figure) for run in row.runs]
+    best_lines = [_best_line(run, figure, kept[run.workdir]) for run in row.runs]
     last_steps = [run.final["step"] for run in row.runs]
     return BenchmarkRow(
         row,
@@ -176,10 +190,19 @@ def _benchmark_row(
     )
 
 
-def best_line(run: ReportedRun, figure: str) -> dict[str, Any]:
-    """The line of the evaluation with the lowest validation loss: that of the checkpoint that a run keeps as best."""
-    lines = [line for line in run.lines if line.get(LOSS) is not None and line.get(figure) is not None]
-    return min(lines, key=lambda line: line[LOSS])
+def _best_line(run: ReportedRun, figure: str, kept: int | None) -> dict[str, Any]:
+    """The evaluation of the checkpoint that the run keeps as best, `kept`; if None, the one with the lowest loss.
+
+    That of step 0, before training, is not one of them: a run does not save it. Raises UserError if metrics.jsonl lacks
+    the evaluation.
+    """
+    known = [line for line in run.lines if line["step"] and line.get(LOSS) is not None and line.get(figure) is not None]
+    lines = {line["step"]: line for line in known}
+    if kept is None:
+        return min(lines.values(), key=lambda line: (line[LOSS], -line["step"]))
+    if kept not in lines:
+        raise UserError(f"{run.workdir} has a best checkpoint, step {kept}, whose evaluation {METRICS_FILE} lacks")
+    return lines[kept]
 
 
 def _test_mean(row: Row, steps: Sequence[int], tests: Mapping[str, Mapping[int, float]]) -> Mean | None:
