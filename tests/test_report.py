@@ -295,7 +295,11 @@ def write_listops_run(workdir, losses, accuracies, arguments, data, tests=()):
     lines[0]["time"] = {"tokens_per_second": 1000.0, "host_memory_bytes": 3 * 2**29}
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for number, (step, accuracy) in enumerate(tests):
-        (workdir / f"test{number}.json").write_text(json.dumps({"step": step, "accuracy": accuracy}))
+        write_test_file(workdir / f"test{number}.json", step, accuracy, data / "basic_test.tsv")
+
+
+def write_test_file(path, step, accuracy, text):
+    path.write_text(json.dumps({"step": step, "accuracy": accuracy, "text": str(text)}))
 
 
 @pytest.fixture
@@ -377,6 +381,31 @@ def test_two_test_files_of_one_checkpoint_and_foreign_ones_are_refused(listops, 
     write_listops_run(tmp_path / "foreign", (1.0, 2.0), (0.3, 0.2), "", listops, [("last", 0.3)])
     with pytest.raises(UserError, match=r"foreign/test0.json is not what evaluate --json writes for this run"):
         run_report(tmp_path / "foreign", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("text", "is_there", "file", "field"),
+    [
+        ("data/basic_val.tsv", True, "basic_val.tsv", "task.heldout_files"),
+        ("data/basic_val.tsv", False, "basic_val.tsv", "task.heldout_files"),
+        ("data/../data/basic_train.tsv", False, "basic_train.tsv", "data.files"),
+        ("data/basic_t*.tsv", True, "basic_train.tsv", "data.files"),
+        ("data/basic_test.tsv,link/basic_val.tsv", True, "basic_val.tsv", "task.heldout_files"),
+    ],
+)
+def test_files_that_the_run_has_seen_are_no_test_split(listops, tmp_path, monkeypatch, text, is_there, file, field):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(listops)
+    for split in ("train", "val", "test"):
+        if is_there:
+            (listops / f"basic_{split}.tsv").touch()
+    write_listops_run(tmp_path / "run", (1.0, 2.0), (0.3, 0.2), "", listops)
+    write_test_file(tmp_path / "run" / "test.json", STEPS, 0.3, text)
+    message = f"run/test.json measured {listops}/{file}, which is of the run's {field} and so no test split; give it"
+    with pytest.raises(UserError, match=re.escape(message)):
+        run_report("run", "out")
+    write_test_file(tmp_path / "run" / "test.json", STEPS, 0.3, "data/basic_test.tsv")
+    assert run_report("run", "out")["benchmark"]["rows"][0]["test_last"]["mean"] == pytest.approx(30.0)
 
 
 def test_a_page_without_a_benchmark_names_none(tmp_path):

@@ -3,15 +3,12 @@
 A set of runs belongs to a benchmark if its files have the names that `prepare_data` gives them: Long Range Arena's
 basic_train.tsv, a directory fashion_mnist, cifar10 or pathfinder with train.tsv, a directory of a task of GLUE with
 train.jsonl.
-
-Test figures are those that `evaluate --json` wrote into the workdir as test*.json, each of one checkpoint.
 """
 
 import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from darkformer_jax.config.specs import model_spec
@@ -25,12 +22,12 @@ from darkformer_jax.reporting.facts import NOT_RECORDED, largest_memory, median_
 from darkformer_jax.reporting.published import PUBLISHED, Published
 from darkformer_jax.reporting.reported_runs import LOSS, ReportedRun
 from darkformer_jax.reporting.rows import Mean, Row
+from darkformer_jax.reporting.tested import tested_figures
 from darkformer_jax.runs.checkpoints import best_step
 from darkformer_jax.runs.metrics import METRICS_FILE
 from darkformer_jax.runs.workdir import Workdir
 
 _STATISTICS_FILE = "statistics.json"  # of prepare_data, beside the data
-_TEST_FILES = "test*.json"
 _ABSENT = "–"
 
 
@@ -145,7 +142,7 @@ def benchmark_of(files: str, task: Mapping[str, Any]) -> str | None:
 def benchmark_table(rows: Sequence[Row]) -> BenchmarkTable | None:
     """The table of finished rows; None if there are none, or they are of no benchmark or of several.
 
-    Raises UserError for a test*.json that `evaluate` did not write, or two of one checkpoint.
+    Raises UserError for a test*.json that `tested_figures` refuses.
     """
     configs = {run.workdir: Workdir(run.workdir).read_config() for row in rows for run in row.runs}
     names = {benchmark_of(config["data"]["files"], config["task"]) for config in configs.values()}
@@ -154,7 +151,8 @@ def benchmark_table(rows: Sequence[Row]) -> BenchmarkTable | None:
         return None
     figure = BENCHMARKS[name].figure
     runs = [run for row in rows for run in row.runs]
-    tests = {run.workdir: _test_results(run, figure) for run in runs}
+    name_in_tests = figure.removeprefix("heldout_")
+    tests = {run.workdir: tested_figures(run.workdir, configs[run.workdir], name_in_tests) for run in runs}
     kept = {run.workdir: best_step(Workdir(run.workdir), LOSS) for run in runs}
     first = next(iter(configs.values()))
     return BenchmarkTable(
@@ -209,20 +207,6 @@ def _test_mean(row: Row, steps: Sequence[int], tests: Mapping[str, Mapping[int, 
     found = [tests[run.workdir].get(step) for run, step in zip(row.runs, steps, strict=True)]
     known = [value for value in found if value is not None]
     return Mean.of([100 * value for value in known]) if len(known) == len(found) else None
-
-
-def _test_results(run: ReportedRun, figure: str) -> dict[int, float]:
-    """step -> the figure of the test file, of each checkpoint that was tested."""
-    results: dict[int, float] = {}
-    for path in sorted(Path(run.workdir).glob(_TEST_FILES)):
-        result = read_json_object(str(path))
-        step, value = result.get("step"), result.get(figure.removeprefix("heldout_"))
-        if type(step) is not int or not isinstance(value, int | float):
-            raise UserError(f"{path} is not what evaluate --json writes for this run; give it another name than test*")
-        if step in results:
-            raise UserError(f"{run.workdir} has two {_TEST_FILES} of step {step}; allowed: one per checkpoint")
-        results[step] = value
-    return results
 
 
 def _forward_flops(config: Mapping[str, Any]) -> float:
