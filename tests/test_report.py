@@ -341,6 +341,14 @@ def test_a_benchmark_has_best_and_last_figures_of_validation_and_test(listops, t
     assert "ListOps of Long Range Arena</h2>" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_a_validation_split_without_the_commonest_training_class_has_none_of_it(listops, tmp_path):
+    known = json.loads((listops / "statistics.json").read_text()) | {"val": {"shares": {"0": 1.0}}}
+    (listops / "statistics.json").write_text(json.dumps(known))
+    write_listops_run(tmp_path / "run", (1.0, 2.0), (0.3, 0.2), "", listops)
+    result = run_report(tmp_path / "run", tmp_path / "out")
+    assert result["benchmark"]["majority_class"] == {"validation": 0.0, "test": pytest.approx(50.0)}
+
+
 def test_the_evaluation_before_training_is_not_the_best_checkpoint(listops, tmp_path):
     middle = STEPS // 2
     write_listops_run(tmp_path / "run", (1.0, 2.0), (0.3, 0.2), "", listops, [(middle, 0.25)])

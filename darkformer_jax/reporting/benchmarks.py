@@ -217,7 +217,10 @@ def _forward_flops(config: Mapping[str, Any]) -> float:
 
 
 def _majority(files: str, heldout_files: str) -> dict[str, float]:
-    """From the statistics that prepare_data left beside the data, which may not be there any more."""
+    """From the statistics that prepare_data left beside the data, which may not be there any more.
+
+    A split without that class, as a tiny one may be, has 0.
+    """
     path = os.path.join(os.path.dirname(files), _STATISTICS_FILE)
     if not os.path.isfile(path):
         return {}
@@ -227,7 +230,7 @@ def _majority(files: str, heldout_files: str) -> dict[str, float]:
         commonest = max(shares, key=shares.__getitem__)
         validation = os.path.basename(heldout_files).split(".")[0].removeprefix("basic_")
         found = {"validation": splits.get(validation, {}), "test": splits.get("test", {})}
-        return {name: 100 * split["shares"][commonest] for name, split in found.items() if "shares" in split}
+        return {name: 100 * split["shares"].get(commonest, 0.0) for name, split in found.items() if "shares" in split}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not what prepare_data writes: {error!r}") from error
 
