@@ -6,7 +6,6 @@ train.jsonl.
 """
 
 import os
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from darkformer_jax.data.files import read_json_object
 from darkformer_jax.data.glue import GLUE_TASKS
 from darkformer_jax.errors import UserError
 from darkformer_jax.model.flops import train_step_flops
-from darkformer_jax.reporting.facts import NOT_RECORDED, largest_memory, median_speed
+from darkformer_jax.reporting.facts import largest_memory, median_speed, shown_median
 from darkformer_jax.reporting.published import PUBLISHED, Published
 from darkformer_jax.reporting.reported_runs import LOSS, ReportedRun
 from darkformer_jax.reporting.rows import Mean, Row
@@ -183,8 +182,8 @@ def _benchmark_row(
         test_last=_test_mean(row, last_steps, tests),
         flops=_forward_flops(config),
         parameters=row.runs[0].facts.shown["parameters"],
-        speed=_over_seeds([median_speed(run.lines) for run in row.runs], "{:,.0f}"),
-        memory=_over_seeds([largest_memory(run.lines) for run in row.runs], "{:,.2f} GiB", 2**30),
+        speed=shown_median([median_speed(run.lines) for run in row.runs], "{:,.0f}"),
+        memory=shown_median([largest_memory(run.lines) for run in row.runs], "{:,.2f} GiB", 2**30),
     )
 
 
@@ -233,11 +232,6 @@ def _majority(files: str, heldout_files: str) -> dict[str, float]:
         return {name: 100 * split["shares"].get(commonest, 0.0) for name, split in found.items() if "shares" in split}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not what prepare_data writes: {error!r}") from error
-
-
-def _over_seeds(values: Sequence[float | None], form: str, unit: float = 1) -> str:
-    known = [value for value in values if value is not None]
-    return form.format(statistics.median(known) / unit) if known else NOT_RECORDED
 
 
 def shown(mean: Mean | None) -> str:
