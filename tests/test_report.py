@@ -381,6 +381,39 @@ def test_the_best_is_the_checkpoint_that_the_run_keeps_as_best(listops, tmp_path
         run_report(tmp_path / "run", tmp_path / "other")
 
 
+def test_runs_from_scratch_and_pretrained_ones_have_rows_that_say_so(listops, tmp_path):
+    runs, pretrained = tmp_path / "runs", tmp_path / "pretrained"
+    for seed in (0, 1):
+        write_run(pretrained / f"s{seed}", 3.0, f"attention=dark,seed={seed}")
+        for name, accuracy in (("scratch", 0.2), ("tuned", 0.4)):
+            workdir, last = runs / f"dark-{name}-s{seed}", accuracy + seed / 10
+            write_listops_run(workdir, (2.0, 1.0 - accuracy), (0.1, last), f"attention=dark,seed={seed}", listops)
+        config = json.loads((runs / f"dark-tuned-s{seed}" / "config.json").read_text())
+        config["init_from"] = str(pretrained / f"s{seed}")
+        (runs / f"dark-tuned-s{seed}" / "config.json").write_text(json.dumps(config))
+    rows = run_report(f"{runs}/*", tmp_path / "out")["benchmark"]["rows"]
+    assert sorted(row["last"]["mean"] for row in rows) == [pytest.approx(25.0), pytest.approx(45.0)]
+    text = (tmp_path / "out" / "report.md").read_text()
+    origin = f"{pretrained}/s0 and {pretrained}/s1"
+    table = text[text.index("## ListOps of Long Range Arena") : text.index("### Published")]
+    assert "\n| mechanism | began from | seeds |" in table
+    assert "\n| dark | random weights | 2 | 25.00 ± 5.00 |" in table and f"\n| dark | {origin} | 2 | 45.00 ±" in table
+    assert f"\ndark, began from {origin} has the lowest held-out loss" in text
+    assert "Its lead over dark, began from random weights (" in text
+    assert "began from" not in next(line for line in text.splitlines() if line.startswith("Common to all rows"))
+
+
+def test_what_all_runs_began_from_stands_once_and_random_weights_are_not_said(tmp_path):
+    write_run(tmp_path / "base", 3.0)
+    for kind in ("dark", "performer"):
+        write_run(tmp_path / f"tuned-{kind}", 2.0, f"attention={kind}", init_from=str(tmp_path / "base"))
+        write_run(tmp_path / f"new-{kind}", 2.0, f"attention={kind}")
+    for name, said in (("tuned", f", began from {tmp_path}/base.\n"), ("new", ", tokens 81,920.\n")):
+        run_report(f"{tmp_path}/{name}-*", tmp_path / f"out-{name}")
+        text = (tmp_path / f"out-{name}" / "report.md").read_text()
+        assert said in text and "| began from |" not in text
+
+
 def test_two_test_files_of_one_checkpoint_and_foreign_ones_are_refused(listops, tmp_path):
     tests = [(STEPS, 0.3), (STEPS, 0.4)]
     write_listops_run(tmp_path / "twice", (1.0, 2.0), (0.3, 0.2), "", listops, tests)
