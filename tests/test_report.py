@@ -12,6 +12,7 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.reporting.findings import collect
 from darkformer_jax.reporting.plots import pictures_of
 from darkformer_jax.reporting.themes import LIGHT
+from darkformer_jax.runs.manifest import write_manifest
 from tests.tiny_runs import tiny_config, write_workdir
 
 STEPS = 20
@@ -294,7 +295,11 @@ def write_listops_run(workdir, losses, accuracies, arguments, data, tests=()):
     lines[0]["time"] = {"tokens_per_second": 1000.0, "host_memory_bytes": 3 * 2**29}
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for number, (step, accuracy) in enumerate(tests):
-        (workdir / f"test{number}.json").write_text(json.dumps({"step": step, "accuracy": accuracy}))
+        write_test_file(workdir / f"test{number}.json", step, accuracy, data / "basic_test.tsv")
+
+
+def write_test_file(path, step, accuracy, text):
+    path.write_text(json.dumps({"step": step, "accuracy": accuracy, "text": str(text)}))
 
 
 @pytest.fixture
@@ -336,6 +341,79 @@ def test_a_benchmark_has_best_and_last_figures_of_validation_and_test(listops, t
     assert "ListOps of Long Range Arena</h2>" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_a_validation_split_without_the_commonest_training_class_has_none_of_it(listops, tmp_path):
+    known = json.loads((listops / "statistics.json").read_text()) | {"val": {"shares": {"0": 1.0}}}
+    (listops / "statistics.json").write_text(json.dumps(known))
+    write_listops_run(tmp_path / "run", (1.0, 2.0), (0.3, 0.2), "", listops)
+    result = run_report(tmp_path / "run", tmp_path / "out")
+    assert result["benchmark"]["majority_class"] == {"validation": 0.0, "test": pytest.approx(50.0)}
+
+
+def test_the_evaluation_before_training_is_not_the_best_checkpoint(listops, tmp_path):
+    middle = STEPS // 2
+    write_listops_run(tmp_path / "run", (1.0, 2.0), (0.3, 0.2), "", listops, [(middle, 0.25)])
+    before = {"step": 0, "heldout_loss": 0.5, "heldout_accuracy": 0.9, "heldout_f1": 0.5, "heldout_matthews": 0.4}
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text(json.dumps(before) + "\n" + metrics.read_text())
+    (row,) = run_report(tmp_path / "run", tmp_path / "out")["benchmark"]["rows"]
+    assert row["best"]["mean"] == pytest.approx(30.0) and row["test_best"]["mean"] == pytest.approx(25.0)
+    assert "Of a run without checkpoints (1 here)" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_the_best_is_the_checkpoint_that_the_run_keeps_as_best(listops, tmp_path):
+    middle = STEPS // 2
+    tests = [(middle, 0.25), (STEPS, 0.15)]
+    write_listops_run(tmp_path / "run", (1.5, 1.0), (0.3, 0.2), "", listops, tests)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["eval"]["batches"] = 2
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "run" / "checkpoints").mkdir()
+    for step, loss in ((middle, 1.5), (STEPS, 1.6)):  # of both by the same two batches; step 20's line has all of them
+        manifest = tmp_path / "run" / "checkpoints" / f"{step}.sha256.json"
+        write_manifest(manifest, step, {}, {"heldout_loss": loss}, {})
+    (row,) = run_report(tmp_path / "run", tmp_path / "out")["benchmark"]["rows"]
+    assert row["best"]["mean"] == pytest.approx(30.0) and row["test_best"]["mean"] == pytest.approx(25.0)
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "cover eval.batches batches of the split" in text and "without checkpoints" not in text
+
+    write_manifest(tmp_path / "run" / "checkpoints" / "3.sha256.json", 3, {}, {"heldout_loss": 0.1}, {})
+    with pytest.raises(UserError, match="run has a best checkpoint, step 3, whose evaluation metrics.jsonl lacks"):
+        run_report(tmp_path / "run", tmp_path / "other")
+
+
+def test_runs_from_scratch_and_pretrained_ones_have_rows_that_say_so(listops, tmp_path):
+    runs, pretrained = tmp_path / "runs", tmp_path / "pretrained"
+    for seed in (0, 1):
+        write_run(pretrained / f"s{seed}", 3.0, f"attention=dark,seed={seed}")
+        for name, accuracy in (("scratch", 0.2), ("tuned", 0.4)):
+            workdir, last = runs / f"dark-{name}-s{seed}", accuracy + seed / 10
+            write_listops_run(workdir, (2.0, 1.0 - accuracy), (0.1, last), f"attention=dark,seed={seed}", listops)
+        config = json.loads((runs / f"dark-tuned-s{seed}" / "config.json").read_text())
+        config["init_from"] = str(pretrained / f"s{seed}")
+        (runs / f"dark-tuned-s{seed}" / "config.json").write_text(json.dumps(config))
+    rows = run_report(f"{runs}/*", tmp_path / "out")["benchmark"]["rows"]
+    assert sorted(row["last"]["mean"] for row in rows) == [pytest.approx(25.0), pytest.approx(45.0)]
+    text = (tmp_path / "out" / "report.md").read_text()
+    origin = f"{pretrained}/s0 and {pretrained}/s1"
+    table = text[text.index("## ListOps of Long Range Arena") : text.index("### Published")]
+    assert "\n| mechanism | began from | seeds |" in table
+    assert "\n| dark | random weights | 2 | 25.00 ± 5.00 |" in table and f"\n| dark | {origin} | 2 | 45.00 ±" in table
+    assert f"\ndark, began from {origin} has the lowest held-out loss" in text
+    assert "Its lead over dark, began from random weights (" in text
+    assert "began from" not in next(line for line in text.splitlines() if line.startswith("Common to all rows"))
+
+
+def test_what_all_runs_began_from_stands_once_and_random_weights_are_not_said(tmp_path):
+    write_run(tmp_path / "base", 3.0)
+    for kind in ("dark", "performer"):
+        write_run(tmp_path / f"tuned-{kind}", 2.0, f"attention={kind}", init_from=str(tmp_path / "base"))
+        write_run(tmp_path / f"new-{kind}", 2.0, f"attention={kind}")
+    for name, said in (("tuned", f", began from {tmp_path}/base.\n"), ("new", ", tokens 81,920.\n")):
+        run_report(f"{tmp_path}/{name}-*", tmp_path / f"out-{name}")
+        text = (tmp_path / f"out-{name}" / "report.md").read_text()
+        assert said in text and "| began from |" not in text
+
+
 def test_two_test_files_of_one_checkpoint_and_foreign_ones_are_refused(listops, tmp_path):
     tests = [(STEPS, 0.3), (STEPS, 0.4)]
     write_listops_run(tmp_path / "twice", (1.0, 2.0), (0.3, 0.2), "", listops, tests)
@@ -344,6 +422,31 @@ def test_two_test_files_of_one_checkpoint_and_foreign_ones_are_refused(listops, 
     write_listops_run(tmp_path / "foreign", (1.0, 2.0), (0.3, 0.2), "", listops, [("last", 0.3)])
     with pytest.raises(UserError, match=r"foreign/test0.json is not what evaluate --json writes for this run"):
         run_report(tmp_path / "foreign", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("text", "is_there", "file", "field"),
+    [
+        ("data/basic_val.tsv", True, "basic_val.tsv", "task.heldout_files"),
+        ("data/basic_val.tsv", False, "basic_val.tsv", "task.heldout_files"),
+        ("data/../data/basic_train.tsv", False, "basic_train.tsv", "data.files"),
+        ("data/basic_t*.tsv", True, "basic_train.tsv", "data.files"),
+        ("data/basic_test.tsv,link/basic_val.tsv", True, "basic_val.tsv", "task.heldout_files"),
+    ],
+)
+def test_files_that_the_run_has_seen_are_no_test_split(listops, tmp_path, monkeypatch, text, is_there, file, field):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(listops)
+    for split in ("train", "val", "test"):
+        if is_there:
+            (listops / f"basic_{split}.tsv").touch()
+    write_listops_run(tmp_path / "run", (1.0, 2.0), (0.3, 0.2), "", listops)
+    write_test_file(tmp_path / "run" / "test.json", STEPS, 0.3, text)
+    message = f"run/test.json measured {listops}/{file}, which is of the run's {field} and so no test split; give it"
+    with pytest.raises(UserError, match=re.escape(message)):
+        run_report("run", "out")
+    write_test_file(tmp_path / "run" / "test.json", STEPS, 0.3, "data/basic_test.tsv")
+    assert run_report("run", "out")["benchmark"]["rows"][0]["test_last"]["mean"] == pytest.approx(30.0)
 
 
 def test_a_page_without_a_benchmark_names_none(tmp_path):

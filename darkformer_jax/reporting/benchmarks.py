@@ -3,15 +3,11 @@
 A set of runs belongs to a benchmark if its files have the names that `prepare_data` gives them: Long Range Arena's
 basic_train.tsv, a directory fashion_mnist, cifar10, pathfinder or lra_pathfinder32 with train.tsv, train.jsonl with the
 columns of IMDb's reviews or of pairs of papers, a directory of a task of GLUE with train.jsonl.
-
-Test figures are those that `evaluate --json` wrote into the workdir as test*.json, each of one checkpoint.
 """
 
 import os
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from darkformer_jax.config.specs import model_spec
@@ -21,14 +17,16 @@ from darkformer_jax.data.files import read_json_object
 from darkformer_jax.data.glue import GLUE_TASKS
 from darkformer_jax.errors import UserError
 from darkformer_jax.model.flops import train_step_flops
-from darkformer_jax.reporting.facts import NOT_RECORDED, largest_memory, median_speed
+from darkformer_jax.reporting.facts import largest_memory, median_speed, shown_median
 from darkformer_jax.reporting.published import PUBLISHED, Published
 from darkformer_jax.reporting.reported_runs import LOSS, ReportedRun
 from darkformer_jax.reporting.rows import Mean, Row
+from darkformer_jax.reporting.tested import tested_figures
+from darkformer_jax.runs.checkpoints import best_step
+from darkformer_jax.runs.metrics import METRICS_FILE
 from darkformer_jax.runs.workdir import Workdir
 
 _STATISTICS_FILE = "statistics.json"  # of prepare_data, beside the data
-_TEST_FILES = "test*.json"
 _ABSENT = "–"
 
 
@@ -83,7 +81,7 @@ class BenchmarkRow:
     """A row of the page's table and its figures, all in percent of the metric: means over the seeds.
 
     Attributes:
-      best: validation at the checkpoint with the lowest validation loss.
+      best: validation at the checkpoint with the lowest validation loss: see `_best_line`.
       last: validation after the last step.
       test_best, test_last: of the same checkpoints; None unless all seeds were tested.
       flops: forward, for one sequence of full length.
@@ -108,6 +106,8 @@ class BenchmarkTable:
       name: the key in BENCHMARKS.
       majority: the share in percent of the most frequent training class, in "validation" and "test", as far as known.
       lengths, steps: of the rows, each once: tokens per sequence, and training steps.
+      is_sampled: whether a run was evaluated on a part of the validation split (eval.batches) before its last step.
+      without_checkpoints: how many runs have no measured checkpoint left, so that metrics.jsonl alone tells the best.
     """
 
     name: str
@@ -115,6 +115,8 @@ class BenchmarkTable:
     majority: dict[str, float]
     lengths: list[int]
     steps: list[int]
+    is_sampled: bool
+    without_checkpoints: int
 
     @property
     def benchmark(self) -> Benchmark:
@@ -154,7 +156,7 @@ def benchmark_of(files: str, task: Mapping[str, Any]) -> str | None:
 def benchmark_table(rows: Sequence[Row]) -> BenchmarkTable | None:
     """The table of finished rows; None if there are none, or they are of no benchmark or of several.
 
-    Raises UserError for a test*.json that `evaluate` did not write, or two of one checkpoint.
+    Raises UserError for a test*.json that `tested_figures` refuses.
     """
     configs = {run.workdir: Workdir(run.workdir).read_config() for row in rows for run in row.runs}
     names = {benchmark_of(config["data"]["files"], config["task"]) for config in configs.values()}
@@ -162,21 +164,30 @@ def benchmark_table(rows: Sequence[Row]) -> BenchmarkTable | None:
     if name is None or not all(BENCHMARKS[name].figure in row.figures for row in rows):
         return None
     figure = BENCHMARKS[name].figure
-    tests = {run.workdir: _test_results(run, figure) for row in rows for run in row.runs}
+    runs = [run for row in rows for run in row.runs]
+    name_in_tests = figure.removeprefix("heldout_")
+    tests = {run.workdir: tested_figures(run.workdir, configs[run.workdir], name_in_tests) for run in runs}
+    kept = {run.workdir: best_step(Workdir(run.workdir), LOSS) for run in runs}
     first = next(iter(configs.values()))
     return BenchmarkTable(
         name,
-        [_benchmark_row(row, figure, tests, configs[row.runs[0].workdir]) for row in rows],
+        [_benchmark_row(row, figure, tests, kept, configs[row.runs[0].workdir]) for row in rows],
         _majority(first["data"]["files"], first["task"]["heldout_files"]) if figure == "heldout_accuracy" else {},
         sorted({config["sequence_length"] for config in configs.values()}),
         sorted({config["num_steps"] for config in configs.values()}),
+        any(config["eval"]["batches"] for config in configs.values()),
+        list(kept.values()).count(None),
     )
 
 
 def _benchmark_row(
-    row: Row, figure: str, tests: Mapping[str, Mapping[int, float]], config: Mapping[str, Any]
+    row: Row,
+    figure: str,
+    tests: Mapping[str, Mapping[int, float]],
+    kept: Mapping[str, int | None],
+    config: Mapping[str, Any],
 ) -> BenchmarkRow:
-    best_lines = [best_line(run, figure) for run in row.runs]
+    best_lines = [_best_line(run, figure, kept[run.workdir]) for run in row.runs]
     last_steps = [run.final["step"] for run in row.runs]
     return BenchmarkRow(
         row,
@@ -186,35 +197,30 @@ def _benchmark_row(
         test_last=_test_mean(row, last_steps, tests),
         flops=_forward_flops(config),
         parameters=row.runs[0].facts.shown["parameters"],
-        speed=_over_seeds([median_speed(run.lines) for run in row.runs], "{:,.0f}"),
-        memory=_over_seeds([largest_memory(run.lines) for run in row.runs], "{:,.2f} GiB", 2**30),
+        speed=shown_median([median_speed(run.lines) for run in row.runs], "{:,.0f}"),
+        memory=shown_median([largest_memory(run.lines) for run in row.runs], "{:,.2f} GiB", 2**30),
     )
 
 
-def best_line(run: ReportedRun, figure: str) -> dict[str, Any]:
-    """The line of the evaluation with the lowest validation loss: that of the checkpoint that a run keeps as best."""
-    lines = [line for line in run.lines if line.get(LOSS) is not None and line.get(figure) is not None]
-    return min(lines, key=lambda line: line[LOSS])
+def _best_line(run: ReportedRun, figure: str, kept: int | None) -> dict[str, Any]:
+    """The evaluation of the checkpoint that the run keeps as best, `kept`; if None, the one with the lowest loss.
+
+    That of step 0, before training, is not one of them: a run does not save it. Raises UserError if metrics.jsonl lacks
+    the evaluation.
+    """
+    known = [line for line in run.lines if line["step"] and line.get(LOSS) is not None and line.get(figure) is not None]
+    lines = {line["step"]: line for line in known}
+    if kept is None:
+        return min(lines.values(), key=lambda line: (line[LOSS], -line["step"]))
+    if kept not in lines:
+        raise UserError(f"{run.workdir} has a best checkpoint, step {kept}, whose evaluation {METRICS_FILE} lacks")
+    return lines[kept]
 
 
 def _test_mean(row: Row, steps: Sequence[int], tests: Mapping[str, Mapping[int, float]]) -> Mean | None:
     found = [tests[run.workdir].get(step) for run, step in zip(row.runs, steps, strict=True)]
     known = [value for value in found if value is not None]
     return Mean.of([100 * value for value in known]) if len(known) == len(found) else None
-
-
-def _test_results(run: ReportedRun, figure: str) -> dict[int, float]:
-    """step -> the figure of the test file, of each checkpoint that was tested."""
-    results: dict[int, float] = {}
-    for path in sorted(Path(run.workdir).glob(_TEST_FILES)):
-        result = read_json_object(str(path))
-        step, value = result.get("step"), result.get(figure.removeprefix("heldout_"))
-        if type(step) is not int or not isinstance(value, int | float):
-            raise UserError(f"{path} is not what evaluate --json writes for this run; give it another name than test*")
-        if step in results:
-            raise UserError(f"{run.workdir} has two {_TEST_FILES} of step {step}; allowed: one per checkpoint")
-        results[step] = value
-    return results
 
 
 def _forward_flops(config: Mapping[str, Any]) -> float:
@@ -225,7 +231,10 @@ def _forward_flops(config: Mapping[str, Any]) -> float:
 
 
 def _majority(files: str, heldout_files: str) -> dict[str, float]:
-    """From the statistics that prepare_data left beside the data, which may not be there any more."""
+    """From the statistics that prepare_data left beside the data, which may not be there any more.
+
+    A split without that class, as a tiny one may be, has 0.
+    """
     path = os.path.join(os.path.dirname(files), _STATISTICS_FILE)
     if not os.path.isfile(path):
         return {}
@@ -235,14 +244,9 @@ def _majority(files: str, heldout_files: str) -> dict[str, float]:
         commonest = max(shares, key=shares.__getitem__)
         validation = os.path.basename(heldout_files).split(".")[0].removeprefix("basic_")
         found = {"validation": splits.get(validation, {}), "test": splits.get("test", {})}
-        return {name: 100 * split["shares"][commonest] for name, split in found.items() if "shares" in split}
+        return {name: 100 * split["shares"].get(commonest, 0.0) for name, split in found.items() if "shares" in split}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not what prepare_data writes: {error!r}") from error
-
-
-def _over_seeds(values: Sequence[float | None], form: str, unit: float = 1) -> str:
-    known = [value for value in values if value is not None]
-    return form.format(statistics.median(known) / unit) if known else NOT_RECORDED
 
 
 def shown(mean: Mean | None) -> str:

@@ -36,7 +36,7 @@ def read_facts(workdir: str, config: Mapping[str, Any], lines: Sequence[Mapping[
             "version": _of_sessions(sessions, "version"),
             "date": _date(sessions),
             "parameters": _parameters(sessions),
-            "tokens/s": _speed(lines),
+            "tokens/s": shown_median([median_speed(lines)], "{:,.0f}"),
             "wall time": _wall_time(sessions),
         }
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
@@ -65,9 +65,10 @@ def _parameters(sessions: Sequence[Mapping[str, Any]]) -> str:
     return f"{total:,}" if total == trained else f"{total:,}, of which {trained:,} trained"
 
 
-def _speed(lines: Sequence[Mapping[str, Any]]) -> str:
-    speed = median_speed(lines)
-    return NOT_RECORDED if speed is None else f"{speed:,.0f}"
+def shown_median(values: Sequence[float | None], form: str, unit: float = 1) -> str:
+    """The median of the values that are known, in units of `unit` and the format `form`, or NOT_RECORDED."""
+    known = [value for value in values if value is not None]
+    return form.format(statistics.median(known) / unit) if known else NOT_RECORDED
 
 
 def median_speed(lines: Sequence[Mapping[str, Any]]) -> float | None:

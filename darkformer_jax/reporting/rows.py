@@ -24,6 +24,7 @@ from darkformer_jax.reporting.settings import (
 )
 
 _ABSENT = "–"  # shown for a field that the mechanism does not use
+_NO_ORIGIN = "random weights"  # shown for a run without init_from
 _CONFIDENCE = 0.95
 
 
@@ -106,7 +107,7 @@ class Row:
         """The setting `field` as text."""
         if field == ORIGIN:
             starts = sorted({run.init_from for run in self.runs} - {""})
-            return " and ".join(starts[:2]) + (f" and {len(starts) - 2} more" if len(starts) > 2 else "") or _ABSENT
+            return " and ".join(starts[:2]) + (f" and {len(starts) - 2} more" if len(starts) > 2 else "") or _NO_ORIGIN
         value = self.settings.get(field, _ABSENT)
         if isinstance(value, bool):
             return str(value).lower()
@@ -173,9 +174,12 @@ def figure_columns(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def common_settings(rows: Sequence[Row]) -> str:
-    """The settings that are equal in all rows that use the field: `learning rate 0.003, steps 400`."""
+    """The settings that are equal in all rows that use the field: `learning rate 0.003, steps 400`.
+
+    That all began from random weights, as most pages' rows do, is not said.
+    """
     values = ((text, _values(rows, name)) for name, text in HEADINGS.items())
-    return ", ".join(f"{text} {shown.pop()}" for text, shown in values if len(shown) == 1)
+    return ", ".join(f"{text} {shown.pop()}" for text, shown in values if len(shown) == 1 and shown != {_NO_ORIGIN})
 
 
 def label(row: Row, rows: Sequence[Row], without: tuple[str, ...] = ()) -> str:

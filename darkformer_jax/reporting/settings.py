@@ -33,7 +33,7 @@ HEADINGS = {
     GEOMETRY_RATE: "learning rate of M",
     "num_steps": "steps",
     TOKENS: "tokens",
-    ORIGIN: "init_from",
+    ORIGIN: "began from",
 }
 
 Settings = dict[str, Any]

@@ -283,6 +283,12 @@ class Checkpoints:
             )
 
 
+def best_step(workdir: Workdir, metric: str = "heldout_loss") -> int | None:
+    """The step that `Checkpoints.save` keeps as the best one, of those that are there; None if none has the metric."""
+    files = StepFiles(workdir.checkpoints)
+    return Verification(files).best(files.committed(), metric)
+
+
 def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
     # A loss that is not finite is never the best; null keeps the file plain JSON.
     return {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}

@@ -34,3 +34,8 @@ def test_published_figures_are_of_known_benchmarks_in_percent_and_each_names_its
     assert PUBLISHED.keys() <= BENCHMARKS.keys()
     for one in sum(PUBLISHED.values(), ()):
         assert 1 < one.figure < 100 and one.source.name
+
+
+def test_the_official_reformer_of_images_is_said_to_have_its_own_size():
+    (models,) = {one.source.models for one in PUBLISHED["cifar10"] if "long-range-arena" in one.source.name}
+    assert "CIFAR-10: 1 layer of width 128 (Reformer: 4 of width 64)" in models

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from darkformer_jax.errors import UserError
-from darkformer_jax.reporting.facts import NOT_RECORDED, NUMBERS, common_facts, read_facts
+from darkformer_jax.reporting.facts import NOT_RECORDED, NUMBERS, common_facts, read_facts, shown_median
 
 CONFIG = {"data": {"source": "text", "files": "a/*.txt", "tokenizer": "bpe:512"}}
 LINES = [{"step": step, "time": {"tokens_per_second": speed}} for step, speed in ((1, 900.0), (2, 1100.4), (3, 1.0))]
@@ -41,6 +41,11 @@ def test_a_run_of_several_starts_names_each_machine_and_adds_their_time(tmp_path
     facts = shown(tmp_path, *starts)
     assert facts["hardware"] == "8 x TPU v5e, then 1 x H100" and facts["version"] == "darkformer_jax 1"
     assert facts["wall time"] == "3.0 h in 3 starts" and facts["date"] == "1970-01-01 to 1970-01-04"
+
+
+def test_a_median_leaves_out_what_is_not_known_and_has_its_unit():
+    assert shown_median([3.0 * 2**30, None, 2.0 * 2**30], "{:.2f} GiB", 2**30) == "2.50 GiB"
+    assert shown_median([None], "{:.2f} GiB", 2**30) == NOT_RECORDED
 
 
 def test_frozen_parameters_are_told_apart(tmp_path):

@@ -21,7 +21,7 @@ import pytest
 
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs import manifest as manifest_module
-from darkformer_jax.runs.checkpoints import Checkpoints
+from darkformer_jax.runs.checkpoints import Checkpoints, best_step
 from darkformer_jax.runs.workdir import Workdir
 
 # Also run in subprocesses: the state of a step is a function of the step, as in training.
@@ -161,6 +161,9 @@ def test_the_best_may_be_the_smallest_of_another_metric(tmp_path: Path) -> None:
         opened.save(step, state_of(step), {"heldout_loss": float(step), "heldout_error": error})
     opened.close()
     assert opened.committed_steps() == [3, 4]  # of two that are best, the newest
+    assert best_step(Workdir(tmp_path), "heldout_error") == 3
+    assert best_step(Workdir(tmp_path), "heldout_accuracy") is None
+    assert best_step(Workdir(tmp_path / "new"), "heldout_error") is None
 
 
 def saved_metrics(workdir: Path, step: int) -> dict[str, float]:

@@ -1,0 +1,53 @@
+"""Test figures of a run: those that `evaluate --json` wrote into its workdir as test*.json, one per checkpoint."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from darkformer_jax.data.files import read_json_object
+from darkformer_jax.data.labelled import find_labelled_files
+from darkformer_jax.data.matching import entries
+from darkformer_jax.errors import UserError
+
+_TEST_FILES = "test*.json"
+
+
+def tested_figures(workdir: str, config: Mapping[str, Any], name: str) -> dict[int, float]:
+    """step -> the figure `name` of the test file, of each checkpoint that was tested.
+
+    Raises UserError for a test*.json that `evaluate` did not write, two of one checkpoint, or one that measured files
+    which the run trained on or was validated with; relative paths are relative to the current directory.
+    """
+    figures: dict[int, float] = {}
+    for path in sorted(Path(workdir).glob(_TEST_FILES)):
+        result = read_json_object(str(path))
+        step, figure, text = result.get("step"), result.get(name), result.get("text")
+        if type(step) is not int or not isinstance(figure, int | float) or not isinstance(text, str):
+            raise UserError(f"{path} is not what evaluate --json writes for this run; give it another name than test*")
+        _refuse_own_files(path, text, config)
+        if step in figures:
+            raise UserError(f"{workdir} has two {_TEST_FILES} of step {step}; allowed: one per checkpoint")
+        figures[step] = figure
+    return figures
+
+
+def _refuse_own_files(path: Path, text: str, config: Mapping[str, Any]) -> None:
+    seen = {"data.files": config["data"]["files"], "task.heldout_files": config["task"]["heldout_files"]}
+    for field, files in seen.items():
+        if common := _paths(text) & _paths(files):
+            raise UserError(
+                f"{path} measured {min(common)}, which is of the run's {field} and so no test split; "
+                "give it another name than test*"
+            )
+
+
+def _paths(files: str) -> set[str]:
+    """The files behind names, globs and directories, links resolved; of what is not there any more, the names."""
+    if not files:
+        return set()
+    try:
+        found = find_labelled_files(files)
+    except UserError:
+        found = entries(files)
+    return {os.path.realpath(path) for path in found}
