@@ -41,12 +41,13 @@ from darkformer_jax.training.trackers import Trackers, require_installed
 def dry_run(config: ml_collections.ConfigDict, overridden: Sequence[str] = (), workdir: Workdir | None = None) -> None:
     """Prints the experiment's sizes and its data. Reads the tokenizer and a labelled task's files, but no other text.
 
-    That there is no data is a line, no error: the machine that plans a run need not have it.
+    It refuses a workdir, `init_from` or mesh that `train` would refuse, and writes nothing. That there is no data is a
+    line, no error: the machine that plans a run need not have it.
 
     Args:
       config: of the run.
       overridden: the fields that the command line sets; see `require_new_uses`.
-      workdir: of a run that would be resumed; None = a new run.
+      workdir: of the run, which resumes if it has begun there; None = a new run.
     """
     config, notes = _resolve(config, workdir, overridden)
     if workdir is not None:

@@ -7,8 +7,9 @@ from tests.tiny_runs import run_commands
 pytestmark = pytest.mark.standard_promotion
 
 
-def test_a_whole_number_may_be_written_as_1e3_or_1_000_with_or_without_an_equals_sign():
+def test_a_whole_number_may_be_written_as_1e3_or_1_000_with_or_without_an_equals_sign(tmp_path):
     flags = [
+        f"--workdir={tmp_path}/new",
         "--config.num_steps=1e3",
         "--config.batch_size",
         "1_6",
@@ -20,10 +21,10 @@ def test_a_whole_number_may_be_written_as_1e3_or_1_000_with_or_without_an_equals
     assert "steps          1,000\n" in shown.out and "= 16 x 256\n" in shown.out
 
 
-def test_the_warm_up_of_an_experiment_fits_a_shorter_run_unless_it_is_given():
+def test_the_warm_up_of_an_experiment_fits_a_shorter_run_unless_it_is_given(tmp_path):
     short, one, given, none = run_commands(
         [
-            ("train.py", ["--dry_run", *flags])
+            ("train.py", ["--dry_run", f"--workdir={tmp_path}/new", *flags])
             for flags in (
                 ["--config.num_steps=6"],
                 ["--config.num_steps=1"],
