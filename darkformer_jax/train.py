@@ -23,6 +23,7 @@ from darkformer_jax.cli.experiment_flags import (
     parse_experiment_flags,
 )
 from darkformer_jax.cli.experiments import FOLDER, experiments_root
+from darkformer_jax.cli.output import lost_output_is_no_crash
 from darkformer_jax.distributed import processes
 from darkformer_jax.distributed.libtpu import quiet_libtpu
 from darkformer_jax.errors import Transient, UserError, one_line
@@ -111,4 +112,5 @@ def _train() -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    with lost_output_is_no_crash():
+        app.run(main, flags_parser=parse_flags)
