@@ -202,7 +202,7 @@ def _refuse_forgotten_values(argv: list[str]) -> None:
         name = argument.lstrip("-")
         own = name in FLAGS and isinstance(FLAGS[name].value, str | None) and not FLAGS[name].boolean
         field = fields().get(name.removeprefix("config.")) if name.startswith("config.") else None
-        is_text = own or (field is not None and isinstance(field.default, str))
+        is_text = own or (field is not None and isinstance(field.default, str | tuple))  # a tuple: of texts
         if argument.startswith("-") and is_text and following.startswith("--"):
             raise UserError(
                 f"{argument} {following}: {argument} has no value; to give this one, write {argument}={following}"

@@ -56,10 +56,9 @@ def test_without_any_flag_it_is_the_quickstart_in_its_own_directory(tmp_path):
 
 
 def test_a_flag_is_no_value_of_the_text_flag_before_it(tmp_path):
-    workdir, field = run_commands(
-        [("darkformer_jax.train", [flag, "--dry_run"]) for flag in ("--workdir", "--config.init_from")], cwd=tmp_path
-    )
-    for ended, flag in ((workdir, "--workdir"), (field, "--config.init_from")):
+    texts = ("--workdir", "--config.init_from", "--config.sample.prompts")
+    commands = [("darkformer_jax.train", [flag, "--dry_run"]) for flag in texts]
+    for ended, flag in zip(run_commands(commands, cwd=tmp_path), texts, strict=True):
         assert ended.status == 2, ended.err
         assert ended.err == f"error: {flag} --dry_run: {flag} has no value; to give this one, write {flag}=--dry_run\n"
     assert not list(tmp_path.iterdir())
