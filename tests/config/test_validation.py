@@ -346,12 +346,22 @@ def test_an_experiment_with_another_mechanism_sets_nothing_in_vain():
         ("optimizer.final_fraction", 0.5, "0.5 with optimizer.schedule = 'constant'; allowed: 0.1, or .* = 'cosine'$"),
     ],
 )
-def test_a_field_that_another_one_makes_idle_is_refused_on_the_command_line_alone(name, value, message):
+def test_a_field_that_another_one_makes_idle_is_refused_on_the_command_line(name, value, message):
     config = changed({"optimizer.schedule": "constant", name: value})
     with pytest.raises(UserError, match=message):
         require_new_uses(config, [name])
-    require_new_uses(config)
+    if not name.startswith("data."):
+        require_new_uses(config)
     require_new_uses(changed({"optimizer.schedule": "constant"}), [name])  # as by default
+
+
+@pytest.mark.parametrize("arguments", ["files=a.jsonl", "files=a.jsonl,pretrain=next_token"])
+def test_an_experiment_names_no_text_field_for_labelled_files_but_may_for_a_source_that_is_swapped(arguments):
+    config = classify.get_config(arguments)
+    config.data.text_field = "body"
+    with pytest.raises(UserError, match="data.text_field = 'body' with data.source = 'labelled'; allowed: 'text', or"):
+        require_new_uses(config)
+    require_new_uses(config, ["data.source"])
 
 
 @pytest.mark.parametrize(("name", "value"), [("model.rope_theta", 77.0), ("model.rope_scaling", "linear")])
