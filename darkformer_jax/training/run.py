@@ -19,7 +19,7 @@ from darkformer_jax.data.labelled import find_labelled_files
 from darkformer_jax.distributed import processes
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.checkpoints import Checkpoints
-from darkformer_jax.runs.inherit import inherit
+from darkformer_jax.runs.inherit import inherit, other_causality
 from darkformer_jax.runs.metrics import MetricWriter
 from darkformer_jax.runs.mirror import Mirror
 from darkformer_jax.runs.origin import hand_on_origin
@@ -130,14 +130,14 @@ def _resolve(
     config = inherit(config, workdir).copy_and_resolve_references()
     is_new = workdir is None or not workdir.has_begun
     if workdir is None or is_new:
-        said = fit_warmup(config, overridden)
+        said = [fit_warmup(config, overridden), other_causality(config)]
     else:
-        said = keep_warmup(config, overridden, dict(flat_fields(workdir.read_config())))
+        said = [keep_warmup(config, overridden, dict(flat_fields(workdir.read_config())))]
     validate(config, overridden if is_new else ())
     if is_new:  # the command that began a run, in an earlier version too, resumes it
         require_new_uses(config, overridden)
     processes.require_same("config", dict(flat_fields(config.to_dict())))
-    return config, [f"note: {said}"] if said else []
+    return config, [f"note: {line}" for line in said if line]
 
 
 def _train(
