@@ -2,7 +2,9 @@
 
 from absl import app
 
+from darkformer_jax.cli.output import lost_output_is_no_crash
 from darkformer_jax.train import main, parse_flags
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    with lost_output_is_no_crash():
+        app.run(main, flags_parser=parse_flags)

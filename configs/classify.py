@@ -49,5 +49,5 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
     c.checkpoint.every = 100
     given = list(filter(None, arguments.split(",")))
     take_pretraining(c, given, "configs/classify.py")
-    set_arguments(c, given, ARGUMENTS, "configs/classify.py")
+    set_arguments(c, given, ARGUMENTS, "configs/classify.py", taken=("pretrain",))
     return c

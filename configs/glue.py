@@ -1,12 +1,13 @@
 """A task of GLUE, learned from the weights of a language model.
 
     python -m darkformer_jax.prepare_data --source=glue --task=cola --files=glue_data --out=data/cola
-    python train.py --config=configs/glue.py:task=cola --config.init_from=runs/smollm2 --workdir=runs/cola
+    python train.py --config=configs/glue.py:task=cola,init_from=runs/smollm2 --workdir=runs/cola
     python -m darkformer_jax.predict --workdir=runs/cola --text=data/cola/test.jsonl --out=cola.jsonl
 
-Arguments: task (cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli), files (what prepare_data wrote; data/<task>),
-attention (default: dark), m, window, chunk, sinks, init (as in configs/finetune.py), length (tokens per text), batch,
-lr and geometry_lr (peak learning rates), steps, seed, train and lora (as there).
+Arguments: task (cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli), init_from (the workdir of the language model),
+files (what prepare_data wrote; data/<task>), attention (default: dark), m, window, chunk, sinks, init (as in
+configs/finetune.py), length (tokens per text), batch, lr and geometry_lr (peak learning rates), steps, seed, train and
+lora (as there).
 
 The head reads the last token. By default three epochs (MRPC and RTE five) of batches of 32, lengths up to 128, a peak
 learning rate of 3e-5 after a tenth of the steps: the recipe of BERT (Devlin et al., arXiv 1810.04805). The development
@@ -21,8 +22,8 @@ from darkformer_jax.data.glue import GLUE_TASKS
 from darkformer_jax.mixers import MIXERS
 
 ARGUMENTS = (
-    "files", "m", "window", "chunk", "init", "sinks", "length", "batch", "lr", "geometry_lr", "train", "lora", "steps",
-    "seed",
+    "files", "init_from", "m", "window", "chunk", "init", "sinks", "length", "batch", "lr", "geometry_lr", "train",
+    "lora", "steps", "seed",
 )  # fmt: skip
 _SMALL_TASKS = ("mrpc", "rte")  # five epochs
 
@@ -43,7 +44,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
     o = c.optimizer
     o.learning_rate, o.geometry_learning_rate, o.weight_decay, o.z_loss = 3e-5, 3e-4, 0.01, 0.0
     c.checkpoint.keep = 1
-    set_arguments(c, given, ARGUMENTS, "configs/glue.py")
+    set_arguments(c, given, ARGUMENTS, "configs/glue.py", taken=("task", "attention"))
     names = argument_names(given)
     if "sinks" not in names:
         without_window(c)

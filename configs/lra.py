@@ -114,7 +114,7 @@ def get_config(arguments: str = "") -> ml_collections.ConfigDict:
     c.log.every = 50
     {"small": _small, "paper": _paper}[scale](c, task)
     take_pretraining(c, given, "configs/lra.py")
-    set_arguments(c, given, ARGUMENTS, "configs/lra.py")
+    set_arguments(c, given, ARGUMENTS, "configs/lra.py", taken=("task", "scale", "pretrain"))
     if "horizon" in MIXERS[c.model.attention.kind].uses:
         c.model.attention.horizon = c.sequence_length
     directory = c.data.files.rstrip("/")

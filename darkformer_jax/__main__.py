@@ -16,6 +16,7 @@ from pathlib import Path
 from absl import app
 
 from darkformer_jax.cli.first_line import first_line
+from darkformer_jax.cli.output import lost_output_is_no_crash
 
 FOLDER = Path(__file__).parent
 NO_VERBS = ("__main__", "errors")
@@ -27,6 +28,7 @@ def verbs() -> dict[str, str]:
     return {name: first_line(FOLDER / f"{name}.py") for name in names if name not in NO_VERBS}
 
 
+@lost_output_is_no_crash()
 def main() -> None:
     """Runs the verb that the first argument names. Exit status: the verb's; 2 if there is no such verb."""
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"

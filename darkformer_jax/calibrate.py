@@ -24,6 +24,7 @@ import numpy as np
 from absl import app
 
 from darkformer_jax.calibration.fitting import GEOMETRIES, GEOMETRY_KINDS, KINDS, FitOptions, calibrate
+from darkformer_jax.cli.output import lost_output_is_no_crash
 from darkformer_jax.cli.parser import Parser, one_line_errors, whole
 from darkformer_jax.cli.progress import progress_bar
 from darkformer_jax.config.conversion import conversion_config, without_window
@@ -115,4 +116,5 @@ def _summary(out: str, rows: Sequence[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    with lost_output_is_no_crash():
+        app.run(main, flags_parser=parse_flags)

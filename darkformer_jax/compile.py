@@ -32,6 +32,7 @@ from darkformer_jax.aot.collectives import Collective, collectives
 from darkformer_jax.aot.roofline import GIB, Roofline, chip_of, roofline
 from darkformer_jax.aot.topology import topology_devices
 from darkformer_jax.cli.experiment_flags import define_whole_number, overridden_fields, parse_experiment_flags
+from darkformer_jax.cli.output import lost_output_is_no_crash
 from darkformer_jax.cli.parser import one_line_errors
 from darkformer_jax.config import base
 from darkformer_jax.config.usage import require_new_uses
@@ -194,4 +195,5 @@ def _times(experiment: Experiment, bound: Roofline) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    with lost_output_is_no_crash():
+        app.run(main, flags_parser=parse_flags)

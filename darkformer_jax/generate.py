@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from absl import app
 
+from darkformer_jax.cli.output import lost_output_is_no_crash
 from darkformer_jax.cli.parser import Parser, is_utf8, one_line_errors, whole
 from darkformer_jax.data.files import local_path
 from darkformer_jax.data.tokenizers import encode_prompt
@@ -110,4 +111,5 @@ def _read_prompts(path: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    with lost_output_is_no_crash():
+        app.run(main, flags_parser=parse_flags)

@@ -24,6 +24,7 @@ from typing import Any
 
 from absl import app
 
+from darkformer_jax.cli.output import lost_output_is_no_crash
 from darkformer_jax.cli.parser import Parser, one_line_errors, whole
 from darkformer_jax.cli.progress import progress_bar
 from darkformer_jax.data.aan import LENGTH, write_aan
@@ -288,4 +289,5 @@ def _tokenise(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    with lost_output_is_no_crash():
+        app.run(main, flags_parser=parse_flags)

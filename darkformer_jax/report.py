@@ -25,6 +25,7 @@ from typing import Any
 
 from absl import app
 
+from darkformer_jax.cli.output import lost_output_is_no_crash
 from darkformer_jax.cli.parser import Parser, one_line_errors
 from darkformer_jax.cli.progress import progress_bar
 from darkformer_jax.data.files import whole_directory
@@ -70,4 +71,5 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    with lost_output_is_no_crash():
+        app.run(main, flags_parser=parse_flags)

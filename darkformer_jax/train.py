@@ -5,7 +5,7 @@ python train.py --config=configs/lm_1b.py --workdir=runs/lm_1b           another
 python train.py --workdir=runs/lm_1b                                     resume, with the config that the run has
 python train.py --config=configs/ablation.py:attention=performer,m=128   an ablation
 python train.py --config=configs/finetune.py:dark --config.init_from=runs/smollm2   a pretrained model, fine-tuned
-python train.py --config.optimizer.learning_rate=1e-3 --dry_run          override any field; print sizes and stop
+python train.py --workdir=runs/wide --config.model.mlp_dim=1024 --dry_run   override any field; print sizes and stop
 
 On several machines, run the same command on each. On TPU VMs and under srun, the processes find each other. Elsewhere,
 give --coordinator=HOST:PORT --num_processes=N --process_id=I, where HOST is that of process 0. launch/ has scripts.
@@ -23,6 +23,7 @@ from darkformer_jax.cli.experiment_flags import (
     parse_experiment_flags,
 )
 from darkformer_jax.cli.experiments import FOLDER, experiments_root
+from darkformer_jax.cli.output import lost_output_is_no_crash
 from darkformer_jax.distributed import processes
 from darkformer_jax.distributed.libtpu import quiet_libtpu
 from darkformer_jax.errors import Transient, UserError, one_line
@@ -39,7 +40,11 @@ def parse_flags(argv: list[str]) -> list[str]:
 def define_flags() -> None:
     """Defines the flags beside --config."""
     flags.DEFINE_string("workdir", None, "Directory of the run (default: runs/<name of the config file>).")
-    flags.DEFINE_bool("dry_run", False, "Print parameters, state size and tokens per step, without training.")
+    flags.DEFINE_bool(
+        "dry_run",
+        False,
+        "Print parameters, state size and tokens per step of the run in --workdir, or refuse it; write nothing.",
+    )
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if the processes cannot find it themselves.")
     define_whole_number("num_processes", None, "Number of processes that train together; with --coordinator.")
     define_whole_number("process_id", None, "Index of this process, from 0; with --coordinator.")
@@ -98,14 +103,14 @@ def _train() -> None:
     config = FLAGS.config
     workdir = Workdir(default_workdir() if FLAGS.workdir is None else FLAGS.workdir)
     progress = Progress(config.num_steps, config.log.every)
-    is_saved = config_file() is None
-    if is_saved:
+    if config_file() is None:
         progress.note(f"no --config: the experiment is that of {workdir}/{CONFIG_FILE}")
     if FLAGS.dry_run:
-        dry_run(config, overridden_fields(), workdir if is_saved else None)
+        dry_run(config, overridden_fields(), workdir)
     else:
         train(config, workdir, progress, overridden_fields())
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    with lost_output_is_no_crash():
+        app.run(main, flags_parser=parse_flags)

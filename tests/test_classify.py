@@ -167,6 +167,19 @@ def test_the_config_takes_files_and_says_what_it_would_train(tmp_path, capsys):
         classify.get_config("file=a.tsv")
 
 
+def test_a_classifier_that_sees_later_tokens_as_its_language_model_did_not_says_so(tmp_path, capsys):
+    write_workdir(tmp_path / "lm", tiny_config())
+    files = write_labelled(tmp_path / "mails.jsonl")
+
+    def said(causal):
+        dry_run(labelled_config(files, init_from=str(tmp_path / "lm"), model__causal=causal))
+        return capsys.readouterr().err
+
+    source = f"init_from = {tmp_path / 'lm'}"
+    assert said(False) == f"note: model.causal = False, but True in {source}; --config.model.causal=True keeps it\n"
+    assert said(True) == ""
+
+
 def test_held_out_files_win_over_a_share_that_nobody_asked_for(tmp_path):
     files, heldout = write_labelled(tmp_path / "mails.jsonl"), write_labelled(tmp_path / "dev.jsonl", count=9)
     config = classify.get_config(f"files={files}")

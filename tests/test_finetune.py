@@ -179,7 +179,7 @@ def test_the_whole_road(tmp_path):
     nothing, described, trained, again, other = run_commands(
         [
             ("train.py", [*flags, to]),
-            ("train.py", [*flags, init_from, "--dry_run"]),
+            ("train.py", [*flags, init_from, to, "--dry_run"]),
             ("train.py", [*flags, init_from, to]),
             ("train.py", [*flags, init_from, to]),
             ("train.py", [*flags, init_from, to, "--config.model.mlp_dim=48"]),

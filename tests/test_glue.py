@@ -38,8 +38,8 @@ def test_a_pair_task_trains_from_a_language_model(tmp_path):
     (own / "dev.tsv").write_text("\n".join([head, *more]) + "\n")
     write_glue(str(tmp_path / "data"), "rte", str(tmp_path))
     write_workdir(tmp_path / "lm", tiny_config())
-    config = glue.get_config(f"task=rte,files={tmp_path / 'data'},batch=4,length=16,window=8,chunk=8,m=8,steps=2")
-    config.init_from = str(tmp_path / "lm")
+    given = f"task=rte,files={tmp_path / 'data'},init_from={tmp_path / 'lm'}"
+    config = glue.get_config(f"{given},batch=4,length=16,window=8,chunk=8,m=8,steps=2")
     run(config, tmp_path / "run")
     last = metrics_without_time(tmp_path / "run")[-1]
     assert last["step"] == 2 and "heldout_accuracy" in last and "heldout_matthews" in last

@@ -8,7 +8,16 @@ import pytest
 from configs import quickstart
 from darkformer_jax.data.tokenizers import BytesTokenizer
 from darkformer_jax.runs.workdir import Workdir
-from tests.tiny_runs import ROOT, experiment_of, metrics_without_time, run_commands, tiny_config, tiny_flags, write_text
+from tests.tiny_runs import (
+    ROOT,
+    experiment_of,
+    metrics_without_time,
+    run_commands,
+    tiny_config,
+    tiny_flags,
+    write_text,
+    write_workdir,
+)
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -86,7 +95,7 @@ def test_arguments_are_checked_with_what_overrides_them_and_a_run_that_has_begun
     Workdir(tmp_path / "old").write_config(config.to_dict())
     used, resumed, refused = run_commands(
         [
-            train("--dry_run", swapped, "--config.model.attention.pattern=dark"),
+            train("--dry_run", swapped, "--config.model.attention.pattern=dark", f"--workdir={tmp_path}/new"),
             train(begun, *flags, f"--workdir={tmp_path}/old"),
             train(begun, *flags, f"--workdir={tmp_path}/new"),
         ]
@@ -219,7 +228,7 @@ def test_the_whole_road_of_lm_1b(tmp_path):
     prepared, sizes, trained, again, mismatch, written = run_commands(
         [
             ("darkformer_jax.prepare_data", prepare),
-            train(*config, "--dry_run"),
+            train(*config, f"--workdir={workdir}", "--dry_run"),
             train(*config, f"--workdir={workdir}"),
             train(*config, f"--workdir={workdir}", "--config.num_steps=5", "--config.data.num_workers=2"),
             train(*config, f"--workdir={tmp_path}/new", "--config.data.tokenizer=bytes"),
@@ -291,6 +300,33 @@ def test_a_workdir_alone_resumes_the_run_with_the_config_that_it_has(tmp_path):
     assert planned.status == 0 and "steps          6\n" in planned.out
     assert changed.status == 2 and changed.err.endswith("use a new workdir or undo: model.mlp_dim: 32 -> 48\n")
     assert other.status == 2 and "belongs to another experiment" in other.err
+
+
+def test_a_dry_run_answers_as_the_run_in_its_workdir_and_writes_nothing(tmp_path):
+    data = write_text(tmp_path / "text.txt")
+    write_workdir(tmp_path / "begun", tiny_config(data__files=data, init_from="gone"))
+    before = files_below(tmp_path)
+    flags = [f for f in tiny_flags(data__files=data, num_steps=16) if "warmup" not in f]
+    cases = [["begun", "--config.init_from=gone"], ["begun", "--config.init_from=other"], ["new"]]
+    resumed, other, new = run_commands(
+        [
+            train(
+                "--config=darkformer_jax/config/base.py",
+                *flags,
+                "--dry_run",
+                f"--workdir={tmp_path}/{directory}",
+                *more,
+            )
+            for directory, *more in cases
+        ]
+    )
+    assert resumed.status == 0, resumed.err
+    assert (
+        resumed.err == "note: optimizer.warmup_steps = 2, as the run began\n" and "steps          16\n" in resumed.out
+    )
+    assert other.status == 2 and other.err.endswith('use a new workdir or undo: init_from: "gone" -> "other"\n')
+    assert new.status == 0 and new.err == "note: optimizer.warmup_steps = 4, because num_steps = 16\n", new.err
+    assert files_below(tmp_path) == before and not (tmp_path / "new").exists()
 
 
 def test_a_workdir_of_a_model_that_was_never_trained_there_is_not_trained_with_its_config(tmp_path):

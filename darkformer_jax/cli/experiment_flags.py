@@ -35,12 +35,12 @@ def parse_experiment_flags(
 
     --help prints the description, the flags and the experiments, and ends the program with status 0.
     """
+    others = set(FLAGS)
+    define()
+    if any(argument.lstrip("-") in _HELP for argument in argv[1:] if argument.startswith("-")):
+        print(_help(verb, description, default_config, sorted(set(FLAGS) - others)))
+        sys.exit(0)
     try:
-        others = set(FLAGS)
-        define()
-        if any(argument.lstrip("-") in _HELP for argument in argv[1:] if argument.startswith("-")):
-            print(_help(verb, description, default_config, sorted(set(FLAGS) - others)))
-            sys.exit(0)
         argv = _with_config_found(argv[:1] + FLAGS.read_flags_from_files(argv[1:], force_gnu=False))
         _refuse_forgotten_values(argv)
         _refuse_sections(argv)
@@ -202,7 +202,7 @@ def _refuse_forgotten_values(argv: list[str]) -> None:
         name = argument.lstrip("-")
         own = name in FLAGS and isinstance(FLAGS[name].value, str | None) and not FLAGS[name].boolean
         field = fields().get(name.removeprefix("config.")) if name.startswith("config.") else None
-        is_text = own or (field is not None and isinstance(field.default, str))
+        is_text = own or (field is not None and isinstance(field.default, str | tuple))  # a tuple: of texts
         if argument.startswith("-") and is_text and following.startswith("--"):
             raise UserError(
                 f"{argument} {following}: {argument} has no value; to give this one, write {argument}={following}"

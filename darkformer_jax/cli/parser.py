@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import difflib
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -52,6 +51,10 @@ class Parser(argparse_flags.ArgumentParser):
         self._given = list(sys.argv[1:] if args is None else args)
         return super().parse_known_args(args, namespace)
 
+    def print_help(self, file: Any = None) -> None:
+        """As argparse's, which does not say where the help cannot be written."""
+        print(self.format_help(), end="", file=file)
+
     def error(self, message: str) -> NoReturn:
         """Prints one line and exits with status 2, as for every other mistake.
 
@@ -71,8 +74,7 @@ def one_line_errors(if_interrupted: str) -> Iterator[None]:
     """Ends the program with one line: status 2 on a UserError, `if_interrupted` and status 130 on Ctrl-C.
 
     SIGTERM, SIGUSR1 and a closed terminal count as Ctrl-C, so that half-written files are removed. Status 2 is also
-    that of too little memory, because fewer or shorter rows need less. Where `head` or a pager has closed the pipe, the
-    program ends without a word, as by SIGPIPE.
+    that of too little memory, because fewer or shorter rows need less.
     """
     logging.set_verbosity(logging.WARNING)
     quiet_libtpu()
@@ -81,16 +83,14 @@ def one_line_errors(if_interrupted: str) -> Iterator[None]:
     before = {number: signal.signal(number, _interrupt) for number in heard}
     try:
         yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
-        end_bars()
-        sys.exit(128 + signal.SIGPIPE)
     except UserError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt as error:
         number = error.number if isinstance(error, _Interrupted) else signal.SIGINT
         _fail(f"interrupted; {if_interrupted}", 128 + number)
+    except OSError:  # `lost_output_is_no_crash` has the words for it
+        end_bars()
+        raise
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise

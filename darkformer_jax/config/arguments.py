@@ -35,20 +35,26 @@ ARGUMENTS = {short: ATTENTION + name for short, name in SHORT.items()} | {
     "seed": "seed",
 }
 
-# Of model.attention: the paper's layers have no gates and no convolution, and M starts at the identity.
 WARMUP = "optimizer.warmup_steps"
+# Of model.attention: the paper's layers have no gates and no convolution, and M starts at the identity.
 PAPER_FORM = {"decay": "none", "conv_width": 0, "geometry_init": 1.0}
-
-
 PRETRAINING = ("none", "next_token")
 
 
-def set_arguments(c: ml_collections.ConfigDict, arguments: Iterable[str], allowed: Collection[str], file: str) -> None:
+def set_arguments(
+    c: ml_collections.ConfigDict,
+    arguments: Iterable[str],
+    allowed: Collection[str],
+    file: str,
+    taken: Collection[str] = (),
+) -> None:
     """Sets the fields that `name=value` strings name. What `file` set for another mechanism is as by default again.
 
     A warm-up that is not shorter than the steps becomes a quarter of them.
 
     Whether a layer uses what the arguments set is asked later, of the config with all overrides (`require_new_uses`).
+
+    taken: the names that `take_choice` has taken out, for the message.
 
     Raises UserError for an argument that is not allowed, is there twice or has no value of its field's type.
     """
@@ -57,7 +63,7 @@ def set_arguments(c: ml_collections.ConfigDict, arguments: Iterable[str], allowe
         name, _, value = argument.partition("=")
         if name not in allowed:
             hint = f"; for other fields: {hint}" if (hint := meant(name)) else ""
-            raise UserError(f"{file} has no argument {name!r}; allowed: {', '.join(allowed)}{hint}")
+            raise UserError(f"{file} has no argument {name!r}; allowed: {', '.join([*allowed, *taken])}{hint}")
         field = ARGUMENTS[name]
         if field in given:
             raise UserError(f"{file}: {argument!r}: {name} is there twice")

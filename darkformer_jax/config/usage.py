@@ -135,10 +135,15 @@ def _require_of_task(config: ml_collections.ConfigDict, names: Iterable[str]) ->
             raise UserError(f"{name} = {value!r} with task.name = {config.task.name!r}; allowed: {off!r}")
 
 
-def _require_read(config: ml_collections.ConfigDict, names: Iterable[str]) -> None:
-    """Raises UserError for the first of these fields that is set although another field makes it do nothing."""
+def _require_read(config: ml_collections.ConfigDict, names: Collection[str]) -> None:
+    """Raises UserError for the first of these fields that is set although another field makes it do nothing.
+
+    Of `data`, the experiment's own fields are asked, too, unless the command line swaps the source: the run would read
+    other texts than they name.
+    """
     rotated = any(spec.has_rope for spec in mixer_specs(config))
-    for name in names:
+    of_data = [name for name in READ_WITH if name.startswith("data.") and READ_WITH[name][0] not in names]
+    for name in [*names, *of_data]:
         if _value(config, name) in (fields()[name].default, fields()[name].off):
             continue
         if name.startswith("model.rope_") and not rotated:

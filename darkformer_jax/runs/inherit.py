@@ -51,6 +51,20 @@ def inherit(config: ml_collections.ConfigDict, workdir: Workdir | None = None) -
     return new
 
 
+def other_causality(config: ml_collections.ConfigDict) -> str:
+    """What to say where the model of `init_from` sees later tokens and this one does not, or the reverse; else "".
+
+    That is allowed, but another model than the weights were trained for. An `init_from` that is no workdir is refused
+    elsewhere.
+    """
+    source = Workdir(config.init_from) if config.init_from else None
+    if source is None or not source.has_begun:
+        return ""
+    own, theirs = config.model.causal, source.read_config()["model"]["causal"]
+    said = f"model.causal = {own}, but {theirs} in init_from = {source}; --config.model.causal={theirs} keeps it"
+    return said if own != theirs else ""
+
+
 def _with_mechanism(config: ml_collections.ConfigDict, saved: Mapping[str, Any]) -> str:
     """The saved pattern with the config's mechanism in place of every layer but local ones; "" = it is everywhere."""
     kind = config.model.attention.kind

@@ -19,7 +19,7 @@ from darkformer_jax.data.labelled import find_labelled_files
 from darkformer_jax.distributed import processes
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.checkpoints import Checkpoints
-from darkformer_jax.runs.inherit import inherit
+from darkformer_jax.runs.inherit import inherit, other_causality
 from darkformer_jax.runs.metrics import MetricWriter
 from darkformer_jax.runs.mirror import Mirror
 from darkformer_jax.runs.origin import hand_on_origin
@@ -41,12 +41,13 @@ from darkformer_jax.training.trackers import Trackers, require_installed
 def dry_run(config: ml_collections.ConfigDict, overridden: Sequence[str] = (), workdir: Workdir | None = None) -> None:
     """Prints the experiment's sizes and its data. Reads the tokenizer and a labelled task's files, but no other text.
 
-    That there is no data is a line, no error: the machine that plans a run need not have it.
+    It refuses a workdir, `init_from` or mesh that `train` would refuse, and writes nothing. That there is no data is a
+    line, no error: the machine that plans a run need not have it.
 
     Args:
       config: of the run.
       overridden: the fields that the command line sets; see `require_new_uses`.
-      workdir: of a run that would be resumed; None = a new run.
+      workdir: of the run, which resumes if it has begun there; None = a new run.
     """
     config, notes = _resolve(config, workdir, overridden)
     if workdir is not None:
@@ -129,16 +130,16 @@ def _resolve(
     config = inherit(config, workdir).copy_and_resolve_references()
     is_new = workdir is None or not workdir.has_begun
     if workdir is None or is_new:
-        said = fit_warmup(config, overridden)
+        said = [fit_warmup(config, overridden), other_causality(config)]
     else:
-        said = keep_warmup(config, overridden, dict(flat_fields(workdir.read_config()))[WARMUP])
+        said = [keep_warmup(config, overridden, dict(flat_fields(workdir.read_config()))[WARMUP])]
         workdir.check_config(config.to_dict())  # before the next line, which another experiment's user must not be told
         require_end_after_warmup(config)
     validate(config, overridden if is_new else ())
     if is_new:  # the command that began a run, in an earlier version too, resumes it
         require_new_uses(config, overridden)
     processes.require_same("config", dict(flat_fields(config.to_dict())))
-    return config, [f"note: {said}"] if said else []
+    return config, [f"note: {line}" for line in said if line]
 
 
 def _train(

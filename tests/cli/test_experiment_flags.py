@@ -7,8 +7,9 @@ from tests.tiny_runs import run_commands
 pytestmark = pytest.mark.standard_promotion
 
 
-def test_a_whole_number_may_be_written_as_1e3_or_1_000_with_or_without_an_equals_sign():
+def test_a_whole_number_may_be_written_as_1e3_or_1_000_with_or_without_an_equals_sign(tmp_path):
     flags = [
+        f"--workdir={tmp_path}/new",
         "--config.num_steps=1e3",
         "--config.batch_size",
         "1_6",
@@ -20,10 +21,10 @@ def test_a_whole_number_may_be_written_as_1e3_or_1_000_with_or_without_an_equals
     assert "steps          1,000\n" in shown.out and "= 16 x 256\n" in shown.out
 
 
-def test_the_warm_up_of_an_experiment_fits_a_shorter_run_unless_it_is_given():
+def test_the_warm_up_of_an_experiment_fits_a_shorter_run_unless_it_is_given(tmp_path):
     short, one, given, none = run_commands(
         [
-            ("train.py", ["--dry_run", *flags])
+            ("train.py", ["--dry_run", f"--workdir={tmp_path}/new", *flags])
             for flags in (
                 ["--config.num_steps=6"],
                 ["--config.num_steps=1"],
@@ -55,10 +56,9 @@ def test_without_any_flag_it_is_the_quickstart_in_its_own_directory(tmp_path):
 
 
 def test_a_flag_is_no_value_of_the_text_flag_before_it(tmp_path):
-    workdir, field = run_commands(
-        [("darkformer_jax.train", [flag, "--dry_run"]) for flag in ("--workdir", "--config.init_from")], cwd=tmp_path
-    )
-    for ended, flag in ((workdir, "--workdir"), (field, "--config.init_from")):
+    texts = ("--workdir", "--config.init_from", "--config.sample.prompts")
+    commands = [("darkformer_jax.train", [flag, "--dry_run"]) for flag in texts]
+    for ended, flag in zip(run_commands(commands, cwd=tmp_path), texts, strict=True):
         assert ended.status == 2, ended.err
         assert ended.err == f"error: {flag} --dry_run: {flag} has no value; to give this one, write {flag}=--dry_run\n"
     assert not list(tmp_path.iterdir())

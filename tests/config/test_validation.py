@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs import ablation, classify, finetune, large, lm_1b, paper, quickstart
+from configs import ablation, classify, finetune, glue, large, lm_1b, lra, paper, quickstart
 from darkformer_jax.config import base
 from darkformer_jax.config.arguments import ARGUMENTS, fields_of_arguments
 from darkformer_jax.config.specs import model_spec
@@ -346,12 +346,22 @@ def test_an_experiment_with_another_mechanism_sets_nothing_in_vain():
         ("optimizer.final_fraction", 0.5, "0.5 with optimizer.schedule = 'constant'; allowed: 0.1, or .* = 'cosine'$"),
     ],
 )
-def test_a_field_that_another_one_makes_idle_is_refused_on_the_command_line_alone(name, value, message):
+def test_a_field_that_another_one_makes_idle_is_refused_on_the_command_line(name, value, message):
     config = changed({"optimizer.schedule": "constant", name: value})
     with pytest.raises(UserError, match=message):
         require_new_uses(config, [name])
-    require_new_uses(config)
+    if not name.startswith("data."):
+        require_new_uses(config)
     require_new_uses(changed({"optimizer.schedule": "constant"}), [name])  # as by default
+
+
+@pytest.mark.parametrize("arguments", ["files=a.jsonl", "files=a.jsonl,pretrain=next_token"])
+def test_an_experiment_names_no_text_field_for_labelled_files_but_may_for_a_source_that_is_swapped(arguments):
+    config = classify.get_config(arguments)
+    config.data.text_field = "body"
+    with pytest.raises(UserError, match="data.text_field = 'body' with data.source = 'labelled'; allowed: 'text', or"):
+        require_new_uses(config)
+    require_new_uses(config, ["data.source"])
 
 
 @pytest.mark.parametrize(("name", "value"), [("model.rope_theta", 77.0), ("model.rope_scaling", "linear")])
@@ -376,7 +386,7 @@ def test_only_a_language_model_writes_samples():
 
 
 def test_every_experiments_arguments_are_known_and_none_is_given_twice():
-    for experiment in (ablation, classify, finetune, large):
+    for experiment in (ablation, classify, finetune, glue, large, lra):
         assert set(experiment.ARGUMENTS) <= ARGUMENTS.keys()
     with pytest.raises(UserError, match=r"configs/ablation.py: 'm=64': m is there twice$"):
         ablation.get_config("m=32,m=64")
@@ -384,6 +394,15 @@ def test_every_experiments_arguments_are_known_and_none_is_given_twice():
     assert ablation.get_config("steps=30").optimizer.warmup_steps == 7  # by default 50, which is no warm-up of 30 steps
     assert ablation.get_config("steps=60").optimizer.warmup_steps == 50
     assert fields_of_arguments("dark,m=32,steps=3") == ["model.attention.num_features", "num_steps"]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "choices"), [(classify, "pretrain"), (lra, "task, scale, pretrain"), (glue, "task, attention")]
+)
+def test_the_message_for_an_unknown_argument_has_also_those_that_are_no_fields(experiment, choices):
+    allowed = ", ".join([*experiment.ARGUMENTS, choices])
+    with pytest.raises(UserError, match=f"has no argument 'foo'; allowed: {allowed}$"):
+        experiment.get_config("foo=x")
 
 
 def test_pretrained_models_and_the_papers_have_no_decay_and_no_convolution():
