@@ -68,8 +68,7 @@ def run(workdir: Path, what: Run) -> bool:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parses and checks the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    out = {"type": lambda text: Path(text).absolute(), "required": True}
-    parser.add_argument("--out", **out, help="directory of all workdirs")
+    parser.add_argument("--out", type=Path, required=True, help="directory of all workdirs")
     parser.add_argument("--tasks", default="listops", help="of configs/lra.py, comma-separated (default: %(default)s)")
     parser.add_argument("--attention", default=",".join(ATTENTIONS), help="mechanisms (default: %(default)s)")
     parser.add_argument("--files", help="directory of prepare_data's files, for one task (default: data/<task>)")
@@ -79,6 +78,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--pretrain_steps", type=int, default=1000, help="steps of self-pretraining; 0 = none (default: 1000)"
     )
     args = parser.parse_args(argv)
+    args.out = args.out.absolute()
     for name, allowed in (("tasks", tuple(TASKS)), ("attention", tuple(MIXERS))):
         values = getattr(args, name).split(",")
         if unknown := [value for value in values if value not in allowed]:

@@ -12,8 +12,9 @@ kept of one sequence of that length between two tokens. A layer that needs more 
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,23 +64,19 @@ def causal_mixers() -> list[str]:
     return [*entries, f"dark(window={CHUNK})"]
 
 
-def build(entry: str) -> Callable[[Problem], Run]:
+def build(entry: str, problem: Problem) -> Run:
     """Compiles the layer for a problem. Raises Skipped where memory does not suffice."""
+    spec = spec_of(entry, problem.length)
+    parts: Any = nnx.split(MIXERS[spec.kind].build(spec, 0, rngs=nnx.Rngs(0)), nnx.Param, ...)
+    definition, params, fixed = parts
+    ids = jnp.ones((1, problem.length), jnp.int32)
+    positions = jnp.arange(problem.length, dtype=jnp.int32)[None]
 
-    def compile_for(problem: Problem) -> Run:
-        spec = spec_of(entry, problem.length)
-        mixer = MIXERS[spec.kind].build(spec, 0, rngs=nnx.Rngs(0))
-        definition, params, fixed = nnx.split(mixer, nnx.Param, ...)
-        ids = jnp.ones((1, problem.length), jnp.int32)
-        positions = jnp.arange(problem.length, dtype=jnp.int32)[None]
+    def attend(x: jax.Array, params: nnx.State) -> jax.Array:
+        return nnx.merge(definition, params, fixed)(x, ids, positions)[0]
 
-        def attend(x: jax.Array, params: nnx.State) -> jax.Array:
-            return nnx.merge(definition, params, fixed)(x, ids, positions)[0]
-
-        x = jax.random.normal(jax.random.key(0), (1, problem.length, WIDTH))
-        return jax_run(attend, (x, params), problem.backward)
-
-    return compile_for
+    x = jax.random.normal(jax.random.key(0), (1, problem.length, WIDTH))
+    return jax_run(attend, (x, params), problem.backward)
 
 
 def state_bytes(spec: MixerSpec, length: int) -> int:
@@ -109,7 +106,7 @@ def measure(length: int, entries: Sequence[str], repeats: int, bar: tqdm) -> lis
         runs: dict[str, Run] = {}
         for entry in entries:
             try:
-                runs[entry] = build(entry)(Problem(length, backward, "float32"))
+                runs[entry] = build(entry, Problem(length, backward, "float32"))
             except Skipped as reason:
                 rows[entry][name] = {"skipped": str(reason)}
                 bar.update(repeats + 1)

@@ -23,9 +23,10 @@ class Published(NamedTuple):
 
 _LRA = Source(
     "README of google-research/long-range-arena (arXiv 2011.04006)",
-    "ListOps: 4 layers of width 512, 5,000 steps of 32; CIFAR-10: 1 layer of width 128 (Reformer: 4 of width 64), 35,000 "
-    "steps of 256; Text: 4 layers of width 256, 20,000 steps of 32; Retrieval: 4 layers of width 128, 5,000 steps of "
-    "32; Pathfinder: models of several sizes, 62,400 steps of 512",
+    "ListOps: 4 layers of width 512, 5,000 steps of 32; "
+    "CIFAR-10: 1 layer of width 128 (Reformer: 4 of width 64), 35,000 steps of 256; "
+    "Text: 4 layers of width 256, 20,000 steps of 32; Retrieval: 4 layers of width 128, 5,000 steps of 32; "
+    "Pathfinder: models of several sizes, 62,400 steps of 512",
 )
 _NYSTROM = Source("img/LRA.png in mlpen/Nystromformer", "2 layers of width 64, 2 heads; CIFAR-10: 35,000 steps")
 _XFORMERS = Source("BENCHMARKS.md of facebookresearch/xformers", "2 layers, one setting for all tasks")
