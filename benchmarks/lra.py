@@ -2,13 +2,14 @@
 
     python -m darkformer_jax.prepare_data --source=listops --scale=small --out=data/listops
     python -m benchmarks.lra --out=runs/lra --tasks=listops --seeds=3
-    python -m darkformer_jax.report --runs='runs/lra/listops-*-scratch-*' --out=docs/results/listops-scratch
+    python -m darkformer_jax.report --runs='runs/lra/listops-*-s?' --out=docs/results/listops
 
-For each seed, task and mechanism, configs/lra.py trains three workdirs: <task>-<mechanism>-scratch-s<seed>; the
-language model of the training texts, -pretrained-; and the classifier that begins with its weights, -tuned-. Both
-classifiers have the same steps. `evaluate` then scores the test split once, at the newest checkpoint, into test.json of
-the workdir. Runs that --out holds are not repeated; a run that was cut short goes on. Seeds come first, so that what is
-there after an hour compares all mechanisms.
+For each task and mechanism, configs/lra.py trains <task>-<mechanism>-pretrained, a language model of the training
+texts, with seed 0; and for each seed two classifiers with the same steps: -scratch-s<seed>, and -tuned-s<seed>, which
+begins with the language model's weights. So the spread over seeds of the tuned ones has no part of the pretraining's.
+`evaluate` then scores the test split once, at the newest checkpoint, into test.json of the workdir. Runs that --out
+holds are not repeated; a run that was cut short goes on. Seeds come first, so that what is there after an hour compares
+all mechanisms.
 """
 
 import argparse
@@ -44,13 +45,13 @@ def plan(args: argparse.Namespace) -> dict[str, Run]:
     for seed, task, attention in itertools.product(range(args.seeds), args.tasks, args.attention):
         files = args.files or f"data/{task}"
         test = f"{files}/{TASKS[task].split.format('test')}"
-        common = f"task={task},attention={attention},files={files},seed={seed}"
-        name = f"{task}-{attention}-{{}}-s{seed}".format
-        runs[name("scratch")] = Run(f"{common},causal=True,steps={args.steps}", test)
+        name, common = f"{task}-{attention}", f"task={task},attention={attention},files={files}"
+        classifier = f"{common},steps={args.steps},seed={seed}"
+        runs[f"{name}-scratch-s{seed}"] = Run(f"{classifier},causal=True", test)
         if args.pretrain_steps:
-            pretrained = name("pretrained")
+            pretrained = f"{name}-pretrained"
             runs[pretrained] = Run(f"{common},pretrain=next_token,steps={args.pretrain_steps}", None)
-            runs[name("tuned")] = Run(f"{common},init_from={args.out / pretrained},steps={args.steps}", test)
+            runs[f"{name}-tuned-s{seed}"] = Run(f"{classifier},init_from={args.out / pretrained}", test)
     return runs
 
 
