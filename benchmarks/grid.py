@@ -17,14 +17,15 @@ ROOT = Path(__file__).parents[1]
 def is_done(workdir: Path, wanted: ml_collections.ConfigDict) -> bool:
     """Whether the run reached its last step, and measured and saved its weights.
 
-    Raises UserError if the workdir has another number of steps or other learning rates than `wanted`.
+    Raises UserError if the workdir has other files, another number of steps or other learning rates than `wanted`.
     """
     try:
         saved = json.loads((workdir / "config.json").read_text())
     except FileNotFoundError:
         return False
-    for asked, found in ((wanted, saved), (wanted.optimizer, saved["optimizer"])):
-        for name in ("num_steps", "learning_rate", "geometry_learning_rate"):
+    sections = ((wanted, saved), *((wanted[name], saved[name]) for name in ("optimizer", "data")))
+    for asked, found in sections:
+        for name in ("num_steps", "learning_rate", "geometry_learning_rate", "files"):
             if name in asked and asked[name] != found[name]:
                 raise UserError(f"{workdir} has {name} = {found[name]}, not {asked[name]}: choose another --out")
     try:

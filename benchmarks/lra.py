@@ -14,7 +14,7 @@ all mechanisms.
 
 import argparse
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,11 +32,13 @@ class Run(NamedTuple):
 
     Attributes:
       arguments: of configs/lra.py.
+      after: the workdir whose weights it begins with, which must be done; or None.
       test: the file that `evaluate` scores, or None for a language model.
     """
 
     arguments: str
     test: str | None
+    after: str | None = None
 
 
 def plan(args: argparse.Namespace) -> dict[str, Run]:
@@ -51,12 +53,15 @@ def plan(args: argparse.Namespace) -> dict[str, Run]:
         if args.pretrain_steps:
             pretrained = f"{name}-pretrained"
             runs[pretrained] = Run(f"{common},pretrain=next_token,steps={args.pretrain_steps}", None)
-            runs[f"{name}-tuned-s{seed}"] = Run(f"{classifier},init_from={args.out / pretrained}", test)
+            runs[f"{name}-tuned-s{seed}"] = Run(f"{classifier},init_from={args.out / pretrained}", test, pretrained)
     return runs
 
 
-def run(workdir: Path, what: Run) -> bool:
-    """Trains what is missing and scores the test split. Returns whether all of it ended well."""
+def run(workdir: Path, runs: Mapping[str, Run]) -> bool:
+    """Trains what is missing and scores the test split. Returns whether it ended well, and what it begins with had."""
+    what = runs[workdir.name]
+    if what.after and not is_done(workdir.with_name(what.after), get_config(runs[what.after].arguments)):
+        return False
     if not is_done(workdir, get_config(what.arguments)) and not train(workdir, f"{CONFIG}:{what.arguments}"):
         return False
     result = workdir / "test.json"
@@ -95,9 +100,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains and scores what is missing. Ends with status 1, and names the runs, if some did not reach their end."""
     args = parse(argv)
-    runs = {args.out / name: what for name, what in plan(args).items()}
+    runs = plan(args)
     try:
-        complete(runs, lambda workdir: run(workdir, runs[workdir]))
+        complete([args.out / name for name in runs], lambda workdir: run(workdir, runs))
     except UserError as error:
         raise SystemExit(f"error: {error}") from error
 

@@ -37,6 +37,8 @@ NEEDED = {"decay": "gate", "local_window": CHUNK, "window": CHUNK}
 
 def spec_of(entry: str, length: int) -> MixerSpec:
     """The layer that a pattern's entry names, for sequences of `length` tokens. Raises UserError."""
+    if not entry:
+        raise UserError("--mixers: an entry is empty")
     config = base.get_config()
     model, attention = config.model, config.model.attention
     model.embed_dim, model.num_heads, model.num_kv_heads, model.head_dim = WIDTH, HEADS, HEADS, HEAD_DIM

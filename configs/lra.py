@@ -16,8 +16,8 @@ pretrain and init_from), pooling (last, mean), length (tokens of the longest tex
 geometry_lr (peak learning rates), steps, seed.
 
 scale=small is the model of the Nystromformer repository's comparison: 2 layers of width 64, 2 heads of 32. It is for
-ListOps of the small scale, for images of 14 x 14 pixels, for Pathfinder of 32 x 32, and for Text and Retrieval of 1,000
-bytes per text (prepare_data --source=aan --length=1000). scale=paper has the official code's sizes, batches and steps,
+ListOps of the small scale, images of 14 x 14 pixels (CIFAR-10 and Pathfinder: 32 x 32), and texts of 1,000 bytes
+(Retrieval: prepare_data --source=aan --length=1000). scale=paper has the official code's sizes, batches and steps,
 a row per task in `_PAPER` below, for 2,000 symbols, 32 x 32 pixels and 4,000 bytes per text; the row of Pathfinder is
 its authors' later correction, issue 37 of their repository. Of the tasks, only Text has texts that are cut here; papers
 are cut by prepare_data, each of a pair. Positions are rotary. The validation split chooses the best checkpoint; the

@@ -43,7 +43,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Before any fixture, so that those of a module are compiled as its tests are."""
     folder = item.path.relative_to(item.config.rootpath).parts[1]
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = value = "0" if folder in _NUMERICS else _UNOPTIMISED
-    jax.config.update("jax_disable_most_optimizations", value == "1")
+    is_unoptimised = value == "1"
+    if jax.config.read("jax_disable_most_optimizations") != is_unoptimised:
+        jax.clear_caches()  # which do not depend on it
+        jax.config.update("jax_disable_most_optimizations", is_unoptimised)
 
 
 def _remove_torn_cache_entries(cache: Path) -> None:

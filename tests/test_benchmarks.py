@@ -90,7 +90,8 @@ def test_paper_runs_differ_and_a_run_is_done_with_its_last_checkpoint(tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()
     assert not is_done(workdir, get_config(arguments))
-    config = {"num_steps": 150, "optimizer": {"learning_rate": 0.001, "geometry_learning_rate": 0.003}}
+    rates = {"learning_rate": 0.001, "geometry_learning_rate": 0.003}
+    config = {"num_steps": 150, "optimizer": rates, "data": {"files": get_config(arguments).data.files}}
     (workdir / "config.json").write_text(json.dumps(config))
     (workdir / "metrics.jsonl").write_text('{"step": 150, "heldout_loss": 2.0}\n')
     assert not is_done(workdir, get_config(arguments))
@@ -135,3 +136,17 @@ def test_every_run_of_the_grid_has_a_config_and_a_tuned_one_begins_where_its_own
         assert (config.model.attention.kind, f"s{config.seed}") == (attention, seed[0] if seed else "s0")
         assert (config.task.name == "classification") == (run.test is not None) == (kind != "pretrained")
         assert config.init_from == (str(tmp_path / f"{task}-{attention}-pretrained") if kind == "tuned" else "")
+
+
+def test_a_classifier_of_the_grid_waits_for_a_pretraining_that_is_done(tmp_path, monkeypatch):
+    began = []
+    monkeypatch.setattr(lra, "train", lambda workdir, config: began.append(workdir.name))  # and none ends
+    args = [f"--out={tmp_path}", "--attention=dark", "--seeds=1"]
+    with pytest.raises(SystemExit, match="scratch-s0, listops-dark-pretrained, listops-dark-tuned-s0"):
+        lra.main(args)
+    assert began == ["listops-dark-scratch-s0", "listops-dark-pretrained"]
+    (tmp_path / "listops-dark-scratch-s0").mkdir()
+    config = get_lra_config("task=listops,steps=1000").to_dict() | {"data": {"files": "other/basic_train.tsv"}}
+    (tmp_path / "listops-dark-scratch-s0" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match="has files = other/basic_train.tsv, not data/listops/basic_train.tsv"):
+        lra.main(args)

@@ -60,10 +60,11 @@ class Parser(argparse_flags.ArgumentParser):
 
         argparse misses a flag that is required before it minds one that is misspelt: then the line names both.
         """
-        flags = [text.partition("=")[0] for text in self._given if text.startswith("--") and text != "--"]
-        unknown = next((flag for flag in flags if flag not in self._option_string_actions), "")
-        if unknown and "unrecognized arguments" not in message:
-            message = f"{message}; {unknown} is none of its flags"
+        unknown = message.partition("unrecognized arguments: ")[2].partition("=")[0].split(" ")[0]
+        if not unknown:
+            flags = [text.partition("=")[0] for text in self._given if text.startswith("--") and text != "--"]
+            unknown = next((flag for flag in flags if flag not in self._option_string_actions), "")
+            message += f"; {unknown} is none of its flags" if unknown else ""
         close = difflib.get_close_matches(unknown, self._option_string_actions, n=1)
         meant = f"; did you mean {close[0]}?" if close else ""
         self.exit(2, f"error: {message}{meant} (--help lists the flags)\n")

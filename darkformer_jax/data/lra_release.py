@@ -4,7 +4,7 @@ The archive unpacks to lra_release, which holds some of the data sets, and again
 one is read, as others do. ListOps is listops-1000/basic_train.tsv, basic_val.tsv and basic_test.tsv there.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,16 @@ def write_listops_release(directory: str, files: str, progress_bar: ProgressBar 
     return result
 
 
+def _is_one_expression(symbols: Sequence[str]) -> bool:
+    """Whether the brackets close in order, and nothing follows the one that closes the first."""
+    depth = 0
+    for number, symbol in enumerate(symbols):
+        if number and depth <= 0:
+            return False
+        depth += (symbol in OPERATIONS) - (symbol == "]")
+    return bool(symbols) and not depth
+
+
 def _expressions(path: str) -> Iterator[tuple[str, int, int]]:
     """(the text, its symbols without parentheses, its value) of each expression."""
     columns = (TEXT_COLUMN, LABEL_COLUMN)
@@ -75,9 +85,11 @@ def _expressions(path: str) -> Iterator[tuple[str, int, int]]:
         if unknown := set(symbols).difference(SYMBOLS):
             shown = " ".join(SYMBOLS)
             raise UserError(f"{path}:{line}: the symbol {printable(min(unknown))!r}; allowed: {shown}, and parentheses")
-        num_open = sum(symbol in OPERATIONS for symbol in symbols)
-        if not symbols or num_open != symbols.count("]"):
-            raise UserError(f"{path}:{line}: {num_open} operations and {symbols.count(']')} closing brackets")
+        if not _is_one_expression(symbols):
+            num_open = sum(symbol in OPERATIONS for symbol in symbols)
+            raise UserError(
+                f"{path}:{line}: no single expression: {num_open} operations, {symbols.count(']')} closing brackets"
+            )
         if value not in _DIGITS:
             raise UserError(f"{path}:{line}: the value {printable(value)!r}; allowed: a digit")
         yield text, len(symbols), int(value)

@@ -103,6 +103,8 @@ def _read_png(image: _Listed, side: int) -> np.ndarray:
     """[side, side] uint8."""
     try:
         with PIL.Image.open(image.path, formats=["PNG"]) as opened:
+            opened.verify()  # the checksums, which reading the pixels does not ask; it leaves nothing to read
+        with PIL.Image.open(image.path, formats=["PNG"]) as opened:
             if opened.size != (side, side) or opened.mode != "L":
                 width, height = opened.size
                 raise UserError(

@@ -49,6 +49,7 @@ def test_an_error_between_two_items_of_a_bar_has_a_line_of_its_own(capsys):
     [
         (["--promt=hi"], "arguments are required: --prompt; --promt is none of its flags; did you mean --prompt?"),
         (["--prompt=hi", "--sed", "1"], "error: unrecognized arguments: --sed 1; did you mean --seed?"),
+        (["--prompt=hi", "seed=1"], "error: unrecognized arguments: seed=1; did you mean --seed?"),
         ([], "arguments are required: --prompt"),
     ],
 )

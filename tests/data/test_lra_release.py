@@ -112,7 +112,19 @@ def torn(own):
 def bracket(own):
     with open(own / "basic_train.tsv", "a") as file:
         file.write("( ( [MAX 1 ) 4 )\t4\n")
-    return r"basic_train.tsv:5: 1 operations and 0 closing brackets"
+    return r"basic_train.tsv:5: no single expression: 1 operations, 0 closing brackets"
+
+
+def order(own):
+    with open(own / "basic_train.tsv", "a") as file:
+        file.write("] 7 [MAX\t7\n")
+    return r"basic_train.tsv:5: no single expression: 1 operations, 1 closing brackets"
+
+
+def two(own):
+    with open(own / "basic_train.tsv", "a") as file:
+        file.write("7 7\t7\n")
+    return r"basic_train.tsv:5: no single expression: 0 operations, 0 closing brackets"
 
 
 def symbol(own):
@@ -133,7 +145,8 @@ def binary(own):
 
 
 @pytest.mark.parametrize(
-    "damage", [other_nesting, archive, absent, no_column, no_rows, empty, torn, bracket, symbol, label, binary]
+    "damage",
+    [other_nesting, archive, absent, no_column, no_rows, empty, torn, bracket, order, two, symbol, label, binary],
 )
 def test_what_is_missing_or_damaged_is_named_in_a_line_and_nothing_is_written(tmp_path, capsys, damage):
     message = damage(write_listops(tmp_path / "lra_release"))

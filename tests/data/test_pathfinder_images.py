@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from darkformer_jax.data import pathfinder_images
 from darkformer_jax.data.labelled import Columns, read_examples
 from darkformer_jax.data.pathfinder_images import write_pathfinder_release
 from darkformer_jax.data.tokenizers import load_tokenizer
@@ -102,7 +103,7 @@ def test_the_image_that_was_published_empty_is_left_out_counted_and_named(tmp_pa
 def truncated(level):
     path = level / "imgs/1/sample_3.png"
     path.write_bytes(path.read_bytes()[:-400])
-    return r"imgs/1/sample_3.png is no whole PNG image, which .*metadata/1.npy:4 names: image file is truncated"
+    return r"imgs/1/sample_3.png is no whole PNG image, which .*metadata/1.npy:4 names: Truncated File Read"
 
 
 def empty(level):
@@ -190,3 +191,18 @@ def test_an_image_that_is_cut_anywhere_is_refused_or_has_all_its_pixels(tmp_path
         rows = [row for split in ("train", "val", "test") for row, _ in read_split(tmp_path / f"out{length}", split)]
         assert any((row == pixels.reshape(-1)).all() for row in rows)
     assert len(refused) > 100 and all(f"{path} is no whole PNG image" in error for error in refused)
+
+
+def test_an_image_with_a_flipped_bit_is_refused_or_has_its_pixels(tmp_path):
+    images = write_level(tmp_path)
+    path, (pixels, _) = next(iter(images.items()))
+    whole = path.read_bytes()
+    listed = pathfinder_images._Listed(path, 0, "metadata/1.npy:1")
+    num_refused = 0
+    for place in range(0, len(whole), 3):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        try:
+            assert (pathfinder_images._read_png(listed, 32) == pixels).all(), place
+        except UserError:
+            num_refused += 1
+    assert num_refused > 200
