@@ -31,6 +31,7 @@ CORE = [
     "tqdm>=4.66",
 ]
 GGUF = ["gguf>=0.17"]  # reads llama.cpp's files
+LM_EVAL = ["lm_eval>=0.4.13"]  # EleutherAI's harness of benchmarks for language models
 NOTEBOOK = ["ipykernel>=6.29", "nbclient>=0.10"]  # runs docs/tour.ipynb
 PARQUET = ["pyarrow>=18"]  # reads texts in Parquet files
 TEST = [
@@ -38,8 +39,11 @@ TEST = [
     "pytest>=8.4",
     "pytest-xdist>=3.8",
     *GGUF,
+    *LM_EVAL,
     *NOTEBOOK,
     *PARQUET,
+    "accelerate>=1.10",  # transformers' Trainer needs it
+    "peft>=0.18",
     "torch>=2.9",
     "transformers>=5.0",
 ]  # ours = theirs, on the CPU
@@ -73,6 +77,7 @@ setup(
         "test": TEST,
         "dev": TEST + DEV,
         "gguf": GGUF,
+        "lm_eval": LM_EVAL,
         "notebook": NOTEBOOK,
         "parquet": PARQUET,
         "aot": AOT,

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs this clone into .venv with the versions that were tested:  launch/install.sh [core|test|dev|gguf|notebook|parquet|gcs|aot|gpu|tpu|peers|wandb|mlflow]
+# Installs this clone into .venv with the versions that were tested:  launch/install.sh [core|test|dev|gguf|lm_eval|notebook|parquet|gcs|aot|gpu|tpu|peers|wandb|mlflow]
 # Does nothing if that is already done and neither setup.py nor the constraints have changed since.
 #
 #   PYTHON            the interpreter to make .venv from (default: the first of python3, python3.12, python3.11 that fits)
