@@ -71,7 +71,11 @@ setup(
     packages=[*find_packages(include=["darkformer_jax", "darkformer_jax.*"]), "darkformer_jax.experiments.configs"],
     package_dir={"darkformer_jax.experiments.configs": "configs"},  # as cli/experiments.py finds them
     entry_points={"console_scripts": ["darkformer = darkformer_jax.__main__:main"]},
-    package_data={"darkformer_jax": ["py.typed"], "darkformer_jax.reporting": ["*.jinja"]},
+    package_data={
+        "darkformer_jax": ["py.typed"],
+        "darkformer_jax.pretrained": ["remote_code/*.py"],
+        "darkformer_jax.reporting": ["*.jinja"],
+    },
     install_requires=CORE,
     extras_require={
         "test": TEST,

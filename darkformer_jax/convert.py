@@ -43,6 +43,11 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
         "float16 only for an export",
     )
     parser.add_argument("--step", type=whole, help="checkpoint to export (default: the newest)")
+    parser.add_argument(
+        "--as_exact",
+        action="store_true",
+        help="export other attention as exact attention, for programs that run no code of an export: another model",
+    )
     parser.add_argument("--max_shard_size", help=f"largest exported file, in KB, MB or GB (default: {SHARD_GB}GB)")
     return parser.parse_args(argv[1:])
 
@@ -63,6 +68,7 @@ def _export(args: argparse.Namespace) -> None:
         step=args.step,
         dtype=args.dtype,
         shard_bytes=_bytes(f"{SHARD_GB}GB" if args.max_shard_size is None else args.max_shard_size),
+        as_exact=args.as_exact,
         progress_bar=progress_bar,
     )
     print(f"{args.export_hf}: {written}")
@@ -71,6 +77,8 @@ def _export(args: argparse.Namespace) -> None:
 def _import(args: argparse.Namespace) -> None:
     if args.step is not None:
         raise UserError(f"--step={args.step}: only an export chooses a checkpoint")
+    if args.as_exact:
+        raise UserError("--as_exact: only an export chooses how attention is written")
     if args.max_shard_size is not None:
         raise UserError(f"--max_shard_size={args.max_shard_size}: only an export writes such files")
     if args.dtype == "float16":

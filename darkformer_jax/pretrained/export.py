@@ -1,6 +1,6 @@
 """From a workdir to a Hugging Face directory: config.json, safetensors, tokenizer, generation_config.json."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from darkformer_jax.data.progress import ProgressBar, no_progress
 from darkformer_jax.errors import UserError
 from darkformer_jax.pretrained.families import Family, fitting_family
 from darkformer_jax.pretrained.hf_config import GENERATION_FILE
-from darkformer_jax.pretrained.key_map import Place, places_of
+from darkformer_jax.pretrained.key_map import Place, is_own, own_places, places_of
 from darkformer_jax.pretrained.mechanism import (
     JSON_FILE,
     STEM,
@@ -23,6 +23,14 @@ from darkformer_jax.pretrained.mechanism import (
     is_exact,
     mechanism_arrays,
     write_mechanism,
+)
+from darkformer_jax.pretrained.own_format import (
+    ARCHITECTURE,
+    check_own_format,
+    needs_own_format,
+    own_config,
+    stock_fields,
+    write_code,
 )
 from darkformer_jax.pretrained.safetensors_files import ArrayToWrite, shard, write_safetensors
 from darkformer_jax.runs.load import WorkdirModel, load_language_model
@@ -39,17 +47,19 @@ def export_workdir(
     step: int | None = None,
     dtype: str | None = None,
     shard_bytes: int = SHARD_GB * 10**9,
+    as_exact: bool = False,
     progress_bar: ProgressBar = no_progress,
 ) -> str:
     """Writes the Hugging Face directory, whole or not at all, and returns a line that says what it holds.
 
-    A model with feature mechanisms becomes the same transformer with exact attention. Its mechanisms go into files of
-    our own beside it, with a README.md.
+    A model that no family has gets code of its own (`own_format`), which transformers runs with trust_remote_code.
 
     Args:
       step: the checkpoint; None = the newest undamaged one.
       dtype: of the arrays written; None = as they are stored. Mechanisms keep theirs.
       shard_bytes: the largest size of a safetensors file; an array that is larger has a file of its own.
+      as_exact: a model with other attention becomes the same transformer with exact attention, which is another model.
+        Its mechanisms go into files of our own beside it (`mechanism`).
       progress_bar: shows the bytes written.
 
     Raises:
@@ -57,27 +67,37 @@ def export_workdir(
     """
     with whole_directory(directory) as temporary:
         model = load_language_model(workdir, step)
-        origin = read_origin(workdir)
         fields = dict(flat_fields(model.config.model.to_dict()))
-        fields["vocab_size"] = model.network.spec.vocab_size
-        exact = exact_fields(fields, str(workdir))
-        family = fitting_family(exact, str(workdir), origin.get("model_type", ""))
-        config = family.write(exact) | _config_extras(model, family, origin)
-        arrays = _write_arrays(temporary, model, family, dtype, shard_bytes, progress_bar)
-        config["torch_dtype"] = config["dtype"] = str(np.result_type(*{array.dtype for array in arrays}))
+        fields["vocab_size"] = model.config.model.vocab_size = model.network.spec.vocab_size
+        if as_exact and is_exact(fields):
+            raise UserError(f"--as_exact: {workdir} has exact attention already")
+        own = not as_exact and needs_own_format(fields)
+        if own:
+            check_own_format(fields, str(workdir))
+        origin = read_origin(workdir)
+        stock = stock_fields(fields) if own else exact_fields(fields, str(workdir))
+        family = fitting_family(stock, str(workdir), origin.get("model_type", ""))
+        places = places_of(model.network, family, own=own) + (own_places(model.network) if own else [])
+        arrays = _write_arrays(temporary, model, places, dtype, shard_bytes, progress_bar)
+        config = family.write(stock) | _config_extras(model, family, origin)
+        config["torch_dtype"] = config["dtype"] = str(_common_dtype(places, arrays))
+        if own:
+            config |= own_config(model.config, family)
+            write_code(temporary, fields)
+        elif as_exact:
+            write_mechanism(temporary, model.config, family.architecture)
+            _write_mechanism_arrays(temporary, model)
         write_json(temporary / "config.json", config, sort_keys=True)
         ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         write_json(temporary / GENERATION_FILE, origin.get("generation_config", ids), sort_keys=True)
         model.tokenizer.save(str(temporary))
-        has_own = not is_exact(fields)
-        if has_own:
-            model.config.model.vocab_size = fields["vocab_size"]
-            write_mechanism(temporary, model.config, family.architecture)
-            _write_mechanism_arrays(temporary, model)
     size = sum(array.nbytes for array in arrays)
-    return f"{family.architecture}, step {model.step}, {len(arrays)} arrays, {size / 1e6:,.1f} MB" + (
-        f"; its mechanisms in {JSON_FILE} and in {STEM}.safetensors: transformers alone has exact attention (README.md)"
-        if has_own
+    name = f"{ARCHITECTURE} on {family.model_type}" if own else family.architecture
+    return f"{name}, step {model.step}, {len(arrays)} arrays, {size / 1e6:,.1f} MB" + (
+        "; transformers runs its own code (trust_remote_code=True, README.md)"
+        if own
+        else f"; its mechanisms in {JSON_FILE} and in {STEM}.safetensors: transformers has exact attention (README.md)"
+        if as_exact
         else ""
     )
 
@@ -85,16 +105,17 @@ def export_workdir(
 def _write_arrays(
     directory: Path,
     model: WorkdirModel,
-    family: Family,
+    places: Sequence[Place],
     dtype: str | None,
     shard_bytes: int,
     progress_bar: ProgressBar,
 ) -> list[ArrayToWrite]:
-    arrays, sources, params = [], {}, flatten_dict(model.params)
-    for place in places_of(model.network, family):
-        stored = params[place.path]
+    arrays, sources = [], {}
+    trees = {"params": flatten_dict(model.params), "projections": flatten_dict(model.projections)}
+    for place in places:
+        stored = trees[place.tree][place.path]
         for row, name in enumerate(place.names):
-            written = jnp.dtype(dtype) if dtype else np.dtype(stored.dtype)
+            written = jnp.dtype(dtype) if dtype and not is_own(place.path) else np.dtype(stored.dtype)
             arrays.append(ArrayToWrite(name, place.layout.hf_shape, written))
             sources[name] = (place, stored, row)
 
@@ -110,6 +131,12 @@ def _write_arrays(
     with progress_bar(sum(array.nbytes for array in arrays), "B", "export") as bar:
         write_safetensors(directory, "model", shard(arrays, shard_bytes), values(bar))
     return arrays
+
+
+def _common_dtype(places: Sequence[Place], arrays: Sequence[ArrayToWrite]) -> np.dtype:
+    """The dtype of the family's arrays: what it lacks has a dtype of its own."""
+    own = {name for place in places if is_own(place.path) for name in place.names}
+    return np.result_type(*{array.dtype for array in arrays if array.name not in own})
 
 
 def _as_hf(place: Place, stored: jax.Array, row: int) -> np.ndarray:

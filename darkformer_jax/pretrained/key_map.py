@@ -5,6 +5,7 @@ there is a group of our axes: q's kernel [D, H, d] is [H d, D] there, that is ((
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,6 +35,8 @@ _GROUPS: Mapping[str, tuple[tuple[int, ...], ...]] = {
     "up/kernel": ((1,), (0,)),
     "down/kernel": ((1,), (0,)),
 }
+
+_OWN = ("mechanism", "convolution", "forgetting")  # parts of attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,44 +78,82 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """One of our arrays: its path, and its name in the checkpoint, or one name per row if it stacks layers."""
+    """One of our arrays: its path, and its name in the checkpoint, or one name per row if it stacks layers.
+
+    `tree` is "params" or "projections".
+    """
 
     path: tuple[str, ...]
     variable: Any
     names: tuple[str, ...]
     stacked: bool
     layout: Layout
+    tree: str = "params"
 
 
-def places_of(network: Network, family: Family) -> list[Place]:
+def places_of(network: Network, family: Family, *, own: bool = False) -> list[Place]:
     """Every parameter that the family's checkpoints hold, in the model's order.
 
-    Parameters of feature mechanisms (M, learned projections) are left out: no family has them.
+    Args:
+      own: the arrays that only this package's format has are left out, as those of mechanisms always are.
 
     Raises:
       UserError: an array of the model has no name in the family.
     """
     found: list[Place] = []
-    strides = len(network.spec.pattern)
 
     def add(path: tuple[str, ...], variable: Any) -> None:
-        stacked = path[0].startswith("blocks_")
-        inner = path[1:] if stacked else path
-        if is_mechanism(path):
+        if is_mechanism(path) or (own and is_own(path)):
             return
+        inner = path[1:] if _is_stacked(path) else path
         name = "/".join(inner)
         if name not in family.names:
             raise UserError(f"a {family.model_type} model has no array for {'/'.join(path)}")
-        hf_name, shape = family.names[name], tuple(variable.shape)
-        names: tuple[str, ...] = (hf_name,)
-        if stacked:
-            first = int(path[0].removeprefix("blocks_"))
-            names = tuple(f"model.layers.{first + strides * row}.{hf_name}" for row in range(shape[0]))
-        layout = Layout(shape[1:] if stacked else shape, _groups(name))
-        found.append(Place(path, variable, names, stacked, layout))
+        found.append(_place(network, path, variable, family.names[name], _groups(name)))
 
     network.map_params(add)
     return found
+
+
+def own_places(network: Network) -> list[Place]:
+    """The arrays that no family has, under `model.layers.<layer>.self_attn.` and our path, in our layout."""
+    found: list[Place] = []
+
+    def add(tree: str, path: tuple[str, ...], variable: Any) -> None:
+        if is_own(path):
+            groups = tuple((axis,) for axis in range(len(variable.shape) - 1))
+            name = ".".join(("self_attn", *path[2:]))
+            found.append(_place(network, path, variable, name, groups, tree))
+
+    network.map_params(functools.partial(add, "params"))
+    network.map_projections(functools.partial(add, "projections"))
+    return found
+
+
+def _place(
+    network: Network,
+    path: tuple[str, ...],
+    variable: Any,
+    name: str,
+    groups: tuple[tuple[int, ...], ...],
+    tree: str = "params",
+) -> Place:
+    shape = tuple(variable.shape)
+    names: tuple[str, ...] = (name,)
+    if _is_stacked(path):
+        first, strides = int(path[0].removeprefix("blocks_")), len(network.spec.pattern)
+        names = tuple(f"model.layers.{first + strides * row}.{name}" for row in range(shape[0]))
+    stacked = _is_stacked(path)
+    return Place(path, variable, names, stacked, Layout(shape[1:] if stacked else shape, groups), tree)
+
+
+def _is_stacked(path: Sequence[str]) -> bool:
+    return path[0].startswith("blocks_")
+
+
+def is_own(path: Sequence[str]) -> bool:
+    """Whether an array belongs to a part of attention that no family has."""
+    return path[1:2] == ("attention",) and path[2] in _OWN
 
 
 def is_mechanism(path: Sequence[str]) -> bool:

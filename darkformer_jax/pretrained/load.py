@@ -30,7 +30,7 @@ from darkformer_jax.model.network import Network, logical_axes
 from darkformer_jax.pretrained.families import Family, family_of
 from darkformer_jax.pretrained.families.family import LLAMA_NAMES
 from darkformer_jax.pretrained.hf_config import origin_of
-from darkformer_jax.pretrained.key_map import Layout, Place, places_of
+from darkformer_jax.pretrained.key_map import Layout, Place, is_own, own_places, places_of
 from darkformer_jax.pretrained.mechanism import (
     MechanismArray,
     check_mechanism,
@@ -39,6 +39,7 @@ from darkformer_jax.pretrained.mechanism import (
     mechanism_arrays,
     read_mechanism,
 )
+from darkformer_jax.pretrained.own_format import is_own_format, read_own_config
 from darkformer_jax.pretrained.safetensors_files import DTYPES, SafetensorsFiles
 from darkformer_jax.pretrained.source import Source
 from darkformer_jax.runs.checkpoints import Checkpoints
@@ -88,11 +89,16 @@ def plan_import(source: Source, config: ml_collections.ConfigDict, dtype: str | 
     Raises:
       UserError: an architecture or option is not supported, or a name, shape or dtype does not fit.
     """
-    family = family_of(source.config)
-    fields = family.read(source.config)
-    config.update_from_flattened_dict({f"model.{name}": value for name, value in fields.items()})
-    own = read_mechanism(source.path, config, fields) if has_mechanism(source.path) else None
-    if own is None:
+    has_own = is_own_format(source.config.values)
+    beside = None  # the mechanisms of an export as the exact model
+    if has_own:
+        family = read_own_config(source.config, config)
+    else:
+        family = family_of(source.config)
+        fields = family.read(source.config)
+        config.update_from_flattened_dict({f"model.{name}": value for name, value in fields.items()})
+        beside = read_mechanism(source.path, config, fields) if has_mechanism(source.path) else None
+    if not has_own and beside is None:
         stored = {_stored_dtype(source, name, dtype) for name in source.arrays if not _IGNORED.fullmatch(name)}
         config.model.dtype = "bfloat16" if stored == {_BFLOAT16} else "float32"  # computes in what it stores
     config.sequence_length = source.config.integer("max_position_embeddings", config.sequence_length)
@@ -100,13 +106,14 @@ def plan_import(source: Source, config: ml_collections.ConfigDict, dtype: str | 
     validate(config)
     source.check_tokenizer()
     network = Network.of(model_spec(config, config.model.vocab_size))
-    places = _in_file(source, places_of(network, family), config.model.tie_embeddings)
+    places = places_of(network, family, own=has_own) + (own_places(network) if has_own else [])
+    places = _in_file(source, places, config.model.tie_embeddings)
     _check_arrays(source, places, config.model.tie_embeddings)
     arrays = [_planned(source, place, dtype) for place in places]
-    if own:
+    if beside:
         mechanism = mechanism_arrays(network)
-        check_mechanism(own, mechanism)
-        arrays += [_planned_mechanism(own, array) for array in mechanism]
+        check_mechanism(beside, mechanism)
+        arrays += [_planned_mechanism(beside, array) for array in mechanism]
     origin = origin_of(family.model_type, source.config, source.path, config.model.vocab_size)
     return Import(source, family, config, arrays, origin)
 
@@ -207,7 +214,9 @@ def _planned(source: Source, place: Place, dtype: str | None) -> PlannedArray:
 
     dtypes = {_stored_dtype(source, name, dtype) for name in place.names}
     stored = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)  # float32 holds any mixture
-    return PlannedArray(("params", *place.path), place.variable, stored, read)
+    if is_own(place.path):
+        stored = np.dtype(place.variable.dtype)
+    return PlannedArray((place.tree, *place.path), place.variable, stored, read)
 
 
 def _planned_mechanism(files: SafetensorsFiles, array: MechanismArray) -> PlannedArray:

@@ -145,21 +145,30 @@ def read_mechanism(directory: str, config: ml_collections.ConfigDict, exact: Fie
     content = read_json_object(path)
     if content.get("format") != _FORMAT or not isinstance(content.get("model"), dict):
         raise UserError(f"{path}: format = {content.get('format')!r}: allowed: {_FORMAT}, with an object `model`")
-    try:
-        saved = migrate(content | {"model": unflatten_dict(content["model"], sep=".")}, path)["model"]
-        fields = {f"model.{name}": value for name, value in flat_fields(saved)}
-        missing = [name for name in base.fields() if name.startswith("model.") and name not in fields]
-        if missing:
-            raise UserError(f"{path}: {missing[0]} is missing")
-        config.update_from_flattened_dict(fields)
-        config.seed = content["seed"]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} does not fit this version: {one_line(error)}") from error
+    read_own_fields(content, path, config)
     said, exact = exact_fields(dict(flat_fields(config.model.to_dict())), path), canonical(exact)
     for name in exact:
         if said[name] != exact[name]:
             raise UserError(f"{path}: model.{name} = {said[name]!r}, but config.json beside it says {exact[name]!r}")
     return SafetensorsFiles(directory, STEM)
+
+
+def read_own_fields(content: dict[str, Any], where: str, config: ml_collections.ConfigDict) -> None:
+    """Sets model and seed of `config` to `content["model"]`, whose names have dots, and `content["seed"]`, migrated.
+
+    Raises:
+      UserError: this version does not have a field, or a field is missing.
+    """
+    try:
+        saved = migrate(content | {"model": unflatten_dict(content["model"], sep=".")}, where)["model"]
+        fields = {f"model.{name}": value for name, value in flat_fields(saved)}
+        missing = [name for name in base.fields() if name.startswith("model.") and name not in fields]
+        if missing:
+            raise UserError(f"{where}: {missing[0]} is missing")
+        config.update_from_flattened_dict(fields)
+        config.seed = content["seed"]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where} does not fit this version: {one_line(error)}") from error
 
 
 def check_mechanism(files: SafetensorsFiles, arrays: list[MechanismArray]) -> None:

@@ -1,0 +1,168 @@
+"""The export of a model that no Hugging Face family has: model_type "darkformer", with code of its own for PyTorch.
+
+config.json holds the fields of the nearest family, and under `darkformer` what the model has beyond it: every field of
+`model`, the seed, and the resolved attention of each layer, which the code reads. Weights keep the family's names; what
+the family lacks has our path, our layout and float32. The files of `remote_code/` are copied beside them.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from darkformer_jax.config import base
+from darkformer_jax.config.fields import flat_fields
+from darkformer_jax.config.migrations import with_version
+from darkformer_jax.config.specs import mixer_specs
+from darkformer_jax.data.files import write_file
+from darkformer_jax.errors import UserError
+from darkformer_jax.mixers.forgetting import alibi_slopes
+from darkformer_jax.mixers.spec import MixerSpec
+from darkformer_jax.pretrained.families import FAMILIES, Family, Fields, canonical
+from darkformer_jax.pretrained.families.family import FULL, kinds_of
+from darkformer_jax.pretrained.hf_config import HFConfig
+from darkformer_jax.pretrained.mechanism import is_exact, read_own_fields
+
+MODEL_TYPE = KEY = "darkformer"
+_FORMAT = 2  # 1 is that of darkformer.json
+_CODE = Path(__file__).parent / "remote_code"
+_CLASSES = {
+    "AutoConfig": "configuration_darkformer.DarkformerConfig",
+    "AutoModel": "modeling_darkformer.DarkformerModel",
+    "AutoModelForCausalLM": "modeling_darkformer.DarkformerForCausalLM",
+}
+ARCHITECTURE = "DarkformerForCausalLM"
+# The kinds that remote_code/ computes.
+KINDS = (
+    *("softmax", "softmax_local", "performer", "dark", "lfk", "window_only"),
+    *("linear_transformer", "hedgehog", "cosformer"),
+)
+_OPTIONS = (
+    *("kind", "head_dim", "scale", "softcap", "local_window", "num_features", "chunk_size", "window", "num_sinks"),
+    *("window_kernel", "far_gain", "learn_projections", "geometry_init", "horizon", "decay", "undecayed_heads"),
+    "conv_width",
+)
+_README = """# An exported DARKFormer
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained("<this directory>", trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained("<this directory>")
+
+`trust_remote_code=True` runs the three `*_darkformer.py` files of this directory, which need torch and transformers
+(5.0 or later) and nothing else. Without it transformers ends with an error.
+
+Attention, layer by layer: {kinds}.
+
+* Linear attention keeps a state of constant size: `generate` needs no more memory for more tokens.
+* One row is one document. Pad on either side; positions count the real tokens.
+* Refused: several documents in a row, masks with holes, output_attentions, assisted decoding, static and quantised
+  caches.
+
+darkformer_jax reads the directory back, also after training in PyTorch:
+
+    python -m darkformer_jax.convert --source=<this directory> --workdir=runs/copy
+"""
+
+
+def needs_own_format(fields: Fields) -> bool:
+    """Whether the model has what no Hugging Face family has: other attention, decays, convolutions or no RoPE."""
+    return not is_exact(fields) or any(fields[name] != value for name, value in _no_extras().items())
+
+
+def check_own_format(fields: Fields, where: str) -> None:
+    """Raises UserError for a kind that the exported code does not compute."""
+    for kind in kinds_of(fields):
+        if kind not in KINDS:
+            raise UserError(
+                f"{where}: the exported code has no {kind} attention; allowed: {', '.join(KINDS)}. --as_exact exports "
+                "the same transformer with exact attention"
+            )
+
+
+def stock_fields(fields: Fields) -> Fields:
+    """The same sizes, norms and rotary positions with plain softmax attention, which a family can hold."""
+    plain = {name: field.default for name, field in _attention_fields().items()}
+    return canonical(fields | plain | {"attention.kind": FULL, "attention.pattern": ""})
+
+
+def own_config(config: ml_collections.ConfigDict, family: Family) -> dict[str, Any]:
+    """The entries of config.json that make it one of model_type "darkformer"."""
+    description = {
+        "format": _FORMAT,
+        "family": family.model_type,
+        "seed": config.seed,
+        "model": config.model.to_dict(),
+        "pattern": [_layer(spec) for spec in mixer_specs(config)],
+    }
+    return {
+        "model_type": MODEL_TYPE,
+        "architectures": [ARCHITECTURE],
+        "auto_map": _CLASSES,
+        KEY: with_version(description),
+    }
+
+
+def _layer(spec: MixerSpec) -> dict[str, Any]:
+    """What the code reads of one layer. JSON keeps float32 numbers exactly."""
+    rope = spec.rope
+    return {name: getattr(spec, name) for name in _OPTIONS} | {
+        "frequencies": [float(f) for f in rope.frequencies(spec.head_dim)] if spec.has_rope else None,
+        "amplitude": rope.amplitude,
+        "alibi": [-float(slope) for slope in alibi_slopes(spec.num_kv_heads)] if spec.has_alibi else None,
+    }
+
+
+def write_code(directory: Path, fields: Fields) -> None:
+    """Copies the code, byte for byte, and writes README.md."""
+    for file in sorted(_CODE.glob("*.py")):
+        shutil.copyfile(file, directory / file.name)
+    kinds = kinds_of(fields)
+    shown = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds))
+    write_file(str(directory / "README.md"), _README.format(kinds=shown).encode())
+
+
+def is_own_format(values: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of this format."""
+    return values.get("model_type") == MODEL_TYPE
+
+
+def read_own_config(hf: HFConfig, config: ml_collections.ConfigDict) -> Family:
+    """Sets model and seed of `config` to those of a config.json, and returns the family that names the weights.
+
+    The vocabulary may have grown in PyTorch: its size is the one that the family's fields say.
+
+    Raises:
+      UserError: the format is another, a field is missing, or both descriptions differ in something else.
+    """
+    content = hf.values.get(KEY)
+    if not isinstance(content, dict) or content.get("format") != _FORMAT or not isinstance(content.get("model"), dict):
+        raise UserError(f"{hf.path}: {KEY} must be an object of format {_FORMAT}, with `model`")
+    family = FAMILIES.get(str(content.get("family")))
+    if family is None:
+        raise UserError(f"{hf.path}: {KEY}.family = {content.get('family')!r}: allowed: {', '.join(FAMILIES)}")
+    model = dict(flat_fields(content["model"]))
+    where = f"{hf.path}: {KEY}"
+    read_own_fields(content | {"model": model}, where, config)
+    stock = canonical(family.read(HFConfig({**hf.values, "model_type": family.model_type}, hf.path)))
+    config.model.vocab_size = stock["vocab_size"]
+    said = stock_fields(dict(flat_fields(config.model.to_dict())))
+    for name in stock:
+        if said[name] != stock[name]:
+            raise UserError(f"{where}.model.{name} = {said[name]!r}, but the rest of the file says {stock[name]!r}")
+    return family
+
+
+def _attention_fields() -> dict[str, base.Field]:
+    return {
+        name.removeprefix("model."): field
+        for name, field in base.fields().items()
+        if name.startswith("model.attention.")
+    }
+
+
+def _no_extras() -> dict[str, Any]:
+    names = ("attention.decay", "attention.conv_width", "attention.positions")
+    return {name: _attention_fields()[name].default for name in names}

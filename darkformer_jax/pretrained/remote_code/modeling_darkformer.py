@@ -1,0 +1,457 @@
+"""A DARKFormer model in PyTorch: the Llama and Gemma family of transformers with the attention of attention_darkformer.
+
+Weights have the names of the stock model (Llama, Gemma, ...), and what it lacks is below `self_attn.mechanism`,
+`self_attn.convolution` and `self_attn.forgetting`. A row is one document. Positions count its real tokens.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .attention_darkformer import EXACT, ExactAttention, FeatureAttention, Mechanism, Rows, State, take
+from .configuration_darkformer import DarkformerConfig
+
+_CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"  # before 5.24
+_ACTIVATIONS = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+
+
+class DarkformerCacheLayer(CacheLayerMixin):
+    """What one layer keeps of the tokens so far; all tensors have the rows in front."""
+
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all tokens."""
+        self.state: State | None = None
+        self.seen = 0  # tokens so far, padding included
+        self.real: Tensor | None = None  # [B], without padding
+        self.is_initialized = False
+
+    def write(self, state: State, rows: Rows) -> None:
+        """The state after a call."""
+        self.state, self.is_initialized = state, True
+        self.seen, self.real = self.seen + rows.length, rows.before + rows.count
+
+    def _map(self, function: Any) -> None:
+        if self.state is not None and self.real is not None:
+            self.state = {name: function(x) for name, x in self.state.items()}
+            self.real = function(self.real)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row beam_idx[i] was."""
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    batch_select_indices = reorder_cache
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times."""
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def offload(self) -> None:
+        """To the CPU's memory; the next call moves it back."""
+        self._map(lambda x: x.to("cpu"))
+
+    def prefetch(self) -> None:
+        """Nothing: a call moves the state to the device of its tokens."""
+
+    def get_seq_length(self, *_: Any) -> int:
+        """Tokens so far, padding included."""
+        return self.seen
+
+    def get_mask_sizes(self, query: Any) -> tuple[int, int]:
+        """(columns of the mask, its first column); `query` is the number of new tokens, or has an entry for each."""
+        return self.seen + (query if isinstance(query, int) else query.shape[0]), 0
+
+    def get_max_length(self) -> int:
+        """-1: no limit."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before 5.18
+
+    def crop(self, *_: Any) -> None:
+        """Refused: a state of constant size cannot forget its last tokens."""
+        raise NotImplementedError("a DARKFormer cache cannot be cropped: its state has no single tokens")
+
+    def lazy_initialization(self, *_: Any) -> None:
+        """Refused, as `update`."""
+        raise NotImplementedError("a DARKFormer cache is filled by the model alone")
+
+    update = lazy_initialization  # type: ignore[assignment]
+
+
+def own_layers(cache: Cache | None, num_layers: int) -> Any:
+    """The cache with layers of ours in the place of empty ones, whatever made it."""
+    if cache is None:
+        cache = DynamicCache()
+    layers: list[Any] = cache.layers
+    if layers and all(isinstance(layer, DarkformerCacheLayer) for layer in layers):
+        return cache
+    for layer in layers:
+        name = type(layer).__name__
+        if "Static" in name or "Quant" in name:
+            raise ValueError(f"a DARKFormer model cannot use a cache of {name}: use DynamicCache, or pass no cache")
+        if layer.is_initialized and layer.get_seq_length():
+            raise ValueError(f"the cache holds tokens in a {name}: it was filled by another model")
+    cache.layers = [DarkformerCacheLayer() for _ in range(num_layers)]
+    cache.layer_class_to_replicate = None
+    return cache
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight in float32; * (1 + weight) with `plus_one`."""
+
+    def __init__(self, size: int, config: DarkformerConfig) -> None:
+        super().__init__()
+        model = config.fields
+        self.eps, self.plus_one = model["norm_eps"], model["norm_plus_one"]
+        self.weight = nn.Parameter(torch.zeros(size) if self.plus_one else torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        weight = self.weight.float()
+        return (wide * (1 + weight if self.plus_one else weight)).to(x.dtype)
+
+
+class GatedMLP(nn.Module):
+    """(activation(x Wg) * (x Wu)) Wd."""
+
+    def __init__(self, config: DarkformerConfig) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.activation = _ACTIVATIONS[config.fields["activation"]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class ShortConvolution(nn.Module):
+    """y_n = x_n + sum_i kernel_i x_{n-i} for q, k and v, per head and dimension. Its state is the last tokens' x."""
+
+    def __init__(self, width: int, heads: dict[str, int], head_dim: int) -> None:
+        super().__init__()
+        self.width = width
+        for name, number in heads.items():
+            setattr(self, name, nn.ParameterDict({"kernel": nn.Parameter(torch.zeros(width, number, head_dim))}))
+
+    def forward(self, parts: dict[str, Tensor], rows: Rows, state: State | None) -> tuple[dict[str, Tensor], State]:
+        reach = self.width - 1
+        kept = rows.count[:, None] + torch.arange(reach, device=rows.count.device)
+        new, out = {}, {}
+        for name, x in parts.items():
+            before = x.new_zeros(len(x), reach, *x.shape[2:]) if state is None else state[f"convolution_{name}"]
+            kernel, tokens = getattr(self, name)["kernel"].to(x.dtype), torch.cat([before, x], 1)
+            past = (kernel[back] * tokens[:, reach - back : reach - back + rows.length] for back in range(self.width))
+            out[name] = sum(past, x)
+            new[f"convolution_{name}"] = take(tokens, kept)
+        return out, new
+
+
+class Forgetting(nn.Module):
+    """The log decay per token of each key/value head: -softplus(bias + x W), or without W, or constants."""
+
+    def __init__(self, layer: dict[str, Any], width: int, num_heads: int) -> None:
+        super().__init__()
+        self.kind, self.constants = layer["decay"], layer["alibi"]
+        self.forgetful = num_heads - layer["undecayed_heads"]
+        if self.constants is None:
+            self.bias = nn.Parameter(torch.zeros(num_heads))
+        if self.kind == "gate":
+            self.gate = nn.ParameterDict({"kernel": nn.Parameter(torch.zeros(width, num_heads))})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, n, G] of x [B, n, width]."""
+        if self.constants is not None:
+            return torch.tensor(self.constants, dtype=torch.float32, device=x.device).expand(*x.shape[:2], -1)
+        raw = self.bias.float().expand(*x.shape[:2], -1)
+        if self.kind == "gate":
+            raw = raw + x.float() @ self.gate["kernel"].float()
+        decays = -F.softplus(raw)
+        return torch.cat([decays[..., : self.forgetful], torch.zeros_like(decays[..., self.forgetful :])], -1)
+
+
+class Attention(nn.Module):
+    """Projections, convolution, norms, rotary positions and decay around exact or linear attention."""
+
+    def __init__(self, config: DarkformerConfig, index: int) -> None:
+        super().__init__()
+        layer, model = config.layer(index), config.fields
+        self.heads = {"q": model["num_heads"], "k": model["num_kv_heads"], "v": model["num_kv_heads"]}
+        size, width, bias = model["head_dim"], config.hidden_size, model["qkv_bias"]
+        for name, number in self.heads.items():
+            setattr(self, f"{name}_proj", nn.Linear(width, number * size, bias=bias))
+        self.o_proj = nn.Linear(self.heads["q"] * size, width, bias=False)
+        self.q_norm = RMSNorm(size, config) if model["qk_norm"] else None
+        self.k_norm = RMSNorm(size, config) if model["qk_norm"] else None
+        self.frequencies, self.amplitude = layer["frequencies"], layer["amplitude"]
+        is_exact = layer["kind"] in EXACT
+        self.mechanism = None if is_exact else Mechanism(layer, self.heads["q"], self.heads["k"], size)
+        self.attend = ExactAttention(layer) if is_exact else FeatureAttention(layer)
+        self.convolution = ShortConvolution(layer["conv_width"], self.heads, size) if layer["conv_width"] else None
+        has_decay = layer["alibi"] is not None or layer["decay"] != "none"
+        self.forgetting = Forgetting(layer, width, self.heads["k"]) if has_decay else None
+
+    def forward(self, x: Tensor, rows: Rows, state: State | None) -> tuple[Tensor, State]:
+        """(y, the state after the tokens) of x [B, n, width]."""
+        parts = {
+            name: getattr(self, f"{name}_proj")(x).unflatten(-1, (heads, -1)) for name, heads in self.heads.items()
+        }
+        convolved: State = {}
+        if self.convolution is not None:
+            parts, convolved = self.convolution(parts, rows, state)
+        q, k, v = parts.values()
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.frequencies is not None:
+            q, k = self.rotate(q, rows), self.rotate(k, rows)
+        decays = None if self.forgetting is None else self.forgetting(x)
+        own = None if state is None else {name: x for name, x in state.items() if not name.startswith("convolution_")}
+        out, new = self.attend(self.mechanism, q, k, v, rows, decays, own)
+        return self.o_proj(out.flatten(2)), new | convolved
+
+    def rotate(self, x: Tensor, rows: Rows) -> Tensor:
+        """Rotates the pairs (x_i, x_{i + d/2}) of x [B, n, heads, d] by the token's index times the frequencies."""
+        angles = rows.index.float()[..., None] * torch.tensor(self.frequencies, device=x.device)
+        cos, sin = (self.amplitude * turn[:, :, None] for turn in (angles.cos(), angles.sin()))
+        first, second = x.float().chunk(2, -1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+
+
+class DarkformerBlock(GradientCheckpointingLayer):
+    """x + attention(norm(x)), then x + mlp(norm(x)); Gemma 2 and 3 also norm each term before it is added."""
+
+    def __init__(self, config: DarkformerConfig, index: int) -> None:
+        super().__init__()
+        self.post_norms = config.fields["post_norms"]
+        self.self_attn = Attention(config, index)
+        self.mlp = GatedMLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config)
+        if self.post_norms:
+            self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config)
+            self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config)
+
+    def forward(self, x: Tensor, rows: Rows, state: State | None) -> tuple[Tensor, State]:
+        mixed, state = self.self_attn(self.input_layernorm(x), rows, state)
+        if not self.post_norms:
+            x = x + mixed
+            return x + self.mlp(self.post_attention_layernorm(x)), state
+        x = x + self.post_attention_layernorm(mixed)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))), state
+
+
+class DarkformerPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know of the models below."""
+
+    config_class = DarkformerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DarkformerBlock"]  # noqa: RUF012  # transformers expects lists
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
+    # Exponents: half precision would change the kernel.
+    _keep_in_fp32_modules_strict = ["mechanism", "forgetting"]  # noqa: RUF012
+    _is_stateful = True  # assisted decoding would have to take tokens back
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Mechanism):
+            module.reset()
+        elif isinstance(module, RMSNorm):
+            (init.zeros_ if module.plus_one else init.ones_)(module.weight)
+        elif isinstance(module, Forgetting | ShortConvolution):
+            for parameter in module.parameters():
+                init.zeros_(parameter)
+
+
+class DarkformerModel(DarkformerPreTrainedModel):
+    """Tokens -> hidden states."""
+
+    def __init__(self, config: DarkformerConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([DarkformerBlock(config, index) for index in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config)
+        self.scale = config.hidden_size**0.5 if config.fields["scale_embeddings"] else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers' models. `past_key_values` and `cache` are two names of one thing.
+
+        Raises ValueError for what a state of constant size cannot have: attention weights, masks with holes, and
+        positions other than the count of the real tokens.
+        """
+        _refuse(kwargs)
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise ValueError("output_attentions=True: linear attention has no attention weights")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds is needed")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.scale is not None:
+            x = x * torch.tensor(self.scale, dtype=x.dtype, device=x.device)
+        cache = past_key_values if cache is None else cache
+        if self.gradient_checkpointing and self.training:
+            use_cache = False
+        uses_cache = self.config.use_cache if use_cache is None else use_cache
+        if uses_cache or cache is not None:
+            cache = own_layers(cache, len(self.layers))
+        rows, padding = rows_of(attention_mask, position_ids, x, cache)
+        places = torch.arange(rows.length, device=x.device)
+        x = x if padding is None else take(x, places + padding[:, None])
+        in_order = lambda x: x if padding is None else take(x, places - padding[:, None])
+        states = [in_order(x)]
+        for index, block in enumerate(self.layers):
+            layer: Any = None if cache is None else cache.layers[index]
+            state = None if layer is None else _to_device(layer.state, x.device)
+            x, state = block(x, rows, state)
+            if layer is not None:
+                layer.write(state, rows)
+                if getattr(cache, "offloading", False):
+                    layer.offload()
+            if output_hidden_states or (output_hidden_states is None and self.config.output_hidden_states):
+                states.append(in_order(x))
+        x = in_order(self.norm(x))
+        shown = (*states[:-1], x) if len(states) > 1 else None
+        results: dict[str, Any] = {"last_hidden_state": x, "hidden_states": shown, _CACHE: cache}
+        out = BaseModelOutputWithPast(**results)
+        return out if return_dict is None or return_dict else out.to_tuple()
+
+
+class DarkformerForCausalLM(DarkformerPreTrainedModel, GenerationMixin):
+    """Tokens -> logits of each next token."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: DarkformerConfig) -> None:
+        super().__init__(config)
+        self.model = DarkformerModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.softcap = config.fields["logit_softcap"]
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """As `DarkformerModel`; with labels, the mean loss of those that are not -100, each of its predecessor."""
+        num_items = kwargs.pop("num_items_in_batch", None)
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, kept])
+        if self.softcap:
+            logits = self.softcap * (logits / self.softcap).tanh()
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items
+            )
+        results = {"loss": loss, "logits": logits, "hidden_states": out.hidden_states, _CACHE: out.get(_CACHE)}
+        result = CausalLMOutputWithPast(**results)
+        return result if return_dict is None or return_dict else result.to_tuple()
+
+
+def _refuse(kwargs: dict[str, Any]) -> None:
+    """Raises ValueError for an argument that would change the result and is not supported."""
+    kwargs.pop("cache_position", None)  # before 5.2; it follows from the cache
+    unknown = [name for name, value in kwargs.items() if value is not None]
+    if unknown:
+        raise ValueError(f"{unknown[0]} is not an argument of a DARKFormer model")
+
+
+def _to_device(state: State | None, device: torch.device) -> State | None:
+    return None if state is None else {name: x.to(device) for name, x in state.items()}
+
+
+def rows_of(mask: Tensor | None, position_ids: Tensor | None, x: Tensor, cache: Any) -> tuple[Rows, Tensor | None]:
+    """(the rows of x [B, n, width], the padding in front of each [B] or None where there is none).
+
+    Raises ValueError for masks that are not 0 and 1 per token of all calls, have holes, or leave no real token; and for
+    position_ids that are not the count of real tokens, such as those of several documents in a row.
+    """
+    size, length = x.shape[:2]
+    layer = None if cache is None else cache.layers[0]
+    seen, before = (0, None) if layer is None else (layer.seen, layer.real)
+    before = torch.zeros(size, dtype=torch.long, device=x.device) if before is None else before.to(x.device)
+    if mask is None:
+        if bool((before != seen).any()):
+            raise ValueError("attention_mask is needed: the cache holds rows with padding")
+        count, padding = torch.full_like(before, length), None
+    else:
+        if mask.dim() != 2 or tuple(mask.shape) != (size, seen + length):
+            raise ValueError(
+                f"attention_mask has shape {list(mask.shape)}; expected {[size, seen + length]}: 0 or 1 per token, "
+                "with those in the cache"
+            )
+        real = mask.to(x.device) != 0
+        begins = real & ~F.pad(real, (1, 0))[:, :-1]
+        if bool((begins.sum(1) > 1).any()):
+            raise ValueError(
+                "attention_mask has holes: a row may have padding before and after its tokens, not between"
+            )
+        if bool((real[:, :seen].sum(1) != before).any()):
+            raise ValueError("attention_mask is not the one that the tokens in the cache had")
+        count, padding = real[:, seen:].sum(1), None
+        if bool((count < length).any()):
+            padding = real[:, seen:].int().argmax(1)
+    rows = Rows(before, count, length, list(zip(before.tolist(), count.tolist(), strict=True)))
+    if position_ids is not None:
+        own = position_ids.to(x.device).expand(size, -1)
+        if padding is not None:
+            own = take(own, torch.arange(length, device=x.device) + padding[:, None])
+        if own.shape != rows.index.shape or bool(((own != rows.index) & rows.is_real).any()):
+            raise ValueError(
+                "position_ids are not the count of the real tokens of each row: several documents in one row, and "
+                "other positions, are not supported"
+            )
+    return rows, padding
