@@ -10,6 +10,7 @@ key enters a scale. Without a window s_j is the logarithm of the feature estimat
 estimator everywhere); with one it is the exact log kernel + log m, which meets the scale of the feature sums.
 """
 
+import functools
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -29,6 +30,8 @@ from darkformer_jax.ops.state import NEG, AttentionState, FarState, Recent, Sink
 # stays under 88, float32's largest, also in the gradient.
 HEADROOM = 36.0
 LOG_FLOOR = -45.0
+# gradient * GRADIENT_SHIFT / product is a normal float32 for gradients from 1e-17 to 1e5, whatever the product.
+GRADIENT_SHIFT = math.exp(30.0)
 
 WindowKernel = Literal["dark", "softmax"]
 
@@ -94,8 +97,40 @@ def feature_scores(
     headroom = min(HEADROOM, 0.5 * (80.0 - math.log(log_q.shape[-1])))
     q_max = jax.lax.stop_gradient(jnp.max(log_q, axis=-1, keepdims=True))
     k_max = jax.lax.stop_gradient(jnp.max(log_k, axis=-1, keepdims=True))
-    product = matmul("ngm,tm->ngt", jnp.exp(log_q - (q_max - headroom)), jnp.exp(log_k - (k_max - headroom)), dtype)
-    return jnp.log(jnp.maximum(product, math.exp(LOG_FLOOR))) + (q_max + k_max[None, None, :, 0] - 2 * headroom)
+    logs = _log_product(dtype, log_q - (q_max - headroom), log_k - (k_max - headroom))
+    return logs + (q_max + k_max[None, None, :, 0] - 2 * headroom)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _log_product(
+    dtype: jax.typing.DTypeLike, log_q: Float[Array, "n g m"], log_k: Float[Array, "t m"]
+) -> Float[Array, "n g t"]:
+    """log max(P, e^LOG_FLOOR), P = sum_i exp(l_i(q) + l_i(k)), where e^HEADROOM is the largest of either side.
+
+    The gradient needs dL/dP = dL/dlog P / P. P is up to m e^(2 HEADROOM), so that the quotient is no normal float32
+    unless dL/dlog P is above 1e-6, which it is not where a loss is a mean over many tokens. So each query's quotients
+    are scaled by their largest.
+    """
+    return _log_product_forward(dtype, log_q, log_k)[0]
+
+
+def _log_product_forward(dtype: Any, log_q: Array, log_k: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    q, k = jnp.exp(log_q), jnp.exp(log_k)
+    product = matmul("ngm,tm->ngt", q, k, dtype)
+    return jnp.log(jnp.maximum(product, math.exp(LOG_FLOOR))), (q, k, product)
+
+
+def _log_product_backward(dtype: Any, saved: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array]:
+    q, k, product = saved
+    quotients = jnp.where(product > math.exp(LOG_FLOOR), gradient * GRADIENT_SHIFT / product, 0)
+    largest = jnp.max(jnp.abs(quotients), axis=-1, keepdims=True)
+    largest = jnp.where(largest > 0, largest, 1)
+    quotients, q = quotients / largest, jax.lax.optimization_barrier(q / GRADIENT_SHIFT) * largest
+    to_q = q * matmul("ngt,tm->ngm", quotients, k, dtype)
+    return to_q, k * matmul("ngt,ngm->tm", quotients, q, dtype)
+
+
+_log_product.defvjp(_log_product_forward, _log_product_backward)
 
 
 def weighted_sums(

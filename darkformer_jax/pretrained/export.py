@@ -82,7 +82,7 @@ def export_workdir(
         config = family.write(stock) | _config_extras(model, family, origin)
         config["torch_dtype"] = config["dtype"] = str(_common_dtype(places, arrays))
         if own:
-            config |= own_config(model.config, family)
+            config = own_config(config, model.config, family)
             write_code(temporary, fields)
         elif as_exact:
             write_mechanism(temporary, model.config, family.architecture)

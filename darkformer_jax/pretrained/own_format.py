@@ -88,8 +88,8 @@ def stock_fields(fields: Fields) -> Fields:
     return canonical(fields | plain | {"attention.kind": FULL, "attention.pattern": ""})
 
 
-def own_config(config: ml_collections.ConfigDict, family: Family) -> dict[str, Any]:
-    """The entries of config.json that make it one of model_type "darkformer"."""
+def own_config(stock: Mapping[str, Any], config: ml_collections.ConfigDict, family: Family) -> dict[str, Any]:
+    """config.json of model_type "darkformer". stock: the family's, whose RoPE is left out: layers have their own."""
     description = {
         "format": _FORMAT,
         "family": family.model_type,
@@ -97,12 +97,17 @@ def own_config(config: ml_collections.ConfigDict, family: Family) -> dict[str, A
         "model": config.model.to_dict(),
         "pattern": [_layer(spec) for spec in mixer_specs(config)],
     }
-    return {
+    return _without_rope(stock) | {
         "model_type": MODEL_TYPE,
         "architectures": [ARCHITECTURE],
         "auto_map": _CLASSES,
         KEY: with_version(description),
     }
+
+
+def _without_rope(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of RoPE, which transformers adds to every config, say nothing here."""
+    return {name: value for name, value in values.items() if not name.startswith("rope_")}
 
 
 def _layer(spec: MixerSpec) -> dict[str, Any]:
@@ -146,7 +151,8 @@ def read_own_config(hf: HFConfig, config: ml_collections.ConfigDict) -> Family:
     model = dict(flat_fields(content["model"]))
     where = f"{hf.path}: {KEY}"
     read_own_fields(content | {"model": model}, where, config)
-    stock = canonical(family.read(HFConfig({**hf.values, "model_type": family.model_type}, hf.path)))
+    values = _without_rope(hf.values) | {"model_type": family.model_type}
+    stock = _without_rope(canonical(family.read(HFConfig(values, hf.path))))
     config.model.vocab_size = stock["vocab_size"]
     said = stock_fields(dict(flat_fields(config.model.to_dict())))
     for name in stock:
