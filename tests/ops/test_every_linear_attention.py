@@ -76,6 +76,16 @@ def test_bfloat16_inputs(op, options):
 
 
 @every_form
+def test_a_small_loss_has_the_gradients_of_a_large_one(op, options):
+    """A mean over a million tokens gives each of them little, and float32 has no normal numbers below 1e-38."""
+    x, scale = draw(op, 80, heads=(2, 2)), 2.0**-30
+    cotangent = draw_cotangent(x)
+    _, wanted = with_gradients(op, x, cotangent, **options)
+    _, small = with_gradients(op, x, scale * cotangent, **options)
+    assert_gradients_close(jax.tree.map(lambda leaf: leaf / scale, small), wanted, 1e-5)
+
+
+@every_form
 def test_later_tokens_change_nothing(op, options):
     x = draw(op, 100, heads=(2, 2), extreme=0.25)
     before = np.asarray(attend(op, x, **options))

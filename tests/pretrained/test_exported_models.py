@@ -115,13 +115,23 @@ def test_gradients_are_those_of_this_package(name):
         np.testing.assert_allclose(theirs[place], ours_grad, atol=2e-4 * scale, rtol=0, err_msg=place)
 
 
+def test_a_small_loss_has_the_gradients_of_a_large_one():
+    model, ids, grads = exported("gates").theirs, torch.as_tensor(TOKENS).long(), []
+    for scale in (1.0, 2.0**-30):
+        model.zero_grad()
+        (scale * model(ids, labels=ids).loss).backward()
+        grads.append({name: p.grad / scale for name, p in model.named_parameters() if p.grad is not None})
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, atol=1e-5 * float(grad.abs().max()), rtol=0, msg=name)
+
+
 def test_checkpointed_layers_have_the_same_gradients():
     model = load(exported("gates-hybrid").directory)
     ids, grads = torch.as_tensor(TOKENS).long(), []
     for checkpointing in (False, True):
         model.train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         model.zero_grad()
         model(ids, labels=ids).loss.backward()
         grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})

@@ -160,13 +160,39 @@ class Mechanism(nn.Module):
         return self.scale * dots + math.log(max(self.num_features, 1))
 
 
+class LogProduct(torch.autograd.Function):
+    """log max(P, e^LOG_FLOOR) of P = sum_i exp(l_i(q) + l_i(k)), where e^HEADROOM is the largest of either side.
+
+    The gradient divides by P, which is up to m e^72: the quotient of a small loss would be no normal float32. So each
+    query's quotients are scaled by their largest.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_q: Tensor, log_k: Tensor, dtype: torch.dtype) -> Tensor:
+        q, k = log_q.exp(), log_k.exp()
+        dots = product("bngrm,btgm->bngrt", q, k, dtype)
+        ctx.save_for_backward(q, k, dots)
+        ctx.dtype = dtype
+        return dots.clamp_min(math.exp(LOG_FLOOR)).log()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        q, k, dots = ctx.saved_tensors
+        shift = math.exp(30.0)
+        quotients = torch.where(dots > math.exp(LOG_FLOOR), gradient * shift / dots, 0.0)
+        largest = quotients.abs().amax(-1, keepdim=True)
+        largest = torch.where(largest > 0, largest, 1.0)
+        quotients, q = quotients / largest, q / shift * largest
+        to_q = q * product("bngrt,btgm->bngrm", quotients, k, ctx.dtype)
+        return to_q, k * product("bngrt,bngrm->btgm", quotients, q, ctx.dtype), None
+
+
 def feature_scores(log_q: Tensor, log_k: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, q, G, g, t]: log sum_i exp(l_i(q) + l_i(k)), as one product, scaled by each side's largest feature."""
     headroom = min(HEADROOM, 0.5 * (80.0 - math.log(log_q.shape[-1])))
     q_max, k_max = (x.detach().amax(-1, keepdim=True) for x in (log_q, log_k))
-    q, k = (log_q - (q_max - headroom)).exp(), (log_k - (k_max - headroom)).exp()
-    dots = product("bngrm,btgm->bngrt", q, k, dtype).clamp_min(math.exp(LOG_FLOOR)).log()
-    return dots + (q_max + k_max[..., 0].permute(0, 2, 1)[:, None, :, None] - 2 * headroom)
+    logs = LogProduct.apply(log_q - (q_max - headroom), log_k - (k_max - headroom), dtype)
+    return logs + (q_max + k_max[..., 0].permute(0, 2, 1)[:, None, :, None] - 2 * headroom)
 
 
 def weighted_mean(far_scores: Tensor | None, state: State, scores: Tensor, values: Tensor) -> Tensor:
