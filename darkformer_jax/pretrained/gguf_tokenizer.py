@@ -12,7 +12,7 @@ from typing import Any
 
 import tokenizers as hf
 
-from darkformer_jax.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from darkformer_jax.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, new_hf_config
 from darkformer_jax.errors import UserError
 from darkformer_jax.pretrained.hf_config import HFConfig
 
@@ -92,6 +92,7 @@ class GGUFVocabulary(HFConfig):
         config["eos_token"] = self._mark("eos", tokens)
         config["add_bos_token"] = self.flag("tokenizer.ggml.add_bos_token", True) and "bos_token" in config
         config["add_prefix_space"] = self.flag("tokenizer.ggml.add_space_prefix", True)
+        config |= self._extras(tokens)
         try:
             return SentencePieceTokenizer(_sentencepiece_model(tokens, scores, types, config), config)
         except (UserError, TypeError, ValueError) as error:
@@ -108,12 +109,32 @@ class GGUFVocabulary(HFConfig):
         adds_bos = self.flag("tokenizer.ggml.add_bos_token", pre in _BEGINS_WITH_BOS)
         bos = self._mark("bos", tokens) if adds_bos else None
         eos = self._mark("eos", tokens)
+        config = new_hf_config(bos, eos) | self._extras(tokens)
         try:
-            return HuggingFaceTokenizer(_byte_level_json(vocabulary, merges, types, pre, bos), bos, eos)
+            definition = _byte_level_json(vocabulary, merges, types, pre, bos)
+            return HuggingFaceTokenizer(definition, bos, eos, config=config)
         except UserError:
             raise
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{self.path}: tokenizer.ggml.merges do not fit the vocabulary: {error}") from error
+
+    def _extras(self, tokens: list[str]) -> dict[str, Any]:
+        """What a tokenizer_config.json has beside the ends of a document: the padding token and the chat template."""
+        extras: dict[str, Any] = {}
+        if "tokenizer.ggml.padding_token_id" in self.values:
+            extras["pad_token"] = self._mark("padding", tokens)
+        templates = {"default": self.values.get("tokenizer.chat_template")}
+        for name in self.strings("tokenizer.chat_templates") or []:
+            templates[name] = self.values.get(f"tokenizer.chat_template.{name}")
+        for name, template in templates.items():
+            if template is not None and not isinstance(template, str):
+                raise self.error("tokenizer.chat_template" + f".{name}" * (name != "default"), "must be a string")
+        found = {name: template for name, template in templates.items() if template}
+        if list(found) == ["default"]:
+            extras["chat_template"] = found["default"]
+        elif found:
+            extras["chat_template"] = [{"name": name, "template": found[name]} for name in found]
+        return extras
 
     def _list(self, name: str, kind: type, length: int | None = None) -> list[Any]:
         """tokenizer.ggml.<name>, which must be a list of `kind`, with `length` entries if that is given."""

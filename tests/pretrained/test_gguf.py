@@ -2,6 +2,7 @@
 
 import inspect
 import io
+import json
 import os
 import sys
 
@@ -10,7 +11,9 @@ import pytest
 import tokenizers as hf
 
 from darkformer_jax.errors import UserError
+from darkformer_jax.pretrained.export import export_workdir
 from darkformer_jax.pretrained.source import open_source
+from darkformer_jax.runs.workdir import Workdir
 from tests.pretrained.tiny_sources import (
     HEAD_DIM,
     HEADS,
@@ -229,6 +232,36 @@ def test_a_sentencepiece_vocabulary(tmp_path, prefix):
     ):
         assert tokenizer.encode(text) == original.encode(text)
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("form", ["byte-level", "sentencepiece"])
+def test_the_chat_template_and_the_padding_token_go_into_the_export(tmp_path, form):
+    template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    fields = sentencepiece_fields(sentencepiece_model()) if form == "sentencepiece" else {}
+    arrays = llama_arrays()
+    if fields:
+        arrays["model.embed_tokens.weight"] = np.ones((len(fields["tokens"]), WIDTH), np.float32)
+    fields |= {"tokenizer__chat_template": template, "tokenizer__ggml__padding_token_id": 1}
+    model = import_source(write(tmp_path / "m.gguf", arrays=arrays, **fields), tmp_path / "workdir")
+    assert model.tokenizer.chat_template == template
+    export_workdir(Workdir(tmp_path / "workdir"), str(tmp_path / "exported"))
+    config = json.loads((tmp_path / "exported/tokenizer_config.json").read_text())
+    assert (config["chat_template"], config["pad_token"]) == (
+        template,
+        {"byte-level": "<|im_end|>", "sentencepiece": "<s>"}[form],
+    )
+    assert json.loads((tmp_path / "exported/config.json").read_text())["pad_token_id"] == 1
+
+
+def test_named_chat_templates_are_kept(tmp_path):
+    def templates(writer):
+        writer.add_chat_template([{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}])
+
+    tokenizer = open_source(str(write(tmp_path / "m.gguf", change=templates))).tokenizer()
+    assert tokenizer.chat_template == "d"
+    tokenizer.save(str(tmp_path / "saved"))
+    saved = json.loads((tmp_path / "saved/tokenizer_config.json").read_text())["chat_template"]
+    assert {entry["name"]: entry["template"] for entry in saved} == {"default": "d", "tool_use": "t"}
 
 
 def test_the_bos_of_a_tokenizer_json_is_in_its_post_processor(tmp_path):
