@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import tokenizers as hf
 
+from tests.pretrained.tiny_sources import HEADS, KV_HEADS, LAYERS, MLP, VOCAB, WIDTH, llama_arrays
+
 gguf = pytest.importorskip("gguf")
 
 
@@ -133,3 +135,67 @@ def common_fields(config: Any) -> dict[str, Any]:
 def flags(pattern: str) -> Sequence[bool]:
     """ "110" -> [True, True, False]"""
     return [flag == "1" for flag in pattern]
+
+
+_LLAMA_FIELDS = {
+    "{arch}.block_count": LAYERS,
+    "{arch}.context_length": 64,
+    "{arch}.embedding_length": WIDTH,
+    "{arch}.feed_forward_length": MLP,
+    "{arch}.attention.head_count": HEADS,
+    "{arch}.attention.head_count_kv": KV_HEADS,
+    "{arch}.attention.layer_norm_rms_epsilon": 1e-5,
+    "{arch}.rope.freq_base": 10000.0,
+}
+_LLAMA_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def llama_gguf_name(name: str) -> str:
+    """model.layers.0.self_attn.q_proj.weight -> blk.0.attn_q.weight"""
+    if name == "model.embed_tokens.weight":
+        return "token_embd.weight"
+    if name == "model.norm.weight":
+        return "output_norm.weight"
+    _, _, layer, *middle, _ = name.split(".")
+    return f"blk.{layer}.{_LLAMA_NAMES['.'.join(middle)]}.weight"
+
+
+def write_llama_gguf(
+    path: Path,
+    *,
+    arrays: Mapping[str, np.ndarray] | None = None,
+    architecture: str = "llama",
+    interleave: bool = True,
+    quantise: Mapping[str, Any] | None = None,
+    change: Callable[[Any], None] = lambda writer: None,
+    **metadata: Any,
+) -> Path:
+    """A file of `tiny_sources.CONFIG`'s model.
+
+    Args:
+      arrays: by Hugging Face's names.
+      quantise: Hugging Face's name -> kind.
+      metadata: further fields, "__" for "."; or keys of the vocabulary.
+    """
+    arrays = llama_arrays() if arrays is None else arrays
+    vocabulary = byte_level_vocabulary(VOCAB)
+    vocabulary |= {key: metadata.pop(key) for key in list(metadata) if key in vocabulary}
+    written = {
+        llama_gguf_name(name): interleaved(value, HEADS if ".q_proj." in name else KV_HEADS)
+        if interleave and (".q_proj." in name or ".k_proj." in name)
+        else value
+        for name, value in arrays.items()
+    }
+    kinds = {llama_gguf_name(name): kind for name, kind in (quantise or {}).items()}
+    fields = _LLAMA_FIELDS | {name.replace("__", "."): value for name, value in metadata.items()}
+    return write_gguf(path, architecture, fields, vocabulary, written, kinds, change)
