@@ -19,6 +19,7 @@ import numpy as np
 import sentencepiece
 import tokenizers as hf
 
+from darkformer_jax.data.added_tokens import with_added_tokens
 from darkformer_jax.data.files import local_path, read_file, read_json_object, write_file, write_json
 from darkformer_jax.data.progress import ProgressBar, no_progress, time_shown, with_progress
 from darkformer_jax.errors import UserError, one_line
@@ -30,6 +31,7 @@ _JSON_FILE = "tokenizer.json"
 _MODEL_FILE = "tokenizer.model"
 _HF_CONFIG_FILE = "tokenizer_config.json"
 _SPECIAL_FILE = "special_tokens_map.json"
+_ADDED_FILE = "added_tokens.json"
 _CHAT_FILE = "chat_template.jinja"
 _TOKENIZER_FILES = (_BYTES_FILE, _JSON_FILE, _MODEL_FILE)
 _ALLOWED_SPECS = "bytes, bpe:<vocabulary size>, or the path of a tokenizer.json, a .model or a directory with one"
@@ -361,7 +363,9 @@ def read_tokenizer(path: str) -> Tokenizer:
     try:
         config = _read_hf_config(os.path.dirname(path))
         if path.endswith(".model"):
-            return SentencePieceTokenizer(data, config)
+            added = os.path.join(os.path.dirname(path), _ADDED_FILE)
+            listed = read_json_object(added) if os.path.isfile(added) else {}
+            return SentencePieceTokenizer(with_added_tokens(data, listed, config or {}), config)
         if path.endswith(".json"):
             return _read_hf_tokenizer(data, config)
     except UserError as error:
