@@ -47,13 +47,18 @@ def hf_config(
         "tie_word_embeddings": "lm_head.weight" not in arrays,
         "rope_theta": decimal(get.number("rope.freq_base", _THETA)),
         "rope_scaling": _rope_scaling(get, path, rope_factors, sizes["head_dim"]),
-        **{
-            f"{token}_token_id": metadata[f"tokenizer.ggml.{key}_token_id"]
-            for token, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
-            if f"tokenizer.ggml.{key}_token_id" in metadata
-        },
+        **_token_ids(metadata),
     }
     return HFConfig(fields | architecture.own_fields(get, sizes), path)
+
+
+def _token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The ids of config.json. A model that ends turns with another token than texts stops at both."""
+    ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "padding", "eot")}
+    found = {"bos_token_id": ids["bos"], "eos_token_id": ids["eos"], "pad_token_id": ids["padding"]}
+    if ids["eos"] is not None and ids["eot"] not in (None, ids["eos"]):
+        found["eos_token_id"] = [ids["eos"], ids["eot"]]
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _sizes(get: HFConfig) -> dict[str, Any]:

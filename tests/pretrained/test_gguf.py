@@ -87,6 +87,13 @@ def test_the_config(tmp_path):
     assert model.config.sequence_length == 64 and fields.dtype == "float32"
 
 
+def test_a_model_stops_where_a_text_and_where_a_turn_ends(tmp_path):
+    path = write_llama_gguf(tmp_path / "m.gguf", eos=1, tokenizer__ggml__eot_token_id=5)
+    assert import_source(path, tmp_path / "workdir").ends == {1, 5}
+    path = write_llama_gguf(tmp_path / "n.gguf", eos=1, tokenizer__ggml__eot_token_id=1)
+    assert open_source(str(path)).config.values["eos_token_id"] == 1
+
+
 def test_the_scaling_of_llama_31(tmp_path):
     def factors(values):
         return lambda writer: writer.add_tensor("rope_freqs.weight", np.array(values, np.float32))

@@ -22,7 +22,7 @@ def byte_level_vocabulary(size: int) -> dict[str, Any]:
         "pre": "smollm",
         "tokens": tokens,
         "token_types": [3, 3] + [1] * (size - 2),
-        "scores": [0.0] * size,
+        "scores": [-float(number) for number in range(size)],
         "merges": ["1 2", "3 4"],
         "bos": 0,
         "eos": 1,
