@@ -113,7 +113,8 @@ class GGUFVocabulary(HFConfig):
         for name, template in templates.items():
             if template is not None and not isinstance(template, str):
                 raise self.error("tokenizer.chat_template" + f".{name}" * (name != "default"), "must be a string")
-        found = {name: template for name, template in templates.items() if template}
+        # Files made from Mistral's own format may have the name of a template that is inside llama.cpp: "mistral-v7".
+        found = {name: template for name, template in templates.items() if template and "{" in template}
         if list(found) == ["default"]:
             extras["chat_template"] = found["default"]
         elif found:

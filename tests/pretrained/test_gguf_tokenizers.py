@@ -248,13 +248,20 @@ def test_the_chat_template_and_the_padding_token_go_into_the_export(tmp_path, fo
 
 def test_named_chat_templates_are_kept(tmp_path):
     def templates(writer):
-        writer.add_chat_template([{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}])
+        writer.add_chat_template(
+            [{"name": "default", "template": "{{ d }}"}, {"name": "tool_use", "template": "{{ t }}"}]
+        )
 
     tokenizer = open_source(str(write_llama_gguf(tmp_path / "m.gguf", change=templates))).tokenizer()
-    assert tokenizer.chat_template == "d"
+    assert tokenizer.chat_template == "{{ d }}"
     tokenizer.save(str(tmp_path / "saved"))
     saved = json.loads((tmp_path / "saved/tokenizer_config.json").read_text())["chat_template"]
-    assert {entry["name"]: entry["template"] for entry in saved} == {"default": "d", "tool_use": "t"}
+    assert {entry["name"]: entry["template"] for entry in saved} == {"default": "{{ d }}", "tool_use": "{{ t }}"}
+
+
+def test_the_name_of_a_template_inside_llama_cpp_is_no_template(tmp_path):
+    path = write_llama_gguf(tmp_path / "m.gguf", tokenizer__chat_template="mistral-v7")
+    assert open_source(str(path)).tokenizer().chat_template is None
 
 
 def test_the_bos_of_a_tokenizer_json_is_in_its_post_processor(tmp_path):
