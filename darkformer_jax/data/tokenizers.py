@@ -19,6 +19,7 @@ import numpy as np
 import sentencepiece
 import tokenizers as hf
 
+from darkformer_jax.data.added_tokens import with_added_tokens
 from darkformer_jax.data.files import local_path, read_file, read_json_object, write_file, write_json
 from darkformer_jax.data.progress import ProgressBar, no_progress, time_shown, with_progress
 from darkformer_jax.errors import UserError, one_line
@@ -30,6 +31,7 @@ _JSON_FILE = "tokenizer.json"
 _MODEL_FILE = "tokenizer.model"
 _HF_CONFIG_FILE = "tokenizer_config.json"
 _SPECIAL_FILE = "special_tokens_map.json"
+_ADDED_FILE = "added_tokens.json"
 _CHAT_FILE = "chat_template.jinja"
 _TOKENIZER_FILES = (_BYTES_FILE, _JSON_FILE, _MODEL_FILE)
 _ALLOWED_SPECS = "bytes, bpe:<vocabulary size>, or the path of a tokenizer.json, a .model or a directory with one"
@@ -61,6 +63,8 @@ class Tokenizer(Protocol):
       bos_id, eos_id: begin and end of a document in a stream. They are equal if one separator does both, which is so
         wherever `adds_bos` is False: such a model has seen no other token between its documents.
       fingerprint: SHA-256 (hexadecimal) of everything that defines the mapping.
+      chat_template: the Jinja template that turns a conversation into text; None if the model has none. It is the
+        `chat_template` of the tokenizer_config.json that `save` writes. The fingerprint does not cover it.
     """
 
     spec: str
@@ -69,6 +73,7 @@ class Tokenizer(Protocol):
     bos_id: int
     eos_id: int
     fingerprint: str
+    chat_template: str | None
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without special ones."""
@@ -92,6 +97,7 @@ class BytesTokenizer:
     bos_id = 256
     eos_id = 256
     fingerprint = hashlib.sha256(b"UTF-8 bytes, separator 256").hexdigest()
+    chat_template: str | None = None
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
@@ -114,6 +120,7 @@ class _DefinedByFile:
     def __init__(self, definition: bytes, config: dict[str, Any] | None, marks: Sequence[Any]) -> None:
         self._definition = definition
         self._config = config
+        self.chat_template = _chat_template(config or {})
         marked = hashlib.sha256(definition).digest() + json.dumps(marks).encode("utf-8")
         self.fingerprint = hashlib.sha256(marked).hexdigest()
 
@@ -145,7 +152,7 @@ class HuggingFaceTokenizer(_DefinedByFile):
         config: dict[str, Any] | None = None,
     ) -> None:
         first = eos_token if bos_token is None else bos_token
-        config = _new_hf_config(bos_token, eos_token, spec) if config is None else config
+        config = new_hf_config(bos_token, eos_token, spec) if config is None else config
         super().__init__(definition, config, [first, eos_token])
         self._tokenizer = hf.Tokenizer.from_str(definition.decode("utf-8"))
         self._tokenizer.no_truncation()
@@ -356,7 +363,9 @@ def read_tokenizer(path: str) -> Tokenizer:
     try:
         config = _read_hf_config(os.path.dirname(path))
         if path.endswith(".model"):
-            return SentencePieceTokenizer(data, config)
+            added = os.path.join(os.path.dirname(path), _ADDED_FILE)
+            listed = read_json_object(added) if os.path.isfile(added) else {}
+            return SentencePieceTokenizer(with_added_tokens(data, listed, config or {}), config)
         if path.endswith(".json"):
             return _read_hf_tokenizer(data, config)
     except UserError as error:
@@ -464,6 +473,17 @@ def _read_settings(config: dict[str, Any]) -> _Settings:
     return _Settings(token("bos_token"), token("eos_token"), adds_bos, token("trained_as") or "")
 
 
+def _chat_template(config: dict[str, Any]) -> str | None:
+    """The template of a tokenizer_config.json; of several named ones, the one that transformers uses by itself."""
+    value = config.get("chat_template")
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        value = {entry.get("name"): entry.get("template") for entry in value}.get("default")
+    if value is not None and not isinstance(value, str):
+        allowed = 'a string, null, or a list of {"name": ..., "template": ...}'
+        raise UserError(f"{_HF_CONFIG_FILE} has chat_template = {str(value)[:80]!r}; allowed: {allowed}")
+    return value or None
+
+
 def _read_hf_config(directory: str) -> dict[str, Any] | None:
     """The tokenizer_config.json in a directory, merged with files in which some releases keep parts of it, or None."""
     special, own, template = (os.path.join(directory, name) for name in (_SPECIAL_FILE, _HF_CONFIG_FILE, _CHAT_FILE))
@@ -475,7 +495,7 @@ def _read_hf_config(directory: str) -> dict[str, Any] | None:
     return config or None
 
 
-def _new_hf_config(bos_token: str | None, eos_token: str, spec: str) -> dict[str, Any]:
+def new_hf_config(bos_token: str | None, eos_token: str, spec: str = "") -> dict[str, Any]:
     """A config with which transformers reads the tokenizer.json beside it as this library does."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",

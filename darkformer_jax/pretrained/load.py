@@ -137,6 +137,12 @@ def _save_tokenizer(source: Source, vocab_size: int, directory: Path) -> None:
     """Saves the tokenizer: before the arrays, to show its errors at once. It is not kept: arrays need the memory."""
     tokenizer = source.tokenizer()
     size = tokenizer.vocab_size
+    if vocab_size < size < 2 * vocab_size:
+        raise UserError(
+            f"{source.path}: its tokenizer has {size} ids, but the embedding {vocab_size} rows: ids from {vocab_size}"
+            " on were added without rows. Take them out of the tokenizer's files, or give them rows in transformers"
+            f" with model.resize_token_embeddings({size}) and save_pretrained, and convert that directory"
+        )
     # Fewer ids than rows are common, because tables are padded. Fewer than half belong to another model's tokenizer.
     if not vocab_size / 2 <= size <= vocab_size:
         raise UserError(

@@ -1,5 +1,7 @@
 import io
 import json
+import os
+import shutil
 
 import pytest
 import tokenizers as hf
@@ -245,6 +247,43 @@ def test_what_stands_in_files_beside_the_config_comes_along(published, tmp_path)
     assert read_tokenizer(str(tmp_path / "saved")).fingerprint == tokenizer.fingerprint
 
 
+@pytest.mark.parametrize(
+    ("config", "template"),
+    [
+        ({}, None),
+        ({"chat_template": None}, None),
+        ({"chat_template": "{{ messages }}"}, "{{ messages }}"),
+        ({"chat_template": [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]}, "d"),
+        ({"chat_template": [{"name": "rag", "template": "r"}]}, None),
+    ],
+)
+@pytest.mark.parametrize("form", ["tokenizer.json", "tokenizer.model"])
+def test_the_chat_template_is_saved_with_the_tokenizer(
+    form, config, template, published, sentencepiece_model, tmp_path
+):
+    published("source", "<s>", "</s>", config={"bos_token": "<s>", "eos_token": "</s>"} | config)
+    if form == "tokenizer.model":
+        os.remove(tmp_path / "source/tokenizer.json")
+        shutil.copy(sentencepiece_model, tmp_path / "source/tokenizer.model")
+    tokenizer = read_tokenizer(str(tmp_path / "source"))
+    assert tokenizer.chat_template == template
+    tokenizer.save(str(tmp_path / "saved"))
+    assert load_tokenizer(str(tmp_path / "saved")).chat_template == template
+
+
+def test_the_chat_template_of_an_export_is_the_one_that_transformers_applies(published, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    published("source", "<s>", "</s>", config={"bos_token": "<s>", "eos_token": "</s>"})
+    (tmp_path / "source/chat_template.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    read_tokenizer(str(tmp_path / "source")).save(str(tmp_path / "saved"))
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "saved"))
+    assert theirs.apply_chat_template([{"role": "user", "content": "two"}], tokenize=False) == "[two]"
+
+
+def test_tokenizers_made_here_have_no_chat_template(bpe):
+    assert (bpe.chat_template, BytesTokenizer().chat_template) == (None, None)
+
+
 def test_the_config_beside_a_sentencepiece_model(sentencepiece_model, tmp_path):
     def read(**config):
         (tmp_path / "spm/tokenizer_config.json").write_text(json.dumps(config))
@@ -343,6 +382,7 @@ def test_streaming_reads_few_ids_however_long_the_text_is(bpe, monkeypatch):
         ({"eos_token": 3}, "tokenizer_config.json has eos_token = 3; allowed: a string, or null"),
         ({"eos_token": "X", "add_bos_token": "yes"}, "tokenizer_config.json has add_bos_token = 'yes'; allowed: true"),
         ({"bos_token": "X"}, "no token marks the end of a document"),
+        ({"eos_token": "X", "chat_template": 3}, "tokenizer_config.json has chat_template = '3'; allowed: a string"),
     ],
 )
 def test_configs_that_do_not_fit(config, message, published):

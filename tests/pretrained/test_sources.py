@@ -167,7 +167,9 @@ def test_truncated_and_damaged_files(tmp_path):
 def test_a_tokenizer_that_does_not_fit(tmp_path):
     source = write_llama(tmp_path / "hf")
     write_tokenizer(source, VOCAB + 1)
-    refused(tmp_path, f"its tokenizer has {VOCAB + 1} ids, which does not fit vocab_size = {VOCAB} in config.json")
+    refused(tmp_path, f"its tokenizer has {VOCAB + 1} ids, but the embedding {VOCAB} rows: ids from {VOCAB} on were")
+    write_tokenizer(tmp_path / "hf", 2 * VOCAB)
+    refused(tmp_path, f"its tokenizer has {2 * VOCAB} ids, which does not fit vocab_size = {VOCAB} in config.json")
     write_tokenizer(source, VOCAB // 2 - 1)
     refused(tmp_path, f"its tokenizer has {VOCAB // 2 - 1} ids, which does not fit")
     (source / "tokenizer.json").unlink()

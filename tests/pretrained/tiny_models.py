@@ -87,14 +87,18 @@ INPUT = np.random.default_rng(0).integers(0, VOCAB, (2, 24)).astype(np.int32)
 
 def make_model(name: str, dtype: Any = None) -> Any:
     """The transformers model, every parameter drawn: a norm or a bias left at its start would hide mistakes."""
-    model_type, changes = MODELS[name]
+    return random_model(*MODELS[name]).to(dtype or torch.float32)
+
+
+def random_model(model_type: str, changes: dict[str, Any]) -> Any:
+    """A transformers model with `SIZES`, except for `changes`, in float32."""
     config = transformers.AutoConfig.for_model(model_type, **(SIZES | changes))
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.2)
-    return model.to(dtype or torch.float32)
+    return model.to(torch.float32)
 
 
 def write_source(directory: Path, model: Any, **options: Any) -> str:

@@ -14,12 +14,14 @@ from darkformer_jax.pretrained.families.qwen import QWEN2, QWEN3
 from darkformer_jax.pretrained.families.rope import canonical_rope
 from darkformer_jax.pretrained.hf_config import HFConfig
 
-__all__ = ["FAMILIES", "Family", "Fields", "canonical", "family_of", "fitting_family"]
+__all__ = ["FAMILIES", "REFUSED", "Family", "Fields", "canonical", "family_of", "fitting_family"]
 
 FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3)}
 
-_REFUSED = {
+# Why models that people may try are not read, by what config.json or a GGUF file calls them.
+REFUSED = {
     "gpt2": "its learned positions, LayerNorm and ungated MLP with biases are not this model's RoPE, RMSNorm and gate",
+    "bert": "an encoder with learned positions, LayerNorm and ungated MLP is not this model's decoder",
     "gemma3": "only its text models (model_type gemma3_text) are read, not the ones with a vision tower",
 }
 
@@ -27,7 +29,7 @@ _REFUSED = {
 def family_of(config: HFConfig) -> Family:
     """The family that config.json names. Raises UserError for one that is not supported."""
     model_type = config.values.get("model_type")
-    why = _REFUSED.get(str(model_type), f"allowed: {', '.join(FAMILIES)}")
+    why = REFUSED.get(str(model_type), f"allowed: {', '.join(FAMILIES)}")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise config.error("model_type", f"unsupported architecture; {why}")
     family = FAMILIES[model_type]
