@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from darkformer_jax.data.added_tokens import any_of
 from darkformer_jax.data.chat_template import BEGIN, CUT, END, MARKS, ChatTemplate, Message, cut_tokens, without_marks
 from darkformer_jax.data.tokenizers import Tokenizer
+from darkformer_jax.data.tokens_in_text import any_of
 from darkformer_jax.errors import UserError
 
 ANSWERS = "assistant"  # the role whose messages are learned

@@ -20,9 +20,9 @@ import numpy as np
 import sentencepiece
 import tokenizers as hf
 
-from darkformer_jax.data.added_tokens import AddedToken, AddedTokens, Encoded, SentencePieceAddedTokens, encoded_bytes
 from darkformer_jax.data.files import local_path, read_file, read_json_object, write_file, write_json
 from darkformer_jax.data.progress import ProgressBar, no_progress, time_shown, with_progress
+from darkformer_jax.data.tokens_in_text import AddedToken, AddedTokens, Encoded, SentencePieceAddedTokens, encoded_bytes
 from darkformer_jax.errors import UserError, one_line
 
 DOCUMENT_SEPARATOR = "<|doc|>"
