@@ -21,7 +21,7 @@ from darkformer_jax.data.heldout import DEFAULT_HELDOUT_FRACTION, HeldoutSplit
 from darkformer_jax.data.matching import Entry, weighted_entries
 from darkformer_jax.data.mixture import Mixture, Split, whole_weights
 from darkformer_jax.data.prepared import SPLITS, load_prepared, read_manifest
-from darkformer_jax.data.progress import ProgressBar, no_progress
+from darkformer_jax.data.progress import ProgressBar, no_progress, with_progress
 from darkformer_jax.data.sources import CORPUS_SOURCES, Corpus, open_corpus, open_text_sources
 from darkformer_jax.data.stream import TokenStream, memory_stream
 from darkformer_jax.data.text_files import TEXT_FIELD
@@ -117,7 +117,7 @@ def load_data(
     if source == PREPARED_SOURCE:
         return _load_prepared_data(files, tokenizer, heldout_fraction, tokenizer_dir, verify)
     if source == CHAT_SOURCE:
-        return _load_chat(files, tokenizer, heldout_fraction or DEFAULT_HELDOUT_FRACTION, tokenizer_dir)
+        return _load_chat(files, tokenizer, heldout_fraction or DEFAULT_HELDOUT_FRACTION, tokenizer_dir, progress_bar)
     if source not in CORPUS_SOURCES:
         allowed = ", ".join((*CORPUS_SOURCES, CHAT_SOURCE, PREPARED_SOURCE))
         raise UserError(f"data source {source!r} is unknown; allowed: {allowed}")
@@ -212,12 +212,19 @@ def _as_split(sources: Sequence[Entry], streams: Sequence[TokenStream]) -> Split
     return Mixture(tuple(source.name for source in sources), tuple(streams), whole_weights(weights))
 
 
-def _load_chat(files: str, tokenizer: str, heldout_fraction: float, tokenizer_dir: str | None) -> Data:
+def _load_chat(
+    files: str, tokenizer: str, heldout_fraction: float, tokenizer_dir: str | None, progress_bar: ProgressBar
+) -> Data:
     is_saved = tokenizer_dir is not None and has_tokenizer(tokenizer_dir)
     used = saved_or_new_tokenizer(tokenizer, tokenizer_dir, ())  # a tokenizer trained here has no template anyway
     chat = Chat(used, tokenizer_dir if tokenizer_dir is not None and is_saved else f"data.tokenizer = {tokenizer!r}")
     sides = split(list(read_conversations(files)), heldout_fraction)
-    train, heldout = (ChatStream(list(tokenise(side, chat)), used.vocab_size) for side in sides)
+    train, heldout = (
+        ChatStream(
+            list(tokenise(with_progress(side, "conversation", progress_bar, "tokenising"), chat)), used.vocab_size
+        )
+        for side in sides
+    )
     return Data(train, heldout, used, None, chat, tuple(sides[1]))
 
 

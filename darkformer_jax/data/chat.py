@@ -33,7 +33,7 @@ class ChatTokens(NamedTuple):
     """A conversation as tokens.
 
     Attributes:
-      ids: [n] int64.
+      ids: [n] int32.
       is_learned: [n] bool: the token belongs to an answer, or ends one.
       num_bytes: UTF-8 bytes of the answers' text, without the tokens that end them.
     """
@@ -126,7 +126,7 @@ class Chat:
         pieces = [without_marks(piece) for piece in marked.split(CUT)]
         encoded = self._tokenizer.encode_with_added(pieces)
         begins = np.cumsum([0, *map(len, pieces)])
-        ids = np.concatenate([piece.ids for piece in encoded]).astype(np.int64)
+        ids = np.concatenate([piece.ids for piece in encoded]).astype(np.int32)
         starts = np.concatenate([piece.starts + begin for piece, begin in zip(encoded, begins, strict=False)])
         is_control = np.isin(ids, self._control_ids)
         if is_control.sum() != sum(len(self._pattern.findall(piece)) for piece in pieces):

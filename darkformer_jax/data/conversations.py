@@ -6,7 +6,7 @@ of a record are not read; other fields of a message are refused, because they co
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,7 +98,7 @@ def read_conversations(files: str) -> Iterator[Conversation]:
             yield Conversation(place, messages)
 
 
-def tokenise(conversations: Sequence[Conversation], chat: Chat) -> Iterator[ChatTokens]:
+def tokenise(conversations: Iterable[Conversation], chat: Chat) -> Iterator[ChatTokens]:
     """The tokens of each. Raises UserError, which names the place, for one that the template does not write."""
     for place, messages in conversations:
         try:
