@@ -217,7 +217,9 @@ def _load_chat(
 ) -> Data:
     is_saved = tokenizer_dir is not None and has_tokenizer(tokenizer_dir)
     used = saved_or_new_tokenizer(tokenizer, tokenizer_dir, ())  # a tokenizer trained here has no template anyway
-    chat = Chat(used, tokenizer_dir if tokenizer_dir is not None and is_saved else f"data.tokenizer = {tokenizer!r}")
+    is_trained = tokenizer == "bytes" or tokenizer.startswith("bpe:")
+    where = f"data.tokenizer = {tokenizer!r}" if is_trained else tokenizer
+    chat = Chat(used, tokenizer_dir if tokenizer_dir is not None and is_saved else where)
     sides = split(list(read_conversations(files)), heldout_fraction)
     train, heldout = (
         ChatStream(

@@ -60,17 +60,17 @@ class Chat:
     def __init__(self, tokenizer: Tokenizer, where: str) -> None:
         if tokenizer.chat_template is None:
             raise UserError(
-                f"{where}: the tokenizer has no chat template; a model tuned for conversations has one (put it there "
-                "as chat_template.jinja)"
+                f"{where}: the tokenizer has no chat template; convert a model that has one (once more, if an earlier "
+                "version converted it), or put a chat_template.jinja there"
             )
         self._tokenizer = tokenizer
         try:
             self._template = ChatTemplate(tokenizer.chat_template, tokenizer.token_names)
-            self._control, after_answer = self._control_tokens()
+            control, after_answer = self._control_tokens()
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
-        self._pattern = re.compile(any_of(self._control))
-        self._control_ids = np.array([tokenizer.added_tokens[token].id for token in self._control], np.int64)
+        self._pattern = re.compile(any_of(control))
+        self._control_ids = np.array([tokenizer.added_tokens[token].id for token in control], np.int64)
         end = self._pattern.search(after_answer)
         self.ends = frozenset({tokenizer.added_tokens[end[0]].id} if end else ())
 
@@ -106,7 +106,7 @@ class Chat:
         for message in messages:
             if found := next((mark for mark in MARKS if mark in message["content"]), None):
                 raise UserError(f"a message has the character U+{ord(found):04X}, which no text may have")
-        return [{**message, "content": cut_tokens(message["content"], self._control)} for message in messages]
+        return [{**message, "content": cut_tokens(message["content"], self._pattern)} for message in messages]
 
     def _turns(self, marked: str, messages: Sequence[Message], answers: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Where each answer begins and its turn ends, in the text of the conversation."""

@@ -14,7 +14,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from darkformer_jax.data.tokens_in_text import any_of
 from darkformer_jax.errors import UserError, one_line
 
 CUT, BEGIN, END = MARKS = ("\ufdd0", "\ufdd1", "\ufdd2")  # noncharacters of Unicode, for a program's own use
@@ -70,9 +69,17 @@ def without_marks(text: str) -> str:
     return text.translate(dict.fromkeys(map(ord, MARKS)))
 
 
-def cut_tokens(text: str, tokens: Sequence[str]) -> str:
-    """The text with CUT after the first character of every token that it spells, also where two overlap."""
-    return re.sub(f"(?=({any_of(tokens)}))(.)", rf"\2{CUT}", text, flags=re.DOTALL) if tokens else text
+def cut_tokens(text: str, tokens: re.Pattern[str]) -> str:
+    """The text with CUT after the first character of every token that it spells, also where two overlap.
+
+    tokens: matches each of them. Raises UserError for one of a single character, which cannot be cut.
+    """
+    if not tokens.search(text):
+        return text
+    starts = f"(?=({tokens.pattern}))(.)"
+    if single := next((match[1] for match in re.finditer(starts, text, re.DOTALL) if len(match[1]) == 1), None):
+        raise UserError(f"a message has the character {single!r}, which is a special token")
+    return re.sub(starts, rf"\2{CUT}", text, flags=re.DOTALL)
 
 
 @functools.cache

@@ -129,7 +129,7 @@ class SentencePieceAddedTokens:
 
 def any_of(tokens: Sequence[str] | Mapping[str, Any]) -> str:
     """A pattern of these texts, the longest that fits first; of none if there are none."""
-    return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)"
+    return f"(?:{'|'.join(map(re.escape, sorted(tokens, key=len, reverse=True))) or '(?!)'})"
 
 
 def _model_proto(definition: bytes) -> Any:

@@ -123,6 +123,14 @@ def test_a_token_that_is_not_special_but_marks_turns_is_not_injected_and_another
     assert (tokens.ids == 302).sum() == 2 and (tokens.ids == 303).sum() == 1
 
 
+def test_a_special_token_of_one_character_is_refused_in_a_message():
+    tokenizer = chat_tokenizer()
+    definition = tokenizer._definition.replace(b"<|doc|>", "\u00a7".encode())
+    chat = Chat(type(tokenizer)(definition, None, "<|im_end|>", config=tokenizer._config), "here")
+    with pytest.raises(UserError, match="a message has the character '\u00a7', which is a special token"):
+        chat.prompt(talk("paragraph \u00a7"))
+
+
 def test_a_token_that_a_normaliser_makes_of_a_message_is_refused():
     tokenizer = chat_tokenizer()
     definition = tokenizer._definition.replace(b'"normalizer":null', b'"normalizer":{"type":"NFKC"}')
