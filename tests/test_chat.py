@@ -100,33 +100,37 @@ def test_a_prompt_has_special_tokens_on_request_alone(trained, capsys, monkeypat
     assert capsys.readouterr().out == written + "False\n"
 
 
-def test_a_resumed_run_is_an_unbroken_one(source, tmp_path):
-    talks = write_talks(tmp_path / "talks.jsonl", many_talks(30))
+@pytest.fixture(scope="module")
+def unbroken(source, tmp_path_factory):
+    """(config, workdir) of a run of 6 steps."""
+    directory = tmp_path_factory.mktemp("unbroken")
+    talks = write_talks(directory / "talks.jsonl", many_talks(30))
     config = chat_config(source, talks, num_steps=6, optimizer__schedule="constant")
-    run(config, tmp_path / "whole")
-    config.num_steps = 3
-    run(config, tmp_path / "parts")
-    config.num_steps = 6
-    run(config, tmp_path / "parts")
-    one, other = (saved_arrays(tmp_path / name, 6) for name in ("whole", "parts"))
+    run(config, directory / "run")
+    return config, directory / "run"
+
+
+def test_a_resumed_run_is_an_unbroken_one(unbroken, tmp_path):
+    config, whole = unbroken
+    parts = config.copy_and_resolve_references()
+    for parts.num_steps in (3, 6):
+        run(parts, tmp_path / "run")
+    one, other = saved_arrays(whole, 6), saved_arrays(tmp_path / "run", 6)
     assert one.keys() == other.keys()
     for name in one:
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
-def test_tokens_of_metrics_are_those_that_are_learned(source, tmp_path):
-    talks = write_talks(tmp_path / "talks.jsonl", many_talks(30))
-    config = chat_config(source, talks, num_steps=4)
-    run(config, tmp_path / "run")
-    task = LanguageModel.load(config, Workdir(tmp_path / "run"))
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+def test_tokens_of_metrics_are_those_that_are_learned(unbroken):
+    config, workdir = unbroken
+    task = LanguageModel.load(config, Workdir(workdir))
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     batches = task.train_batches(0, Part(0, 1))
     steps = [line["tokens"] for line in lines if "tokens" in line]
-    assert steps == [float(next(batches)["weights"].sum()) for _ in range(4)]
+    assert steps == [float(next(batches)["weights"].sum()) for _ in range(6)]
     batches.close()
     assert [line["heldout_tokens"] for line in lines if "heldout_tokens" in line][-1] == task.data.heldout.num_targets
-    train = task.data.train
-    assert f"{train.num_targets:,} of answers count in the loss" in str(task)
+    assert f"{task.data.train.num_targets:,} of answers count in the loss" in str(task)
 
 
 @pytest.mark.parametrize("kind", ["dark", "softmax"])
@@ -179,5 +183,7 @@ def test_a_model_without_a_template_answers_nothing_and_learns_no_conversations(
         run(chat_config(tmp_path / "source", talks), tmp_path / "run")
     assert not (tmp_path / "run/config.json").exists()
     (tmp_path / "source/chat_template.jinja").write_text(CHATML)
-    run(chat_config(tmp_path / "source", talks, num_steps=1, optimizer__warmup_steps=0), tmp_path / "run")
+    LanguageModel.load(chat_config(tmp_path / "source", talks), Workdir(tmp_path / "run")).save(
+        Workdir(tmp_path / "run")
+    )
     assert json.loads((tmp_path / "run/tokenizer_config.json").read_text())["chat_template"] == CHATML
