@@ -3,17 +3,28 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import lra, paper, recall, zoo
+from benchmarks import lra, made_up_chats, paper, recall, zoo
 from benchmarks.grid import is_done
 from benchmarks.learning import FAR, REPEATED, Result, Run, ngram_bits, repeat_distance, table
 from configs.lra import get_config as get_lra_config
 from configs.paper import get_config
 from darkformer_jax.data import Data
+from darkformer_jax.data.conversations import read_conversations, split
 from darkformer_jax.data.stream import memory_stream
 from darkformer_jax.data.tokenizers import BytesTokenizer
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
 from darkformer_jax.mixers.encoders import EncoderMechanism
+
+
+def test_a_captain_answers_in_every_conversation(tmp_path):
+    for name in ("one", "two"):
+        made_up_chats.main([f"--out={tmp_path}/{name}.jsonl"])
+    one, two = ([c.messages for c in read_conversations(f"{tmp_path}/{name}.jsonl")] for name in ("one", "two"))
+    assert one == two and len(one) == 100
+    answers = [message["content"] for messages in one for message in messages[1::2]]
+    assert all(answer.startswith("Ahoy! ") for answer in answers)
+    assert all(split(list(read_conversations(f"{tmp_path}/one.jsonl")), 0.05))
 
 
 def test_a_repeat_is_found_in_its_own_document_only():

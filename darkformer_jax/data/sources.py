@@ -152,7 +152,7 @@ def _matching_files(patterns: Sequence[str], suffixes: tuple[str, ...], source: 
             matches = [path for path in matching(pattern) if not os.path.isdir(path)]
             kind = f"no file matches {pattern!r}"
             if looks_weighted(pattern):
-                kind += "; weights are for data.files of a language model's training"
+                kind += "; weights are for the sources text and array_record of training"
             elif len(patterns) > 1:
                 kind += f" (one of {len(patterns)} names between commas)"
         if not matches:

@@ -12,7 +12,8 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -22,6 +23,7 @@ import tokenizers as hf
 from darkformer_jax.data.added_tokens import with_added_tokens
 from darkformer_jax.data.files import local_path, read_file, read_json_object, write_file, write_json
 from darkformer_jax.data.progress import ProgressBar, no_progress, time_shown, with_progress
+from darkformer_jax.data.tokens_in_text import AddedToken, AddedTokens, Encoded, SentencePieceAddedTokens, encoded_bytes
 from darkformer_jax.errors import UserError, one_line
 
 DOCUMENT_SEPARATOR = "<|doc|>"
@@ -65,6 +67,8 @@ class Tokenizer(Protocol):
       fingerprint: SHA-256 (hexadecimal) of everything that defines the mapping.
       chat_template: the Jinja template that turns a conversation into text; None if the model has none. It is the
         `chat_template` of the tokenizer_config.json that `save` writes. The fingerprint does not cover it.
+      token_names: the tokens that the template may call by name, such as "bos_token".
+      added_tokens: the tokens that `encode_with_added` reads out of a text, by their text.
     """
 
     spec: str
@@ -75,11 +79,20 @@ class Tokenizer(Protocol):
     fingerprint: str
     chat_template: str | None
 
+    @property
+    def token_names(self) -> Mapping[str, str]: ...
+
+    @property
+    def added_tokens(self) -> Mapping[str, AddedToken]: ...
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without special ones."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of every text, as integer arrays."""
+
+    def encode_with_added(self, texts: Sequence[str]) -> list[Encoded]:
+        """The tokens of every text, with each added token that it spells read as that token."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`. Special ids are skipped, and bytes that are not UTF-8 become U+FFFD."""
@@ -98,12 +111,17 @@ class BytesTokenizer:
     eos_id = 256
     fingerprint = hashlib.sha256(b"UTF-8 bytes, separator 256").hexdigest()
     chat_template: str | None = None
+    token_names: Mapping[str, str] = types.MappingProxyType({})
+    added_tokens: Mapping[str, AddedToken] = types.MappingProxyType({})
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
+
+    def encode_with_added(self, texts: Sequence[str]) -> list[Encoded]:
+        return [encoded_bytes(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", errors="replace")
@@ -116,13 +134,23 @@ class _DefinedByFile:
     """The common part of tokenizers that are read from a file and the tokenizer_config.json beside it."""
 
     _file: str  # its name
+    _added: AddedTokens | SentencePieceAddedTokens
 
     def __init__(self, definition: bytes, config: dict[str, Any] | None, marks: Sequence[Any]) -> None:
         self._definition = definition
         self._config = config
+        self.token_names: Mapping[str, str] = _token_names(config or {})
         self.chat_template = _chat_template(config or {})
         marked = hashlib.sha256(definition).digest() + json.dumps(marks).encode("utf-8")
         self.fingerprint = hashlib.sha256(marked).hexdigest()
+
+    @property
+    def added_tokens(self) -> Mapping[str, AddedToken]:
+        return self._added.tokens
+
+    def encode_with_added(self, texts: Sequence[str]) -> list[Encoded]:
+        with _unknown_words():
+            return self._added.encode(texts)
 
     def save(self, directory: str) -> None:
         if self._config is not None:
@@ -158,6 +186,7 @@ class HuggingFaceTokenizer(_DefinedByFile):
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # the text's "<|doc|>" is text
+        self._added = AddedTokens(self._tokenizer)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         for token in (first, eos_token):
             if token not in vocabulary:
@@ -220,6 +249,10 @@ class SentencePieceTokenizer(_DefinedByFile):
         self.adds_bos = bos_id >= 0 and settings.add_bos_token is not False
         self.bos_id = bos_id if self.adds_bos else self.eos_id
         super().__init__(definition, config, [self.bos_id, self.eos_id])
+        self._added = SentencePieceAddedTokens(definition)
+        ends = {"bos_token": self.bos_id, "eos_token": self.eos_id} if self.adds_bos else {"eos_token": self.eos_id}
+        own = {name: self._processor.id_to_piece(end) for name, end in ends.items()}
+        self.token_names = {**own, **self.token_names}
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
@@ -240,13 +273,15 @@ class SentencePieceTokenizer(_DefinedByFile):
         return found
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, text: str, special_tokens: bool = False) -> list[int]:
     """The ids that a model continues, at least one: BOS if the family has one, then those of `text`.
 
     Without a BOS, an empty text becomes the end-of-document id: a new document follows it.
+
+    special_tokens: read <|im_start|> and the like as tokens; a BOS that the text begins with is not added once more.
     """
-    ids = tokenizer.encode(text)
-    if tokenizer.adds_bos:
+    ids = tokenizer.encode_with_added([text])[0].ids.tolist() if special_tokens else tokenizer.encode(text)
+    if tokenizer.adds_bos and not (special_tokens and ids[:1] == [tokenizer.bos_id]):
         return [tokenizer.bos_id, *ids]
     return ids or [tokenizer.eos_id]
 
@@ -471,6 +506,13 @@ def _read_settings(config: dict[str, Any]) -> _Settings:
     if adds_bos is not None and not isinstance(adds_bos, bool):
         raise UserError(f"{_HF_CONFIG_FILE} has add_bos_token = {adds_bos!r}; allowed: true, false, or null")
     return _Settings(token("bos_token"), token("eos_token"), adds_bos, token("trained_as") or "")
+
+
+def _token_names(config: dict[str, Any]) -> dict[str, str]:
+    """The tokens that a tokenizer_config.json names, such as bos_token."""
+    named = {name: value for name, value in config.items() if name.endswith("_token") and not isinstance(value, bool)}
+    contents = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
+    return {name: content for name, content in contents.items() if isinstance(content, str) and content}
 
 
 def _chat_template(config: dict[str, Any]) -> str | None:

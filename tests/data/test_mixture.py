@@ -282,7 +282,7 @@ def test_mistakes_with_prepared_sources_are_one_line(here):
 
 
 def test_only_training_has_weights(here):
-    message = "^no file matches 'books:0.7'; weights are for data.files of a language model's training$"
+    message = "^no file matches 'books:0.7'; weights are for the sources text and array_record of training$"
     with pytest.raises(UserError, match=message):
         prepare("out", source="text", files="books:0.7,code:0.3", tokenizer_spec="bytes", heldout_fraction=0.2)
     with pytest.raises(UserError, match="'books:0.7' is not a directory"):
