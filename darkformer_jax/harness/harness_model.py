@@ -55,7 +55,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What precedes a text that nothing precedes: the tokenizer's BOS if it names one, else the end of a document."""
+        """What precedes a text that nothing precedes: a BOS if the tokenizer names one, else the end of a document."""
         tokenizer = self._model.tokenizer
         bos = tokenizer.added_tokens.get(tokenizer.token_names.get("bos_token", ""))
         return tokenizer.bos_id if tokenizer.adds_bos or bos is None else bos.id
@@ -126,8 +126,11 @@ class HarnessModel(TemplateLM):
         text = without_marks(self._chat_template.render(chat_history, add_generation_prompt))
         if add_generation_prompt:
             return text
-        begun = chat_history[-1]["content"].rstrip()
-        return text[: text.rindex(begun) + len(begun)] if begun in text else text
+        begun = chat_history[-1]["content"].lstrip()
+        for written in (begun, begun.rstrip()):  # some templates strip messages
+            if written in text:
+                return text[: text.rindex(written) + len(written)]
+        raise UserError("--apply_chat_template: the template does not write an answer as it begins")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The source of the template, if there is one and it is asked for."""

@@ -103,7 +103,7 @@ def _rows(pairs: Iterable[Pair], max_length: int) -> list[_Row]:
 
 
 def _padded_size(size: int, smallest: int = _SHORTEST) -> int:
-    """The next of 16, 24, 32, 48, 64, 96, ...: at most half is padding, a sixth on average, and programs are few."""
+    """The next of 16, 24, 32, 48, 64, 96, ...: at most a third is padding, and programs are few."""
     power = max(smallest, 1 << (size - 1).bit_length())
     return 3 * power // 4 if power > smallest and size <= 3 * power // 4 else power
 

@@ -86,7 +86,7 @@ def load_tasks(names: Sequence[str], include_path: str | None, options: TaskOpti
 
 
 def run_tasks(model: HarnessModel, tasks: TaskDict, options: TaskOptions, progress_bar: ProgressBar) -> dict[str, Any]:
-    """The harness' results as JSON has them: `results`, `groups`, `configs`, `versions`, `n-shot`, `n-samples` and more.
+    """The harness' results, as JSON has them: `results`, `groups`, `configs`, `versions`, `n-shot`, `n-samples`, ...
 
     tasks, options: `load_tasks` has made the tasks with these options.
 
@@ -108,7 +108,7 @@ def run_tasks(model: HarnessModel, tasks: TaskDict, options: TaskOptions, progre
 
 
 def table(results: dict[str, Any]) -> str:
-    """What the harness' own table says: a line for each metric of each task and group, and groups before their tasks."""
+    """What the harness' own table says: a line for each metric of each task and group, groups before their tasks."""
     lines = [("task", "version", "filter", "n-shot", "metric", "", "value", "stderr")]
     for depth, name in _in_order(results.get("group_subtasks", {}), results["results"]):
         figures = results["results"][name] | results.get("groups", {}).get(name, {})
