@@ -86,7 +86,7 @@ def evaluate_tasks(args: argparse.Namespace) -> dict[str, Any]:
         allow_unsafe_code=args.confirm_run_unsafe_code,
         seed=args.seed,
     )
-    tasks = load_tasks(args.tasks.split(","), args.include_path, options)
+    tasks = load_tasks(args.tasks, args.include_path, options)
     model = load_language_model(workdir, args.step)
     longest = model.config.sequence_length
     max_length = args.max_length or longest
@@ -111,8 +111,12 @@ def _check_flags(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not least <= value < 2**31:
             raise UserError(f"--{name}={value}: must be from {least} to {2**31 - 1}")
-    if not all(name.strip() for name in args.tasks.split(",")):
-        raise UserError(f"--tasks={args.tasks}: an empty name; expected names with commas between them")
+    args.tasks = [local_path(name) if name.endswith(".yaml") else name for name in args.tasks.split(",")]
+    for name in args.tasks:
+        if not name:
+            raise UserError(f"--tasks={','.join(args.tasks)}: an empty name; expected names with commas between them")
+        if name.endswith(".yaml") and not os.path.isfile(name):
+            raise UserError(f"--tasks={name}: no such file")
     if args.include_path is not None:
         args.include_path = local_path(args.include_path)
         if not os.path.isdir(args.include_path):

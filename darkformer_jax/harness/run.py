@@ -9,7 +9,6 @@ import random
 import sys
 import warnings
 from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
@@ -72,7 +71,7 @@ def load_tasks(names: Sequence[str], include_path: str | None, options: TaskOpti
         manager = _manager(names, include_path)
         found: list[str] = []
         for name in names:
-            matches = [name] if _is_file(name) else manager.match_tasks([name])
+            matches = [name] if name.endswith(".yaml") else manager.match_tasks([name])
             if not matches:
                 raise UserError(_no_such_task(name, manager.all_tasks, include_path))
             found += [match for match in matches if match not in found]
@@ -144,15 +143,11 @@ def _manager(names: Sequence[str], include_path: str | None) -> TaskManager:
     """An index of tasks: of the own ones alone where they are all that is asked for, for the harness has 14,000."""
     if include_path is not None:
         own = TaskManager(include_path=include_path, include_defaults=False)
-        if all(name in own.all_subtasks or _is_file(name) for name in names):
+        if all(name in own.all_subtasks or name.endswith(".yaml") for name in names):
             return own
-    elif all(map(_is_file, names)):
+    elif all(name.endswith(".yaml") for name in names):
         return TaskManager(include_defaults=False)
     return TaskManager(include_path=include_path)
-
-
-def _is_file(name: str) -> bool:
-    return name.endswith(".yaml") and Path(name).is_file()
 
 
 def _no_such_task(name: str, known: Sequence[str], include_path: str | None) -> str:

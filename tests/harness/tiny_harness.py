@@ -45,7 +45,7 @@ def _without_bos(directory: Path) -> None:
 
 
 def write_tasks(directory: Path) -> Path:
-    """`next` chooses, `text` is a perplexity, `write` generates, `chosen` is a group of `next`; each has four documents."""
+    """`next` chooses, `text` is a perplexity, `write` generates: four documents each. `chosen` is a group of `next`."""
     choices = [{"q": text[:20], "choices": [" dog", " cat", "."], "gold": n % 3} for n, text in enumerate(TEXTS * 2)]
     (directory / "next.jsonl").write_text("".join(json.dumps(row) + "\n" for row in choices[:4]))
     texts = [{"text": text * n} for n, text in enumerate((*TEXTS, TEXTS[0]), 1)]
