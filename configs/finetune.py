@@ -5,14 +5,17 @@
     python train.py --config=configs/finetune.py:softmax --config.init_from=runs/smollm2 --workdir=runs/smollm2-exact
 
 The first argument is the mechanism (default: dark). Others follow it: m (random features per head), window, chunk and
-context (tokens), sinks, init (M starts as this times the identity), batch (sequences per step), lr and geometry_lr
-(peak learning rates), steps, seed, train (what is trained: all, qkv_geometry, geometry, lora) and lora (the rank that
-train=lora needs: `dark,train=lora,lora=16`). As in configs/ablation.py, any other field is overridden by its name.
+context (tokens), sinks, init (M starts as this times the identity), data (stdlib, text, chat, ...) and files, batch
+(sequences per step), lr and geometry_lr (peak learning rates), steps, seed, train (what is trained: all, qkv_geometry,
+geometry, lora) and lora (the rank that train=lora needs: `dark,train=lora,lora=16`). As in configs/ablation.py, any
+other field is overridden by its name.
 
 Sizes, positions, norms and the tokenizer are those of `init_from`: fields that are None here are filled from its
 config.json, and this run's config.json has their values. The mechanism replaces every layer except the local ones
 (`softmax_local`), so that models with alternating local and global layers keep the local ones. If all layers are local,
 it replaces all. Fields that no layer uses any more, such as model.attention.local_window, are then off.
+
+`dark,data=chat,files=conversations.jsonl` learns the answers of conversations (docs/chat.md).
 
 With `--config.distill.workdir=runs/smollm2 --config.distill.weight=0.5` the run also learns from the exact model's
 predictions.
@@ -31,7 +34,8 @@ from darkformer_jax.config.arguments import argument_names, set_arguments
 from darkformer_jax.config.conversion import conversion_config, without_window
 
 ARGUMENTS = (
-    "m", "window", "chunk", "init", "sinks", "context", "batch", "lr", "geometry_lr", "train", "lora", "steps", "seed",
+    "m", "window", "chunk", "init", "sinks", "data", "files", "context", "batch", "lr", "geometry_lr", "train", "lora",
+    "steps", "seed",
 )  # fmt: skip
 
 

@@ -134,7 +134,7 @@ def test_mistakes_in_data_and_directories_are_one_line_and_write_nothing(tmp_pat
         (flags(data__files=f"{tmp_path}/empty.txt"), "empty.txt is empty"),
         (flags(data__files=f"{tmp_path}/one.txt"), "too little text"),
         (flags(data__files=f"{tmp_path}/binary.txt"), "binary.txt is not UTF-8 text: NUL byte at offset 0"),
-        (flags(data__source="web"), "data.source = 'web': allowed: stdlib, text, news, array_record, labelled"),
+        (flags(data__source="web"), "data.source = 'web': allowed: stdlib, text, news, chat, array_record, labelled"),
         (flags(data__source="array_record", data__files=f"{tmp_path}/none"), "none' does not exist"),
         (flags(data__tokenizer="nowhere.model"), "tokenizer 'nowhere.model' is not a file"),
         (flags(init_from=f"{tmp_path}/none"), f"init_from = {tmp_path}/none: there is no checkpoint"),

@@ -22,6 +22,7 @@ ARGUMENTS = {short: ATTENTION + name for short, name in SHORT.items()} | {
     "causal": "model.causal",
     "lora": "model.lora_rank",
     "init_from": "init_from",
+    "data": "data.source",
     "files": "data.files",
     "heldout": "task.heldout_files",
     "pooling": "task.pooling",

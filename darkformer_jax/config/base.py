@@ -39,7 +39,7 @@ LABELLED_TASKS = ("classification", "regression")
 TASKS = (LANGUAGE_MODEL, *LABELLED_TASKS)  # the keys of tasks.TASKS, which this module may not import
 LABELLED_SOURCE = "labelled"  # the only one that the tasks on labelled texts read
 TRACKERS = ("wandb", "mlflow")  # the keys of training.trackers.TRACKERS; not imported either
-SOURCES = ("stdlib", "text", "news", "array_record", LABELLED_SOURCE)  # what data/ reads; not imported either
+SOURCES = ("stdlib", "text", "news", "chat", "array_record", LABELLED_SOURCE)  # what data/ reads; not imported either
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -201,15 +201,17 @@ def _attention() -> Section:
 def _data() -> Section:
     d = Section()
     d.source = choice("stdlib", SOURCES)
-    # text: globs of .txt, .md, .jsonl, plain or .gz, and .parquet. labelled: .tsv, .csv, .jsonl, .parquet.
-    # array_record: the directory that prepare_data wrote. text, array_record: several sources may have weights, their
-    # shares of the training rows: "books:0.7,code/*.jsonl:0.3" (docs/training.md).
+    # text: globs of .txt, .md, .jsonl, plain or .gz, and .parquet. chat: .jsonl and .parquet with conversations, whose
+    # answers are learned, in the form of the tokenizer's chat template (docs/chat.md). labelled: .tsv, .csv, .jsonl,
+    # .parquet. array_record: the directory that prepare_data wrote. text, array_record: several sources may have
+    # weights, their shares of the training rows: "books:0.7,code/*.jsonl:0.3" (docs/training.md).
     d.files = anything("")
     d.text_field = anything("text", since=4)  # text: the field or column of .jsonl and .parquet with the text
     # bytes | bpe:<vocab> (trained on the training split) | a tokenizer.json | a SentencePiece .model; "" = the one that
     # prepared the array_record, else that of init_from.
     d.tokenizer = anything("bytes")
-    # Share of the documents of each source, chosen by hash; 0 = 0.05, or 0.15 of labelled texts, or as prepared.
+    # Share of the documents of each source, or of conversations, chosen by hash; 0 = 0.05, or 0.15 of labelled texts,
+    # or as prepared.
     d.heldout_fraction = fraction(0.0, high=")")
     d.num_workers = at_least(0, 0)  # grain worker processes; 0 = threads in this process
     return d

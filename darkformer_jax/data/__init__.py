@@ -6,12 +6,22 @@ import os
 from collections.abc import Sequence
 
 from darkformer_jax.data.batches import Batch, heldout_batches, num_rows, train_batches
+from darkformer_jax.data.chat import Chat
+from darkformer_jax.data.conversations import (
+    CHAT_SOURCE,
+    ChatStream,
+    Conversation,
+    find_chat_files,
+    read_conversations,
+    split,
+    tokenise,
+)
 from darkformer_jax.data.files import local_path
 from darkformer_jax.data.heldout import DEFAULT_HELDOUT_FRACTION, HeldoutSplit
 from darkformer_jax.data.matching import Entry, weighted_entries
 from darkformer_jax.data.mixture import Mixture, Split, whole_weights
 from darkformer_jax.data.prepared import SPLITS, load_prepared, read_manifest
-from darkformer_jax.data.progress import ProgressBar, no_progress
+from darkformer_jax.data.progress import ProgressBar, no_progress, with_progress
 from darkformer_jax.data.sources import CORPUS_SOURCES, Corpus, open_corpus, open_text_sources
 from darkformer_jax.data.stream import TokenStream, memory_stream
 from darkformer_jax.data.text_files import TEXT_FIELD
@@ -26,6 +36,9 @@ from darkformer_jax.errors import UserError
 
 __all__ = [
     "Batch",
+    "Chat",
+    "ChatStream",
+    "Conversation",
     "Data",
     "Mixture",
     "Split",
@@ -51,12 +64,16 @@ class Data:
       train, heldout: the splits: each a token stream, or a mixture of one per source.
       tokenizer: of both splits.
       heldout_documents: the held-out texts if they are in memory, else None.
+      chat: of conversations, the tokenizer's template; else None.
+      heldout_conversations: empty if there are none.
     """
 
     train: Split
     heldout: Split
     tokenizer: Tokenizer
     heldout_documents: tuple[str, ...] | None
+    chat: Chat | None = None
+    heldout_conversations: tuple[Conversation, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -82,11 +99,13 @@ def load_data(
     """The data that a config's `data` section names.
 
     Args:
-      source: stdlib | text | news, read into memory; array_record, read from a prepared directory during training.
+      source: stdlib | text | news | chat, read into memory; array_record, read from a prepared directory during
+        training.
       files: globs or directories of the source; for array_record the prepared directory. With weights, a mixture:
         books:0.7,code:0.3 for text, or prepared directories.
       tokenizer: bytes | bpe:<n> | a path. For array_record: the one the data was prepared with, or "".
-      heldout_fraction: share of each source's documents; 0 = 0.05. For array_record: the one of its preparation, or 0.
+      heldout_fraction: share of each source's documents or conversations; 0 = 0.05. For array_record: the one of its
+        preparation, or 0.
       tokenizer_dir: a workdir; a tokenizer saved there is used and must match.
       text_field: for text, the field of a JSON object that holds the text.
       verify: for array_record, (i, n): read shards i, i + n, ... once and compare their hashes.
@@ -97,8 +116,10 @@ def load_data(
     """
     if source == PREPARED_SOURCE:
         return _load_prepared_data(files, tokenizer, heldout_fraction, tokenizer_dir, verify)
+    if source == CHAT_SOURCE:
+        return _load_chat(files, tokenizer, heldout_fraction or DEFAULT_HELDOUT_FRACTION, tokenizer_dir, progress_bar)
     if source not in CORPUS_SOURCES:
-        allowed = ", ".join((*CORPUS_SOURCES, PREPARED_SOURCE))
+        allowed = ", ".join((*CORPUS_SOURCES, CHAT_SOURCE, PREPARED_SOURCE))
         raise UserError(f"data source {source!r} is unknown; allowed: {allowed}")
     fraction = heldout_fraction or DEFAULT_HELDOUT_FRACTION
     sources = weighted_entries(files) if source == "text" else []
@@ -137,6 +158,9 @@ def find_data(source: str, files: str) -> str:
         return f"{tokens[0]:,} training tokens, {tokens[1]:,} held out, in {len(manifests)} prepared director" + (
             "y" if len(manifests) == 1 else "ies"
         )
+    if source == CHAT_SOURCE:
+        size = sum(os.path.getsize(path) for path in find_chat_files(files)) / 2**20
+        return f"{size:,.1f} MiB of conversations"
     sources = weighted_entries(files) if source == "text" else []
     corpora = open_text_sources(sources, TEXT_FIELD) if _is_mixture(sources) else [open_corpus(source, files)]
     size = sum(corpus.num_bytes for corpus in corpora) / 2**20
@@ -186,6 +210,22 @@ def _as_split(sources: Sequence[Entry], streams: Sequence[TokenStream]) -> Split
     if not weights:
         return streams[0]
     return Mixture(tuple(source.name for source in sources), tuple(streams), whole_weights(weights))
+
+
+def _load_chat(
+    files: str, tokenizer: str, heldout_fraction: float, tokenizer_dir: str | None, progress_bar: ProgressBar
+) -> Data:
+    is_saved = tokenizer_dir is not None and has_tokenizer(tokenizer_dir)
+    used = saved_or_new_tokenizer(tokenizer, tokenizer_dir, ())  # a tokenizer trained here has no template anyway
+    chat = Chat(used, tokenizer_dir if tokenizer_dir is not None and is_saved else f"data.tokenizer = {tokenizer!r}")
+    sides = split(list(read_conversations(files)), heldout_fraction)
+    train, heldout = (
+        ChatStream(
+            list(tokenise(with_progress(side, "conversation", progress_bar, "tokenising"), chat)), used.vocab_size
+        )
+        for side in sides
+    )
+    return Data(train, heldout, used, None, chat, tuple(sides[1]))
 
 
 def _load_prepared_data(

@@ -48,7 +48,7 @@ def make_batch(stream: TokenStream, sequence_length: int, rows: np.ndarray) -> B
     begins[:, 0] = True  # a document that the row's start cuts begins again
     segment_ids = np.cumsum(begins, axis=1, dtype=np.int32)
     positions = column - np.maximum.accumulate(np.where(begins, column, 0), axis=1)
-    counts = has_target if stream.starts_are_targets else has_target & ~is_start[:, 1:]
+    counts = has_target & stream.are_targets(starts + 1, is_start[:, 1:])
     return {
         "inputs": np.where(has_target, tokens[:, :-1], 0),
         "targets": np.where(has_target, tokens[:, 1:], 0),

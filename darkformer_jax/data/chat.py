@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from darkformer_jax.data.added_tokens import any_of
 from darkformer_jax.data.chat_template import BEGIN, CUT, END, MARKS, ChatTemplate, Message, cut_tokens, without_marks
 from darkformer_jax.data.tokenizers import Tokenizer
+from darkformer_jax.data.tokens_in_text import any_of
 from darkformer_jax.errors import UserError
 
 ANSWERS = "assistant"  # the role whose messages are learned
@@ -33,7 +33,7 @@ class ChatTokens(NamedTuple):
     """A conversation as tokens.
 
     Attributes:
-      ids: [n] int64.
+      ids: [n] int32.
       is_learned: [n] bool: the token belongs to an answer, or ends one.
       num_bytes: UTF-8 bytes of the answers' text, without the tokens that end them.
     """
@@ -51,11 +51,10 @@ class Chat:
       where: the directory it is from, for errors.
 
     Attributes:
-      ends: the ids that end an answer.
+      ends: the id that ends an answer; empty if the template ends answers with no token.
 
     Raises:
-      UserError: the tokenizer has no template, or one that does not write a question and its answer, or ends answers
-        with no token.
+      UserError: the tokenizer has no template, or one that does not write a question and its answer.
     """
 
     def __init__(self, tokenizer: Tokenizer, where: str) -> None:
@@ -67,13 +66,13 @@ class Chat:
         self._tokenizer = tokenizer
         try:
             self._template = ChatTemplate(tokenizer.chat_template, tokenizer.token_names)
-            self._control = tuple(self._control_tokens())
-            self._pattern = re.compile(any_of(self._control))
-            self._control_ids = np.array([tokenizer.added_tokens[token].id for token in self._control], np.int64)
-            probe = self.conversation([_QUESTION, _ANSWER])
+            self._control, after_answer = self._control_tokens()
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
-        self.ends = frozenset(probe.ids[probe.is_learned][-1:].tolist())
+        self._pattern = re.compile(any_of(self._control))
+        self._control_ids = np.array([tokenizer.added_tokens[token].id for token in self._control], np.int64)
+        end = self._pattern.search(after_answer)
+        self.ends = frozenset({tokenizer.added_tokens[end[0]].id} if end else ())
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The ids after which the model writes the next answer. Raises UserError, as `conversation` does."""
@@ -127,23 +126,27 @@ class Chat:
         pieces = [without_marks(piece) for piece in marked.split(CUT)]
         encoded = self._tokenizer.encode_with_added(pieces)
         begins = np.cumsum([0, *map(len, pieces)])
-        ids = np.concatenate([piece.ids for piece in encoded]).astype(np.int64)
+        ids = np.concatenate([piece.ids for piece in encoded]).astype(np.int32)
         starts = np.concatenate([piece.starts + begin for piece, begin in zip(encoded, begins, strict=False)])
         is_control = np.isin(ids, self._control_ids)
         if is_control.sum() != sum(len(self._pattern.findall(piece)) for piece in pieces):
             raise UserError("the tokenizer reads a special token out of a message that does not spell it exactly")
         return _Text("".join(pieces), ids, starts.astype(np.int64), is_control)
 
-    def _control_tokens(self) -> Iterator[str]:
-        """The tokens that no message may inject: special ones, and those that the template writes around messages."""
+    def _control_tokens(self) -> tuple[list[str], str]:
+        """The tokens that no message may inject, and what the template writes after an answer.
+
+        They are the special ones, and those that the template writes around messages.
+        """
         question = self._template.render([_QUESTION], add_generation_prompt=True)
         turn = self._template.render([_QUESTION, _ANSWER])
-        written = question + turn.removeprefix(question).rpartition(_ANSWER["content"])[2]
+        after_answer = turn.rpartition(_ANSWER["content"])[2]
+        written = question + after_answer
         with contextlib.suppress(UserError):  # some templates have no system messages
             written += self._template.render([_SYSTEM, _QUESTION])
-        for token, (_, is_special) in self._tokenizer.added_tokens.items():
-            if is_special or (token.strip() and token in written):
-                yield token
+        added = self._tokenizer.added_tokens.items()
+        tokens = [token for token, (_, is_special) in added if is_special or (token.strip() and token in written)]
+        return tokens, after_answer
 
 
 class _Text(NamedTuple):

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from darkformer_jax.data.added_tokens import any_of
+from darkformer_jax.data.tokens_in_text import any_of
 from darkformer_jax.errors import UserError, one_line
 
 CUT, BEGIN, END = MARKS = ("\ufdd0", "\ufdd1", "\ufdd2")  # noncharacters of Unicode, for a program's own use

@@ -49,15 +49,40 @@ def read_parquet_records(
 
     option: what names the columns, for errors.
     """
+    yield from _rows(path, (field,), others, on_read, option)
+
+
+def column_names(path: str) -> list[str]:
+    """The names of a file's columns. Raises UserError if the file cannot be read."""
     import pyarrow
     from pyarrow import parquet
 
-    columns = [field, *others]
+    try:
+        return list(parquet.read_schema(path).names)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}") from error
+
+
+def read_parquet_values(
+    path: str, columns: Sequence[str], on_read: OnRead = ignore_read
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The values of columns of any type, as (row number, value by column). Raises UserError as `read_parquet` does."""
+    yield from _rows(path, (), columns, on_read, "")
+
+
+def _rows(
+    path: str, texts: Sequence[str], others: Sequence[str], on_read: OnRead, option: str
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """`read_parquet_records`, of columns that must be `texts` and of `others`."""
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = [*texts, *others]
     try:
         size = os.path.getsize(path)
         with parquet.ParquetFile(path) as file:
             for column in columns:
-                _check_column(path, file.schema_arrow, column, option, is_text=column == field)
+                _check_column(path, file.schema_arrow, column, option, is_text=column in texts)
             num_rows = file.metadata.num_rows
             if not num_rows:
                 raise UserError(f"{path} is empty; a data file needs text")
@@ -66,10 +91,16 @@ def read_parquet_records(
                 options: dict[str, Any] = {"row_groups": [group], "columns": columns, "use_threads": False}
                 # Columns are asked for by name: of "a.b", pyarrow also reads the field b of another column a.
                 for batch in file.iter_batches(_ROWS_AT_ONCE, **options):
-                    for text, *values in zip(*(batch.column(column) for column in columns), strict=True):
+                    for values in zip(*(batch.column(column) for column in columns), strict=True):
                         row += 1
-                        record = {name: value.as_py() for name, value in zip(others, values, strict=True)}
-                        yield row, record | {field: _text(text, field, f"{path}: row {row} of {num_rows}")}
+                        place = f"{path}: row {row} of {num_rows}"
+                        yield (
+                            row,
+                            {
+                                name: _text(value, name, place) if name in texts else _value(value, name, place)
+                                for name, value in zip(columns, values, strict=True)
+                            },
+                        )
                     read = size * row // num_rows
                     on_read(read - reported)
                     reported = read
@@ -98,10 +129,14 @@ def _is_text(kind: "pyarrow.DataType") -> bool:
 
 
 def _text(value: "pyarrow.Scalar", field: str, place: str) -> str:
-    try:
-        text: str | None = value.as_py()
-    except UnicodeDecodeError as error:
-        raise UserError(f'{place}: "{field}" is not UTF-8 text at offset {error.start}') from error
+    text: str | None = _value(value, field, place)
     if text is None:
         raise UserError(f'{place}: "{field}" is null; a row needs text')
     return text
+
+
+def _value(value: "pyarrow.Scalar", field: str, place: str) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError as error:
+        raise UserError(f'{place}: "{field}" is not UTF-8 text at offset {error.start}') from error

@@ -40,6 +40,10 @@ class TokenStream(abc.ABC):
         """Tokens that are predicted: all but the last token, or the last one of each document."""
         return self.num_tokens - (1 if self.starts_are_targets else self.num_documents)
 
+    def are_targets(self, starts: np.ndarray, is_start: np.ndarray) -> np.ndarray:
+        """Whether tokens count in the loss [B, length]: those that `read` gave, with `is_start`, from `starts` on."""
+        return np.ones_like(is_start) if self.starts_are_targets else ~is_start
+
     def read(self, starts: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
         """`length` tokens from each position of `starts`.
 

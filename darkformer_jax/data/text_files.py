@@ -150,10 +150,15 @@ def string_field(record: Any, name: str, place: str, option: str) -> str:
 
 def _what_is_there(record: Any, name: str, option: str) -> str:
     if not isinstance(record, dict):
-        return f"the line is {_JSON_KINDS.get(type(record), 'a number')}, not an object"
+        return f"the line is {kind_of(record)}, not an object"
     if name in record:
-        return f"it is {_JSON_KINDS.get(type(record[name]), 'a number')}"
+        return f"it is {kind_of(record[name])}"
     return f"it has: {shown_names(record)} ({option} names the one to read)"
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in words."""
+    return _JSON_KINDS.get(type(value), "a number")
 
 
 def shown_names(names: Collection[str]) -> str:

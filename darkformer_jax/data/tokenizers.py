@@ -20,9 +20,9 @@ import numpy as np
 import sentencepiece
 import tokenizers as hf
 
-from darkformer_jax.data.added_tokens import AddedToken, AddedTokens, Encoded, SentencePieceAddedTokens, encoded_bytes
 from darkformer_jax.data.files import local_path, read_file, read_json_object, write_file, write_json
 from darkformer_jax.data.progress import ProgressBar, no_progress, time_shown, with_progress
+from darkformer_jax.data.tokens_in_text import AddedToken, AddedTokens, Encoded, SentencePieceAddedTokens, encoded_bytes
 from darkformer_jax.errors import UserError, one_line
 
 DOCUMENT_SEPARATOR = "<|doc|>"
@@ -249,7 +249,8 @@ class SentencePieceTokenizer(_DefinedByFile):
         super().__init__(definition, config, [self.bos_id, self.eos_id])
         self._added = SentencePieceAddedTokens(definition)
         ends = {"bos_token": self.bos_id, "eos_token": self.eos_id} if self.adds_bos else {"eos_token": self.eos_id}
-        self.token_names = {name: self._processor.id_to_piece(end) for name, end in ends.items()} | self.token_names
+        own = {name: self._processor.id_to_piece(end) for name, end in ends.items()}
+        self.token_names = {**own, **self.token_names}
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
@@ -270,13 +271,15 @@ class SentencePieceTokenizer(_DefinedByFile):
         return found
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, text: str, special_tokens: bool = False) -> list[int]:
     """The ids that a model continues, at least one: BOS if the family has one, then those of `text`.
 
     Without a BOS, an empty text becomes the end-of-document id: a new document follows it.
+
+    special_tokens: read <|im_start|> and the like as tokens; a BOS that the text begins with is not added once more.
     """
-    ids = tokenizer.encode(text)
-    if tokenizer.adds_bos:
+    ids = tokenizer.encode_with_added([text])[0].ids.tolist() if special_tokens else tokenizer.encode(text)
+    if tokenizer.adds_bos and not (special_tokens and ids[:1] == [tokenizer.bos_id]):
         return [tokenizer.bos_id, *ids]
     return ids or [tokenizer.eos_id]
 

@@ -15,6 +15,7 @@ import numpy as np
 from darkformer_jax.config.base import LABELLED_SOURCE
 from darkformer_jax.data import (
     Batch,
+    ChatStream,
     Data,
     Mixture,
     Split,
@@ -24,8 +25,10 @@ from darkformer_jax.data import (
     num_rows,
     train_batches,
 )
+from darkformer_jax.data.chat_template import Message
 from darkformer_jax.data.files import write_atomically
 from darkformer_jax.data.progress import ProgressBar, no_progress
+from darkformer_jax.data.tokenizers import encode_prompt
 from darkformer_jax.distributed.sharding import Part
 from darkformer_jax.errors import printable
 from darkformer_jax.model.network import Network
@@ -36,11 +39,11 @@ from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.amounts import too_little_heldout_text, too_little_text
 from darkformer_jax.tasks.labelled import read_splits
 from darkformer_jax.tasks.next_token import NextToken
-from darkformer_jax.tasks.prompts import heldout_prompts
+from darkformer_jax.tasks.prompts import heldout_prompts, heldout_questions
 from darkformer_jax.tasks.task import ScoreRequest, Scores
 from darkformer_jax.tasks.teacher import Teacher
 from darkformer_jax.tasks.text_scores import score_text
-from darkformer_jax.tasks.texts import Writer
+from darkformer_jax.tasks.texts import Writer, headed
 from darkformer_jax.tasks.tokenizer import check_same_tokenizer, tokenizer_of, vocab_size_of
 
 SAMPLES_FILE = "samples.txt"
@@ -79,6 +82,20 @@ class TextEvaluation(NamedTuple):
         return f"loss {self.loss:.4f}  bits per byte {self.bits_per_byte:.4f}  accuracy {100 * self.accuracy:.2f}%" + (
             f"  bits per byte by source:{of_sources}" if of_sources else ""
         )
+
+
+class SamplePrompt(NamedTuple):
+    """What a sample continues.
+
+    Attributes:
+      text: the prompt, for the line above the sample.
+      ids: its tokens.
+      shown: what stands before the continuation.
+    """
+
+    text: str
+    ids: list[int]
+    shown: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +200,7 @@ class LanguageModel:
         said = [
             too_little_text(
                 name,
-                text.num_targets,
+                text.num_tokens if isinstance(text, ChatStream) else text.num_targets,  # which fill the rows
                 c.sequence_length,
                 drawn=share * c.num_steps * c.batch_size,
                 batch_size=share * c.batch_size,
@@ -212,10 +229,10 @@ class LanguageModel:
             samples = where + self._samples(prompts, network, params, projections, workdir)
             print("\n" + samples)
             write_atomically(workdir / SAMPLES_FILE, samples.encode())
-        prompt = printable(prompts[0].splitlines()[0]) if prompts else "The "
+        prompt = printable(prompts[0].text.strip().partition("\n")[0]) if prompts else "The "
         return (
             f"more samples: python -m darkformer_jax.generate --workdir={shlex.quote(str(workdir))} "
-            f"--prompt={shlex.quote(prompt)}"
+            f"{'--chat ' if self.data.chat else ''}--prompt={shlex.quote(prompt)}"
         )
 
     @classmethod
@@ -223,16 +240,23 @@ class LanguageModel:
         """Scores text by quarter of the window."""
         return score_text(workdir, step, request, progress_bar)
 
-    def _prompts(self) -> tuple[list[str], str]:
+    def _prompts(self) -> tuple[list[SamplePrompt], str]:
         """(the config's prompts, each "" replaced by held-out text, a line that says where that is from)."""
-        given = self.config.sample.prompts
-        pieces = heldout_prompts(self.data.heldout, self.data.tokenizer, given.count("")) if "" in given else []
-        prompts = [piece.text for piece in pieces] + [prompt for prompt in given if prompt]
+        given, data = self.config.sample.prompts, self.data
+        own = [prompt for prompt in given if prompt]
+        if data.chat is not None:
+            held_out = heldout_questions(data.heldout_conversations, given.count("")) if "" in given else []
+            asked: list[list[Message]] = held_out + [[{"role": "user", "content": prompt}] for prompt in own]
+            prompts = [SamplePrompt(messages[-1]["content"], data.chat.prompt(messages), "") for messages in asked]
+            return prompts, "answers to held-out conversations:\n" if held_out else ""
+        pieces = heldout_prompts(data.heldout, data.tokenizer, given.count("")) if "" in given else []
+        texts = [piece.text for piece in pieces] + own
         places = ", ".join(f"{piece.place:.0%}" for piece in pieces)
+        prompts = [SamplePrompt(text, encode_prompt(data.tokenizer, text), text) for text in texts]
         return prompts, f"prompts from the held-out text, at {places} of it:\n" if pieces else ""
 
     def _samples(
-        self, prompts: Sequence[str], network: Network, params: dict, projections: dict, workdir: Workdir
+        self, prompts: Sequence[SamplePrompt], network: Network, params: dict, projections: dict, workdir: Workdir
     ) -> str:
         """The prompts and the model's continuations, as `generate` prints them."""
         s, tokenizer = self.config.sample, self.data.tokenizer
@@ -246,12 +270,16 @@ class LanguageModel:
             seed=self.config.seed,
             vocab_size=tokenizer.vocab_size,
         )
-        ends = ends_of_text(workdir) | {tokenizer.eos_id}
-        return Writer(sampler, tokenizer, ends).continue_all(prompts, s.max_new_tokens)
+        ends = ends_of_text(workdir) | {tokenizer.eos_id} | (self.data.chat.ends if self.data.chat else set())
+        texts = Writer(sampler, tokenizer, ends).continue_all([prompt.ids for prompt in prompts], s.max_new_tokens)
+        return "".join(headed(p.text, p.shown + text) for p, text in zip(prompts, texts, strict=True))
 
     def __str__(self) -> str:
         taught = f", taught by step {self.teacher.step} of {self.config.distill.workdir}" if self.teacher else ""
         train = self.data.train
+        if isinstance(train, ChatStream):
+            learned = _conversations(train, self.config.sequence_length)
+            return f"{learned}; {self.data.heldout.num_targets:,} tokens of answers held out{taught}"
         sources = f" ({'; '.join(self._sources(train))})" if isinstance(train, Mixture) else ""
         return f"{train.num_tokens:,} training tokens{sources}, {self.data.heldout.num_tokens:,} held out{taught}"
 
@@ -280,6 +308,16 @@ def _read(config: ml_collections.ConfigDict, workdir: Workdir, progress_bar: Pro
         verify=(jax.process_index(), jax.process_count()),
         progress_bar=progress_bar,
     )
+
+
+def _conversations(stream: ChatStream, row_length: int) -> str:
+    """What there is to learn."""
+    said = (
+        f"{stream.num_documents:,} conversations, {stream.num_tokens:,} training tokens, of which the "
+        f"{stream.num_targets:,} of answers count in the loss"
+    )
+    cut = stream.num_cut(row_length)
+    return said + (f"; {cut:,} go on in another row, which does not see their beginning" if cut else "")
 
 
 def tokens_per_byte(split: Split) -> float:

@@ -1,10 +1,13 @@
 """Prompts from the held-out text of a run, so that samples continue the sort of text that the model has learned."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from darkformer_jax.data import Split, Tokenizer
+from darkformer_jax.data import Conversation, Split, Tokenizer
+from darkformer_jax.data.chat import ANSWERS
+from darkformer_jax.data.chat_template import Message
 
 _TOKENS = 64  # are read for a prompt
 _CHARACTERS = 40  # a prompt has at most
@@ -33,6 +36,13 @@ def heldout_prompts(heldout: Split, tokenizer: Tokenizer, count: int) -> list[Pr
         place = index * heldout.num_tokens // count
         places.setdefault(_piece(heldout, tokenizer, place), place / heldout.num_tokens)
     return [Prompt(text, place) for text, place in places.items() if text]
+
+
+def heldout_questions(conversations: Sequence[Conversation], count: int) -> list[list[Message]]:
+    """What comes before the first answer of `count` conversations, evenly spaced; fewer if there are few."""
+    places = dict.fromkeys(index * len(conversations) // count for index in range(count))
+    found = [conversations[place].messages for place in places]
+    return [messages[: [message["role"] for message in messages].index(ANSWERS)] for messages in found]
 
 
 def _piece(heldout: Split, tokenizer: Tokenizer, place: int) -> str:

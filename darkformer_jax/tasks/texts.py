@@ -1,15 +1,18 @@
-"""Texts from a trained language model: prompts and their continuations."""
+"""Texts from a trained language model: what it writes after the tokens of a prompt."""
 
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from darkformer_jax.data.tokenizers import Tokenizer, decode_continuation, encode_prompt, stream_continuation
+from darkformer_jax.data.tokenizers import Tokenizer, decode_continuation, stream_continuation
 from darkformer_jax.model.sampling import Sampler, continue_prompts
 
 
 class Writer(NamedTuple):
-    """Continues texts until the model ends them.
+    """Continues prompts until the model ends its text.
+
+    A prompt is its ids: `data.tokenizers.encode_prompt` gives those of a text, `data.chat.Chat.prompt` those of a
+    conversation.
 
     Attributes:
       sampler: the model's.
@@ -21,18 +24,20 @@ class Writer(NamedTuple):
     tokenizer: Tokenizer
     ends: frozenset[int]
 
-    def stream(self, prompt: str, max_new_tokens: int) -> Iterator[str]:
+    def stream(self, prompt: Sequence[int], max_new_tokens: int) -> Iterator[str]:
         """The continuation of the prompt, piece by piece as the model writes it."""
-        ids = encode_prompt(self.tokenizer, prompt)
-        tokens = (int(token[0]) for token in self.sampler.stream([ids], max_new_tokens))
+        tokens = (int(token[0]) for token in self.sampler.stream([prompt], max_new_tokens))
         until_end = itertools.takewhile(lambda token: token not in self.ends, tokens)
-        yield from stream_continuation(self.tokenizer, ids, until_end)
+        yield from stream_continuation(self.tokenizer, prompt, until_end)
 
-    def continue_all(self, prompts: Sequence[str], max_new_tokens: int) -> str:
-        """The prompts, continued as one batch: for each a line `--- 'prompt'`, then the prompt and its continuation."""
-        ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
-        continued = continue_prompts(self.sampler, ids, max_new_tokens, self.ends)
-        return "".join(
-            f"--- {prompt!r}\n{prompt}{decode_continuation(self.tokenizer, prompt_ids, new)}\n"
-            for prompt, prompt_ids, new in zip(prompts, ids, continued, strict=True)
-        )
+    def continue_all(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
+        """The continuations of the prompts, written as one batch."""
+        continued = continue_prompts(self.sampler, prompts, max_new_tokens, self.ends)
+        return [
+            decode_continuation(self.tokenizer, prompt, new) for prompt, new in zip(prompts, continued, strict=True)
+        ]
+
+
+def headed(prompt: str, text: str) -> str:
+    """One of several texts: a line `--- 'prompt'`, then the text."""
+    return f"--- {prompt!r}\n{text}\n"

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from darkformer_jax.data.progress import no_progress
 from darkformer_jax.data.sources import Corpus, Document
-from darkformer_jax.data.tokenizers import Tokenizer
+from darkformer_jax.data.tokenizers import Tokenizer, encode_prompt
 from darkformer_jax.errors import UserError
 from darkformer_jax.model.sampling import Sampler
 from darkformer_jax.runs.load import WorkdirModel, load_language_model
@@ -68,7 +68,7 @@ class TrainedModel:
         for name, value, lowest in (("max_new_tokens", max_new_tokens, 1), ("top_k", top_k, 0), ("seed", seed, 0)):
             _require_whole(name, value, lowest)
         writer = Writer(self._sampler(temperature, top_k, top_p, seed), self.tokenizer, self._loaded.ends)
-        return "".join(writer.stream(prompt, max_new_tokens))
+        return "".join(writer.stream(encode_prompt(self.tokenizer, prompt), max_new_tokens))
 
     def logits(self, ids: Int[Array, "*b n"] | list) -> Float[Array, "*b n vocab"]:
         """The logits of the token after each of `ids`, a row or a batch of rows; `tokenizer.encode` makes ids.

@@ -58,7 +58,7 @@ CHOICES = {
     "model.attention.kind": ", ".join(MIXERS),
     "model.attention.projections": "iid, orthogonal, orthogonal_unsigned",
     "model.attention.window_kernel": "dark, softmax",
-    "data.source": "stdlib, text, news, array_record, labelled",
+    "data.source": "stdlib, text, news, chat, array_record, labelled",
     "optimizer.schedule": "cosine, rsqrt, constant",
     "optimizer.train": "all, qkv_geometry, geometry, lora",
 }

@@ -212,5 +212,5 @@ def test_train_and_heldout_are_disjoint_and_complete(corpus):
 
 
 def test_unknown_source():
-    with pytest.raises(UserError, match="'web' is unknown; allowed: stdlib, text, news, array_record"):
+    with pytest.raises(UserError, match="'web' is unknown; allowed: stdlib, text, news, chat, array_record"):
         load_data("web", "", "bytes", 0.1)

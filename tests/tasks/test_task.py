@@ -10,6 +10,7 @@ import tqdm
 
 from darkformer_jax.config import base
 from darkformer_jax.data import PREPARED_SOURCE
+from darkformer_jax.data.conversations import CHAT_SOURCE
 from darkformer_jax.data.sources import CORPUS_SOURCES
 from darkformer_jax.distributed.sharding import Part
 from darkformer_jax.errors import UserError
@@ -41,7 +42,7 @@ def test_the_config_allows_the_tasks_that_there_are():
 
 
 def test_the_config_allows_the_sources_that_data_reads():
-    assert (*CORPUS_SOURCES, PREPARED_SOURCE, base.LABELLED_SOURCE) == base.SOURCES
+    assert (*CORPUS_SOURCES, CHAT_SOURCE, PREPARED_SOURCE, base.LABELLED_SOURCE) == base.SOURCES
 
 
 def shapes(batch):

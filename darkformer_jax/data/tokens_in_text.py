@@ -12,6 +12,8 @@ import numpy as np
 import sentencepiece
 import tokenizers as hf
 
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # in SentencePiece's pieces
+
 
 class AddedToken(NamedTuple):
     """A token that stands for itself, whatever the text around it.
@@ -80,7 +82,7 @@ class SentencePieceAddedTokens:
         """By their text."""
         pieces = _model_proto(self._definition).pieces
         return {
-            piece.piece: AddedToken(number, piece.type == piece.CONTROL)
+            piece.piece.replace(_SPACE, " "): AddedToken(number, piece.type == piece.CONTROL)
             for number, piece in enumerate(pieces)
             if piece.type in (piece.CONTROL, piece.USER_DEFINED)
         }
@@ -94,7 +96,7 @@ class SentencePieceAddedTokens:
         starts: list[int] = []
         place = 0
         for part in self._pattern.split(text):
-            if part in self.tokens:
+            if part in self._control:
                 ids.append(self.tokens[part].id)
                 starts.append(place)
             elif part:
@@ -106,8 +108,13 @@ class SentencePieceAddedTokens:
         return Encoded(np.array(ids, np.int64), np.array(starts, np.int64))
 
     @functools.cached_property
+    def _control(self) -> set[str]:
+        """The tokens that the model itself never reads out of a text."""
+        return {token for token, (_, is_special) in self.tokens.items() if is_special}
+
+    @functools.cached_property
     def _pattern(self) -> re.Pattern[str]:
-        return re.compile(f"({any_of(self.tokens)})")
+        return re.compile(f"({any_of(sorted(self._control))})")
 
     @functools.cached_property
     def _beginning(self) -> Any:
