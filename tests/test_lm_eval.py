@@ -115,7 +115,7 @@ def test_a_model_with_dark_attention_is_scored(tmp_path, place, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--tasks=nxt", "--tasks=nxt: there is no such task; did you mean next?"),
+        ("--tasks=nxt", "--tasks=nxt: there is no such task in the harness or in {place}/tasks; did you mean next?"),
         ("--tasks=next,,text", "--tasks=next,,text: an empty name"),
         ("--tasks=next --include_path={tmp}/none", "--include_path={tmp}/none: no such directory"),
         ("--tasks=next --batch_size=0", "--batch_size=0: must be from 1 to"),
@@ -144,7 +144,7 @@ def test_bad_input_is_one_line(place, tmp_path, flags, message, capsys, monkeypa
     with pytest.raises(SystemExit) as ended:
         verb.main(verb.parse_flags(["lm_eval", *argv]))
     shown = capsys.readouterr()
-    assert ended.value.code == 2 and message.format(tmp=tmp_path) in shown.err
+    assert ended.value.code == 2 and message.format(tmp=tmp_path, place=place) in shown.err
     assert [line for line in shown.err.splitlines() if "error:" in line] == [shown.err.splitlines()[-1]]
     assert not shown.out and (tmp_path / "taken.json").read_bytes() == b""
 

@@ -153,8 +153,8 @@ def _manager(names: Sequence[str], include_path: str | None) -> TaskManager:
 def _no_such_task(name: str, known: Sequence[str], include_path: str | None) -> str:
     close = difflib.get_close_matches(name, known, n=3)
     meant = f"; did you mean {' or '.join(close)}?" if close else ""
-    where = f"the harness and {include_path} have none" if include_path else "the harness has none; --include_path adds"
-    return f"--tasks={name}: there is no such task{meant} ({where} of this name)"
+    where = f"in the harness or in {include_path}" if include_path else "in the harness; --include_path adds tasks"
+    return f"--tasks={name}: there is no such task {where}{meant}"
 
 
 def _override(tasks: TaskDict, options: TaskOptions) -> None:
