@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from darkformer_jax import calibrate, convert, evaluate, generate, prepare_data, report
+from darkformer_jax import calibrate, convert, evaluate, generate, lm_eval, prepare_data, report
 from darkformer_jax.errors import UserError
 from tests.pretrained.tiny_sources import import_source, write_llama
 from tests.tiny_runs import Command, run, tiny_config, write_text
@@ -12,7 +12,7 @@ from tests.tiny_runs import Command, run, tiny_config, write_text
 pytestmark = pytest.mark.standard_promotion
 
 VERBS = {"calibrate": calibrate, "convert": convert, "evaluate": evaluate, "generate": generate}
-VERBS |= {"prepare_data": prepare_data, "report": report}
+VERBS |= {"lm_eval": lm_eval, "prepare_data": prepare_data, "report": report}
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,10 @@ def elsewhere(home, tmp_path, monkeypatch):
         ("evaluate --workdir=~/none --text=~/text.txt", "{home}/none/config.json cannot be read"),
         ("evaluate --workdir=~/run --text=~/none.txt", "no file matches '{home}/none.txt'"),
         ("evaluate --workdir=~/run --text=~/text.txt --json=~/taken/file.json", "{home}/taken/file.json: the file ex"),
+        ("lm_eval --workdir=~/none --tasks=a", "{home}/none/config.json cannot be read"),
+        ("lm_eval --workdir=~/run --tasks=a --include_path=~/none", "--include_path={home}/none: no such directory"),
+        ("lm_eval --workdir=~/run --tasks=~/none.yaml", "--tasks={home}/none.yaml: no such file"),
+        ("lm_eval --workdir=~/run --tasks=a --json=~/taken/file.json", "{home}/taken/file.json: the file exists"),
         ("convert --source=~/none --workdir=~/new", "--source={home}/none: no such file"),
         ("convert --source=~/hf --workdir=~/taken", "~/taken is there already"),
         ("convert --workdir=~/none --export_hf=~/new", "{home}/none/config.json cannot be read"),

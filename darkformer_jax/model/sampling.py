@@ -95,11 +95,14 @@ class Sampler:
         self._prefill = jax.jit(prefill, static_argnames="room")
         self._step = jax.jit(step, donate_argnums=4)
 
-    def stream(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[np.ndarray]:
+    def stream(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int | None = None
+    ) -> Iterator[np.ndarray]:
         """Yields the next token of every prompt, int32 [b], `max_new_tokens` times.
 
         Args:
           prompts: token ids, at least one per prompt; see `encode_prompt`.
+          seed: in place of the sampler's; another one for each batch makes the draws of several batches independent.
         """
         if not prompts or not all(prompts):
             raise UserError("there is no prompt, or one has no tokens")
@@ -109,7 +112,7 @@ class Sampler:
         tokens = np.zeros((len(prompts), padded), np.int32)
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt
-        root = key_of_seed(self._seed)
+        root = key_of_seed(self._seed if seed is None else seed)
         room = padded + max_new_tokens
         token, state = self._prefill(*self._arrays, tokens, lengths, jax.random.fold_in(root, 0), room=room)
         yield np.asarray(token)
