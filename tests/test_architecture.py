@@ -39,6 +39,8 @@ def test_no_module_of_the_library_imports_the_packages_root():
     files = sorted((ROOT / "darkformer_jax").rglob("*.py"))
     assert len(files) > 100
     for path in files:
+        if path.parent.name == "remote_code":  # a package of its own, in the directory of an export
+            continue
         roots = [name for name in imports_of(path) if name == "darkformer_jax" or name.startswith(".")]
         assert not roots, f"{path} imports {roots}"
 

@@ -71,12 +71,13 @@ def export_workdir(
         fields["vocab_size"] = model.config.model.vocab_size = model.network.spec.vocab_size
         if as_exact and is_exact(fields):
             raise UserError(f"--as_exact: {workdir} has exact attention already")
-        own = not as_exact and needs_own_format(fields)
-        if own:
-            check_own_format(fields, str(workdir))
         origin = read_origin(workdir)
-        stock = stock_fields(fields) if own else exact_fields(fields, str(workdir))
-        family = fitting_family(stock, str(workdir), origin.get("model_type", ""))
+        where, preferred = str(workdir), origin.get("model_type", "")
+        own = not as_exact and needs_own_format(fields, where, preferred)
+        if own:
+            check_own_format(fields, where)
+        stock = stock_fields(fields) if own else exact_fields(fields, where)
+        family = fitting_family(stock, where, preferred)
         places = places_of(model.network, family, own=own) + (own_places(model.network) if own else [])
         arrays = _write_arrays(temporary, model, places, dtype, shard_bytes, progress_bar)
         config = family.write(stock) | _config_extras(model, family, origin)

@@ -5,6 +5,7 @@ config.json holds the fields of the nearest family, and under `darkformer` what 
 the family lacks has our path, our layout and float32. The files of `remote_code/` are copied beside them.
 """
 
+import contextlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,10 +21,10 @@ from darkformer_jax.data.files import write_file
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers.forgetting import alibi_slopes
 from darkformer_jax.mixers.spec import MixerSpec
-from darkformer_jax.pretrained.families import FAMILIES, Family, Fields, canonical
+from darkformer_jax.pretrained.families import FAMILIES, Family, Fields, canonical, fitting_family
 from darkformer_jax.pretrained.families.family import FULL, kinds_of
 from darkformer_jax.pretrained.hf_config import HFConfig
-from darkformer_jax.pretrained.mechanism import is_exact, read_own_fields
+from darkformer_jax.pretrained.mechanism import exact_fields, is_exact, read_own_fields
 
 MODEL_TYPE = KEY = "darkformer"
 _FORMAT = 2  # 1 is that of darkformer.json
@@ -67,9 +68,17 @@ darkformer_jax reads the directory back, also after training in PyTorch:
 """
 
 
-def needs_own_format(fields: Fields) -> bool:
-    """Whether the model has what no Hugging Face family has: other attention, decays, convolutions or no RoPE."""
-    return not is_exact(fields) or any(fields[name] != value for name, value in _no_extras().items())
+def needs_own_format(fields: Fields, where: str, preferred: str) -> bool:
+    """Whether no Hugging Face family has the attention of a model, but one has its sizes. See `fitting_family`."""
+    if not is_exact(fields):
+        return True
+    try:
+        fitting_family(exact_fields(fields, where), where, preferred)
+    except UserError:
+        with contextlib.suppress(UserError):
+            fitting_family(stock_fields(fields), where, preferred)
+            return True
+    return False
 
 
 def check_own_format(fields: Fields, where: str) -> None:
@@ -84,8 +93,8 @@ def check_own_format(fields: Fields, where: str) -> None:
 
 def stock_fields(fields: Fields) -> Fields:
     """The same sizes, norms and rotary positions with plain softmax attention, which a family can hold."""
-    plain = {name: field.default for name, field in _attention_fields().items()}
-    return canonical(fields | plain | {"attention.kind": FULL, "attention.pattern": ""})
+    fields = fields | {name: base.fields()[f"model.{name}"].default for name in fields if name.startswith("attention.")}
+    return canonical(fields | {"attention.kind": FULL, "attention.pattern": ""})
 
 
 def own_config(stock: Mapping[str, Any], config: ml_collections.ConfigDict, family: Family) -> dict[str, Any]:
@@ -158,17 +167,18 @@ def read_own_config(hf: HFConfig, config: ml_collections.ConfigDict) -> Family:
     for name in stock:
         if said[name] != stock[name]:
             raise UserError(f"{where}.model.{name} = {said[name]!r}, but the rest of the file says {stock[name]!r}")
+    _check_pattern(content.get("pattern"), config, where)
     return family
 
 
-def _attention_fields() -> dict[str, base.Field]:
-    return {
-        name.removeprefix("model."): field
-        for name, field in base.fields().items()
-        if name.startswith("model.attention.")
-    }
-
-
-def _no_extras() -> dict[str, Any]:
-    names = ("attention.decay", "attention.conv_width", "attention.positions")
-    return {name: _attention_fields()[name].default for name in names}
+def _check_pattern(pattern: Any, config: ml_collections.ConfigDict, where: str) -> None:
+    """Raises UserError where what the code reads of a layer is not what the fields of the model say."""
+    layers = [_layer(spec) for spec in mixer_specs(config)]
+    if not isinstance(pattern, list) or len(pattern) != len(layers):
+        raise UserError(f"{where}.pattern must be a list of {len(layers)}, as {where}.model says")
+    for index, (layer, said) in enumerate(zip(layers, pattern, strict=True)):
+        for name, value in said.items():
+            if layer.get(name) != value:
+                raise UserError(
+                    f"{where}.pattern says {name} = {value!r} of layer {index}, and {KEY}.model {layer.get(name)!r}"
+                )

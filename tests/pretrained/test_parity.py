@@ -65,11 +65,11 @@ def test_the_export_is_bit_identical_and_loads_without_complaint(pair):
 
 
 @pytest.mark.standard_promotion  # the state of a checkpoint is made with its optimizer
-def test_the_export_of_a_dark_model_loads_as_the_same_transformer_with_exact_attention(tmp_path):
+def test_the_export_of_a_dark_model_as_exact_loads_as_the_same_transformer_with_exact_attention(tmp_path):
     sizes = {"model__num_layers": 2, "model__attention__kind": "softmax", "model__qk_norm": True}
     write_workdir(tmp_path / "exact", tiny_config(**sizes))
     write_workdir(tmp_path / "dark", tiny_config(**(sizes | {"model__attention__kind": "dark"})))
-    export_workdir(Workdir(tmp_path / "dark"), str(tmp_path / "export"))
+    export_workdir(Workdir(tmp_path / "dark"), str(tmp_path / "export"), as_exact=True)
     loaded, report = load_theirs(tmp_path / "export")
     assert not any(report.values()), report
     exact, dark = load_model(Workdir(tmp_path / "exact")), load_model(Workdir(tmp_path / "dark"))

@@ -71,9 +71,14 @@ def test_ours_to_hf_to_ours_with_mechanisms(tmp_path, pattern, has_arrays):
         data__tokenizer="",
     )
     write_workdir(tmp_path / "run", config)
-    said = export_workdir(Workdir(tmp_path / "run"), str(tmp_path / "out"))
+    said = export_workdir(Workdir(tmp_path / "run"), str(tmp_path / "out"), as_exact=True)
     assert "Qwen3ForCausalLM" in said and "in darkformer.json and in darkformer.safetensors" in said
     assert "exact softmax attention" in (tmp_path / "out" / "README.md").read_text()
+    assert_comes_back(tmp_path, config, has_arrays)
+
+
+def assert_comes_back(tmp_path, config, has_arrays):
+    """The import of tmp_path / "out" has every array and every field of the model of tmp_path / "run"."""
     copy = import_source(tmp_path / "out", tmp_path / "copy")
     before, after = saved_arrays(tmp_path / "run"), saved_arrays(tmp_path / "copy")
     kept = {name for name in before if "params" in name.split("'")[1] or "projections" in name.split("'")[1]}
@@ -82,7 +87,81 @@ def test_ours_to_hf_to_ours_with_mechanisms(tmp_path, pattern, has_arrays):
     for name in kept:
         assert before[name] == after[name], name
     assert copy.config.model.to_dict() == {**config.model.to_dict(), "vocab_size": 257}
-    assert copy.config.seed == 7
+    assert copy.config.seed == config.seed
+
+
+GATES = {"model__attention__decay": "gate", "model__attention__conv_width": 4}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "changes", "has_arrays"),
+    [
+        ("dark", {}, True),
+        ("dark(learn_projections=True),hedgehog,linear_transformer", GATES, False),
+        ("softmax,dark(window=32,num_sinks=3,far_gain=True),lfk(m=16)", GATES, True),
+        ("softmax_local(local_window=8),performer", {"model__attention__positions": "alibi"}, True),
+        ("window_only(window=16),cosformer(horizon=64)", {"model__attention__positions": "none"}, False),
+        ("softmax(softcap=30.0),softmax", {}, False),
+        ("softmax", {"model__attention__decay": "learned"}, False),
+    ],
+)
+def test_ours_to_our_own_format_to_ours(tmp_path, pattern, changes, has_arrays):
+    config = tiny_config(model__num_layers=5, model__attention__pattern=pattern, seed=7, data__tokenizer="", **changes)
+    write_workdir(tmp_path / "run", config)
+    said = export_workdir(Workdir(tmp_path / "run"), str(tmp_path / "out"), dtype="float32", shard_bytes=20_000)
+    assert said.startswith("DarkformerForCausalLM on llama, step 3, ") and "trust_remote_code=True" in said
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    assert_comes_back(tmp_path, config, has_arrays)
+
+
+@pytest.mark.parametrize("kind", ["random", "constant", "mamba2", "rfa_gate"])
+def test_a_kind_that_the_exported_code_lacks_is_refused(tmp_path, kind):
+    decay = {"model__attention__decay": "gate"} if kind == "rfa_gate" else {}
+    write_workdir(tmp_path / "run", tiny_config(model__attention__kind=kind, **decay))
+    with pytest.raises(
+        UserError, match=rf"run: the exported code has no {kind} attention; allowed: softmax, .*--as_ex"
+    ):
+        export_workdir(Workdir(tmp_path / "run"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_exact_model_is_exported_as_it_is(tmp_path):
+    write_workdir(tmp_path / "run", tiny_config(model__attention__kind="softmax"))
+    with pytest.raises(UserError, match=r"--as_exact: .*run has exact attention already"):
+        export_workdir(Workdir(tmp_path / "run"), str(tmp_path / "out"), as_exact=True)
+
+
+def test_what_a_damaged_export_in_our_own_format_says(tmp_path):
+    write_workdir(tmp_path / "run", tiny_config())
+    export_workdir(Workdir(tmp_path / "run"), str(tmp_path / "out"))
+    path = tmp_path / "out" / "config.json"
+    content = json.loads(path.read_text())
+
+    def refused(change, message):
+        changed = json.loads(json.dumps(content))
+        change(changed)
+        path.write_text(json.dumps(changed))
+        with pytest.raises(UserError) as error:
+            import_source(tmp_path / "out", tmp_path / "copy")
+        assert message in str(error.value) and "\n" not in str(error.value), str(error.value)
+
+    own = lambda **changes: lambda values: values["darkformer"].update(changes)
+    model = lambda **changes: lambda values: values["darkformer"]["model"].update(changes)
+    refused(lambda values: values.pop("darkformer"), "config.json: darkformer must be an object of format 2")
+    refused(own(format=3), "config.json: darkformer must be an object of format 2")
+    refused(own(family="gpt2"), "darkformer.family = 'gpt2': allowed: llama, ")
+    refused(own(version=VERSION + 1), f"darkformer is of version {VERSION + 1}, but this darkformer_jax reads 0 to")
+    refused(model(sauce=1), "config.json: darkformer does not fit this version")
+    refused(lambda values: values["darkformer"]["model"].pop("mlp_dim"), "darkformer: model.mlp_dim is missing")
+    refused(model(mlp_dim=48), "darkformer.model.mlp_dim = 48, but the rest of the file says 32")
+    features = lambda values: values["darkformer"]["model"]["attention"].update(num_features=4)
+    refused(features, "darkformer.pattern says num_features = 8 of layer 0, and darkformer.model 4")
+
+    def features_everywhere(values):
+        features(values)
+        values["darkformer"]["pattern"][0]["num_features"] = 4
+
+    refused(features_everywhere, "mechanism.projections has shape [2, 8, 8]; config.json makes it [2, 4, 8]")
 
 
 def test_an_export_from_before_versions_is_read_as_a_run_of_its_time(tmp_path):
@@ -90,7 +169,7 @@ def test_an_export_from_before_versions_is_read_as_a_run_of_its_time(tmp_path):
     hybrid = {"model__attention__window": 16, "model__attention__pattern": "performer,window_only"}
     config = tiny_config(model__num_layers=2, data__tokenizer="", **hybrid)
     write_workdir(tmp_path / "run", config)
-    export_workdir(Workdir(tmp_path / "run"), str(tmp_path / "out"))
+    export_workdir(Workdir(tmp_path / "run"), str(tmp_path / "out"), as_exact=True)
     path = tmp_path / "out" / "darkformer.json"
     content = json.loads(path.read_text())
     content.pop("version", None)
@@ -130,14 +209,6 @@ def test_options_of_exact_layers_go_out_and_come_back(tmp_path, pattern, changes
     assert used(copy) == used(load_model(Workdir(tmp_path / "run")))
 
 
-def test_an_option_that_exact_layers_do_not_share_is_refused(tmp_path):
-    pattern = "softmax(softcap=30.0),softmax"
-    write_workdir(tmp_path / "run", tiny_config(model__num_layers=2, model__attention__pattern=pattern))
-    with pytest.raises(UserError, match=r"run: softcap is 0.0 in some layers and 30.0 in others, by model.attention.p"):
-        export_workdir(Workdir(tmp_path / "run"), str(tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_classifier_is_refused(tmp_path, causal):
     files = write_labelled(tmp_path / "mails.jsonl")
@@ -164,7 +235,7 @@ def test_a_model_trained_here_goes_out_as_the_family_it_fits(tmp_path):
 
 def test_what_a_damaged_or_contradictory_export_says(tmp_path):
     write_workdir(tmp_path / "run", tiny_config())
-    export_workdir(Workdir(tmp_path / "run"), str(tmp_path / "whole"))
+    export_workdir(Workdir(tmp_path / "run"), str(tmp_path / "whole"), as_exact=True)
     content = json.loads((tmp_path / "whole" / "darkformer.json").read_text())
 
     assert content["version"] == VERSION
