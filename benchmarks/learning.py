@@ -49,6 +49,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lfk, window": {"model.attention.kind": "lfk", "model.attention.window": 64},
 }
 
+# Rivals, which run only if they are named.
+RIVALS: dict[str, dict[str, Any]] = {
+    "softmax_local": {"model.attention.kind": "softmax_local", "model.attention.local_window": 64},
+    "linear_transformer": {"model.attention.kind": "linear_transformer"},
+    "hedgehog": {"model.attention.kind": "hedgehog"},
+    "cosformer": {"model.attention.kind": "cosformer", "model.attention.horizon": 512},
+    "rfa_gate": {"model.attention.kind": "rfa_gate", "model.attention.decay": "gate"},
+    "mamba2": {"model.attention.kind": "mamba2"},
+    "gated_deltanet": {"model.attention.kind": "gated_deltanet"},
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -170,7 +181,7 @@ def config_of(run: Run) -> ml_collections.ConfigDict:
             "seed": run.seed,
             "optimizer.learning_rate": run.learning_rate,
             "optimizer.geometry_learning_rate": run.learning_rate * run.geometry_ratio,
-            **VARIANTS[run.variant],
+            **(VARIANTS | RIVALS)[run.variant],
             **parse_changes(run.changes),
         }
     )
@@ -239,7 +250,11 @@ def _arguments() -> argparse.Namespace:
     optimizer = ablation.get_config().optimizer
     default_ratio = round(optimizer.geometry_learning_rate / optimizer.learning_rate, 6)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", default=";".join(VARIANTS), help="separated by a semicolon (default: all)")
+    parser.add_argument(
+        "--variants",
+        default=";".join(VARIANTS),
+        help=f"separated by a semicolon (default: all but {', '.join(RIVALS)})",
+    )
     parser.add_argument("--steps", type=int, default=350, help="optimizer steps of each run (default: 350)")
     parser.add_argument("--seeds", type=int, default=1, help="seeds 0 .. n-1 of each run (default: 1)")
     parser.add_argument("--batches", type=int, default=16, help="held-out batches that are measured (default: 16)")
@@ -259,8 +274,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="adds to <out>.jsonl, and writes <out>.md from all of it")
     args = parser.parse_args()
     args.variants = [name.strip() for name in args.variants.split(";")]
-    if unknown := set(args.variants) - VARIANTS.keys():
-        parser.error(f"--variants: {sorted(unknown)[0]!r} is unknown; allowed: {'; '.join(VARIANTS)}")
+    if unknown := set(args.variants) - (VARIANTS | RIVALS).keys():
+        allowed = "; ".join(VARIANTS | RIVALS)
+        parser.error(f"--variants: {sorted(unknown)[0]!r} is unknown; allowed: {allowed}")
     return args
 
 

@@ -24,7 +24,7 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from benchmarks.learning import VARIANTS, parse_changes, train
+from benchmarks.learning import RIVALS, VARIANTS, parse_changes, train
 from configs import ablation
 from darkformer_jax.config.validation import validate
 from darkformer_jax.data import Batch
@@ -83,7 +83,7 @@ def config_of(variant: str, changes: str, learning_rate: float, steps: int, seed
             "optimizer.learning_rate": learning_rate,
             "optimizer.geometry_learning_rate": learning_rate,
             "optimizer.warmup_steps": min(50, steps // 4),
-            **VARIANTS[variant],
+            **(VARIANTS | RIVALS)[variant],
             **parse_changes(changes),
         }
     )
@@ -146,8 +146,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="writes <out>.md and <out>.jsonl")
     args = parser.parse_args()
     variants = [name.strip() for name in args.variants.split(";")]
-    if unknown := set(variants) - VARIANTS.keys():
-        parser.error(f"--variants: {min(unknown)!r} is unknown; allowed: {'; '.join(VARIANTS)}")
+    if unknown := set(variants) - (VARIANTS | RIVALS).keys():
+        parser.error(f"--variants: {min(unknown)!r} is unknown; allowed: {"; ".join(VARIANTS | RIVALS)}")
     changes = " ".join(sorted(args.set))
     rates = [float(rate) for rate in args.learning_rates.split(",")]
     runs = [(variant, rate, seed) for variant in variants for rate in rates for seed in range(args.seeds)]
