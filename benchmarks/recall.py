@@ -147,7 +147,7 @@ def main() -> None:
     args = parser.parse_args()
     variants = [name.strip() for name in args.variants.split(";")]
     if unknown := set(variants) - (VARIANTS | RIVALS).keys():
-        parser.error(f"--variants: {min(unknown)!r} is unknown; allowed: {"; ".join(VARIANTS | RIVALS)}")
+        parser.error(f"--variants: {min(unknown)!r} is unknown; allowed: {'; '.join(VARIANTS | RIVALS)}")
     changes = " ".join(sorted(args.set))
     rates = [float(rate) for rate in args.learning_rates.split(",")]
     runs = [(variant, rate, seed) for variant in variants for rate in rates for seed in range(args.seeds)]
