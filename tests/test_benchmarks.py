@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import lra, made_up_chats, paper, recall, zoo
+from benchmarks import exported, lra, made_up_chats, paper, recall, zoo
 from benchmarks.grid import is_done
 from benchmarks.learning import FAR, REPEATED, Result, Run, ngram_bits, repeat_distance, table
 from configs.lra import get_config as get_lra_config
@@ -15,6 +15,9 @@ from darkformer_jax.data.tokenizers import BytesTokenizer
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
 from darkformer_jax.mixers.encoders import EncoderMechanism
+from darkformer_jax.pretrained.export import export_workdir
+from darkformer_jax.runs.workdir import Workdir
+from tests.pretrained import exported_models
 
 
 def test_a_captain_answers_in_every_conversation(tmp_path):
@@ -161,3 +164,26 @@ def test_a_classifier_of_the_grid_waits_for_a_pretraining_that_is_done(tmp_path,
     (tmp_path / "listops-dark-scratch-s0" / "config.json").write_text(json.dumps(config))
     with pytest.raises(SystemExit, match="has files = other/basic_train.tsv, not data/listops/basic_train.tsv"):
         lra.main(args)
+
+
+def test_the_cache_of_an_exported_dark_model_stays_and_that_of_exact_attention_grows(tmp_path, capsys):
+    name = "llama-hybrid-tied"
+    export_workdir(Workdir(exported_models.exported(name).workdir), str(tmp_path / "exact"), as_exact=True)
+    args = [f"--exact={tmp_path}/exact", f"--linear={exported_models.exported(name).directory}", "--turns=3"]
+    exported.main([*args, "--contexts=9,40", "--new_tokens=2", f"--out={tmp_path}/figures.json"])
+    results = json.loads((tmp_path / "figures.json").read_text())["results"]
+    size = {place: {name: of["cache_bytes"] for name, of in results[place].items()} for place in ("9", "40")}
+    config = json.loads((tmp_path / "exact/config.json").read_text())
+    per_token = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"] * 4  # float32
+    assert (size["9"]["exact"], size["40"]["exact"]) == (9 * per_token, 40 * per_token)
+    assert size["9"]["linear"] == size["40"]["linear"]
+    assert all(len(of["tokens_per_second"]) == 3 for figures in results.values() for of in figures.values())
+    assert "| 40 |" in capsys.readouterr().out
+
+
+def test_the_table_of_exported_models_has_ratios_of_medians():
+    figures = {
+        "exact": {"cache_bytes": 4_000_000, "tokens_per_second": [10.0, 20.0, 90.0]},
+        "linear": {"cache_bytes": 1_000_000, "tokens_per_second": [30.0, 1.0, 30.0]},
+    }
+    assert exported.table({1500: figures}).endswith("| 1,500 | 20.0 | 30.0 | 1.50 | 4.0 | 1.0 | 0.25 |")
