@@ -2,9 +2,9 @@
 
     python -m benchmarks.decoding --workdir=runs/smollm2 --out=docs/results/decoding.json
 
-The workdir's model is exported and loaded by transformers (PyTorch, its KV cache, float32); both continue the same
-prompt. Each is warmed up, then they take turns. A turn's time is that of the tokens after the first. The tokens must be
-the same, or the run stops. Needs torch and transformers: bash launch/install.sh test.
+The workdir's model is exported and loaded by transformers (PyTorch, float32); both continue the same prompt. Each is
+warmed up, then they take turns. A turn's time is that of the tokens after the first. The tokens must be the same, or the
+run stops. Needs torch and transformers: bash launch/install.sh test.
 """
 
 import argparse
@@ -53,7 +53,8 @@ def theirs(workdir: str) -> Decode:
     with tempfile.TemporaryDirectory() as scratch:
         directory = os.path.join(scratch, "export")
         export_workdir(Workdir(workdir), directory)
-        model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        model = load(directory, dtype=torch.float32, trust_remote_code=True).eval()
 
     class Clock(transformers.StoppingCriteria):
         """Takes the time of the first new token; never stops."""
@@ -85,7 +86,7 @@ def theirs(workdir: str) -> Decode:
 def main() -> None:
     """Prints both speeds and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", required=True, help="workdir of an exact-attention model")
+    parser.add_argument("--workdir", required=True, help="workdir of a model that computes in float32 (model.dtype)")
     parser.add_argument("--prompt_tokens", type=int, default=64, help="(default: 64)")
     parser.add_argument("--new_tokens", type=int, default=128, help="(default: 128)")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each (default: 5)")

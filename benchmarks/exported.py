@@ -25,7 +25,8 @@ import numpy as np
 import tqdm
 
 PIECE = 512  # tokens read by one call: exact attention's scores of all at once would not fit into memory
-Figures = dict[str, dict[str, Any]]  # of `exact` and `linear`: {"cache_bytes": int, "tokens_per_second": [float, ...]}
+Figures = dict[str, dict[str, Any]]  # of `exact` and `linear`: `cache_bytes`, and of every turn what `RATES` names
+RATES = ("tokens_per_second", "cpu_ms_per_token")  # the second is that of all threads, and is fair on a busy machine
 
 
 class Reader:
@@ -43,12 +44,12 @@ class Reader:
                 out = self.model(piece, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
                 self.cache, self.next = out.past_key_values, out.logits[:, -1:].argmax(-1)
 
-    def decode(self, count: int) -> float:
-        """Tokens per second of the next `count` tokens."""
-        started = time.perf_counter()
+    def decode(self, count: int) -> tuple[float, float]:
+        """`RATES` of the next `count` tokens."""
+        wall, cpu = time.perf_counter(), time.process_time()
         for _ in range(count):
             self.read(self.next)
-        return count / (time.perf_counter() - started)
+        return count / (time.perf_counter() - wall), 1000 * (time.process_time() - cpu) / count
 
     def cache_bytes(self) -> int:
         """The size of all tensors of the cache."""
@@ -74,27 +75,27 @@ def measure(models: Mapping[str, Any], context: int, new_tokens: int, turns: int
     figures: Figures = {}
     for name, reader in readers.items():
         reader.read(tokens)
-        figures[name] = {"cache_bytes": reader.cache_bytes(), "tokens_per_second": []}
+        figures[name] = {"cache_bytes": reader.cache_bytes()} | {rate: [] for rate in RATES}
         reader.decode(new_tokens)  # warms up
     for _ in range(turns):
         for name, reader in readers.items():
-            figures[name]["tokens_per_second"].append(reader.decode(new_tokens))
+            for rate, value in zip(RATES, reader.decode(new_tokens), strict=True):
+                figures[name][rate].append(value)
     return figures
 
 
 def table(results: Mapping[int, Figures]) -> str:
     """Medians by context; a ratio is that of linear to exact attention."""
-    lines = [
-        "| context | exact, tokens/s | linear, tokens/s | ratio | exact, cache MB | linear, cache MB | ratio |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = ["| context | attention | tokens/s | CPU ms per token | cache MB |", "|---|---|---|---|---|"]
     for context, figures in results.items():
-        speed = {name: statistics.median(of["tokens_per_second"]) for name, of in figures.items()}
-        size = {name: of["cache_bytes"] / 1e6 for name, of in figures.items()}
-        lines.append(
-            f"| {context:,} | {speed['exact']:.1f} | {speed['linear']:.1f} | {speed['linear'] / speed['exact']:.2f} "
-            f"| {size['exact']:.1f} | {size['linear']:.1f} | {size['linear'] / size['exact']:.2f} |"
-        )
+        medians = {
+            name: [*(statistics.median(of[rate]) for rate in RATES), of["cache_bytes"] / 1e6]
+            for name, of in figures.items()
+        }
+        for name, values in medians.items():
+            lines.append(f"| {context:,} | {name} | " + " | ".join(f"{value:.1f}" for value in values) + " |")
+        ratios = (linear / exact for linear, exact in zip(medians["linear"], medians["exact"], strict=True))
+        lines.append(f"| {context:,} | ratio | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
     return "\n".join(lines)
 
 
@@ -119,11 +120,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = {}
     for context in tqdm.tqdm(contexts, unit="context"):
         results[context] = measure(models, context, args.new_tokens, args.turns)
+        if args.out:  # after each context, because a long one may take many minutes
+            arguments = {"contexts": contexts, "new_tokens": args.new_tokens, "turns": args.turns}
+            args.out.write_text(json.dumps({"arguments": arguments, "results": results}) + "\n")
     print(table(results))
     print(f"{torch.get_num_threads()} thread(s), torch {torch.__version__}")
-    if args.out:
-        arguments = {"contexts": contexts, "new_tokens": args.new_tokens, "turns": args.turns}
-        args.out.write_text(json.dumps({"arguments": arguments, "results": results}) + "\n")
 
 
 if __name__ == "__main__":

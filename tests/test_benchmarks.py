@@ -177,13 +177,17 @@ def test_the_cache_of_an_exported_dark_model_stays_and_that_of_exact_attention_g
     per_token = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"] * 4  # float32
     assert (size["9"]["exact"], size["40"]["exact"]) == (9 * per_token, 40 * per_token)
     assert size["9"]["linear"] == size["40"]["linear"]
-    assert all(len(of["tokens_per_second"]) == 3 for figures in results.values() for of in figures.values())
+    assert all(len(of[rate]) == 3 for figures in results.values() for of in figures.values() for rate in exported.RATES)
     assert "| 40 |" in capsys.readouterr().out
 
 
 def test_the_table_of_exported_models_has_ratios_of_medians():
     figures = {
-        "exact": {"cache_bytes": 4_000_000, "tokens_per_second": [10.0, 20.0, 90.0]},
-        "linear": {"cache_bytes": 1_000_000, "tokens_per_second": [30.0, 1.0, 30.0]},
+        "exact": {"cache_bytes": 4_000_000, "tokens_per_second": [10.0, 20.0, 90.0], "cpu_ms_per_token": [50.0]},
+        "linear": {"cache_bytes": 1_000_000, "tokens_per_second": [30.0, 1.0, 30.0], "cpu_ms_per_token": [40.0]},
     }
-    assert exported.table({1500: figures}).endswith("| 1,500 | 20.0 | 30.0 | 1.50 | 4.0 | 1.0 | 0.25 |")
+    assert exported.table({1500: figures}).splitlines()[2:] == [
+        "| 1,500 | exact | 20.0 | 50.0 | 4.0 |",
+        "| 1,500 | linear | 30.0 | 40.0 | 1.0 |",
+        "| 1,500 | ratio | 1.50 | 0.80 | 0.25 |",
+    ]

@@ -50,7 +50,7 @@ _README = """# An exported DARKFormer
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained("<this directory>", trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained("<this directory>")
+    tokenizer = AutoTokenizer.from_pretrained("<this directory>", trust_remote_code=True)
 
 `trust_remote_code=True` runs the three `*_darkformer.py` files of this directory, which need torch and transformers
 (5.0 or later) and nothing else. Without it transformers ends with an error.
