@@ -3,8 +3,8 @@
     python -m benchmarks.decoding --workdir=runs/smollm2 --out=docs/results/decoding.json
 
 The workdir's model is exported and loaded by transformers (PyTorch, float32); both continue the same prompt. Each is
-warmed up, then they take turns. A turn's time is that of the tokens after the first. The tokens must be the same, or the
-run stops. Needs torch and transformers: bash launch/install.sh test.
+warmed up, then they take turns. A turn's time is that of the tokens after the first. The tokens must be the same, or
+the run stops. Needs torch and transformers: bash launch/install.sh test.
 """
 
 import argparse
