@@ -33,7 +33,9 @@ class Reader:
     """A model, what it keeps of the tokens that it has read, and the token that it would write next."""
 
     def __init__(self, model: Any) -> None:
-        self.model, self.cache, self.next = model, None, None
+        self.model = model
+        self.cache: Any = None
+        self.next: Any = None
 
     def read(self, tokens: Any) -> None:
         """Reads tokens [1, n] in pieces."""
@@ -53,7 +55,6 @@ class Reader:
 
     def cache_bytes(self) -> int:
         """The size of all tensors of the cache."""
-        assert self.cache is not None
         return sum(x.numel() * x.element_size() for layer in self.cache.layers for x in _tensors(vars(layer)))
 
 
