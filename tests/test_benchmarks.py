@@ -17,7 +17,6 @@ from darkformer_jax.mixers import MIXERS
 from darkformer_jax.mixers.encoders import EncoderMechanism
 from darkformer_jax.pretrained.export import export_workdir
 from darkformer_jax.runs.workdir import Workdir
-from tests.pretrained import exported_models
 
 
 def test_a_captain_answers_in_every_conversation(tmp_path):
@@ -167,6 +166,8 @@ def test_a_classifier_of_the_grid_waits_for_a_pretraining_that_is_done(tmp_path,
 
 
 def test_the_cache_of_an_exported_dark_model_stays_and_that_of_exact_attention_grows(tmp_path, capsys):
+    from tests.pretrained import exported_models  # skips this test alone where torch is missing
+
     name = "llama-hybrid-tied"
     export_workdir(Workdir(exported_models.exported(name).workdir), str(tmp_path / "exact"), as_exact=True)
     args = [f"--exact={tmp_path}/exact", f"--linear={exported_models.exported(name).directory}", "--turns=3"]
