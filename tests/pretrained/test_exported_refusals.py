@@ -121,6 +121,8 @@ def test_decoding_is_refused_with_drafts_of(model, options):
 
 
 def test_text_with_a_static_cache_is_refused(model):
+    if transformers.__version__ == "5.0.0":
+        pytest.skip("it ignores cache_implementation for stateful models, with a warning")
     prompt = {"attention_mask": torch.ones(2, 9), "pad_token_id": 0, "max_new_tokens": 4}
     with pytest.raises(ValueError, match="cannot use a cache of Static"):
         model.generate(IDS[:, :9], cache_implementation="static", **prompt)
