@@ -42,6 +42,10 @@ class Rows:
     length: int  # n
     on_host: list[tuple[int, int]]  # (before, count) of each row
 
+    def to(self, device: torch.device) -> "Rows":
+        """For a layer on another device."""
+        return Rows(self.before.to(device), self.count.to(device), self.length, self.on_host)
+
     @property
     def index(self) -> Tensor:
         """[B, n]: the place of each token among the real ones of its row."""
@@ -55,7 +59,7 @@ class Rows:
 
 def take(x: Tensor, index: Tensor) -> Tensor:
     """x[b, index[b, i]] for x [B, t, ...] and index [B, i]; places beyond either end are those at the end."""
-    index = index.clamp(0, x.shape[1] - 1)
+    index = index.to(x.device).clamp(0, x.shape[1] - 1)
     return x.gather(1, index.reshape(*index.shape, *(1,) * (x.dim() - 2)).expand(*index.shape, *x.shape[2:]))
 
 
@@ -90,7 +94,11 @@ class Mechanism(nn.Module):
         self.scale = layer["scale"]
         empty = lambda *shape: nn.Parameter(torch.empty(*shape, dtype=torch.float32))
         if self.kind in RANDOM_FEATURES:
-            self.projections = empty(num_kv_heads, layer["num_features"], head_dim)
+            projections = empty(num_kv_heads, layer["num_features"], head_dim)
+            if self.kind == "lfk" or layer["learn_projections"]:
+                self.projections = projections
+            else:  # a parameter would be trained: transformers forgets requires_grad = False as it loads
+                self.register_buffer("projections", projections.detach())
         if self.kind == "dark":
             self.M = empty(num_kv_heads, head_dim, head_dim)
         if self.kind == "hedgehog":
@@ -98,20 +106,21 @@ class Mechanism(nn.Module):
             self.keys = empty(num_kv_heads, head_dim, head_dim)
         if layer["far_gain"]:
             self.log_gain = empty(num_heads)
-        self.requires_learned_projections = self.kind == "lfk" or layer["learn_projections"]
-        if self.kind in RANDOM_FEATURES and not self.requires_learned_projections:
-            self.projections.requires_grad_(False)
+
+    def forward(self, attend: nn.Module, *inputs: Any) -> Any:
+        """What `attend` makes of q, k, v and so on. accelerate moves the arrays of modules while these are called."""
+        return attend(self, *inputs)
 
     def reset(self) -> None:
         """As darkformer_jax starts them, but for the random numbers."""
-        for name, parameter in self.named_parameters():
+        for name, array in (*self.named_parameters(), *self.named_buffers()):
             if name == "projections":
-                init.normal_(parameter)
+                init.normal_(array)
             elif name == "log_gain":
-                init.zeros_(parameter)
+                init.zeros_(array)
             else:
                 start = self.layer["geometry_init"] if name == "M" else 1.0
-                init.copy_(parameter, start * torch.eye(parameter.shape[-1]).expand_as(parameter))
+                init.copy_(array, start * torch.eye(array.shape[-1]).expand_as(array))
 
     @property
     def num_features(self) -> int:

@@ -94,8 +94,12 @@ def own_layers(cache: Cache | None, num_layers: int) -> Any:
     """The cache with layers of ours in the place of empty ones, whatever made it."""
     if cache is None:
         cache = DynamicCache()
+    if not hasattr(cache, "layers"):
+        raise ValueError(f"a DARKFormer model cannot use a cache of {type(cache).__name__}: use DynamicCache")
     layers: list[Any] = cache.layers
     if layers and all(isinstance(layer, DarkformerCacheLayer) for layer in layers):
+        if len(layers) != num_layers:
+            raise ValueError(f"the cache has {len(layers)} layers, the model {num_layers}: another model filled it")
         return cache
     for layer in layers:
         name = type(layer).__name__
@@ -139,6 +143,21 @@ class GatedMLP(nn.Module):
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
+class Kernel(nn.Module):
+    """The kernel [width, heads, d] of one of q, k and v. accelerate moves the arrays of modules that are called."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.zeros(*shape))
+
+    def forward(self, x: Tensor, before: Tensor) -> Tensor:
+        """y [B, n, heads, d] of x, with the width - 1 tokens before it."""
+        kernel, tokens = self.kernel.to(x.dtype), torch.cat([before, x], 1)
+        width, length = len(kernel), x.shape[1]
+        past = (kernel[back] * tokens[:, width - 1 - back :][:, :length] for back in range(width))
+        return sum(past, x)
+
+
 class ShortConvolution(nn.Module):
     """y_n = x_n + sum_i kernel_i x_{n-i} for q, k and v, per head and dimension. Its state is the last tokens' x."""
 
@@ -146,7 +165,7 @@ class ShortConvolution(nn.Module):
         super().__init__()
         self.width = width
         for name, number in heads.items():
-            setattr(self, name, nn.ParameterDict({"kernel": nn.Parameter(torch.zeros(width, number, head_dim))}))
+            setattr(self, name, Kernel(width, number, head_dim))
 
     def forward(self, parts: dict[str, Tensor], rows: Rows, state: State | None) -> tuple[dict[str, Tensor], State]:
         reach = self.width - 1
@@ -154,11 +173,20 @@ class ShortConvolution(nn.Module):
         new, out = {}, {}
         for name, x in parts.items():
             before = x.new_zeros(len(x), reach, *x.shape[2:]) if state is None else state[f"convolution_{name}"]
-            kernel, tokens = getattr(self, name)["kernel"].to(x.dtype), torch.cat([before, x], 1)
-            past = (kernel[back] * tokens[:, reach - back : reach - back + rows.length] for back in range(self.width))
-            out[name] = sum(past, x)
-            new[f"convolution_{name}"] = take(tokens, kept)
+            out[name] = getattr(self, name)(x, before)
+            new[f"convolution_{name}"] = take(torch.cat([before, x], 1), kept)
         return out, new
+
+
+class Gate(nn.Module):
+    """x W in float32."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.zeros(width, num_heads))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float() @ self.kernel.float()
 
 
 class Forgetting(nn.Module):
@@ -171,7 +199,7 @@ class Forgetting(nn.Module):
         if self.constants is None:
             self.bias = nn.Parameter(torch.zeros(num_heads))
         if self.kind == "gate":
-            self.gate = nn.ParameterDict({"kernel": nn.Parameter(torch.zeros(width, num_heads))})
+            self.gate = Gate(width, num_heads)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, n, G] of x [B, n, width]."""
@@ -179,7 +207,7 @@ class Forgetting(nn.Module):
             return torch.tensor(self.constants, dtype=torch.float32, device=x.device).expand(*x.shape[:2], -1)
         raw = self.bias.float().expand(*x.shape[:2], -1)
         if self.kind == "gate":
-            raw = raw + x.float() @ self.gate["kernel"].float()
+            raw = raw + self.gate(x)
         decays = -F.softplus(raw)
         return torch.cat([decays[..., : self.forgetful], torch.zeros_like(decays[..., self.forgetful :])], -1)
 
@@ -218,9 +246,12 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.frequencies is not None:
             q, k = self.rotate(q, rows), self.rotate(k, rows)
-        decays = None if self.forgetting is None else self.forgetting(x)
         own = None if state is None else {name: x for name, x in state.items() if not name.startswith("convolution_")}
-        out, new = self.attend(self.mechanism, q, k, v, rows, decays, own)
+        with torch.autocast(x.device.type, enabled=False):  # it would round exponents
+            decays = None if self.forgetting is None else self.forgetting(x)
+            inputs = (q, k, v, rows, decays, own)
+            exact = self.mechanism is None
+            out, new = self.attend(None, *inputs) if exact else self.mechanism(self.attend, *inputs)
         return self.o_proj(out.flatten(2)), new | convolved
 
     def rotate(self, x: Tensor, rows: Rows) -> Tensor:
@@ -246,6 +277,7 @@ class DarkformerBlock(GradientCheckpointingLayer):
             self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config)
 
     def forward(self, x: Tensor, rows: Rows, state: State | None) -> tuple[Tensor, State]:
+        rows = rows.to(x.device)
         mixed, state = self.self_attn(self.input_layernorm(x), rows, state)
         if not self.post_norms:
             x = x + mixed
@@ -273,8 +305,8 @@ class DarkformerPreTrainedModel(PreTrainedModel):
             module.reset()
         elif isinstance(module, RMSNorm):
             (init.zeros_ if module.plus_one else init.ones_)(module.weight)
-        elif isinstance(module, Forgetting | ShortConvolution):
-            for parameter in module.parameters():
+        elif isinstance(module, Forgetting | Gate | Kernel):
+            for parameter in module.parameters(recurse=False):
                 init.zeros_(parameter)
 
 
@@ -318,10 +350,9 @@ class DarkformerModel(DarkformerPreTrainedModel):
         if self.scale is not None:
             x = x * torch.tensor(self.scale, dtype=x.dtype, device=x.device)
         cache = past_key_values if cache is None else cache
-        if self.gradient_checkpointing and self.training:
-            use_cache = False
-        uses_cache = self.config.use_cache if use_cache is None else use_cache
-        if uses_cache or cache is not None:
+        if use_cache is None:  # nothing reads a cache in training, and it would hold memory
+            use_cache = self.config.use_cache and not self.training
+        if (use_cache and not (self.gradient_checkpointing and self.training)) or cache is not None:
             cache = own_layers(cache, len(self.layers))
         rows, padding = rows_of(attention_mask, position_ids, x, cache)
         places = torch.arange(rows.length, device=x.device)
@@ -342,7 +373,7 @@ class DarkformerModel(DarkformerPreTrainedModel):
         shown = (*states[:-1], x) if len(states) > 1 else None
         results: dict[str, Any] = {"last_hidden_state": x, "hidden_states": shown, _CACHE: cache}
         out = BaseModelOutputWithPast(**results)
-        return out if return_dict is None or return_dict else out.to_tuple()
+        return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
 
 
 class DarkformerForCausalLM(DarkformerPreTrainedModel, GenerationMixin):
@@ -373,7 +404,10 @@ class DarkformerForCausalLM(DarkformerPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> Any:
-        """As `DarkformerModel`; with labels, the mean loss of those that are not -100, each of its predecessor."""
+        """As `DarkformerModel`; with labels, the mean loss of those that are not -100, each of its predecessor.
+
+        The first token of a row has none, whatever padding is in front of it.
+        """
         num_items = kwargs.pop("num_items_in_batch", None)
         out = self.model(
             input_ids=input_ids,
@@ -385,6 +419,7 @@ class DarkformerForCausalLM(DarkformerPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            return_dict=True,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -393,12 +428,15 @@ class DarkformerForCausalLM(DarkformerPreTrainedModel, GenerationMixin):
             logits = self.softcap * (logits / self.softcap).tanh()
         loss = None
         if labels is not None:
+            if attention_mask is not None:
+                after_padding = F.pad(attention_mask[:, -labels.shape[1] :] == 0, (1, 0))[:, :-1]
+                labels = labels.masked_fill(after_padding.to(labels.device), -100)
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items
             )
         results = {"loss": loss, "logits": logits, "hidden_states": out.hidden_states, _CACHE: out.get(_CACHE)}
         result = CausalLMOutputWithPast(**results)
-        return result if return_dict is None or return_dict else result.to_tuple()
+        return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
 
 
 def _refuse(kwargs: dict[str, Any]) -> None:
@@ -416,12 +454,14 @@ def _to_device(state: State | None, device: torch.device) -> State | None:
 def rows_of(mask: Tensor | None, position_ids: Tensor | None, x: Tensor, cache: Any) -> tuple[Rows, Tensor | None]:
     """(the rows of x [B, n, width], the padding in front of each [B] or None where there is none).
 
-    Raises ValueError for masks that are not 0 and 1 per token of all calls, have holes, or leave no real token; and for
-    position_ids that are not the count of real tokens, such as those of several documents in a row.
+    Raises ValueError for masks that are not 0 and 1 per token of all calls, or have holes; for position_ids that are
+    not the count of real tokens, such as those of several documents in a row; and for a cache of other rows.
     """
     size, length = x.shape[:2]
     layer = None if cache is None else cache.layers[0]
     seen, before = (0, None) if layer is None else (layer.seen, layer.real)
+    if before is not None and len(before) != size:
+        raise ValueError(f"the cache holds {len(before)} rows, the new tokens have {size}")
     before = torch.zeros(size, dtype=torch.long, device=x.device) if before is None else before.to(x.device)
     if mask is None:
         if bool((before != seen).any()):
@@ -433,7 +473,12 @@ def rows_of(mask: Tensor | None, position_ids: Tensor | None, x: Tensor, cache: 
                 f"attention_mask has shape {list(mask.shape)}; expected {[size, seen + length]}: 0 or 1 per token, "
                 "with those in the cache"
             )
-        real = mask.to(x.device) != 0
+        mask = mask.to(x.device)
+        real = mask != 0
+        if bool((real & (mask != 1)).any()):
+            raise ValueError(
+                "attention_mask has numbers other than 0 and 1: several documents in a row, and added masks"
+            )
         begins = real & ~F.pad(real, (1, 0))[:, :-1]
         if bool((begins.sum(1) > 1).any()):
             raise ValueError(
