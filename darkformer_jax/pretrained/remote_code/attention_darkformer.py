@@ -298,7 +298,8 @@ class FeatureAttention(nn.Module):
         fill = rows.before % self.chunk
         base = rows.before - fill - self.window  # the index of slot 0
         end = self.window + fill + rows.count
-        num_chunks = max(1, *(-(-(before % self.chunk + count) // self.chunk) for before, count in rows.on_host))
+        in_chunks = [before % self.chunk + count for before, count in rows.on_host]  # from the first on
+        num_chunks = max(1, *(-(-tokens // self.chunk) for tokens in in_chunks))
         new = {"keys": k, "values": v} | ({} if decays is None else {"decays": decays})
         slots = torch.arange(self.window + num_chunks * self.chunk, device=k.device)
         source = torch.where(slots < (self.window + fill)[:, None], slots, slots + (self.chunk - fill)[:, None])
@@ -314,8 +315,9 @@ class FeatureAttention(nn.Module):
                 queries = take(q, start + places - self.window - fill[:, None])
             near = {name: x[:, start : start + self.window + self.chunk] for name, x in full.items()}
             out.append(self.one_chunk(mechanism, queries, places, near, base + start, state))
-            complete = end >= start + self.window + self.chunk
-            state = self.shift(mechanism, near, base + start, complete, state)
+            if max(in_chunks) >= start + self.chunk:  # most decoded tokens complete no chunk
+                complete = end >= start + self.window + self.chunk
+                state = self.shift(mechanism, near, base + start, complete, state)
         outputs = out[0] if rows.length == 1 else take(torch.cat(out, 1), fill[:, None] + slots[: rows.length])
         passed = (fill + rows.count) // self.chunk * self.chunk
         kept = passed[:, None] + torch.arange(self.window + self.chunk, device=k.device)
