@@ -185,6 +185,7 @@ class HuggingFaceTokenizer(_DefinedByFile):
         self._tokenizer = hf.Tokenizer.from_str(definition.decode("utf-8"))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._tokenizer.post_processor = None  # what it adds is not wanted here, and some count no space in offsets
         self._tokenizer.encode_special_tokens = True  # the text's "<|doc|>" is text
         self._added = AddedTokens(self._tokenizer)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
