@@ -179,6 +179,8 @@ def test_a_token_with_a_space_from_before_an_answer_is_not_learned():
             "{{ messages[0].content.missing() }}",
             "here: the chat template refuses the conversation: 'str object' has no",
         ),
+        ("{{ " + "(" * 3000 + ")" * 3000 + " }}", "here: the chat template cannot be read: maximum recursion depth"),
+        ("{{ 'a' * 10 ** 15 }}", "here: the chat template refuses the conversation: MemoryError"),
         ("{{ raise_exception('never') }}", "here: the chat template refuses the conversation: never"),
         ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__' of 'str' object is unsafe"),
         ("{{ strftime_now('%d') }}", "here: the chat template refuses the conversation: 'strftime_now' is undefined"),
