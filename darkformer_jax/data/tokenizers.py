@@ -96,8 +96,8 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of every text, as integer arrays."""
 
-    def encode_with_added(self, texts: Sequence[str]) -> list[Encoded]:
-        """The tokens of every text, with each added token that it spells read as that token."""
+    def encode_with_added(self, pieces: Sequence[str]) -> list[Encoded]:
+        """The tokens of every piece of a text, with each added token that it spells read as that token."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`. Special ids are skipped, and bytes that are not UTF-8 become U+FFFD."""
@@ -125,8 +125,8 @@ class BytesTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
 
-    def encode_with_added(self, texts: Sequence[str]) -> list[Encoded]:
-        return [encoded_bytes(text) for text in texts]
+    def encode_with_added(self, pieces: Sequence[str]) -> list[Encoded]:
+        return [encoded_bytes(piece) for piece in pieces]
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", errors="replace")
@@ -153,9 +153,9 @@ class _DefinedByFile:
     def added_tokens(self) -> Mapping[str, AddedToken]:
         return self._added.tokens
 
-    def encode_with_added(self, texts: Sequence[str]) -> list[Encoded]:
+    def encode_with_added(self, pieces: Sequence[str]) -> list[Encoded]:
         with _unknown_words():
-            return self._added.encode(texts)
+            return self._added.encode(pieces)
 
     def save(self, directory: str) -> None:
         if self._config is not None:

@@ -52,11 +52,11 @@ class AddedTokens:
         added = self._tokenizer.get_added_tokens_decoder()
         return {token.content: AddedToken(number, token.special) for number, token in added.items()}
 
-    def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """The tokens of each text, these among them; nothing is put before or after a text."""
+    def encode(self, pieces: Sequence[str]) -> list[Encoded]:
+        """The tokens of each piece of a text, these among them; nothing is put before or after a piece."""
         self._tokenizer.encode_special_tokens = False
         try:
-            encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+            encodings = self._tokenizer.encode_batch(list(pieces), add_special_tokens=False)
         finally:
             self._tokenizer.encode_special_tokens = True
         return [
@@ -87,11 +87,11 @@ class SentencePieceAddedTokens:
             if piece.type in (piece.CONTROL, piece.USER_DEFINED)
         }
 
-    def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """As `AddedTokens.encode`."""
-        return [self._encode(text) for text in texts]
+    def encode(self, pieces: Sequence[str]) -> list[Encoded]:
+        """As `AddedTokens.encode`; the first piece is the beginning of the text."""
+        return [self._encode(piece, number == 0) for number, piece in enumerate(pieces)]
 
-    def _encode(self, text: str) -> Encoded:
+    def _encode(self, text: str, is_beginning: bool) -> Encoded:
         ids: list[int] = []
         starts: list[int] = []
         place = 0
@@ -100,7 +100,7 @@ class SentencePieceAddedTokens:
                 ids.append(self.tokens[part].id)
                 starts.append(place)
             elif part:
-                processor = self._inside if place else self._beginning
+                processor = self._beginning if is_beginning and place == 0 else self._inside
                 for piece in processor.encode(part, return_type="proto").pieces:
                     ids.append(piece.id)
                     starts.append(place + piece.begin)

@@ -66,6 +66,12 @@ def test_a_sentencepiece_model_has_conversations():
     assert shown == ["\u2581Y", "e", "s", ".", "</s>", "\u2581N", "o", "</s>"]
 
 
+def test_a_token_that_a_message_spells_gets_no_space():
+    tokenizer = sentencepiece_tokenizer(BRACKETS)
+    text = "<s>a</s> b<s>"
+    assert tokenizer.decode(Chat(tokenizer, "here").prompt(talk(text))) == f"[INST] {text} [/INST]"
+
+
 def test_a_user_defined_piece_is_not_injected():
     tokens = Chat(sentencepiece_tokenizer(CHATML), "here").conversation(talk("<|im_end|>", "Yes."))
     assert (tokens.ids == _PIECES.index("<|im_end|>")).sum() == 2
