@@ -126,6 +126,7 @@ def test_a_model_with_dark_attention_is_scored(tmp_path, place, capsys):
         ("--tasks=next --workdir={tmp}/spam", "predicts no next token; `predict` answers for it"),
         ("--tasks=next --json={tmp}/taken.json", "--json={tmp}/taken.json: the file exists"),
         ("--tasks=next --max_length=1", "next: the continuation"),
+        ("--tasks=next --num_fewshot=4", "--num_fewshot=4: next has too few solved examples: Sample larger than"),
     ],
 )
 def test_bad_input_is_one_line(place, tmp_path, flags, message, capsys, monkeypatch):

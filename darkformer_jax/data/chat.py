@@ -25,7 +25,8 @@ from darkformer_jax.errors import UserError
 ANSWERS = "assistant"  # the role whose messages are learned
 ROLES = ("system", "user", ANSWERS)
 # What templates are asked once, to see how they mark turns.
-_QUESTION, _ANSWER = {"role": "user", "content": "Hi"}, {"role": ANSWERS, "content": "Hello"}
+_QUESTION = {"role": "user", "content": "Which are the planets?"}
+_ANSWER = {"role": ANSWERS, "content": "There are eight."}
 _SYSTEM = {"role": "system", "content": "Be brief"}
 
 
@@ -140,6 +141,12 @@ class Chat:
         """
         question = self._template.render([_QUESTION], add_generation_prompt=True)
         turn = self._template.render([_QUESTION, _ANSWER])
+        for text, message in (question, _QUESTION), (turn, _ANSWER):
+            if message["content"] not in text:
+                raise UserError(
+                    f"the chat template leaves out what the message {dict(message)} says; it may expect a list of "
+                    "parts as content, which is not supported"
+                )
         after_answer = turn.rpartition(_ANSWER["content"])[2]
         written = question + after_answer
         with contextlib.suppress(UserError):  # some templates have no system messages

@@ -44,7 +44,7 @@ class ChatTemplate:
         self._names = dict(names)
         try:
             self._template = _environment().from_string(source)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, RecursionError) as error:
             raise UserError(f"the chat template cannot be read: {one_line(error)}") from error
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
@@ -61,7 +61,8 @@ class ChatTemplate:
                 **self._names,
             )
         except Exception as error:  # the template is a program, which may raise anything
-            raise UserError(f"the chat template refuses the conversation: {one_line(error)}") from error
+            reason = one_line(error) or type(error).__name__
+            raise UserError(f"the chat template refuses the conversation: {reason}") from error
 
 
 def without_marks(text: str) -> str:

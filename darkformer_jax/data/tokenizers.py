@@ -14,7 +14,7 @@ import json
 import os
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import sentencepiece
@@ -23,6 +23,14 @@ import tokenizers as hf
 from darkformer_jax.data.added_tokens import with_added_tokens
 from darkformer_jax.data.files import local_path, read_file, read_json_object, write_file, write_json
 from darkformer_jax.data.progress import ProgressBar, no_progress, time_shown, with_progress
+from darkformer_jax.data.tokenizer_config import (
+    CONFIG_FILE,
+    chat_template,
+    new_hf_config,
+    read_hf_config,
+    read_settings,
+    token_names,
+)
 from darkformer_jax.data.tokens_in_text import AddedToken, AddedTokens, Encoded, SentencePieceAddedTokens, encoded_bytes
 from darkformer_jax.errors import UserError, one_line
 
@@ -31,10 +39,7 @@ DOCUMENT_SEPARATOR = "<|doc|>"
 _BYTES_FILE = "tokenizer.bytes"
 _JSON_FILE = "tokenizer.json"
 _MODEL_FILE = "tokenizer.model"
-_HF_CONFIG_FILE = "tokenizer_config.json"
-_SPECIAL_FILE = "special_tokens_map.json"
 _ADDED_FILE = "added_tokens.json"
-_CHAT_FILE = "chat_template.jinja"
 _TOKENIZER_FILES = (_BYTES_FILE, _JSON_FILE, _MODEL_FILE)
 _ALLOWED_SPECS = "bytes, bpe:<vocabulary size>, or the path of a tokenizer.json, a .model or a directory with one"
 
@@ -91,8 +96,8 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of every text, as integer arrays."""
 
-    def encode_with_added(self, texts: Sequence[str]) -> list[Encoded]:
-        """The tokens of every text, with each added token that it spells read as that token."""
+    def encode_with_added(self, pieces: Sequence[str]) -> list[Encoded]:
+        """The tokens of every piece of a text, with each added token that it spells read as that token."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`. Special ids are skipped, and bytes that are not UTF-8 become U+FFFD."""
@@ -120,8 +125,8 @@ class BytesTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
 
-    def encode_with_added(self, texts: Sequence[str]) -> list[Encoded]:
-        return [encoded_bytes(text) for text in texts]
+    def encode_with_added(self, pieces: Sequence[str]) -> list[Encoded]:
+        return [encoded_bytes(piece) for piece in pieces]
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", errors="replace")
@@ -139,8 +144,8 @@ class _DefinedByFile:
     def __init__(self, definition: bytes, config: dict[str, Any] | None, marks: Sequence[Any]) -> None:
         self._definition = definition
         self._config = config
-        self.token_names: Mapping[str, str] = _token_names(config or {})
-        self.chat_template = _chat_template(config or {})
+        self.token_names: Mapping[str, str] = token_names(config or {})
+        self.chat_template = chat_template(config or {})
         marked = hashlib.sha256(definition).digest() + json.dumps(marks).encode("utf-8")
         self.fingerprint = hashlib.sha256(marked).hexdigest()
 
@@ -148,13 +153,13 @@ class _DefinedByFile:
     def added_tokens(self) -> Mapping[str, AddedToken]:
         return self._added.tokens
 
-    def encode_with_added(self, texts: Sequence[str]) -> list[Encoded]:
+    def encode_with_added(self, pieces: Sequence[str]) -> list[Encoded]:
         with _unknown_words():
-            return self._added.encode(texts)
+            return self._added.encode(pieces)
 
     def save(self, directory: str) -> None:
         if self._config is not None:
-            write_json(os.path.join(directory, _HF_CONFIG_FILE), self._config)
+            write_json(os.path.join(directory, CONFIG_FILE), self._config)
         write_file(os.path.join(directory, self._file), self._definition)
 
 
@@ -185,6 +190,7 @@ class HuggingFaceTokenizer(_DefinedByFile):
         self._tokenizer = hf.Tokenizer.from_str(definition.decode("utf-8"))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._tokenizer.post_processor = None  # what it adds is not wanted here, and some count no space in offsets
         self._tokenizer.encode_special_tokens = True  # the text's "<|doc|>" is text
         self._added = AddedTokens(self._tokenizer)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -240,7 +246,7 @@ class SentencePieceTokenizer(_DefinedByFile):
             self._processor: Any = sentencepiece.SentencePieceProcessor(model_proto=definition)
         except RuntimeError as error:
             raise UserError(f"not a SentencePiece model: {error}") from error
-        settings = _read_settings(config or {})
+        settings = read_settings(config or {})
         bos_id = self._id_of(settings.bos_token, self._processor.bos_id())
         self.eos_id = self._id_of(settings.eos_token, self._processor.eos_id())
         if self.eos_id < 0:
@@ -269,7 +275,7 @@ class SentencePieceTokenizer(_DefinedByFile):
             return default
         found = self._processor.piece_to_id(token)
         if self._processor.id_to_piece(found) != token:  # an absent piece gets the unknown piece's id
-            raise UserError(f"the SentencePiece model has no piece {token!r}, which {_HF_CONFIG_FILE} names")
+            raise UserError(f"the SentencePiece model has no piece {token!r}, which {CONFIG_FILE} names")
         return found
 
 
@@ -396,7 +402,7 @@ def read_tokenizer(path: str) -> Tokenizer:
         raise UserError(f"tokenizer {path!r} is not a file; allowed: {_ALLOWED_SPECS}")
     data = read_file(path)
     try:
-        config = _read_hf_config(os.path.dirname(path))
+        config = read_hf_config(os.path.dirname(path))
         if path.endswith(".model"):
             added = os.path.join(os.path.dirname(path), _ADDED_FILE)
             listed = read_json_object(added) if os.path.isfile(added) else {}
@@ -452,7 +458,7 @@ def _read_hf_tokenizer(data: bytes, config: dict[str, Any] | None) -> HuggingFac
         tokenizer = hf.Tokenizer.from_str(data.decode("utf-8"))
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"not a tokenizer.json: {error}") from error
-    settings = _read_settings(config or {})
+    settings = read_settings(config or {})
     try:
         bos, eos = _first_token(tokenizer), settings.eos_token
     except Exception as error:  # likewise
@@ -480,70 +486,5 @@ def _usual_eos(vocabulary: dict[str, int], bos: str | None) -> str:
         if usual_bos in vocabulary and eos in vocabulary and bos in (None, usual_bos):
             return eos
     raise UserError(
-        "no token marks the end of a document; put"
-        f' {{"bos_token": ..., "eos_token": ...}} into {_HF_CONFIG_FILE} beside it'
+        f'no token marks the end of a document; put {{"bos_token": ..., "eos_token": ...}} into {CONFIG_FILE} beside it'
     )
-
-
-class _Settings(NamedTuple):
-    """What a tokenizer_config.json says about documents; None = it does not say."""
-
-    bos_token: str | None
-    eos_token: str | None
-    add_bos_token: bool | None
-    trained_as: str
-
-
-def _read_settings(config: dict[str, Any]) -> _Settings:
-    def token(name: str) -> str | None:
-        value = config.get(name)
-        value = value.get("content") if isinstance(value, dict) else value
-        if value is not None and not isinstance(value, str):
-            raise UserError(f"{_HF_CONFIG_FILE} has {name} = {value!r}; allowed: a string, or null")
-        return value or None
-
-    adds_bos = config.get("add_bos_token")
-    if adds_bos is not None and not isinstance(adds_bos, bool):
-        raise UserError(f"{_HF_CONFIG_FILE} has add_bos_token = {adds_bos!r}; allowed: true, false, or null")
-    return _Settings(token("bos_token"), token("eos_token"), adds_bos, token("trained_as") or "")
-
-
-def _token_names(config: dict[str, Any]) -> dict[str, str]:
-    """The tokens that a tokenizer_config.json names, such as bos_token."""
-    named = {name: value for name, value in config.items() if name.endswith("_token") and not isinstance(value, bool)}
-    contents = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
-    return {name: content for name, content in contents.items() if isinstance(content, str) and content}
-
-
-def _chat_template(config: dict[str, Any]) -> str | None:
-    """The template of a tokenizer_config.json; of several named ones, the one that transformers uses by itself."""
-    value = config.get("chat_template")
-    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
-        value = {entry.get("name"): entry.get("template") for entry in value}.get("default")
-    if value is not None and not isinstance(value, str):
-        allowed = 'a string, null, or a list of {"name": ..., "template": ...}'
-        raise UserError(f"{_HF_CONFIG_FILE} has chat_template = {str(value)[:80]!r}; allowed: {allowed}")
-    return value or None
-
-
-def _read_hf_config(directory: str) -> dict[str, Any] | None:
-    """The tokenizer_config.json in a directory, merged with files in which some releases keep parts of it, or None."""
-    special, own, template = (os.path.join(directory, name) for name in (_SPECIAL_FILE, _HF_CONFIG_FILE, _CHAT_FILE))
-    config = read_json_object(special) if os.path.isfile(special) else {}
-    if os.path.isfile(own):
-        config |= {name: value for name, value in read_json_object(own).items() if config.get(name) is None or value}
-    if os.path.isfile(template):
-        config["chat_template"] = read_file(template).decode("utf-8", errors="replace")
-    return config or None
-
-
-def new_hf_config(bos_token: str | None, eos_token: str, spec: str = "") -> dict[str, Any]:
-    """A config with which transformers reads the tokenizer.json beside it as this library does."""
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": bos_token,
-        "eos_token": eos_token,
-        "add_bos_token": bos_token is not None,
-        "clean_up_tokenization_spaces": False,
-        "trained_as": spec,
-    }

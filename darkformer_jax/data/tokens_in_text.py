@@ -4,6 +4,7 @@ A tokenizer's own `encode` reads none of them. Chat templates write them, and so
 """
 
 import functools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -52,16 +53,52 @@ class AddedTokens:
         added = self._tokenizer.get_added_tokens_decoder()
         return {token.content: AddedToken(number, token.special) for number, token in added.items()}
 
-    def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """The tokens of each text, these among them; nothing is put before or after a text."""
+    def encode(self, pieces: Sequence[str]) -> list[Encoded]:
+        """The tokens of each piece of a text, these among them; nothing is put before or after a piece.
+
+        The space that a tokenizer may put before a text is not before the later pieces.
+        """
         self._tokenizer.encode_special_tokens = False
         try:
-            encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+            return [self._encode(piece, number == 0) for number, piece in enumerate(pieces)]
         finally:
             self._tokenizer.encode_special_tokens = True
-        return [
-            Encoded(np.array(e.ids, np.int64), np.array([start for start, _ in e.offsets], np.int64)) for e in encodings
-        ]
+
+    def _encode(self, piece: str, is_beginning: bool) -> Encoded:
+        if is_beginning:
+            return _encoded(self._tokenizer, piece)
+        token = self._pattern.search(piece)  # after it, the tokenizer does as ever
+        place = token.start() if token else len(piece)
+        before, after = _encoded(self._inside, piece[:place]), _encoded(self._tokenizer, piece[place:])
+        return Encoded(np.concatenate([before.ids, after.ids]), np.concatenate([before.starts, after.starts + place]))
+
+    @functools.cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        return re.compile(any_of(self.tokens))
+
+    @functools.cached_property
+    def _inside(self) -> hf.Tokenizer:
+        """The tokenizer without the space that it may put before a text."""
+        definition = json.loads(self._tokenizer.to_str(), object_hook=_without_prefix)
+        return hf.Tokenizer.from_str(json.dumps(definition))
+
+
+def _encoded(tokenizer: hf.Tokenizer, text: str) -> Encoded:
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    starts = [start for start, _ in encoding.offsets]
+    return Encoded(np.array(encoding.ids, np.int64), np.array(starts, np.int64))
+
+
+def _without_prefix(part: dict[str, Any]) -> dict[str, Any]:
+    """A part of a tokenizer.json that puts nothing before a text. The decoder, whose parts look alike, is not used."""
+    match part.get("type"):
+        case "Prepend":
+            return {"type": "Sequence", "normalizers": []}
+        case "Metaspace":
+            return part | {"prepend_scheme": "never"}
+        case "ByteLevel":
+            return part | {"add_prefix_space": False}
+    return part
 
 
 class SentencePieceAddedTokens:
@@ -87,11 +124,11 @@ class SentencePieceAddedTokens:
             if piece.type in (piece.CONTROL, piece.USER_DEFINED)
         }
 
-    def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """As `AddedTokens.encode`."""
-        return [self._encode(text) for text in texts]
+    def encode(self, pieces: Sequence[str]) -> list[Encoded]:
+        """As `AddedTokens.encode`; the first piece is the beginning of the text."""
+        return [self._encode(piece, number == 0) for number, piece in enumerate(pieces)]
 
-    def _encode(self, text: str) -> Encoded:
+    def _encode(self, text: str, is_beginning: bool) -> Encoded:
         ids: list[int] = []
         starts: list[int] = []
         place = 0
@@ -100,7 +137,7 @@ class SentencePieceAddedTokens:
                 ids.append(self.tokens[part].id)
                 starts.append(place)
             elif part:
-                processor = self._inside if place else self._beginning
+                processor = self._beginning if is_beginning and place == 0 else self._inside
                 for piece in processor.encode(part, return_type="proto").pieces:
                     ids.append(piece.id)
                     starts.append(place + piece.begin)

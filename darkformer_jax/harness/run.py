@@ -178,9 +178,22 @@ def _override(tasks: TaskDict, options: TaskOptions) -> None:
                 )
         elif options.num_fewshot is not None or own is None:
             task.set_config("num_fewshot", options.num_fewshot or 0)
+        _require_examples(task, name)
         task.set_fewshot_seed(seed=options.seed)
     if gen_kwargs and not writing:
         raise UserError(f"--gen_kwargs={options.gen_kwargs}: none of the tasks generates text")
+
+
+def _require_examples(task: Any, name: str) -> None:
+    """Raises UserError if a task has fewer solved examples than go before a question: draws once to see it."""
+    shots = task.get_config("num_fewshot")
+    if not shots or not hasattr(task, "sampler"):
+        return
+    from_test = task.fewshot_cfg.split == task.config.test_split  # then a question is not an example of its own
+    try:
+        task.sampler.sample(n=shots, eval_doc=task.eval_docs[0] if from_test else None)
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"--num_fewshot={shots}: {name} has too few solved examples: {one_line(error)}") from error
 
 
 @contextlib.contextmanager

@@ -12,7 +12,8 @@ from typing import Any
 
 import tokenizers as hf
 
-from darkformer_jax.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, new_hf_config
+from darkformer_jax.data.tokenizer_config import new_hf_config
+from darkformer_jax.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 from darkformer_jax.errors import UserError
 from darkformer_jax.pretrained.gguf_words import SPLITS, Split
 from darkformer_jax.pretrained.hf_config import HFConfig

@@ -1,5 +1,6 @@
 """Conversations as tokens: the same ids as transformers, loss on answers, and no tokens out of messages."""
 
+import json
 import random
 
 import numpy as np
@@ -148,15 +149,38 @@ def test_a_mark_in_a_message_is_refused(character):
         Chat(chat_tokenizer(), "here").prompt(talk(f"a{character}b"))
 
 
+def test_a_token_with_a_space_from_before_an_answer_is_not_learned():
+    """Whatever the post-processor makes of offsets: GPT-2's and Llama 3's count no space."""
+    template = CHATML.replace("'assistant\n'", "'assistant: '").replace("+ '\n' + message", "+ ': ' + message")
+    template = template.replace("<|im_start|>assistant\n", "<|im_start|>assistant: ")
+    tokenizer = chat_tokenizer(template)
+    definition = json.loads(tokenizer._definition)
+    processor = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    for definition["post_processor"] in None, processor:
+        other = type(tokenizer)(json.dumps(definition).encode(), None, "<|im_end|>", config=tokenizer._config)
+        tokens = Chat(other, "here").conversation(talk("Why?", "Because."))
+        assert learned(other, tokens) == ["cause.<|im_end|>"]  # not " Be"
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
         (None, "here: the tokenizer has no chat template"),
+        (
+            CHATML.replace("message['content']", "(message['content'] | selectattr('text') | join)"),
+            "here: the chat template leaves out what the message {'role': 'user', 'content': 'Which are the planets?'}",
+        ),
+        (
+            CHATML.replace("message['content']", "(message['content'] if message['role'] == 'user' else '')"),
+            "here: the chat template leaves out what the message {'role': 'assistant', 'content': 'There are eight.'}",
+        ),
         ("{% for message in", "here: the chat template cannot be read: unexpected"),
         (
             "{{ messages[0].content.missing() }}",
             "here: the chat template refuses the conversation: 'str object' has no",
         ),
+        ("{{ " + "(" * 3000 + ")" * 3000 + " }}", "here: the chat template cannot be read: maximum recursion depth"),
+        ("{{ 'a' * 10 ** 15 }}", "here: the chat template refuses the conversation: MemoryError"),
         ("{{ raise_exception('never') }}", "here: the chat template refuses the conversation: never"),
         ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__' of 'str' object is unsafe"),
         ("{{ strftime_now('%d') }}", "here: the chat template refuses the conversation: 'strftime_now' is undefined"),

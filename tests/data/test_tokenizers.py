@@ -280,6 +280,13 @@ def test_the_chat_template_of_an_export_is_the_one_that_transformers_applies(pub
     assert theirs.apply_chat_template([{"role": "user", "content": "two"}], tokenize=False) == "[two]"
 
 
+def test_a_chat_template_that_is_not_text_is_refused(published, tmp_path):
+    published("source", "<s>", "</s>", config={"bos_token": "<s>", "eos_token": "</s>"})
+    (tmp_path / "source/chat_template.jinja").write_bytes("\u00e9{{ messages }}".encode("latin-1"))
+    with pytest.raises(UserError, match=r"source/chat_template.jinja is not UTF-8 text: .* byte 0xe9"):
+        read_tokenizer(str(tmp_path / "source"))
+
+
 def test_tokenizers_made_here_have_no_chat_template(bpe):
     assert (bpe.chat_template, BytesTokenizer().chat_template) == (None, None)
 

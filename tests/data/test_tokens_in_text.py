@@ -1,9 +1,11 @@
 """Tokens that a text spells are read as tokens, with the place of each in the text."""
 
+import json
+
 import pytest
 
 from darkformer_jax.data.chat import Chat
-from darkformer_jax.data.tokenizers import BytesTokenizer, SentencePieceTokenizer, encode_prompt
+from darkformer_jax.data.tokenizers import BytesTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, encode_prompt
 from darkformer_jax.pretrained.gguf_tokenizer import _sentencepiece_model
 from tests.data.chats import BRACKETS, CHATML, START, chat_tokenizer, talk
 
@@ -64,6 +66,37 @@ def test_a_sentencepiece_model_has_conversations():
     assert pieces[:2] == ["<s>", "["] and pieces.count("</s>") == 2  # no space after <s>, none out of the message
     shown = [piece for piece, is_learned in zip(pieces, tokens.is_learned, strict=True) if is_learned]
     assert shown == ["\u2581Y", "e", "s", ".", "</s>", "\u2581N", "o", "</s>"]
+
+
+def test_a_token_that_a_message_spells_gets_no_space():
+    tokenizer = sentencepiece_tokenizer(BRACKETS)
+    text = "<s>a</s> b<s>"
+    assert tokenizer.decode(Chat(tokenizer, "here").prompt(talk(text))) == f"[INST] {text} [/INST]"
+
+
+PREFIXES = {
+    "byte level": {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}},
+    "Metaspace": {"pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first"}},
+    "normaliser": {"normalizer": {"type": "Prepend", "prepend": "\u2581"}, "pre_tokenizer": None},
+    "among others": {
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "_"}, {"type": "NFC"}]}
+    },
+}
+
+
+@pytest.mark.parametrize("prefix", PREFIXES.values(), ids=PREFIXES)
+def test_a_piece_in_a_text_gets_no_space_and_what_follows_a_token_is_as_ever(prefix):
+    plain = chat_tokenizer()
+    config = {"eos_token": "<|im_end|>"}
+    definition = json.loads(plain._definition) | prefix
+    letters = {letter: 400 + number for number, letter in enumerate("\u2581_")}
+    definition["model"]["vocab"] |= letters
+    tokenizer = HuggingFaceTokenizer(json.dumps(definition).encode(), None, "<|im_end|>", config=config)
+    first, second = tokenizer.encode_with_added(["b<|im_start|>a", "b<|im_start|>a"])
+    begin = first.ids.tolist().index(tokenizer.added_tokens["<|im_start|>"].id)
+    assert tokenizer._tokenizer.id_to_token(int(first.ids[0])) != "b"  # but with a space
+    assert tokenizer._tokenizer.id_to_token(int(second.ids[0])) == "b" and second.starts[:2].tolist() == [0, 1]
+    assert second.ids[1:].tolist() == first.ids[begin:].tolist()
 
 
 def test_a_user_defined_piece_is_not_injected():
