@@ -250,8 +250,10 @@ class Attention(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # it would round exponents
             decays = None if self.forgetting is None else self.forgetting(x)
             inputs = (q, k, v, rows, decays, own)
-            exact = self.mechanism is None
-            out, new = self.attend(None, *inputs) if exact else self.mechanism(self.attend, *inputs)
+            if self.mechanism is None:
+                out, new = self.attend(None, *inputs)
+            else:
+                out, new = self.mechanism(self.attend, *inputs)
         return self.o_proj(out.flatten(2)), new | convolved
 
     def rotate(self, x: Tensor, rows: Rows) -> Tensor:
