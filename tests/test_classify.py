@@ -27,7 +27,8 @@ def score(workdir, text, **flags):
 
 def continue_text(workdir):
     options = {"step": None, "prompts_file": None, "max_new_tokens": 1, "temperature": 0.0, "top_k": 0, "top_p": 1.0}
-    generate.generate(SimpleNamespace(**options, workdir=str(workdir), prompt="a", seed=0))
+    options |= {"prompt": ["a"], "seed": 0, "chat": False, "special_tokens": False}
+    generate.generate(SimpleNamespace(**options, workdir=str(workdir)))
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,6 @@ from darkformer_jax.ops.state import NEG, AttentionState, FarState, Recent, Sink
 # stays under 88, float32's largest, also in the gradient.
 HEADROOM = 36.0
 LOG_FLOOR = -45.0
-# gradient * GRADIENT_SHIFT / product is a normal float32 for gradients from 1e-17 to 1e5, whatever the product.
-GRADIENT_SHIFT = math.exp(30.0)
 
 WindowKernel = Literal["dark", "softmax"]
 
@@ -108,8 +106,8 @@ def _log_product(
     """log max(P, e^LOG_FLOOR), P = sum_i exp(l_i(q) + l_i(k)), where e^HEADROOM is the largest of either side.
 
     The gradient needs dL/dP = dL/dlog P / P. P is up to m e^(2 HEADROOM), so that the quotient is no normal float32
-    unless dL/dlog P is above 1e-6, which it is not where a loss is a mean over many tokens. So each query's quotients
-    are scaled by their largest.
+    unless dL/dlog P is above 1e-6, which it is not where a loss is a mean over many tokens. So the quotients are scaled
+    as far up as their products with features allow.
     """
     return _log_product_forward(dtype, log_q, log_k)[0]
 
@@ -122,12 +120,28 @@ def _log_product_forward(dtype: Any, log_q: Array, log_k: Array) -> tuple[Array,
 
 def _log_product_backward(dtype: Any, saved: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array]:
     q, k, product = saved
-    quotients = jnp.where(product > math.exp(LOG_FLOOR), gradient * GRADIENT_SHIFT / product, 0)
-    largest = jnp.max(jnp.abs(quotients), axis=-1, keepdims=True)
-    largest = jnp.where(largest > 0, largest, 1)
-    quotients, q = quotients / largest, jax.lax.optimization_barrier(q / GRADIENT_SHIFT) * largest
+    above = product > math.exp(LOG_FLOOR)
+    gradient, product = jnp.where(above, gradient, 0), jnp.where(above, product, 1)
+    # The largest quotient becomes e^-LOG_FLOOR, unless its product with both features, e^scale dL/dlog P, passes e^75.
+    log_quotient = _log_largest(gradient * math.exp(30.0) / product) - 30.0
+    log_scale = jnp.minimum(75.0 - _log_largest(gradient), -LOG_FLOOR - log_quotient)
+    quotients = _times_exp(gradient, log_scale, product)
     to_q = q * matmul("ngt,tm->ngm", quotients, k, dtype)
-    return to_q, k * matmul("ngt,ngm->tm", quotients, q, dtype)
+    to_k = k * matmul("ngt,ngm->tm", quotients, q, dtype)
+    return _times_exp(to_q, -log_scale), _times_exp(to_k, -log_scale)
+
+
+def _log_largest(x: Array) -> Float[Array, ""]:
+    """log max |x|; 0 where all are 0."""
+    largest = jnp.max(jnp.abs(x), initial=0)
+    return jnp.log(jnp.where(largest > 0, largest, 1))
+
+
+def _times_exp(x: Array, exponent: Float[Array, ""], divisor: Array | None = None) -> Array:
+    """x e^exponent / divisor, where e^exponent alone may be no float32. The barrier keeps XLA from forming it."""
+    half = jnp.exp(0.5 * exponent)
+    x = x * half if divisor is None else x * half / divisor
+    return jax.lax.optimization_barrier(x) * half
 
 
 _log_product.defvjp(_log_product_forward, _log_product_backward)

@@ -146,7 +146,7 @@ def test_verbs_and_exports_see_the_merged_model(tmp_path):
         0,
     )
     assert_merged(model.params, state.params)
-    assert "in darkformer.safetensors" in export_workdir(Workdir(tmp_path / "run"), str(tmp_path / "out"))
+    assert "trust_remote_code" in export_workdir(Workdir(tmp_path / "run"), str(tmp_path / "out"))
     plan = plan_import(open_source(str(tmp_path / "out")), tiny_config())
     run_import(plan, str(tmp_path / "copy"))
     again = load_model(Workdir(tmp_path / "copy"))

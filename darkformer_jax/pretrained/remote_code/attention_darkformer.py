@@ -172,8 +172,8 @@ class Mechanism(nn.Module):
 class LogProduct(torch.autograd.Function):
     """log max(P, e^LOG_FLOOR) of P = sum_i exp(l_i(q) + l_i(k)), where e^HEADROOM is the largest of either side.
 
-    The gradient divides by P, which is up to m e^72: the quotient of a small loss would be no normal float32. So each
-    query's quotients are scaled by their largest.
+    The gradient divides by P, which is up to m e^72: the quotient of a small loss would be no normal float32. So the
+    quotients are scaled as far up as their products with features allow.
     """
 
     @staticmethod
@@ -187,13 +187,21 @@ class LogProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         q, k, dots = ctx.saved_tensors
-        shift = math.exp(30.0)
-        quotients = torch.where(dots > math.exp(LOG_FLOOR), gradient * shift / dots, 0.0)
-        largest = quotients.abs().amax(-1, keepdim=True)
-        largest = torch.where(largest > 0, largest, 1.0)
-        quotients, q = quotients / largest, q / shift * largest
+        above = dots > math.exp(LOG_FLOOR)
+        gradient, dots = gradient.masked_fill(~above, 0.0), dots.masked_fill(~above, 1.0)
+        # The largest quotient becomes e^-LOG_FLOOR, unless its product with both features passes e^75.
+        log_quotient = log_largest(gradient * math.exp(30.0) / dots) - 30.0
+        half = (0.5 * torch.minimum(75.0 - log_largest(gradient), -LOG_FLOOR - log_quotient)).exp()
+        quotients = gradient * half / dots * half
         to_q = q * product("bngrt,btgm->bngrm", quotients, k, ctx.dtype)
-        return to_q, k * product("bngrt,bngrm->btgm", quotients, q, ctx.dtype), None
+        to_k = k * product("bngrt,bngrm->btgm", quotients, q, ctx.dtype)
+        return to_q / half / half, to_k / half[:, 0] / half[:, 0], None
+
+
+def log_largest(x: Tensor) -> Tensor:
+    """[B, 1, G, 1, 1]: log max |x| of x [B, q, G, g, t], 0 where all are 0."""
+    largest = x.abs().amax((1, 3, 4), keepdim=True)
+    return torch.where(largest > 0, largest, 1.0).log()
 
 
 def feature_scores(log_q: Tensor, log_k: Tensor, dtype: torch.dtype) -> Tensor:
