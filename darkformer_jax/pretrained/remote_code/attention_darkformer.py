@@ -195,7 +195,7 @@ class LogProduct(torch.autograd.Function):
         quotients = gradient * half / dots * half
         to_q = q * product("bngrt,btgm->bngrm", quotients, k, ctx.dtype)
         to_k = k * product("bngrt,bngrm->btgm", quotients, q, ctx.dtype)
-        return to_q / half / half, to_k / half[:, 0] / half[:, 0], None
+        return to_q / half / half, to_k / half[..., 0] / half[..., 0], None
 
 
 def log_largest(x: Tensor) -> Tensor:
