@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ml_collections
+import numpy as np
 
 from darkformer_jax.config import base
 from darkformer_jax.config.fields import flat_fields
@@ -177,8 +178,18 @@ def _check_pattern(pattern: Any, config: ml_collections.ConfigDict, where: str) 
     if not isinstance(pattern, list) or len(pattern) != len(layers):
         raise UserError(f"{where}.pattern must be a list of {len(layers)}, as {where}.model says")
     for index, (layer, said) in enumerate(zip(layers, pattern, strict=True)):
+        if not isinstance(said, dict):
+            raise UserError(f"{where}.pattern has {said!r} for layer {index}; allowed: an object")
         for name, value in said.items():
-            if layer.get(name) != value:
+            if not _agree(layer.get(name), value):
                 raise UserError(
                     f"{where}.pattern says {name} = {value!r} of layer {index}, and {KEY}.model {layer.get(name)!r}"
                 )
+
+
+def _agree(ours: Any, said: Any) -> bool:
+    """Equal, but for the last digits of numbers: another machine rounds powers and roots otherwise."""
+    try:
+        return bool(np.shape(ours) == np.shape(said) and np.allclose(ours, said, rtol=1e-5, atol=0))
+    except TypeError:  # words and null
+        return bool(ours == said)

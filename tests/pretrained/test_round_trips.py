@@ -111,6 +111,11 @@ def test_ours_to_our_own_format_to_ours(tmp_path, pattern, changes, has_arrays):
     said = export_workdir(Workdir(tmp_path / "run"), str(tmp_path / "out"), dtype="float32", shard_bytes=20_000)
     assert said.startswith("DarkformerForCausalLM on llama, step 3, ") and "trust_remote_code=True" in said
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    path = tmp_path / "out" / "config.json"
+    content = json.loads(path.read_text())
+    for layer in content["darkformer"]["pattern"]:  # as a machine that rounds otherwise would write them
+        layer["frequencies"] = layer["frequencies"] and [1.000001 * number for number in layer["frequencies"]]
+    path.write_text(json.dumps(content))
     assert_comes_back(tmp_path, config, has_arrays)
 
 
@@ -156,6 +161,8 @@ def test_what_a_damaged_export_in_our_own_format_says(tmp_path):
     refused(model(mlp_dim=48), "darkformer.model.mlp_dim = 48, but the rest of the file says 32")
     features = lambda values: values["darkformer"]["model"]["attention"].update(num_features=4)
     refused(features, "darkformer.pattern says num_features = 8 of layer 0, and darkformer.model 4")
+
+    refused(lambda values: values["darkformer"].update(pattern=["dark"]), "pattern has 'dark' for layer 0; allowed: an")
 
     def features_everywhere(values):
         features(values)

@@ -479,7 +479,7 @@ def rows_of(mask: Tensor | None, position_ids: Tensor | None, x: Tensor, cache: 
         real = mask != 0
         if bool((real & (mask != 1)).any()):
             raise ValueError(
-                "attention_mask has numbers other than 0 and 1: several documents in a row, and added masks"
+                "attention_mask has numbers other than 0 and 1: several documents in a row and added masks are refused"
             )
         begins = real & ~F.pad(real, (1, 0))[:, :-1]
         if bool((begins.sum(1) > 1).any()):
