@@ -349,9 +349,9 @@ class DarkformerModel(DarkformerPreTrainedModel):
             raise ValueError("output_attentions=True: linear attention has no attention weights")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds is needed")
-        given = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
-        if given.dim() != 2 or given.shape[1] == 0:
-            raise ValueError(f"the input has shape {list(given.shape)}; expected [rows, tokens], at least one token")
+        shape = next(list(given.shape[:2]) for given in (input_ids, inputs_embeds) if given is not None)
+        if len(shape) != 2 or shape[1] == 0:
+            raise ValueError(f"the input has shape {shape}; expected [rows, tokens], at least one token")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if self.scale is not None:
             x = x * torch.tensor(self.scale, dtype=x.dtype, device=x.device)
