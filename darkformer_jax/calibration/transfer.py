@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from darkformer_jax.mixers.spec import Geometry
 from darkformer_jax.model.transformer import Block, Transformer
+from darkformer_jax.ops.linear import Sums
 
 
 class LayerTensors(NamedTuple):
@@ -39,10 +40,26 @@ class FittedMechanism(NamedTuple):
         parts: Any = nnx.split(module, Geometry, ...)
         return cls(*parts)
 
-    def attend(self, trained: nnx.State, tensors: LayerTensors) -> Float[Array, "n l hq d"]:
-        """The mechanism's output for the passages, with `trained` in place of its trainable part."""
+    def near(self, tensors: LayerTensors) -> Sums | None:
+        """What queries see exactly, if that does not depend on the trainable part; then it is computed once."""
+        module: Any = nnx.merge(self.graphdef, self.trainable, self.fixed)
+        if not getattr(module, "near_is_fixed", False):
+            return None
+
+        def one_passage(passage: LayerTensors) -> Sums:
+            return module.near(*(x[None] for x in passage[:3]))
+
+        return jax.tree.map(lambda leaf: leaf[:, 0], jax.lax.map(one_passage, tensors))
+
+    def attend(self, trained: nnx.State, tensors: LayerTensors, near: Sums | None = None) -> Float[Array, "n l hq d"]:
+        """The mechanism's output for the passages, with `trained` in place of its trainable part.
+
+        `near` saves time: what `self.near` returned for these passages.
+        """
         module: Any = nnx.merge(self.graphdef, trained, self.fixed)
         segment_ids, positions = _one_document_each(tensors.q)
+        if near is not None:
+            return module.beside(near, tensors.q, tensors.k, tensors.v, positions)
         log_decay = tensors.log_decay if module.spec.has_decay else None
         places = {"segment_ids": segment_ids, "positions": positions}
         out, _ = module(tensors.q, tensors.k, tensors.v, **places, log_decay=log_decay)
@@ -141,14 +158,16 @@ def fit(
         optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(learning_rate, max(steps, 1)))
     )
 
-    def loss(trained: nnx.State, drawn: LayerTensors) -> Array:
-        difference = mechanism.attend(trained, drawn) - drawn.exact
+    def loss(trained: nnx.State, drawn: LayerTensors, near: Sums | None) -> Array:
+        difference = mechanism.attend(trained, drawn, near) - drawn.exact
         return jnp.mean(_squared_norms(difference) / _squared_norms(drawn.exact))
+
+    passages_and_near = (tensors, mechanism.near(tensors))
 
     def step(carry: tuple[nnx.State, Any], key: Array) -> tuple[tuple[nnx.State, Any], None]:
         trained, state = carry
         rows = jax.random.choice(key, tensors.q.shape[0], (passages,), replace=False)
-        gradients = jax.grad(loss)(trained, jax.tree.map(lambda leaf: leaf[rows], tensors))
+        gradients = jax.grad(loss)(trained, *jax.tree.map(lambda leaf: leaf[rows], passages_and_near))
         updates, state = optimizer.update(gradients, state, trained)
         return (optax.apply_updates(trained, updates), state), None
 
