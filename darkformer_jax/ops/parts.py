@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from darkformer_jax.ops.attend import group_size, normalize
-from darkformer_jax.ops.features import RandomFeatures, accumulator_dtype, positive_random_features
+from darkformer_jax.ops.features import RandomFeatures, positive_random_features
 from darkformer_jax.ops.linear import Kernel, KernelArrays, Sums, Tokens, fold, merge_sums, read_far, weighted_sums
 from darkformer_jax.ops.scan import SUM_AXES, TOKEN_AXES, over_heads, scan_window
 from darkformer_jax.ops.state import FarState, empty_state, init_state, merge_far
@@ -72,7 +72,7 @@ def far_sums(
 
 
 def joined(near: Sums, far: Sums, num_features: int) -> Float[Array, "b n hq dv"]:
-    """The output of attention to both parts, under one normaliser. The mean over features leaves out 1/m: near has m."""
+    """The output of attention to both parts, under one normaliser. Sums over features leave out 1/m, so near gets m."""
     near = near._replace(log_scale=near.log_scale + jnp.log(jnp.asarray(num_features, near.log_scale.dtype)))
     sums = merge_sums(near, far)
     out = normalize(sums.numerator, sums.denominator)
@@ -115,12 +115,7 @@ def _far_of_head(kernel: Kernel, tokens: Tokens, *, chunk_size: int, behind: int
 
     chunks = jax.tree.map(chunked, padded)
     merged = jax.lax.associative_scan(merge_far, jax.vmap(summary)(chunks, chunked(log_k)))
-    before = jax.tree.map(
-        lambda first, after: jnp.concatenate([jnp.broadcast_to(first, (behind + 1, *first.shape)), after])[
-            : len(after)
-        ],
-        empty.far,
-        merged,
-    )
+    nothing = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (behind + 1, *leaf.shape)), empty.far)
+    before = jax.tree.map(lambda first, after: jnp.concatenate([first, after])[: len(after)], nothing, merged)
     sums = jax.vmap(read)(chunks, chunked(log_q), before)
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:length], sums)

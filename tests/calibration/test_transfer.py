@@ -152,9 +152,5 @@ def test_what_is_seen_exactly_is_computed_once_and_nothing_else_changes(kind, ch
 )
 def test_what_is_seen_exactly_is_not_reused_where_it_learns_or_decays(changes):
     spec, tensors = sharp_tensors()
-    spec = (
-        dataclasses.replace(spec, kind="dark", window=8, chunk_size=8, **changes)
-        if "window" not in changes
-        else (dataclasses.replace(spec, kind="dark", **changes))
-    )
+    spec = dataclasses.replace(spec, **{"kind": "dark", "window": 8, "chunk_size": 8, **changes})
     assert FittedMechanism.of(MIXERS["dark"](spec, 0)).near(tensors) is None
