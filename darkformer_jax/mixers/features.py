@@ -172,8 +172,11 @@ class FeatureAttention(LinearMechanism):
         places = {"chunk_size": s.chunk_size, "window": s.window, "num_sinks": s.num_sinks}
         return near_sums(q, k, v, scale=s.scale, **places)
 
-    def beside(self, near: Sums, q: Array, k: Array, v: Array, positions: Array) -> Array:
-        """The output for whole documents, one per row, from what they see exactly."""
+    def beside(self, near: Sums, q: Array, k: Array, v: Array, positions: Array, stride: int = 1) -> Array:
+        """The output for whole documents, one per row, from what they see exactly.
+
+        stride: q and near are of every stride-th token only; see `ops.parts.far_sums`.
+        """
         s = self.spec
         queries, keys, projections, geometry = self.inputs(q, k, positions)
         window: dict[str, Any] = {"window": s.window, "window_kernel": s.window_kernel}
@@ -181,7 +184,7 @@ class FeatureAttention(LinearMechanism):
             queries, keys, projections=projections, geometry=geometry, scale=s.scale, log_gain=self._gain(), **window
         )
         places = {"chunk_size": s.chunk_size, "window": s.window, "num_sinks": s.num_sinks}
-        far = far_sums(kernel, queries, keys, v, **places)
+        far = far_sums(kernel, queries, keys, v, **places, stride=stride)
         return joined(near, far, s.num_features).astype(v.dtype)
 
 

@@ -146,6 +146,21 @@ def test_what_is_seen_exactly_is_computed_once_and_nothing_else_changes(kind, ch
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max()), gradient, other)
 
 
+def test_a_part_of_the_queries_gets_what_it_gets_among_all():
+    """Every fourth one, from any start; the last chunk has one of them, or none."""
+    spec, tensors = sharp_tensors(length=41)
+    sizes = {"window": 8, "chunk_size": 8, "num_sinks": 3, "window_kernel": "softmax"}
+    mechanism = FittedMechanism.of(MIXERS["dark"](dataclasses.replace(spec, kind="dark", **sizes), 0))
+    near = mechanism.near(tensors)
+    all_of_them = mechanism.attend(mechanism.trainable, tensors, near)
+    for start in range(4):
+        places = np.arange(start, 40, 4)
+        some = tensors._replace(q=tensors.q[:, places])
+        few = jax.tree.map(lambda leaf, places=places: leaf[:, places], near)
+        found = mechanism.attend(mechanism.trainable, some, few, stride=4)
+        np.testing.assert_allclose(found, all_of_them[:, places], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"window_kernel": "dark"}, {"window": 0, "num_sinks": 0}, {"decay": "learned", "window_kernel": "softmax"}],
