@@ -105,7 +105,7 @@ def dark_attention(
 
 
 def feature_kernel(
-    q: Float[Array, "b n hq d"],
+    q: Float[Array, "b p hq d"],
     k: Float[Array, "b n hkv d"],
     *,
     projections: Float[Array, "... m r"] | None,
