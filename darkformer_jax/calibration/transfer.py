@@ -160,7 +160,7 @@ def fit(
 
     With its square, the heads that features cannot follow would decide what heads that share their M learn.
     A step draws passages. If what is seen exactly is computed once (`FittedMechanism.near`), it also draws every
-    fourth query of them, which halves its time: the far states of a passage have as many keys as before, but a quarter
+    fourth query of them, which takes less than half the time: the far states of a passage have as many keys as before, but a quarter
     of the readers.
 
     Args:
