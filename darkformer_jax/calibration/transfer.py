@@ -159,9 +159,10 @@ def fit(
     """The trainable part after `steps` of Adam on the mean over heads of |out - exact| / |exact|.
 
     With its square, the heads that features cannot follow would decide what heads that share their M learn.
+
     A step draws passages. If what is seen exactly is computed once (`FittedMechanism.near`), it also draws every
-    fourth query of them, which takes less than half the time: the far states of a passage have as many keys as before, but a quarter
-    of the readers.
+    fourth query of them. That takes less than half the time: far states have as many keys as before, but a quarter of
+    the readers.
 
     Args:
       mechanism: its trainable part is the start.
