@@ -129,7 +129,7 @@ def _summary(out: str, found: Calibrated) -> str:
     shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in means.items())
     lines = [f"{out}: relative error of attention over {len(rows)} layers: {shown}"]
     if found.choice is not None:
-        lines += curve_lines(found.choice.points, found.choice.count, found.choice.context)
+        lines += curve_lines(found.choice.points, found.choice.number, found.choice.context)
     return "\n".join(lines)
 
 

@@ -21,14 +21,14 @@ class Choice(NamedTuple):
     """What was chosen, and by which figures.
 
     Attributes:
-      count: how many layers stay exact.
+      number: how many layers stay exact.
       ranked: every layer that could, in the order of the choice.
       alone: what the model loses if only this layer is replaced: `layer`, and the rises `loss` and `copy`.
       points: the models with 0, 2, 4, ... layers of the ranking exact, and with all.
       context: tokens at which the points' caches are counted.
     """
 
-    count: int
+    number: int
     ranked: list[int]
     alone: list[dict[str, Any]]
     points: list[Point]
@@ -37,7 +37,7 @@ class Choice(NamedTuple):
     @property
     def layers(self) -> tuple[int, ...]:
         """The layers that stay exact."""
-        return tuple(sorted(self.ranked[: self.count]))
+        return tuple(sorted(self.ranked[: self.number]))
 
     def to_json(self) -> dict[str, Any]:
         """What calibration.json has of it."""
@@ -55,7 +55,7 @@ def choose(
     tokenizer: Tokenizer,
     progress_bar: ProgressBar,
 ) -> Choice:
-    """Chooses `wish.count` layers.
+    """Chooses `wish.number` layers.
 
     Args:
       exact: the model before.
@@ -70,12 +70,12 @@ def choose(
         [frozenset(), *(frozenset({layer}) for layer in candidates)], progress_bar, "each layer alone"
     )
     ranked = ranking(costs, base, candidates)
-    counts = counts_of(wish.count, len(candidates))
+    counts = counts_of(wish.number, len(candidates))
     models = [frozenset(ranked[count:]) for count in counts]
     found = Hybrids(exact, replaced, test[:_PASSAGES], tokenizer).measure(models, progress_bar, "together")
     context = wish.budget.context if wish.budget else CACHE_CONTEXT
     points = points_of(ranked, counts, found, CacheSizes.of(exact.spec, replaced.spec, context))
-    return Choice(wish.count, ranked, _rises(candidates, costs, base), points, context)
+    return Choice(wish.number, ranked, _rises(candidates, costs, base), points, context)
 
 
 def _rises(candidates: Sequence[int], costs: Sequence[Quality], base: Quality) -> list[dict[str, Any]]:

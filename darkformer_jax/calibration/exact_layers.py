@@ -17,18 +17,18 @@ class Wish(NamedTuple):
 
     Attributes:
       layers: numbers of layers.
-      count: how many are to be chosen.
+      number: how many are to be chosen.
       budget: how many bytes the chosen ones may fill, with the states of the others.
     """
 
     layers: tuple[int, ...] = ()
-    count: int = 0
+    number: int = 0
     budget: Budget | None = None
 
     @property
     def is_auto(self) -> bool:
         """Whether the layers are still to be chosen."""
-        return self.count > 0 or self.budget is not None
+        return self.number > 0 or self.budget is not None
 
 
 def parse_wish(exact_layers: str, cache_budget: str) -> Wish:
@@ -45,7 +45,7 @@ def parse_wish(exact_layers: str, cache_budget: str) -> Wish:
         return Wish()
     try:
         if is_auto:
-            return Wish(count=at_least_one(number))
+            return Wish(number=at_least_one(number))
         layers = [int(text) for text in exact_layers.split(",")]
     except ValueError as error:
         raise UserError(f"{shown}: allowed: none, numbers of layers such as 3,17, or auto:N with N from 1") from error
@@ -75,11 +75,11 @@ def check_wish(wish: Wish, exact: ModelSpec, replaced: ModelSpec) -> Wish:
     if len(wish.layers) > most:
         raise UserError(f"--exact_layers names all of the {len(candidates)} layers; allowed: fewer, or there is "
                         "nothing to replace")  # fmt: skip
-    if wish.count > most:
-        raise UserError(f"--exact_layers=auto:{wish.count}: {len(candidates)} layers can be replaced, and one at least "
+    if wish.number > most:
+        raise UserError(f"--exact_layers=auto:{wish.number}: {len(candidates)} layers can be replaced, and one at least "
                         f"must be; allowed: 1 to {most}")  # fmt: skip
     if wish.budget is not None:
-        return Wish(count=layers_within(wish.budget, exact, replaced, candidates), budget=wish.budget)
+        return Wish(number=layers_within(wish.budget, exact, replaced, candidates), budget=wish.budget)
     return wish
 
 

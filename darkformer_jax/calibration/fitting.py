@@ -128,7 +128,7 @@ def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> Calibrated:
             network, state = _initial(config, exact, teacher)
             fitted = {layer: arrays for layer, arrays in fitted.items() if layer not in choice.layers}
             rows = [row for row in rows if row["layer"] not in choice.layers]
-            draw_curve(choice.points, choice.count, choice.context, directory / CURVE_FILE)
+            draw_curve(choice.points, choice.number, choice.context, directory / CURVE_FILE)
         written = Workdir(directory)
         written.write_config(config.to_dict())
         teacher.tokenizer.save(str(directory))

@@ -57,7 +57,7 @@ class Hybrids:
         num_layers = self._models[0].spec.num_layers
         found: dict[int, Quality] = {}
         with progress_bar(_num_runs(replaced, num_layers), "layer", label) as bar:
-            x = [self._models[0].embed(row.tokens[None]) for row in self._rows]
+            x = [self._models[0].embed(jnp.asarray(row.tokens[None])) for row in self._rows]
             branches = [(0, x, list(range(len(replaced))))]
             while branches:
                 layer, x, models = branches.pop()

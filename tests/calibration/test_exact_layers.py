@@ -31,7 +31,7 @@ def checked(exact_layers, cache_budget="", *models, **changes):
 def test_what_is_asked_for():
     assert checked("none") == parse_wish("none", "")
     assert checked("3,0").layers == (0, 3)
-    assert checked("auto:3").count == 3
+    assert checked("auto:3").number == 3
     assert not checked("0").is_auto and checked("auto:1").is_auto
 
 
@@ -41,11 +41,11 @@ def test_a_budget_is_a_number_of_layers():
     assert sizes.total(range(4)) == 4 * sizes.exact[0] and sizes.replaced[0] < sizes.exact[0] / 10
     for count in (1, 2, 3):
         budget = sizes.total(range(count)) / 1000
-        assert checked("auto", f"{budget:.3f}kB@4096").count == count
+        assert checked("auto", f"{budget:.3f}kB@4096").number == count
         if count > 1:
-            assert checked("auto", f"{budget - 0.001:.3f}kB@4,096").count == count - 1
+            assert checked("auto", f"{budget - 0.001:.3f}kB@4,096").number == count - 1
     half = checked("auto", "60%@4096")
-    assert half.count == 2 and half.budget.context == 4096
+    assert half.number == 2 and half.budget.context == 4096
 
 
 def test_local_layers_take_part_in_no_count():
@@ -75,7 +75,7 @@ def test_local_layers_take_part_in_no_count():
         (("auto", "20@4096"), "--cache_budget=20@4096: allowed: bytes or a share"),
         (("auto", "1MB"), "--cache_budget=1MB: allowed: bytes or a share"),
         (("auto", "1MB@0"), "--cache_budget=1MB@0: 0 is no number of tokens"),
-        (("auto", "1kB@4096"), "without an exact layer the model needs 0.0306 MB, with one 0.58"),
+        (("auto", "1kB@4096"), "without an exact layer the model needs 0.0211 MB, with one 0.573 MB"),
         (("auto", "100%@4096"), "there is nothing to replace"),
         (("auto", "1GB@4096"), "there is nothing to replace"),
     ],
@@ -96,7 +96,7 @@ def test_the_orders_take_turns_and_name_no_layer_twice():
 @pytest.mark.parametrize(
     ("models", "layers", "pattern"),
     [
-        (("softmax", "dark"), [1], "dark,softmax,dark,dark"),
+        (("softmax", "dark"), [1], "dark,softmax,dark"),  # and again: dark
         (("softmax", "dark"), [0, 2], "softmax,dark"),  # what repeats is written once
         (("softmax_local,softmax", "softmax_local,dark"), [3], "softmax_local,dark,softmax_local,softmax"),
         (("softmax(softcap=5.0)", "dark(num_features=4)"), [0], "softmax(softcap=5.0)" + 3 * ",dark(num_features=4)"),
