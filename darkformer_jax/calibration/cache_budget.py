@@ -59,8 +59,10 @@ def parse_budget(text: str) -> Budget:
     match = _BUDGET.fullmatch(text)
     if match is None:
         units = ", ".join(_UNITS)
-        raise UserError(f"--cache_budget={text}: allowed: bytes or a share of the exact model's cache at a number of "
-                        f"tokens, 64MB@32768 or 20%@32768; units: {units}, %")  # fmt: skip
+        raise UserError(
+            f"--cache_budget={text}: allowed: bytes or a share of the exact model's cache at a number of "
+            f"tokens, 64MB@32768 or 20%@32768; units: {units}, %"
+        )
     number, unit, context = match.groups()
     try:
         tokens = at_least_one(context.replace(",", ""))
@@ -80,11 +82,15 @@ def layers_within(budget: Budget, exact: ModelSpec, replaced: ModelSpec, candida
     totals = [sizes.total(largest_first[:count]) for count in range(1, len(candidates) + 1)]
     said = f"--cache_budget={budget.text}"
     if limit < totals[0]:
-        raise UserError(f"{said}: is {show_bytes(limit)}; without an exact layer the model needs {show_bytes(none)}, "
-                        f"with one {show_bytes(totals[0])}; allowed: that, or --exact_layers=none")  # fmt: skip
+        raise UserError(
+            f"{said}: is {show_bytes(limit)}; without an exact layer the model needs {show_bytes(none)}, "
+            f"with one {show_bytes(totals[0])}; allowed: that, or --exact_layers=none"
+        )
     if limit >= every:
-        raise UserError(f"{said}: is {show_bytes(limit)}, and the exact model needs {show_bytes(every)}; there is "
-                        "nothing to replace")  # fmt: skip
+        raise UserError(
+            f"{said}: is {show_bytes(limit)}, and the exact model needs {show_bytes(every)}; there is "
+            "nothing to replace"
+        )
     return sum(total <= limit for total in totals)
 
 

@@ -42,8 +42,13 @@ class Choice(NamedTuple):
     def to_json(self) -> dict[str, Any]:
         """What calibration.json has of it."""
         curve = [point._asdict() for point in self.points]
-        return {"chosen": self.layers, "ranking": self.ranked, "alone": self.alone, "cache_context": self.context,
-                "curve": curve}  # fmt: skip
+        return {
+            "chosen": self.layers,
+            "ranking": self.ranked,
+            "alone": self.alone,
+            "cache_context": self.context,
+            "curve": curve,
+        }
 
 
 def choose(

@@ -73,11 +73,14 @@ def check_wish(wish: Wish, exact: ModelSpec, replaced: ModelSpec) -> Wish:
         if layer not in candidates:
             raise UserError(f"--exact_layers: layer {layer} is {exact.layer_kinds[layer]} and stays as it is anyway")
     if len(wish.layers) > most:
-        raise UserError(f"--exact_layers names all of the {len(candidates)} layers; allowed: fewer, or there is "
-                        "nothing to replace")  # fmt: skip
+        raise UserError(
+            f"--exact_layers names all of the {len(candidates)} layers; allowed: fewer, or there is nothing to replace"
+        )
     if wish.number > most:
-        raise UserError(f"--exact_layers=auto:{wish.number}: {len(candidates)} layers can be replaced, and one at least "
-                        f"must be; allowed: 1 to {most}")  # fmt: skip
+        raise UserError(
+            f"--exact_layers=auto:{wish.number}: {len(candidates)} layers can be replaced, and one at least must be; "
+            f"allowed: 1 to {most}"
+        )
     if wish.budget is not None:
         return Wish(number=layers_within(wish.budget, exact, replaced, candidates), budget=wish.budget)
     return wish
