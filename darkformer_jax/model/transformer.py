@@ -4,7 +4,6 @@ Layers at the same place in the pattern are stacked. One scan goes over the comp
 the program's size does not grow with depth. The layers of an incomplete last repetition follow the scan.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -111,30 +110,28 @@ class Transformer(nnx.Module):
         x = self.embed(tokens)
         split = [nnx.split(getattr(self, f"blocks_{place}")) for place in range(len(self.spec.pattern))]
 
-        def one_block(graphdef: Any, arrays: Any, x: Array, state: Any) -> tuple[Array, Any]:
-            x, state = nnx.merge(graphdef, arrays)(x, segment_ids, positions, state)
-            return constrain(x, "batch", "sequence", None), state
-
-        def layers(block: Any, x: Array, stacks: Any) -> tuple[Array, Any]:
+        def layers(x: Array, stacks: Any) -> tuple[Array, Any]:
             """Applies one layer per entry of the arrays, at the first places of the pattern."""
+            arrays, states = stacks
             new_states = []
-            for (graphdef, _), block_arrays, block_state in zip(split, *stacks, strict=False):
-                x, new_state = block(graphdef, block_arrays, x, block_state)
+            for (graphdef, _), block_arrays, block_state in zip(split, arrays, states, strict=False):
+                block = nnx.merge(graphdef, block_arrays)
+                x, new_state = block(x, segment_ids, positions, block_state)
+                x = constrain(x, "batch", "sequence", None)
                 new_states.append(new_state)
             return x, tuple(new_states)
 
+        in_scan = behind = layers
+        if self.spec.remat != "none":
+            policy = REMAT_POLICIES[self.spec.remat]
+            in_scan = jax.checkpoint(layers, policy=policy, prevent_cse=False)
+            behind = jax.checkpoint(layers, policy=policy)
         periods, tail = divmod(self.spec.num_layers, len(split))
         repeated = tuple(jax.tree.map(lambda leaf: leaf[:periods], arrays) for _, arrays in split)
         last = tuple(jax.tree.map(lambda leaf: leaf[periods], arrays) for _, arrays in split[:tail])
-        in_scan = behind = one_block
-        if self.spec.remat != "none":
-            # Each block by itself: a pattern may be as long as the model. XLA takes a scan of one step apart, and would
-            # then keep what is to be computed again.
-            remat = functools.partial(jax.checkpoint, policy=REMAT_POLICIES[self.spec.remat], static_argnums=0)
-            in_scan, behind = remat(one_block, prevent_cse=periods == 1), remat(one_block)
         states, last_states = ((None,) * len(split), (None,) * tail) if state is None else state
-        x, new_states = jax.lax.scan(functools.partial(layers, in_scan), x, (repeated, states))
-        x, new_last_states = layers(behind, x, (last, last_states))
+        x, new_states = jax.lax.scan(in_scan, x, (repeated, states))
+        x, new_last_states = behind(x, (last, last_states))
         return self.final_norm(x), None if state is None else (new_states, new_last_states)
 
     def embed(self, tokens: Int[Array, "b n"]) -> Float[Array, "b n embed"]:
