@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from darkformer_jax.calibration.cache_budget import CACHE_CONTEXT, CacheSizes
+from darkformer_jax.calibration.cache_budget import CacheSizes
 from darkformer_jax.calibration.exact_layers import Wish, candidates_of, ranking
 from darkformer_jax.calibration.hybrids import Hybrids, Quality
 from darkformer_jax.calibration.quality_curve import Point, counts_of, points_of
@@ -58,6 +58,7 @@ def choose(
     passages: Int[np.ndarray, "n l"],
     test: Int[np.ndarray, "m l"],
     tokenizer: Tokenizer,
+    sizes: CacheSizes,
     progress_bar: ProgressBar,
 ) -> Choice:
     """Chooses `wish.number` layers.
@@ -68,6 +69,7 @@ def choose(
       passages: the layers are chosen by these, which they were fitted on; at most 8 of them.
       test: the curve is measured on these, likewise.
       tokenizer: the model's.
+      sizes: of the caches, for the curve.
     """
     candidates = candidates_of(exact.spec, replaced.spec)
     both = Hybrids(exact, replaced, passages[:_PASSAGES], tokenizer)
@@ -78,9 +80,8 @@ def choose(
     counts = counts_of(wish.number, len(candidates))
     models = [frozenset(ranked[count:]) for count in counts]
     found = Hybrids(exact, replaced, test[:_PASSAGES], tokenizer).measure(models, progress_bar, "together")
-    context = wish.budget.context if wish.budget else CACHE_CONTEXT
-    points = points_of(ranked, counts, found, CacheSizes.of(exact.spec, replaced.spec, context))
-    return Choice(wish.number, ranked, _rises(candidates, costs, base), points, context)
+    points = points_of(ranked, counts, found, sizes)
+    return Choice(wish.number, ranked, _rises(candidates, costs, base), points, sizes.context)
 
 
 def _rises(candidates: Sequence[int], costs: Sequence[Quality], base: Quality) -> list[dict[str, Any]]:

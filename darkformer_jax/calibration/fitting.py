@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from darkformer_jax.calibration import CALIBRATION_FILE
+from darkformer_jax.calibration.cache_budget import CACHE_CONTEXT, CacheSizes
 from darkformer_jax.calibration.choice import Choice, choose
 from darkformer_jax.calibration.exact_layers import check_wish, hybrid_pattern, parse_wish
 from darkformer_jax.calibration.geometry import whitening_geometry
@@ -121,9 +122,12 @@ def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> Calibrated:
         choice = None
         if wish.is_auto:
             exact_model = teacher.network.bind(teacher.params, teacher.projections)
-            replaced = network.bind(_with_layers(state.params, network, fitted), state.projections)
+            alike = _in_dtype(network, teacher.network.spec.dtype)
+            replaced = alike.bind(_with_layers(state.params, network, fitted), state.projections)
+            context = wish.budget.context if wish.budget else CACHE_CONTEXT
+            caches = CacheSizes.of(teacher.network.spec, network.spec, context)
             texts = (passages[num_test:], passages[:num_test], teacher.tokenizer)
-            choice = choose(wish, exact_model, replaced, *texts, progress_bar)
+            choice = choose(wish, exact_model, replaced, *texts, caches, progress_bar)
             config = _config(o, hybrid_pattern(teacher.config, config, choice.layers))
             network, state = _initial(config, exact, teacher)
             fitted = {layer: arrays for layer, arrays in fitted.items() if layer not in choice.layers}
@@ -165,6 +169,12 @@ def _config(o: FitOptions, pattern: str | None = None) -> ml_collections.ConfigD
 
 def _network(config: ml_collections.ConfigDict, teacher: WorkdirModel) -> Network:
     return Network.of(model_spec(config, teacher.tokenizer.vocab_size))
+
+
+def _in_dtype(network: Network, dtype: str) -> Network:
+    """The network, computing in another dtype: a layer's cost is to be that of its attention, not of its rounding."""
+    pattern = tuple(dataclasses.replace(mixer, dtype=dtype) for mixer in network.spec.pattern)
+    return Network.of(dataclasses.replace(network.spec, dtype=dtype, pattern=pattern))
 
 
 def _initial(config: ml_collections.ConfigDict, exact: Workdir, teacher: WorkdirModel) -> tuple[Network, TrainState]:
