@@ -59,7 +59,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     field_help = f"field or column of .jsonl and .parquet that holds the text (default: {TEXT_FIELD})"
     parser.add_argument("--text_field", default=TEXT_FIELD, help=field_help)
     parser.add_argument("--transfer_steps", type=whole, default=200, help="per layer; 0 = fit nothing (default: 200)")
-    parser.add_argument("--learning_rate", type=float, default=1e-2, help="that of the transfer (default: 1e-2)")
+    parser.add_argument("--learning_rate", type=float, default=3e-3, help="that of the transfer (default: 3e-3)")
     parser.add_argument("--passages", type=whole, default=20, help="passages of --context tokens to read (default: 20)")
     parser.add_argument("--context", type=whole, default=1024, help="tokens per passage (default: 1024)")
     parser.add_argument("--num_features", type=whole, help=f"m, features per head (default: {defaults.num_features})")
