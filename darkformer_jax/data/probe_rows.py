@@ -1,13 +1,14 @@
 """Rows of tokens that show what a language model still finds far back, made of a user's text.
 
-Four kinds of rows are here: a passage that comes again (`copy_rows`), all of the row so far again (`repeat_rows`), plain
+Three kinds are here: a passage that comes again (`copy_rows`), all of a row again (`repeat_rows`), and plain
 text by position (`position_rows`); `darkformer_jax.data.probe_words` has those with made-up words. A row is a pure
-function of the text, the seed, the probe and the distance: which other probes are asked changes nothing. Rows of one
-probe and distance share no text.
+function of the text, the seed, the probe and the distance, whatever else is asked. Rows of one probe and distance share
+no text.
 """
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -74,7 +75,7 @@ class ProbeText:
         return np.random.default_rng([self.seed, distance, *probe.encode()])
 
     def require_room(self, probe: str, num_tokens: int) -> None:
-        """Raises RowsTooLong if a row of so many tokens, whose last one is only predicted, is longer than the context."""
+        """Raises RowsTooLong if a row of so many tokens, the last of which is not read, is longer than the context."""
         if num_tokens - 1 > self.context:
             raise RowsTooLong(
                 f"{probe} needs rows of {num_tokens - 1:,} tokens, and the context is {self.context:,}; "
@@ -145,7 +146,7 @@ def octaves(context: int) -> list[tuple[int, int]]:
     edges = [0, FIRST_OCTAVE]
     while edges[-1] < context:
         edges.append(2 * edges[-1])
-    return [(first, min(end, context) - 1) for first, end in zip(edges[:-1], edges[1:], strict=True)]
+    return [(first, min(end, context) - 1) for first, end in itertools.pairwise(edges)]
 
 
 def fingerprint(rows: Sequence[ProbeRow]) -> str:

@@ -1,5 +1,6 @@
 """Rows that ask for made-up facts, and for the rule behind made-up labels; see `darkformer_jax.data.probe_rows`."""
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,24 +15,29 @@ FACTS = 3  # per distance, in a row
 MOST_DISTANCES = 8  # as many as there are names for
 LEAD = 32  # tokens of text before the first fact or example: the first tokens of a row are sinks in some models
 
-_TEAMS = (
+
+def _words(listed: str) -> list[str]:
+    return listed.split()
+
+
+_TEAMS = _words(
     "Osprey Heron Falcon Badger Otter Lynx Marmot Puffin Raven Salmon Beaver Condor "
     "Panther Gazelle Lobster Cobra Mustang Pelican Walrus Bison Cricket Dolphin Hornet Jackal"
-).split()
-_PEOPLE = (
+)
+_PEOPLE = _words(
     "Clara Hugo Miriam Oscar Nadia Felix Greta Simon Paula Victor Irene Louis "
     "Helen Martin Sophie Daniel Laura Edgar Alice Robert Emma Walter Julia Thomas"
-).split()
-_PLACES = (
+)
+_PLACES = _words(
     "kitchen garden cellar attic stable chapel library tower harbour market "
     "forest tunnel theatre museum bakery prison castle hospital station school"
-).split()
+)
 
 KINDS = {
-    "animal": "wolf horse rabbit tiger goat eagle snake whale mouse sheep bear frog".split(),
-    "tool": "hammer saw drill wrench shovel chisel axe pliers rake ladder file screwdriver".split(),
-    "food": "bread cheese soup apple rice butter pasta onion cake honey potato salad".split(),
-    "country": "France Japan Brazil Egypt Canada India Norway Peru Greece Kenya Spain China".split(),
+    "animal": _words("wolf horse rabbit tiger goat eagle snake whale mouse sheep bear frog"),
+    "tool": _words("hammer saw drill wrench shovel chisel axe pliers rake ladder file screwdriver"),
+    "food": _words("bread cheese soup apple rice butter pasta onion cake honey potato salad"),
+    "country": _words("France Japan Brazil Egypt Canada India Norway Peru Greece Kenya Spain China"),
 }
 LABELS = ("blick", "dax", "fep", "wug")  # no two begin alike
 EXAMPLES = 4  # per kind, in a row
@@ -66,7 +72,7 @@ def lookup_rows(text: ProbeText, distances: Sequence[int], count: int) -> list[P
     begin, end = len(text.begin), len(text.begin) + LEAD + max(distances)
     for questions in asked:
         tail = sum(len(fact.ids) for _, fact in questions)
-        nearest = min(b - a for a, b in zip([0, *sorted(distances)], sorted(distances), strict=False))
+        nearest = min(far - near for near, far in itertools.pairwise([0, *sorted(distances)]))
         if tail > nearest:
             raise UserError(
                 f"lookup: its questions take {tail} tokens, and of the distances {_listed(distances)} the smallest, or "
@@ -138,9 +144,7 @@ def class_rows(text: ProbeText, distance: int, count: int) -> list[ProbeRow]:
     return rows
 
 
-def _draw_task(
-    tokenizer: Tokenizer, random: np.random.Generator
-) -> tuple[list[int], list[int], tuple[int, ...], int]:
+def _draw_task(tokenizer: Tokenizer, random: np.random.Generator) -> tuple[list[int], list[int], tuple[int, ...], int]:
     """(ids of the examples, ids of the question, its candidates, the index of the right one)."""
     labels = dict(zip(KINDS, random.permutation(LABELS), strict=True))
     words = {kind: random.permutation(words) for kind, words in KINDS.items()}

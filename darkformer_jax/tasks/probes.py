@@ -9,12 +9,9 @@
 Each figure is a mean over rows with its standard error.
 """
 
-import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from darkformer_jax.data.probe_rows import (
     CUE,
@@ -27,21 +24,26 @@ from darkformer_jax.data.probe_rows import (
     position_rows,
     repeat_rows,
 )
-from darkformer_jax.data.probe_words import EXAMPLES, FACTS, KINDS, MOST_DISTANCES, class_rows, lookup_rows
+from darkformer_jax.data.probe_words import MOST_DISTANCES, class_rows, lookup_rows
 from darkformer_jax.data.progress import ProgressBar
 from darkformer_jax.data.sources import open_corpus
 from darkformer_jax.data.text_files import TEXT_FIELD, ignore_read
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.load import load_language_model
 from darkformer_jax.runs.workdir import Workdir
+from darkformer_jax.tasks.probe_figures import Reader, answers, bits, copied, estimate, right_label
+from darkformer_jax.tasks.probe_tables import PROBES, tables
 from darkformer_jax.tasks.row_scores import RowScores, Scorer, make_scorer
-from darkformer_jax.tasks.table import table_lines
 from darkformer_jax.tasks.task import Scores
 
 DISTANCES = (512, 1024, 4096)  # tokens, by default
 LONGEST = 16_384  # tokens of a row, by default
 _SMALLEST_DISTANCE = 2 * CUE
-Figures = dict[str, list[float]]  # name -> the figure of each row
+_BY_DISTANCE: Mapping[str, Any] = {
+    "copy": (copy_rows, copied),
+    "repeat": (repeat_rows, copied),
+    "classes": (class_rows, right_label),
+}
 
 
 class ProbeRequest(NamedTuple):
@@ -81,7 +83,7 @@ class Asked(NamedTuple):
     at: str
     place: int
     rows: Sequence[ProbeRow]
-    read: Callable[[Sequence[ProbeRow], Sequence[RowScores]], Figures]
+    read: Reader
 
 
 def ask_probes(workdir: Workdir, step: int | None, request: ProbeRequest, progress_bar: ProgressBar) -> Scores:
@@ -112,7 +114,7 @@ def ask_probes(workdir: Workdir, step: int | None, request: ProbeRequest, progre
         "seed": request.seed,
         "probes": entries,
     }
-    return Scores(result, _tables(result))
+    return Scores(result, tables(result))
 
 
 def parse_probes(names: str) -> list[str]:
@@ -134,8 +136,8 @@ def parse_distances(distances: str | None) -> list[int] | None:
         raise UserError(f"--distances={distances}: must be whole numbers, separated by commas") from error
     if found[0] < _SMALLEST_DISTANCE or len(found) > MOST_DISTANCES:
         raise UserError(
-            f"--distances={distances}: must be at most {MOST_DISTANCES} numbers of tokens, each {_SMALLEST_DISTANCE} or "
-            "more"
+            f"--distances={distances}: must be at most {MOST_DISTANCES} numbers of tokens, and none below "
+            f"{_SMALLEST_DISTANCE}"
         )
     return found
 
@@ -148,12 +150,12 @@ def ask(name: str, text: ProbeText, distances: Sequence[int] | None, count: int)
     if name == "positions":
         rows = position_rows(text, count)
         return [
-            Asked(name, f"{first:,}-{last:,}", last, rows, _bits(f"{first}-{last}"))
+            Asked(name, f"{first:,}-{last:,}", last, rows, bits(f"{first}-{last}"))
             for first, last in octaves(text.context)
         ]
     if name == "lookup":
         return _ask_lookup(text, distances, count)
-    asked = [Asked(name, "0", 0, class_rows(text, 0, count), _right_label)] if name == "classes" else []
+    asked = [Asked(name, "0", 0, class_rows(text, 0, count), right_label)] if name == "classes" else []
     make, read = _BY_DISTANCE[name]
     for distance in distances or DISTANCES:
         try:
@@ -171,7 +173,7 @@ def _ask_lookup(text: ProbeText, distances: Sequence[int] | None, count: int) ->
     while True:
         try:
             rows = lookup_rows(text, chosen, count)
-            return [Asked("lookup", f"{distance:,}", distance, rows, _answers(str(distance))) for distance in chosen]
+            return [Asked("lookup", f"{distance:,}", distance, rows, answers(str(distance))) for distance in chosen]
         except RowsTooLong as error:
             if distances or len(chosen) == 1:
                 raise
@@ -193,108 +195,10 @@ def measure(asked: Sequence[Asked], score: Scorer) -> list[dict[str, Any]]:
                 "place": one.place,
                 "rows": len(one.rows),
                 "fingerprint": fingerprint(one.rows),
-                "figures": {name: _estimate(values) for name, values in figures.items()},
+                "figures": {name: estimate(values) for name, values in figures.items()},
             }
         )
     return entries
-
-
-def _estimate(values: Sequence[float]) -> dict[str, float | None]:
-    """The mean over rows, and its standard error; one row has none."""
-    error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "standard_error": error}
-
-
-def _parts(rows: Sequence[ProbeRow], scores: Sequence[RowScores], name: str) -> Iterator[list[RowScores]]:
-    """The stretches of the part `name`, of each row."""
-    for row, score in zip(rows, scores, strict=True):
-        yield [
-            RowScores(score.nll[begin:end], score.correct[begin:end], score.candidates)
-            for begin, end in row.parts[name]
-        ]
-
-
-def _nats(rows: Sequence[ProbeRow], scores: Sequence[RowScores], name: str) -> list[float]:
-    return [float(np.concatenate([one.nll for one in part]).mean()) for part in _parts(rows, scores, name)]
-
-
-def _copied(rows: Sequence[ProbeRow], scores: Sequence[RowScores]) -> Figures:
-    first, second = (_nats(rows, scores, name) for name in ("first", "second"))
-    return {
-        "second_copy": second,
-        "first_copy": first,
-        "gain": [before - after for before, after in zip(first, second, strict=True)],
-        "accuracy": [float(part[0].correct.mean()) for part in _parts(rows, scores, "second")],
-    }
-
-
-def _answers(part: str) -> Callable[[Sequence[ProbeRow], Sequence[RowScores]], Figures]:
-    def read(rows: Sequence[ProbeRow], scores: Sequence[RowScores]) -> Figures:
-        right = [float(np.mean([one.correct.all() for one in own])) for own in _parts(rows, scores, part)]
-        return {"right": right, "answer": _nats(rows, scores, part)}
-
-    return read
-
-
-def _right_label(rows: Sequence[ProbeRow], scores: Sequence[RowScores]) -> Figures:
-    """Of equally likely candidates, each is right in its share."""
-    right = []
-    for row, score in zip(rows, scores, strict=True):
-        best = np.flatnonzero(score.candidates == score.candidates.max())
-        right.append(float(np.mean(best == row.answer)))
-    return {"right": right}
-
-
-def _bits(part: str) -> Callable[[Sequence[ProbeRow], Sequence[RowScores]], Figures]:
-    return lambda rows, scores: {"bits_per_token": [nats / math.log(2) for nats in _nats(rows, scores, part)]}
-
-
-_BY_DISTANCE: Mapping[str, Any] = {
-    "copy": (copy_rows, _copied),
-    "repeat": (repeat_rows, _copied),
-    "classes": (class_rows, _right_label),
-}
-HEADINGS = {  # figure -> column of a table
-    "second_copy": "second copy, nats",
-    "first_copy": "first copy, nats",
-    "gain": "gain, nats",
-    "accuracy": "accuracy",
-    "right": "right",
-    "answer": "answer, nats",
-    "bits_per_token": "bits per token",
-}
-_SHARES = ("accuracy", "right")  # shown in percent
-PROBES = {
-    "copy": "a passage that comes again, by tokens from one copy to the other",
-    "repeat": "the whole row comes again, by tokens from one copy to the other",
-    "lookup": f"made-up facts, {FACTS} per row and distance, by tokens from the fact to its question",
-    "classes": f"a rule from {EXAMPLES * len(KINDS)} examples, by tokens of text before the question; "
-    f"chance is {100 // len(KINDS)}%",
-    "positions": "plain text, by position",
-}
-
-
-def shown(name: str, mean: float, standard_error: float | None) -> str:
-    """A figure as text: `0.25 ± 0.01`, or in percent."""
-    scale, digits = (100, 0) if name in _SHARES else (1, 3)
-    spread = "" if standard_error is None else f" ± {scale * standard_error:.{digits}f}"
-    return f"{scale * mean:.{digits}f}{spread}" + ("%" if scale > 1 else "")
-
-
-def _tables(result: dict[str, Any]) -> str:
-    lines = [
-        f"{result['workdir']} step {result['step']}: {result['rows']} rows per probe and distance, mean ± standard error"
-        " over the rows"
-    ]
-    for probe, title in PROBES.items():
-        entries = [entry for entry in result["probes"] if entry["probe"] == probe]
-        if entries:
-            names = list(entries[0]["figures"])
-            cells = [[shown(name, **entry["figures"][name]) for name in names] for entry in entries]
-            rows = [["position" if probe == "positions" else "distance", *map(HEADINGS.__getitem__, names)]]
-            rows += [[entry["at"], *row] for entry, row in zip(entries, cells, strict=True)]
-            lines += ["", f"{probe}: {title}", *table_lines(rows)]
-    return "\n".join(lines)
 
 
 def _note(text: str) -> None:

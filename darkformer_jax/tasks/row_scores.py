@@ -102,7 +102,7 @@ def _batch(rows: Sequence[ProbeRow], batch_size: int, length: int) -> dict[str, 
         targets = np.append(row.tokens[1:], 0) if row.candidates else row.tokens[1:]
         windows.append(Window(row.tokens[: len(targets)], targets, 0))
     batch = window_batch(windows, batch_size, length)
-    batch["candidates"] = np.zeros((batch_size, max(1, *(len(row.candidates) for row in rows), 1)), np.int32)
+    batch["candidates"] = np.zeros((batch_size, max([1, *(len(row.candidates) for row in rows)])), np.int32)
     for place, row in enumerate(rows):
         batch["candidates"][place, : len(row.candidates)] = row.candidates
     return batch
