@@ -104,7 +104,9 @@ def ask_probes(workdir: Workdir, step: int | None, request: ProbeRequest, progre
         _note(f"positions end at {context:,}, the tokens this model was made for; --context reads further")
     text = ProbeText.of(texts, model.tokenizer, context, request.seed)
     asked = [each for name in names for each in ask(name, text, distances, request.rows)]
-    entries = measure(asked, make_scorer(model, request.batch_size, progress_bar))
+    num_tokens = sum(len(row.tokens) for rows in {id(one.rows): one.rows for one in asked}.values() for row in rows)
+    with progress_bar(num_tokens, "token", "probes") as bar:
+        entries = measure(asked, make_scorer(model, request.batch_size, bar.update))
     result = {
         "workdir": str(workdir),
         "step": model.step,

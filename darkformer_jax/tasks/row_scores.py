@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from darkformer_jax.data.probe_rows import ProbeRow
-from darkformer_jax.data.progress import ProgressBar
 from darkformer_jax.data.windows import Window, window_batch
 from darkformer_jax.errors import UserError
 from darkformer_jax.model.network import Network
@@ -38,22 +37,21 @@ class RowScores(NamedTuple):
 Scorer = Callable[[Sequence[ProbeRow]], list[RowScores]]
 
 
-def make_scorer(model: WorkdirModel, batch_size: int, progress_bar: ProgressBar) -> Scorer:
+def make_scorer(model: WorkdirModel, batch_size: int, on_read: Callable[[int], Any]) -> Scorer:
     """A function that scores rows, each from its first token on, in one forward pass per batch.
 
-    It raises UserError if a figure is not finite.
+    It calls `on_read` with the number of tokens after every batch, and raises UserError if a figure is not finite.
     """
     step = make_token_step(model.network)
 
     def score(rows: Sequence[ProbeRow]) -> list[RowScores]:
         length = -(-max(len(row.tokens) - 1 for row in rows) // _LENGTHS) * _LENGTHS
         scored: list[RowScores] = []
-        with progress_bar(sum(len(row.tokens) for row in rows), "token") as bar:
-            for begin in range(0, len(rows), batch_size):
-                batch = rows[begin : begin + batch_size]
-                outputs = step(model.params, model.projections, jax.device_put(_batch(batch, batch_size, length)))
-                scored += _read(batch, outputs)
-                bar.update(sum(len(row.tokens) for row in batch))
+        for begin in range(0, len(rows), batch_size):
+            batch = rows[begin : begin + batch_size]
+            outputs = step(model.params, model.projections, jax.device_put(_batch(batch, batch_size, length)))
+            scored += _read(batch, outputs)
+            on_read(sum(len(row.tokens) for row in batch))
         return scored
 
     return score

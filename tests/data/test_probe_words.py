@@ -27,7 +27,7 @@ def test_an_answer_and_its_question_stand_the_distance_behind_the_fact(tokenizer
         for distance in DISTANCES:
             assert len(row.parts[str(distance)]) == FACTS
             for begin, end in row.parts[str(distance)]:
-                around = slice(begin - 20, end + 3)
+                around = slice(begin - 4, end + 2)
                 before = row.tokens[around.start - distance : around.stop - distance]
                 assert (row.tokens[around] == before).all()
                 assert re.fullmatch(r" ?(\d{5}|[a-z]+)", tokenizer.decode(row.tokens[begin:end]))

@@ -8,7 +8,6 @@ import pytest
 
 from darkformer_jax.data.probe_rows import ProbeRow, ProbeText, position_rows
 from darkformer_jax.data.probe_words import LABELS
-from darkformer_jax.data.progress import no_progress
 from darkformer_jax.data.tokenizers import BytesTokenizer
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.load import load_model
@@ -170,7 +169,9 @@ def test_scores_are_the_models_own_and_padding_changes_none(model):
     """Rows of three lengths in one batch of five, against one forward pass for each."""
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, 90).astype(np.int32)
     rows = [ProbeRow(tokens, {}), ProbeRow(tokens[:41], {}, (7, 250, 3), 0), ProbeRow(tokens[5:75], {})]
-    scored = make_scorer(model, 5, no_progress)(rows)
+    read = []
+    scored = make_scorer(model, 5, read.append)(rows)
+    assert read == [90 + 41 + 70]
     forward = jax.jit(lambda ids: model.network.bind(model.params, model.projections)(
         ids[None], jax.numpy.ones_like(ids)[None], jax.numpy.arange(len(ids))[None])[0][0])  # fmt: skip
     for row, score in zip(rows, scored, strict=True):
@@ -185,4 +186,4 @@ def test_scores_are_the_models_own_and_padding_changes_none(model):
 def test_a_model_that_is_not_finite_is_refused(model):
     broken = model._replace(params=jax.tree.map(lambda x: x * np.nan, model.params))
     with pytest.raises(UserError, match="the model's loss is nan: its weights are damaged"):
-        make_scorer(broken, 2, no_progress)(position_rows(random_text(64), 1))
+        make_scorer(broken, 2, print)(position_rows(random_text(64), 1))
