@@ -241,10 +241,11 @@ def test_probes_of_a_model_that_was_not_trained_are_those_of_chance(probed):
     assert list(found) == [("copy", "192"), ("repeat", "192"), ("lookup", "192"), ("classes", "0"), ("classes", "192"),
                            ("positions", "0-255"), ("positions", "256-511")]  # fmt: skip
     for name in ("copy", "repeat"):
-        assert found[name, "192"]["second_copy"]["mean"] == pytest.approx(math.log(257), rel=0.1)
+        assert found[name, "192"]["second_copy"]["mean"] > math.log(257)  # that of equal probabilities
         assert abs(found[name, "192"]["gain"]["mean"]) < 0.2
     assert found["lookup", "192"]["right"]["mean"] == 0
-    assert found["positions", "0-255"]["bits_per_token"]["mean"] == pytest.approx(math.log2(257), rel=0.1)
+    for octave in ("0-255", "256-511"):
+        assert found["positions", octave]["bits_per_token"]["mean"] > math.log2(257)
 
 
 def test_the_table_of_probes_has_the_figures(probed, capsys):

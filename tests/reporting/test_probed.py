@@ -64,7 +64,7 @@ def test_a_probe_with_several_distances_has_a_picture_with_a_line_per_model(two)
     run_report(f"{two}/exact,{two}/dark", two / "out")
     assert {path.name for path in (two / "out").glob("*.png")} == {"probe_copy.png", "probe_positions.png"}
     page = (two / "out" / "report.md").read_text()
-    assert f"{two}/dark: 3.5 at 512, 3.75 at 1024." in page.replace("\\", "")
+    assert f"{two}/dark: lowest 3.5 at 512, 3.75 at 1024." in page.replace("\\", "")
     (copy, classes, positions) = find_probes([str(two / "exact"), str(two / "dark")])
     assert [(line.label, [x for x, _ in line.points]) for line in copy.lines] == [
         (str(two / "exact"), [512, 1024]),
