@@ -76,6 +76,7 @@ class FitOptions:
     far_gain: bool
     learn_projections: bool
     seed: int
+    heldout_fraction: float = 0.0  # share of the text that is not read, as in `data.heldout_fraction`
 
 
 def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> list[dict[str, Any]]:
@@ -96,8 +97,8 @@ def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> list[dict[s
             raise UserError(
                 f"--workdir={o.workdir}: its layers are {', '.join(others)}; allowed: {', '.join(EXACT_KINDS)}"
             )
-        config = _config(o)
-        sizes = (o.passages, o.context, o.seed)
+        config = calibrated_config(o)
+        sizes = (o.passages, o.context, o.seed, o.heldout_fraction)
         passages, num_test = read_passages(o.text, o.test_text, o.text_field, teacher.tokenizer, *sizes)
         experiment = Experiment.of(config, NextToken.of(config, teacher.tokenizer.vocab_size))
         params, projections = jax.jit(experiment.network.init)(key_of_seed(o.seed))
@@ -118,7 +119,8 @@ def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> list[dict[s
     return rows
 
 
-def _config(o: FitOptions) -> ml_collections.ConfigDict:
+def calibrated_config(o: FitOptions) -> ml_collections.ConfigDict:
+    """The config of the workdir that `calibrate` writes. Raises UserError for options that contradict each other."""
     config = conversion_config(o.mechanism)
     attention = config.model.attention
     attention.window = o.window

@@ -53,6 +53,17 @@ def conversion_config(kind: str) -> ml_collections.ConfigDict:
     return c
 
 
+def continued_config() -> ml_collections.ConfigDict:
+    """The base config with the model of `init_from`, layer by layer, and its tokenizer."""
+    c = base.get_config()
+    for name in set(c.model) - set(COMPUTATION):
+        _inherit(c.model, name)
+    for name in list(c.model.attention):
+        _inherit(c.model.attention, name)
+    c.data.tokenizer = ""
+    return c
+
+
 def without_window(c: ml_collections.ConfigDict) -> None:
     """Turns off the fields that need a window if the config has none. What another run determines stays None."""
     for name, field in base.fields().items():

@@ -19,8 +19,9 @@ _PATTERN, _KIND = "model.attention.pattern", "model.attention.kind"
 def inherit(config: ml_collections.ConfigDict, workdir: Workdir | None = None) -> ml_collections.ConfigDict:
     """`config` with a value for every field that is None: from the own workdir if it has begun, else from `init_from`.
 
-    In the `model.attention.pattern` of `init_from`, this config's mechanism replaces every layer that is not local, or
-    every layer if all are local. Inherited fields that no layer uses any more are turned off: see configs/finetune.py.
+    In the `model.attention.pattern` of `init_from`, this config's mechanism, if it has one, replaces every layer that is
+    not local, or every layer if all are local. Inherited fields that no layer uses any more are turned off: see
+    configs/finetune.py.
 
     Args:
       config: left as it is.
@@ -43,7 +44,7 @@ def inherit(config: ml_collections.ConfigDict, workdir: Workdir | None = None) -
     if absent:
         raise UserError(f"{source}/{CONFIG_FILE} has no {absent[0]}; another version wrote it")
     filled = {name: saved[name] for name in missing}
-    if source is not workdir and _PATTERN in filled:
+    if source is not workdir and _PATTERN in filled and _KIND not in filled:
         filled[_PATTERN] = _with_mechanism(config, saved)
     new = config.copy_and_resolve_references()
     new.update_from_flattened_dict(filled)

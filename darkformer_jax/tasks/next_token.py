@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from darkformer_jax.model.network import Network
 from darkformer_jax.model.transformer import Transformer
+from darkformer_jax.tasks.hidden_states import hidden_states, matched
 from darkformer_jax.tasks.task import Batch, Sums
 
 
@@ -36,6 +37,7 @@ class NextToken:
     z_loss: float
     teacher: Network | None = None
     teacher_weight: float = 0.0
+    hidden_weight: float = 0.0
 
     num_outputs = 0  # not a field
     weight_name: ClassVar[str] = "tokens"
@@ -43,8 +45,8 @@ class NextToken:
     @classmethod
     def of(cls, config: ml_collections.ConfigDict, vocab_size: int, teacher: Network | None = None) -> "NextToken":
         """The objective for a config and the tokenizer's number of ids."""
-        z_loss = config.optimizer.z_loss
-        return cls(vocab_size, config.sequence_length, z_loss, teacher, config.distill.weight if teacher else 0.0)
+        weights = (config.distill.weight, config.distill.hidden_weight) if teacher else (0.0, 0.0)
+        return cls(vocab_size, config.sequence_length, config.optimizer.z_loss, teacher, *weights)
 
     def batch_shapes(self, num_rows: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes of a batch of darkformer_jax.data.batches."""
@@ -56,14 +58,29 @@ class NextToken:
 
     def loss(self, model: Transformer, batch: Batch, constants: Any) -> tuple[Float[Array, ""], Sums]:
         """The loss, and `token_sums`; with a teacher also `distill`, the sum of divergences from it, in nats."""
-        logits = predict(model, batch)
-        sums = token_sums(logits, batch)
-        loss = sums["nll"]
-        if self.teacher is not None:
-            wanted = jax.lax.stop_gradient(predict(self.teacher.bind(*constants), batch))
-            sums["distill"] = jnp.sum(batch["weights"] * kl_divergence(wanted, logits))
-            loss = (1.0 - self.teacher_weight) * loss + self.teacher_weight * sums["distill"]
-        return loss + self.z_loss * sums["z"], sums
+        if self.teacher is None:
+            sums = token_sums(predict(model, batch), batch)
+            return sums["nll"] + self.z_loss * sums["z"], sums
+        taught, sums = self._lessons(model, batch, self.teacher.bind(*jax.lax.stop_gradient(constants)))
+        text = 1.0 - self.teacher_weight - self.hidden_weight
+        return text * sums["nll"] + taught + self.z_loss * sums["z"], sums
+
+    def _lessons(self, model: Transformer, batch: Batch, teacher: Transformer) -> tuple[Float[Array, ""], Sums]:
+        """(what the teacher's part of the loss is, all sums)."""
+        weights, taught, sums = batch["weights"], 0.0, {}
+        if self.hidden_weight:
+            wanted, targets = hidden_states(teacher, batch)
+            hidden, errors = matched(model, batch, targets)
+            sums["hidden"] = jnp.sum(weights * errors)
+            taught += self.hidden_weight * sums["hidden"]
+            logits = model.logits(hidden)
+        else:
+            logits = predict(model, batch)
+        if self.teacher_weight:
+            wanted_logits = teacher.logits(wanted) if self.hidden_weight else predict(teacher, batch)
+            sums["distill"] = jnp.sum(weights * kl_divergence(wanted_logits, logits))
+            taught += self.teacher_weight * sums["distill"]
+        return taught, sums | token_sums(logits, batch)
 
     def metrics(self, sums: Sums, weight: Float[Array, ""]) -> dict[str, Array]:
         """Means over the batch. `loss` is the cross-entropy even with a teacher, so that runs can be compared."""
@@ -73,9 +90,7 @@ class NextToken:
             "z_loss": self.z_loss * sums["z"] / weight,
             "tokens": sums["weight"],
         }
-        if self.teacher is not None:
-            metrics["distill"] = sums["distill"] / weight
-        return metrics
+        return metrics | {name: sums[name] / weight for name in ("distill", "hidden") if name in sums}
 
     def measure(self, model: Transformer, batch: Batch) -> tuple[Sums, dict[str, Array]]:
         """`token_sums`. Rows of a mixture have the values `nll`, `weight` and `source`; others have none."""

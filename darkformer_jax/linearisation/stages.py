@@ -1,0 +1,108 @@
+"""The stages themselves: the config of each, whether it is done, and running it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_collections
+
+from darkformer_jax.calibration import CALIBRATION_FILE
+from darkformer_jax.calibration.fitting import FitOptions, calibrate, calibrated_config
+from darkformer_jax.config.arguments import shorten_warmup
+from darkformer_jax.config.fields import flat_fields
+from darkformer_jax.config.linearisation import stage_config
+from darkformer_jax.data.progress import ProgressBar
+from darkformer_jax.linearisation.settings import STAGES, TRANSFER, Settings, stage_directory
+from darkformer_jax.linearisation.text import HELDOUT_FRACTION
+from darkformer_jax.runs.checkpoints import Checkpoints
+from darkformer_jax.runs.workdir import Workdir
+from darkformer_jax.training.log import RunProgress
+from darkformer_jax.training.run import train
+
+ProgressOf = Callable[[ml_collections.ConfigDict], RunProgress]
+
+
+def transfer_options(settings: Settings) -> FitOptions:
+    """What the first stage fits. It reads no text that a later stage holds out."""
+    return FitOptions(
+        workdir=settings.workdir,
+        step=None,
+        text=settings.text,
+        test_text="",
+        text_field=settings.text_field,
+        mechanism="dark",
+        transfer_steps=settings.steps[TRANSFER],
+        learning_rate=1e-2,
+        passages=settings.passages,
+        context=settings.context,
+        num_features=settings.num_features,
+        window=settings.window,
+        num_sinks=4 if settings.window else 0,
+        geometry="identity",
+        geometry_init=0.5,
+        shrinkage=0.0,
+        far_gain=False,
+        learn_projections=False,
+        seed=settings.seed,
+        heldout_fraction=HELDOUT_FRACTION,
+    )
+
+
+def trained_config(settings: Settings, out: Path, stage: str) -> ml_collections.ConfigDict:
+    """The config of a trained stage, as train.py would take it: the model's fields are None."""
+    c = stage_config(stage)
+    c.num_steps = settings.steps[stage]
+    shorten_warmup(c)
+    c.init_from = str(stage_directory(out, settings.stages[settings.stages.index(stage) - 1]))
+    c.distill.workdir = settings.workdir
+    c.sequence_length = settings.context_of(stage)
+    c.batch_size = c.eval.batch_size = settings.rows_of(stage)
+    c.seed = settings.seed
+    c.model.lora_rank, c.model.dtype = settings.lora, settings.dtype
+    c.data.source, c.data.files, c.data.text_field = "text", settings.text, settings.text_field
+    c.data.heldout_fraction = HELDOUT_FRACTION
+    return c
+
+
+def planned_config(settings: Settings, out: Path, stage: str) -> ml_collections.ConfigDict:
+    """`trained_config` with the model that `transfer` will write, before it is there."""
+    model = dict(flat_fields(calibrated_config(transfer_options(settings)).to_dict()))
+    c = trained_config(settings, out, stage)
+    missing = [name for name, value in flat_fields(c.to_dict()) if value is None]
+    c.update_from_flattened_dict({name: model[name] for name in missing})
+    return c
+
+
+def is_done(settings: Settings, out: Path, stage: str) -> bool:
+    """Whether the stage needs no more work."""
+    directory = stage_directory(out, stage)
+    if stage == TRANSFER:
+        return (directory / CALIBRATION_FILE).is_file()
+    workdir = Workdir(directory)
+    return workdir.has_begun and Checkpoints(workdir).latest_good_step() == settings.steps[stage]
+
+
+def has_begun(out: Path, stage: str) -> bool:
+    """Whether the stage has a directory."""
+    return stage_directory(out, stage).exists()
+
+
+def run_stage(settings: Settings, out: Path, stage: str, progress_of: ProgressOf, progress_bar: ProgressBar) -> None:
+    """Runs a stage to its end, from where an earlier command left it.
+
+    Attention transfer begins anew: it writes its directory whole or not at all.
+
+    Raises:
+      Stopped: a signal came; the finished step is saved.
+      UserError: as `calibrate` or `train` do.
+    """
+    directory = stage_directory(out, stage)
+    if stage == TRANSFER:
+        calibrate(transfer_options(settings), str(directory), progress_bar)
+        return
+    config = trained_config(settings, out, stage)
+    train(config, Workdir(directory), progress_of(config))
+
+
+def stages_left(settings: Settings, out: Path) -> list[str]:
+    """The stages that are not done, in order."""
+    return [stage for stage in STAGES if stage in settings.stages and not is_done(settings, out, stage)]
