@@ -92,14 +92,15 @@ def make_plan(settings: Settings, out: Path, exact: Network) -> list[StagePlan]:
 
 def describe(plans: list[StagePlan], text: Text) -> str:
     """The plan for people: a line per stage."""
-    rows = [("stage", "steps", "tokens", "of the text", "FLOPs", "disk", "directory")]
+    rows = [("stage", "steps", "tokens", "of the text", "FLOPs", "disk", "")]
     for plan in plans:
         steps = f"{plan.steps:,} per layer" if plan.stage == TRANSFER else f"{plan.steps:,}"
-        flops = "-" if plan.flops is None else f"{plan.flops:.1e}"
-        share = f"{plan.tokens / text.num_tokens:.3g} times"
-        where = f"{plan.directory}" + (f" ({plan.state})" if plan.state else "")
-        rows.append((plan.stage, steps, f"{plan.tokens:,}", share, flops, _size(plan.num_bytes), where))
-    return "\n".join(table_lines(rows))
+        flops = "not counted" if plan.flops is None else f"{plan.flops:.1e}"
+        share = f"{100 * plan.tokens / text.num_tokens:.3g}%"
+        rows.append((plan.directory.name, steps, f"{plan.tokens:,}", share, flops, _size(plan.num_bytes), plan.state))
+    learned, held_out = f"{text.num_tokens:,} tokens to learn from", f"{text.heldout.num_bytes:,} bytes held out"
+    head = f"{plans[0].directory.parent}: {learned}, {held_out}"
+    return "\n".join([head, *(line.rstrip() for line in table_lines(rows))])
 
 
 def require_disk(plans: list[StagePlan], out: Path) -> None:

@@ -52,6 +52,7 @@ def trained_config(settings: Settings, out: Path, stage: str) -> ml_collections.
     c = stage_config(stage)
     c.num_steps = settings.steps[stage]
     shorten_warmup(c)
+    c.checkpoint.every = min(c.checkpoint.every, max(1, c.num_steps // 10))  # so much is lost at most
     c.init_from = str(stage_directory(out, settings.stages[settings.stages.index(stage) - 1]))
     c.distill.workdir = settings.workdir
     c.sequence_length = settings.context_of(stage)

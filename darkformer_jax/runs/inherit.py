@@ -19,8 +19,8 @@ _PATTERN, _KIND = "model.attention.pattern", "model.attention.kind"
 def inherit(config: ml_collections.ConfigDict, workdir: Workdir | None = None) -> ml_collections.ConfigDict:
     """`config` with a value for every field that is None: from the own workdir if it has begun, else from `init_from`.
 
-    In the `model.attention.pattern` of `init_from`, this config's mechanism, if it has one, replaces every layer that is
-    not local, or every layer if all are local. Inherited fields that no layer uses any more are turned off: see
+    If this config has a mechanism, it replaces every layer in the `model.attention.pattern` of `init_from` that is not
+    local, or every layer if all are local. Inherited fields that no layer uses any more are turned off: see
     configs/finetune.py.
 
     Args:
