@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from darkformer_jax.data import Tokenizer, load_data
+from darkformer_jax.calibration.passages import read_passages
+from darkformer_jax.data import Tokenizer, load_data, load_tokenizer
 from darkformer_jax.data.heldout import DEFAULT_HELDOUT_FRACTION
 from darkformer_jax.data.sources import Corpus, Document, find_text_files, open_corpus
 from darkformer_jax.data.text_files import ignore_read
@@ -44,7 +45,8 @@ def read_text(settings: Settings) -> Text:
         documents of the training text.
     """
     find_text_files(settings.text)  # refuses sources with weights, which calibration does not read
-    tokenizer = str(Workdir(settings.workdir).local)
+    tokenizer, passages = str(Workdir(settings.workdir).local), (settings.passages, settings.context, settings.seed)
+    read_passages(settings.text, "", settings.text_field, load_tokenizer(tokenizer), *passages, HELDOUT_FRACTION)
     data = load_data("text", settings.text, tokenizer, HELDOUT_FRACTION, text_field=settings.text_field)
     _require_enough(settings, data.train.num_targets)
     held_out = data.heldout_documents or ()

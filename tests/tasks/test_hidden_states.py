@@ -1,6 +1,5 @@
 """The student's hidden states against the teacher's: the loss, its gradient, and which layer is compared with which."""
 
-import dataclasses
 import functools
 
 import jax
