@@ -116,13 +116,13 @@ class Transformer(nnx.Module):
         tokens: Int[Array, "b n"],
         segment_ids: Int[Array, "b n"],
         positions: Int[Array, "b n"],
-        observe: Callable[[Array, Any], tuple[Array, Any]],
+        observe: Callable[[Array, Any], Any],
         beside: Any = None,
     ) -> tuple[Float[Array, "b n embed"], Any]:
         """(the output of the final norm, what `observe` says of every layer, with an axis of layers in front).
 
-        observe: (a layer's output [b, n, embed], its part of `beside`) -> (the next layer's input, what to return). It
-          runs inside the scan: what it does not return is not kept.
+        observe: (a layer's output [b, n, embed], its part of `beside`) -> arrays. It runs inside the scan: what it does
+          not return is not kept.
         beside: arrays with an axis of layers in front; None = nothing.
         """
         x, _, observed = self._through_layers(self.embed(tokens), segment_ids, positions, None, observe, beside)
@@ -134,12 +134,11 @@ class Transformer(nnx.Module):
         segment_ids: Array,
         positions: Array,
         state: Any,
-        observe: Callable[[Array, Any], tuple[Array, Any]] | None = None,
+        observe: Callable[[Array, Any], Any] = lambda x, beside: None,
         beside: Any = None,
     ) -> tuple[Array, Any, Any]:
         """(the last layer's output, the new state, what was observed)."""
         split = [nnx.split(getattr(self, f"blocks_{place}")) for place in range(len(self.spec.pattern))]
-        observe = observe or (lambda x, _: (x, None))
 
         def layers(x: Array, stacks: Any) -> tuple[Array, Any]:
             """Applies one layer per entry of the arrays, at the first places of the pattern."""
@@ -148,9 +147,9 @@ class Transformer(nnx.Module):
             for (graphdef, _), block_arrays, block_state, own in zip(split, arrays, states, besides, strict=False):
                 block = nnx.merge(graphdef, block_arrays)
                 x, new_state = block(x, segment_ids, positions, block_state)
-                x, seen = observe(constrain(x, "batch", "sequence", None), own)
+                x = constrain(x, "batch", "sequence", None)
                 new_states.append(new_state)
-                observed.append(seen)
+                observed.append(observe(x, own))
             return x, (tuple(new_states), tuple(observed))
 
         in_scan = behind = layers

@@ -1,40 +1,48 @@
-"""Matching a teacher's hidden states: each layer's output is a target of the student's, on the student's own inputs."""
+"""Matching a teacher's hidden states: what each block gives is a target of the student's block of the same number.
 
-import os
+The student's blocks get the student's own inputs, so that they learn to make up for the errors of the blocks before
+them. Gradients flow through all of them: a block also learns what helps the blocks behind it (docs/finetuning.md
+compares this with gradients that stop at each block's input).
+"""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from darkformer_jax.model.transformer import Transformer
 from darkformer_jax.tasks.task import Batch
 
-STOP = os.environ.get("LIN_STOP") == "1"
-
 
 def hidden_states(model: Transformer, batch: Batch) -> tuple[Array, Float[Array, "layers b n embed"]]:
     """(the output of the final norm, the output of every block)."""
-    places = batch["inputs"], batch["segment_ids"], batch["positions"]
-    return model.observed(*places, lambda x, _: (x, x))
+    return model.observed(*_inputs(batch), lambda x, _: x)
 
 
 def matched(
     model: Transformer, batch: Batch, targets: Float[Array, "layers b n embed"]
 ) -> tuple[Array, Float[Array, "b n"]]:
-    """(the output of the final norm, the mean over layers of each token's relative squared error)."""
+    """(the output of the final norm, the mean over layers of each token's |h - target|^2 / |target|^2).
+
+    The errors are float32, and 0 where a token has no weight. Of the student's hidden states, only one layer's exist at
+    a time, besides what gradients need.
+    """
     weights = batch["weights"]
 
-    def observe(x: Array, target: Array) -> tuple[Array, Array]:
-        error = relative_squared_error(x, target, weights)
-        return (jax.lax.stop_gradient(x) if STOP else x), error
+    def observe(x: Array, target: Array) -> Array:
+        return relative_squared_errors(x, target, weights)
 
-    places = batch["inputs"], batch["segment_ids"], batch["positions"]
-    x, errors = model.observed(*places, observe, targets)
+    x, errors = model.observed(*_inputs(batch), observe, targets)
     return x, jnp.mean(errors, axis=0)
 
 
-def relative_squared_error(x: Array, target: Array, weights: Array) -> Float[Array, "b n"]:
+def relative_squared_errors(
+    x: Float[Array, "b n embed"], target: Float[Array, "b n embed"], weights: Float[Array, "b n"]
+) -> Float[Array, "b n"]:
     """|x - target|^2 / |target|^2 of each token in float32; 0 where the weight is 0."""
     x, target = x.astype(jnp.float32), target.astype(jnp.float32)
-    sizes = jnp.where(weights > 0, jnp.sum(jnp.square(target), axis=-1), 1.0)
-    return jnp.where(weights > 0, jnp.sum(jnp.square(x - target), axis=-1), 0.0) / sizes
+    is_real = weights > 0
+    sizes = jnp.where(is_real, jnp.sum(jnp.square(target), axis=-1), 1.0)
+    return jnp.where(is_real, jnp.sum(jnp.square(x - target), axis=-1), 0.0) / sizes
+
+
+def _inputs(batch: Batch) -> tuple[Array, Array, Array]:
+    return batch["inputs"], batch["segment_ids"], batch["positions"]

@@ -1,6 +1,7 @@
-"""Next-token prediction: the loss of a language model, which may also learn from a teacher's predictions.
+"""Next-token prediction: the loss of a language model, which may also learn from a teacher.
 
-The teacher is frozen, and its predictions are targets (distillation, Hinton et al., arXiv 1503.02531).
+The teacher is frozen. Its predictions are targets (distillation, Hinton et al., arXiv 1503.02531), its hidden states,
+or both.
 """
 
 import dataclasses
@@ -22,7 +23,8 @@ from darkformer_jax.tasks.task import Batch, Sums
 class NextToken:
     """The objective of a language model; see `tasks.task.Objective`.
 
-    Its loss is (1 - w) cross-entropy + w KL(teacher || student) + z_loss (log normaliser)^2, averaged over real tokens.
+    Its loss is (1 - w - v) cross-entropy + w KL(teacher || student) + v hidden + z_loss (log normaliser)^2, averaged
+    over real tokens. `hidden` is the relative squared error of the hidden states (`tasks.hidden_states`).
 
     Attributes:
       vocab_size: number of the tokenizer's ids.
@@ -30,6 +32,7 @@ class NextToken:
       z_loss: weight of the squared log normaliser.
       teacher: the loss gets its arrays as constants, (params, projections).
       teacher_weight: w.
+      hidden_weight: v.
     """
 
     vocab_size: int
@@ -57,30 +60,31 @@ class NextToken:
         }
 
     def loss(self, model: Transformer, batch: Batch, constants: Any) -> tuple[Float[Array, ""], Sums]:
-        """The loss, and `token_sums`; with a teacher also `distill`, the sum of divergences from it, in nats."""
+        """The loss, and `token_sums`. With a teacher, the sums of what it teaches are there, too, as far as they count:
+
+        `distill`, the divergences from its predictions in nats, and `hidden`, the relative squared errors.
+        """
         if self.teacher is None:
             sums = token_sums(predict(model, batch), batch)
             return sums["nll"] + self.z_loss * sums["z"], sums
-        taught, sums = self._lessons(model, batch, self.teacher.bind(*jax.lax.stop_gradient(constants)))
-        text = 1.0 - self.teacher_weight - self.hidden_weight
-        return text * sums["nll"] + taught + self.z_loss * sums["z"], sums
+        sums = self._taught(model, batch, self.teacher.bind(*constants))
+        of_text = 1.0 - self.teacher_weight - self.hidden_weight
+        factors = {"nll": of_text, "distill": self.teacher_weight, "hidden": self.hidden_weight, "z": self.z_loss}
+        # What has no part in the loss is left out, so that no gradient of it is computed.
+        return sum((factor * sums[name] for name, factor in factors.items() if factor), jnp.zeros(())), sums
 
-    def _lessons(self, model: Transformer, batch: Batch, teacher: Transformer) -> tuple[Float[Array, ""], Sums]:
-        """(what the teacher's part of the loss is, all sums)."""
-        weights, taught, sums = batch["weights"], 0.0, {}
-        if self.hidden_weight:
-            wanted, targets = hidden_states(teacher, batch)
-            hidden, errors = matched(model, batch, targets)
-            sums["hidden"] = jnp.sum(weights * errors)
-            taught += self.hidden_weight * sums["hidden"]
-            logits = model.logits(hidden)
-        else:
-            logits = predict(model, batch)
+    def _taught(self, model: Transformer, batch: Batch, teacher: Transformer) -> Sums:
+        """All sums of `loss` with a teacher."""
+        if not self.hidden_weight:
+            logits, wanted = predict(model, batch), predict(teacher, batch)
+            return token_sums(logits, batch) | {"distill": _divergences(wanted, logits, batch)}
+        theirs, targets = hidden_states(teacher, batch)
+        hidden, errors = matched(model, batch, targets)
+        logits = model.logits(hidden)
+        sums = token_sums(logits, batch) | {"hidden": jnp.sum(batch["weights"] * errors)}
         if self.teacher_weight:
-            wanted_logits = teacher.logits(wanted) if self.hidden_weight else predict(teacher, batch)
-            sums["distill"] = jnp.sum(weights * kl_divergence(wanted_logits, logits))
-            taught += self.teacher_weight * sums["distill"]
-        return taught, sums | token_sums(logits, batch)
+            sums["distill"] = _divergences(teacher.logits(theirs), logits, batch)
+        return sums
 
     def metrics(self, sums: Sums, weight: Float[Array, ""]) -> dict[str, Array]:
         """Means over the batch. `loss` is the cross-entropy even with a teacher, so that runs can be compared."""
@@ -135,6 +139,12 @@ def _log_normalizer_and_target(
     """The logarithm of the sum of exp(logits), and the logit of the target."""
     target_logits = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1), target_logits
+
+
+def _divergences(
+    wanted: Float[Array, "b n vocab"], logits: Float[Array, "b n vocab"], batch: Batch
+) -> Float[Array, ""]:
+    return jnp.sum(batch["weights"] * kl_divergence(jax.lax.stop_gradient(wanted), logits))
 
 
 def kl_divergence(teacher: Float[Array, "... vocab"], student: Float[Array, "... vocab"]) -> Float[Array, "..."]:

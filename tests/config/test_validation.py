@@ -189,6 +189,14 @@ RULES = [
     ({"distill.weight": 1.5}, r"distill.weight = 1.5: must be in \[0, 1\]"),
     ({"distill.weight": 0.5}, "distill.weight = 0.5 with distill.workdir = ''; allowed: both or neither"),
     ({"distill.workdir": "runs/a"}, "distill.weight = 0.0 with distill.workdir = 'runs/a'; allowed: both or neither"),
+    (
+        {"distill.workdir": "runs/a", "distill.weight": 0.6, "distill.hidden_weight": 0.5},
+        "distill.weight = 0.6 and distill.hidden_weight = 0.5: their sum must be at most 1",
+    ),
+    (
+        {"distill.hidden_weight": 0.5},
+        "distill.weight = 0.0 and distill.hidden_weight = 0.5 with distill.workdir = ''; allowed: both or neither",
+    ),
     ({"sample.top_p": 0.0}, r"sample.top_p = 0.0: must be in \(0, 1\]"),
     ({"sample.prompts": ("def ", 1)}, r"sample.prompts = \('def ', 1\): must be strings"),
     ({"data.heldout_fraction": -0.1}, r"data.heldout_fraction = -0.1: must be in \[0, 1\)"),
@@ -209,6 +217,8 @@ def test_a_rule_names_its_field_and_what_is_allowed(changes, message):
         {},
         {"num_steps": 1},
         {"distill.workdir": "runs/a", "distill.weight": 1.0},
+        {"distill.workdir": "runs/a", "distill.hidden_weight": 1.0},
+        {"distill.workdir": "runs/a", "distill.weight": 0.3, "distill.hidden_weight": 0.7},
         {"optimizer.train": "lora", "model.lora_rank": 4},
         {"model.num_kv_heads": 1},
         {"model.attention.pattern": "softmax, dark"},

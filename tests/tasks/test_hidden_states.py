@@ -46,17 +46,18 @@ def arrays(**changes):
 
 
 def layer_outputs(network, arrays, batch):
-    """What every block gives, one after another, without a scan: [layers, b, n, embed] in float64."""
+    """What every block gives, one after another, without a scan: [layers, b, n, embed]."""
     model = network.bind(*arrays)
     x, outputs = model.embed(batch["inputs"]), []
     for index in range(network.spec.num_layers):
         x, _ = model.layer(index)(x, batch["segment_ids"], batch["positions"], None)
-        outputs.append(np.asarray(x, np.float64))
-    return np.stack(outputs)
+        outputs.append(x)
+    return jnp.stack(outputs)
 
 
 def error_by_hand(student, teacher, batch):
     """The mean over real tokens and layers of |h - t|^2 / |t|^2 in float64."""
+    student, teacher = np.float64(student), np.float64(teacher)
     squared = np.square(student - teacher).sum(-1) / np.square(teacher).sum(-1)
     weights = np.float64(batch["weights"])
     return (weights * squared.mean(0)).sum() / weights.sum()
@@ -104,6 +105,31 @@ def one_step(accumulation_steps=1, weights=(WEIGHT, HIDDEN), **changes):
 def relative_difference(a, b):
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return max(np.linalg.norm(np.float64(x) - y) / max(np.linalg.norm(np.float64(y)), 1e-12) for x, y in pairs)
+
+
+def test_the_gradient_is_that_of_the_weighted_sum_through_all_layers():
+    batch = random_batch(0)
+    own, theirs = experiment(**STUDENT).network, experiment(**TEACHER).network
+    params, projections = arrays(**STUDENT)
+    targets = layer_outputs(theirs, arrays(**TEACHER), batch)
+    wanted = theirs.bind(*arrays(**TEACHER))(batch["inputs"], batch["segment_ids"], batch["positions"])[0]
+    weights = batch["weights"] / batch["weights"].sum()
+
+    def loss(params):
+        outputs, model = layer_outputs(own, (params, projections), batch), own.bind(params, projections)
+        logits = model.logits(model.final_norm(outputs[-1]))
+        log_q = jax.nn.log_softmax(logits)
+        nll = -jnp.sum(log_q * jax.nn.one_hot(batch["targets"], 257), axis=-1)
+        divergence = jnp.sum(jax.nn.softmax(wanted) * (jax.nn.log_softmax(wanted) - log_q), axis=-1)
+        squared = jnp.sum(jnp.square(outputs - targets), axis=-1) / jnp.sum(jnp.square(targets), axis=-1)
+        z = jnp.square(jax.nn.logsumexp(logits, axis=-1))
+        terms = (1 - WEIGHT - HIDDEN) * nll + WEIGHT * divergence + HIDDEN * jnp.mean(squared, axis=0) + Z_LOSS * z
+        return jnp.sum(weights * terms)
+
+    gradients, metrics = one_step()
+    direct = jax.jit(jax.grad(loss))(params)
+    assert relative_difference(gradients, direct) < 2e-5
+    assert metrics["hidden"] > 0.1 and metrics["distill"] > 0
 
 
 def test_micro_batches_add_up_and_recomputation_changes_nothing():
