@@ -207,7 +207,7 @@ def test_the_whole_road(tmp_path):
 
 @pytest.mark.parametrize("stage", ["hidden,steps=7,lora=4", "logits", "long,context=64"])
 def test_a_stage_of_linearise_keeps_every_layer_as_it_is(tmp_path, stage):
-    layers = {"pattern": "softmax,dark(m=16),softmax_local", "local_window": 8, "window": 16, "num_sinks": 2}
+    layers = {"pattern": "softmax,dark(m=16),softmax_local,dark", "local_window": 8, "window": 16, "num_sinks": 2}
     source = tiny_config(model__num_layers=6, **{f"model__attention__{name}": value for name, value in layers.items()})
     Workdir(tmp_path / "source").write_config(source.to_dict())
     config = linearise.get_config(stage)

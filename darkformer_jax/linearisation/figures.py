@@ -48,10 +48,9 @@ def measure(workdir: Workdir, text: Text, settings: Settings, progress_bar: Prog
     figures = scorer.figures()
     quarters = np.zeros(4)
     for row in text.copied:
-        arrays = copy_batch(row[None], model.tokenizer)
-        sums = jax.device_get(step(model.params, model.projections, arrays))
-        quarters += sums["nll"]
-    first, second = (quarters[:2].sum(), quarters[2:].sum())
+        arrays = jax.device_put(copy_batch(row[None], model.tokenizer))
+        quarters += np.asarray(step(model.params, model.projections, arrays)["nll"], np.float64)
+    first, second = quarters[:2].sum(), quarters[2:].sum()
     predicted = text.copied.shape[0] * (text.copied.shape[1] - 1)
     copied = {"first_copy": float(first / predicted), "copy": float(second / predicted)}
     return Figures(figures["loss"], figures["bits_per_byte"], tokens=figures["tokens"], **copied)

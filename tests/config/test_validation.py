@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs import ablation, classify, finetune, glue, large, lm_1b, lra, paper, quickstart
+from configs import ablation, classify, finetune, glue, large, linearise, lm_1b, lra, paper, quickstart
 from darkformer_jax.config import base
 from darkformer_jax.config.arguments import ARGUMENTS, fields_of_arguments
 from darkformer_jax.config.specs import model_spec
@@ -19,7 +19,7 @@ from darkformer_jax.training.run import dry_run
 from tests.tiny_specs import rope_spec
 
 # No config; one whose sizes are those of another run; one whose sizes depend on the labels of its files.
-NOT_ALONE = ("arguments", "finetune", "classify", "lra", "glue")
+NOT_ALONE = ("arguments", "finetune", "linearise", "classify", "lra", "glue")
 CAUSAL = [kind for kind in MIXERS if not issubclass(MIXERS[kind], EncoderMechanism)]
 CONFIGS = [path.stem for path in (Path(__file__).parents[2] / "configs").glob("*.py") if path.stem not in NOT_ALONE]
 
@@ -396,7 +396,7 @@ def test_only_a_language_model_writes_samples():
 
 
 def test_every_experiments_arguments_are_known_and_none_is_given_twice():
-    for experiment in (ablation, classify, finetune, glue, large, lra):
+    for experiment in (ablation, classify, finetune, glue, large, linearise, lra):
         assert set(experiment.ARGUMENTS) <= ARGUMENTS.keys()
     with pytest.raises(UserError, match=r"configs/ablation.py: 'm=64': m is there twice$"):
         ablation.get_config("m=32,m=64")

@@ -33,6 +33,11 @@ STUDENT = SIZES | {"model__attention__pattern": "softmax,window_only", "model__a
 TEACHER = SIZES | {"model__mlp_dim": 48, "seed": 5}
 
 
+def rows():
+    """Rows of two documents and padding."""
+    return jax.tree.map(jnp.asarray, random_batch(0))
+
+
 @functools.cache
 def experiment(**changes):
     return experiment_of(tiny_config(**changes))
@@ -65,7 +70,7 @@ def error_by_hand(student, teacher, batch):
 
 def test_every_layer_is_compared_with_the_teachers_layer_of_the_same_number():
     """In float64, for a pattern of two with a layer left over, and rows of two documents and padding."""
-    batch = random_batch(0)
+    batch = rows()
     own, theirs = experiment(**STUDENT).network, experiment(**TEACHER).network
     wanted = error_by_hand(
         layer_outputs(own, arrays(**STUDENT), batch), layer_outputs(theirs, arrays(**TEACHER), batch), batch
@@ -81,7 +86,7 @@ def test_every_layer_is_compared_with_the_teachers_layer_of_the_same_number():
 
 
 def test_a_student_that_is_its_teacher_has_no_error():
-    batch, network = random_batch(0), experiment(**STUDENT).network
+    batch, network = rows(), experiment(**STUDENT).network
     model = network.bind(*arrays(**STUDENT))
     _, errors = matched(model, batch, hidden_states(model, batch)[1])
     assert errors.shape == batch["weights"].shape and not np.any(errors)
@@ -98,7 +103,7 @@ def one_step(accumulation_steps=1, weights=(WEIGHT, HIDDEN), **changes):
     options = {"accumulation_steps": accumulation_steps, "redraw_every": 0, "trained": e.trained}
     step = jax.jit(make_train_step(e.network, objective, optimizer, e.schedule, **options))
     start = TrainState(jnp.zeros((), jnp.int32), *arrays(**STUDENT), optimizer.init(arrays(**STUDENT)[0]))
-    state, metrics = step(start, random_batch(0), arrays(**TEACHER))
+    state, metrics = step(start, rows(), arrays(**TEACHER))
     return state.optimizer.trace, metrics
 
 
@@ -108,7 +113,7 @@ def relative_difference(a, b):
 
 
 def test_the_gradient_is_that_of_the_weighted_sum_through_all_layers():
-    batch = random_batch(0)
+    batch = rows()
     own, theirs = experiment(**STUDENT).network, experiment(**TEACHER).network
     params, projections = arrays(**STUDENT)
     targets = layer_outputs(theirs, arrays(**TEACHER), batch)
