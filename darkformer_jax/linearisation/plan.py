@@ -10,7 +10,7 @@ import jax
 from darkformer_jax.calibration.fitting import EXACT_KINDS, calibrated_config
 from darkformer_jax.config.validation import validate
 from darkformer_jax.errors import UserError
-from darkformer_jax.linearisation.settings import TRANSFER, Settings, stage_directory
+from darkformer_jax.linearisation.settings import LONG, TRANSFER, Settings, stage_directory
 from darkformer_jax.linearisation.stages import is_done, planned_config, transfer_options
 from darkformer_jax.linearisation.text import Text
 from darkformer_jax.model.flops import train_step_flops
@@ -22,6 +22,7 @@ from darkformer_jax.tasks.table import table_lines
 from darkformer_jax.training.experiment import Experiment
 from darkformer_jax.training.init_from import check_init_from
 
+DONE = "done"  # the state of a stage
 _FREE_BYTES = 64 * 2**20  # left over, for logs and pictures
 
 
@@ -65,7 +66,10 @@ def exact_network(settings: Settings) -> Network:
     made_for = workdir.read_config()["sequence_length"]
     if settings.longest > made_for:
         flag = "long_context" if settings.context <= made_for else "context"
-        raise UserError(f"--{flag}={settings.longest}: {workdir} was made for {made_for} tokens; allowed: at most that")
+        or_without = f", or --stages without {LONG}" if flag == "long_context" else ""
+        raise UserError(
+            f"--{flag}={settings.longest}: {workdir} was made for {made_for} tokens; allowed: at most that{or_without}"
+        )
     return network
 
 
@@ -75,7 +79,7 @@ def make_plan(settings: Settings, out: Path, exact: Network) -> list[StagePlan]:
     params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(exact.abstract_params))
     for stage in settings.stages:
         directory, steps = stage_directory(out, stage), settings.steps[stage]
-        state = "done" if is_done(settings, out, stage) else "begun" if directory.exists() else ""
+        state = DONE if is_done(settings, out, stage) else "begun" if directory.exists() else ""
         if stage == TRANSFER:
             validate(calibrated_config(transfer_options(settings)))
             tokens, flops, num_bytes = settings.passages * settings.context, None, 4 * params
@@ -105,7 +109,7 @@ def describe(plans: list[StagePlan], text: Text) -> str:
 
 def require_disk(plans: list[StagePlan], out: Path) -> None:
     """Raises UserError if the disk has too little room. While a checkpoint is written, the one before it is kept."""
-    left = [plan.num_bytes for plan in plans if plan.state != "done"]
+    left = [plan.num_bytes for plan in plans if plan.state != DONE]
     if not left:
         return
     needed = sum(left) + max(left) + _FREE_BYTES

@@ -1,6 +1,6 @@
 """A linearisation from its settings to the last stage's model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from darkformer_jax.data.files import local_path
@@ -8,7 +8,7 @@ from darkformer_jax.data.progress import ProgressBar
 from darkformer_jax.linearisation import plan, report
 from darkformer_jax.linearisation.figures import measure
 from darkformer_jax.linearisation.settings import Settings, check_settings, stage_directory, write_settings
-from darkformer_jax.linearisation.stages import ProgressOf, run_stage, stages_left
+from darkformer_jax.linearisation.stages import ProgressOf, run_stage
 from darkformer_jax.linearisation.text import Text, read_text
 from darkformer_jax.runs.workdir import Workdir
 
@@ -41,21 +41,27 @@ def linearise(settings: Settings, out: str, note: Note, progress_of: ProgressOf,
         lock.take()
         check_settings(directory, settings, text.fingerprint)  # another command may just have begun
         write_settings(directory, settings, text.fingerprint)
-        rows = _run(settings, directory, text, note, progress_of, progress_bar)
+        left = [stage.stage for stage in plans if stage.state != plan.DONE]
+        rows = _run(settings, directory, left, text, note, progress_of, progress_bar)
     note(report.describe(rows, text, settings.longest))
     last = stage_directory(directory, settings.stages[-1])
     note(f"report: {directory / report.REPORT_FILE}, {report.draw(directory, rows)}\nthe model: {last}")
 
 
 def _run(
-    settings: Settings, out: Path, text: Text, note: Note, progress_of: ProgressOf, progress_bar: ProgressBar
+    settings: Settings,
+    out: Path,
+    left: Sequence[str],
+    text: Text,
+    note: Note,
+    progress_of: ProgressOf,
+    progress_bar: ProgressBar,
 ) -> report.Rows:
-    """Runs what is left; returns the figures."""
+    """Runs the stages that are left; returns the figures."""
     about = {"text_fingerprint": text.fingerprint, "context": settings.longest, "copied": text.copied.shape[1]}
     rows = report.read_rows(out, about)
     places = {report.EXACT: Workdir(settings.workdir)}
     places |= {stage: Workdir(stage_directory(out, stage)) for stage in settings.stages}
-    left = stages_left(settings, out)
     for number, (name, workdir) in enumerate(places.items()):
         if name in left:
             note(f"stage {number} of {len(settings.stages)}: {name}")

@@ -1,5 +1,6 @@
 """The stages themselves: the config of each, whether it is done, and running it."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from darkformer_jax.config.arguments import shorten_warmup
 from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.config.linearisation import stage_config
 from darkformer_jax.data.progress import ProgressBar
-from darkformer_jax.linearisation.settings import STAGES, TRANSFER, Settings, stage_directory
+from darkformer_jax.linearisation.settings import TRANSFER, Settings, stage_directory
 from darkformer_jax.linearisation.text import HELDOUT_FRACTION
 from darkformer_jax.runs.checkpoints import Checkpoints
 from darkformer_jax.runs.workdir import Workdir
@@ -78,13 +79,10 @@ def is_done(settings: Settings, out: Path, stage: str) -> bool:
     directory = stage_directory(out, stage)
     if stage == TRANSFER:
         return (directory / CALIBRATION_FILE).is_file()
-    workdir = Workdir(directory)
-    return workdir.has_begun and Checkpoints(workdir).latest_good_step() == settings.steps[stage]
-
-
-def has_begun(out: Path, stage: str) -> bool:
-    """Whether the stage has a directory."""
-    return stage_directory(out, stage).exists()
+    if not Workdir(directory).has_begun:
+        return False
+    with contextlib.closing(Checkpoints(Workdir(directory))) as checkpoints:
+        return checkpoints.latest_good_step() == settings.steps[stage]
 
 
 def run_stage(settings: Settings, out: Path, stage: str, progress_of: ProgressOf, progress_bar: ProgressBar) -> None:
@@ -102,8 +100,3 @@ def run_stage(settings: Settings, out: Path, stage: str, progress_of: ProgressOf
         return
     config = trained_config(settings, out, stage)
     train(config, Workdir(directory), progress_of(config))
-
-
-def stages_left(settings: Settings, out: Path) -> list[str]:
-    """The stages that are not done, in order."""
-    return [stage for stage in STAGES if stage in settings.stages and not is_done(settings, out, stage)]
