@@ -67,6 +67,10 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     )
     window_help = f"tokens before a query's chunk seen exactly; 0 = none (default: {attention.window})"
     parser.add_argument("--window", type=whole, default=attention.window, help=window_help)
+    exact_help = "layers to leave exact: none, 3,17, or auto:4, chosen by transfer; see calibrate (default: none)"
+    parser.add_argument("--exact_layers", default="none", help=exact_help)
+    budget_help = "with --exact_layers=auto: 64MB@32768 or 20%%@32768, see calibrate"
+    parser.add_argument("--cache_budget", default="", help=budget_help)
     rank = hidden.model.lora_rank
     parser.add_argument("--lora", type=whole, default=rank, help=f"rank of the low-rank updates (default: {rank})")
     parser.add_argument("--dtype", default=_DTYPES[0], choices=_DTYPES, help="of activations (default: bfloat16)")

@@ -16,7 +16,7 @@ from typing import Any
 
 import ml_collections
 
-from darkformer_jax.config.conversion import continued_config
+from darkformer_jax.config.conversion import continuation_config
 from darkformer_jax.errors import UserError
 
 _OF_STAGES: Mapping[str, Mapping[str, Any]] = {
@@ -41,7 +41,7 @@ def stage_config(stage: str) -> ml_collections.ConfigDict:
     """
     if stage not in TRAINED_STAGES:
         raise UserError(f"stage {stage!r} is unknown; allowed: {', '.join(TRAINED_STAGES)}")
-    c = continued_config()
+    c = continuation_config()
     c.model.remat = "full"  # pretrained models are deep
     c.model.lora_rank = 16
     c.batch_size = 8

@@ -14,7 +14,7 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
 from darkformer_jax.mixers.spec import MixerSpec
 
-OF_LANGUAGE_MODELS = ("optimizer.z_loss", "distill.weight", "distill.hidden_weight")
+OF_LANGUAGE_MODELS = ("optimizer.z_loss", "distill.weight")
 OF_LABELLED_TASKS = ("task.pooling", "model.causal")
 OF_LABELLED_FILES = ("task.text_column", "task.label_column", "task.heldout_files")
 _SWAPS = {f"{ATTENTION}kind", f"{ATTENTION}pattern"}  # which mixers there are
@@ -164,11 +164,12 @@ def _require_read(config: ml_collections.ConfigDict, names: Collection[str]) -> 
 def _used(config: ml_collections.ConfigDict) -> set[str]:
     """The fields that layers use and do not have as an option, by their own names.
 
-    Where model.attention.pattern is None, another run decides which layers are local ones: they may be there.
+    Where model.attention.pattern is None, another run decides which layers are local ones: they may be there. Where the
+    kind is None, too, it decides over all layers.
     """
     attention = config.model.attention
-    if attention.kind is None:  # all layers are another run's
-        return set(map(_own, mixer_fields()))
+    if attention.kind is None:
+        return set().union(*(mixer.uses for mixer in MIXERS.values()))
     layers = parse_pattern(attention.pattern, attention.kind)
     used = set().union(*(MIXERS[layer.kind].uses - layer.options.keys() for layer in layers))
     if attention.pattern is None:

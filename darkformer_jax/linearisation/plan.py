@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 import jax
 
+from darkformer_jax.calibration.exact_layers import check_wish, parse_wish
 from darkformer_jax.calibration.fitting import EXACT_KINDS, calibrated_config
+from darkformer_jax.config.specs import model_spec
 from darkformer_jax.config.validation import validate
 from darkformer_jax.errors import UserError
 from darkformer_jax.linearisation.settings import LONG, TRANSFER, Settings, stage_directory
@@ -81,7 +83,7 @@ def make_plan(settings: Settings, out: Path, exact: Network) -> list[StagePlan]:
         directory, steps = stage_directory(out, stage), settings.steps[stage]
         state = DONE if is_done(settings, out, stage) else "begun" if directory.exists() else ""
         if stage == TRANSFER:
-            validate(calibrated_config(transfer_options(settings)))
+            _check_transfer(settings, exact)
             tokens, flops, num_bytes = settings.passages * settings.context, None, 4 * params
         else:
             config = planned_config(settings, out, stage)
@@ -92,6 +94,13 @@ def make_plan(settings: Settings, out: Path, exact: Network) -> list[StagePlan]:
             flops = steps * (experiment.step_flops + teacher_flops)
         plans.append(StagePlan(stage, directory, steps, tokens, flops, num_bytes, state))
     return plans
+
+
+def _check_transfer(settings: Settings, exact: Network) -> None:
+    """Raises UserError for what `calibrate` would refuse after it has read the text."""
+    wish = parse_wish(settings.exact_layers, settings.cache_budget)
+    config = calibrated_config(transfer_options(settings))
+    check_wish(wish, exact.spec, model_spec(config, exact.spec.vocab_size))
 
 
 def describe(plans: list[StagePlan], text: Text) -> str:

@@ -39,6 +39,8 @@ class Settings:
     passages: int
     num_features: int
     window: int
+    exact_layers: str
+    cache_budget: str
     lora: int
     dtype: str
     test_tokens: int

@@ -43,6 +43,8 @@ def transfer_options(settings: Settings) -> FitOptions:
         shrinkage=0.0,
         far_gain=False,
         learn_projections=False,
+        exact_layers=settings.exact_layers,
+        cache_budget=settings.cache_budget,
         seed=settings.seed,
         heldout_fraction=HELDOUT_FRACTION,
     )
@@ -66,8 +68,10 @@ def trained_config(settings: Settings, out: Path, stage: str) -> ml_collections.
 
 
 def planned_config(settings: Settings, out: Path, stage: str) -> ml_collections.ConfigDict:
-    """`trained_config` with the model that `transfer` will write, before it is there."""
-    model = dict(flat_fields(calibrated_config(transfer_options(settings)).to_dict()))
+    """`trained_config` with the model of `transfer`. Before that is there, no layer is left exact in the plan."""
+    transferred = Workdir(stage_directory(out, TRANSFER))
+    written = transferred.read_config() if transferred.has_begun else None
+    model = dict(flat_fields(written or calibrated_config(transfer_options(settings)).to_dict()))
     c = trained_config(settings, out, stage)
     missing = [name for name, value in flat_fields(c.to_dict()) if value is None]
     c.update_from_flattened_dict({name: model[name] for name in missing})
