@@ -152,7 +152,7 @@ def calibrated_config(o: FitOptions, pattern: str | None = None) -> ml_collectio
 
     pattern: of its layers; None = all are replaced that are not local.
     """
-    config = conversioncalibrated_config(o.mechanism)
+    config = conversion_config(o.mechanism)
     attention = config.model.attention
     attention.window = o.window
     without_window(config)
