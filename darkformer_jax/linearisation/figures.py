@@ -1,5 +1,7 @@
 """The figures of a model after a stage: bits per byte, and how well it repeats what it has read."""
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -10,8 +12,11 @@ from darkformer_jax.data.progress import ProgressBar
 from darkformer_jax.data.tokenizers import Tokenizer
 from darkformer_jax.linearisation.settings import Settings
 from darkformer_jax.linearisation.text import Text
-from darkformer_jax.runs.load import load_language_model
+from darkformer_jax.model.network import Network
+from darkformer_jax.model.spec import ModelSpec
+from darkformer_jax.runs.load import WorkdirModel, load_language_model
 from darkformer_jax.runs.workdir import Workdir
+from darkformer_jax.tasks.task import Batch, Sums
 from darkformer_jax.tasks.text_scores import TextScorer, make_quarter_step
 
 _TOKENS_AT_A_TIME = 4096
@@ -40,31 +45,49 @@ def measure(workdir: Workdir, text: Text, settings: Settings, progress_bar: Prog
     Raises UserError: no usable checkpoint, or a loss that is not finite.
     """
     model = load_language_model(workdir)
-    context = settings.longest
-    step = make_quarter_step(model.network)
+    context, step = settings.longest, _step_of(model.network.spec)
     scorer = TextScorer(model, context, context, step)
-    batch = max(1, _TOKENS_AT_A_TIME // context)
-    scorer.score(text.heldout, text.heldout.num_bytes, batch, settings.test_tokens, progress_bar)
+    scorer.score(text.heldout, text.heldout.num_bytes, _rows_of(context), settings.test_tokens, progress_bar)
     figures = scorer.figures()
-    quarters = np.zeros(4)
-    for row in text.copied:
-        arrays = jax.device_put(copy_batch(row[None], model.tokenizer))
-        quarters += np.asarray(step(model.params, model.projections, arrays)["nll"], np.float64)
-    first, second = quarters[:2].sum(), quarters[2:].sum()
-    predicted = text.copied.shape[0] * (text.copied.shape[1] - 1)
-    copied = {"first_copy": float(first / predicted), "copy": float(second / predicted)}
-    return Figures(figures["loss"], figures["bits_per_byte"], tokens=figures["tokens"], **copied)
+    first_copy, copy = _copying(model, text.copied, step)
+    return Figures(figures["loss"], figures["bits_per_byte"], copy, first_copy, figures["tokens"])
 
 
-def copy_batch(passages: Int[np.ndarray, "b n"], tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    """Rows in which a passage x follows itself, [b, 2 n]: the first half of a row predicts the first copy.
+@functools.lru_cache(maxsize=1)
+def _step_of(spec: ModelSpec) -> Callable[[dict, dict, Batch], Sums]:
+    """The program that scores a batch, which stages with the same layers share."""
+    return make_quarter_step(Network.of(spec))
 
-    Of each copy, all tokens but the first are predicted: what follows the first copy is not to be known.
+
+def _rows_of(length: int) -> int:
+    """Rows of a batch: what is in memory does not grow with the length."""
+    return max(1, _TOKENS_AT_A_TIME // length)
+
+
+def _copying(
+    model: WorkdirModel, passages: Int[np.ndarray, "passages n"], step: Callable[[dict, dict, Batch], Sums]
+) -> tuple[float, float]:
+    """Nats per token of the first and of the second copy."""
+    size = _rows_of(2 * passages.shape[1])  # where two copies fill the context, it is the program of the text
+    nll, tokens = np.zeros(4), np.zeros(4)
+    for start in range(0, len(passages), size):
+        batch = jax.device_put(copy_batch(passages[start : start + size], model.tokenizer, size))
+        sums = step(model.params, model.projections, batch)
+        nll += np.asarray(sums["nll"], np.float64)
+        tokens += np.asarray(sums["weight"], np.float64)
+    return float(nll[:2].sum() / tokens[:2].sum()), float(nll[2:].sum() / tokens[2:].sum())
+
+
+def copy_batch(passages: Int[np.ndarray, "b n"], tokenizer: Tokenizer, size: int) -> dict[str, np.ndarray]:
+    """Rows in which a passage x follows itself, [size, 2 n]: the first half of a row predicts the first copy.
+
+    Of each copy, all tokens but the first are predicted: what follows the first copy is not to be known. Rows after the
+    passages are padding.
     """
     twice = np.concatenate([passages, passages], axis=1)
-    rows, length = twice.shape
-    begin = np.full((rows, 1), tokenizer.bos_id, np.int32)
+    length = twice.shape[1]
     if tokenizer.adds_bos:  # place i predicts token i
+        begin = np.full((len(twice), 1), tokenizer.bos_id, np.int32)
         inputs, targets = np.concatenate([begin, twice[:, :-1]], axis=1), twice
         unknown = (0, length // 2)
     else:  # place i predicts token i + 1, and the last one nothing
@@ -73,10 +96,6 @@ def copy_batch(passages: Int[np.ndarray, "b n"], tokenizer: Tokenizer) -> dict[s
     weights = np.ones(twice.shape, np.float32)
     weights[:, unknown] = 0
     places = np.broadcast_to(np.arange(length, dtype=np.int32), twice.shape)
-    return {
-        "inputs": inputs,
-        "targets": targets,
-        "segment_ids": np.ones(twice.shape, np.int32),
-        "positions": places,
-        "weights": weights,
-    }
+    rows = {"inputs": inputs, "targets": targets, "positions": places, "weights": weights}
+    rows["segment_ids"] = np.ones(twice.shape, np.int32)
+    return {name: np.pad(array, ((0, size - len(array)), (0, 0))) for name, array in rows.items()}

@@ -1,6 +1,7 @@
 """The student's hidden states against the teacher's: the loss, its gradient, and which layer is compared with which."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,15 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.tasks.hidden_states import hidden_states, matched
 from darkformer_jax.tasks.next_token import NextToken
 from darkformer_jax.tasks.teacher import Teacher
+from darkformer_jax.training.evaluation import put_batch
+from darkformer_jax.training.experiment import Experiment
 from darkformer_jax.training.step import TrainState, make_train_step
 from tests.tiny_runs import (
     BytesTokenizer,
     experiment_of,
     fresh_state,
     metrics_without_time,
+    on_eight_devices,
     random_batch,
     run,
     saved_arrays,
@@ -181,3 +185,26 @@ def test_a_resumed_run_ends_bit_for_bit_the_same(tmp_path):
     assert saved_arrays(tmp_path / "run") == saved_arrays(tmp_path / "unbroken")
     lines = [line for line in metrics_without_time(tmp_path / "run") if "loss" in line]
     assert [line["step"] for line in lines] == [1, 2, 3] and all(line["hidden"] > 0 for line in lines)
+
+
+def few_steps(**mesh):
+    """[hidden, loss, gradient norm] of some steps."""
+    config = tiny_config(**STUDENT, **mesh)
+    objective = NextToken(257, 32, 0.0, experiment(**TEACHER).network, 0.0, 1.0)
+    e = Experiment.of(config, objective, jax.devices()[: 8 if mesh else 1])
+    batch, result = random_batch(0), []
+    with jax.set_mesh(e.mesh):
+        state, step = e.initial_state(), e.train_step()
+        for _ in range(3):
+            state, metrics = step(state, put_batch(batch, e.batch_sharding), arrays(**TEACHER))
+            result.append([float(metrics[name]) for name in ("hidden", "loss", "grad_norm")])
+    return result
+
+
+def test_eight_devices_learn_as_one_does(tmp_path):
+    code = "import json; from tests.tasks.test_hidden_states import few_steps"
+    code += "; print(json.dumps(few_steps(mesh__data=2, mesh__fsdp=2, mesh__context=2)))"
+    (tmp_path / "program.py").write_text(code)
+    ended = on_eight_devices(tmp_path / "program.py", tmp_path).wait()
+    assert ended.status == 0, ended.err
+    np.testing.assert_allclose(json.loads(ended.out.splitlines()[-1]), few_steps(), rtol=1e-5)
