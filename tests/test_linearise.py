@@ -115,11 +115,13 @@ def test_killed_in_each_stage_the_same_command_ends_bit_for_bit_the_same(whole, 
         killed = Command(str(script), argv, streams, environment={"KILLED_IN": stage}, jax_config=READS_COMPILED)
         ended = killed.wait()
         assert ended.status == -signal.SIGKILL, ended.err
+        assert len(list(out.glob(".1-transfer.*"))) == (stage == "transfer")  # the next command removes it
     was = (out / "1-transfer/calibration.json").stat().st_mtime_ns
     assert not (out / "report.png").exists()
     run(exact, text, out)
     assert f"resuming {out}/4-long from step" in capfd.readouterr().err
     assert (out / "1-transfer/calibration.json").stat().st_mtime_ns == was
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == list(DIRECTORIES)
     for name in DIRECTORIES:
         assert saved_arrays(out / name) == saved_arrays(whole / name)
     assert json.loads((out / "report.json").read_text()) == json.loads((whole / "report.json").read_text())
@@ -189,4 +191,4 @@ def test_text_that_has_changed_is_refused(exact, tmp_path, capsys):
     write_text(tmp_path / "text.txt", 12500)
     with pytest.raises(SystemExit):
         run(exact, text, tmp_path / "out", "--stages=transfer", "--steps=transfer=0")
-    assert "--text: its files have changed" in capsys.readouterr().err
+    assert "the files of --text or --test_text have changed" in capsys.readouterr().err

@@ -15,8 +15,6 @@ TRANSFER, LONG = "transfer", "long"
 STAGES = (TRANSFER, *TRAINED_STAGES)  # in their order
 SETTINGS_FILE = "settings.json"
 
-_MAY_GROW = "stages"
-
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -107,11 +105,12 @@ def _changes(saved: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         if name == "steps" and isinstance(old, dict) and isinstance(now, dict):
             told = [stage for stage in saved.get("stages", ()) if old.get(stage) != now.get(stage)]
             changes += [f"--steps: {stage}={old.get(stage)} -> {stage}={now.get(stage)}" for stage in told]
-        elif name == _MAY_GROW and isinstance(old, list) and isinstance(now, list):
+        elif name == "stages" and isinstance(old, list) and isinstance(now, list):
             if now[: len(old)] != old:
                 changes.append(f"--stages: {','.join(old)} -> {','.join(now)} (others may follow, none may go)")
         elif name == "text_fingerprint":
-            changes += ["--text: its files have changed"] if old != now and saved.get("text") == new["text"] else []
+            if old != now and all(saved.get(text) == new[text] for text in ("text", "test_text", "text_field")):
+                changes.append("the files of --text or --test_text have changed")
         elif old != now and not (name == "long_context" and LONG not in saved.get("stages", ())):
             changes.append(f"--{name}: {old} -> {now}")
     return changes

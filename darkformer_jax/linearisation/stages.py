@@ -1,6 +1,7 @@
 """The stages themselves: the config of each, whether it is done, and running it."""
 
 import contextlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,6 +101,8 @@ def run_stage(settings: Settings, out: Path, stage: str, progress_of: ProgressOf
     """
     directory = stage_directory(out, stage)
     if stage == TRANSFER:
+        for killed in out.glob(f".{directory.name}.*.partial"):  # by an earlier command
+            shutil.rmtree(killed, ignore_errors=True)
         calibrate(transfer_options(settings), str(directory), progress_bar)
         return
     config = trained_config(settings, out, stage)
