@@ -18,7 +18,6 @@ from darkformer_jax.training.experiment import Experiment
 from darkformer_jax.training.step import TrainState, make_train_step
 from tests.tiny_runs import (
     BytesTokenizer,
-    experiment_of,
     fresh_state,
     metrics_without_time,
     on_eight_devices,
@@ -44,7 +43,8 @@ def rows():
 
 @functools.cache
 def experiment(**changes):
-    return experiment_of(tiny_config(**changes))
+    config = tiny_config(**changes)
+    return Experiment.of(config, NextToken.of(config, 257), jax.devices()[:1])
 
 
 @functools.cache
