@@ -129,13 +129,14 @@ def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> Calibrated:
             network, state = _initial(config, exact, teacher)
             fitted = {layer: arrays for layer, arrays in fitted.items() if layer not in choice.layers}
             rows = [row for row in rows if row["layer"] not in choice.layers]
-            draw_curve(choice.points, choice.number, choice.context, directory / CURVE_FILE)
         written = Workdir(directory)
         written.write_config(config.to_dict())
         teacher.tokenizer.save(str(directory))
         hand_on_origin(exact, written)
         _save(written, state._replace(params=_with_layers(state.params, network, fitted)))
         moments.save(directory / MOMENTS_FILE)
+        if choice is not None:
+            draw_curve(choice.points, choice.number, choice.context, directory / CURVE_FILE)
         chosen = {"exact": choice.to_json()} if choice else {}
         write_json(directory / CALIBRATION_FILE, dataclasses.asdict(o) | {"layers": rows} | chosen)
     return Calibrated(rows, choice)

@@ -78,7 +78,7 @@ class Hybrids:
 
     def _quality(self, x: list[Array]) -> Quality:
         nats = [float(_nats(*self._whole, last, row)) for last, row in zip(x, self._rows, strict=True)]
-        scored = [np.sum(row.weights) for row in self._rows]
+        scored = [float(np.sum(row.weights)) for row in self._rows]
         n = self._num_passages
         return Quality(sum(nats[:n]) / sum(scored[:n]), sum(nats[n:]) / sum(scored[n:]))
 
