@@ -186,8 +186,8 @@ def config_of(run: Run) -> ml_collections.ConfigDict:
         }
     )
     validate(config)
-    if config.distill.weight:
-        raise UserError(f"distill.weight = {config.distill.weight}: this benchmark has no teacher; allowed: 0")
+    if config.distill.workdir:
+        raise UserError(f"distill.workdir = {config.distill.workdir!r}: this benchmark has no teacher; allowed: ''")
     return config
 
 

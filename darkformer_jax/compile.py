@@ -87,8 +87,9 @@ def plan(
     config = inherit(config)
     validate(config, overridden)
     require_new_uses(config, overridden)
-    if config.distill.weight:
-        raise UserError(f"distill.weight = {config.distill.weight}: compile plans without a teacher; allowed: 0")
+    for name in ("weight", "hidden_weight"):
+        if config.distill[name]:
+            raise UserError(f"distill.{name} = {config.distill[name]}: compile plans without a teacher; allowed: 0")
     experiment = Experiment.of(config, TASKS[config.task.name].objective_of(config), devices)
     kind = devices[0].device_kind
     chip_of(kind)  # raises before the long part

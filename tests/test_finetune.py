@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from configs import finetune
+from configs import finetune, linearise
 from darkformer_jax.config.usage import require_new_uses
 from darkformer_jax.config.validation import validate
 from darkformer_jax.data.tokenizers import train_bpe
@@ -242,3 +242,24 @@ def test_the_whole_road(tmp_path):
         np.frombuffer(saved_arrays(directory)["['params']['embedding']"], np.float32) for directory in (source, workdir)
     ]
     assert 0 < np.abs(weights[0] - weights[1]).max() < 0.01  # small steps from the source's
+
+
+@pytest.mark.parametrize("stage", ["hidden,steps=7,lora=4", "logits", "long,context=64"])
+def test_a_stage_of_linearise_keeps_every_layer_as_it_is(tmp_path, stage):
+    layers = {"pattern": "softmax,dark(m=16),softmax_local,dark", "local_window": 8, "window": 16, "num_sinks": 2}
+    source = tiny_config(model__num_layers=6, **{f"model__attention__{name}": value for name, value in layers.items()})
+    Workdir(tmp_path / "source").write_config(source.to_dict())
+    config = linearise.get_config(stage)
+    config.init_from = config.distill.workdir = str(tmp_path / "source")
+    config = inherit(config, Workdir(tmp_path / "own"))
+    validate(config)
+    require_new_uses(config)
+    assert config.model.attention.to_dict() == source.model.attention.to_dict()
+    chosen = {"dtype": "bfloat16", "remat": "full", "lora_rank": 4 if "lora=4" in stage else 16}
+    assert config.model.to_dict() == source.model.to_dict() | chosen
+    assert config.optimizer.warmup_steps == (1 if "steps=7" in stage else 20)
+
+
+def test_a_stage_that_there_is_not():
+    with pytest.raises(UserError, match="stage 'transfer' is unknown; allowed: hidden, logits, long"):
+        linearise.get_config("transfer")

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from darkformer_jax import calibrate, convert, evaluate, generate, lm_eval, prepare_data, report
+from darkformer_jax import calibrate, convert, evaluate, generate, linearise, lm_eval, prepare_data, report
 from darkformer_jax.errors import UserError
 from tests.pretrained.tiny_sources import import_source, write_llama
 from tests.tiny_runs import Command, run, tiny_config, write_text
@@ -12,7 +12,7 @@ from tests.tiny_runs import Command, run, tiny_config, write_text
 pytestmark = pytest.mark.standard_promotion
 
 VERBS = {"calibrate": calibrate, "convert": convert, "evaluate": evaluate, "generate": generate}
-VERBS |= {"lm_eval": lm_eval, "prepare_data": prepare_data, "report": report}
+VERBS |= {"linearise": linearise, "lm_eval": lm_eval, "prepare_data": prepare_data, "report": report}
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,12 @@ def elsewhere(home, tmp_path, monkeypatch):
         (
             "calibrate --workdir=~/run --text=~/text.txt --test_text=~/none.txt --out=~/new --passages=2 --context=16",
             "no file matches '{home}/none.txt'",
+        ),
+        ("linearise --workdir=~/none --text=~/text.txt --out=~/new", "{home}/none/config.json cannot be read"),
+        ("linearise --workdir=~/run --text=~/none.txt --out=~/new --stages=transfer --context=16", "{home}/none.txt"),
+        (
+            "linearise --workdir=~/run --text=~/text.txt --out=~/taken --stages=transfer --context=16",
+            "{home}/taken: has",
         ),
         ("report --runs=~/none --out=~/new", "--runs={home}/none: no run matches"),
         ("report --runs=~/run --out=~/taken", "~/taken is there already"),

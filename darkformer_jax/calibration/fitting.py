@@ -83,6 +83,7 @@ class FitOptions:
     exact_layers: str
     cache_budget: str
     seed: int
+    heldout_fraction: float = 0.0  # share of the text that is not read, as in `data.heldout_fraction`
 
 
 class Calibrated(NamedTuple):
@@ -111,11 +112,11 @@ def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> Calibrated:
         exact = Workdir(o.workdir)
         teacher = load_language_model(exact, o.step)
         _require_exact(o.workdir, teacher)
-        config = _config(o)
+        config = calibrated_config(o)
         wish = check_wish(wish, teacher.network.spec, _network(config, teacher).spec)
         if wish.layers:
-            config = _config(o, hybrid_pattern(teacher.config, config, wish.layers))
-        sizes = (o.passages, o.context, o.seed)
+            config = calibrated_config(o, hybrid_pattern(teacher.config, config, wish.layers))
+        sizes = (o.passages, o.context, o.seed, o.heldout_fraction)
         passages, num_test = read_passages(o.text, o.test_text, o.text_field, teacher.tokenizer, *sizes)
         network, state = _initial(config, exact, teacher)
         fitted, rows, moments = _fit_layers(o, teacher, network, state, passages, num_test, progress_bar)
@@ -128,7 +129,7 @@ def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> Calibrated:
             caches = CacheSizes.of(teacher.network.spec, network.spec, context)
             texts = (passages[num_test:], passages[:num_test], teacher.tokenizer)
             choice = choose(wish, exact_model, replaced, *texts, caches, progress_bar)
-            config = _config(o, hybrid_pattern(teacher.config, config, choice.layers))
+            config = calibrated_config(o, hybrid_pattern(teacher.config, config, choice.layers))
             network, state = _initial(config, exact, teacher)
             fitted = {layer: arrays for layer, arrays in fitted.items() if layer not in choice.layers}
             rows = [row for row in rows if row["layer"] not in choice.layers]
@@ -151,8 +152,11 @@ def _require_exact(workdir: str, teacher: WorkdirModel) -> None:
         raise UserError(f"--workdir={workdir}: its layers are {', '.join(others)}; allowed: {', '.join(EXACT_KINDS)}")
 
 
-def _config(o: FitOptions, pattern: str | None = None) -> ml_collections.ConfigDict:
-    """The config of the new workdir. pattern: of its layers; None = all are replaced that are not local."""
+def calibrated_config(o: FitOptions, pattern: str | None = None) -> ml_collections.ConfigDict:
+    """The config of the new workdir. Raises UserError for options that contradict each other.
+
+    pattern: of its layers; None = all are replaced that are not local.
+    """
     config = conversion_config(o.mechanism)
     attention = config.model.attention
     attention.window = o.window

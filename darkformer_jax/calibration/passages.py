@@ -1,9 +1,12 @@
 """Passages of text to fit a mechanism on, and others to measure its errors on."""
 
+from collections.abc import Iterator
+
 import numpy as np
 from jaxtyping import Int
 
-from darkformer_jax.data.sources import open_corpus
+from darkformer_jax.data.heldout import HeldoutSplit
+from darkformer_jax.data.sources import Corpus, Document, open_corpus
 from darkformer_jax.data.text_files import ignore_read
 from darkformer_jax.data.tokenizers import Tokenizer, encode_prompt
 from darkformer_jax.errors import UserError
@@ -12,17 +15,25 @@ _TEST_SHARE = 0.2
 
 
 def read_passages(
-    text: str, test_text: str, text_field: str, tokenizer: Tokenizer, count: int, context: int, seed: int
+    text: str,
+    test_text: str,
+    text_field: str,
+    tokenizer: Tokenizer,
+    count: int,
+    context: int,
+    seed: int,
+    heldout_fraction: float = 0.0,
 ) -> tuple[Int[np.ndarray, "passages context"], int]:
     """(passages, how many of them, in front, are only for measuring errors).
 
     `count` passages come from `text`. Without `test_text`, a fifth of them are for the errors; with it, passages of
-    `test_text` are added for them. `text_field` is that of both.
+    `test_text` are added for them. `text_field` is that of both. What a run with `heldout_fraction` holds out of `text`
+    is not read; 0 = everything is.
 
     Raises UserError if a text has too few passages, or if both texts share some.
     """
     num_test = max(1, round(_TEST_SHARE * count))
-    passages = _draw(text, text_field, tokenizer, count, context, seed)
+    passages = _draw(text, text_field, tokenizer, count, context, seed, heldout_fraction)
     if not test_text:
         return passages, num_test
     test = _draw(test_text, text_field, tokenizer, num_test, context, seed)
@@ -31,12 +42,20 @@ def read_passages(
     return np.concatenate([test, passages]), num_test
 
 
-def _draw(text: str, text_field: str, tokenizer: Tokenizer, count: int, context: int, seed: int) -> np.ndarray:
+def _draw(
+    text: str,
+    text_field: str,
+    tokenizer: Tokenizer,
+    count: int,
+    context: int,
+    seed: int,
+    heldout_fraction: float = 0.0,
+) -> np.ndarray:
     """[count, context] ids of different stretches of the documents, each encoded as the beginning of a document."""
     begin = [tokenizer.bos_id] if tokenizer.adds_bos else []
     size = context - len(begin)
     passages = []
-    for document in open_corpus("text", text, text_field).documents(ignore_read):
+    for document in _documents(open_corpus("text", text, text_field), heldout_fraction):
         ids = encode_prompt(tokenizer, document.text)[len(begin) :]
         passages += [begin + ids[start : start + size] for start in range(0, len(ids) - size + 1, size)]
     if len(passages) < count:
@@ -45,3 +64,10 @@ def _draw(text: str, text_field: str, tokenizer: Tokenizer, count: int, context:
         )
     chosen = np.random.default_rng(seed).choice(len(passages), count, replace=False)
     return np.array([passages[i] for i in chosen], np.int32)
+
+
+def _documents(corpus: Corpus, heldout_fraction: float) -> Iterator[Document]:
+    if not heldout_fraction:
+        return corpus.documents(ignore_read)
+    split = HeldoutSplit(corpus, heldout_fraction)
+    return (document for is_heldout, document in split.documents() if not is_heldout)

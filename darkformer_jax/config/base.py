@@ -70,8 +70,10 @@ def declare() -> Section:
 
     t = c.distill = Section()  # learning from a teacher, whose arrays take memory and are not saved
     t.workdir = anything("", since=1)  # the teacher, by its newest weights; same tokenizer and number of ids
-    # w in (1 - w) `loss` + w KL(teacher || student); `loss` is the cross-entropy.
+    # w and v in (1 - w - v) `loss` + w KL(teacher || student) + v `hidden`; `loss` is the cross-entropy, and `hidden`
+    # the mean over layers of |h - teacher's h|^2 / |teacher's h|^2, where h is what a block gives (docs/finetuning.md).
     t.weight = fraction(0.0, off=0.0, since=1)
+    t.hidden_weight = fraction(0.0, off=0.0, since=7)  # v; the teacher has as many layers, of the same width
 
     e = c.eval = Section()
     e.every = at_least(0, 100)  # steps; 0 = only at the end

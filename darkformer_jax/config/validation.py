@@ -165,10 +165,13 @@ def _validate_training(config: ml_collections.ConfigDict) -> None:
         "allowed: 0, or eval.every of at least 1",
     )
     distill = config.distill
+    shown = f"distill.weight = {distill.weight}"
+    shown += f" and distill.hidden_weight = {distill.hidden_weight}" if distill.hidden_weight else ""
     _require(
-        bool(distill.workdir) == (distill.weight > 0),
-        f"distill.weight = {distill.weight} with distill.workdir = {distill.workdir!r}; allowed: both or neither",
+        bool(distill.workdir) == (distill.weight + distill.hidden_weight > 0),
+        f"{shown} with distill.workdir = {distill.workdir!r}; allowed: both or neither",
     )
+    _require(distill.weight + distill.hidden_weight <= 1, f"{shown}: their sum must be at most 1")
 
 
 def _validate_task(config: ml_collections.ConfigDict) -> None:

@@ -4,6 +4,7 @@ Layers at the same place in the pattern are stacked. One scan goes over the comp
 the program's size does not grow with depth. The layers of an incomplete last repetition follow the scan.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -107,32 +108,65 @@ class Transformer(nnx.Module):
         self, tokens: Int[Array, "b n"], segment_ids: Int[Array, "b n"], positions: Int[Array, "b n"], state: Any = None
     ) -> tuple[Float[Array, "b n embed"], Any]:
         """The output of the final norm, which `logits` maps to logits."""
-        x = self.embed(tokens)
+        x, state, _ = self._through_layers(self.embed(tokens), segment_ids, positions, state)
+        return self.final_norm(x), state
+
+    def observed(
+        self,
+        tokens: Int[Array, "b n"],
+        segment_ids: Int[Array, "b n"],
+        positions: Int[Array, "b n"],
+        observe: Callable[[Array, Any], Any],
+        beside: Any = None,
+    ) -> tuple[Float[Array, "b n embed"], Any]:
+        """(the output of the final norm, what `observe` says of every layer, with an axis of layers in front).
+
+        observe: (a layer's output [b, n, embed], its part of `beside`) -> arrays. It runs inside the scan: what it does
+          not return is not kept.
+        beside: arrays with an axis of layers in front; None = nothing.
+        """
+        x, _, observed = self._through_layers(self.embed(tokens), segment_ids, positions, None, observe, beside)
+        return self.final_norm(x), observed
+
+    def _through_layers(
+        self,
+        x: Array,
+        segment_ids: Array,
+        positions: Array,
+        state: Any,
+        observe: Callable[[Array, Any], Any] = lambda x, beside: None,
+        beside: Any = None,
+    ) -> tuple[Array, Any, Any]:
+        """(the last layer's output, the new state, what was observed)."""
         split = [nnx.split(getattr(self, f"blocks_{place}")) for place in range(len(self.spec.pattern))]
 
         def layers(x: Array, stacks: Any) -> tuple[Array, Any]:
             """Applies one layer per entry of the arrays, at the first places of the pattern."""
-            arrays, states = stacks
-            new_states = []
-            for (graphdef, _), block_arrays, block_state in zip(split, arrays, states, strict=False):
+            arrays, states, besides = stacks
+            new_states, observed = [], []
+            for (graphdef, _), block_arrays, block_state, own in zip(split, arrays, states, besides, strict=False):
                 block = nnx.merge(graphdef, block_arrays)
                 x, new_state = block(x, segment_ids, positions, block_state)
                 x = constrain(x, "batch", "sequence", None)
                 new_states.append(new_state)
-            return x, tuple(new_states)
+                observed.append(observe(x, own))
+            return x, (tuple(new_states), tuple(observed))
 
         in_scan = behind = layers
         if self.spec.remat != "none":
             policy = REMAT_POLICIES[self.spec.remat]
             in_scan = jax.checkpoint(layers, policy=policy, prevent_cse=False)
             behind = jax.checkpoint(layers, policy=policy)
-        periods, tail = divmod(self.spec.num_layers, len(split))
+        places = len(split)
+        periods, tail = divmod(self.spec.num_layers, places)
         repeated = tuple(jax.tree.map(lambda leaf: leaf[:periods], arrays) for _, arrays in split)
         last = tuple(jax.tree.map(lambda leaf: leaf[periods], arrays) for _, arrays in split[:tail])
-        states, last_states = ((None,) * len(split), (None,) * tail) if state is None else state
-        x, new_states = jax.lax.scan(in_scan, x, (repeated, states))
-        x, new_last_states = behind(x, (last, last_states))
-        return self.final_norm(x), None if state is None else (new_states, new_last_states)
+        states, last_states = ((None,) * places, (None,) * tail) if state is None else state
+        besides, last_besides = _by_place(beside, places, periods, tail)
+        x, (new_states, observed) = jax.lax.scan(in_scan, x, (repeated, states, besides))
+        x, (new_last_states, last_observed) = behind(x, (last, last_states, last_besides))
+        new_state = None if state is None else (new_states, new_last_states)
+        return x, new_state, _by_layer(observed, last_observed)
 
     def embed(self, tokens: Int[Array, "b n"]) -> Float[Array, "b n embed"]:
         """The embeddings that the first layer reads."""
@@ -171,3 +205,25 @@ class Transformer(nnx.Module):
             states.append(self.layer(place).attention.init_state(batch, max_length, self.spec.dtype))
         repeated = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (periods, *leaf.shape)), tuple(states))
         return repeated, tuple(states[:tail])
+
+
+def _by_place(beside: Any, places: int, periods: int, tail: int) -> tuple[tuple, tuple]:
+    """Arrays [layers, ...] as the scan takes them: per place in the pattern [periods, ...], and of the last layers."""
+    if beside is None:
+        return (None,) * places, (None,) * tail
+    whole = periods * places
+    repeated = tuple(jax.tree.map(lambda leaf, p=place: leaf[p:whole:places], beside) for place in range(places))
+    return repeated, tuple(jax.tree.map(lambda leaf, i=index: leaf[whole + i], beside) for index in range(tail))
+
+
+def _by_layer(repeated: tuple, last: tuple) -> Any:
+    """The inverse of `_by_place`."""
+
+    def interleave(*leaves: Array) -> Array:
+        return leaves[0] if len(leaves) == 1 else jnp.stack(leaves, axis=1).reshape(-1, *leaves[0].shape[1:])
+
+    def append(most: Array, *others: Array) -> Array:
+        return jnp.concatenate([most, jnp.stack(others)])
+
+    layers = jax.tree.map(interleave, *repeated)
+    return jax.tree.map(append, layers, *last) if last else layers

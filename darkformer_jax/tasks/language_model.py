@@ -131,13 +131,13 @@ class LanguageModel:
         cls, config: ml_collections.ConfigDict, workdir: Workdir, progress_bar: ProgressBar = no_progress
     ) -> "LanguageModel":
         """Reads both splits. The first use of `constants` reads the teacher's weights."""
-        if config.distill.weight:
+        if config.distill.workdir:
             language_model_network(Workdir(config.distill.workdir))  # refuses before the data is read
         data = _read(config, workdir, progress_bar)
         fingerprint = data.tokenizer.fingerprint
         if config.init_from:
             check_same_tokenizer(Workdir(config.init_from), fingerprint, "init_from")
-        teacher = Teacher.of(config, data.tokenizer.vocab_size, fingerprint) if config.distill.weight else None
+        teacher = Teacher.of(config, data.tokenizer.vocab_size, fingerprint) if config.distill.workdir else None
         return cls(config, data, teacher)
 
     @property

@@ -1,6 +1,7 @@
-"""Next-token prediction: the loss of a language model, which may also learn from a teacher's predictions.
+"""Next-token prediction: the loss of a language model, which may also learn from a teacher.
 
-The teacher is frozen, and its predictions are targets (distillation, Hinton et al., arXiv 1503.02531).
+The teacher is frozen. Its predictions are targets (distillation, Hinton et al., arXiv 1503.02531), its hidden states,
+or both.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float
 
 from darkformer_jax.model.network import Network
 from darkformer_jax.model.transformer import Transformer
+from darkformer_jax.tasks.hidden_states import hidden_states, matched
 from darkformer_jax.tasks.task import Batch, Sums
 
 
@@ -21,7 +23,8 @@ from darkformer_jax.tasks.task import Batch, Sums
 class NextToken:
     """The objective of a language model; see `tasks.task.Objective`.
 
-    Its loss is (1 - w) cross-entropy + w KL(teacher || student) + z_loss (log normaliser)^2, averaged over real tokens.
+    Its loss is (1 - w - v) cross-entropy + w KL(teacher || student) + v hidden + z_loss (log normaliser)^2, averaged
+    over real tokens. `hidden` is the relative squared error of the hidden states (`tasks.hidden_states`).
 
     Attributes:
       vocab_size: number of the tokenizer's ids.
@@ -29,6 +32,7 @@ class NextToken:
       z_loss: weight of the squared log normaliser.
       teacher: the loss gets its arrays as constants, (params, projections).
       teacher_weight: w.
+      hidden_weight: v.
     """
 
     vocab_size: int
@@ -36,6 +40,7 @@ class NextToken:
     z_loss: float
     teacher: Network | None = None
     teacher_weight: float = 0.0
+    hidden_weight: float = 0.0
 
     num_outputs = 0  # not a field
     weight_name: ClassVar[str] = "tokens"
@@ -43,8 +48,8 @@ class NextToken:
     @classmethod
     def of(cls, config: ml_collections.ConfigDict, vocab_size: int, teacher: Network | None = None) -> "NextToken":
         """The objective for a config and the tokenizer's number of ids."""
-        z_loss = config.optimizer.z_loss
-        return cls(vocab_size, config.sequence_length, z_loss, teacher, config.distill.weight if teacher else 0.0)
+        weights = (config.distill.weight, config.distill.hidden_weight) if teacher else (0.0, 0.0)
+        return cls(vocab_size, config.sequence_length, config.optimizer.z_loss, teacher, *weights)
 
     def batch_shapes(self, num_rows: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes of a batch of darkformer_jax.data.batches."""
@@ -55,15 +60,31 @@ class NextToken:
         }
 
     def loss(self, model: Transformer, batch: Batch, constants: Any) -> tuple[Float[Array, ""], Sums]:
-        """The loss, and `token_sums`; with a teacher also `distill`, the sum of divergences from it, in nats."""
-        logits = predict(model, batch)
-        sums = token_sums(logits, batch)
-        loss = sums["nll"]
-        if self.teacher is not None:
-            wanted = jax.lax.stop_gradient(predict(self.teacher.bind(*constants), batch))
-            sums["distill"] = jnp.sum(batch["weights"] * kl_divergence(wanted, logits))
-            loss = (1.0 - self.teacher_weight) * loss + self.teacher_weight * sums["distill"]
-        return loss + self.z_loss * sums["z"], sums
+        """The loss, and `token_sums`. With a teacher, the sums of what it teaches are there, too, as far as they count:
+
+        `distill`, the divergences from its predictions in nats, and `hidden`, the relative squared errors.
+        """
+        if self.teacher is None:
+            sums = token_sums(predict(model, batch), batch)
+            return sums["nll"] + self.z_loss * sums["z"], sums
+        sums = self._taught(model, batch, self.teacher.bind(*constants))
+        of_text = 1.0 - self.teacher_weight - self.hidden_weight
+        factors = {"nll": of_text, "distill": self.teacher_weight, "hidden": self.hidden_weight, "z": self.z_loss}
+        # What has no part in the loss is left out, so that no gradient of it is computed.
+        return sum((factor * sums[name] for name, factor in factors.items() if factor), jnp.zeros(())), sums
+
+    def _taught(self, model: Transformer, batch: Batch, teacher: Transformer) -> Sums:
+        """All sums of `loss` with a teacher."""
+        if not self.hidden_weight:
+            logits, wanted = predict(model, batch), predict(teacher, batch)
+            return token_sums(logits, batch) | {"distill": _divergences(wanted, logits, batch)}
+        theirs, targets = hidden_states(teacher, batch)
+        hidden, errors = matched(model, batch, targets)
+        logits = model.logits(hidden)
+        sums = token_sums(logits, batch) | {"hidden": jnp.sum(batch["weights"] * errors)}
+        if self.teacher_weight:
+            sums["distill"] = _divergences(teacher.logits(theirs), logits, batch)
+        return sums
 
     def metrics(self, sums: Sums, weight: Float[Array, ""]) -> dict[str, Array]:
         """Means over the batch. `loss` is the cross-entropy even with a teacher, so that runs can be compared."""
@@ -73,9 +94,7 @@ class NextToken:
             "z_loss": self.z_loss * sums["z"] / weight,
             "tokens": sums["weight"],
         }
-        if self.teacher is not None:
-            metrics["distill"] = sums["distill"] / weight
-        return metrics
+        return metrics | {name: sums[name] / weight for name in ("distill", "hidden") if name in sums}
 
     def measure(self, model: Transformer, batch: Batch) -> tuple[Sums, dict[str, Array]]:
         """`token_sums`. Rows of a mixture have the values `nll`, `weight` and `source`; others have none."""
@@ -120,6 +139,12 @@ def _log_normalizer_and_target(
     """The logarithm of the sum of exp(logits), and the logit of the target."""
     target_logits = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1), target_logits
+
+
+def _divergences(
+    wanted: Float[Array, "b n vocab"], logits: Float[Array, "b n vocab"], batch: Batch
+) -> Float[Array, ""]:
+    return jnp.sum(batch["weights"] * kl_divergence(jax.lax.stop_gradient(wanted), logits))
 
 
 def kl_divergence(teacher: Float[Array, "... vocab"], student: Float[Array, "... vocab"]) -> Float[Array, "..."]:

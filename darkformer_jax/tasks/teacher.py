@@ -45,6 +45,8 @@ class Teacher:
             raise UserError(
                 f"distill.workdir = {workdir}: its model has {theirs} ids, this one {ours}; allowed: the same"
             )
+        if config.distill.hidden_weight:
+            _require_same_layers(workdir, network, config.model)
         return cls(config, network)
 
     @property
@@ -63,3 +65,12 @@ class Teacher:
     @functools.cached_property
     def _model(self) -> WorkdirModel:
         return load_language_model(Workdir(self.config.distill.workdir), mesh=make_mesh(self.config.mesh.to_dict()))
+
+
+def _require_same_layers(workdir: Workdir, network: Network, model: ml_collections.ConfigDict) -> None:
+    for name, theirs in (("num_layers", network.spec.num_layers), ("embed_dim", network.spec.embed_dim)):
+        if theirs != model[name]:
+            raise UserError(
+                f"distill.workdir = {workdir}: model.{name} = {theirs}, in this model {model[name]}; allowed with "
+                "distill.hidden_weight: the same"
+            )

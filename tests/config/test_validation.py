@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs import ablation, classify, finetune, glue, large, lm_1b, lra, paper, quickstart
+from configs import ablation, classify, finetune, glue, large, linearise, lm_1b, lra, paper, quickstart
 from darkformer_jax.config import base
 from darkformer_jax.config.arguments import ARGUMENTS, fields_of_arguments
 from darkformer_jax.config.specs import model_spec
@@ -19,7 +19,7 @@ from darkformer_jax.training.run import dry_run
 from tests.tiny_specs import rope_spec
 
 # No config; one whose sizes are those of another run; one whose sizes depend on the labels of its files.
-NOT_ALONE = ("arguments", "finetune", "classify", "lra", "glue")
+NOT_ALONE = ("arguments", "finetune", "linearise", "classify", "lra", "glue")
 CAUSAL = [kind for kind in MIXERS if not issubclass(MIXERS[kind], EncoderMechanism)]
 CONFIGS = [path.stem for path in (Path(__file__).parents[2] / "configs").glob("*.py") if path.stem not in NOT_ALONE]
 
@@ -189,6 +189,14 @@ RULES = [
     ({"distill.weight": 1.5}, r"distill.weight = 1.5: must be in \[0, 1\]"),
     ({"distill.weight": 0.5}, "distill.weight = 0.5 with distill.workdir = ''; allowed: both or neither"),
     ({"distill.workdir": "runs/a"}, "distill.weight = 0.0 with distill.workdir = 'runs/a'; allowed: both or neither"),
+    (
+        {"distill.workdir": "runs/a", "distill.weight": 0.6, "distill.hidden_weight": 0.5},
+        "distill.weight = 0.6 and distill.hidden_weight = 0.5: their sum must be at most 1",
+    ),
+    (
+        {"distill.hidden_weight": 0.5},
+        "distill.weight = 0.0 and distill.hidden_weight = 0.5 with distill.workdir = ''; allowed: both or neither",
+    ),
     ({"sample.top_p": 0.0}, r"sample.top_p = 0.0: must be in \(0, 1\]"),
     ({"sample.prompts": ("def ", 1)}, r"sample.prompts = \('def ', 1\): must be strings"),
     ({"data.heldout_fraction": -0.1}, r"data.heldout_fraction = -0.1: must be in \[0, 1\)"),
@@ -209,6 +217,8 @@ def test_a_rule_names_its_field_and_what_is_allowed(changes, message):
         {},
         {"num_steps": 1},
         {"distill.workdir": "runs/a", "distill.weight": 1.0},
+        {"distill.workdir": "runs/a", "distill.hidden_weight": 1.0},
+        {"distill.workdir": "runs/a", "distill.weight": 0.3, "distill.hidden_weight": 0.7},
         {"optimizer.train": "lora", "model.lora_rank": 4},
         {"model.num_kv_heads": 1},
         {"model.attention.pattern": "softmax, dark"},
@@ -386,7 +396,7 @@ def test_only_a_language_model_writes_samples():
 
 
 def test_every_experiments_arguments_are_known_and_none_is_given_twice():
-    for experiment in (ablation, classify, finetune, glue, large, lra):
+    for experiment in (ablation, classify, finetune, glue, large, linearise, lra):
         assert set(experiment.ARGUMENTS) <= ARGUMENTS.keys()
     with pytest.raises(UserError, match=r"configs/ablation.py: 'm=64': m is there twice$"):
         ablation.get_config("m=32,m=64")

@@ -20,6 +20,7 @@ VERSIONS = sorted((Path(__file__).parent / "versions").glob("*.json"))
 # What a run did before there was a field for it.
 MEANT = {
     "data.text_field": "text",
+    "distill.hidden_weight": 0.0,
     "distill.weight": 0.0,
     "eval.patience": 0,
     "log.trackers": "",
