@@ -94,7 +94,7 @@ def test_shared_beginnings_change_no_figure(pair, begin):
 
 def test_each_kind_of_layer_is_traced_once(pair, monkeypatch):
     exact, replaced = pair
-    passages = np.zeros((2, 34), np.int32)
+    passages = np.zeros((2, 35), np.int32)  # a first token and two copies of 17: as long as the passage itself
     both = Hybrids(network("softmax").bind(*exact), network("dark").bind(*replaced), passages, BytesTokenizer())
     traced, run = [], Block.__call__
 
