@@ -316,17 +316,18 @@ def chunk_features(
     sinks: Sinks,
     tokens: Tokens,
     visible: Bool[Array, "n n"],
+    queries: RunningSum | None,
     elapsed: RunningSum | None,
 ) -> tuple[FarState, Sums]:
     """One chunk with features everywhere: read the far state and the chunk, then fold the chunk in.
 
-    elapsed: the running decays of the chunk; those of keys if attention is causal.
+    queries, elapsed: the running decays of the chunk, as those of queries and of keys.
     """
     log_q, log_k = kernel.log_features(tokens.queries), kernel.log_features(tokens.keys)
     scores, since, decay = feature_scores(log_q, log_k, tokens.values.dtype), None, None
-    if elapsed is not None:
-        since, decay = elapsed.value(), to_end(elapsed)
-        apart = between(elapsed, elapsed)
+    if queries is not None and elapsed is not None:
+        since, decay = queries.value(), to_end(elapsed)
+        apart = between(queries, elapsed)
         if elapsed.of_keys is None:  # not causal; by place, because |x| has no derivative where a decay is 0
             apart = jnp.where(jnp.tri(apart.shape[0], dtype=bool), apart, -apart)
         scores = scores + apart[:, None, :]
@@ -344,15 +345,15 @@ def chunk_window(
     recent: Recent,
     tokens: Tokens,
     visible: Bool[Array, "n t"],
+    queries: RunningSum | None,
     elapsed: RunningSum | None,
 ) -> tuple[FarState, Sinks, Recent, Sums]:
     """One chunk of the hybrid: window and own chunk exact, then the window's oldest chunk moves to the far state.
 
-    elapsed: the running decays of the window and the chunk.
+    queries, elapsed: the running decays of the chunk's queries, and of the keys of the window and the chunk.
     """
     size = tokens.segments.shape[0]
     near = join_recent(recent, tokens.recent())
-    queries = None if elapsed is None else elapsed.cut(-size, None)
     sums = _exact_sums(kernel, tokens, far, sinks, near, visible, queries, elapsed)
     decay = None if elapsed is None else to_end(elapsed.cut(0, size))
     far, sinks = fold(kernel, far, sinks, slice_recent(near, 0, size), decay)

@@ -72,17 +72,21 @@ def scan_features(
     visible = same_segment(chunks.segments, chunks.segments)
     if causal:
         visible &= jnp.tri(visible.shape[-1], dtype=bool)[None, None]
-    elapsed = None if chunks.decays is None else running_sum(chunks.decays, axis=2, causal=causal)
-    one_chunk = over_heads(kernel, chunk_features, (FAR_AXES, SINK_AXES, TOKEN_AXES, None, 1), (FAR_AXES, SUM_AXES))
+    queries = None if chunks.decays is None else running_sum(chunks.decays, axis=2, causal=causal)
+    elapsed = _tokens_last(queries)
+    axes = (FAR_AXES, SINK_AXES, TOKEN_AXES, None, 1, 0)
+    one_chunk = over_heads(kernel, chunk_features, axes, (FAR_AXES, SUM_AXES))
 
     # The masks and sums are made outside the loop: in its body XLA would compute the masks again for every head.
     @_recompute
-    def body(far: FarState, xs: tuple[Tokens, Bool[Array, "b n n"], RunningSum | None]) -> tuple[FarState, Sums]:
+    def body(
+        far: FarState, xs: tuple[Tokens, Bool[Array, "b n n"], RunningSum | None, RunningSum | None]
+    ) -> tuple[FarState, Sums]:
         return one_chunk(far, state.sinks, *xs)
 
-    far, sums = jax.lax.scan(body, state.far, (chunks, visible, elapsed))
+    far, sums = jax.lax.scan(body, state.far, (chunks, visible, queries, elapsed))
     if not causal:
-        from_right = over_heads(kernel, _read_then_fold, (FAR_AXES, SINK_AXES, TOKEN_AXES, 1), (FAR_AXES, SUM_AXES))
+        from_right = over_heads(kernel, _read_then_fold, (FAR_AXES, SINK_AXES, TOKEN_AXES, 0), (FAR_AXES, SUM_AXES))
         nothing = jax.tree.map(jnp.zeros_like, state.far)._replace(key_max=jnp.full_like(state.far.key_max, NEG))
         body_from_right = _recompute(lambda far, xs: from_right(far, state.sinks, *xs))
         _, later = jax.lax.scan(body_from_right, nothing, (chunks, elapsed), reverse=True)
@@ -126,14 +130,14 @@ def scan_window(
     one_chunk = over_heads(
         kernel,
         chunk_window,
-        (FAR_AXES, SINK_AXES, RECENT_AXES, TOKEN_AXES, None, 1),
+        (FAR_AXES, SINK_AXES, RECENT_AXES, TOKEN_AXES, None, 1, 0),
         (FAR_AXES, SINK_AXES, RECENT_AXES, SUM_AXES),
     )
 
     @_recompute
     def body(
         carry: tuple[FarState, Sinks, Recent],
-        xs: tuple[Int[Array, ""], Tokens, Bool[Array, "b n t"], RunningSum | None],
+        xs: tuple[Int[Array, ""], Tokens, Bool[Array, "b n t"], RunningSum | None, RunningSum | None],
     ) -> tuple[tuple[FarState, Sinks, Recent], Sums]:
         index, *chunk = xs
         *advanced, sums = one_chunk(*carry, *chunk)
@@ -144,11 +148,13 @@ def scan_window(
 
     carry = (state.far, state.sinks, recent)
     visible = _near_keys(recent.segments, chunks.segments)
-    elapsed = None
+    queries = elapsed = None
     if chunks.decays is not None and recent.decays is not None:
-        elapsed = running_sum(_with_window(jnp.swapaxes(recent.decays, 1, 2), chunks.decays), axis=2, causal=True)
+        decays = _with_window(jnp.swapaxes(recent.decays, 1, 2), chunks.decays)
+        near = running_sum(decays, axis=2, causal=True)
+        queries, elapsed = jax.tree.map(lambda leaf: leaf[:, :, -chunk_size:], near), _tokens_last(near)
     (far, sinks, recent), sums = jax.lax.scan(
-        body, carry, (jnp.arange(num_chunks, dtype=jnp.int32), chunks, visible, elapsed)
+        body, carry, (jnp.arange(num_chunks, dtype=jnp.int32), chunks, visible, queries, elapsed)
     )
     sums = _unsplit(sums)
     if return_state:
@@ -160,6 +166,15 @@ def scan_window(
         take = jax.vmap(lambda leaf, start: jax.lax.dynamic_slice_in_dim(leaf, start, length, axis=0))
         return state, jax.tree.map(lambda leaf: take(leaf, offset), sums)
     return state, jax.tree.map(lambda leaf: leaf[:, :length], sums)
+
+
+def _tokens_last(elapsed: RunningSum | None) -> RunningSum | None:
+    """[n, b, t, h] -> [n, b, h, t]: the keys' decays. With tokens last, the loop reads them in order.
+
+    The queries' stay as they are: were both slices of one array, XLA would not vectorise
+    the exponentials of scores on CPUs.
+    """
+    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 2, 3), elapsed)
 
 
 def _near_keys(recent: Int[Array, "b w"], chunks: Int[Array, "n b c"]) -> Bool[Array, "n b c t"]:

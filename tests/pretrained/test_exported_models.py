@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from darkformer_jax.model.sampling import Sampler
-from tests.pretrained.exported_models import MODELS, TOKENS, exported, load, torch_logits
-from tests.pretrained.tiny_models import our_logits, torch
+from tests.pretrained.exported_models import MODELS, TOKENS, VOCAB, exported, load, torch_logits
+from tests.pretrained.tiny_models import our_logits, torch, transformers
 
 TOLERANCE = 1e-4
 HYBRIDS = ("llama-hybrid-tied", "gates-hybrid", "gemma2-caps")
@@ -155,6 +156,38 @@ def test_half_precision_keeps_the_kernels_arrays_in_float32():
     assert kept == {name for name in dtypes if ".mechanism." in name or ".forgetting." in name}
     wanted = torch_logits(exported("gates-hybrid").theirs)
     assert np.abs(torch_logits(model) - wanted).mean() < 0.05 * np.abs(wanted).mean()
+
+
+@pytest.mark.parametrize("name", ["llama-dark", "llama-hybrid-tied", "gates", "alibi"])
+def test_float16_holds_features_and_their_gradients(name):
+    """Features and their products pass its largest number, 65,504."""
+    wide, half = exported(name).theirs, load(exported(name).directory, dtype=torch.float16)
+    ids = torch.as_tensor(TOKENS).long()
+    np.testing.assert_allclose(torch_logits(half), torch_logits(wide), atol=0.02, rtol=0)
+    for model in (wide, half):
+        model.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    for (parameter, grad), other in zip(gradients(wide), gradients(half), strict=True):
+        assert (grad - other[1]).abs().max() < 0.05 * grad.abs().max(), parameter
+    wide.zero_grad()
+
+
+def gradients(model):
+    return [(name, parameter.grad.float()) for name, parameter in model.named_parameters()]
+
+
+def test_a_stop_string_ends_a_text():
+    """`generate` passes its tokenizer on to the model."""
+    model, ids = exported("gates-hybrid").theirs, torch.as_tensor(TOKENS[:1, :9]).long()
+    letters = "abcdef" + "".join(chr(0x4E00 + number) for number in range(VOCAB - 6))  # transformers tries "abcdef"
+    spelling = tokenizers.Tokenizer(tokenizers.models.BPE({letter: n for n, letter in enumerate(letters)}, []))
+    spelling.decoder = tokenizers.decoders.Fuse()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=spelling)
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 6}
+    prompt = {"attention_mask": torch.ones(1, 9, dtype=torch.long)} | options
+    text = model.generate(ids, **prompt)[0, 9:].tolist()
+    stopped = model.generate(ids, stop_strings=[letters[text[1]]], tokenizer=tokenizer, **prompt)[0, 9:].tolist()
+    assert stopped == text[: text.index(text[1]) + 1]
 
 
 def test_the_code_needs_torch_and_transformers_alone():

@@ -1,6 +1,9 @@
 """What a state of constant size cannot do, an exported model refuses in PyTorch, each with one line that says what."""
 
+import copy
 import re
+import runpy
+import sys
 
 import pytest
 
@@ -63,6 +66,38 @@ ARGUMENTS = {
 def test_a_call_is_refused_with(model, arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         model(IDS, **arguments)
+
+
+@pytest.mark.parametrize("ids", [IDS[0], IDS[:, :0]], ids=["one text without rows", "no tokens"])
+def test_ids_are_refused_that_are(model, ids):
+    with pytest.raises(ValueError, match=re.escape(f"the input has shape {list(ids.shape)}; expected [rows, tokens]")):
+        model(ids)
+
+
+CONFIGS = {
+    "another number of heads": (lambda c: setattr(c, "num_key_value_heads", 4), "num_key_value_heads = 4, but"),
+    "another epsilon": (lambda c: setattr(c, "rms_norm_eps", 0.5), "rms_norm_eps = 0.5, but darkformer.model.norm_eps"),
+    "another format": (lambda c: c.darkformer.update(format=3), "darkformer.format = 3; this code reads 2"),
+    "an unknown kind": (lambda c: c.darkformer["pattern"][0].update(kind="mamba2"), "kind = 'mamba2': must be one of"),
+    "half a chunk": (
+        lambda c: c.darkformer["pattern"][0].update(window=10),
+        "window = 10: must be a multiple of chunk_size = 4",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), CONFIGS.values(), ids=CONFIGS)
+def test_a_config_is_refused_with(model, change, message):
+    config = copy.deepcopy(model.config)
+    change(config)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        type(model)(config)
+
+
+def test_a_transformers_that_is_too_old_is_named(model, monkeypatch):
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.1")  # loading a model may have replaced it
+    with pytest.raises(ImportError, match=re.escape("needs transformers 5.0 or later; this is 4.57.1")):
+        runpy.run_path(str(exported("gates-hybrid").directory / "configuration_darkformer.py"))
 
 
 def test_attention_weights_are_refused_by_the_config_too(model, monkeypatch):

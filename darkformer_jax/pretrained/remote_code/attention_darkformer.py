@@ -30,6 +30,7 @@ DECAY_FLOOR = -1000.0  # of one token's log decay
 
 EXACT = ("softmax", "softmax_local")
 RANDOM_FEATURES = ("performer", "dark", "lfk")
+KINDS = (*RANDOM_FEATURES, "window_only", "linear_transformer", "hedgehog", "cosformer")
 State = dict[str, Tensor]
 
 
@@ -64,7 +65,8 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 
 
 def product(equation: str, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """einsum of operands that are rounded to `dtype`, in float32."""
+    """einsum of operands that are rounded to `dtype`, in float32. Features and their sums are too large for float16."""
+    dtype = torch.float32 if dtype == torch.float16 else dtype
     return torch.einsum(equation, a.to(dtype).float(), b.to(dtype).float())
 
 
@@ -91,6 +93,8 @@ class Mechanism(nn.Module):
     def __init__(self, layer: dict[str, Any], num_heads: int, num_kv_heads: int, head_dim: int) -> None:
         super().__init__()
         self.layer, self.kind = layer, layer["kind"]
+        if self.kind not in KINDS:
+            raise ValueError(f"kind = {self.kind!r}: must be one of {', '.join((*EXACT, *KINDS))}")
         self.scale = layer["scale"]
         empty = lambda *shape: nn.Parameter(torch.empty(*shape, dtype=torch.float32))
         if self.kind in RANDOM_FEATURES:
@@ -233,6 +237,8 @@ class FeatureAttention(nn.Module):
     def __init__(self, layer: dict[str, Any]) -> None:
         super().__init__()
         self.chunk, self.window, self.num_sinks = layer["chunk_size"], layer["window"], layer["num_sinks"]
+        if self.window % self.chunk:
+            raise ValueError(f"window = {self.window}: must be a multiple of chunk_size = {self.chunk}")
 
     def forward(
         self,

@@ -2,10 +2,22 @@
 
 from typing import Any
 
-from transformers import PreTrainedConfig
+import transformers
+
+if int(transformers.__version__.split(".")[0]) < 5:
+    raise ImportError(f"a DARKFormer model needs transformers 5.0 or later; this is {transformers.__version__}")
+
+FORMAT = 2  # of `darkformer` in config.json
+# Fields that are stated twice -> their names in `darkformer["model"]`, which the model reads.
+_TWICE = {
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "rms_norm_eps": "norm_eps",
+}
 
 
-class DarkformerConfig(PreTrainedConfig):
+class DarkformerConfig(transformers.PreTrainedConfig):
     """The fields of a stock model (hidden_size, num_hidden_layers, ...), and `darkformer`: what it lacks.
 
     `darkformer["model"]` holds every field of the model as darkformer_jax knows them, and `darkformer["pattern"]` the
@@ -33,6 +45,13 @@ class DarkformerConfig(PreTrainedConfig):
         """The fields of the model by their names in darkformer_jax."""
         return self._described()["model"]
 
+    def check(self) -> None:
+        """Raises ValueError for another format, and for a field that says something else than `darkformer` does."""
+        for name, own in _TWICE.items():
+            value = getattr(self, name, self.fields[own])
+            if value != self.fields[own]:
+                raise ValueError(f"{name} = {value}, but darkformer.model.{own} = {self.fields[own]}: they must agree")
+
     def layer(self, index: int) -> dict[str, Any]:
         """Kind and options of one layer's attention."""
         pattern = self._described()["pattern"]
@@ -41,4 +60,6 @@ class DarkformerConfig(PreTrainedConfig):
     def _described(self) -> dict[str, Any]:
         if self.darkformer is None:
             raise ValueError("config.json has no `darkformer`: it was not written by darkformer_jax")
+        if self.darkformer.get("format") != FORMAT:
+            raise ValueError(f"darkformer.format = {self.darkformer.get('format')!r}; this code reads {FORMAT}")
         return self.darkformer

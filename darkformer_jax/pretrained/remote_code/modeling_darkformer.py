@@ -317,6 +317,7 @@ class DarkformerModel(DarkformerPreTrainedModel):
 
     def __init__(self, config: DarkformerConfig) -> None:
         super().__init__(config)
+        config.check()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([DarkformerBlock(config, index) for index in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config)
@@ -348,6 +349,9 @@ class DarkformerModel(DarkformerPreTrainedModel):
             raise ValueError("output_attentions=True: linear attention has no attention weights")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds is needed")
+        shape = next(list(given.shape[:2]) for given in (input_ids, inputs_embeds) if given is not None)
+        if len(shape) != 2 or shape[1] == 0:
+            raise ValueError(f"the input has shape {shape}; expected [rows, tokens], at least one token")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if self.scale is not None:
             x = x * torch.tensor(self.scale, dtype=x.dtype, device=x.device)
@@ -443,8 +447,8 @@ class DarkformerForCausalLM(DarkformerPreTrainedModel, GenerationMixin):
 
 def _refuse(kwargs: dict[str, Any]) -> None:
     """Raises ValueError for an argument that would change the result and is not supported."""
-    kwargs.pop("cache_position", None)  # before 5.2; it follows from the cache
-    unknown = [name for name, value in kwargs.items() if value is not None]
+    ignored = ("cache_position", "tokenizer")  # it follows from the cache; `generate` passes on that of stop_strings
+    unknown = [name for name, value in kwargs.items() if value is not None and name not in ignored]
     if unknown:
         raise ValueError(f"{unknown[0]} is not an argument of a DARKFormer model")
 
@@ -499,6 +503,6 @@ def rows_of(mask: Tensor | None, position_ids: Tensor | None, x: Tensor, cache: 
         if own.shape != rows.index.shape or bool(((own != rows.index) & rows.is_real).any()):
             raise ValueError(
                 "position_ids are not the count of the real tokens of each row: several documents in one row, and "
-                "other positions, are not supported"
+                f"other positions, are not supported; the cache holds {seen} tokens"
             )
     return rows, padding
