@@ -16,7 +16,9 @@ from darkformer_jax.mixers.mixer import Role
 from darkformer_jax.mixers.spec import Geometry, MixerSpec
 from darkformer_jax.mixers.stretches import on_stretches
 from darkformer_jax.ops.context import check_stretch
-from darkformer_jax.ops.dark_attention import dark_attention, init_state
+from darkformer_jax.ops.dark_attention import dark_attention, feature_kernel, init_state
+from darkformer_jax.ops.linear import Sums
+from darkformer_jax.ops.parts import far_sums, joined, near_sums
 from darkformer_jax.ops.projections import draw_projections, projection_key
 from darkformer_jax.ops.state import AttentionState
 
@@ -148,11 +150,42 @@ class FeatureAttention(LinearMechanism):
         arrays: dict[str, Any] = {
             "projections": projections,
             "geometry": geometry,
-            "log_gain": None if self.log_gain is None else self.log_gain[...].astype(jnp.float32),
+            "log_gain": self._gain(),
             "segment_ids": segment_ids,
             "log_decay": log_decay,
         }
         return self.run(attend, queries, keys, v, state, **arrays)
+
+    def _gain(self) -> Array | None:
+        return None if self.log_gain is None else self.log_gain[...].astype(jnp.float32)
+
+    @property
+    def near_is_fixed(self) -> bool:
+        """Whether what a query sees exactly depends neither on M nor on w: `near` and `far` then are the two parts."""
+        s = self.spec
+        own = self.has_geometry and s.window_kernel == "dark"
+        return bool(s.causal and s.window and s.num_features and not own and not s.has_decay)
+
+    def near(self, q: Array, k: Array, v: Array) -> Sums:
+        """What queries of whole documents, one per row, see exactly."""
+        s = self.spec
+        places = {"chunk_size": s.chunk_size, "window": s.window, "num_sinks": s.num_sinks}
+        return near_sums(q, k, v, scale=s.scale, **places)
+
+    def beside(self, near: Sums, q: Array, k: Array, v: Array, positions: Array, stride: int = 1) -> Array:
+        """The output for whole documents, one per row, from what they see exactly.
+
+        stride: q and near are of every stride-th token only; see `ops.parts.far_sums`.
+        """
+        s = self.spec
+        queries, keys, projections, geometry = self.inputs(q, k, positions)
+        window: dict[str, Any] = {"window": s.window, "window_kernel": s.window_kernel}
+        kernel = feature_kernel(
+            queries, keys, projections=projections, geometry=geometry, scale=s.scale, log_gain=self._gain(), **window
+        )
+        places = {"chunk_size": s.chunk_size, "window": s.window, "num_sinks": s.num_sinks}
+        far = far_sums(kernel, queries, keys, v, **places, stride=stride)
+        return joined(near, far, s.num_features).astype(v.dtype)
 
 
 def mean_exact_keys(spec: MixerSpec, length: int) -> float:

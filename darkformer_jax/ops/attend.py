@@ -98,7 +98,7 @@ def attend(
     state, segments, positions = _place_tokens(state, segment_ids, length)
     grouped = q.reshape(batch, length, num_kv_heads, group_size(q, k), dim)
     state, sums = _scan_or_step(kernel, state, Tokens(grouped, k, v, segments, positions, decays), options, resumed)
-    out = _normalize(sums.numerator, sums.denominator).reshape(batch, length, num_heads, value_dim).astype(v.dtype)
+    out = normalize(sums.numerator, sums.denominator).reshape(batch, length, num_heads, value_dim).astype(v.dtype)
     return (out, state) if options.return_state else out
 
 
@@ -147,7 +147,7 @@ def _shift_full_windows(kernel: Kernel, state: AttentionState, chunk_size: int) 
     return jax.lax.cond(jnp.any(state.fill == chunk_size), shift, lambda old: old, state)
 
 
-def _normalize(numerator: Array, denominator: Array) -> Array:
+def normalize(numerator: Array, denominator: Array) -> Array:
     """numerator / denominator; 0 for queries that see nothing (padding). Any other denominator is at least 1."""
     inverse = 1 / jnp.where(denominator > 0, denominator, 1)
     # einsum, because the gradient of a broadcast division is slow on XLA's CPU backend.

@@ -90,12 +90,42 @@ def dark_attention(
     check_options(q, options, log_decay, state)
     if log_decay is not None:
         check_log_decay(log_decay, k, segment_ids)
-    _check_window_options(q, options.window, window_kernel, log_gain)
+    kernel = feature_kernel(
+        q,
+        k,
+        projections=projections,
+        geometry=geometry,
+        scale=scale,
+        window=options.window,
+        window_kernel=window_kernel,
+        log_weights=log_weights,
+        log_gain=log_gain,
+    )
+    return attend(kernel, q, k, v, segment_ids, log_decay, state, options)
+
+
+def feature_kernel(
+    q: Float[Array, "b p hq d"],
+    k: Float[Array, "b n hkv d"],
+    *,
+    projections: Float[Array, "... m r"] | None,
+    geometry: Float[Array, "... r d"] | None,
+    scale: float | None,
+    window: int,
+    window_kernel: WindowKernel,
+    log_weights: Float[Array, "... m"] | None = None,
+    log_gain: Float[Array, "hq"] | None,
+) -> Kernel:
+    """The kernel of all key/value heads that `dark_attention` uses; its docstring explains the arguments.
+
+    Raises:
+      UserError: for shapes or options that do not fit together.
+    """
+    _check_window_options(q, window, window_kernel, log_gain)
     if log_gain is not None:
         log_gain = log_gain.reshape(k.shape[2], group_size(q, k))
-    arrays = _kernel_arrays(projections, geometry, log_weights, log_gain, k, options.window)
-    kernel = Kernel(arrays, positive_random_features, scale_of(scale, q), window_kernel)
-    return attend(kernel, q, k, v, segment_ids, log_decay, state, options)
+    arrays = _kernel_arrays(projections, geometry, log_weights, log_gain, k, window)
+    return Kernel(arrays, positive_random_features, scale_of(scale, q), window_kernel)
 
 
 def _check_window_options(q: Array, window: int, window_kernel: str, log_gain: Array | None) -> None:

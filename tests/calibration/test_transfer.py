@@ -1,5 +1,7 @@
 """Attention transfer on tensors small enough to check by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,3 +110,62 @@ def test_the_error_is_relative_and_a_heads_own():
     exact = np.asarray(tensors.exact, np.float64)
     wanted = [np.linalg.norm((out - exact)[:, :, h]) / np.linalg.norm(exact[:, :, h]) for h in range(2)]
     np.testing.assert_allclose(errors(mechanism, mechanism.trainable, tensors), wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("dark", {"window_kernel": "softmax", "far_gain": True, "learn_projections": True}),
+        ("dark", {"window_kernel": "softmax", "window": 16, "num_sinks": 3}),
+        ("performer", {"far_gain": True, "num_sinks": 0}),
+        ("lfk", {"query_scale": 0.7}),
+    ],
+)
+def test_what_is_seen_exactly_is_computed_once_and_nothing_else_changes(kind, changes):
+    """Outputs and gradients are those of the mechanism itself, also where the last chunk is not full."""
+    spec, tensors = sharp_tensors(length=45, heads=4)
+    sizes = {"kind": kind, "num_heads": 4, "num_kv_heads": 2, "window": 8, "chunk_size": 8, "num_sinks": 5}
+    spec = dataclasses.replace(spec, **{**sizes, "num_features": 16, **changes})
+    tensors = tensors._replace(k=tensors.k[:, :, :2], v=tensors.v[:, :, :2])
+    mechanism = FittedMechanism.of(MIXERS[kind](spec, 0))
+    near = mechanism.near(tensors)
+    assert near is not None
+
+    def out_and_gradient(near):
+        def loss(trained):
+            out = mechanism.attend(trained, tensors, near)
+            return jnp.sum(jnp.square(out - tensors.exact)), out
+
+        (_, out), gradient = jax.value_and_grad(loss, has_aux=True)(mechanism.trainable)
+        return out, gradient
+
+    (found, gradient), (wanted, other) = out_and_gradient(near), out_and_gradient(None)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)  # logits of 30, rounded in float32
+    pairs = zip(jax.tree.leaves(gradient), jax.tree.leaves(other), strict=True)
+    assert all(np.abs(b).max() > 1e-3 for _, b in pairs), "nothing to compare"
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max()), gradient, other)
+
+
+def test_a_part_of_the_queries_gets_what_it_gets_among_all():
+    """Every fourth one, from any start; the last chunk has one of them, or none."""
+    spec, tensors = sharp_tensors(length=41)
+    sizes = {"window": 8, "chunk_size": 8, "num_sinks": 3, "window_kernel": "softmax"}
+    mechanism = FittedMechanism.of(MIXERS["dark"](dataclasses.replace(spec, kind="dark", **sizes), 0))
+    near = mechanism.near(tensors)
+    all_of_them = mechanism.attend(mechanism.trainable, tensors, near)
+    for start in range(4):
+        places = np.arange(start, 40, 4)
+        some = tensors._replace(q=tensors.q[:, places])
+        few = jax.tree.map(lambda leaf, places=places: leaf[:, places], near)
+        found = mechanism.attend(mechanism.trainable, some, few, stride=4)
+        np.testing.assert_allclose(found, all_of_them[:, places], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"window_kernel": "dark"}, {"window": 0, "num_sinks": 0}, {"decay": "learned", "window_kernel": "softmax"}],
+)
+def test_what_is_seen_exactly_is_not_reused_where_it_learns_or_decays(changes):
+    spec, tensors = sharp_tensors()
+    spec = dataclasses.replace(spec, **{"kind": "dark", "window": 8, "chunk_size": 8, **changes})
+    assert FittedMechanism.of(MIXERS["dark"](spec, 0)).near(tensors) is None
