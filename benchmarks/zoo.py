@@ -28,6 +28,7 @@ from darkformer_jax.config.specs import mixer_specs
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
 from darkformer_jax.mixers.spec import MixerSpec
+from darkformer_jax.model.state_size import state_bytes
 
 WIDTH, HEADS, HEAD_DIM, FEATURES, CHUNK = 128, 2, 64, 64, 64
 LENGTHS = (1024, 4096, 16384)
@@ -81,15 +82,6 @@ def build(entry: str, problem: Problem) -> Run:
     return jax_run(attend, (x, params), problem.backward)
 
 
-def state_bytes(spec: MixerSpec, length: int) -> int:
-    """Bytes of one sequence's state in decoding, for `length` tokens in all."""
-
-    def init() -> object:
-        return MIXERS[spec.kind].build(spec, 0, rngs=nnx.Rngs(0)).init_state(1, length, jnp.float32)
-
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(init)))
-
-
 def measure(length: int, entries: Sequence[str], repeats: int, bar: tqdm) -> list[Row]:
     """A row per layer at one length."""
     specs = {entry: spec_of(entry, length) for entry in entries}
@@ -97,7 +89,7 @@ def measure(length: int, entries: Sequence[str], repeats: int, bar: tqdm) -> lis
         entry: {
             "mixer": entry,
             "length": length,
-            "state_bytes": state_bytes(spec, length),
+            "state_bytes": state_bytes(spec, length, jnp.float32),
             "flops_per_token": MIXERS[spec.kind].flops(spec, length),
         }
         for entry, spec in specs.items()

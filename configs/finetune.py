@@ -15,6 +15,9 @@ config.json, and this run's config.json has their values. The mechanism replaces
 (`softmax_local`), so that models with alternating local and global layers keep the local ones. If all layers are local,
 it replaces all. Fields that no layer uses any more, such as model.attention.local_window, are then off.
 
+`keep` in the mechanism's place replaces nothing: the layers, with m, window and the rest, are those of `init_from`. So
+training goes on from a model in which `calibrate --exact_layers` left some layers exact.
+
 `dark,data=chat,files=conversations.jsonl` learns the answers of conversations (docs/chat.md).
 
 With `--config.distill.workdir=runs/smollm2 --config.distill.weight=0.5` the run also learns from the exact model's
@@ -31,18 +34,21 @@ window=0 turns off window and sinks: features everywhere, the paper's form.
 import ml_collections
 
 from darkformer_jax.config.arguments import argument_names, set_arguments
-from darkformer_jax.config.conversion import conversion_config, without_window
+from darkformer_jax.config.conversion import continuation_config, conversion_config, without_window
 
 ARGUMENTS = (
     "m", "window", "chunk", "init", "sinks", "data", "files", "context", "batch", "lr", "geometry_lr", "train", "lora",
     "steps", "seed",
 )  # fmt: skip
 
+KEEP = "keep"
+OF_A_MECHANISM = ("m", "window", "chunk", "init", "sinks")  # which `keep` takes from init_from
+
 
 def get_config(arguments: str = "dark") -> ml_collections.ConfigDict:
-    """The config. arguments: the mechanism, then comma-separated name=value."""
+    """The config. arguments: the mechanism or `keep`, then comma-separated name=value."""
     kind, *others = arguments.split(",")
-    c = conversion_config(kind)
+    c = continuation_config() if kind == KEEP else conversion_config(kind)
     c.model.remat = "full"  # pretrained models are deep
 
     c.num_steps = 500
@@ -61,7 +67,8 @@ def get_config(arguments: str = "dark") -> ml_collections.ConfigDict:
     c.eval.batch_size = 8
     c.checkpoint.every = 100
     c.checkpoint.keep = 1  # each has three times the model's float32 size
-    set_arguments(c, others, ARGUMENTS, "configs/finetune.py")
-    if "sinks" not in argument_names(others):
+    allowed = [name for name in ARGUMENTS if kind != KEEP or name not in OF_A_MECHANISM]
+    set_arguments(c, others, allowed, f"configs/finetune.py:{KEEP}" if kind == KEEP else "configs/finetune.py")
+    if kind != KEEP and "sinks" not in argument_names(others):
         without_window(c)
     return c

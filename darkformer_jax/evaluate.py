@@ -23,6 +23,25 @@ A classifier or a regression is scored on labelled files (.tsv, .csv, .jsonl, .p
 
 It prints accuracy, F1, Matthews and the confusion of the classes, or squared error, Pearson and Spearman. Beside them
 stand the figures of the best constant answer.
+
+Probes show what averages over text hide: what a language model still finds far back in its context.
+
+    python -m darkformer_jax.evaluate --workdir=runs/smollm2 --text='books/*.txt' --probes=copy,lookup,positions
+
+  copy           [x, text, x]: a passage of 128 tokens comes again. Nats per token of the second copy and of the first,
+                 their difference, and the accuracy of the second. A copy's first 32 tokens are not scored.
+  repeat         [x, x]: the same, where x is as long as the distance
+  lookup         facts such as "The password of the Osprey team is 48213." stand in the text, and the end asks for all:
+                 answers whose every token had the largest logit, and nats per token of the answers
+  classes        16 examples of a rule with made-up labels (wolf: dax), text, and a question. An answer is right if the
+                 right label's first token is likelier than those of the three others.
+  positions      bits per token of plain text, at positions 0-255, 256-511, 512-1023, ... up to the context
+
+The distance of a token is the number of places to its like before it; for classes, the text between the examples and
+the question. It is 512, 1,024 and 4,096, as far as --context has room, which is the run's sequence_length, at most
+16,384. Figures are means over --rows with their standard error. Rows depend on the text and the seed alone, and are
+equal for all models with the same tokenizer. `report` puts models beside each other whose --json are
+<workdir>/probes*.json.
 """
 
 import argparse
@@ -40,7 +59,10 @@ from darkformer_jax.data.text_files import TEXT_FIELD
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks import task_of
-from darkformer_jax.tasks.task import ScoreRequest
+from darkformer_jax.tasks.probes import PROBES, ProbeRequest, ask_probes
+from darkformer_jax.tasks.task import ScoreRequest, Scores
+
+_ROWS = 16
 
 
 def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
@@ -66,6 +88,10 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--stride", type=whole, help="tokens from one window to the next (default: context)")
     parser.add_argument("--batch_size", type=whole, default=4, help="windows or examples at a time (default: 4)")
     parser.add_argument("--max_tokens", type=whole, help="score so many tokens, from the first file on (default: all)")
+    parser.add_argument("--probes", help=f"ask these instead, separated by commas: {', '.join(PROBES)}")
+    parser.add_argument("--distances", help="of the probes, in tokens, separated by commas (default: see above)")
+    parser.add_argument("--rows", type=whole, help="of each probe and distance (default: 16)")
+    parser.add_argument("--seed", type=whole, help="of the probes' rows (default: 0)")
     parser.add_argument("--json", help="also write the result to this file, which must not exist")
     return parser.parse_args(argv[1:])
 
@@ -80,16 +106,41 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Scores the text, prints a table, writes the JSON file if one was asked for, and returns its content."""
     _check_flags(args)
     workdir = Workdir(args.workdir)
-    request = ScoreRequest(args.text, args.batch_size, args.context, args.stride, args.max_tokens, args.text_field)
-    scores = task_of(workdir).score(workdir, args.step, request, progress_bar)
+    scores = _ask(workdir, args) if args.probes is not None else _score(workdir, args)
     print(scores.table)
     if args.json is not None:
         write_new("--json", args.json, json.dumps(scores.result, indent=2) + "\n")
     return scores.result
 
 
+def _score(workdir: Workdir, args: argparse.Namespace) -> Scores:
+    request = ScoreRequest(args.text, args.batch_size, args.context, args.stride, args.max_tokens, args.text_field)
+    return task_of(workdir).score(workdir, args.step, request, progress_bar)
+
+
+def _ask(workdir: Workdir, args: argparse.Namespace) -> Scores:
+    request = ProbeRequest(
+        args.probes,
+        args.text,
+        args.text_field,
+        _ROWS if args.rows is None else args.rows,
+        args.distances,
+        args.context,
+        args.batch_size,
+        args.seed or 0,
+    )
+    return ask_probes(workdir, args.step, request, progress_bar)
+
+
 def _check_flags(args: argparse.Namespace) -> None:
-    for name in ("context", "stride", "batch_size", "max_tokens"):
+    others = ("distances", "rows", "seed") if args.probes is None else ("stride", "max_tokens")
+    for name in others:
+        if getattr(args, name) is not None:
+            reason = "only --probes have it" if args.probes is None else "--probes have none"
+            raise UserError(f"--{name}={getattr(args, name)}: {reason}; allowed: no --{name} here")
+    if args.seed is not None and not 0 <= args.seed < 2**31:
+        raise UserError(f"--seed={args.seed}: must be from 0 to {2**31 - 1}")
+    for name in ("context", "stride", "batch_size", "max_tokens", "rows"):
         value = getattr(args, name)
         if value is not None and not 1 <= value < 2**31:
             raise UserError(f"--{name}={value}: must be from 1 to {2**31 - 1}")

@@ -7,11 +7,13 @@ Runs that differ only in the seed share a row: the mean and standard error of th
 A language model's are loss, bits per byte and accuracy; a classifier's and a regression's are those that training
 printed. Runs on ListOps, images or a task of GLUE also have the benchmark's table: validation, and test where
 `evaluate --json=<workdir>/test.json` measured it, for the best and the last checkpoint. What others published stands
-below it, with the sources. If DARK, exact attention, and Performer or the window alone ran with otherwise equal
-settings, the page says which share of the gap to exact attention DARK closes. Runs that did not finish are listed with
-the reason. The plots show loss curves, the loss against the learning rate and against m, calibration errors by layer
-and head, and the spectra of Sigma = M^T M, as far as the runs have them. Then follow speed, time, hardware, version and
-samples of each run. All runs must have the same data and task. The page and its pictures are light or dark as the
+below it, with the sources. Language models that `evaluate --probes --json=<workdir>/probes.json` asked what they find
+far back in their context stand beside each other, imports and calibrated ones too. If DARK, exact attention, and
+Performer or the window alone ran with otherwise equal settings, the page says which share of the gap to exact attention
+DARK closes. Runs that did not finish are listed with the reason. The plots show loss curves, the loss against the
+learning rate and against m, what probes found by distance, calibration errors by layer and head, and the spectra of
+Sigma = M^T M, as far as the runs have them. Then follow speed, time, hardware, version and samples of each run. All
+runs must have the same data and task. The page and its pictures are light or dark as the
 reader's system is.
 
 --out gets report.html (with its pictures inside), report.md, its pictures (light ones), and results.json.

@@ -124,7 +124,9 @@ def test_the_zoo_has_every_mixer_that_can_be_causal_and_states_that_grow_only_wi
     entries = zoo.causal_mixers()
     kinds = {entry.partition("(")[0] for entry in entries}
     assert set(MIXERS) - kinds == {kind for kind, mixer in MIXERS.items() if issubclass(mixer, EncoderMechanism)}
-    short, long = ({e: zoo.state_bytes(zoo.spec_of(e, length), length) for e in entries} for length in (512, 1024))
+    short, long = (
+        {e: zoo.state_bytes(zoo.spec_of(e, length), length, "float32") for e in entries} for length in (512, 1024)
+    )
     assert {entry for entry in entries if long[entry] != short[entry]} == {"softmax"}
     per_token = (2 * zoo.HEADS * zoo.HEAD_DIM + 2) * 4  # a key, a value, the segment and the position
     assert long["softmax"] - short["softmax"] == 512 * per_token

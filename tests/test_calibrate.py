@@ -8,12 +8,18 @@ import pytest
 
 from configs import finetune
 from darkformer_jax import calibrate, generate
+from darkformer_jax.calibration import fitting
+from darkformer_jax.calibration.hybrids import Hybrids
 from darkformer_jax.calibration.moments import Moments
+from darkformer_jax.calibration.passages import read_passages
+from darkformer_jax.data.progress import no_progress
+from darkformer_jax.pretrained.export import export_workdir
 from darkformer_jax.runs.inherit import inherit
 from darkformer_jax.runs.load import load_model
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.training.init_from import initialize_from
 from tests.tiny_runs import experiment_of, fresh_state, saved_arrays, tiny_config, write_text, write_workdir
+from tests.tiny_runs import run as train
 
 pytestmark = pytest.mark.standard_promotion  # the state of a checkpoint is made with its optimizer
 
@@ -66,6 +72,74 @@ def test_the_new_workdir_is_one_like_any_other(fitted, capsys):
     assert m.shape == (2, 2, 8, 8) and np.isfinite(m).all()
     generate.main(generate.parse_flags(["generate", f"--workdir={fitted}", "--prompt=def ", "--max_new_tokens=3"]))
     assert capsys.readouterr().out.startswith("def ")
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("deep")
+    write_workdir(directory, tiny_config(model__attention__kind="softmax", model__num_layers=3))
+    (directory / "pretrained.json").write_text('{"model_type": "llama", "config": {"eos_token_id": 7}}')
+    return directory
+
+
+CHOOSING = ("--context=200", "--passages=4", "--transfer_steps=2", "--exact_layers=auto:1")
+
+
+@pytest.fixture(scope="module")
+def chosen(deep, text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("chosen") / "hybrid"
+    run(deep, text, out, *CHOOSING)
+    return out
+
+
+def kinds(report):
+    return tuple("softmax" if layer in report["exact"]["chosen"] else "dark" for layer in range(3))
+
+
+def test_one_layer_stays_exact_and_the_report_says_why(chosen):
+    report = json.loads((chosen / "calibration.json").read_text())
+    found = report["exact"]
+    assert found["chosen"] == found["ranking"][:1] and found["cache_context"] == 32768
+    assert [row["layer"] for row in found["alone"]] == [0, 1, 2]
+    assert max(found["alone"], key=lambda row: row["copy"])["layer"] == found["chosen"][0]
+    assert [point["layers"] for point in found["curve"]] == [found["ranking"][:count] for count in range(4)]
+    assert [row["layer"] for row in report["layers"]] == [x for x in range(3) if x not in found["chosen"]]
+    assert (chosen / "exact_layers.png").is_file()
+    assert load_model(Workdir(chosen)).network.spec.layer_kinds == kinds(report)
+
+
+def test_the_model_that_is_written_is_the_one_that_was_measured(chosen, text):
+    model = load_model(Workdir(chosen))
+    passages, num_test = read_passages(text, "", "text", model.tokenizer, 4, 200, 0)
+    bound = fitting._in_dtype(model.network, "float32").bind(model.params, model.projections)
+    found = Hybrids(bound, bound, passages[:num_test], model.tokenizer).measure([frozenset()], no_progress)[0]
+    point = json.loads((chosen / "calibration.json").read_text())["exact"]["curve"][1]
+    np.testing.assert_allclose(found, (point["loss"], point["copy"]), rtol=1e-5)
+
+
+def test_it_generates_exports_and_trains_on(chosen, text, tmp_path, capsys):
+    generate.main(generate.parse_flags(["generate", f"--workdir={chosen}", "--prompt=def ", "--max_new_tokens=3"]))
+    assert capsys.readouterr().out.startswith("def ")
+    export_workdir(Workdir(chosen), str(tmp_path / "export"))
+    described = json.loads((tmp_path / "export/config.json").read_text())["darkformer"]["pattern"]
+    wanted = kinds(json.loads((chosen / "calibration.json").read_text()))
+    assert tuple(described[layer % len(described)]["kind"] for layer in range(3)) == wanted
+    config = finetune.get_config("keep,context=32,batch=2,steps=1,data=text")
+    config.init_from, config.data.files = str(chosen), text
+    config.model.dtype, config.sample.prompts, config.eval.batches = "float32", (), 1
+    train(config, tmp_path / "tuned")
+    tuned = load_model(Workdir(tmp_path / "tuned"))
+    before = load_model(Workdir(chosen))
+    assert tuned.network.spec.layer_kinds == wanted
+    moved, start = (model.params["blocks_0"]["attention"]["q"]["kernel"] for model in (tuned, before))
+    assert 0 < np.abs(moved - start).max() < 0.01
+
+
+def test_layers_that_are_named_stay_exact(deep, text, tmp_path):
+    run(deep, text, tmp_path / "out", "--exact_layers=0,2", "--transfer_steps=0")
+    report = json.loads((tmp_path / "out/calibration.json").read_text())
+    assert [row["layer"] for row in report["layers"]] == [1] and "exact" not in report
+    assert load_model(Workdir(tmp_path / "out")).network.spec.layer_kinds == ("softmax", "dark", "softmax")
 
 
 def test_features_everywhere_are_fitted_and_reported(workdir, text, tmp_path, capsys):
@@ -180,6 +254,9 @@ def test_fine_tuning_goes_on_from_it(fitted):
         (["--text={dir}/none.txt"], "no file matches"),
         (["--text={dir}/x.jsonl", "--text_field=body"], '{dir}/x.jsonl:1: no "body" field that is a string'),
         (["--out={dir}"], "{dir} is there already"),
+        (["--exact_layers=auto:2"], "--exact_layers=auto:2: 2 layers can be replaced, and one at least must be"),
+        (["--exact_layers=5"], "there is no layer 5; allowed: 0 to 1"),
+        (["--exact_layers=auto", "--cache_budget=1kB@4096"], "--cache_budget=1kB@4096: is 0.001 MB; without an exact"),
         (["--step=9"], "no checkpoint step 9 in"),
     ],
 )

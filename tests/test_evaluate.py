@@ -12,6 +12,7 @@ from darkformer_jax.cli.progress import progress_bar
 from darkformer_jax.data.sources import open_corpus
 from darkformer_jax.data.tokenizers import train_bpe
 from darkformer_jax.data.windows import ScoredDocument
+from darkformer_jax.errors import UserError
 from darkformer_jax.runs.load import load_model
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.next_token import predict, token_sums
@@ -220,3 +221,68 @@ def test_the_command_itself(workdir, texts):
     flags = [f"--workdir={workdir}", f"--text={texts}", "--context=8"]
     (shown,) = run_commands([("darkformer_jax.evaluate", flags)])
     assert shown.status == 0 and shown.out.startswith(f"{workdir} step 3: 3 documents, ") and "loss=" in shown.err
+
+
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory):
+    """A model that was not trained, asked everything, and what it was asked about."""
+    directory = tmp_path_factory.mktemp("probed")
+    write_workdir(directory, tiny_config(sequence_length=512))
+    words = np.random.default_rng(0).choice(["sense", "and", "sensibility", "pride", "prejudice"], 2000)
+    (directory / "text.txt").write_text(" ".join(words))
+    flags = ("--probes=copy,repeat,lookup,classes,positions", "--distances=192", "--rows=3")
+    return directory, run(directory, directory / "text.txt", *flags, f"--json={directory}/probes.json")
+
+
+def test_probes_of_a_model_that_was_not_trained_are_those_of_chance(probed):
+    directory, result = probed
+    assert result == json.loads((directory / "probes.json").read_text())
+    found = {(entry["probe"], entry["at"]): entry["figures"] for entry in result["probes"]}
+    assert list(found) == [("copy", "192"), ("repeat", "192"), ("lookup", "192"), ("classes", "0"), ("classes", "192"),
+                           ("positions", "0-255"), ("positions", "256-511")]  # fmt: skip
+    for name in ("copy", "repeat"):
+        assert found[name, "192"]["second_copy"]["mean"] > math.log(257)  # that of equal probabilities
+        assert abs(found[name, "192"]["gain"]["mean"]) < 0.2
+    assert found["lookup", "192"]["right"]["mean"] == 0
+    for octave in ("0-255", "256-511"):
+        assert found["positions", octave]["bits_per_token"]["mean"] > math.log2(257)
+
+
+def test_the_table_of_probes_has_the_figures(probed, capsys):
+    directory, result = probed
+    again = run(directory, directory / "text.txt", "--probes=copy", "--distances=192", "--rows=3")
+    table = capsys.readouterr().out
+    assert again["probes"] == [result["probes"][0]]  # the same rows, whatever else is asked
+    figures = result["probes"][0]["figures"]["second_copy"]
+    assert f"{figures['mean']:.3f} ± {figures['standard_error']:.3f}" in table
+    assert "copy: a passage that comes again" in table and "lookup" not in table
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--probes=needle",), "'needle' is no probe; allowed: copy, repeat"),
+        (("--probes=copy",), "copy needs rows of 640 tokens, and the context is 512"),
+        (("--probes=copy", "--distances=500"), "copy needs rows of 628 tokens, and the context is 512"),
+        (("--probes=copy", "--distances=192", "--rows=300"), "the text is too short: .* and 300 are needed"),
+        (("--probes=copy", "--stride=3"), "--stride=3: --probes have none; allowed: no --stride here"),
+        (("--probes=copy", "--max_tokens=3"), "--max_tokens=3: --probes have none"),
+        (("--rows=3",), "--rows=3: only --probes have it; allowed: no --rows here"),
+        (("--distances=3",), "--distances=3: only --probes have it"),
+        (("--probes=copy", "--rows=0"), "--rows=0: must be from 1"),
+        (("--probes=copy", "--seed=-1"), "--seed=-1: must be from 0"),
+    ],
+)
+def test_probes_that_cannot_be_asked_are_refused(probed, flags, message):
+    directory, _ = probed
+    with pytest.raises(UserError, match=message):
+        run(directory, directory / "text.txt", *flags)
+
+
+def test_a_classifier_is_not_probed(probed, tmp_path):
+    directory, _ = probed
+    config = json.loads((directory / "config.json").read_text())
+    config["task"]["name"] = "classification"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="task.name = 'classification' predicts no next token"):
+        run(tmp_path, directory / "text.txt", "--probes=copy")

@@ -92,7 +92,7 @@ def test_an_override_stands(tmp_path):
     ("arguments", "kind", "old", "new"),
     [
         ("dark", "softmax", "", ""),
-        ("dark", "dark", "softmax,dark", ""),
+        ("softmax", "dark", "softmax,dark", ""),
         ("softmax", "softmax", "", ""),
         ("softmax", "dark", "", ""),
         ("dark", "softmax", "softmax_local, softmax", "softmax_local,dark"),
@@ -112,6 +112,45 @@ def test_the_mechanism_takes_the_place_of_all_but_local_layers(tmp_path, argumen
     has_local = "softmax_local" in (new or arguments)
     assert (attention.local_window, config.model.rope_local_theta) == ((8, 500.0) if has_local else (0, 0.0))
     assert attention.softcap == (50.0 if has_local or arguments == "softmax" else 0.0)
+
+
+KEPT = {
+    "model__num_layers": 4,
+    "model__attention__pattern": "dark,softmax,dark,dark",
+    "model__attention__window": 16,
+    "model__attention__window_kernel": "softmax",
+    "model__attention__far_gain": True,
+    "model__attention__softcap": 50.0,
+}
+
+
+def test_what_a_calibration_left_exact_is_kept(tmp_path):
+    config = from_run(tmp_path, "keep,lr=1e-5,context=64", **KEPT)
+    validate(config)
+    require_new_uses(config, ["sequence_length", "optimizer.learning_rate"])
+    assert config.model.attention.to_dict() == tiny_config(**KEPT).model.attention.to_dict()
+    assert config.optimizer.learning_rate == 1e-5
+
+
+@pytest.mark.parametrize("argument", ["m=8", "window=32", "chunk=8", "init=1.0", "sinks=1"])
+def test_kept_layers_have_the_sizes_that_they_were_fitted_with(argument):
+    name = argument.partition("=")[0]
+    with pytest.raises(UserError, match=f"configs/finetune.py:keep has no argument '{name}'; allowed: data"):
+        finetune.get_config(f"keep,{argument}")
+
+
+@pytest.mark.parametrize("kind", ["dark", "performer"])
+def test_a_mechanism_does_not_silently_take_the_place_of_layers_left_exact(tmp_path, kind):
+    with pytest.raises(UserError) as error:
+        from_run(tmp_path, kind, **KEPT)
+    wanted = (
+        f"its layers are dark, softmax; {kind} would replace the exact ones, too; allowed: configs/finetune.py:keep, "
+        f"which keeps them, or --config.model.attention.pattern={kind}"
+    )
+    assert wanted in str(error.value)
+    config = from_run(tmp_path, kind, {"model.attention.pattern": kind}, **KEPT)
+    validate(config)
+    assert config.model.attention.softcap == 0.0  # no layer uses it any more
 
 
 def test_a_scale_of_queries_that_the_new_mechanism_does_not_use_is_left_behind(tmp_path):

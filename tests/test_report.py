@@ -596,7 +596,7 @@ def a_circle(a, b):
 def nothing_trained(a, b):
     for workdir in (a, b):
         (workdir / "metrics.jsonl").unlink()
-    return r"none of the 2 workdirs has been trained or calibrated"
+    return r"none of the 2 workdirs has been trained, calibrated or probed"
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,13 @@ import numpy as np
 from flax import nnx
 
 from darkformer_jax.calibration import CALIBRATION_FILE
+from darkformer_jax.calibration.cache_budget import CACHE_CONTEXT, CacheSizes
+from darkformer_jax.calibration.choice import Choice, choose
+from darkformer_jax.calibration.exact_layers import check_wish, hybrid_pattern, parse_wish
 from darkformer_jax.calibration.geometry import whitening_geometry
 from darkformer_jax.calibration.moments import Moments
 from darkformer_jax.calibration.passages import read_passages
+from darkformer_jax.calibration.quality_curve import CURVE_FILE, draw_curve
 from darkformer_jax.calibration.transfer import (
     FittedMechanism,
     LayerTensors,
@@ -24,6 +28,7 @@ from darkformer_jax.calibration.transfer import (
     teacher_layers,
 )
 from darkformer_jax.config.conversion import conversion_config, without_window
+from darkformer_jax.config.specs import model_spec
 from darkformer_jax.config.validation import validate
 from darkformer_jax.data.files import whole_directory, write_json
 from darkformer_jax.data.progress import ProgressBar
@@ -75,60 +80,118 @@ class FitOptions:
     shrinkage: float
     far_gain: bool
     learn_projections: bool
+    exact_layers: str
+    cache_budget: str
     seed: int
 
 
-def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> list[dict[str, Any]]:
+class Calibrated(NamedTuple):
+    """What `calibrate` found.
+
+    Attributes:
+      layers: one row per replaced layer: `layer`, `seconds`, and the relative errors of its heads, `before`, `after`
+        and, if there is a window, `window_only`.
+      choice: of the exact layers, where they were chosen.
+    """
+
+    layers: list[dict[str, Any]]
+    choice: Choice | None
+
+
+def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> Calibrated:
     """Fits feature attention to every layer that it replaces, and writes the workdir `out`, whole or not at all.
 
-    Returns:
-      One row per replaced layer: `layer`, `seconds`, and the relative errors of its heads, `before`, `after` and, if
-      there is a window, `window_only`. calibration.json in `out` holds the options and the rows.
+    calibration.json in `out` holds the options and what is returned.
 
     Raises:
       UserError: the model is not exact, options contradict each other, or there is too little text.
     """
+    wish = parse_wish(o.exact_layers, o.cache_budget)
     with whole_directory(out) as directory:
         exact = Workdir(o.workdir)
         teacher = load_language_model(exact, o.step)
-        others = sorted(set(teacher.network.spec.layer_kinds) - set(EXACT_KINDS))
-        if others:
-            raise UserError(
-                f"--workdir={o.workdir}: its layers are {', '.join(others)}; allowed: {', '.join(EXACT_KINDS)}"
-            )
+        _require_exact(o.workdir, teacher)
         config = _config(o)
+        wish = check_wish(wish, teacher.network.spec, _network(config, teacher).spec)
+        if wish.layers:
+            config = _config(o, hybrid_pattern(teacher.config, config, wish.layers))
         sizes = (o.passages, o.context, o.seed)
         passages, num_test = read_passages(o.text, o.test_text, o.text_field, teacher.tokenizer, *sizes)
-        experiment = Experiment.of(config, NextToken.of(config, teacher.tokenizer.vocab_size))
-        params, projections = jax.jit(experiment.network.init)(key_of_seed(o.seed))
-        state = TrainState(jnp.zeros((), jnp.int32), params, projections, ())
-        state, _ = initialize_from(exact, experiment, state, teacher.step)
-        params, rows, moments = _fit_layers(o, teacher, experiment.network, state, passages, num_test, progress_bar)
-        fitted = Workdir(directory)
-        fitted.write_config(config.to_dict())
+        network, state = _initial(config, exact, teacher)
+        fitted, rows, moments = _fit_layers(o, teacher, network, state, passages, num_test, progress_bar)
+        choice = None
+        if wish.is_auto:
+            exact_model = teacher.network.bind(teacher.params, teacher.projections)
+            alike = _in_dtype(network, teacher.network.spec.dtype)
+            replaced = alike.bind(_with_layers(state.params, network, fitted), state.projections)
+            context = wish.budget.context if wish.budget else CACHE_CONTEXT
+            caches = CacheSizes.of(teacher.network.spec, network.spec, context)
+            texts = (passages[num_test:], passages[:num_test], teacher.tokenizer)
+            choice = choose(wish, exact_model, replaced, *texts, caches, progress_bar)
+            config = _config(o, hybrid_pattern(teacher.config, config, choice.layers))
+            network, state = _initial(config, exact, teacher)
+            fitted = {layer: arrays for layer, arrays in fitted.items() if layer not in choice.layers}
+            rows = [row for row in rows if row["layer"] not in choice.layers]
+        written = Workdir(directory)
+        written.write_config(config.to_dict())
         teacher.tokenizer.save(str(directory))
-        hand_on_origin(exact, fitted)
-        saved = {"step": state.step, "params": params}
-        if state.projections:
-            saved["projections"] = state.projections
-        with contextlib.closing(Checkpoints(fitted)) as checkpoints:
-            checkpoints.save(0, saved)
+        hand_on_origin(exact, written)
+        _save(written, state._replace(params=_with_layers(state.params, network, fitted)))
         moments.save(directory / MOMENTS_FILE)
-        write_json(directory / CALIBRATION_FILE, dataclasses.asdict(o) | {"layers": rows})
-    return rows
+        if choice is not None:
+            draw_curve(choice.points, choice.number, choice.context, directory / CURVE_FILE)
+        chosen = {"exact": choice.to_json()} if choice else {}
+        write_json(directory / CALIBRATION_FILE, dataclasses.asdict(o) | {"layers": rows} | chosen)
+    return Calibrated(rows, choice)
 
 
-def _config(o: FitOptions) -> ml_collections.ConfigDict:
+def _require_exact(workdir: str, teacher: WorkdirModel) -> None:
+    others = sorted(set(teacher.network.spec.layer_kinds) - set(EXACT_KINDS))
+    if others:
+        raise UserError(f"--workdir={workdir}: its layers are {', '.join(others)}; allowed: {', '.join(EXACT_KINDS)}")
+
+
+def _config(o: FitOptions, pattern: str | None = None) -> ml_collections.ConfigDict:
+    """The config of the new workdir. pattern: of its layers; None = all are replaced that are not local."""
     config = conversion_config(o.mechanism)
     attention = config.model.attention
     attention.window = o.window
     without_window(config)
     # Only now: an option that needs a window, given without one, is refused below.
     attention.update({name: value for name, value in dataclasses.asdict(o).items() if name in attention})
+    if pattern is not None:
+        attention.pattern = pattern
     config.init_from, config.sequence_length, config.seed = o.workdir, o.context, o.seed
     config = inherit(config)
     validate(config)
     return config
+
+
+def _network(config: ml_collections.ConfigDict, teacher: WorkdirModel) -> Network:
+    return Network.of(model_spec(config, teacher.tokenizer.vocab_size))
+
+
+def _in_dtype(network: Network, dtype: str) -> Network:
+    """The network, computing in another dtype: a layer's cost is to be that of its attention, not of its rounding."""
+    pattern = tuple(dataclasses.replace(mixer, dtype=dtype) for mixer in network.spec.pattern)
+    return Network.of(dataclasses.replace(network.spec, dtype=dtype, pattern=pattern))
+
+
+def _initial(config: ml_collections.ConfigDict, exact: Workdir, teacher: WorkdirModel) -> tuple[Network, TrainState]:
+    """(the new network, its state): the weights are the exact model's, the mechanisms are as at the start of a run."""
+    experiment = Experiment.of(config, NextToken.of(config, teacher.tokenizer.vocab_size))
+    params, projections = jax.jit(experiment.network.init)(key_of_seed(config.seed))
+    state = TrainState(jnp.zeros((), jnp.int32), params, projections, ())
+    state, _ = initialize_from(exact, experiment, state, teacher.step)
+    return experiment.network, state
+
+
+def _save(workdir: Workdir, state: TrainState) -> None:
+    saved = {"step": state.step, "params": state.params}
+    if state.projections:
+        saved["projections"] = state.projections
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+        checkpoints.save(0, saved)
 
 
 def _fit_layers(
@@ -139,12 +202,12 @@ def _fit_layers(
     passages: np.ndarray,
     num_test: int,
     progress_bar: ProgressBar,
-) -> tuple[dict, list[dict[str, Any]], Moments]:
-    """(parameters with the fitted ones, one row per replaced layer, moments of every layer)."""
-    params, spec = state.params, network.spec
+) -> tuple[dict[int, dict], list[dict[str, Any]], Moments]:
+    """(the fitted arrays of each replaced layer's mechanism, a row for each, moments of every layer)."""
+    spec, fitted = network.spec, {}
     keys = jax.random.split(key_of_seed(o.seed), spec.num_layers)
     exact = teacher.network.bind(teacher.params, teacher.projections)
-    student = network.bind(params, state.projections)
+    student = network.bind(state.params, state.projections)
     rows, moments = [], []
     with progress_bar(spec.num_layers, "layer") as bar:
         for index, tensors in enumerate(teacher_layers(exact, jnp.asarray(passages))):
@@ -161,12 +224,12 @@ def _fit_layers(
                     options = {"steps": o.transfer_steps, "learning_rate": o.learning_rate}
                     trained = fit(mechanism, train, keys[index], passages=count, **options)
                 if trained:
-                    params = _with_layer(params, index, len(spec.pattern), nnx.to_pure_dict(trained))
+                    fitted[index] = nnx.to_pure_dict(trained)
                 found = _errors(attention.mechanism.spec, mechanism, trained, test)
                 rows.append({"layer": index, **found, "seconds": time.perf_counter() - started})
                 bar.set_postfix(error=f"{np.mean(found['after']):.3f}", refresh=False)
             bar.update()
-    return params, rows, Moments.stack(moments)
+    return fitted, rows, Moments.stack(moments)
 
 
 def _started(o: FitOptions, module: Any, train: LayerTensors, moments: Moments, layer: int) -> FittedMechanism:
@@ -192,10 +255,12 @@ def _errors(
     return {name: values.tolist() for name, values in found.items()}
 
 
-def _with_layer(params: dict, index: int, num_stacks: int, trained: dict) -> dict:
-    """`params` with one layer's mechanism replaced."""
-    row, place = divmod(index, num_stacks)
-    block = params[f"blocks_{place}"]
-    own = block["attention"]["mechanism"]
-    new = own | {name: own[name].at[row].set(value) for name, value in trained.items()}
-    return params | {f"blocks_{place}": block | {"attention": block["attention"] | {"mechanism": new}}}
+def _with_layers(params: dict, network: Network, fitted: dict[int, dict]) -> dict:
+    """`params` with the fitted arrays in these layers' mechanisms."""
+    for index, trained in fitted.items():
+        row, place = divmod(index, len(network.spec.pattern))
+        block = params[f"blocks_{place}"]
+        own = block["attention"]["mechanism"]
+        new = own | {name: own[name].at[row].set(value) for name, value in trained.items()}
+        params = params | {f"blocks_{place}": block | {"attention": block["attention"] | {"mechanism": new}}}
+    return params

@@ -40,15 +40,28 @@ def conversion_config(kind: str) -> ml_collections.ConfigDict:
     """
     if kind not in MIXERS:
         raise UserError(f"model.attention.kind = {kind!r}: allowed: {', '.join(MIXERS)}")
-    c = base.get_config()
-    for name in set(c.model) - set(COMPUTATION):
-        _inherit(c.model, name)
+    c = _inheriting_config()
     a = c.model.attention
     for name in _INHERITED_BY_ATTENTION:
         _inherit(a, name)
     a.kind = kind
     if "window" in MIXERS[kind].uses:
         a.update({name: value for name, value in _OF_A_WINDOW.items() if name in MIXERS[kind].uses})
+    return c
+
+
+def continuation_config() -> ml_collections.ConfigDict:
+    """The base config with the whole model of `init_from`: its layers are kept, whatever their mechanisms."""
+    c = _inheriting_config()
+    for name in c.model.attention:
+        _inherit(c.model.attention, name)
+    return c
+
+
+def _inheriting_config() -> ml_collections.ConfigDict:
+    c = base.get_config()
+    for name in set(c.model) - set(COMPUTATION):
+        _inherit(c.model, name)
     c.data.tokenizer = ""
     return c
 

@@ -5,7 +5,7 @@
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from darkformer_jax.config.base import fields
@@ -54,6 +54,13 @@ def show_layer(layer: Layer) -> str:
     """The entry of a pattern that parses as `layer`."""
     options = ",".join(f"{name}={value}" for name, value in layer.options.items())
     return f"{layer.kind}({options})" if options else layer.kind
+
+
+def shortest_pattern(entries: Sequence[str]) -> tuple[str, ...]:
+    """The shortest pattern whose repetitions, of which the last may be incomplete, are these entries of all layers."""
+    lengths = range(1, len(entries) + 1)
+    length = next(n for n in lengths if all(entry == entries[i % n] for i, entry in enumerate(entries)))
+    return tuple(entries[:length])
 
 
 def _parse_entry(entry: str) -> Layer:

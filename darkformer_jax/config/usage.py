@@ -164,9 +164,12 @@ def _require_read(config: ml_collections.ConfigDict, names: Collection[str]) -> 
 def _used(config: ml_collections.ConfigDict) -> set[str]:
     """The fields that layers use and do not have as an option, by their own names.
 
-    Where model.attention.pattern is None, another run decides which layers are local ones: they may be there.
+    Where model.attention.pattern is None, another run decides which layers are local ones: they may be there. Where the
+    kind is None, too, it decides over all layers.
     """
     attention = config.model.attention
+    if attention.kind is None:
+        return set().union(*(mixer.uses for mixer in MIXERS.values()))
     layers = parse_pattern(attention.pattern, attention.kind)
     used = set().union(*(MIXERS[layer.kind].uses - layer.options.keys() for layer in layers))
     if attention.pattern is None:

@@ -21,6 +21,7 @@ import sentencepiece
 import tokenizers as hf
 
 from darkformer_jax.data.added_tokens import with_added_tokens
+from darkformer_jax.data.byte_definition import byte_definition, is_byte_definition
 from darkformer_jax.data.files import local_path, read_file, read_json_object, write_file, write_json
 from darkformer_jax.data.progress import ProgressBar, no_progress, time_shown, with_progress
 from darkformer_jax.data.tokenizer_config import (
@@ -431,6 +432,19 @@ def load_tokenizer(directory: str) -> Tokenizer:
     return read_tokenizer(os.path.join(directory, present[0]))
 
 
+def save_for_transformers(tokenizer: Tokenizer, directory: str) -> None:
+    """Writes the files from which transformers' AutoTokenizer makes this tokenizer, and `load_tokenizer`, too.
+
+    Its tokenizer of bytes also leaves a text that spells "<|doc|>" as it is.
+    """
+    if not isinstance(tokenizer, BytesTokenizer):
+        tokenizer.save(directory)
+        return
+    config = new_hf_config(DOCUMENT_SEPARATOR, DOCUMENT_SEPARATOR, tokenizer.spec) | {"split_special_tokens": True}
+    write_json(os.path.join(directory, CONFIG_FILE), config)
+    write_file(os.path.join(directory, _JSON_FILE), byte_definition(DOCUMENT_SEPARATOR))
+
+
 def has_tokenizer(directory: str) -> bool:
     """Whether a tokenizer was saved in `directory`."""
     return any(os.path.isfile(os.path.join(directory, name)) for name in _TOKENIZER_FILES)
@@ -453,12 +467,17 @@ def check_tokenizer_is(spec: str, tokenizer: Tokenizer, where: str) -> None:
         )
 
 
-def _read_hf_tokenizer(data: bytes, config: dict[str, Any] | None) -> HuggingFaceTokenizer:
+def _read_hf_tokenizer(data: bytes, config: dict[str, Any] | None) -> HuggingFaceTokenizer | BytesTokenizer:
     try:
         tokenizer = hf.Tokenizer.from_str(data.decode("utf-8"))
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"not a tokenizer.json: {error}") from error
     settings = read_settings(config or {})
+    trained_as = settings.trained_as
+    if trained_as == BytesTokenizer.spec:
+        if is_byte_definition(data, DOCUMENT_SEPARATOR) and not chat_template(config or {}):
+            return BytesTokenizer()
+        trained_as = ""  # it has become another since
     try:
         bos, eos = _first_token(tokenizer), settings.eos_token
     except Exception as error:  # likewise
@@ -466,7 +485,7 @@ def _read_hf_tokenizer(data: bytes, config: dict[str, Any] | None) -> HuggingFac
     if not eos:
         eos = _usual_eos(tokenizer.get_vocab(with_added_tokens=True), bos)
         config = config and {**config, "eos_token": eos}
-    return HuggingFaceTokenizer(data, bos, eos, settings.trained_as, config)
+    return HuggingFaceTokenizer(data, bos, eos, trained_as, config)
 
 
 def _first_token(tokenizer: hf.Tokenizer) -> str | None:

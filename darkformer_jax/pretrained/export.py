@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.data.files import whole_directory, write_json
 from darkformer_jax.data.progress import ProgressBar, no_progress
+from darkformer_jax.data.tokenizers import save_for_transformers
 from darkformer_jax.errors import UserError
 from darkformer_jax.pretrained.families import Family, fitting_family
 from darkformer_jax.pretrained.hf_config import GENERATION_FILE
@@ -91,7 +92,7 @@ def export_workdir(
         write_json(temporary / "config.json", config, sort_keys=True)
         ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         write_json(temporary / GENERATION_FILE, origin.get("generation_config", ids), sort_keys=True)
-        model.tokenizer.save(str(temporary))
+        save_for_transformers(model.tokenizer, str(temporary))
     size = sum(array.nbytes for array in arrays)
     name = f"{ARCHITECTURE} on {family.model_type}" if own else family.architecture
     return f"{name}, step {model.step}, {len(arrays)} arrays, {size / 1e6:,.1f} MB" + (

@@ -11,11 +11,11 @@ from darkformer_jax.reporting.settings import MECHANISM, TOKENS
 _NAMED = 4  # more than so many things are counted
 
 
-def title_of(rows: Sequence[Row], runs: Sequence[ReportedRun]) -> str:
+def title_of(rows: Sequence[Row], runs: Sequence[ReportedRun], is_calibrated: bool) -> str:
     """What is compared: `softmax, dark and performer compared as language models`."""
     trained = [run for run in runs if run.lines]
     if not trained:
-        return "Calibrated attention"
+        return "Calibrated attention" if is_calibrated else "Language models, probed"
     task = trained[0].settings["task.name"]
     kind = {LANGUAGE_MODEL: "language model", "classification": "classifier"}.get(task, f"{task} model")
     settings = [row.settings for row in rows] or [run.settings for run in trained]

@@ -12,6 +12,8 @@ from darkformer_jax.reporting.benchmarks import as_json as benchmark_as_json
 from darkformer_jax.reporting.calibrations import Calibration, find_calibrations
 from darkformer_jax.reporting.comparison import Comparison, comparisons
 from darkformer_jax.reporting.conclusion import conclusion, title_of
+from darkformer_jax.reporting.probed import ProbeTable, find_probes
+from darkformer_jax.reporting.probed import as_json as probes_as_json
 from darkformer_jax.reporting.reported_runs import FINISHED, UNTRAINED, ReportedRun, find_workdirs, read_runs
 from darkformer_jax.reporting.rows import Row, as_rows, best_of
 from darkformer_jax.reporting.settings import MECHANISM
@@ -34,11 +36,12 @@ class Findings:
     spectra: list[Spectra]  # of the first seed of each row with an M at its best learning rates
     missing_spectra: list[str]  # "workdir: reason" for each such row without spectra
     benchmark: BenchmarkTable | None  # None = the runs are of none that is known
+    probes: list[ProbeTable]
 
     @property
     def title(self) -> str:
         """What is compared, in words."""
-        return title_of(self.rows, self.runs)
+        return title_of(self.rows, self.runs, bool(self.calibrations))
 
     @property
     def conclusion(self) -> str:
@@ -49,13 +52,14 @@ class Findings:
 def collect(globs: str, progress_bar: ProgressBar = no_progress) -> Findings:
     """Reads the workdirs that match the comma-separated globs.
 
-    Raises UserError if a workdir cannot be read, if two do not compare, or if none was trained or calibrated.
+    Raises UserError if a workdir cannot be read, if two do not compare, or if none was trained, calibrated or probed.
     """
     runs = read_runs(with_progress(find_workdirs(globs), "run", progress_bar))
     rows = as_rows(runs)
     calibrations = find_calibrations(run.workdir for run in runs)
-    if not calibrations and all(run.state == UNTRAINED for run in runs):
-        raise UserError(f"--runs={globs}: none of the {len(runs)} workdirs has been trained or calibrated")
+    probes = find_probes(run.workdir for run in runs)
+    if not calibrations and not probes and all(run.state == UNTRAINED for run in runs):
+        raise UserError(f"--runs={globs}: none of the {len(runs)} workdirs has been trained, calibrated or probed")
     spectra, missing = [], []
     with_geometry = [row.runs[0].workdir for row in best_of(rows) if _has_geometry(row)]
     for workdir in with_progress(with_geometry, "checkpoint", progress_bar):
@@ -65,7 +69,7 @@ def collect(globs: str, progress_bar: ProgressBar = no_progress) -> Findings:
             missing.append(f"{workdir}: {error}")
     loss_unit = next((run.loss_unit for run in runs if run.lines), "")
     benchmark = benchmark_table(rows)
-    return Findings(globs, runs, rows, loss_unit, comparisons(rows), calibrations, spectra, missing, benchmark)
+    return Findings(globs, runs, rows, loss_unit, comparisons(rows), calibrations, spectra, missing, benchmark, probes)
 
 
 def _has_geometry(row: Row) -> bool:
@@ -82,7 +86,10 @@ def as_json(found: Findings) -> dict[str, Any]:
         "left_out": [_picked(run, "workdir", "state", "reason") for run in found.runs if run.state != FINISHED],
         "calibrations": [_picked(one, *_OF_CALIBRATIONS) for one in found.calibrations],
         "spectra": [_picked(one, *_OF_SPECTRA) for one in found.spectra],
-    } | ({"benchmark": benchmark_as_json(found.benchmark)} if found.benchmark else {})
+    } | (
+        ({"benchmark": benchmark_as_json(found.benchmark)} if found.benchmark else {})
+        | ({"probes": probes_as_json(found.probes)} if found.probes else {})
+    )
 
 
 def _run(run: ReportedRun, figures: list[str]) -> dict[str, Any]:

@@ -70,6 +70,11 @@ def pictures_of(found: Findings) -> list[Picture]:
         if len(values(lines)) > 1:
             draw = functools.partial(_against, lines, xlabel, base, ylabel)
             pictures.append(Picture(f"{name}.png", alt_texts.of_lines(lines, xlabel, ylabel), draw))
+    for table in found.probes:
+        lines, (xlabel, ylabel) = table.lines, table.axes
+        if len(values(lines)) > 1:
+            draw = functools.partial(_against, lines, xlabel, 2, ylabel)
+            pictures.append(Picture(f"probe_{table.probe}.png", alt_texts.of_lines(lines, xlabel, ylabel), draw))
     for number, calibration in enumerate(found.calibrations, start=1):
         for stage in calibration.errors:
             alt, draw = alt_texts.of_errors(calibration, stage), functools.partial(_error_map, calibration, stage)

@@ -1,6 +1,6 @@
 """Config fields that come from another run: the sizes of a pretrained model are read from it, never retyped."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -20,14 +20,16 @@ def inherit(config: ml_collections.ConfigDict, workdir: Workdir | None = None) -
     """`config` with a value for every field that is None: from the own workdir if it has begun, else from `init_from`.
 
     In the `model.attention.pattern` of `init_from`, this config's mechanism replaces every layer that is not local, or
-    every layer if all are local. Inherited fields that no layer uses any more are turned off: see configs/finetune.py.
+    every layer if all are local. If `model.attention.kind` is None, all layers stay as they are. Inherited fields that
+    no layer uses any more are turned off: see configs/finetune.py.
 
     Args:
       config: left as it is.
       workdir: of this run; None = it has none.
 
     Raises:
-      UserError: a field is None and `init_from` is empty, or its config.json cannot be read or lacks the field.
+      UserError: a field is None and `init_from` is empty, or its config.json cannot be read or lacks the field; or this
+        config's mechanism would replace layers that `init_from` keeps exact beside others.
     """
     missing = [name for name, value in flat_fields(config.to_dict()) if value is None]
     if not missing:
@@ -69,6 +71,9 @@ def _with_mechanism(config: ml_collections.ConfigDict, saved: Mapping[str, Any])
     """The saved pattern with the config's mechanism in place of every layer but local ones; "" = it is everywhere."""
     kind = config.model.attention.kind
     layers = parse_pattern(saved[_PATTERN], saved[_KIND])
+    if kind is None:
+        return str(saved[_PATTERN])
+    _require_one_meaning(config, layers)
     if MIXERS[kind].role != "exact" and all(MIXERS[layer.kind].is_local for layer in layers):
         return ""
     # An option is inherited as its field is: what is the mechanism's own choice comes from this config.
@@ -76,6 +81,20 @@ def _with_mechanism(config: ml_collections.ConfigDict, saved: Mapping[str, Any])
     replaced = [Layer(kind, {n: v for n, v in layer.options.items() if n in inherited}) for layer in layers]
     entries = [show_layer(x if MIXERS[x.kind].is_local else y) for x, y in zip(layers, replaced, strict=True)]
     return "" if set(entries) == {kind} else ",".join(entries)
+
+
+def _require_one_meaning(config: ml_collections.ConfigDict, layers: Sequence[Layer]) -> None:
+    """Raises UserError for a mechanism where some layers have one already and others were left exact.
+
+    Whoever names the mechanism may mean either of the two, and training would undo the choice without a word.
+    """
+    kind, roles = config.model.attention.kind, [MIXERS[x.kind].role for x in layers if not MIXERS[x.kind].is_local]
+    if MIXERS[kind].role != "exact" and "exact" in roles and set(roles) != {"exact"}:
+        kinds = ", ".join(dict.fromkeys(layer.kind for layer in layers))
+        raise UserError(
+            f"init_from = {config.init_from}: its layers are {kinds}; {kind} would replace the exact ones, too; "
+            f"allowed: configs/finetune.py:keep, which keeps them, or --config.model.attention.pattern={kind}"
+        )
 
 
 def _unused(config: ml_collections.ConfigDict) -> dict[str, Any]:

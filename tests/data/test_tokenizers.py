@@ -1,4 +1,5 @@
 import io
+import itertools
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from darkformer_jax.data.tokenizers import (
     load_tokenizer,
     make_tokenizer,
     read_tokenizer,
+    save_for_transformers,
     stream_continuation,
     train_bpe,
 )
@@ -226,6 +228,39 @@ def test_tokenizers_made_here_are_read_the_same_by_transformers(bpe, tmp_path):
     theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
     assert encode_prompt(bpe, "def f(x)") == theirs("def f(x)")["input_ids"]
     assert theirs.eos_token_id == bpe.eos_id
+
+
+@pytest.fixture
+def bytes_in_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    save_for_transformers(BytesTokenizer(), str(tmp_path))
+    return transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+
+
+def test_bytes_are_the_same_in_transformers(bytes_in_transformers):
+    every_sign = "".join(chr(sign) for sign in [*range(0x900), *range(0xE000, 0x110000, 1009)])
+    for text in [*TEXTS, every_sign, "", "<|doc|>"]:
+        ids = bytes_in_transformers(text)["input_ids"]
+        assert ids == encode_prompt(BytesTokenizer(), text)
+        assert bytes_in_transformers.decode(ids, skip_special_tokens=True) == text
+    assert (len(bytes_in_transformers), bytes_in_transformers.eos_token_id) == (257, 256)
+
+
+def test_bytes_that_are_no_text_are_decoded_the_same_by_transformers(bytes_in_transformers):
+    edges = (0x41, 0x80, 0x9F, 0xBF, 0xC1, 0xC2, 0xE0, 0xED, 0xEF, 0xF0, 0xF4, 0xF5, 0xFF, 256)
+    for ids in itertools.product(edges, repeat=3):
+        decoded = bytes_in_transformers.decode(ids, skip_special_tokens=True)
+        assert decoded == BytesTokenizer().decode(ids), ids
+
+
+def test_bytes_come_back_as_bytes_unless_tokens_were_added(bytes_in_transformers, tmp_path):
+    assert isinstance(load_tokenizer(str(tmp_path)), BytesTokenizer)
+    bytes_in_transformers.save_pretrained(tmp_path / "saved")
+    assert isinstance(load_tokenizer(str(tmp_path / "saved")), BytesTokenizer)
+    bytes_in_transformers.add_tokens("<|new|>")
+    bytes_in_transformers.save_pretrained(tmp_path / "more")
+    more = load_tokenizer(str(tmp_path / "more"))
+    assert (more.spec, more.vocab_size) == ("", 258)
 
 
 def test_a_tokenizer_model_beside_a_tokenizer_json_is_the_same_one(published, tmp_path):

@@ -49,6 +49,7 @@ ARGUMENTS = {
         {"attention_mask": torch.ones(2, 1, 37, 37)},
         "attention_mask has shape [2, 1, 37, 37]; expected [2, 37]",
     ),
+    "a mask per kind of layer": ({"attention_mask": {"full_attention": None}}, "attention_mask is a dict; expected a"),
     "a short mask": ({"attention_mask": torch.ones(2, 36)}, "attention_mask has shape [2, 36]; expected [2, 37]"),
     "a mask of documents": ({"attention_mask": 1 + mask_with(3)}, "attention_mask has numbers other than 0 and 1"),
     "an added mask": ({"attention_mask": -1e4 * mask_with(3)}, "attention_mask has numbers other than 0 and 1"),

@@ -27,7 +27,8 @@ def one_thread():
 def logits_in_jax(directory, workdir, source):
     """Those of a directory that PyTorch saved; its tokenizer is that of the export, unless one was saved."""
     if not (directory / "tokenizer.json").exists():
-        shutil.copy(exported(source).directory / "tokenizer.bytes", directory)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(exported(source).directory / name, directory)
     return our_logits(import_source(directory, workdir), TOKENS)
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from darkformer_jax.config.pattern import pattern_kinds
+from darkformer_jax.config.pattern import pattern_kinds, shortest_pattern
 from darkformer_jax.pretrained.hf_config import HFConfig
 
 Fields = dict[str, Any]  # a model's fields by their names below `model.`: {"num_layers": 30, "attention.softcap": 50.0}
@@ -143,10 +143,10 @@ def require_whole_heads(config: HFConfig) -> None:
 
 def layer_fields(kinds: Sequence[str], window: int) -> Fields:
     """`attention.kind`, `.pattern` (the shortest that repeats to `kinds`) and `.local_window`."""
-    length = next(n for n in range(1, len(kinds) + 1) if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
+    pattern = shortest_pattern(kinds)
     return {
-        "attention.kind": kinds[0] if length == 1 else FULL,
-        "attention.pattern": "" if length == 1 else ",".join(kinds[:length]),
+        "attention.kind": kinds[0] if len(pattern) == 1 else FULL,
+        "attention.pattern": "" if len(pattern) == 1 else ",".join(pattern),
         "attention.local_window": window if LOCAL in kinds else 0,
     }
 

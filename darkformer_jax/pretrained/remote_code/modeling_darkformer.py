@@ -474,6 +474,8 @@ def rows_of(mask: Tensor | None, position_ids: Tensor | None, x: Tensor, cache: 
             raise ValueError("attention_mask is needed: the cache holds rows with padding")
         count, padding = torch.full_like(before, length), None
     else:
+        if not isinstance(mask, Tensor):
+            raise ValueError(f"attention_mask is a {type(mask).__name__}; expected a tensor of 0 or 1 per token")
         if mask.dim() != 2 or tuple(mask.shape) != (size, seen + length):
             raise ValueError(
                 f"attention_mask has shape {list(mask.shape)}; expected {[size, seen + length]}: 0 or 1 per token, "
