@@ -15,5 +15,5 @@ for version in "$@"; do
     "$python" -c "import transformers; assert transformers.__version__ == '$version', transformers.__version__"
     echo "transformers $version"
     "$python" -m pytest -q -W default tests/pretrained/test_exported_models.py \
-        -k "logits_are_those or prompt_in_pieces or padding_on_either_side"
+        -k "(logits_are_those or prompt_in_pieces or padding_on_either_side) and not (yarn or qwen2 or gemma-dark or llama-dark)"
 done

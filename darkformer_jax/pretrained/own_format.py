@@ -41,6 +41,7 @@ KINDS = (
     *("softmax", "softmax_local", "performer", "dark", "lfk", "window_only"),
     *("linear_transformer", "hedgehog", "cosformer"),
 )
+_BLIND = ("random", "constant")
 _OPTIONS = (
     *("kind", "head_dim", "scale", "softcap", "local_window", "num_features", "chunk_size", "window", "num_sinks"),
     *("window_kernel", "far_gain", "learn_projections", "geometry_init", "horizon", "decay", "undecayed_heads"),
@@ -86,10 +87,16 @@ def check_own_format(fields: Fields, where: str) -> None:
     """Raises UserError for a kind that the exported code does not compute."""
     for kind in kinds_of(fields):
         if kind not in KINDS:
-            raise UserError(
-                f"{where}: the exported code has no {kind} attention; allowed: {', '.join(KINDS)}. --as_exact exports "
-                "the same transformer with exact attention"
-            )
+            raise UserError(f"{where}: {kind}: {_reason(kind)}; allowed: {', '.join(KINDS)}")
+
+
+def _reason(kind: str) -> str:
+    if kind in _BLIND:
+        return (
+            "its attention does not look at its input, for which no Hugging Face model has a place. --as_exact exports "
+            "the same transformer with exact attention in its place, which is another model"
+        )
+    return "the exported code does not compute this mixer, and only darkformer_jax runs it"
 
 
 def stock_fields(fields: Fields) -> Fields:
