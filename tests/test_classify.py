@@ -20,9 +20,8 @@ pytestmark = pytest.mark.standard_promotion
 
 
 def score(workdir, text, **flags):
-    options = {"step": None, "batch_size": 4, "context": None, "stride": None, "max_tokens": None, "json": None}
-    options["text_field"] = None
-    return evaluate.evaluate(SimpleNamespace(**options | flags, workdir=str(workdir), text=str(text)))
+    given = [f"--{name}={value}" for name, value in {"workdir": workdir, "text": text, **flags}.items()]
+    return evaluate.evaluate(evaluate.parse_flags(["evaluate", *given]))
 
 
 def continue_text(workdir):
