@@ -31,7 +31,15 @@ import numpy as np
 from absl import app
 
 from darkformer_jax.calibration.exact_layers import parse_wish
-from darkformer_jax.calibration.fitting import GEOMETRIES, GEOMETRY_KINDS, KINDS, Calibrated, FitOptions, calibrate
+from darkformer_jax.calibration.fitting import (
+    GEOMETRIES,
+    GEOMETRY_KINDS,
+    KINDS,
+    LEARNING_RATE,
+    Calibrated,
+    FitOptions,
+    calibrate,
+)
 from darkformer_jax.calibration.quality_curve import curve_lines
 from darkformer_jax.cli.output import lost_output_is_no_crash
 from darkformer_jax.cli.parser import Parser, one_line_errors, whole
@@ -59,7 +67,8 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     field_help = f"field or column of .jsonl and .parquet that holds the text (default: {TEXT_FIELD})"
     parser.add_argument("--text_field", default=TEXT_FIELD, help=field_help)
     parser.add_argument("--transfer_steps", type=whole, default=200, help="per layer; 0 = fit nothing (default: 200)")
-    parser.add_argument("--learning_rate", type=float, default=3e-3, help="that of the transfer (default: 3e-3)")
+    rate_help = f"that of the transfer (default: {LEARNING_RATE:g})"
+    parser.add_argument("--learning_rate", type=float, default=LEARNING_RATE, help=rate_help)
     parser.add_argument("--passages", type=whole, default=20, help="passages of --context tokens to read (default: 20)")
     parser.add_argument("--context", type=whole, default=1024, help="tokens per passage (default: 1024)")
     parser.add_argument("--num_features", type=whole, help=f"m, features per head (default: {defaults.num_features})")
@@ -84,13 +93,13 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Writes the workdir and prints the errors. A UserError becomes one line and exit status 2."""
     with one_line_errors("what was written is removed"):
-        _complete(args)
+        complete_flags(args)
         _check_flags(args)
         options = FitOptions(**{name: value for name, value in vars(args).items() if name != "out"})
         print(_summary(args.out, calibrate(options, args.out, progress_bar)))
 
 
-def _complete(args: argparse.Namespace) -> None:
+def complete_flags(args: argparse.Namespace) -> None:
     """Gives the mechanism's options the defaults of a conversion. Raises UserError for one that it does not use."""
     config = conversion_config(args.mechanism)
     attention = config.model.attention

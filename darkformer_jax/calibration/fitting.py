@@ -53,6 +53,7 @@ KINDS = tuple(kind for kind, mixer in MIXERS.items() if "window" in mixer.uses) 
 GEOMETRY_KINDS = tuple(kind for kind in KINDS if "geometry_init" in MIXERS[kind].uses)  # those of them with an M
 GEOMETRIES = ("identity", "whitening")
 MOMENTS_FILE = "moments.npz"
+LEARNING_RATE = 3e-3  # of M by default; at 1e-2 the far part of some heads dies (docs/finetuning.md)
 
 _TOKENS_PER_STEP = 4096
 _GAIN_PASSAGES = 4

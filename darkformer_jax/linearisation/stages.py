@@ -8,8 +8,9 @@ from pathlib import Path
 import ml_collections
 
 from darkformer_jax.calibration import CALIBRATION_FILE
-from darkformer_jax.calibration.fitting import FitOptions, calibrate, calibrated_config
+from darkformer_jax.calibration.fitting import LEARNING_RATE, FitOptions, calibrate, calibrated_config
 from darkformer_jax.config.arguments import shorten_warmup
+from darkformer_jax.config.conversion import conversion_config
 from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.config.linearisation import stage_config
 from darkformer_jax.data.progress import ProgressBar
@@ -24,7 +25,8 @@ ProgressOf = Callable[[ml_collections.ConfigDict], RunProgress]
 
 
 def transfer_options(settings: Settings) -> FitOptions:
-    """What the first stage fits. It reads no text that a later stage holds out."""
+    """What the first stage fits, as `calibrate` does by default. It reads no text that a later stage holds out."""
+    attention = conversion_config("dark").model.attention
     return FitOptions(
         workdir=settings.workdir,
         step=None,
@@ -33,14 +35,14 @@ def transfer_options(settings: Settings) -> FitOptions:
         text_field=settings.text_field,
         mechanism="dark",
         transfer_steps=settings.steps[TRANSFER],
-        learning_rate=1e-2,
+        learning_rate=LEARNING_RATE,
         passages=settings.passages,
         context=settings.context,
         num_features=settings.num_features,
         window=settings.window,
-        num_sinks=4 if settings.window else 0,
+        num_sinks=attention.num_sinks if settings.window else 0,
         geometry="identity",
-        geometry_init=0.5,
+        geometry_init=attention.geometry_init,
         shrinkage=0.0,
         far_gain=False,
         learn_projections=False,
