@@ -200,7 +200,7 @@ def test_controls_have_nothing_to_fit(workdir, text, tmp_path, mechanism):
 )
 def test_options_that_are_not_given_are_those_of_a_conversion(flags, options):
     args = calibrate.parse_flags(["calibrate", "--workdir=w", "--text=t", "--out=o", *flags])
-    calibrate._complete(args)
+    calibrate.complete_flags(args)
     assert (args.num_features, args.window, args.num_sinks, args.geometry_init) == options
 
 
