@@ -19,6 +19,7 @@ from darkformer_jax.mixers.layers import GatedMLP, RMSNorm
 from darkformer_jax.mixers.spec import MixerSpec
 from darkformer_jax.model.heads import make_classifier, pool
 from darkformer_jax.model.spec import ModelSpec
+from darkformer_jax.model.unembedding import Unembedding
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -183,14 +184,15 @@ class Transformer(nnx.Module):
         graphdef, arrays = nnx.split(getattr(self, f"blocks_{place}"))
         return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[row], arrays))
 
+    @property
+    def unembedding(self) -> Unembedding:
+        """What `logits` applies."""
+        table = self.embedding if self.spec.tie_embeddings else self.head
+        return Unembedding(table[...], self.spec.dtype, self.spec.logit_softcap)
+
     def logits(self, x: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:
         """x E^T in float32, soft-capped if `logit_softcap` is not 0."""
-        table = self.embedding if self.spec.tie_embeddings else self.head
-        kernel = table[...].astype(self.spec.dtype)
-        out = jnp.einsum("...d,vd->...v", x, kernel, preferred_element_type=jnp.float32)
-        if self.spec.logit_softcap:
-            out = self.spec.logit_softcap * jnp.tanh(out / self.spec.logit_softcap)
-        return out
+        return self.unembedding.logits(x)
 
     def init_state(self, batch: int, max_length: int) -> Any:
         """The state of `batch` sequences before their first token; a KV cache has room for `max_length` tokens.

@@ -14,6 +14,7 @@ import ml_collections
 from jaxtyping import Array, Float
 
 from darkformer_jax.model.network import Network
+from darkformer_jax.model.token_loss import LossFactors, Predictions, TokenFigures, token_figures, token_loss
 from darkformer_jax.model.transformer import Transformer
 from darkformer_jax.tasks.hidden_states import hidden_states, matched
 from darkformer_jax.tasks.task import Batch, Sums
@@ -64,27 +65,31 @@ class NextToken:
 
         `distill`, the divergences from its predictions in nats, and `hidden`, the relative squared errors.
         """
-        if self.teacher is None:
-            sums = token_sums(predict(model, batch), batch)
-            return sums["nll"] + self.z_loss * sums["z"], sums
-        sums = self._taught(model, batch, self.teacher.bind(*constants))
-        of_text = 1.0 - self.teacher_weight - self.hidden_weight
-        factors = {"nll": of_text, "distill": self.teacher_weight, "hidden": self.hidden_weight, "z": self.z_loss}
-        # What has no part in the loss is left out, so that no gradient of it is computed.
-        return sum((factor * sums[name] for name, factor in factors.items() if factor), jnp.zeros(())), sums
+        states, errors, taught = self._states(model, batch, constants)
+        factors = LossFactors(1.0 - self.teacher_weight - self.hidden_weight, self.z_loss, self.teacher_weight)
+        predictions = Predictions(states, model.unembedding)
+        loss, figures = token_loss(predictions, batch["targets"], batch["weights"], factors, taught)
+        sums = token_sums(figures, batch)
+        if errors is not None:
+            sums["hidden"] = jnp.sum(batch["weights"] * errors)
+            loss += self.hidden_weight * sums["hidden"]
+        return loss, sums
 
-    def _taught(self, model: Transformer, batch: Batch, teacher: Transformer) -> Sums:
-        """All sums of `loss` with a teacher."""
+    def _states(
+        self, model: Transformer, batch: Batch, constants: Any
+    ) -> tuple[Array, Float[Array, "b n"] | None, Predictions | None]:
+        """(the output of the final norm, each token's error of the hidden states, the teacher's predictions).
+
+        What the loss does not learn from is None.
+        """
+        if self.teacher is None:
+            return _states(model, batch), None, None
+        teacher = self.teacher.bind(*constants)
         if not self.hidden_weight:
-            logits, wanted = predict(model, batch), predict(teacher, batch)
-            return token_sums(logits, batch) | {"distill": _divergences(wanted, logits, batch)}
+            return _states(model, batch), None, Predictions(_states(teacher, batch), teacher.unembedding)
         theirs, targets = hidden_states(teacher, batch)
-        hidden, errors = matched(model, batch, targets)
-        logits = model.logits(hidden)
-        sums = token_sums(logits, batch) | {"hidden": jnp.sum(batch["weights"] * errors)}
-        if self.teacher_weight:
-            sums["distill"] = _divergences(teacher.logits(theirs), logits, batch)
-        return sums
+        states, errors = matched(model, batch, targets)
+        return states, errors, Predictions(theirs, teacher.unembedding) if self.teacher_weight else None
 
     def metrics(self, sums: Sums, weight: Float[Array, ""]) -> dict[str, Array]:
         """Means over the batch. `loss` is the cross-entropy even with a teacher, so that runs can be compared."""
@@ -98,56 +103,45 @@ class NextToken:
 
     def measure(self, model: Transformer, batch: Batch) -> tuple[Sums, dict[str, Array]]:
         """`token_sums`. Rows of a mixture have the values `nll`, `weight` and `source`; others have none."""
-        logits = predict(model, batch)
-        return token_sums(logits, batch), row_sums(logits, batch) if "source" in batch else {}
+        figures = predict(model, batch)
+        return token_sums(figures, batch), row_sums(figures, batch) if "source" in batch else {}
 
     def describe(self) -> Mapping[str, str]:
         """No rows: the model's sizes say everything."""
         return {}
 
 
-def predict(model: Transformer, batch: Batch) -> Float[Array, "b n vocab"]:
-    """The logits of a batch."""
-    logits, _ = model(batch["inputs"], batch["segment_ids"], batch["positions"])
-    return logits
+def predict(model: Transformer, batch: Batch) -> TokenFigures:
+    """What the model says of every target of a batch."""
+    return token_figures(Predictions(_states(model, batch), model.unembedding), batch["targets"])
 
 
-def token_sums(logits: Float[Array, "b n vocab"], batch: Batch) -> Sums:
-    """Sums over a batch's real tokens: `nll` (nats), `z` (squared log normaliser), `correct`, and their `weight`."""
-    log_normalizer, target_logits = _log_normalizer_and_target(logits, batch)
+def _states(model: Transformer, batch: Batch) -> Float[Array, "b n embed"]:
+    return model.hidden(batch["inputs"], batch["segment_ids"], batch["positions"])[0]
+
+
+def token_values(figures: TokenFigures, batch: Batch) -> dict[str, Float[Array, "b n"]]:
+    """Each token's part of the sums; 0 if it is not real.
+
+    `nll` (nats), `z` (squared log normaliser), `correct`, `weight`, and `distill` (nats) if there is a teacher.
+    """
     weights = batch["weights"]
-    correct = (jnp.argmax(logits, axis=-1) == batch["targets"]).astype(jnp.float32)
-    return {
-        "nll": jnp.sum(weights * (log_normalizer - target_logits)),
-        "z": jnp.sum(weights * jnp.square(log_normalizer)),
-        "correct": jnp.sum(weights * correct),
-        "weight": jnp.sum(weights),
+    correct = (figures.best == batch["targets"]).astype(jnp.float32)
+    values = {
+        "nll": weights * figures.nll,
+        "z": weights * jnp.square(figures.log_normalizer),
+        "correct": weights * correct,
+        "weight": weights,
     }
+    return values if figures.divergence is None else values | {"distill": weights * figures.divergence}
 
 
-def row_sums(logits: Float[Array, "b n vocab"], batch: Batch) -> dict[str, Array]:
+def token_sums(figures: TokenFigures, batch: Batch) -> Sums:
+    """`token_values`, summed over a batch."""
+    return {name: jnp.sum(values) for name, values in token_values(figures, batch).items()}
+
+
+def row_sums(figures: TokenFigures, batch: Batch) -> dict[str, Array]:
     """`nll` (nats) and `weight` summed over each row's real tokens, and the row's `source`, each [b]."""
-    log_normalizer, target_logits = _log_normalizer_and_target(logits, batch)
-    weights = batch["weights"]
-    nll = jnp.sum(weights * (log_normalizer - target_logits), axis=1)
-    return {"nll": nll, "weight": jnp.sum(weights, axis=1), "source": batch["source"]}
-
-
-def _log_normalizer_and_target(
-    logits: Float[Array, "b n vocab"], batch: Batch
-) -> tuple[Float[Array, "b n"], Float[Array, "b n"]]:
-    """The logarithm of the sum of exp(logits), and the logit of the target."""
-    target_logits = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1), target_logits
-
-
-def _divergences(
-    wanted: Float[Array, "b n vocab"], logits: Float[Array, "b n vocab"], batch: Batch
-) -> Float[Array, ""]:
-    return jnp.sum(batch["weights"] * kl_divergence(jax.lax.stop_gradient(wanted), logits))
-
-
-def kl_divergence(teacher: Float[Array, "... vocab"], student: Float[Array, "... vocab"]) -> Float[Array, "..."]:
-    """KL(teacher || student) = sum_v p_v (log p_v - log q_v) of two arrays of logits, in nats."""
-    log_p, log_q = jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)
-    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    values = token_values(figures, batch)
+    return {name: jnp.sum(values[name], axis=1) for name in ("nll", "weight")} | {"source": batch["source"]}

@@ -19,7 +19,7 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.model.network import Network
 from darkformer_jax.runs.load import WorkdirModel, load_language_model
 from darkformer_jax.runs.workdir import Workdir
-from darkformer_jax.tasks.next_token import token_sums
+from darkformer_jax.tasks.next_token import predict, token_values
 from darkformer_jax.tasks.table import table_lines
 from darkformer_jax.tasks.task import Batch, ScoreRequest, Scores, Sums
 
@@ -161,26 +161,20 @@ class TextScorer:
 def make_quarter_step(network: Network) -> Callable[[dict, dict, Batch], Sums]:
     """(params, projections, batch) -> `token_sums`, each summed within the quarters of the rows: [4].
 
-    Quarter j of rows of L tokens has the places j * ceil(L / 4) .. (j + 1) * ceil(L / 4) - 1. Only the logits of one
-    quarter are in memory at a time: with a large vocabulary, logits take most of an evaluation's memory.
+    Quarter j of rows of L tokens has the places j * ceil(L / 4) .. (j + 1) * ceil(L / 4) - 1.
     """
 
     def quarter_step(params: dict, projections: dict, batch: Batch) -> Sums:
-        model = network.bind(params, projections)
-        hidden, _ = model.hidden(batch["inputs"], batch["segment_ids"], batch["positions"])
-
-        def split(x: jax.Array) -> jax.Array:  # [b, L, ...] -> [4, b, ceil(L / 4), ...]
-            missing = -x.shape[1] % QUARTERS
-            x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
-            return jnp.moveaxis(x.reshape(x.shape[0], QUARTERS, -1, *x.shape[2:]), 1, 0)
-
-        def sums(quarter: tuple[jax.Array, jax.Array, jax.Array]) -> Sums:
-            states, targets, weights = quarter
-            return token_sums(model.logits(states), {"targets": targets, "weights": weights})
-
-        return jax.lax.map(sums, (split(hidden), split(batch["targets"]), split(batch["weights"])))
+        figures = predict(network.bind(params, projections), batch)
+        return jax.tree.map(_quarter_sums, token_values(figures, batch))
 
     return jax.jit(quarter_step)
+
+
+def _quarter_sums(values: jax.Array) -> jax.Array:
+    """[b, L] -> [4], summed over rows and the places of each quarter."""
+    padded = jnp.pad(values, ((0, 0), (0, -values.shape[1] % QUARTERS)))
+    return jnp.sum(padded.reshape(len(values), QUARTERS, -1), axis=(0, 2))
 
 
 def _check_window(context: int, stride: int) -> None:

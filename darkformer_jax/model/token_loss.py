@@ -1,0 +1,267 @@
+"""The loss of next tokens, and what a model says of them, without the logits of all tokens in memory at once.
+
+Logits [b, n, vocab] are the largest array of a model with a large vocabulary: 8,192 tokens of 256,128 ids take 7.8 GiB.
+Where they would be large (`chunk_size`), a scan goes over chunks of tokens, and each chunk's logits exist only in its
+turn. The gradients of the hidden states and of the matrix are made in the same scan, while the logits are there, so that
+no product is computed twice. The backward pass scales them.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from darkformer_jax.distributed.sharding import constrain
+from darkformer_jax.distributed.tokens import map_tokens, tokens_per_device, vocab_per_device
+from darkformer_jax.model.unembedding import Unembedding, multiply
+from darkformer_jax.ops.context import vary_like
+
+# The logits that a device has at a time: 256 MiB of them in float32.
+_LOGITS = 2**26
+# The fewest tokens in a chunk. A chunk reads and writes the sum of the matrix's gradients, 8 bytes a parameter, for 6
+# FLOPs a token and parameter. With fewer tokens, this traffic takes longer than the products on a TPU or GPU.
+_TOKENS = 1024
+
+
+class Predictions(NamedTuple):
+    """The logits of tokens, not computed yet.
+
+    Attributes:
+      hidden: the output of the final norm.
+      unembedding: what maps it to logits.
+    """
+
+    hidden: Float[Array, "b n embed"]
+    unembedding: Unembedding
+
+
+class TokenFigures(NamedTuple):
+    """What a model says of each token. Only `token_loss` gives gradients; these are constants to them.
+
+    Attributes:
+      log_normalizer: log sum_v exp(logit_v).
+      target_logit: the logit of the target.
+      best: the id with the largest logit.
+      divergence: KL(teacher || model) in nats; None without a teacher.
+    """
+
+    log_normalizer: Float[Array, "b n"]
+    target_logit: Float[Array, "b n"]
+    best: Int[Array, "b n"]
+    divergence: Float[Array, "b n"] | None
+
+    @property
+    def nll(self) -> Float[Array, "b n"]:
+        """-log p of the target in nats."""
+        return self.log_normalizer - self.target_logit
+
+
+class LossFactors(NamedTuple):
+    """The factors of a token's loss: nll -log p(target) + z (log normaliser)^2 + divergence KL(teacher || model)."""
+
+    nll: float = 1.0
+    z: float = 0.0
+    divergence: float = 0.0
+
+
+class _Batch(NamedTuple):
+    """The arrays that each token has."""
+
+    hidden: Array
+    targets: Array
+    weights: Array
+    taught: Array | None  # the teacher's hidden state
+
+
+class _Matrices(NamedTuple):
+    """The arrays that all tokens share, in the dtype in which they are multiplied."""
+
+    own: Unembedding
+    teacher: Unembedding | None
+
+
+def token_loss(
+    predictions: Predictions,
+    targets: Int[Array, "b n"],
+    weights: Float[Array, "b n"],
+    factors: LossFactors,
+    teacher: Predictions | None = None,
+) -> tuple[Float[Array, ""], TokenFigures]:
+    """(the weighted sum of the tokens' losses, the figures of each token), for gradients of the model.
+
+    Args:
+      predictions: the model's; the loss has gradients of its hidden states and of its matrix.
+      weights: 0 = a token that does not count.
+      teacher: frozen; it needs the same vocabulary. None = there is none, and `factors.divergence` must be 0.
+    """
+    chunk = chunk_size(predictions.unembedding.matrix.shape[0])
+    if tokens_per_device(targets.shape) > chunk:
+        loss, figures = _chunked_loss(factors, chunk, predictions, targets, weights, teacher)
+    else:
+        wanted = None if teacher is None else jax.lax.stop_gradient(_logits(teacher))
+        figures = figures_of(_logits(predictions), targets, wanted)
+        loss = _weighted(figures, weights, factors)
+    return loss, jax.lax.stop_gradient(figures)
+
+
+def token_figures(predictions: Predictions, targets: Int[Array, "b n"]) -> TokenFigures:
+    """The figures of each token, for which there are no gradients."""
+    chunk = chunk_size(predictions.unembedding.matrix.shape[0])
+    if tokens_per_device(targets.shape) <= chunk:
+        return figures_of(_logits(predictions), targets)
+    weights = jnp.zeros(targets.shape)  # only gradients read them
+    return _in_chunks(None, chunk, predictions, targets, weights, None)[0]
+
+
+def chunk_size(vocab_size: int) -> int:
+    """The most tokens whose logits a device has at a time on the current mesh; where it has no more, it has all."""
+    return max(_TOKENS, _LOGITS // vocab_per_device(vocab_size))
+
+
+def figures_of(
+    logits: Float[Array, "*b vocab"], targets: Int[Array, "*b"], wanted: Float[Array, "*b vocab"] | None = None
+) -> TokenFigures:
+    """The figures of tokens from their logits, and from the teacher's if there is one."""
+    # A sum, not a gather: it is fused with the sum of exponentials, also in the gradient, and `tensor` may split it.
+    is_target = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
+    return TokenFigures(
+        jax.nn.logsumexp(logits, axis=-1),
+        jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1),
+        jnp.argmax(logits, axis=-1).astype(targets.dtype),
+        None if wanted is None else kl_divergence(wanted, logits),
+    )
+
+
+def kl_divergence(teacher: Float[Array, "... vocab"], student: Float[Array, "... vocab"]) -> Float[Array, "..."]:
+    """KL(teacher || student) = sum_v p_v (log p_v - log q_v) of two arrays of logits, in nats."""
+    log_p, log_q = jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def _logits(predictions: Predictions) -> Float[Array, "b n vocab"]:
+    return predictions.unembedding.logits(predictions.hidden)
+
+
+def _weighted(figures: TokenFigures, weights: Array, factors: LossFactors) -> Float[Array, ""]:
+    """The weighted sum of the losses. What has no part in it is left out, so that no gradient of it is computed."""
+    terms = (factors.nll, figures.nll), (factors.divergence, figures.divergence)
+    loss = sum((factor * jnp.sum(weights * term) for factor, term in terms if factor), jnp.zeros(()))
+    if factors.z:
+        loss += factors.z * jnp.sum(weights * jnp.square(figures.log_normalizer))
+    return loss
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked_loss(
+    factors: LossFactors,
+    chunk: int,
+    predictions: Predictions,
+    targets: Array,
+    weights: Array,
+    teacher: Predictions | None,
+) -> tuple[Float[Array, ""], TokenFigures]:
+    figures, _ = _in_chunks(None, chunk, predictions, targets, weights, teacher)
+    return _weighted(figures, weights, factors), figures
+
+
+def _chunked_loss_forward(
+    factors: LossFactors,
+    chunk: int,
+    predictions: Predictions,
+    targets: Array,
+    weights: Array,
+    teacher: Predictions | None,
+) -> tuple[tuple[Float[Array, ""], TokenFigures], Predictions]:
+    figures, gradients = _in_chunks(factors, chunk, predictions, targets, weights, teacher)
+    return (_weighted(figures, weights, factors), figures), gradients
+
+
+def _chunked_loss_backward(
+    factors: LossFactors, chunk: int, gradients: Predictions, cotangents: tuple[Array, TokenFigures]
+) -> tuple[Predictions, None, None, None]:
+    """Targets, weights and the teacher are constants."""
+    scale, _ = cotangents  # `token_loss` makes the figures constants
+    return jax.tree.map(lambda x: (scale * x.astype(scale.dtype)).astype(x.dtype), gradients), None, None, None
+
+
+_chunked_loss.defvjp(_chunked_loss_forward, _chunked_loss_backward)
+
+
+def _in_chunks(
+    factors: LossFactors | None,
+    chunk: int,
+    predictions: Predictions,
+    targets: Array,
+    weights: Array | None,
+    teacher: Predictions | None,
+) -> tuple[TokenFigures, Predictions | None]:
+    """The figures of each token, and with `factors` the gradients of the loss: of hidden states and matrix."""
+    hidden, unembedding = predictions
+    batch = _Batch(hidden, targets, weights, None if teacher is None else teacher.hidden)
+    matrices = _Matrices(_cast(unembedding), None if teacher is None else _cast(teacher.unembedding))
+    scan = functools.partial(_scan, factors, chunk)
+    (figures, of_hidden), of_matrix = map_tokens(scan, targets.shape, batch, matrices)
+    if factors is None:
+        return figures, None
+    matrix = unembedding.matrix
+    return figures, Predictions(of_hidden, unembedding.with_matrix(of_matrix.astype(matrix.dtype)))
+
+
+def _cast(unembedding: Unembedding) -> Unembedding:
+    """With the matrix as it is multiplied: gathered over its width once, not in every chunk."""
+    return unembedding.with_matrix(constrain(unembedding.matrix.astype(unembedding.dtype), "vocab", None))
+
+
+def _scan(
+    factors: LossFactors | None, chunk: int, batch: _Batch, matrices: _Matrices
+) -> tuple[tuple[TokenFigures, Array | None], Array | None]:
+    """((figures of a device's tokens, gradients of their hidden states), their sum of the matrix's gradients)."""
+    rows, count = batch.targets.shape, batch.targets.size
+    chunks = -(-count // chunk)
+    size = -(-count // chunks)
+
+    def split(x: Array) -> Array:  # [b, n, ...] -> [chunks, size, ...], padded by tokens of weight 0
+        flat = x.reshape(count, *x.shape[2:])
+        flat = jnp.pad(flat, [(0, chunks * size - count)] + [(0, 0)] * (flat.ndim - 1))
+        return flat.reshape(chunks, size, *flat.shape[1:])
+
+    def join(x: Array) -> Array:
+        return x.reshape(chunks * size, *x.shape[2:])[:count].reshape(*rows, *x.shape[2:])
+
+    kernel = matrices.own.matrix
+
+    def step(total: Array | None, part: _Batch) -> tuple[Array | None, tuple[TokenFigures, Array | None]]:
+        products = constrain(multiply(part.hidden, kernel), None, "vocab")
+        figures_from = _figures_from(part, matrices)
+        if factors is None:
+            return total, (figures_from(products), None)
+
+        def loss(products: Array) -> tuple[Array, TokenFigures]:
+            figures = figures_from(products)
+            return _weighted(figures, part.weights, factors), figures
+
+        gradient, figures = jax.grad(loss, has_aux=True)(products)
+        gradient = constrain(gradient.astype(kernel.dtype), None, "vocab")
+        of_hidden = _product("cv,vd->cd", gradient, kernel).astype(part.hidden.dtype)
+        return constrain(total + _product("cv,cd->vd", gradient, part.hidden), "vocab", None), (figures, of_hidden)
+
+    zeros = None
+    if factors is not None:
+        zeros = vary_like(batch.targets, constrain(jnp.zeros(kernel.shape, jnp.float32), "vocab", None))
+    of_matrix, out = jax.lax.scan(step, zeros, jax.tree.map(split, batch))
+    return jax.tree.map(join, out), of_matrix
+
+
+def _figures_from(part: _Batch, matrices: _Matrices) -> Callable[[Array], TokenFigures]:
+    """From the products of a chunk's hidden states with the matrix to figures."""
+    wanted = None
+    if matrices.teacher is not None:
+        wanted = matrices.teacher.capped(constrain(multiply(part.taught, matrices.teacher.matrix), None, "vocab"))
+    return lambda products: figures_of(matrices.own.capped(products), part.targets, wanted)
+
+
+def _product(indices: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(indices, a, b, preferred_element_type=jnp.float32)
