@@ -7,7 +7,7 @@ import jax
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from darkformer_jax.distributed.sharding import RULES
+from darkformer_jax.distributed.sharding import RULES, constrain
 
 Tokens = TypeVar("Tokens")
 Shared = TypeVar("Shared")
@@ -44,8 +44,8 @@ def map_tokens(
 
     def add_up(part: jax.Array) -> jax.Array:
         if scattered:
-            part = jax.lax.psum_scatter(part, scattered, scatter_dimension=1, tiled=True)
-        return jax.lax.psum(part, tuple(axis for axis in axes if axis not in scattered))
+            part = constrain(jax.lax.psum_scatter(part, scattered, scatter_dimension=1, tiled=True), "vocab", None)
+        return constrain(jax.lax.psum(part, tuple(axis for axis in axes if axis not in scattered)), "vocab", None)
 
     split = P(*(entry or None for entry in names))
     return jax.shard_map(

@@ -13,10 +13,11 @@ from jaxtyping import Array, Float, Int
 from darkformer_jax.data.progress import ProgressBar
 from darkformer_jax.errors import UserError
 from darkformer_jax.model.network import Network
+from darkformer_jax.model.token_loss import Predictions, token_figures
 from darkformer_jax.runs.load import WorkdirModel
 
 _SHORTEST = 16  # tokens of the shortest compiled program
-_PLACES = 64  # whose logits are in memory at a time: with a large vocabulary, they take the most of it
+_PLACES = 64  # wider programs have a multiple of it, so that few are compiled
 
 
 class Pair(NamedTuple):
@@ -155,16 +156,8 @@ def make_pair_step(network: Network) -> Callable[..., tuple[Array, Array, Array]
         states = jnp.take_along_axis(hidden, places[..., None], axis=1)
         following = jnp.take_along_axis(tokens, jnp.minimum(places + 1, tokens.shape[1] - 1), axis=1)
 
-        def split(x: Array) -> Array:  # [b, width, ...] -> [chunks, b, at most _PLACES, ...]
-            return jnp.moveaxis(x.reshape(x.shape[0], -1, min(width, _PLACES), *x.shape[2:]), 1, 0)
-
-        def score(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
-            logits = model.logits(chunk[0])
-            return _log_probabilities(logits, chunk[1][..., None])[..., 0], jnp.argmax(logits, axis=-1)
-
-        own, best = jax.lax.map(score, (split(states), split(following)))
-        join = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], width)
-        return join(own), join(best), _log_probabilities(model.logits(states[:, -1]), lasts)
+        figures = token_figures(Predictions(states, model.unembedding), following)
+        return -figures.nll, figures.best, _log_probabilities(model.logits(states[:, -1]), lasts)
 
     return jax.jit(pair_step, static_argnames="width")
 

@@ -13,10 +13,10 @@ from darkformer_jax.data.probe_rows import ProbeRow
 from darkformer_jax.data.windows import Window, window_batch
 from darkformer_jax.errors import UserError
 from darkformer_jax.model.network import Network
+from darkformer_jax.model.token_loss import Predictions, token_figures
 from darkformer_jax.runs.load import WorkdirModel
 from darkformer_jax.tasks.task import Batch
 
-_PLACES = 64  # whose logits are in memory at a time: with a large vocabulary, they take the most of it
 _LENGTHS = 128  # rows are padded to a multiple, so that few programs are compiled
 
 
@@ -60,7 +60,7 @@ def make_scorer(model: WorkdirModel, batch_size: int, on_read: Callable[[int], A
 def make_token_step(network: Network) -> Callable[[dict, dict, Batch], tuple[Array, Array, Array]]:
     """A jitted (params, projections, batch) -> figures of every place of its rows.
 
-    The batch is one of `data.windows.window_batch`, with "candidates" [b, k]. Its length is a multiple of 64.
+    The batch is one of `data.windows.window_batch`, with "candidates" [b, k].
 
     Returns of the function:
       [b, n] -log p of each target, in nats.
@@ -72,19 +72,10 @@ def make_token_step(network: Network) -> Callable[[dict, dict, Batch], tuple[Arr
         model = network.bind(params, projections)
         hidden, _ = model.hidden(batch["inputs"], batch["segment_ids"], batch["positions"])
 
-        def split(x: Array) -> Array:  # [b, n, ...] -> [n / _PLACES, b, _PLACES, ...]
-            return jnp.moveaxis(x.reshape(x.shape[0], -1, _PLACES, *x.shape[2:]), 1, 0)
-
-        def score(pieces: tuple[Array, Array]) -> tuple[Array, Array]:
-            states, targets = pieces
-            logits = model.logits(states)
-            return -_log_p(logits, targets[..., None])[..., 0], jnp.argmax(logits, axis=-1) == targets
-
-        nll, correct = jax.lax.map(score, (split(hidden), split(batch["targets"])))
-        join: Callable[[Array], Array] = lambda x: jnp.moveaxis(x, 0, 1).reshape(batch["targets"].shape)
+        figures = token_figures(Predictions(hidden, model.unembedding), batch["targets"])
         last = jnp.maximum(batch["segment_ids"].sum(axis=1) - 1, 0)
         states = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-        return join(nll), join(correct), _log_p(model.logits(states), batch["candidates"])
+        return figures.nll, figures.best == batch["targets"], _log_p(model.logits(states), batch["candidates"])
 
     return jax.jit(token_step)
 

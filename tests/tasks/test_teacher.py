@@ -9,8 +9,9 @@ import pytest
 
 from darkformer_jax.data.tokenizers import BytesTokenizer
 from darkformer_jax.errors import UserError
+from darkformer_jax.model.token_loss import kl_divergence
 from darkformer_jax.runs.workdir import Workdir
-from darkformer_jax.tasks.next_token import NextToken, kl_divergence
+from darkformer_jax.tasks.next_token import NextToken
 from darkformer_jax.tasks.teacher import Teacher
 from darkformer_jax.training.step import TrainState, make_train_step
 from tests.tiny_runs import (
