@@ -36,21 +36,15 @@ def map_tokens(
         return function(tokens, shared)
     names = [tuple(RULES[axis]) if fits else () for axis, fits in _fitting(rows, mesh).items()]
     axes = sum(names, ())
-    scattered = tuple(axis for axis in RULES["embed"] if axis in axes)
 
     def of_device(tokens: Tokens, shared: Shared) -> tuple[Out, Sums]:
         out, sums = function(tokens, jax.lax.pcast(shared, axes, to="varying"))
-        return out, jax.tree.map(add_up, sums)
-
-    def add_up(part: jax.Array) -> jax.Array:
-        if scattered:
-            part = constrain(jax.lax.psum_scatter(part, scattered, scatter_dimension=1, tiled=True), "vocab", None)
-        return constrain(jax.lax.psum(part, tuple(axis for axis in axes if axis not in scattered)), "vocab", None)
+        return out, jax.tree.map(lambda part: constrain(jax.lax.psum(part, axes), "vocab", None), sums)
 
     split = P(*(entry or None for entry in names))
-    return jax.shard_map(
-        of_device, in_specs=(split, P()), out_specs=(split, P(None, scattered or None)), axis_names=set(axes)
-    )(tokens, shared)
+    mapped = jax.shard_map(of_device, in_specs=(split, P()), out_specs=(split, P()), axis_names=set(axes))
+    out, sums = mapped(tokens, shared)
+    return out, jax.tree.map(lambda whole: constrain(whole, "vocab", "embed"), sums)
 
 
 def tokens_per_device(rows: tuple[int, int]) -> int:
