@@ -1,6 +1,5 @@
 """The loss in chunks of tokens against whole logits, and against float64."""
 
-import dataclasses
 import json
 
 import jax
@@ -105,3 +104,95 @@ def test_chunks_give_the_loss_and_the_gradients_of_whole_logits(factors, softcap
             close(actual, wanted)
     for actual, wanted in zip(jax.tree.leaves(chunked), jax.tree.leaves(whole), strict=True):
         close(actual, wanted)
+
+
+def test_what_has_no_gradient_says_the_same_in_chunks(chunks_of):
+    model, _, targets, _ = arrays(softcap=3.0)
+    whole = token_figures(model, targets)
+    chunks_of(5)
+    chunked = token_figures(model, targets)
+    np.testing.assert_array_equal(chunked.best, np.argmax(model.unembedding.logits(model.hidden), axis=-1))
+    for actual, wanted in zip(chunked[:3], whole[:3], strict=True):
+        close(actual, wanted)
+
+
+def test_a_matrix_in_bfloat16_gets_gradients_that_were_summed_in_float32(chunks_of):
+    """2,048 tokens in chunks of 8: sums in bfloat16 would lose most of them."""
+    model, *others = arrays(rows=(4, 512), dtype="bfloat16")
+    matrix = jnp.asarray(model.unembedding.matrix, jnp.bfloat16)
+    model = model._replace(unembedding=model.unembedding.with_matrix(matrix))
+    chunks_of(8)
+    _, _, of_hidden, of_matrix = losses_and_gradients(FACTORS["text"], model, *others)
+    assert of_hidden.dtype == of_matrix.dtype == jnp.bfloat16
+    _, expected_hidden, expected_matrix = by_hand(FACTORS["text"], model, *others)
+    close(of_hidden, expected_hidden, 2**-7)
+    close(of_matrix, expected_matrix, 2**-7)
+
+
+def test_targets_and_weights_of_padding_count_nothing(chunks_of):
+    """A chunk that is filled up with padding, and a batch of which no token counts."""
+    model, teacher, targets, weights = arrays()
+    chunks_of(20)  # the second chunk has one token of the batch
+    loss, _, *gradients = losses_and_gradients(FACTORS["all"], model, teacher, targets, 0 * weights)
+    assert loss == 0 and not any(gradient.any() for gradient in gradients)
+
+
+def test_chunks_are_for_logits_that_are_large():
+    """The bound is 256 MiB of float32, and a chunk never has fewer than 1,024 tokens."""
+    assert token_loss.chunk_size(2048) == 32_768  # the quickstart's step has 2,048 tokens: whole
+    assert token_loss.chunk_size(49_152) == 1365
+    assert token_loss.chunk_size(256_128) == 1024
+
+
+def test_no_array_of_the_program_has_the_logits_of_all_tokens(chunks_of):
+    rows, vocab = (4, 256), 4096
+    model, teacher, targets, weights = arrays(rows, vocab)
+
+    def peak(factors):
+        taught = teacher if factors.divergence else None
+        gradient = jax.grad(lambda m: token_loss.token_loss(m, targets, weights, factors, taught)[0])
+        return jax.jit(gradient).lower(model).compile().memory_analysis().temp_size_in_bytes
+
+    logits = 4 * rows[0] * rows[1] * vocab
+    for factors in (FACTORS["text and z"], FACTORS["all"]):
+        chunks_of(rows[0] * rows[1])
+        assert peak(factors) > logits  # else the next line could not fail
+        chunks_of(32)
+        assert peak(factors) < logits / 4
+
+
+# data, fsdp, tensor, context
+MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2), (1, 1, 1, 8)]
+# Rows and places that every mesh divides, then rows that `data` and `fsdp` do not, which the compiler splits.
+SPLIT_ROWS = [((8, 16), MESHES), ((3, 16), [(2, 2, 2, 1)])]
+
+
+def on_eight():
+    """[[mesh, the loss and the gradients in chunks of 3 tokens per device]], each array as nested lists."""
+    token_loss._TOKENS, token_loss._LOGITS = 3, 1
+    out = []
+    for rows, meshes in SPLIT_ROWS:
+        for sizes in meshes:
+            mesh = make_mesh(dict(zip(MESH_AXES, sizes, strict=True)))
+            model, *others = arrays(rows, vocab=40)
+            sharding = sharding_of("matrix", ("vocab", "embed"), model.unembedding.matrix.shape, mesh)
+            matrix = jax.device_put(model.unembedding.matrix, sharding)
+            with jax.set_mesh(mesh):
+                given = model._replace(unembedding=model.unembedding.with_matrix(matrix))
+                loss, figures, *gradients = losses_and_gradients(FACTORS["all"], given, *others)
+            leaves = [loss, *jax.tree.leaves(figures), *gradients]
+            out.append([list(rows), [np.asarray(leaf).tolist() for leaf in leaves]])
+    return out
+
+
+def test_eight_devices_have_the_loss_and_the_gradients_of_one(tmp_path):
+    code = "import json; from tests.model.test_token_loss import on_eight; print(json.dumps(on_eight()))"
+    (tmp_path / "program.py").write_text(code)
+    ended = on_eight_devices(tmp_path / "program.py", tmp_path).wait()
+    assert ended.status == 0, ended.err
+    measured = json.loads(ended.out.splitlines()[-1])
+    assert len(measured) == len(MESHES) + 1
+    for rows, leaves in measured:
+        loss, figures, *gradients = losses_and_gradients(FACTORS["all"], *arrays(tuple(rows), vocab=40))
+        for actual, wanted in zip(leaves, [loss, *jax.tree.leaves(figures), *gradients], strict=True):
+            close(actual, wanted)
