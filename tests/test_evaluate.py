@@ -17,7 +17,7 @@ from darkformer_jax.runs.load import load_model
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.next_token import predict, token_sums
 from darkformer_jax.tasks.text_scores import TextScorer, make_quarter_step
-from tests.tiny_runs import random_batch, run_commands, tiny_config, write_workdir
+from tests.tiny_runs import make_chunks, random_batch, run_commands, tiny_config, write_workdir
 
 pytestmark = pytest.mark.standard_promotion  # the state of a checkpoint is made with its optimizer
 
@@ -135,6 +135,17 @@ def test_the_sums_of_quarters_are_those_of_the_loss(workdir):
     for name in ("nll", "correct", "weight"):
         assert sums[name].shape == (4,)
         np.testing.assert_allclose(sums[name].sum(), wanted[name], rtol=1e-5)
+
+
+def test_the_sums_of_quarters_are_the_same_from_logits_in_chunks(workdir, monkeypatch):
+    model = load_model(Workdir(workdir))
+    batch = jax.tree.map(jnp.asarray, random_batch(0))
+    whole = make_quarter_step(model.network)(model.params, model.projections, batch)
+    make_chunks(monkeypatch, 9)  # of 128 tokens
+    chunked = make_quarter_step(model.network)(model.params, model.projections, batch)
+    assert chunked.keys() == whole.keys() and whole["nll"].min() > 1
+    for name, sums in whole.items():
+        np.testing.assert_allclose(chunked[name], sums, rtol=1e-6)
 
 
 def test_one_program_for_all_batches(workdir, texts):

@@ -19,12 +19,14 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 import numpy as np
+import pytest
 
 from darkformer_jax.cli.progress import Progress
 from darkformer_jax.config import base
 from darkformer_jax.config.pattern import ATTENTION, parse_pattern
 from darkformer_jax.data.tokenizers import BytesTokenizer
 from darkformer_jax.mixers import MIXERS
+from darkformer_jax.model import token_loss
 from darkformer_jax.runs.checkpoints import Checkpoints
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.next_token import NextToken
@@ -130,6 +132,12 @@ def random_batch(seed: int, rows: int = 4, length: int = 32, vocab: int = 257) -
         "positions": positions.astype(np.int32),
         "weights": real.astype(np.float32),
     }
+
+
+def make_chunks(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    """Lets programs that are traced from now on make the logits of so many tokens at a time."""
+    monkeypatch.setattr(token_loss, "_TOKENS", tokens)
+    monkeypatch.setattr(token_loss, "_LOGITS", 1)
 
 
 def metrics_without_time(workdir: Path) -> list[dict[str, Any]]:

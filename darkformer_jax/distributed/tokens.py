@@ -1,4 +1,4 @@
-"""Computations on each token by itself, with arrays that all tokens share: every device does those of its own tokens."""
+"""Computations on each token by itself, with matrices that all tokens share: each device does its own tokens."""
 
 from collections.abc import Callable
 from typing import TypeVar

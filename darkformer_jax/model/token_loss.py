@@ -2,8 +2,8 @@
 
 Logits [b, n, vocab] are the largest array of a model with a large vocabulary: 8,192 tokens of 256,128 ids take 7.8 GiB.
 Where they would be large (`chunk_size`), a scan goes over chunks of tokens, and each chunk's logits exist only in its
-turn. The gradients of the hidden states and of the matrix are made in the same scan, while the logits are there, so that
-no product is computed twice. The backward pass scales them.
+turn. The gradients of the hidden states and of the matrix are made in the same scan, while the logits are there, so
+that no product is computed twice. The backward pass scales them.
 """
 
 import functools

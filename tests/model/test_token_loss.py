@@ -1,5 +1,6 @@
 """The loss in chunks of tokens against whole logits, and against float64."""
 
+import functools
 import json
 
 import jax
@@ -11,7 +12,7 @@ from darkformer_jax.distributed.sharding import MESH_AXES, make_mesh, sharding_o
 from darkformer_jax.model import token_loss
 from darkformer_jax.model.token_loss import LossFactors, Predictions, token_figures
 from darkformer_jax.model.unembedding import Unembedding
-from tests.tiny_runs import on_eight_devices
+from tests.tiny_runs import make_chunks, on_eight_devices
 
 ROWS, VOCAB, WIDTH = (3, 7), 37, 16  # 21 tokens, which chunks of 5 do not divide; neither do they the vocabulary
 FACTORS = {
@@ -39,12 +40,7 @@ def arrays(rows=ROWS, vocab=VOCAB, width=WIDTH, softcap=0.0, dtype="float32", se
 @pytest.fixture
 def chunks_of(monkeypatch):
     """Sets how many tokens a chunk has."""
-
-    def set_size(tokens):
-        monkeypatch.setattr(token_loss, "_TOKENS", tokens)
-        monkeypatch.setattr(token_loss, "_LOGITS", 1)
-
-    return set_size
+    return functools.partial(make_chunks, monkeypatch)
 
 
 def losses_and_gradients(factors, model, teacher, targets, weights):

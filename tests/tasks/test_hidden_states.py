@@ -19,6 +19,7 @@ from darkformer_jax.training.step import TrainState, make_train_step
 from tests.tiny_runs import (
     BytesTokenizer,
     fresh_state,
+    make_chunks,
     metrics_without_time,
     on_eight_devices,
     random_batch,
@@ -114,6 +115,18 @@ def one_step(accumulation_steps=1, weights=(WEIGHT, HIDDEN), **changes):
 def relative_difference(a, b):
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return max(np.linalg.norm(np.float64(x) - y) / max(np.linalg.norm(np.float64(y)), 1e-12) for x, y in pairs)
+
+
+@pytest.mark.parametrize("weights", [(0.0, 0.0), (WEIGHT, HIDDEN)], ids=["distilled or not", "hidden states"])
+def test_logits_in_chunks_teach_the_same(weights, monkeypatch):
+    """30 places of documents and padding in two micro-batches; 7 tokens a chunk, which do not divide them."""
+    whole, metrics = one_step(accumulation_steps=2, weights=weights)
+    make_chunks(monkeypatch, 7)
+    chunked, metrics_of_chunks = one_step.__wrapped__(accumulation_steps=2, weights=weights)
+    assert relative_difference(chunked, whole) < 2e-6
+    assert metrics_of_chunks.keys() == metrics.keys() and "distill" in metrics
+    for name, value in metrics.items():
+        np.testing.assert_allclose(metrics_of_chunks[name], value, rtol=1e-6)
 
 
 def test_the_gradient_is_that_of_the_weighted_sum_through_all_layers():
