@@ -1,8 +1,8 @@
 """The loss of next tokens, and what a model says of them, without the logits of all tokens in memory at once.
 
 Logits [b, n, vocab] are the largest array of a model with a large vocabulary: 8,192 tokens of 256,128 ids take 7.8 GiB.
-Where they would be large (`chunk_size`), a scan goes over chunks of tokens, and each chunk's logits exist only in its
-turn. The gradients of the hidden states and of the matrix are made in the same scan, while the logits are there, so
+Where they would be large (`tokens_at_once`), a scan goes over chunks of tokens, and each chunk's logits exist only in
+its turn. The gradients of the hidden states and of the matrix are made in the same scan, while the logits are there, so
 that no product is computed twice. The backward pass scales them.
 """
 
@@ -97,8 +97,8 @@ def token_loss(
       weights: 0 = a token that does not count.
       teacher: frozen; it needs the same vocabulary. None = there is none, and `factors.divergence` must be 0.
     """
-    chunk = chunk_size(predictions.unembedding.matrix.shape[0])
-    if tokens_per_device(targets.shape) > chunk:
+    chunk = tokens_at_once(targets.shape, predictions.unembedding.matrix.shape[0])
+    if chunk < tokens_per_device(targets.shape):
         loss, figures = _chunked_loss(factors, chunk, predictions, targets, weights, teacher)
     else:
         wanted = None if teacher is None else jax.lax.stop_gradient(_logits(teacher))
@@ -109,16 +109,21 @@ def token_loss(
 
 def token_figures(predictions: Predictions, targets: Int[Array, "b n"]) -> TokenFigures:
     """The figures of each token, for which there are no gradients."""
-    chunk = chunk_size(predictions.unembedding.matrix.shape[0])
-    if tokens_per_device(targets.shape) <= chunk:
-        return figures_of(_logits(predictions), targets)
-    weights = jnp.zeros(targets.shape)  # only gradients read them
-    return _in_chunks(None, chunk, predictions, targets, weights, None)[0]
+    chunk = tokens_at_once(targets.shape, predictions.unembedding.matrix.shape[0])
+    if chunk < tokens_per_device(targets.shape):
+        return _in_chunks(None, chunk, predictions, targets, None, None)[0]
+    return figures_of(_logits(predictions), targets)
 
 
-def chunk_size(vocab_size: int) -> int:
-    """The most tokens whose logits a device has at a time on the current mesh; where it has no more, it has all."""
-    return max(_TOKENS, _LOGITS // vocab_per_device(vocab_size))
+def tokens_at_once(rows: tuple[int, int], vocab_size: int) -> int:
+    """Of how many tokens of a batch [b, n] a device makes the logits at a time, on the current mesh.
+
+    Of all that it has, if their logits take at most 256 MiB or they are no more than 1,024. Otherwise the tokens are
+    divided into the fewest equal chunks that keep one of these bounds.
+    """
+    count = tokens_per_device(rows)
+    most = max(_TOKENS, _LOGITS // vocab_per_device(vocab_size))
+    return count if count <= most else -(-count // -(-count // most))
 
 
 def figures_of(
@@ -221,15 +226,14 @@ def _scan(
     """((figures of a device's tokens, gradients of their hidden states), their sum of the matrix's gradients)."""
     rows, count = batch.targets.shape, batch.targets.size
     chunks = -(-count // chunk)
-    size = -(-count // chunks)
 
-    def split(x: Array) -> Array:  # [b, n, ...] -> [chunks, size, ...], padded by tokens of weight 0
+    def split(x: Array) -> Array:  # [b, n, ...] -> [chunks, chunk, ...], padded by tokens of weight 0
         flat = x.reshape(count, *x.shape[2:])
-        flat = jnp.pad(flat, [(0, chunks * size - count)] + [(0, 0)] * (flat.ndim - 1))
-        return flat.reshape(chunks, size, *flat.shape[1:])
+        flat = jnp.pad(flat, [(0, chunks * chunk - count)] + [(0, 0)] * (flat.ndim - 1))
+        return flat.reshape(chunks, chunk, *flat.shape[1:])
 
     def join(x: Array) -> Array:
-        return x.reshape(chunks * size, *x.shape[2:])[:count].reshape(*rows, *x.shape[2:])
+        return x.reshape(chunks * chunk, *x.shape[2:])[:count].reshape(*rows, *x.shape[2:])
 
     kernel = matrices.own.matrix
 

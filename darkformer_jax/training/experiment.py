@@ -20,10 +20,12 @@ from darkformer_jax.distributed.sharding import (
     sharding_of,
     with_sharding,
 )
+from darkformer_jax.distributed.tokens import tokens_per_device, vocab_per_device
 from darkformer_jax.mixers import MIXERS
 from darkformer_jax.model.flops import train_step_flops
 from darkformer_jax.model.lora import is_lora
 from darkformer_jax.model.network import Network
+from darkformer_jax.model.token_loss import tokens_at_once
 from darkformer_jax.model.trainable import Paths, split_params, trained_paths
 from darkformer_jax.tasks.task import Objective
 from darkformer_jax.training.evaluation import rows_sharding
@@ -186,12 +188,22 @@ class Experiment:
             ("FLOPs/step", f"{self.step_flops:.3e}"),
             ("layers", f"{spec.num_layers}{', in turn ' if len(spec.pattern) > 1 else ' x '}{kinds}"),
             ("vocabulary", f"{spec.vocab_size:,}"),
+            *([] if spec.num_outputs else [("logits", self._logits())]),
             *self.objective.describe().items(),
             ("mesh", ", ".join(f"{name}={size}" for name, size in self.mesh.shape.items())),
             ("steps", f"{self.config.num_steps:,}"),
             ("cost", self.cost),
         )
         return "\n".join(f"{name:14s} {value}" for name, value in rows)
+
+    def _logits(self) -> str:
+        """What a device has of a micro-batch's logits at a time, in words."""
+        rows = self.config.batch_size // self.config.accumulation_steps, self.config.sequence_length
+        vocab = self.network.spec.vocab_size
+        with jax.set_mesh(self.mesh):
+            tokens, count = tokens_at_once(rows, vocab), tokens_per_device(rows)
+            size = 4 * tokens * vocab_per_device(vocab)
+        return f"{size / 2**20:,.1f} MiB per device, of {tokens:,} of its {count:,} tokens at a time"
 
 
 def bytes_per_device(abstract: Any, shardings: Any) -> int:

@@ -128,16 +128,18 @@ def test_a_matrix_in_bfloat16_gets_gradients_that_were_summed_in_float32(chunks_
 def test_targets_and_weights_of_padding_count_nothing(chunks_of):
     """A chunk that is filled up with padding, and a batch of which no token counts."""
     model, teacher, targets, weights = arrays()
-    chunks_of(20)  # the second chunk has one token of the batch
+    chunks_of(20)  # two chunks of 11 tokens, of which one is padding
     loss, _, *gradients = losses_and_gradients(FACTORS["all"], model, teacher, targets, 0 * weights)
     assert loss == 0 and not any(gradient.any() for gradient in gradients)
 
 
 def test_chunks_are_for_logits_that_are_large():
-    """The bound is 256 MiB of float32, and a chunk never has fewer than 1,024 tokens."""
-    assert token_loss.chunk_size(2048) == 32_768  # the quickstart's step has 2,048 tokens: whole
-    assert token_loss.chunk_size(49_152) == 1365
-    assert token_loss.chunk_size(256_128) == 1024
+    """The bound is 256 MiB of float32, and a chunk never has fewer than 1,024 tokens if there are more."""
+    assert token_loss.tokens_at_once((8, 256), 2048) == 2048  # the quickstart's step: whole
+    assert token_loss.tokens_at_once((1, 1024), 256_128) == 1024
+    assert token_loss.tokens_at_once((1, 1025), 256_128) == 513  # two chunks, one token of padding
+    assert token_loss.tokens_at_once((1, 8192), 256_128) == 1024
+    assert token_loss.tokens_at_once((4, 1024), 49_152) == 1024  # 1,365 would do, but 4 chunks are needed even so
 
 
 def test_no_array_of_the_program_has_the_logits_of_all_tokens(chunks_of):
