@@ -126,15 +126,32 @@ def tokens_at_once(rows: tuple[int, int], vocab_size: int) -> int:
     return count if count <= most else -(-count // -(-count // most))
 
 
+def _gather(logits: Array, targets: Array) -> Array:
+    return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+
+
+def _masked_sum(logits: Array, targets: Array) -> Array:
+    """What `_gather` returns, as a sum: it is fused with that of exponentials, also in the gradient.
+
+    The gradient of a gather is a scatter to one more array of the logits' size.
+    """
+    ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    return jnp.sum(jnp.where(ids == targets[..., None], logits, 0.0), axis=-1)
+
+
 def figures_of(
-    logits: Float[Array, "*b vocab"], targets: Int[Array, "*b"], wanted: Float[Array, "*b vocab"] | None = None
+    logits: Float[Array, "*b vocab"],
+    targets: Int[Array, "*b"],
+    wanted: Float[Array, "*b vocab"] | None = None,
+    pick: Callable[[Array, Array], Array] = _gather,
 ) -> TokenFigures:
-    """The figures of tokens from their logits, and from the teacher's if there is one."""
-    # A sum, not a gather: it is fused with the sum of exponentials, also in the gradient, and `tensor` may split it.
-    is_target = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
+    """The figures of tokens from their logits, and from the teacher's (`wanted`) if there is one.
+
+    pick: (logits, targets) -> the targets' logits.
+    """
     return TokenFigures(
         jax.nn.logsumexp(logits, axis=-1),
-        jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1),
+        pick(logits, targets),
         jnp.argmax(logits, axis=-1).astype(targets.dtype),
         None if wanted is None else kl_divergence(wanted, logits),
     )
@@ -264,7 +281,7 @@ def _figures_from(part: _Batch, matrices: _Matrices) -> Callable[[Array], TokenF
     wanted = None
     if matrices.teacher is not None:
         wanted = matrices.teacher.capped(constrain(multiply(part.taught, matrices.teacher.matrix), None, "vocab"))
-    return lambda products: figures_of(matrices.own.capped(products), part.targets, wanted)
+    return lambda products: figures_of(matrices.own.capped(products), part.targets, wanted, _masked_sum)
 
 
 def _product(indices: str, a: Array, b: Array) -> Array:
