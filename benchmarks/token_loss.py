@@ -49,8 +49,9 @@ def report(name: str, loss: Callable[[Array, Array], Array], hidden: Array, matr
         started = time.perf_counter()
         jax.block_until_ready(compiled(hidden, matrix))
         seconds.append(time.perf_counter() - started)
-    memory = compiled.memory_analysis().temp_size_in_bytes
-    print(f"{name:8s} {memory / 2**20:10,.0f} MiB {min(seconds):8.2f} s")
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    print(f"{name:8s} {memory.temp_size_in_bytes / 2**20:10,.0f} MiB {min(seconds):8.2f} s")
 
 
 def _loss(hidden: Array, matrix: Array, targets: Array) -> Float[Array, ""]:

@@ -16,7 +16,7 @@ Sums = TypeVar("Sums")
 
 
 def map_tokens(
-    function: Callable[[Tokens, Shared], tuple[Out, Sums]], rows: tuple[int, int], tokens: Tokens, shared: Shared
+    function: Callable[[Tokens, Shared], tuple[Out, Sums]], rows: tuple[int, ...], tokens: Tokens, shared: Shared
 ) -> tuple[Out, Sums]:
     """`function(tokens, shared)` on the current mesh.
 
@@ -48,7 +48,7 @@ def map_tokens(
     return out, jax.tree.map(lambda whole: constrain(whole, "vocab", "embed"), sums)
 
 
-def tokens_per_device(rows: tuple[int, int]) -> int:
+def tokens_per_device(rows: tuple[int, ...]) -> int:
     """How many tokens of a batch [b, n] `map_tokens` gives to one device."""
     return rows[0] * rows[1] // int(np.prod(_ways(rows)))
 
@@ -58,7 +58,7 @@ def vocab_per_device(vocab_size: int) -> int:
     return -(-vocab_size // _size("vocab"))
 
 
-def _ways(rows: tuple[int, int]) -> tuple[int, int]:
+def _ways(rows: tuple[int, ...]) -> tuple[int, int]:
     """Among how many devices the mesh splits a batch's rows and its places; (1, 1) where it does not divide both."""
     ways = _size("batch"), _size("sequence")
     return ways if rows[0] % ways[0] == 0 and rows[1] % ways[1] == 0 else (1, 1)

@@ -8,7 +8,7 @@ that no product is computed twice. The backward pass scales them.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,9 @@ from darkformer_jax.distributed.sharding import constrain
 from darkformer_jax.distributed.tokens import map_tokens, tokens_per_device, vocab_per_device
 from darkformer_jax.model.unembedding import Unembedding, multiply
 from darkformer_jax.ops.context import vary_like
+
+Total = TypeVar("Total")
+Out = TypeVar("Out")
 
 # The logits that a device has at a time: 256 MiB of them in float32.
 _LOGITS = 2**26
@@ -111,11 +114,11 @@ def token_figures(predictions: Predictions, targets: Int[Array, "b n"]) -> Token
     """The figures of each token, for which there are no gradients."""
     chunk = tokens_at_once(targets.shape, predictions.unembedding.matrix.shape[0])
     if chunk < tokens_per_device(targets.shape):
-        return _in_chunks(None, chunk, predictions, targets, None, None)[0]
+        return _chunked_figures(chunk, predictions, targets)
     return figures_of(_logits(predictions), targets)
 
 
-def tokens_at_once(rows: tuple[int, int], vocab_size: int) -> int:
+def tokens_at_once(rows: tuple[int, ...], vocab_size: int) -> int:
     """Of how many tokens of a batch [b, n] a device makes the logits at a time, on the current mesh.
 
     Of all that it has, if their logits take at most 256 MiB or they are no more than 1,024. Otherwise the tokens are
@@ -169,8 +172,12 @@ def _logits(predictions: Predictions) -> Float[Array, "b n vocab"]:
 
 def _weighted(figures: TokenFigures, weights: Array, factors: LossFactors) -> Float[Array, ""]:
     """The weighted sum of the losses. What has no part in it is left out, so that no gradient of it is computed."""
-    terms = (factors.nll, figures.nll), (factors.divergence, figures.divergence)
-    loss = sum((factor * jnp.sum(weights * term) for factor, term in terms if factor), jnp.zeros(()))
+    loss = jnp.zeros(())
+    if factors.nll:
+        loss += factors.nll * jnp.sum(weights * figures.nll)
+    if factors.divergence:
+        assert figures.divergence is not None, "a divergence from no teacher"
+        loss += factors.divergence * jnp.sum(weights * figures.divergence)
     if factors.z:
         loss += factors.z * jnp.sum(weights * jnp.square(figures.log_normalizer))
     return loss
@@ -185,7 +192,7 @@ def _chunked_loss(
     weights: Array,
     teacher: Predictions | None,
 ) -> tuple[Float[Array, ""], TokenFigures]:
-    figures, _ = _in_chunks(None, chunk, predictions, targets, weights, teacher)
+    figures = _chunked_figures(chunk, predictions, targets, teacher)
     return _weighted(figures, weights, factors), figures
 
 
@@ -197,7 +204,11 @@ def _chunked_loss_forward(
     weights: Array,
     teacher: Predictions | None,
 ) -> tuple[tuple[Float[Array, ""], TokenFigures], Predictions]:
-    figures, gradients = _in_chunks(factors, chunk, predictions, targets, weights, teacher)
+    batch, matrices = _inputs(predictions, targets, weights, teacher)
+    scan = functools.partial(_gradients_in_chunks, factors, chunk)
+    (figures, of_hidden), of_matrix = map_tokens(scan, targets.shape, batch, matrices)
+    unembedding = predictions.unembedding
+    gradients = Predictions(of_hidden, unembedding.with_matrix(of_matrix.astype(unembedding.matrix.dtype)))
     return (_weighted(figures, weights, factors), figures), gradients
 
 
@@ -212,24 +223,19 @@ def _chunked_loss_backward(
 _chunked_loss.defvjp(_chunked_loss_forward, _chunked_loss_backward)
 
 
-def _in_chunks(
-    factors: LossFactors | None,
-    chunk: int,
-    predictions: Predictions,
-    targets: Array,
-    weights: Array | None,
-    teacher: Predictions | None,
-) -> tuple[TokenFigures, Predictions | None]:
-    """The figures of each token, and with `factors` the gradients of the loss: of hidden states and matrix."""
-    hidden, unembedding = predictions
-    batch = _Batch(hidden, targets, weights, None if teacher is None else teacher.hidden)
-    matrices = _Matrices(_cast(unembedding), None if teacher is None else _cast(teacher.unembedding))
-    scan = functools.partial(_scan, factors, chunk)
-    (figures, of_hidden), of_matrix = map_tokens(scan, targets.shape, batch, matrices)
-    if factors is None:
-        return figures, None
-    matrix = unembedding.matrix
-    return figures, Predictions(of_hidden, unembedding.with_matrix(of_matrix.astype(matrix.dtype)))
+def _chunked_figures(
+    chunk: int, predictions: Predictions, targets: Array, teacher: Predictions | None = None
+) -> TokenFigures:
+    batch, matrices = _inputs(predictions, targets, jnp.zeros(targets.shape, jnp.float32), teacher)
+    return map_tokens(functools.partial(_figures_in_chunks, chunk), targets.shape, batch, matrices)[0]
+
+
+def _inputs(
+    predictions: Predictions, targets: Array, weights: Array, teacher: Predictions | None
+) -> tuple[_Batch, _Matrices]:
+    taught, of_teacher = (None, None) if teacher is None else (teacher.hidden, _cast(teacher.unembedding))
+    batch = _Batch(predictions.hidden, targets, weights, taught)
+    return batch, _Matrices(_cast(predictions.unembedding), of_teacher)
 
 
 def _cast(unembedding: Unembedding) -> Unembedding:
@@ -237,10 +243,44 @@ def _cast(unembedding: Unembedding) -> Unembedding:
     return unembedding.with_matrix(constrain(unembedding.matrix.astype(unembedding.dtype), "vocab", None))
 
 
-def _scan(
-    factors: LossFactors | None, chunk: int, batch: _Batch, matrices: _Matrices
-) -> tuple[tuple[TokenFigures, Array | None], Array | None]:
+def _figures_in_chunks(chunk: int, batch: _Batch, matrices: _Matrices) -> tuple[TokenFigures, None]:
+    """The figures of a device's tokens, and no sums."""
+
+    def step(total: None, part: _Batch) -> tuple[None, TokenFigures]:
+        return total, _figures_from(part, matrices)(_products(part.hidden, matrices.own))
+
+    total, figures = _scan(step, None, chunk, batch)
+    return figures, total
+
+
+def _gradients_in_chunks(
+    factors: LossFactors, chunk: int, batch: _Batch, matrices: _Matrices
+) -> tuple[tuple[TokenFigures, Array], Array]:
     """((figures of a device's tokens, gradients of their hidden states), their sum of the matrix's gradients)."""
+    kernel = matrices.own.matrix
+
+    def step(total: Array, part: _Batch) -> tuple[Array, tuple[TokenFigures, Array]]:
+        figures_from = _figures_from(part, matrices)
+
+        def loss(products: Array) -> tuple[Array, TokenFigures]:
+            figures = figures_from(products)
+            return _weighted(figures, part.weights, factors), figures
+
+        gradient, figures = jax.grad(loss, has_aux=True)(_products(part.hidden, matrices.own))
+        gradient = constrain(gradient.astype(kernel.dtype), None, "vocab")
+        of_hidden = _einsum("cv,vd->cd", gradient, kernel).astype(part.hidden.dtype)
+        total = constrain(total + _einsum("cv,cd->vd", gradient, part.hidden), "vocab", None)
+        return total, (figures, of_hidden)
+
+    zeros = constrain(jnp.zeros(kernel.shape, jnp.float32), "vocab", None)
+    of_matrix, out = _scan(step, vary_like(batch.targets, zeros), chunk, batch)
+    return out, of_matrix
+
+
+def _scan(
+    step: Callable[[Total, _Batch], tuple[Total, Out]], total: Total, chunk: int, batch: _Batch
+) -> tuple[Total, Out]:
+    """(the total after all chunks, what `step` returns of each token [b, n, ...])."""
     rows, count = batch.targets.shape, batch.targets.size
     chunks = -(-count // chunk)
 
@@ -252,37 +292,21 @@ def _scan(
     def join(x: Array) -> Array:
         return x.reshape(chunks * chunk, *x.shape[2:])[:count].reshape(*rows, *x.shape[2:])
 
-    kernel = matrices.own.matrix
-
-    def step(total: Array | None, part: _Batch) -> tuple[Array | None, tuple[TokenFigures, Array | None]]:
-        products = constrain(multiply(part.hidden, kernel), None, "vocab")
-        figures_from = _figures_from(part, matrices)
-        if factors is None:
-            return total, (figures_from(products), None)
-
-        def loss(products: Array) -> tuple[Array, TokenFigures]:
-            figures = figures_from(products)
-            return _weighted(figures, part.weights, factors), figures
-
-        gradient, figures = jax.grad(loss, has_aux=True)(products)
-        gradient = constrain(gradient.astype(kernel.dtype), None, "vocab")
-        of_hidden = _product("cv,vd->cd", gradient, kernel).astype(part.hidden.dtype)
-        return constrain(total + _product("cv,cd->vd", gradient, part.hidden), "vocab", None), (figures, of_hidden)
-
-    zeros = None
-    if factors is not None:
-        zeros = vary_like(batch.targets, constrain(jnp.zeros(kernel.shape, jnp.float32), "vocab", None))
-    of_matrix, out = jax.lax.scan(step, zeros, jax.tree.map(split, batch))
-    return jax.tree.map(join, out), of_matrix
+    total, out = jax.lax.scan(step, total, jax.tree.map(split, batch))
+    return total, jax.tree.map(join, out)
 
 
 def _figures_from(part: _Batch, matrices: _Matrices) -> Callable[[Array], TokenFigures]:
     """From the products of a chunk's hidden states with the matrix to figures."""
     wanted = None
-    if matrices.teacher is not None:
-        wanted = matrices.teacher.capped(constrain(multiply(part.taught, matrices.teacher.matrix), None, "vocab"))
+    if part.taught is not None and matrices.teacher is not None:
+        wanted = matrices.teacher.capped(_products(part.taught, matrices.teacher))
     return lambda products: figures_of(matrices.own.capped(products), part.targets, wanted, _masked_sum)
 
 
-def _product(indices: str, a: Array, b: Array) -> Array:
+def _products(hidden: Array, unembedding: Unembedding) -> Float[Array, "c vocab"]:
+    return constrain(multiply(hidden, unembedding.matrix), None, "vocab")
+
+
+def _einsum(indices: str, a: Array, b: Array) -> Array:
     return jnp.einsum(indices, a, b, preferred_element_type=jnp.float32)
