@@ -22,10 +22,10 @@ class BalancedCoordinates(nnx.Module):
         self.key_center = Coordinates(jnp.zeros((spec.num_kv_heads, spec.head_dim)), axes=("kv_heads", None))
 
     def __call__(
-        self, q: Float[Array, "b n hq d"], k: Float[Array, "b n hkv d"]
-    ) -> tuple[Float[Array, "b n hq d"], Float[Array, "b n hkv d"]]:
-        """(q', k') in the dtypes of q and k."""
-        grouped = q.reshape(*k.shape[:3], -1, k.shape[3]).astype(jnp.float32)
+        self, q: Float[Array, "b p hq d"], k: Float[Array, "b n hkv d"]
+    ) -> tuple[Float[Array, "b p hq d"], Float[Array, "b n hkv d"]]:
+        """(q', k') in the dtypes of q and k, whose tokens need not be the same."""
+        grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3]).astype(jnp.float32)
         queries = jnp.einsum("bngrd,ged->bngre", grouped, self.query_map[...], precision="highest")
         centred = k.astype(jnp.float32) - self.key_center[...][None, None]
         keys = jnp.einsum("bngd,ged->bnge", centred, self.key_map[...], precision="highest")
