@@ -202,7 +202,7 @@ def test_balanced_coordinates_change_no_exact_weight(workdir, text, tmp_path, me
 
 def test_fine_tuning_keeps_the_coordinates_even_where_it_redraws(workdir, text, tmp_path):
     run(workdir, text, tmp_path / "out", "--geometry=balanced")
-    config = finetune.get_config("dark,m=8,length=32")
+    config = finetune.get_config("dark,m=8,sinks=2,context=32")
     config.init_from, config.model.attention.redraw_every = str(tmp_path / "out"), 5
     config = inherit(config)
     assert config.model.attention.balanced
