@@ -20,18 +20,24 @@ verb then prints quality against cache for 0, 2, 4, ... exact layers, measured o
 and draws exact_layers.png. Local layers (softmax_local) stay as they are and do not count. configs/finetune.py:keep
 trains what was chosen.
 
+--geometry=balanced first maps q and k to coordinates in which both vary equally. Exact attention is the same in them,
+and random features vary less. Models with norms of q and k (Gemma 3, Qwen 3) may have keys that are many times as large
+as their queries: their features see nothing otherwise, and the verb names the layers. Use it with --far_gain.
+
 --far_gain lets each head scale the far part, which its features see. For dark, the gain starts where the far part has
 about the weight that exact attention gives it. With --transfer_steps=0 it stays there.
 """
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from absl import app
 
 from darkformer_jax.calibration.exact_layers import parse_wish
 from darkformer_jax.calibration.fitting import (
+    BALANCED_KINDS,
     GEOMETRIES,
     GEOMETRY_KINDS,
     KINDS,
@@ -67,8 +73,8 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     field_help = f"field or column of .jsonl and .parquet that holds the text (default: {TEXT_FIELD})"
     parser.add_argument("--text_field", default=TEXT_FIELD, help=field_help)
     parser.add_argument("--transfer_steps", type=whole, default=200, help="per layer; 0 = fit nothing (default: 200)")
-    rate_help = f"that of the transfer (default: {LEARNING_RATE:g})"
-    parser.add_argument("--learning_rate", type=float, default=LEARNING_RATE, help=rate_help)
+    rate_help = f"that of the transfer (default: {LEARNING_RATE:g}; less for heads wider than 64)"
+    parser.add_argument("--learning_rate", type=float, help=rate_help)
     parser.add_argument("--passages", type=whole, default=20, help="passages of --context tokens to read (default: 20)")
     parser.add_argument("--context", type=whole, default=1024, help="tokens per passage (default: 1024)")
     parser.add_argument("--num_features", type=whole, help=f"m, features per head (default: {defaults.num_features})")
@@ -123,11 +129,14 @@ def _check_flags(args: argparse.Namespace) -> None:
     if args.geometry == "whitening" and args.mechanism not in GEOMETRY_KINDS:
         kinds = ", ".join(GEOMETRY_KINDS)
         raise UserError(f"--geometry=whitening: {args.mechanism} has no M; allowed: --mechanism={kinds}")
+    if args.geometry == "balanced" and args.mechanism not in BALANCED_KINDS:
+        kinds = ", ".join(BALANCED_KINDS)
+        raise UserError(f"--geometry=balanced: {args.mechanism} has no coordinates; allowed: --mechanism={kinds}")
     if not 0 <= args.shrinkage <= 1:
         raise UserError(f"--shrinkage={args.shrinkage}: must be from 0 to 1")
     if args.shrinkage and args.geometry != "whitening":
         raise UserError(f"--shrinkage={args.shrinkage}: allowed: 0, or --geometry=whitening")
-    if not 0 < args.learning_rate < 1:
+    if args.learning_rate is not None and not 0 < args.learning_rate < 1:
         raise UserError(f"--learning_rate={args.learning_rate}: must be between 0 and 1")
 
 
@@ -137,9 +146,22 @@ def _summary(out: str, found: Calibrated) -> str:
     means = {name: np.mean([row[name] for row in rows]) for name in names}
     shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in means.items())
     lines = [f"{out}: relative error of attention over {len(rows)} layers: {shown}"]
+    if idle := [str(row["layer"]) for row in rows if _features_are_idle(row)]:
+        lines.append(
+            f"layers {','.join(idle)}: features give nothing that the window does not; see --geometry=balanced"
+        )
     if found.choice is not None:
         lines += curve_lines(found.choice.points, found.choice.number, found.choice.context)
     return "\n".join(lines)
+
+
+def _features_are_idle(row: dict[str, Any]) -> bool:
+    """Whether a layer's error is that of its window alone, or larger."""
+    return (
+        "window_only" in row
+        and row["before"] != row["after"]
+        and np.mean(row["after"]) > 0.99 * np.mean(row["window_only"])
+    )
 
 
 if __name__ == "__main__":

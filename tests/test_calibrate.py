@@ -3,6 +3,7 @@
 import json
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -182,6 +183,39 @@ def test_a_whitening_start(workdir, text, tmp_path):
     np.testing.assert_allclose(whitened, size * np.eye(8), rtol=1e-3, atol=1e-3 * size.max())
 
 
+@pytest.mark.parametrize("mechanism", ["dark", "performer"])
+def test_balanced_coordinates_change_no_exact_weight(workdir, text, tmp_path, mechanism):
+    """A window of 64 sees passages of 32 tokens whole, so the logits are the exact model's."""
+    run(workdir, text, tmp_path / "out", "--geometry=balanced", f"--mechanism={mechanism}")
+    exact, balanced = load_model(Workdir(workdir)), load_model(Workdir(tmp_path / "out"))
+    maps = balanced.projections["blocks_0"]["attention"]["mechanism"]["coordinates"]
+    assert maps["key_map"].shape == (2, 2, 8, 8) and np.abs(np.asarray(maps["query_map"]) - np.eye(8)).max() > 0.1
+    assert np.ptp(maps["key_center"], axis=0).max() > 0.01  # each layer has its own
+    tokens = np.arange(64, dtype=np.int32).reshape(2, 32)
+    rows = tuple(map(jnp.asarray, (tokens, np.ones_like(tokens), np.tile(np.arange(32, dtype=np.int32), (2, 1)))))
+    ours, theirs = (
+        np.asarray(fitting._in_dtype(m.network, "float32").bind(m.params, m.projections)(*rows)[0])
+        for m in (balanced, exact)
+    )
+    np.testing.assert_allclose(ours, theirs, atol=2e-4 * np.abs(theirs).max())
+
+
+def test_fine_tuning_keeps_the_coordinates_even_where_it_redraws(workdir, text, tmp_path):
+    run(workdir, text, tmp_path / "out", "--geometry=balanced")
+    config = finetune.get_config("dark,m=8,sinks=2,context=32")
+    config.init_from, config.model.attention.redraw_every = str(tmp_path / "out"), 5
+    config = inherit(config)
+    assert config.model.attention.balanced
+    experiment = experiment_of(config)
+    state, _ = initialize_from(Workdir(tmp_path / "out"), experiment, fresh_state(experiment))
+    ours, theirs = (
+        x["blocks_0"]["attention"]["mechanism"]
+        for x in (state.projections, load_model(Workdir(tmp_path / "out")).projections)
+    )
+    for name in ("query_map", "key_map", "key_center"):
+        np.testing.assert_array_equal(ours["coordinates"][name], theirs["coordinates"][name])
+
+
 @pytest.mark.parametrize("mechanism", ["performer", "window_only"])
 def test_controls_have_nothing_to_fit(workdir, text, tmp_path, mechanism):
     run(workdir, text, tmp_path / "out", f"--mechanism={mechanism}")
@@ -240,6 +274,7 @@ def test_fine_tuning_goes_on_from_it(fitted):
         (["--passages=1000"], "passages of --context=32 tokens; 1000 are needed (--passages)"),
         (["--test_text={dir}/none.txt"], "no file matches"),
         (["--geometry=whitening", "--mechanism=lfk"], "--geometry=whitening: lfk has no M"),
+        (["--geometry=balanced", "--mechanism=lfk"], "lfk has no coordinates; allowed: --mechanism=performer, dark"),
         (["--geometry=whitening", "--shrinkage=2"], "--shrinkage=2.0: must be from 0 to 1"),
         (["--shrinkage=0.1"], "--shrinkage=0.1: allowed: 0, or --geometry=whitening"),
         (["--learn_projections", "--mechanism=lfk"], "no lfk layer uses it; allowed: False"),

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from darkformer_jax.calibration import CALIBRATION_FILE
 from darkformer_jax.calibration.cache_budget import CACHE_CONTEXT, CacheSizes
 from darkformer_jax.calibration.choice import Choice, choose
 from darkformer_jax.calibration.exact_layers import check_wish, hybrid_pattern, parse_wish
-from darkformer_jax.calibration.geometry import whitening_geometry
+from darkformer_jax.calibration.geometry import balanced_maps, whitening_geometry
 from darkformer_jax.calibration.moments import Moments
 from darkformer_jax.calibration.passages import read_passages
 from darkformer_jax.calibration.quality_curve import CURVE_FILE, draw_curve
@@ -34,7 +35,7 @@ from darkformer_jax.data.files import whole_directory, write_json
 from darkformer_jax.data.progress import ProgressBar
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
-from darkformer_jax.mixers.spec import MixerSpec
+from darkformer_jax.mixers.spec import Coordinates, MixerSpec
 from darkformer_jax.mixers.window_only import WindowOnly
 from darkformer_jax.model.network import Network
 from darkformer_jax.ops.keys import key_of_seed
@@ -51,9 +52,13 @@ from darkformer_jax.training.step import TrainState
 EXACT_KINDS = tuple(kind for kind, mixer in MIXERS.items() if mixer.role == "exact")
 KINDS = tuple(kind for kind, mixer in MIXERS.items() if "window" in mixer.uses)  # these can replace an exact kind
 GEOMETRY_KINDS = tuple(kind for kind in KINDS if "geometry_init" in MIXERS[kind].uses)  # those of them with an M
-GEOMETRIES = ("identity", "whitening")
+BALANCED_KINDS = tuple(kind for kind in KINDS if "balanced" in MIXERS[kind].uses)
+GEOMETRIES = ("identity", "whitening", "balanced")
 MOMENTS_FILE = "moments.npz"
-LEARNING_RATE = 3e-3  # of M by default; at 1e-2 the far part of some heads dies (docs/finetuning.md)
+LEARNING_RATE = 3e-3  # of M; at 1e-2 the far part of some heads dies (docs/finetuning.md)
+_WIDEST = (
+    64  # of wider heads M learns slower: a step of Adam changes its largest singular value by up to d times the rate
+)
 
 _TOKENS_PER_STEP = 4096
 _GAIN_PASSAGES = 4
@@ -70,7 +75,7 @@ class FitOptions:
     text_field: str
     mechanism: str
     transfer_steps: int
-    learning_rate: float
+    learning_rate: float | None
     passages: int
     context: int
     num_features: int
@@ -85,6 +90,13 @@ class FitOptions:
     cache_budget: str
     seed: int
     heldout_fraction: float = 0.0  # share of the text that is not read, as in `data.heldout_fraction`
+
+
+class _Found(NamedTuple):
+    """Arrays of one layer's mechanism: those that were fitted, and its coordinates."""
+
+    params: dict
+    projections: dict
 
 
 class Calibrated(NamedTuple):
@@ -125,7 +137,8 @@ def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> Calibrated:
         if wish.is_auto:
             exact_model = teacher.network.bind(teacher.params, teacher.projections)
             alike = _in_dtype(network, teacher.network.spec.dtype)
-            replaced = alike.bind(_with_layers(state.params, network, fitted), state.projections)
+            placed = _with_layers(state, network, fitted)
+            replaced = alike.bind(placed.params, placed.projections)
             context = wish.budget.context if wish.budget else CACHE_CONTEXT
             caches = CacheSizes.of(teacher.network.spec, network.spec, context)
             texts = (passages[num_test:], passages[:num_test], teacher.tokenizer)
@@ -138,7 +151,7 @@ def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> Calibrated:
         written.write_config(config.to_dict())
         teacher.tokenizer.save(str(directory))
         hand_on_origin(exact, written)
-        _save(written, state._replace(params=_with_layers(state.params, network, fitted)))
+        _save(written, _with_layers(state, network, fitted))
         moments.save(directory / MOMENTS_FILE)
         if choice is not None:
             draw_curve(choice.points, choice.number, choice.context, directory / CURVE_FILE)
@@ -164,6 +177,7 @@ def calibrated_config(o: FitOptions, pattern: str | None = None) -> ml_collectio
     without_window(config)
     # Only now: an option that needs a window, given without one, is refused below.
     attention.update({name: value for name, value in dataclasses.asdict(o).items() if name in attention})
+    attention.balanced = o.geometry == "balanced"
     if pattern is not None:
         attention.pattern = pattern
     config.init_from, config.sequence_length, config.seed = o.workdir, o.context, o.seed
@@ -207,8 +221,8 @@ def _fit_layers(
     passages: np.ndarray,
     num_test: int,
     progress_bar: ProgressBar,
-) -> tuple[dict[int, dict], list[dict[str, Any]], Moments]:
-    """(the fitted arrays of each replaced layer's mechanism, a row for each, moments of every layer)."""
+) -> tuple[dict[int, "_Found"], list[dict[str, Any]], Moments]:
+    """(what was found for each replaced layer's mechanism, a row for each, moments of every layer)."""
     spec, fitted = network.spec, {}
     keys = jax.random.split(key_of_seed(o.seed), spec.num_layers)
     exact = teacher.network.bind(teacher.params, teacher.projections)
@@ -226,10 +240,11 @@ def _fit_layers(
                 trained = mechanism.trainable
                 if trained and o.transfer_steps:
                     count = min(max(1, _TOKENS_PER_STEP // o.context), len(train.q))
-                    options = {"steps": o.transfer_steps, "learning_rate": o.learning_rate}
+                    rate = o.learning_rate or LEARNING_RATE * min(1.0, _WIDEST / attention.mechanism.spec.head_dim)
+                    options = {"steps": o.transfer_steps, "learning_rate": rate}
                     trained = fit(mechanism, train, keys[index], passages=count, **options)
-                if trained:
-                    fitted[index] = nnx.to_pure_dict(trained)
+                coordinates = nnx.to_pure_dict(nnx.filter_state(mechanism.fixed, Coordinates))
+                fitted[index] = _Found(nnx.to_pure_dict(trained), coordinates)
                 found = _errors(attention.mechanism.spec, mechanism, trained, test)
                 rows.append({"layer": index, **found, "seconds": time.perf_counter() - started})
                 bar.set_postfix(error=f"{np.mean(found['after']):.3f}", refresh=False)
@@ -243,8 +258,12 @@ def _started(o: FitOptions, module: Any, train: LayerTensors, moments: Moments, 
     if o.geometry == "whitening":  # whitening keeps E|M x|^2; geometry_init scales it
         whitening = whitening_geometry(moments, scale=spec.scale, shrinkage=o.shrinkage, where=f"layer {layer}")
         module.M[...] = jnp.asarray(o.geometry_init * whitening, jnp.float32)
+    if module.coordinates is not None:
+        for name, value in balanced_maps(moments, f"layer {layer}")._asdict().items():
+            getattr(module.coordinates, name)[...] = jnp.asarray(value, jnp.float32)
     if o.far_gain and o.mechanism in GEOMETRY_KINDS:  # the others' features estimate exp(q.k) itself
         few = jax.tree.map(lambda leaf: leaf[:_GAIN_PASSAGES], train)
+        few = few._replace(**dict(zip("qk", module.in_coordinates(few.q, few.k), strict=True)))
         near = {"chunk_size": spec.chunk_size, "window": spec.window, "num_sinks": spec.num_sinks}
         module.log_gain[...] = matched_log_gain(few, module.M[...], scale=spec.scale, **near)
     return FittedMechanism.of(module)
@@ -260,12 +279,21 @@ def _errors(
     return {name: values.tolist() for name, values in found.items()}
 
 
-def _with_layers(params: dict, network: Network, fitted: dict[int, dict]) -> dict:
-    """`params` with the fitted arrays in these layers' mechanisms."""
-    for index, trained in fitted.items():
-        row, place = divmod(index, len(network.spec.pattern))
-        block = params[f"blocks_{place}"]
-        own = block["attention"]["mechanism"]
-        new = own | {name: own[name].at[row].set(value) for name, value in trained.items()}
-        params = params | {f"blocks_{place}": block | {"attention": block["attention"] | {"mechanism": new}}}
-    return params
+def _with_layers(state: TrainState, network: Network, fitted: dict[int, _Found]) -> TrainState:
+    """`state` with what was found for these layers' mechanisms."""
+    for index, found in fitted.items():
+        place = divmod(index, len(network.spec.pattern))
+        params, projections = (
+            _with_layer(tree, *place, new) for tree, new in zip((state.params, state.projections), found, strict=True)
+        )
+        state = state._replace(params=params, projections=projections)
+    return state
+
+
+def _with_layer(tree: dict, row: int, place: int, new: dict) -> dict:
+    """`tree` with `new` in one layer's mechanism."""
+    stacked, changed = flatten_dict(tree), flatten_dict(new)
+    for name, value in changed.items():
+        path = (f"blocks_{place}", "attention", "mechanism", *name)
+        stacked[path] = stacked[path].at[row].set(value)
+    return unflatten_dict(stacked)

@@ -1,6 +1,6 @@
-"""The geometry M from the moments of a pretrained model's queries and keys."""
+"""The geometry M, and coordinates for it, from the moments of a pretrained model's queries and keys."""
 
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Float
@@ -8,6 +8,8 @@ from jaxtyping import Float
 from darkformer_jax.calibration.moments import Moments
 from darkformer_jax.errors import UserError
 from darkformer_jax.ops.second_moments import shrunk_eigh
+
+_SMALLEST_SHARE = 1e-6  # of the mean variance, added in every direction
 
 ScalePolicy = Literal["literal", "inverse_sqrt_dim", "temperature", "unit_norm"]
 
@@ -53,3 +55,44 @@ def whitening_geometry(
         "unit_norm": 1 / (scale * dim),
     }[policy]
     return np.einsum("...ij,...j,...kj->...ik", vectors, np.sqrt(squared / eigenvalues), vectors)
+
+
+class BalancedMaps(NamedTuple):
+    """q' = A q and k' = B (k - b) for each key/value head; see `mixers.coordinates`."""
+
+    query_map: Float[np.ndarray, "*layers hkv d d"]
+    key_map: Float[np.ndarray, "*layers hkv d d"]
+    key_center: Float[np.ndarray, "*layers hkv d"]
+
+
+def balanced_maps(moments: Moments, where: str = "") -> BalancedMaps:
+    """Coordinates in which queries and centred keys have the same second moments, a diagonal matrix.
+
+    Of all A and B with A^T B = I, these make E|q'|^2 + E|k'|^2 smallest: twice the sum of the Hankel singular values
+    sqrt(eigenvalue_i(Cov[k] E[q q^T])). This is the balanced realisation of control theory (Moore, IEEE TAC 26, 1981)
+    with these moments in the place of Gramians. With Cov[k] = L L^T and L^T E[q q^T] L = U diag(s) U^T,
+
+        A = diag(s)^(-1/4) U^T L^T,    B = diag(s)^(1/4) U^T L^-1,    b = E[k].
+
+    A millionth of the mean variance is added in every direction, so that no coordinate is scaled without bound
+    where queries or keys do not vary.
+
+    Args:
+      moments: of q and k as the mechanism gets them.
+      where: begins the message of an error, for example "layer 3".
+
+    Raises:
+      UserError: there are too few tokens for second moments of full rank.
+    """
+    moments.require_full_rank(where)
+    second_q, covariance_k = (_with_floor(second) for second in (moments.second_q, moments.covariance_k))
+    factor = np.linalg.cholesky(covariance_k)
+    squared, vectors = np.linalg.eigh(np.swapaxes(factor, -1, -2) @ second_q @ factor)
+    scales, turned = squared[..., None] ** 0.25, np.swapaxes(vectors, -1, -2)
+    query_map = turned @ np.swapaxes(factor, -1, -2) / scales
+    return BalancedMaps(query_map, scales * (turned @ np.linalg.inv(factor)), moments.mean_k)
+
+
+def _with_floor(second: Float[np.ndarray, "*layers d d"]) -> Float[np.ndarray, "*layers d d"]:
+    mean = np.trace(second, axis1=-2, axis2=-1)[..., None, None] / second.shape[-1]
+    return second + _SMALLEST_SHARE * mean * np.eye(second.shape[-1])

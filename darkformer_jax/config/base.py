@@ -174,6 +174,8 @@ def _attention() -> Section:
     a.redraw_every = at_least(0, 0, off=0)  # optimizer steps between redraws of the projections; 0 = never
     a.geometry_init = positive(1.0)  # M starts as this times the identity; 1 is Performer
     a.learn_projections = anything(False, off=False, since=1)  # dark: w is trained, too, and then estimates no kernel
+    # performer, dark: q and k are taken in coordinates of their own, which `calibrate --geometry=balanced` finds.
+    a.balanced = anything(False, off=False, since=8)
     a.chunk_size = at_least(1, 128)  # tokens per chunk of the linear scan; reformer: of the sorted text
     a.window = at_least(0, 0, off=0)  # tokens seen exactly before the own chunk, whole chunks; 0 = features everywhere
     a.num_sinks = at_least(0, 0, off=0, needs="window")  # first tokens of a document that every query sees exactly

@@ -8,7 +8,7 @@ from pathlib import Path
 import ml_collections
 
 from darkformer_jax.calibration import CALIBRATION_FILE
-from darkformer_jax.calibration.fitting import LEARNING_RATE, FitOptions, calibrate, calibrated_config
+from darkformer_jax.calibration.fitting import FitOptions, calibrate, calibrated_config
 from darkformer_jax.config.arguments import shorten_warmup
 from darkformer_jax.config.conversion import conversion_config
 from darkformer_jax.config.fields import flat_fields
@@ -35,7 +35,7 @@ def transfer_options(settings: Settings) -> FitOptions:
         text_field=settings.text_field,
         mechanism="dark",
         transfer_steps=settings.steps[TRANSFER],
-        learning_rate=LEARNING_RATE,
+        learning_rate=None,
         passages=settings.passages,
         context=settings.context,
         num_features=settings.num_features,

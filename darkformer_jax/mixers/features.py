@@ -12,6 +12,7 @@ from jaxtyping import Array
 from darkformer_jax.distributed.sharding import context_size
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers.attention import ATTENTION_FIELDS, Mechanism
+from darkformer_jax.mixers.coordinates import BalancedCoordinates
 from darkformer_jax.mixers.mixer import Role
 from darkformer_jax.mixers.spec import Geometry, MixerSpec
 from darkformer_jax.mixers.stretches import on_stretches
@@ -101,6 +102,7 @@ class FeatureAttention(LinearMechanism):
     def __init__(self, spec: MixerSpec, layer: int | Array) -> None:
         super().__init__(spec, layer)
         self.log_gain = Geometry(jnp.zeros(spec.num_heads), axes=("heads",)) if spec.far_gain else None
+        self.coordinates = BalancedCoordinates(spec) if spec.balanced else None
 
     @classmethod
     def in_effect(cls, spec: MixerSpec) -> frozenset[str]:
@@ -115,7 +117,7 @@ class FeatureAttention(LinearMechanism):
     def mixing_flops(cls, spec: MixerSpec, length: int) -> float:
         """With H query and G key/value heads, and n keys that are seen one by one (`mean_exact_keys`), per token:
 
-        geometry  2 d^2 (H + G)     M x, if there is an M
+        geometry  2 d^2 (H + G)     M x, if there is an M; and again if q and k are mapped to other coordinates
         features  2 m d (H + G)
         state     2 m d (H + G)     the update S += phi(k) v, and the reading phi(q) S
         local     (2 m + 2 d) H n   the own chunk through features (window = 0), or
@@ -124,7 +126,7 @@ class FeatureAttention(LinearMechanism):
         m, d = spec.num_features, spec.head_dim
         width = (spec.num_heads + spec.num_kv_heads) * d
         features_and_state = 4 * m * width
-        geometry = 2 * d * width if cls.has_geometry else 0
+        geometry = 2 * d * width * (cls.has_geometry + spec.balanced)
         per_key = 4 * spec.num_heads * d if spec.window else 2 * spec.num_heads * (m + d)
         return features_and_state + geometry + per_key * mean_exact_keys(spec, length)
 
@@ -139,7 +141,7 @@ class FeatureAttention(LinearMechanism):
         log_decay: Array | None = None,
         state: AttentionState | None = None,
     ) -> tuple[Array, Any]:
-        queries, keys, projections, geometry = self.inputs(q, k, positions)
+        queries, keys, projections, geometry = self.inputs(*self.in_coordinates(q, k), positions)
         attend = functools.partial(
             dark_attention,
             scale=self.spec.query_scale or None,
@@ -156,6 +158,10 @@ class FeatureAttention(LinearMechanism):
         }
         return self.run(attend, queries, keys, v, state, **arrays)
 
+    def in_coordinates(self, q: Array, k: Array) -> tuple[Array, Array]:
+        """q and k as the kernel gets them: all logits, sinks and keys of a cache are in these coordinates."""
+        return (q, k) if self.coordinates is None else self.coordinates(q, k)
+
     def _gain(self) -> Array | None:
         return None if self.log_gain is None else self.log_gain[...].astype(jnp.float32)
 
@@ -170,7 +176,7 @@ class FeatureAttention(LinearMechanism):
         """What queries of whole documents, one per row, see exactly."""
         s = self.spec
         places = {"chunk_size": s.chunk_size, "window": s.window, "num_sinks": s.num_sinks}
-        return near_sums(q, k, v, scale=s.scale, **places)
+        return near_sums(*self.in_coordinates(q, k), v, scale=s.scale, **places)
 
     def beside(self, near: Sums, q: Array, k: Array, v: Array, positions: Array, stride: int = 1) -> Array:
         """The output for whole documents, one per row, from what they see exactly.
@@ -178,7 +184,7 @@ class FeatureAttention(LinearMechanism):
         stride: q and near are of every stride-th token only; see `ops.parts.far_sums`.
         """
         s = self.spec
-        queries, keys, projections, geometry = self.inputs(q, k, positions)
+        queries, keys, projections, geometry = self.inputs(*self.in_coordinates(q, k), positions)
         window: dict[str, Any] = {"window": s.window, "window_kernel": s.window_kernel}
         kernel = feature_kernel(
             queries, keys, projections=projections, geometry=geometry, scale=s.scale, log_gain=self._gain(), **window

@@ -10,6 +10,8 @@ from darkformer_jax.mixers.spec import Geometry, MixerSpec, Projection
 class Performer(FeatureAttention):
     """The softmax kernel, with w drawn isotropically and M = I."""
 
+    uses = FeatureAttention.uses | {"balanced"}
+
     def __init__(self, spec: MixerSpec, layer: int | Array) -> None:
         super().__init__(spec, layer)
         self.projections: Projection | Geometry = Projection(

@@ -44,6 +44,7 @@ class MixerSpec:
     redraw_every: int
     geometry_init: float
     learn_projections: bool
+    balanced: bool
     chunk_size: int
     window: int
     num_sinks: int
@@ -83,6 +84,10 @@ class MixerSpec:
 
 class Projection(nnx.Variable):
     """Random projections: drawn, stored and perhaps redrawn, never trained."""
+
+
+class Coordinates(Projection):
+    """Maps of q and k to other coordinates: found by `calibrate`, stored, never trained."""
 
 
 class Geometry(nnx.Param):

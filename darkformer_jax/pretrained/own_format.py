@@ -44,7 +44,16 @@ KINDS = (
 _BLIND = ("random", "constant")
 _OPTIONS = (
     *("kind", "head_dim", "scale", "softcap", "local_window", "num_features", "chunk_size", "window", "num_sinks"),
-    *("window_kernel", "far_gain", "learn_projections", "geometry_init", "horizon", "decay", "undecayed_heads"),
+    *(
+        "window_kernel",
+        "far_gain",
+        "learn_projections",
+        "balanced",
+        "geometry_init",
+        "horizon",
+        "decay",
+        "undecayed_heads",
+    ),
     "conv_width",
 )
 _README = """# An exported DARKFormer

@@ -34,8 +34,8 @@ def initialize_from(
     """(`state` with every parameter that a checkpoint of `workdir` also has, a line that says what differs).
 
     Layers are matched by their number, whatever the two models' patterns. Low-rank updates that this model lacks are
-    merged into the weights. Projections of the same shape are copied, unless the run redraws them. Optimizer moments,
-    step and data order start anew.
+    merged into the weights. Projections of the same shape are copied, unless the run redraws them, and so are
+    coordinates, always. Optimizer moments, step and data order start anew.
 
     Args:
       step: the checkpoint's; None = the newest.
@@ -60,10 +60,15 @@ def initialize_from(
 
     # M was fitted to its projections, so they are copied, unless the new run's config redraws them.
     projections = state.projections
-    if not experiment.config.model.attention.redraw_every and shapes.get("projections"):
+    drawn_anew = experiment.config.model.attention.redraw_every > 0
+    if shapes.get("projections"):
         old = _by_layer(shapes["projections"], _num_stacks(shapes["params"]))
         new = _by_layer(projections, _num_stacks(state.params))
-        same = sorted(name for name in new.keys() & old.keys() if new[name].shape == old[name].shape)
+        same = sorted(
+            name
+            for name in new.keys() & old.keys()
+            if new[name].shape == old[name].shape and not (drawn_anew and name[-1] == "projections")
+        )
         if same:
             shardings = experiment.shardings.projections
             pairs = {name: (old[name], new[name]) for name in same}

@@ -43,7 +43,10 @@ def test_a_field_that_one_kind_uses_is_off_for_the_others():
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("dark(mm=3)", r"pattern has dark\(mm=3\): dark has no option 'mm'; allowed: chunk_size, conv_width, decay, f"),
+        (
+            "dark(mm=3)",
+            r"pattern has dark\(mm=3\): dark has no option 'mm'; allowed: balanced, chunk_size, conv_width, decay, f",
+        ),
         (
             "softmax(m=3)",
             r"has softmax\(m=3\): softmax has no option 'num_features'; allowed: conv_width, .*query_scale",

@@ -25,6 +25,7 @@ MEANT = {
     "eval.patience": 0,
     "log.trackers": "",
     "mesh.context": 1,
+    "model.attention.balanced": False,
     "model.attention.conv_width": 0,
     "model.attention.decay": "none",
     "model.attention.far_gain": False,

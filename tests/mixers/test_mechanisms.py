@@ -20,7 +20,7 @@ from tests.tiny_specs import mixer_spec
 
 SPEC = mixer_spec(num_features=16, geometry_init=0.7, seed=3)
 HYBRID = dataclasses.replace(SPEC, window=8, num_sinks=2)
-CONVERTED = dataclasses.replace(HYBRID, window_kernel="softmax", far_gain=True)
+CONVERTED = dataclasses.replace(HYBRID, window_kernel="softmax", far_gain=True, balanced=True)
 LOCAL = dataclasses.replace(SPEC, local_window=7, softcap=2.0, query_scale=0.6)
 NEEDED = {"window": 8, "local_window": 7, "horizon": 64, "decay": "gate"}
 OPTIONS = {"num_features": 16, "geometry_init": 0.7, "seed": 3}

@@ -27,7 +27,7 @@ GATES = {"model__attention__decay": "gate", "model__attention__conv_width": 4}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-dark": ("dark", {}),
     "llama-hybrid-tied": (
-        f"dark({HYBRID},num_sinks=6,far_gain=True)",
+        f"dark({HYBRID},num_sinks=6,far_gain=True,balanced=True)",
         {"model__num_kv_heads": 1, "model__tie_embeddings": True},
     ),
     "llama-some-exact-yarn": (f"dark({HYBRID},num_sinks=2,window_kernel=softmax),softmax", YARN),
@@ -39,7 +39,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         GEMMA2 | {"model__logit_softcap": 15.0},
     ),
     "gemma3-local-rope": (
-        "softmax_local(local_window=5),dark",
+        "softmax_local(local_window=5),dark(balanced=True)",
         GEMMA2 | {"model__qk_norm": True, "model__rope_local_theta": 500.0},
     ),
     "gates": ("dark(learn_projections=True),hedgehog,linear_transformer", GATES),

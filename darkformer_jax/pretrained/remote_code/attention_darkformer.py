@@ -87,6 +87,24 @@ class RunningSum:
         return take(self.whole, queries) + take(self.rest, queries)
 
 
+class Coordinates(nn.Module):
+    """q' = A q and k' = B (k - b), with A^T B = I: the same attention, but features that vary less."""
+
+    def __init__(self, num_kv_heads: int, head_dim: int) -> None:
+        super().__init__()
+        for name in ("query_map", "key_map"):
+            self.register_buffer(name, torch.empty(num_kv_heads, head_dim, head_dim, dtype=torch.float32))
+        self.register_buffer("key_center", torch.empty(num_kv_heads, head_dim, dtype=torch.float32))
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """(q' [B, n, H, d], k' [B, n, G, d]) in the dtypes of q and k."""
+        grouped = q.reshape(*k.shape[:3], -1, k.shape[3]).float()
+        queries = torch.einsum("bngrd,ged->bngre", grouped, self.query_map).reshape(q.shape)
+        return queries.to(q.dtype), torch.einsum("bngd,ged->bnge", k.float() - self.key_center, self.key_map).to(
+            k.dtype
+        )
+
+
 class Mechanism(nn.Module):
     """The arrays of one layer's features: M (`geometry`), projections w, maps of queries and keys, gains."""
 
@@ -110,6 +128,7 @@ class Mechanism(nn.Module):
             self.keys = empty(num_kv_heads, head_dim, head_dim)
         if layer["far_gain"]:
             self.log_gain = empty(num_heads)
+        self.coordinates = Coordinates(num_kv_heads, head_dim) if layer["balanced"] else None
 
     def forward(self, attend: nn.Module, *inputs: Any) -> Any:
         """What `attend` makes of q, k, v and so on. accelerate moves the arrays of modules while these are called."""
@@ -120,7 +139,7 @@ class Mechanism(nn.Module):
         for name, array in (*self.named_parameters(), *self.named_buffers()):
             if name == "projections":
                 init.normal_(array)
-            elif name == "log_gain":
+            elif name in ("log_gain", "coordinates.key_center"):
                 init.zeros_(array)
             else:
                 start = self.layer["geometry_init"] if name == "M" else 1.0
@@ -133,7 +152,9 @@ class Mechanism(nn.Module):
         return self.layer["num_features"] if per_dimension is None else per_dimension * self.layer["head_dim"]
 
     def prepare(self, q: Tensor, k: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The q [B, n, H, d'] and k [B, n, G, d'] whose features are taken."""
+        """The q [B, n, H, d'] and k [B, n, G, d'] whose features are taken, and whose logits are seen exactly."""
+        if self.coordinates is not None:
+            q, k = self.coordinates(q, k)
         if self.kind == "hedgehog":
             maps = ((q, self.queries), (k, self.keys))
             q, k = (product("bnhd,hed->bnhe", x, W, x.dtype).to(x.dtype) for x, W in maps)
