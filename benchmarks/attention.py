@@ -8,7 +8,8 @@ Sizes: batch 1, 8 heads of 64, 256 features; inputs are N(0, 1), in each library
 the output and the gradients of q, k, v and of the learned geometry if there is one. The contenders take turns within
 every repetition, so noise hits all of them. On a busy machine, still read the minima: PyTorch's threads wait for each
 other and lose more to other processes than XLA's, so the medians flatter ours.
-Contenders that are not installed, or need more memory than is free, are left out, and the table says why.
+Contenders that are not installed, or need more memory than is free, are left out, and the table says why. Below it is
+the roofline, in float32: what the machine's rates, measured in the same run, allow, and the share that `ours` reaches.
 
 --memory, --decode and --crossover measure only what they name; add --lengths to get the table as well.
 """
@@ -50,6 +51,7 @@ from benchmarks.contenders import (
     jax_inputs,
     kernel_parameters,
 )
+from benchmarks.roofline import measure_rates, roofline
 from darkformer_jax import dark_attention
 
 LENGTHS = (1024, 4096, 16384)
@@ -361,7 +363,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if flags.crossover:
         results["crossover_timings"], results["crossover"] = time_crossover(flags.only, flags.repeats, flags.dtype)
     if flags.lengths:
+        rates = measure_rates() if flags.dtype == "float32" else None
         results["table"] = time_table(flags.lengths, flags.only, flags.repeats, flags.dtype)
+        if rates is not None:
+            results["rates"], results["roofline"] = rates._asdict(), roofline(results["table"], rates)
     results["load_average_after"] = os.getloadavg()
     if flags.out:
         flags.out.write_text(json.dumps(results, indent=1) + "\n")

@@ -16,10 +16,12 @@ from pathlib import Path
 from absl import app
 
 from darkformer_jax.cli.first_line import first_line
+from darkformer_jax.cli.huge_pages import start_with_huge_pages
 from darkformer_jax.cli.output import lost_output_is_no_crash
 
 FOLDER = Path(__file__).parent
 NO_VERBS = ("__main__", "errors")
+LONG_VERBS = ("calibrate", "evaluate", "linearise", "train")  # worth a second start with huge pages
 
 
 def verbs() -> dict[str, str]:
@@ -46,6 +48,8 @@ def main() -> None:
         meant = f"did you mean {close[0]}? " if close else ""
         print(f"error: {verb!r} is no verb; {meant}allowed: {', '.join(verbs())}", file=sys.stderr)
         sys.exit(2)
+    if verb in LONG_VERBS:
+        start_with_huge_pages()
     sys.argv[:2] = [f"darkformer {verb}"]
     module = importlib.import_module(f"darkformer_jax.{verb}")
     app.run(module.main, flags_parser=module.parse_flags)

@@ -47,6 +47,7 @@ from darkformer_jax.calibration.fitting import (
     calibrate,
 )
 from darkformer_jax.calibration.quality_curve import curve_lines
+from darkformer_jax.cli.huge_pages import start_with_huge_pages
 from darkformer_jax.cli.output import lost_output_is_no_crash
 from darkformer_jax.cli.parser import Parser, one_line_errors, whole
 from darkformer_jax.cli.progress import progress_bar
@@ -166,4 +167,5 @@ def _features_are_idle(row: dict[str, Any]) -> bool:
 
 if __name__ == "__main__":
     with lost_output_is_no_crash():
+        start_with_huge_pages()
         app.run(main, flags_parser=parse_flags)

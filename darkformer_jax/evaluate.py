@@ -51,6 +51,7 @@ from typing import Any
 
 from absl import app
 
+from darkformer_jax.cli.huge_pages import start_with_huge_pages
 from darkformer_jax.cli.output import lost_output_is_no_crash
 from darkformer_jax.cli.parser import Parser, one_line_errors, whole
 from darkformer_jax.cli.progress import progress_bar
@@ -150,4 +151,5 @@ def _check_flags(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     with lost_output_is_no_crash():
+        start_with_huge_pages()
         app.run(main, flags_parser=parse_flags)

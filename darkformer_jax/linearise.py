@@ -26,6 +26,7 @@ from typing import Any
 
 from absl import app
 
+from darkformer_jax.cli.huge_pages import start_with_huge_pages
 from darkformer_jax.cli.output import lost_output_is_no_crash
 from darkformer_jax.cli.parser import Parser, one_line_errors, whole
 from darkformer_jax.cli.progress import Progress, progress_bar
@@ -144,4 +145,5 @@ def _progress(config: Any) -> Progress:
 
 if __name__ == "__main__":
     with lost_output_is_no_crash():
+        start_with_huge_pages()
         app.run(main, flags_parser=parse_flags)

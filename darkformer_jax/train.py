@@ -23,6 +23,7 @@ from darkformer_jax.cli.experiment_flags import (
     parse_experiment_flags,
 )
 from darkformer_jax.cli.experiments import FOLDER, experiments_root
+from darkformer_jax.cli.huge_pages import start_with_huge_pages
 from darkformer_jax.cli.output import lost_output_is_no_crash
 from darkformer_jax.distributed import processes
 from darkformer_jax.distributed.libtpu import quiet_libtpu
@@ -113,4 +114,5 @@ def _train() -> None:
 
 if __name__ == "__main__":
     with lost_output_is_no_crash():
+        start_with_huge_pages()
         app.run(main, flags_parser=parse_flags)

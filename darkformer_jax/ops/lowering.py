@@ -10,3 +10,8 @@ def target_platform() -> str:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
+
+
+def is_one_cpu() -> bool:
+    """Whether the program is for one CPU device: no mesh of several is current, and the platform is the CPU."""
+    return target_platform() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
