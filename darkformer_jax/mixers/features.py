@@ -176,7 +176,8 @@ class FeatureAttention(LinearMechanism):
         """What queries of whole documents, one per row, see exactly."""
         s = self.spec
         places = {"chunk_size": s.chunk_size, "window": s.window, "num_sinks": s.num_sinks}
-        return near_sums(*self.in_coordinates(q, k), v, scale=s.scale, **places)
+        q, k = self.in_coordinates(q, k)
+        return near_sums(q, k, v, scale=s.scale, **places)
 
     def beside(self, near: Sums, q: Array, k: Array, v: Array, positions: Array, stride: int = 1) -> Array:
         """The output for whole documents, one per row, from what they see exactly.

@@ -90,11 +90,16 @@ class RunningSum:
 class Coordinates(nn.Module):
     """q' = A q and k' = B (k - b), with A^T B = I: the same attention, but features that vary less."""
 
+    query_map: Tensor
+    key_map: Tensor
+    key_center: Tensor
+
     def __init__(self, num_kv_heads: int, head_dim: int) -> None:
         super().__init__()
-        for name in ("query_map", "key_map"):
-            self.register_buffer(name, torch.empty(num_kv_heads, head_dim, head_dim, dtype=torch.float32))
-        self.register_buffer("key_center", torch.empty(num_kv_heads, head_dim, dtype=torch.float32))
+        empty = torch.empty(num_kv_heads, head_dim, head_dim, dtype=torch.float32)
+        self.register_buffer("query_map", empty)
+        self.register_buffer("key_map", empty.clone())
+        self.register_buffer("key_center", empty[..., 0].clone())
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """(q' [B, n, H, d], k' [B, n, G, d]) in the dtypes of q and k."""
