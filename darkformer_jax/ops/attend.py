@@ -3,7 +3,7 @@
 import functools
 import math
 import operator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,11 @@ from darkformer_jax.ops.linear import (
     step_features,
     step_window,
 )
+from darkformer_jax.ops.lowering import target_platform
 from darkformer_jax.ops.scan import SUM_AXES, TOKEN_AXES, over_heads, scan_features, scan_window
 from darkformer_jax.ops.state import HEAD_AXES, AttentionState, init_state
+
+Backend = Literal["scan", "pallas", "pallas_interpret"]
 
 
 class Options(NamedTuple):
@@ -36,10 +39,18 @@ class Options(NamedTuple):
     num_sinks: int
     return_state: bool
     sequence_axis: str | None
+    backend: Backend
 
     @classmethod
     def of(
-        cls, causal: bool, chunk_size: int, window: int, num_sinks: int, return_state: bool, sequence_axis: str | None
+        cls,
+        causal: bool,
+        chunk_size: int,
+        window: int,
+        num_sinks: int,
+        return_state: bool,
+        sequence_axis: str | None,
+        backend: Backend,
     ) -> "Options":
         """The options with Python's integers. Raises UserError for a number that is none."""
         numbers = {"chunk_size": chunk_size, "window": window, "num_sinks": num_sinks}
@@ -48,7 +59,7 @@ class Options(NamedTuple):
                 numbers[name] = operator.index(number)
             except TypeError as error:
                 raise UserError(f"{name} = {number!r}: allowed: an integer, static under jit") from error
-        return cls(causal, **numbers, return_state=return_state, sequence_axis=sequence_axis)
+        return cls(causal, **numbers, return_state=return_state, sequence_axis=sequence_axis, backend=backend)
 
 
 def attend(
@@ -97,8 +108,13 @@ def attend(
         kernel = kernel._replace(arrays=arrays)
     state, segments, positions = _place_tokens(state, segment_ids, length)
     grouped = q.reshape(batch, length, num_kv_heads, group_size(q, k), dim)
-    state, sums = _scan_or_step(kernel, state, Tokens(grouped, k, v, segments, positions, decays), options, resumed)
-    out = normalize(sums.numerator, sums.denominator).reshape(batch, length, num_heads, value_dim).astype(v.dtype)
+    tokens = Tokens(grouped, k, v, segments, positions, decays)
+    if options.backend != "scan" and not (resumed and length == 1):
+        state, out = _by_kernel(kernel, state, tokens, options)
+    else:
+        state, sums = _scan_or_step(kernel, state, tokens, options, resumed)
+        out = normalize(sums.numerator, sums.denominator)
+    out = out.reshape(batch, length, num_heads, value_dim).astype(v.dtype)
     return (out, state) if options.return_state else out
 
 
@@ -129,7 +145,7 @@ def _scan_or_step(
     kernel: Kernel, state: AttentionState, tokens: Tokens, options: Options, resumed: bool
 ) -> tuple[AttentionState, Sums]:
     """(the state after the tokens, their sums), by a one-token step or a scan over chunks, with a window or without."""
-    causal, chunk_size, window, _, return_state, axis = options
+    causal, chunk_size, window, _, return_state, axis, _ = options
     if axis is not None:
         state = state_before(kernel, state, tokens, axis=axis, chunk_size=chunk_size, window=window)
     if resumed and tokens.segments.shape[1] == 1:
@@ -139,6 +155,20 @@ def _scan_or_step(
     if window:
         return scan_window(kernel, state, tokens, chunk_size=chunk_size, resumed=resumed, return_state=return_state)
     return scan_features(kernel, state, tokens, chunk_size=chunk_size, causal=causal)
+
+
+def _by_kernel(
+    kernel: Kernel, state: AttentionState, tokens: Tokens, options: Options
+) -> tuple[AttentionState, Float[Array, "b n h g v"]]:
+    """(the state after the tokens, out) by the TPU kernel. Raises UserError for what it does not cover."""
+    from darkformer_jax.ops import pallas_tpu  # which takes a while to import, and imports this module
+
+    missing = pallas_tpu.what_is_not_covered(kernel, state, tokens, causal=options.causal)
+    if missing is not None:
+        raise UserError(f"backend = {options.backend!r} does not cover {missing}: use backend = 'scan'")
+    if options.backend == "pallas":
+        return pallas_tpu.attend_features(kernel, state, tokens)
+    return pallas_tpu.attend_features(kernel, state, tokens, chunk_size=options.chunk_size, interpret=True)
 
 
 def _shift_full_windows(kernel: Kernel, state: AttentionState, chunk_size: int) -> AttentionState:
@@ -211,7 +241,14 @@ def check_inputs(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Non
 
 def check_options(q: Array, options: Options, log_decay: Array | None, state: AttentionState | None) -> None:
     """Raises UserError where the options, the state and the length do not fit together."""
-    causal, chunk_size, window, num_sinks, return_state, sequence_axis = options
+    causal, chunk_size, window, num_sinks, return_state, sequence_axis, backend = options
+    if backend not in get_args(Backend):
+        raise UserError(f"backend = {backend!r}: allowed: {', '.join(get_args(Backend))}")
+    if backend == "pallas" and target_platform() != "tpu":
+        raise UserError(f"backend = 'pallas' is a TPU kernel; this program is for a {target_platform()}: use 'scan'")
+    if backend != "scan" and (window or sequence_axis is not None):
+        named = f"window = {window}" if window else f"sequence_axis = {sequence_axis!r}"
+        raise UserError(f"backend = {backend!r} does not cover {named}: use backend = 'scan'")
     if chunk_size < 1:
         raise UserError(f"chunk_size = {chunk_size} must be positive")
     if window < 0 or window % chunk_size:

@@ -7,7 +7,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from darkformer_jax.errors import UserError
-from darkformer_jax.ops.attend import Options, as_arrays, attend, check_inputs, check_options, group_size, scale_of
+from darkformer_jax.ops.attend import (
+    Backend,
+    Options,
+    as_arrays,
+    attend,
+    check_inputs,
+    check_options,
+    group_size,
+    scale_of,
+)
 from darkformer_jax.ops.decay import check_log_decay
 from darkformer_jax.ops.features import RandomFeatures, positive_random_features
 from darkformer_jax.ops.linear import Kernel, KernelArrays, WindowKernel
@@ -36,6 +45,7 @@ def dark_attention(
     state: AttentionState | None = None,
     return_state: bool = False,
     sequence_axis: str | None = None,
+    backend: Backend = "scan",
 ) -> Any:
     """Attention with the kernel exp(scale q^T M^T M k), estimated by m positive random features in O(n m) time.
 
@@ -75,6 +85,9 @@ def dark_attention(
       sequence_axis: within `jax.shard_map`, the mesh axis over which the sequence is split. q, k, v, segment_ids and a
         log_decay per token are this device's stretch; out is this stretch of what one device would compute. The devices
         exchange far states, windows, sinks and sums of decays, in messages that do not grow with the length.
+      backend: "scan" works everywhere. "pallas" is one TPU kernel for causal attention with features everywhere, without
+        a log_decay: features stay in the chip's fast memory, and it chooses its own chunks. Its gradients are those of
+        the scan, at the scan's cost. "pallas_interpret" runs the kernel's steps on any device, slowly, for tests.
 
     Returns:
       out [b, n, hq, dv] in v's dtype, or (out, state).
@@ -82,7 +95,7 @@ def dark_attention(
     Raises:
       UserError: for shapes or options that do not fit together.
     """
-    options = Options.of(causal, chunk_size, window, num_sinks, return_state, sequence_axis)
+    options = Options.of(causal, chunk_size, window, num_sinks, return_state, sequence_axis, backend)
     q, k, v, segment_ids = as_arrays(q, k, v, segment_ids)
     projections, geometry, log_weights, log_gain = as_arrays(projections, geometry, log_weights, log_gain)
     state = jax.tree.map(jnp.asarray, state)

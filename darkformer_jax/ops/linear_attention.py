@@ -52,7 +52,7 @@ def linear_attention(
     Raises:
       UserError: for shapes or options that do not fit together.
     """
-    options = Options.of(causal, chunk_size, 0, 0, return_state, sequence_axis)
+    options = Options.of(causal, chunk_size, 0, 0, return_state, sequence_axis, "scan")
     q, k, v, segment_ids = as_arrays(q, k, v, segment_ids)
     feature_arrays, state = jax.tree.map(jnp.asarray, (feature_arrays, state))
     check_inputs(q, k, v, segment_ids)

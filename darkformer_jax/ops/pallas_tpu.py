@@ -153,7 +153,9 @@ def _call(
             *of_head,
         ],
         out_specs=[*of_state, of_tokens(group, chunk, value_dim)],
-        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in ((1, features), (1, features), (value_dim, features))],
+        scratch_shapes=[
+            pltpu.VMEM(shape, jnp.float32) for shape in ((1, features), (1, features), (value_dim, features))
+        ],
     )
     body = functools.partial(
         _chunk, scale=sizes.scale, has_geometry=geometry is not None, has_weights=log_weights is not None

@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import os
 import re
 
 import jax
@@ -11,15 +10,17 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from darkformer_jax import dark_attention
 from darkformer_jax.aot.topology import topology_devices
+from darkformer_jax.errors import UserError
 from darkformer_jax.ops.attend import normalize
 from darkformer_jax.ops.dark_attention import feature_kernel
-from darkformer_jax.ops.features import log_elu_plus_one
 from darkformer_jax.ops.linear import Tokens
-from darkformer_jax.ops.pallas_tpu import attend_features, chunk_of, what_is_not_covered
+from darkformer_jax.ops.pallas_tpu import attend_features
 from darkformer_jax.ops.scan import scan_features
 from darkformer_jax.ops.state import init_state
 from tests.ops.linear_attentions import (
+    Inputs,
     assert_gradients_close,
     assert_rows_close,
     documents,
@@ -58,9 +59,8 @@ def by_scan(x, segment_ids=None, state=None):
     return state.far, out.reshape(*x.q.shape[:3], -1)
 
 
-@jax.jit
-def gradients(x, segment_ids, cotangent):
-    return jax.vjp(lambda y: by_kernel(y, segment_ids)[1], x)[1](cotangent)[0]
+def op(x, **options):
+    return dark_attention(*x[:3], **x.arrays, **{"chunk_size": CHUNK, "backend": "pallas_interpret"} | options)
 
 
 def assert_far_close(got, want, tolerance=2e-5):
@@ -68,16 +68,19 @@ def assert_far_close(got, want, tolerance=2e-5):
 
 
 @pytest.mark.parametrize(
-    ("length", "segments"), [(1, None), (40, None), (37, (5, 20, 12)), (48, (16, 16, 16)), (45, (3, 42))]
+    ("length", "segments", "heads"), [(1, None, (2, 2)), (40, None, (2, 1)), (45, (3, 42), (6, 2))]
 )
-@pytest.mark.parametrize("heads", [(2, 2), (6, 2)])
-def test_outputs_and_gradients_are_those_of_the_definition(length, segments, heads):
-    x = draw("dark", length, heads=heads, batch=2)
-    ids = None if segments is None else np.tile(documents(*segments), (2, 1))
+def test_outputs_are_those_of_the_definition(length, segments, heads):
+    x = draw("dark", length, heads=heads)
+    ids = None if segments is None else documents(*segments)
+    assert_rows_close(by_kernel(x, ids)[1], oracle("dark", x, ids), 1e-4)
+
+
+def test_gradients_are_those_of_the_definition():
+    x, ids = draw("dark", 37, heads=(4, 2)), documents(5, 20, 12)
     cotangent = draw_cotangent(x)
-    want, want_gradients = oracle("dark", x, ids, cotangent)
-    assert_rows_close(by_kernel(x, ids)[1], want, 1e-4)
-    assert_gradients_close(gradients(x, ids, cotangent), want_gradients, 1e-4)
+    got = jax.jit(lambda x: jax.vjp(lambda y: op(y, segment_ids=ids), x)[1](cotangent)[0])(x)
+    assert_gradients_close(got, oracle("dark", x, ids, cotangent)[1], 1e-4)
 
 
 @pytest.mark.parametrize("antipodal", [False, True])
@@ -89,7 +92,7 @@ def test_no_row_is_lost_of_points_far_from_the_origin(squared_norm, antipodal):
         assert_rows_close(by_kernel(x)[1], oracle("dark", x), 1e-3)
 
 
-@pytest.mark.parametrize("segments", [None, (5, 20, 12), (36, 1)])
+@pytest.mark.parametrize("segments", [None, (5, 20, 12)])
 def test_the_state_at_the_end_is_the_scans(segments):
     x = draw("dark", 37, heads=(4, 2), batch=2)
     ids = None if segments is None else np.tile(documents(*segments), (2, 1))
@@ -105,15 +108,16 @@ def test_padding_leaves_no_trace_in_the_state_and_reads_zero():
     assert np.asarray(far.segment).tolist() == [1]
 
 
-def test_a_resumed_sequence_is_the_whole_one():
-    x = draw("dark", 50, heads=(4, 2), batch=2)
+def test_a_resumed_sequence_and_single_tokens_are_the_whole_sequence():
+    x = draw("dark", 25, heads=(4, 2))
     cut = lambda start, stop: x._replace(q=x.q[:, start:stop], k=x.k[:, start:stop], v=x.v[:, start:stop])
-    far, first = by_kernel(cut(0, 21))
-    state = call(x)[1]._replace(far=far)
-    far, second = by_kernel(cut(21, 50), state=state)
-    whole_far, whole = by_kernel(x)
-    np.testing.assert_allclose(np.concatenate([first, second], axis=1), whole, rtol=2e-5, atol=2e-5)
-    assert_far_close(far, whole_far)
+    whole, whole_state = op(x, return_state=True)
+    state, parts = None, []
+    for start, stop in ((0, 13), (13, 24), (24, 25)):
+        out, state = op(cut(start, stop), state=state, return_state=True)
+        parts.append(out)
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, rtol=2e-5, atol=2e-5)
+    assert_far_close(state.far, whole_state.far)
 
 
 def test_the_chunk_changes_nothing():
@@ -147,14 +151,40 @@ def test_bfloat16_is_as_near_to_float64_as_the_scan():
     assert error(out) <= 1.1 * error(by_scan(rounded)[1]) < 0.02
 
 
-def test_what_the_kernel_does_not_cover_is_named():
-    x = draw("dark", 8)
-    kernel, state, tokens = call(x)
-    assert what_is_not_covered(kernel, state, tokens, causal=True) is None
-    assert what_is_not_covered(kernel, state, tokens, causal=False) == "causal=False"
-    decayed = tokens._replace(decays=jnp.zeros((1, 8, 1)))
-    assert what_is_not_covered(kernel, state, decayed, causal=True) == "log_decay"
-    other = kernel._replace(feature_map=log_elu_plus_one)
-    assert "another feature map" in what_is_not_covered(other, state, tokens, causal=True)
-    with pytest.raises(ValueError, match="does not cover log_decay"):
-        attend_features(kernel, state, decayed, interpret=True)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "pallas"}, "backend = 'pallas' is a TPU kernel; this program is for a cpu: use 'scan'"),
+        ({"backend": "triton"}, "backend = 'triton': allowed: scan, pallas, pallas_interpret"),
+        ({"window": 16}, "backend = 'pallas_interpret' does not cover window = 16: use backend = 'scan'"),
+        ({"causal": False}, "does not cover causal=False: use backend = 'scan'"),
+        ({"log_decay": np.float32([-0.1])}, "does not cover log_decay: use backend = 'scan'"),
+    ],
+)
+def test_what_the_kernel_does_not_cover_is_one_line(options, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        op(draw("dark", 8), **options)
+
+
+TOPOLOGIES = ["v5e:1x1", "v5p:2x2x1", "v6e:1x1"]
+SHAPES = [((8, 8), 128, 256), ((8, 8), 64, 256), ((8, 1), 256, 256), ((9, 3), 64, 64)]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_it_compiles_for_tpus_whose_vmem_it_fits(topology):
+    """The compiler refuses what needs more VMEM than a kernel may have, 16 MiB."""
+    device = SingleDeviceSharding(topology_devices(topology)[0])
+    for (num_heads, heads), dim, features in SHAPES:
+        for dtype in (jnp.bfloat16, jnp.float32):
+            of = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=device)
+            q, k = of(1, 1024, num_heads, dim), of(1, 1024, heads, dim)
+            arrays = {"projections": of(heads, features, dim), "geometry": of(heads, dim, dim)}
+            arrays = jax.tree.map(lambda leaf: of(*leaf.shape, dtype=jnp.float32), arrays)
+
+            def attend(x):
+                kernel, state, tokens = call(x)
+                return attend_features(kernel, state, tokens)[1]
+
+            program = jax.jit(attend).lower(Inputs(q, k, k, arrays)).compile().as_text()
+            assert program.count("tpu_custom_call") >= 1 and " while(" not in program
