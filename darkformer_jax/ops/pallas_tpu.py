@@ -1,7 +1,7 @@
-"""Causal attention with random features everywhere as one TPU kernel (Pallas): what `scan_features` computes, normalised.
+"""Causal attention with random features everywhere as one TPU kernel (Pallas): `scan_features`, normalised.
 
-A program of the grid (B, Hkv, chunks) treats one chunk of one key/value head and all its query heads; chunks follow each
-other and hand the far state (c, z, S^T) on in VMEM. Log features are made there and never written to memory. The
+A program of the grid (B, Hkv, chunks) treats one chunk of one key/value head and all its query heads; chunks follow
+each other and hand the far state (c, z, S^T) on in VMEM. Log features are made there and never written to memory. The
 formulas, and so the range of inputs without underflow, are those of `ops/linear.py`: a maximum per feature, and scores
 with a maximum per query and per key.
 
@@ -110,17 +110,17 @@ def _attend(sizes: _Sizes, inputs: _Inputs, segments: Int[Array, "b n"]) -> tupl
 def _segments_of_chunks(
     segments: Int[Array, "b n"], first: Int[Array, "b"], chunk: int
 ) -> tuple[Int[Array, "b c"], Int[Array, "b c"], Int[Array, "b"]]:
-    """Per chunk, its last segment (0: padding only) and that of the far state before it; and the far state's at the end."""
+    """Per chunk, its last segment (0: padding only) and that of the far state before it; and the last far state's."""
     ids = segments.reshape(segments.shape[0], -1, chunk)
     places = jnp.where(ids != 0, jnp.arange(chunk, dtype=jnp.int32)[None, None], -1)
     last = jnp.argmax(places, axis=-1, keepdims=True)  # the first one where all are padding, which is 0
     of_chunk = jnp.take_along_axis(ids, last, axis=-1)[..., 0]
 
-    def follow(segment: Array, new: Array) -> tuple[Array, Array]:
-        return jnp.where(new == 0, segment, new), segment
-
-    after, before = jax.lax.scan(follow, first, of_chunk.T)
-    return of_chunk, before.T, after
+    # The newest segment at or before each chunk, the state's own in front.
+    known = jnp.concatenate([first[:, None], of_chunk], axis=1)
+    newest = jax.lax.cummax(jnp.where(known != 0, jnp.arange(known.shape[1], dtype=jnp.int32)[None], 0), axis=1)
+    held = jnp.take_along_axis(known, newest, axis=1)
+    return of_chunk, held[:, :-1], held[:, -1]
 
 
 def _call(
