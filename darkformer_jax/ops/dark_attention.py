@@ -87,7 +87,8 @@ def dark_attention(
         exchange far states, windows, sinks and sums of decays, in messages that do not grow with the length.
       backend: "scan" works everywhere. "pallas" is one TPU kernel for causal attention with features everywhere,
         without a log_decay: features stay in the chip's fast memory, and it chooses its own chunks. Its gradients are
-        those of the scan, at the scan's cost. "pallas_interpret" runs the kernel's steps on any device, slowly, for tests.
+        those of the scan, at the scan's cost. "pallas_interpret" runs the kernel's steps on any device, slowly, for
+        tests.
 
     Returns:
       out [b, n, hq, dv] in v's dtype, or (out, state).
