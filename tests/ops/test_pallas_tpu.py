@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import SingleDeviceSharding
 
 from darkformer_jax import dark_attention
@@ -170,9 +171,19 @@ TOPOLOGIES = ["v5e:1x1", "v5p:2x2x1", "v6e:1x1"]
 SHAPES = [((8, 8), 128, 256), ((8, 1), 256, 256), ((9, 3), 64, 64)]
 
 
+@pytest.fixture
+def without_cache():
+    """Programs for a TPU that is not attached cannot be read back from the cache."""
+    compilation_cache.reset_cache()
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_it_compiles_for_tpus_whose_vmem_it_fits(topology):
+def test_it_compiles_for_tpus_whose_vmem_it_fits(topology, without_cache):
     """The compiler refuses what needs more VMEM than a kernel may have, 16 MiB."""
     device = SingleDeviceSharding(topology_devices(topology)[0])
     for (num_heads, heads), dim, features in SHAPES:
