@@ -52,12 +52,12 @@ class ExactHeads(nnx.Module):
         kv_heads, heads = self.spec.exact_kv_heads, self.attention.spec.num_heads
         places = {"segment_ids": segment_ids, "positions": positions}
         decays = (None, None) if log_decay is None else (log_decay[..., :kv_heads], log_decay[..., kv_heads:])
-        old = SplitState(None, None) if state is None else state
+        cache, sums = (None, None) if state is None else state
         first = (q[:, :, :heads], k[:, :, :kv_heads], v[:, :, :kv_heads])
-        exact, cache = self.attention(*first, **places, log_decay=decays[0], state=old.exact)
+        exact, cache = self.attention(*first, **places, log_decay=decays[0], state=cache)
         rest = (q[:, :, heads:], k[:, :, kv_heads:], v[:, :, kv_heads:])
-        others, sums = features(*rest, **places, log_decay=decays[1], state=old.features)
-        new = None if state is None else SplitState(cache, sums)
+        others, sums = features(*rest, **places, log_decay=decays[1], state=sums)
+        new = None if cache is None or sums is None else SplitState(cache, sums)
         return jnp.concatenate([exact, others], axis=2), new
 
 

@@ -157,7 +157,6 @@ class FeatureAttention(LinearMechanism):
         log_decay: Array | None = None,
         state: Any = None,
     ) -> tuple[Array, Any]:
-        q, k = self.in_coordinates(q, k)
         places = {"segment_ids": segment_ids, "positions": positions}
         if self.exact is None:
             return self._through_features(q, k, v, **places, log_decay=log_decay, state=state)
@@ -175,7 +174,8 @@ class FeatureAttention(LinearMechanism):
         state: AttentionState | None,
     ) -> tuple[Array, Any]:
         """Of the last heads, those that are not exact."""
-        queries, keys, projections, geometry = self.inputs(q, k, positions)
+        gain = self._gain()
+        queries, keys, projections, geometry = self.inputs(*self.in_coordinates(q, k), positions)
         attend = functools.partial(
             dark_attention,
             scale=self.spec.query_scale or None,
@@ -186,7 +186,7 @@ class FeatureAttention(LinearMechanism):
         arrays: dict[str, Any] = {
             "projections": None if projections is None else projections[-k.shape[2] :],
             "geometry": None if geometry is None else geometry[-k.shape[2] :],
-            "log_gain": None if self.log_gain is None else self._gain()[-q.shape[2] :],
+            "log_gain": None if gain is None else gain[-q.shape[2] :],
             "segment_ids": segment_ids,
             "log_decay": log_decay,
         }
