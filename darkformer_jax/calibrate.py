@@ -46,6 +46,7 @@ from darkformer_jax.calibration.fitting import (
     FitOptions,
     calibrate,
 )
+from darkformer_jax.calibration.head_choice import head_lines, parse_head_wish
 from darkformer_jax.calibration.quality_curve import curve_lines
 from darkformer_jax.cli.huge_pages import start_with_huge_pages
 from darkformer_jax.cli.output import lost_output_is_no_crash
@@ -93,6 +94,8 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--exact_layers", default="none", help=exact_help)
     budget_help = "with --exact_layers=auto: bytes, or a share, of all layers' caches @ tokens: 64MB@32768, 20%%@32768"
     parser.add_argument("--cache_budget", default="", help=budget_help)
+    heads_help = "key/value heads to leave exact: none, or auto:N, the N that gain most (default: none)"
+    parser.add_argument("--exact_heads", default="none", help=heads_help)
     parser.add_argument("--seed", type=whole, default=0, help="seed of projections and passages (default: 0)")
     return parser.parse_args(argv[1:])
 
@@ -122,7 +125,13 @@ def complete_flags(args: argparse.Namespace) -> None:
 
 
 def _check_flags(args: argparse.Namespace) -> None:
-    parse_wish(args.exact_layers, args.cache_budget)
+    if args.exact_heads == "none":
+        parse_wish(args.exact_layers, args.cache_budget)
+    elif args.exact_layers != "none":
+        both = f"--exact_heads={args.exact_heads} with --exact_layers={args.exact_layers}"
+        raise UserError(f"{both}: allowed: one of them")
+    else:
+        parse_head_wish(args.exact_heads, args.cache_budget)
     for name, smallest in (("transfer_steps", 0), ("passages", 2), ("context", 2), ("num_features", 1), ("seed", 0)):
         value = getattr(args, name)
         if not smallest <= value < 2**31:
@@ -153,6 +162,8 @@ def _summary(out: str, found: Calibrated) -> str:
         )
     if found.choice is not None:
         lines += curve_lines(found.choice.points, found.choice.number, found.choice.context)
+    if found.heads is not None:
+        lines += head_lines(found.heads)
     return "\n".join(lines)
 
 

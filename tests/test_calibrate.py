@@ -183,6 +183,25 @@ def test_a_whitening_start(workdir, text, tmp_path):
     np.testing.assert_allclose(whitened, size * np.eye(8), rtol=1e-3, atol=1e-3 * size.max())
 
 
+def logits_of(model, tokens):
+    rows = tuple(map(jnp.asarray, (tokens, np.ones_like(tokens), np.tile(np.arange(len(tokens[0])), (len(tokens), 1)))))
+    bound = fitting._in_dtype(model.network, "float32").bind(model.params, model.projections)
+    return np.asarray(bound(rows[0], rows[1], rows[2].astype(jnp.int32))[0])
+
+
+def test_heads_in_another_order_are_the_same_model(deep, text, tmp_path, capsys):
+    """A window of 64 sees 32 tokens whole, so the logits are the exact model's, whichever heads are exact."""
+    run(deep, text, tmp_path / "out", "--exact_heads=auto:2", "--far_gain", "--geometry=balanced")
+    report = json.loads((tmp_path / "out/calibration.json").read_text())["exact_heads"]
+    model = load_model(Workdir(tmp_path / "out"))
+    counts = [layer.exact_kv_heads or 2 * (layer.kind == "softmax") for layer in model.network.spec.layers]
+    assert counts == [len(report["chosen"].get(str(layer), ())) for layer in range(3)] and sum(counts) == 2
+    tokens = np.arange(64, dtype=np.int32).reshape(2, 32)
+    wanted = logits_of(load_model(Workdir(deep)), tokens)
+    np.testing.assert_allclose(logits_of(model, tokens), wanted, atol=2e-4 * np.abs(wanted).max())
+    assert "exact heads" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("mechanism", ["dark", "performer"])
 def test_balanced_coordinates_change_no_exact_weight(workdir, text, tmp_path, mechanism):
     """A window of 64 sees passages of 32 tokens whole, so the logits are the exact model's."""
