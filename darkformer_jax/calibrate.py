@@ -20,6 +20,11 @@ verb then prints quality against cache for 0, 2, 4, ... exact layers, measured o
 and draws exact_layers.png. Local layers (softmax_local) stay as they are and do not count. configs/finetune.py:keep
 trains what was chosen.
 
+--exact_heads=auto:18 leaves single key/value heads exact instead, with their queries; so does --exact_heads=auto with
+--cache_budget. Heads of one layer differ more than layers do: for the same cache they keep more, above all copying. Each
+head's gain is a gradient: of the loss, and of a quarter of what copying costs, with respect to the share of exact
+attention in that head. Every layer's heads are put in another order, the exact ones first, which changes no output.
+
 --geometry=balanced first maps q and k to coordinates in which both vary equally. Exact attention is the same in them,
 and random features vary less. Models with norms of q and k (Gemma 3, Qwen 3) may have keys that are many times as large
 as their queries: their features see nothing otherwise, and the verb names the layers. Use it with --far_gain.
