@@ -21,7 +21,7 @@ and draws exact_layers.png. Local layers (softmax_local) stay as they are and do
 trains what was chosen.
 
 --exact_heads=auto:18 leaves single key/value heads exact instead, with their queries; so does --exact_heads=auto with
---cache_budget. Heads of one layer differ more than layers do: for the same cache they keep more, above all copying. Each
+--cache_budget. Heads of a layer differ more than layers do: for the same cache they keep more, above all copying. Each
 head's gain is a gradient: of the loss, and of a quarter of what copying costs, with respect to the share of exact
 attention in that head. Every layer's heads are put in another order, the exact ones first, which changes no output.
 
