@@ -309,6 +309,13 @@ def test_fine_tuning_goes_on_from_it(fitted):
         (["--text={dir}/x.jsonl", "--text_field=body"], '{dir}/x.jsonl:1: no "body" field that is a string'),
         (["--out={dir}"], "{dir} is there already"),
         (["--exact_layers=auto:2"], "--exact_layers=auto:2: 2 layers can be replaced, and one at least must be"),
+        (
+            ["--exact_heads=auto:4"],
+            "auto:4: of 4 key/value heads one at least must be replaced; allowed: 1 to 3",
+        ),
+        (["--exact_heads=auto"], "--exact_heads=auto; allowed: none, auto:N with N from 1, or auto with"),
+        (["--exact_heads=auto:1", "--exact_layers=auto:1"], "with --exact_layers=auto:1: allowed: one of them"),
+        (["--exact_heads=auto", "--cache_budget=1kB@4096"], "--cache_budget=1kB@4096: is 0.001 MB; without an exact"),
         (["--exact_layers=5"], "there is no layer 5; allowed: 0 to 1"),
         (["--exact_layers=auto", "--cache_budget=1kB@4096"], "--cache_budget=1kB@4096: is 0.001 MB; without an exact"),
         (["--step=9"], "no checkpoint step 9 in"),

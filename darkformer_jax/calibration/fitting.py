@@ -20,6 +20,7 @@ from darkformer_jax.calibration.geometry import balanced_maps, whitening_geometr
 from darkformer_jax.calibration.head_choice import (
     HeadChoice,
     HeadSizes,
+    check_head_wish,
     choose_heads,
     head_pattern,
     parse_head_wish,
@@ -139,7 +140,9 @@ def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> Calibrated:
         teacher = load_language_model(exact, o.step)
         _require_exact(o.workdir, teacher)
         config = calibrated_config(o)
-        wish = check_wish(wish, teacher.network.spec, _network(config, teacher).spec)
+        specs = (teacher.network.spec, _network(config, teacher).spec)
+        wish = check_wish(wish, *specs)
+        check_head_wish(by_heads, *specs)
         if wish.layers:
             config = calibrated_config(o, hybrid_pattern(teacher.config, config, wish.layers))
         sizes = (o.passages, o.context, o.seed, o.heldout_fraction)
@@ -152,7 +155,6 @@ def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> Calibrated:
             exact_model = teacher.network.bind(teacher.params, teacher.projections)
             replaced = _in_dtype(network, teacher.network.spec.dtype).bind(state.params, state.projections)
             texts = (passages[num_test:], passages[:num_test], teacher.tokenizer)
-            specs = (teacher.network.spec, network.spec)
             if by_heads is not None:
                 context = CACHE_CONTEXT if isinstance(by_heads, int) else by_heads.context
                 heads = choose_heads(by_heads, exact_model, replaced, *texts, HeadSizes(*specs, context), progress_bar)

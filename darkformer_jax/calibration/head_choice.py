@@ -119,6 +119,50 @@ def parse_head_wish(exact_heads: str, cache_budget: str) -> int | Budget | None:
     )
 
 
+def check_head_wish(wish: int | Budget | None, exact: ModelSpec, replaced: ModelSpec) -> None:
+    """Raises UserError for a wish that the model cannot have; nothing is fitted yet."""
+    if wish is None:
+        return
+    candidates = candidates_of(exact, replaced)
+    for layer in candidates:
+        mixer = exact.layers[layer]
+        if mixer.softcap:
+            raise UserError(
+                f"--exact_heads: layer {layer} caps its logits (softcap = {mixer.softcap}), and exact heads beside "
+                "features do not; allowed: --exact_layers"
+            )
+        if mixer.undecayed_heads:
+            raise UserError(
+                f"--exact_heads: the last heads of layer {layer} do not decay (undecayed_heads = "
+                f"{mixer.undecayed_heads}), and another order would move them; allowed: --exact_layers"
+            )
+    heads = [(layer, head) for layer in candidates for head in range(exact.layers[layer].num_kv_heads)]
+    if isinstance(wish, Budget):
+        _check_budget(wish, HeadSizes(exact, replaced, wish.context), heads)
+        return
+    most = len(heads) - 1
+    if wish > most:
+        raise UserError(
+            f"--exact_heads=auto:{wish}: of {most + 1} key/value heads one at least must be replaced; allowed: 1 to "
+            f"{most}"
+        )
+
+
+def _check_budget(budget: Budget, sizes: HeadSizes, heads: Sequence[Head]) -> None:
+    none, one, every = (sizes.total(some) for some in ((), heads[:1], heads))
+    limit = budget.amount * every if budget.is_share else budget.amount
+    if limit < one:
+        raise UserError(
+            f"--cache_budget={budget.text}: is {show_bytes(limit)}; without an exact head the model needs "
+            f"{show_bytes(none)}, with one {show_bytes(one)}; allowed: that, or --exact_heads=none"
+        )
+    if limit >= every:
+        raise UserError(
+            f"--cache_budget={budget.text}: is {show_bytes(limit)}, and the exact model needs {show_bytes(every)}; "
+            "there is nothing to replace"
+        )
+
+
 def choose_heads(
     wish: int | Budget,
     exact: Transformer,
@@ -129,18 +173,13 @@ def choose_heads(
     sizes: HeadSizes,
     progress_bar: ProgressBar,
 ) -> HeadChoice:
-    """Chooses heads by their gains on the passages that the layers were fitted on; the curve is of the test passages.
-
-    Raises UserError for more heads than there are, and for a budget that holds none.
-    """
+    """Chooses heads by their gains on the passages that M was fitted to; the curve is of the test passages."""
     candidates = candidates_of(exact.spec, replaced.spec)
     heads = MixedHeads(exact, replaced, candidates, tokenizer)
     gains = heads.gains(passages, progress_bar)
     ranked = [divmod(int(place), gains.shape[1]) for place in np.argsort(-gains, axis=None, kind="stable")]
     ranked = ranked[: len(candidates) * gains.shape[1]]
     number = wish if isinstance(wish, int) else _heads_within(wish, sizes, ranked)
-    if not number < len(ranked):
-        raise UserError(f"--exact_heads=auto:{number}: of {len(ranked)} key/value heads one at least must be replaced")
     counts = sorted({0, number // 2, number, min(2 * number, len(ranked)), len(ranked)})
     points = []
     with progress_bar(len(counts), "model", "together") as bar:
@@ -154,15 +193,8 @@ def choose_heads(
 
 
 def _heads_within(budget: Budget, sizes: HeadSizes, ranked: Sequence[Head]) -> int:
-    every = sizes.total(ranked)
-    limit = budget.amount * every if budget.is_share else budget.amount
-    fitting = [count for count in range(1, len(ranked)) if sizes.total(ranked[:count]) <= limit]
-    if not fitting:
-        raise UserError(
-            f"--cache_budget={budget.text}: is {show_bytes(limit)}; without an exact head the model needs "
-            f"{show_bytes(sizes.total(()))}, with one {show_bytes(sizes.total(ranked[:1]))}; allowed: that"
-        )
-    return fitting[-1]
+    limit = budget.amount * sizes.total(ranked) if budget.is_share else budget.amount
+    return max(count for count in range(len(ranked)) if sizes.total(ranked[:count]) <= limit)
 
 
 def head_pattern(
