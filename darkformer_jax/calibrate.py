@@ -62,6 +62,7 @@ from darkformer_jax.data.text_files import TEXT_FIELD
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
 
+_SMALL_ERROR = 0.05  # of attention; below it, a window leaves nothing for features to do
 _MECHANISM_OPTIONS = ("num_features", "window", "num_sinks", "geometry_init")
 
 
@@ -111,7 +112,7 @@ def main(args: argparse.Namespace) -> None:
         complete_flags(args)
         _check_flags(args)
         options = FitOptions(**{name: value for name, value in vars(args).items() if name != "out"})
-        print(_summary(args.out, calibrate(options, args.out, progress_bar)))
+        print(_summary(args, calibrate(options, args.out, progress_bar)))
 
 
 def complete_flags(args: argparse.Namespace) -> None:
@@ -155,13 +156,14 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--learning_rate={args.learning_rate}: must be between 0 and 1")
 
 
-def _summary(out: str, found: Calibrated) -> str:
+def _summary(args: argparse.Namespace, found: Calibrated) -> str:
     rows = found.layers
     names = [name for name in ("window_only", "before", "after") if rows and name in rows[0]]
     means = {name: np.mean([row[name] for row in rows]) for name in names}
     shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in means.items())
-    lines = [f"{out}: relative error of attention over {len(rows)} layers: {shown}"]
-    if idle := [str(row["layer"]) for row in rows if _features_are_idle(row)]:
+    lines = [f"{args.out}: relative error of attention over {len(rows)} layers: {shown}"]
+    idle = [str(row["layer"]) for row in rows if _features_are_idle(row)]
+    if idle and args.mechanism != "window_only":
         lines.append(
             f"layers {','.join(idle)}: features give nothing that the window does not; see --geometry=balanced"
         )
@@ -173,12 +175,9 @@ def _summary(out: str, found: Calibrated) -> str:
 
 
 def _features_are_idle(row: dict[str, Any]) -> bool:
-    """Whether a layer's error is that of its window alone, or larger."""
-    return (
-        "window_only" in row
-        and row["before"] != row["after"]
-        and np.mean(row["after"]) > 0.99 * np.mean(row["window_only"])
-    )
+    """Whether a layer's error is that of its window alone, or larger, where the window leaves one."""
+    window = np.mean(row.get("window_only", 0.0))
+    return bool(window > _SMALL_ERROR and np.mean(row["after"]) > 0.99 * window)
 
 
 if __name__ == "__main__":

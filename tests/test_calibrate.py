@@ -330,3 +330,20 @@ def test_a_mistake_is_one_line_and_status_2(workdir, fitted, text, tmp_path, fla
     printed = capsys.readouterr()
     assert message.format(**names) in printed.err and printed.err.count("\n") == 1, printed.err
     assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "named"),
+    [("dark", "layers 5,17: features give nothing that the window does not"), ("window_only", "")],
+)
+def test_layers_whose_features_add_nothing_to_the_window_are_named(mechanism, named):
+    rows = [
+        {"layer": 5, "window_only": [0.3, 0.2], "before": [0.3, 0.2], "after": [0.3, 0.2]},  # no gradient at all
+        {"layer": 11, "window_only": [0.3, 0.2], "before": [0.9, 0.9], "after": [0.2, 0.1]},
+        {"layer": 17, "window_only": [0.3, 0.2], "before": [0.3, 0.2], "after": [1.5, 1.2]},
+        {"layer": 18, "window_only": [0.01, 0.0], "before": [0.4, 0.0], "after": [0.01, 0.0]},  # nothing to do
+    ]
+    flags = ("--workdir=exact", "--text=text", "--out=out", f"--mechanism={mechanism}")
+    args = calibrate.parse_flags(["calibrate", *flags])
+    _, *lines = calibrate._summary(args, fitting.Calibrated(rows, None, None)).splitlines()
+    assert [line.partition(";")[0] for line in lines] == ([named] if named else [])
