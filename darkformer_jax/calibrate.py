@@ -20,6 +20,11 @@ verb then prints quality against cache for 0, 2, 4, ... exact layers, measured o
 and draws exact_layers.png. Local layers (softmax_local) stay as they are and do not count. configs/finetune.py:keep
 trains what was chosen.
 
+--exact_heads=auto:18 leaves single key/value heads exact instead, with their queries; so does --exact_heads=auto with
+--cache_budget. Heads of a layer differ more than layers do: for the same cache they keep more, above all copying. Each
+head's gain is a gradient: of the loss, and of a quarter of what copying costs, with respect to the share of exact
+attention in that head. Every layer's heads are put in another order, the exact ones first, which changes no output.
+
 --geometry=balanced first maps q and k to coordinates in which both vary equally. Exact attention is the same in them,
 and random features vary less. Models with norms of q and k (Gemma 3, Qwen 3) may have keys that are many times as large
 as their queries: their features see nothing otherwise, and the verb names the layers. Use it with --far_gain.
@@ -46,6 +51,7 @@ from darkformer_jax.calibration.fitting import (
     FitOptions,
     calibrate,
 )
+from darkformer_jax.calibration.head_choice import head_lines, parse_head_wish
 from darkformer_jax.calibration.quality_curve import curve_lines
 from darkformer_jax.cli.huge_pages import start_with_huge_pages
 from darkformer_jax.cli.output import lost_output_is_no_crash
@@ -56,6 +62,7 @@ from darkformer_jax.data.text_files import TEXT_FIELD
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
 
+_SMALL_ERROR = 0.05  # of attention; below it, a window leaves nothing for features to do
 _MECHANISM_OPTIONS = ("num_features", "window", "num_sinks", "geometry_init")
 
 
@@ -93,6 +100,8 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--exact_layers", default="none", help=exact_help)
     budget_help = "with --exact_layers=auto: bytes, or a share, of all layers' caches @ tokens: 64MB@32768, 20%%@32768"
     parser.add_argument("--cache_budget", default="", help=budget_help)
+    heads_help = "key/value heads to leave exact: none, or auto:N, the N that gain most (default: none)"
+    parser.add_argument("--exact_heads", default="none", help=heads_help)
     parser.add_argument("--seed", type=whole, default=0, help="seed of projections and passages (default: 0)")
     return parser.parse_args(argv[1:])
 
@@ -103,7 +112,7 @@ def main(args: argparse.Namespace) -> None:
         complete_flags(args)
         _check_flags(args)
         options = FitOptions(**{name: value for name, value in vars(args).items() if name != "out"})
-        print(_summary(args.out, calibrate(options, args.out, progress_bar)))
+        print(_summary(args, calibrate(options, args.out, progress_bar)))
 
 
 def complete_flags(args: argparse.Namespace) -> None:
@@ -122,7 +131,13 @@ def complete_flags(args: argparse.Namespace) -> None:
 
 
 def _check_flags(args: argparse.Namespace) -> None:
-    parse_wish(args.exact_layers, args.cache_budget)
+    if args.exact_heads == "none":
+        parse_wish(args.exact_layers, args.cache_budget)
+    elif args.exact_layers != "none":
+        both = f"--exact_heads={args.exact_heads} with --exact_layers={args.exact_layers}"
+        raise UserError(f"{both}: allowed: one of them")
+    else:
+        parse_head_wish(args.exact_heads, args.cache_budget)
     for name, smallest in (("transfer_steps", 0), ("passages", 2), ("context", 2), ("num_features", 1), ("seed", 0)):
         value = getattr(args, name)
         if not smallest <= value < 2**31:
@@ -141,28 +156,28 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--learning_rate={args.learning_rate}: must be between 0 and 1")
 
 
-def _summary(out: str, found: Calibrated) -> str:
+def _summary(args: argparse.Namespace, found: Calibrated) -> str:
     rows = found.layers
     names = [name for name in ("window_only", "before", "after") if rows and name in rows[0]]
     means = {name: np.mean([row[name] for row in rows]) for name in names}
     shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in means.items())
-    lines = [f"{out}: relative error of attention over {len(rows)} layers: {shown}"]
-    if idle := [str(row["layer"]) for row in rows if _features_are_idle(row)]:
+    lines = [f"{args.out}: relative error of attention over {len(rows)} layers: {shown}"]
+    idle = [str(row["layer"]) for row in rows if _features_are_idle(row)]
+    if idle and args.mechanism != "window_only":
         lines.append(
             f"layers {','.join(idle)}: features give nothing that the window does not; see --geometry=balanced"
         )
     if found.choice is not None:
         lines += curve_lines(found.choice.points, found.choice.number, found.choice.context)
+    if found.heads is not None:
+        lines += head_lines(found.heads)
     return "\n".join(lines)
 
 
 def _features_are_idle(row: dict[str, Any]) -> bool:
-    """Whether a layer's error is that of its window alone, or larger."""
-    return (
-        "window_only" in row
-        and row["before"] != row["after"]
-        and np.mean(row["after"]) > 0.99 * np.mean(row["window_only"])
-    )
+    """Whether a layer's error is that of its window alone, or larger, where the window leaves one."""
+    window = np.mean(row.get("window_only", 0.0))
+    return bool(window > _SMALL_ERROR and np.mean(row["after"]) > 0.99 * window)
 
 
 if __name__ == "__main__":

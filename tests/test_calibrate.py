@@ -183,6 +183,25 @@ def test_a_whitening_start(workdir, text, tmp_path):
     np.testing.assert_allclose(whitened, size * np.eye(8), rtol=1e-3, atol=1e-3 * size.max())
 
 
+def logits_of(model, tokens):
+    rows = tuple(map(jnp.asarray, (tokens, np.ones_like(tokens), np.tile(np.arange(len(tokens[0])), (len(tokens), 1)))))
+    bound = fitting._in_dtype(model.network, "float32").bind(model.params, model.projections)
+    return np.asarray(bound(rows[0], rows[1], rows[2].astype(jnp.int32))[0])
+
+
+def test_heads_in_another_order_are_the_same_model(deep, text, tmp_path, capsys):
+    """A window of 64 sees 32 tokens whole, so the logits are the exact model's, whichever heads are exact."""
+    run(deep, text, tmp_path / "out", "--exact_heads=auto:2", "--far_gain", "--geometry=balanced")
+    report = json.loads((tmp_path / "out/calibration.json").read_text())["exact_heads"]
+    model = load_model(Workdir(tmp_path / "out"))
+    counts = [layer.exact_kv_heads or 2 * (layer.kind == "softmax") for layer in model.network.spec.layers]
+    assert counts == [len(report["chosen"].get(str(layer), ())) for layer in range(3)] and sum(counts) == 2
+    tokens = np.arange(64, dtype=np.int32).reshape(2, 32)
+    wanted = logits_of(load_model(Workdir(deep)), tokens)
+    np.testing.assert_allclose(logits_of(model, tokens), wanted, atol=2e-4 * np.abs(wanted).max())
+    assert "exact heads" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("mechanism", ["dark", "performer"])
 def test_balanced_coordinates_change_no_exact_weight(workdir, text, tmp_path, mechanism):
     """A window of 64 sees passages of 32 tokens whole, so the logits are the exact model's."""
@@ -290,6 +309,13 @@ def test_fine_tuning_goes_on_from_it(fitted):
         (["--text={dir}/x.jsonl", "--text_field=body"], '{dir}/x.jsonl:1: no "body" field that is a string'),
         (["--out={dir}"], "{dir} is there already"),
         (["--exact_layers=auto:2"], "--exact_layers=auto:2: 2 layers can be replaced, and one at least must be"),
+        (
+            ["--exact_heads=auto:4"],
+            "auto:4: of 4 key/value heads one at least must be replaced; allowed: 1 to 3",
+        ),
+        (["--exact_heads=auto"], "--exact_heads=auto; allowed: none, auto:N with N from 1, or auto with"),
+        (["--exact_heads=auto:1", "--exact_layers=auto:1"], "with --exact_layers=auto:1: allowed: one of them"),
+        (["--exact_heads=auto", "--cache_budget=1kB@4096"], "--cache_budget=1kB@4096: is 0.001 MB; without an exact"),
         (["--exact_layers=5"], "there is no layer 5; allowed: 0 to 1"),
         (["--exact_layers=auto", "--cache_budget=1kB@4096"], "--cache_budget=1kB@4096: is 0.001 MB; without an exact"),
         (["--step=9"], "no checkpoint step 9 in"),
@@ -304,3 +330,20 @@ def test_a_mistake_is_one_line_and_status_2(workdir, fitted, text, tmp_path, fla
     printed = capsys.readouterr()
     assert message.format(**names) in printed.err and printed.err.count("\n") == 1, printed.err
     assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "named"),
+    [("dark", "layers 5,17: features give nothing that the window does not"), ("window_only", "")],
+)
+def test_layers_whose_features_add_nothing_to_the_window_are_named(mechanism, named):
+    rows = [
+        {"layer": 5, "window_only": [0.3, 0.2], "before": [0.3, 0.2], "after": [0.3, 0.2]},  # no gradient at all
+        {"layer": 11, "window_only": [0.3, 0.2], "before": [0.9, 0.9], "after": [0.2, 0.1]},
+        {"layer": 17, "window_only": [0.3, 0.2], "before": [0.3, 0.2], "after": [1.5, 1.2]},
+        {"layer": 18, "window_only": [0.01, 0.0], "before": [0.4, 0.0], "after": [0.01, 0.0]},  # nothing to do
+    ]
+    flags = ("--workdir=exact", "--text=text", "--out=out", f"--mechanism={mechanism}")
+    args = calibrate.parse_flags(["calibrate", *flags])
+    _, *lines = calibrate._summary(args, fitting.Calibrated(rows, None, None)).splitlines()
+    assert [line.partition(";")[0] for line in lines] == ([named] if named else [])

@@ -176,7 +176,8 @@ class Finished(NamedTuple):
 # Imports once, which takes longer than what most commands do, and forks for each. It starts no jax backend, so it has
 # no threads that a fork would lose.
 _DRIVER = """
-import gc, json, os, runpy, sys
+import gc, json, os, runpy, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the test that starts this process may ignore it
 sys.modules["torch"] = None  # only tests have it; tensorboardX would import it, and each command free it again
 import darkformer_jax.evaluate, darkformer_jax.generate, darkformer_jax.prepare_data, darkformer_jax.training.run
 import jax

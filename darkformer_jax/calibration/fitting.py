@@ -15,8 +15,18 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from darkformer_jax.calibration import CALIBRATION_FILE
 from darkformer_jax.calibration.cache_budget import CACHE_CONTEXT, CacheSizes
 from darkformer_jax.calibration.choice import Choice, choose
-from darkformer_jax.calibration.exact_layers import check_wish, hybrid_pattern, parse_wish
+from darkformer_jax.calibration.exact_layers import Wish, check_wish, hybrid_pattern, parse_wish
 from darkformer_jax.calibration.geometry import balanced_maps, whitening_geometry
+from darkformer_jax.calibration.head_choice import (
+    HeadChoice,
+    HeadSizes,
+    check_head_wish,
+    choose_heads,
+    head_pattern,
+    parse_head_wish,
+    restacked,
+    with_exact_heads_first,
+)
 from darkformer_jax.calibration.moments import Moments
 from darkformer_jax.calibration.passages import read_passages
 from darkformer_jax.calibration.quality_curve import CURVE_FILE, draw_curve
@@ -88,6 +98,7 @@ class FitOptions:
     learn_projections: bool
     exact_layers: str
     cache_budget: str
+    exact_heads: str
     seed: int
     heldout_fraction: float = 0.0  # share of the text that is not read, as in `data.heldout_fraction`
 
@@ -106,10 +117,12 @@ class Calibrated(NamedTuple):
       layers: one row per replaced layer: `layer`, `seconds`, and the relative errors of its heads, `before`, `after`
         and, if there is a window, `window_only`.
       choice: of the exact layers, where they were chosen.
+      heads: of the exact heads, likewise.
     """
 
     layers: list[dict[str, Any]]
     choice: Choice | None
+    heads: HeadChoice | None
 
 
 def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> Calibrated:
@@ -120,44 +133,52 @@ def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> Calibrated:
     Raises:
       UserError: the model is not exact, options contradict each other, or there is too little text.
     """
-    wish = parse_wish(o.exact_layers, o.cache_budget)
+    by_heads = parse_head_wish(o.exact_heads, o.cache_budget if o.exact_heads != "none" else "")
+    wish = Wish() if by_heads is not None else parse_wish(o.exact_layers, o.cache_budget)
     with whole_directory(out) as directory:
         exact = Workdir(o.workdir)
         teacher = load_language_model(exact, o.step)
         _require_exact(o.workdir, teacher)
         config = calibrated_config(o)
-        wish = check_wish(wish, teacher.network.spec, _network(config, teacher).spec)
+        specs = (teacher.network.spec, _network(config, teacher).spec)
+        wish = check_wish(wish, *specs)
+        check_head_wish(by_heads, *specs)
         if wish.layers:
             config = calibrated_config(o, hybrid_pattern(teacher.config, config, wish.layers))
         sizes = (o.passages, o.context, o.seed, o.heldout_fraction)
         passages, num_test = read_passages(o.text, o.test_text, o.text_field, teacher.tokenizer, *sizes)
         network, state = _initial(config, exact, teacher)
         fitted, rows, moments = _fit_layers(o, teacher, network, state, passages, num_test, progress_bar)
-        choice = None
-        if wish.is_auto:
+        state = _with_layers(state, network, fitted)
+        choice, heads, pattern = None, None, ""
+        if by_heads is not None or wish.is_auto:
             exact_model = teacher.network.bind(teacher.params, teacher.projections)
-            alike = _in_dtype(network, teacher.network.spec.dtype)
-            placed = _with_layers(state, network, fitted)
-            replaced = alike.bind(placed.params, placed.projections)
-            context = wish.budget.context if wish.budget else CACHE_CONTEXT
-            caches = CacheSizes.of(teacher.network.spec, network.spec, context)
+            replaced = _in_dtype(network, teacher.network.spec.dtype).bind(state.params, state.projections)
             texts = (passages[num_test:], passages[:num_test], teacher.tokenizer)
-            choice = choose(wish, exact_model, replaced, *texts, caches, progress_bar)
-            config = calibrated_config(o, hybrid_pattern(teacher.config, config, choice.layers))
-            network, state = _initial(config, exact, teacher)
-            fitted = {layer: arrays for layer, arrays in fitted.items() if layer not in choice.layers}
-            rows = [row for row in rows if row["layer"] not in choice.layers]
+            if by_heads is not None:
+                context = CACHE_CONTEXT if isinstance(by_heads, int) else by_heads.context
+                heads = choose_heads(by_heads, exact_model, replaced, *texts, HeadSizes(*specs, context), progress_bar)
+                state = with_exact_heads_first(state, network, heads.by_layer)
+                pattern = head_pattern(teacher.config, config, heads.by_layer, specs[0].layers[0].num_kv_heads)
+            else:
+                context = wish.budget.context if wish.budget else CACHE_CONTEXT
+                choice = choose(wish, exact_model, replaced, *texts, CacheSizes.of(*specs, context), progress_bar)
+                pattern = hybrid_pattern(teacher.config, config, choice.layers)
+                rows = [row for row in rows if row["layer"] not in choice.layers]
+            config = calibrated_config(o, pattern)
+            state = restacked(state, network, *_initial(config, exact, teacher))
         written = Workdir(directory)
         written.write_config(config.to_dict())
         teacher.tokenizer.save(str(directory))
         hand_on_origin(exact, written)
-        _save(written, _with_layers(state, network, fitted))
+        _save(written, state)
         moments.save(directory / MOMENTS_FILE)
         if choice is not None:
             draw_curve(choice.points, choice.number, choice.context, directory / CURVE_FILE)
         chosen = {"exact": choice.to_json()} if choice else {}
+        chosen |= {"exact_heads": heads.to_json()} if heads else {}
         write_json(directory / CALIBRATION_FILE, dataclasses.asdict(o) | {"layers": rows} | chosen)
-    return Calibrated(rows, choice)
+    return Calibrated(rows, choice, heads)
 
 
 def _require_exact(workdir: str, teacher: WorkdirModel) -> None:

@@ -44,7 +44,7 @@ class Hybrids:
     ) -> None:
         self._models = (exact, replaced)
         self._whole: Any = nnx.split(exact)
-        self._rows = [*map(_plain_row, passages), *(_repeated_row(row, int(tokenizer.adds_bos)) for row in passages)]
+        self._rows = [*map(plain_row, passages), *(repeated_row(row, int(tokenizer.adds_bos)) for row in passages)]
         self._num_passages = len(passages)
 
     def measure(self, replaced: Sequence[frozenset[int]], progress_bar: ProgressBar, label: str = "") -> list[Quality]:
@@ -77,33 +77,36 @@ class Hybrids:
         return [_run_layer(graphdef, arrays, row) for row in x]
 
     def _quality(self, x: list[Array]) -> Quality:
-        nats = [float(_nats(*self._whole, last, row)) for last, row in zip(x, self._rows, strict=True)]
+        found = [float(nats(*self._whole, last, row)) for last, row in zip(x, self._rows, strict=True)]
         scored = [float(np.sum(row.weights)) for row in self._rows]
         n = self._num_passages
-        return Quality(sum(nats[:n]) / sum(scored[:n]), sum(nats[n:]) / sum(scored[n:]))
+        return Quality(sum(found[:n]) / sum(scored[:n]), sum(found[n:]) / sum(scored[n:]))
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
+    """Tokens of one document, the token after each, and 1 where it counts."""
+
     tokens: Int[np.ndarray, "l"]
     targets: Int[np.ndarray, "l"]
     weights: Float[np.ndarray, "l"]
 
 
-def _plain_row(passage: Int[np.ndarray, "l"]) -> _Row:
+def plain_row(passage: Int[np.ndarray, "l"]) -> Row:
+    """A passage, of which every token counts that has one before it."""
     return _row(passage, first=1)
 
 
-def _repeated_row(passage: Int[np.ndarray, "l"], begin: int) -> _Row:
+def repeated_row(passage: Int[np.ndarray, "l"], begin: int) -> Row:
     """The first half of a passage, and again without its `begin` first tokens. Only the second copy counts."""
     half = (len(passage) - begin) // 2
     once = passage[begin : begin + half]
     return _row(np.concatenate([passage[:begin], once, once]), first=begin + half)
 
 
-def _row(tokens: Int[np.ndarray, "l"], first: int) -> _Row:
+def _row(tokens: Int[np.ndarray, "l"], first: int) -> Row:
     """A row in which the tokens from `first` on are predicted."""
     places = np.arange(1, len(tokens) + 1)
-    return _Row(tokens, np.roll(tokens, -1), ((places >= first) & (places < len(tokens))).astype(np.float32))
+    return Row(tokens, np.roll(tokens, -1), ((places >= first) & (places < len(tokens))).astype(np.float32))
 
 
 def _num_runs(replaced: Sequence[frozenset[int]], num_layers: int) -> int:
@@ -120,7 +123,7 @@ def _run_layer(graphdef: Any, arrays: nnx.State, x: Float[Array, "1 l d"]) -> Fl
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _nats(graphdef: Any, arrays: nnx.State, x: Float[Array, "1 l d"], row: _Row) -> Float[Array, ""]:
+def nats(graphdef: Any, arrays: nnx.State, x: Float[Array, "1 l d"], row: Row) -> Float[Array, ""]:
     """The sum of -log p over the scored tokens, from the output of the last layer."""
     model: Transformer = nnx.merge(graphdef, arrays)
 

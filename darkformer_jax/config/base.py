@@ -182,6 +182,8 @@ def _attention() -> Section:
     # Kernel of the keys seen exactly: dark (which the features estimate) | softmax (without M).
     a.window_kernel = choice("dark", get_args(WindowKernel), off="dark", needs="window", since=1)
     a.far_gain = anything(False, off=False, needs="window", since=1)  # a learned log gain per head on the far part
+    # The first key/value heads, with their queries, have exact attention to everything, and a cache that grows.
+    a.exact_kv_heads = at_least(0, 0, off=0, since=8)
     # How a layer tells positions: rope rotates q and k; alibi multiplies the kernel by exp(-slope distance). Exact
     # attention with alibi or a decay holds all its logits in memory: no library has a fast kernel for it.
     a.positions = choice("rope", get_args(Positions), off="rope", since=3)

@@ -36,6 +36,7 @@ def transfer_options(settings: Settings) -> FitOptions:
         mechanism="dark",
         transfer_steps=settings.steps[TRANSFER],
         learning_rate=None,
+        exact_heads="none",
         passages=settings.passages,
         context=settings.context,
         num_features=settings.num_features,

@@ -24,9 +24,10 @@ class BalancedCoordinates(nnx.Module):
     def __call__(
         self, q: Float[Array, "b p hq d"], k: Float[Array, "b n hkv d"]
     ) -> tuple[Float[Array, "b p hq d"], Float[Array, "b n hkv d"]]:
-        """(q', k') in the dtypes of q and k, whose tokens need not be the same."""
+        """(q', k') in the dtypes of q and k, whose tokens need not be the same, of the last hkv key/value heads."""
+        a, b, center = (x[...][-k.shape[2] :] for x in (self.query_map, self.key_map, self.key_center))
         grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3]).astype(jnp.float32)
-        queries = jnp.einsum("bngrd,ged->bngre", grouped, self.query_map[...], precision="highest")
-        centred = k.astype(jnp.float32) - self.key_center[...][None, None]
-        keys = jnp.einsum("bngd,ged->bnge", centred, self.key_map[...], precision="highest")
+        queries = jnp.einsum("bngrd,ged->bngre", grouped, a, precision="highest")
+        centred = k.astype(jnp.float32) - center[None, None]
+        keys = jnp.einsum("bngd,ged->bnge", centred, b, precision="highest")
         return queries.reshape(q.shape).astype(q.dtype), keys.astype(k.dtype)

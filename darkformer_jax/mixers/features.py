@@ -13,7 +13,9 @@ from darkformer_jax.distributed.sharding import context_size
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers.attention import ATTENTION_FIELDS, Mechanism
 from darkformer_jax.mixers.coordinates import BalancedCoordinates
+from darkformer_jax.mixers.exact_heads import ExactHeads, SplitState, check_exact_heads, exact_part, features_part
 from darkformer_jax.mixers.mixer import Role
+from darkformer_jax.mixers.softmax import Softmax
 from darkformer_jax.mixers.spec import Geometry, MixerSpec
 from darkformer_jax.mixers.stretches import on_stretches
 from darkformer_jax.ops.context import check_stretch
@@ -69,7 +71,7 @@ class LinearMechanism(Mechanism):
 
     def init_state(self, batch: int, max_length: int, dtype: jax.typing.DTypeLike) -> AttentionState:
         s = self.spec
-        sizes = (s.num_kv_heads, self.key_dim, s.head_dim, self.num_features)
+        sizes = (s.num_kv_heads - s.exact_kv_heads, self.key_dim, s.head_dim, self.num_features)
         return init_state(batch, *sizes, jnp.dtype(dtype), s.chunk_size, s.window, s.num_sinks, s.has_decay)
 
     def run(
@@ -95,7 +97,7 @@ class Inputs(NamedTuple):
 class FeatureAttention(LinearMechanism):
     """`dark_attention` with an optional exact window. Subclasses define the kernel in `inputs`."""
 
-    uses = PROJECTION_FIELDS | WINDOW_FIELDS | {"far_gain", "geometry_learning_rate"}
+    uses = PROJECTION_FIELDS | WINDOW_FIELDS | {"exact_kv_heads", "far_gain", "geometry_learning_rate"}
     has_geometry = False  # whether q and k are mapped by M first
     learns_kernel = False  # whether it has M or learned projections; they learn at geometry_learning_rate, as gains do
 
@@ -103,6 +105,13 @@ class FeatureAttention(LinearMechanism):
         super().__init__(spec, layer)
         self.log_gain = Geometry(jnp.zeros(spec.num_heads), axes=("heads",)) if spec.far_gain else None
         self.coordinates = BalancedCoordinates(spec) if spec.balanced else None
+        # Arrays have a place for every head, so that a choice of exact heads does not change their shapes.
+        self.exact = ExactHeads(spec, layer) if spec.exact_kv_heads else None
+
+    @classmethod
+    def check(cls, spec: MixerSpec) -> None:
+        super().check(spec)
+        check_exact_heads(spec)
 
     @classmethod
     def in_effect(cls, spec: MixerSpec) -> frozenset[str]:
@@ -115,6 +124,13 @@ class FeatureAttention(LinearMechanism):
 
     @classmethod
     def mixing_flops(cls, spec: MixerSpec, length: int) -> float:
+        """Those of the exact heads, as for `Softmax`, and those of `feature_flops` of the others."""
+        if not spec.exact_kv_heads:
+            return cls.feature_flops(spec, length)
+        return Softmax.mixing_flops(exact_part(spec), length) + cls.feature_flops(features_part(spec), length)
+
+    @classmethod
+    def feature_flops(cls, spec: MixerSpec, length: int) -> float:
         """With H query and G key/value heads, and n keys that are seen one by one (`mean_exact_keys`), per token:
 
         geometry  2 d^2 (H + G)     M x, if there is an M; and again if q and k are mapped to other coordinates
@@ -139,8 +155,26 @@ class FeatureAttention(LinearMechanism):
         segment_ids: Array,
         positions: Array,
         log_decay: Array | None = None,
-        state: AttentionState | None = None,
+        state: Any = None,
     ) -> tuple[Array, Any]:
+        places = {"segment_ids": segment_ids, "positions": positions}
+        if self.exact is None:
+            return self._through_features(q, k, v, **places, log_decay=log_decay, state=state)
+        return self.exact.beside(self._through_features, q, k, v, **places, log_decay=log_decay, state=state)
+
+    def _through_features(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        segment_ids: Array,
+        positions: Array,
+        log_decay: Array | None,
+        state: AttentionState | None,
+    ) -> tuple[Array, Any]:
+        """Of the last heads, those that are not exact."""
+        gain = self._gain()
         queries, keys, projections, geometry = self.inputs(*self.in_coordinates(q, k), positions)
         attend = functools.partial(
             dark_attention,
@@ -150,13 +184,17 @@ class FeatureAttention(LinearMechanism):
             window_kernel=self.spec.window_kernel,
         )
         arrays: dict[str, Any] = {
-            "projections": projections,
-            "geometry": geometry,
-            "log_gain": self._gain(),
+            "projections": None if projections is None else projections[-k.shape[2] :],
+            "geometry": None if geometry is None else geometry[-k.shape[2] :],
+            "log_gain": None if gain is None else gain[-q.shape[2] :],
             "segment_ids": segment_ids,
             "log_decay": log_decay,
         }
         return self.run(attend, queries, keys, v, state, **arrays)
+
+    def init_state(self, batch: int, max_length: int, dtype: jax.typing.DTypeLike) -> Any:
+        sums = super().init_state(batch, max_length, dtype)
+        return sums if self.exact is None else SplitState(self.exact.init_state(batch, max_length, dtype), sums)
 
     def in_coordinates(self, q: Array, k: Array) -> tuple[Array, Array]:
         """q and k as the kernel gets them: all logits, sinks and keys of a cache are in these coordinates."""
@@ -170,7 +208,7 @@ class FeatureAttention(LinearMechanism):
         """Whether what a query sees exactly depends neither on M nor on w: `near` and `far` then are the two parts."""
         s = self.spec
         own = self.has_geometry and s.window_kernel == "dark"
-        return bool(s.causal and s.window and s.num_features and not own and not s.has_decay)
+        return bool(s.causal and s.window and s.num_features and not (own or s.has_decay or s.exact_kv_heads))
 
     def near(self, q: Array, k: Array, v: Array) -> Sums:
         """What queries of whole documents, one per row, see exactly."""

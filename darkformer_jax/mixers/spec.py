@@ -50,6 +50,7 @@ class MixerSpec:
     num_sinks: int
     window_kernel: WindowKernel
     far_gain: bool
+    exact_kv_heads: int
     positions: str  # a Positions
     decay: str  # a Decay
     shortest_memory: float

@@ -10,7 +10,7 @@ class WindowOnly(FeatureAttention):
     """Exact attention to the query's own chunk, the window before it and the sinks."""
 
     role = "control"
-    uses = WINDOW_FIELDS
+    uses = WINDOW_FIELDS | {"exact_kv_heads"}
     needs = frozenset({"window"})
     bidirectional = False
 
@@ -19,7 +19,7 @@ class WindowOnly(FeatureAttention):
         self.num_features = 0
 
     @classmethod
-    def mixing_flops(cls, spec: MixerSpec, length: int) -> float:
+    def feature_flops(cls, spec: MixerSpec, length: int) -> float:
         """4 H d n, with the n keys that are seen exactly."""
         return 4 * spec.num_heads * spec.head_dim * mean_exact_keys(spec, length)
 

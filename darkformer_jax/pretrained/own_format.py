@@ -46,6 +46,7 @@ _OPTIONS = (
     *("kind", "head_dim", "scale", "softcap", "local_window", "num_features", "chunk_size", "window", "num_sinks"),
     *(
         "window_kernel",
+        "exact_kv_heads",
         "far_gain",
         "learn_projections",
         "balanced",

@@ -45,7 +45,7 @@ def test_a_field_that_one_kind_uses_is_off_for_the_others():
     [
         (
             "dark(mm=3)",
-            r"pattern has dark\(mm=3\): dark has no option 'mm'; allowed: balanced, chunk_size, conv_width, decay, f",
+            r"pattern has dark\(mm=3\): dark has no option 'mm'; allowed: balanced, chunk_size, conv_width, decay",
         ),
         (
             "softmax(m=3)",

@@ -128,6 +128,7 @@ RULES = [
         {"model.attention.decay": "gate", "model.attention.undecayed_heads": 4},
         "undecayed_heads = 4 of 4 key/value heads: at least one must decay",
     ),
+    ({"model.attention.exact_kv_heads": 4}, "exact_kv_heads = 4 of 4 key/value heads: at least one must be left"),
     (
         {"model.attention.decay": "gate", "model.attention.positions": "rope+alibi"},
         "positions = 'rope.alibi' with decay = 'gate': ALiBi is a decay",

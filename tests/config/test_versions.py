@@ -27,6 +27,7 @@ MEANT = {
     "mesh.context": 1,
     "model.attention.balanced": False,
     "model.attention.conv_width": 0,
+    "model.attention.exact_kv_heads": 0,
     "model.attention.decay": "none",
     "model.attention.far_gain": False,
     "model.attention.horizon": 0,

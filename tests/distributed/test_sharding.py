@@ -154,6 +154,7 @@ def shardings():
         "attention__pattern": "softmax,dark,lfk,mamba2,gated_deltanet",
         "attention__window": 16,
         "attention__far_gain": True,
+        "attention__balanced": True,
     }
     mesh, result = Sizes(2, 2, 2, 2), {}
     for kv_heads in (1, 2):

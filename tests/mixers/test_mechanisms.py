@@ -34,6 +34,8 @@ NEEDS = {kind: {need: NEEDED[need] for need in MIXERS[kind].needs} for kind in M
 ALL = [(kind, mixer_spec(kind, **OPTIONS, **NEEDS[kind])) for kind in MECHANISMS]
 ALL += [(kind, mixer_spec(kind, **OPTIONS, window=8, num_sinks=2)) for kind in MIXERS if "window" in MIXERS[kind].uses]
 ALL += [("dark", CONVERTED), ("softmax_local", LOCAL)]
+ALL += [(kind, dataclasses.replace(HYBRID, kind=kind, exact_kv_heads=1)) for kind in ("dark", "window_only")]
+ALL += [("dark", dataclasses.replace(SPEC, exact_kv_heads=1, decay="learned"))]
 BIDIRECTIONAL = [kind for kind in MECHANISMS if MIXERS[kind].bidirectional]
 LENGTH = 40
 

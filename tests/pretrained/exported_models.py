@@ -30,8 +30,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         f"dark({HYBRID},num_sinks=6,far_gain=True,balanced=True)",
         {"model__num_kv_heads": 1, "model__tie_embeddings": True},
     ),
-    "llama-some-exact-yarn": (f"dark({HYBRID},num_sinks=2,window_kernel=softmax),softmax", YARN),
-    "qwen2-performer": (f"performer,performer({HYBRID})", {"model__qkv_bias": True}),
+    "llama-some-exact-yarn": (f"dark({HYBRID},num_sinks=2,window_kernel=softmax,exact_kv_heads=1),softmax", YARN),
+    "qwen2-performer": (f"performer(exact_kv_heads=1),performer({HYBRID})", {"model__qkv_bias": True}),
     "qwen3-lfk": (f"lfk({HYBRID})", {"model__qk_norm": True}),
     "gemma-dark": (f"dark({HYBRID},num_sinks=3)", GEMMA),
     "gemma2-caps": (
@@ -44,7 +44,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gates": ("dark(learn_projections=True),hedgehog,linear_transformer", GATES),
     "gates-hybrid": (
-        f"dark({HYBRID},num_sinks=3),softmax_local(local_window=5),softmax",
+        f"dark({HYBRID},num_sinks=3,exact_kv_heads=1,far_gain=True,balanced=True),softmax_local(local_window=5),softmax",
         GATES | {"model__attention__undecayed_heads": 1},
     ),
     "learned-decay": (f"window_only({HYBRID}),dark({HYBRID},num_sinks=2)", {"model__attention__decay": "learned"}),

@@ -29,6 +29,7 @@ HEADROOM, LOG_FLOOR = 36.0, -45.0  # of `feature_scores`
 DECAY_FLOOR = -1000.0  # of one token's log decay
 
 EXACT = ("softmax", "softmax_local")
+_OF_EXACT = "exact_"  # begins the names of what exact heads keep, beside the state of the others
 RANDOM_FEATURES = ("performer", "dark", "lfk")
 KINDS = (*RANDOM_FEATURES, "window_only", "linear_transformer", "hedgehog", "cosformer")
 State = dict[str, Tensor]
@@ -88,7 +89,10 @@ class RunningSum:
 
 
 class Coordinates(nn.Module):
-    """q' = A q and k' = B (k - b), with A^T B = I: the same attention, but features that vary less."""
+    """q' = A q and k' = B (k - b), with A^T B = I: the same attention, but features that vary less.
+
+    Where q and k have only the last key/value heads, so do these maps.
+    """
 
     query_map: Tensor
     key_map: Tensor
@@ -104,10 +108,9 @@ class Coordinates(nn.Module):
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """(q' [B, n, H, d], k' [B, n, G, d]) in the dtypes of q and k."""
         grouped = q.reshape(*k.shape[:3], -1, k.shape[3]).float()
-        queries = torch.einsum("bngrd,ged->bngre", grouped, self.query_map).reshape(q.shape)
-        return queries.to(q.dtype), torch.einsum("bngd,ged->bnge", k.float() - self.key_center, self.key_map).to(
-            k.dtype
-        )
+        A, B, b = (x[-k.shape[2] :] for x in (self.query_map, self.key_map, self.key_center))
+        queries = torch.einsum("bngrd,ged->bngre", grouped, A).reshape(q.shape)
+        return queries.to(q.dtype), torch.einsum("bngd,ged->bnge", k.float() - b, B).to(k.dtype)
 
 
 class Mechanism(nn.Module):
@@ -184,12 +187,12 @@ class Mechanism(nn.Module):
         if self.kind == "cosformer":
             return x.float().clamp_min(1e-6).log()
         point = self.apply_geometry(x)
-        projected = product("bngre,gme->bngrm", point, self.projections, x.dtype)
+        projected = product("bngre,gme->bngrm", point, self.projections[-x.shape[2] :], x.dtype)
         return self.scale**0.5 * projected - 0.5 * self.scale * point.float().square().sum(-1, keepdim=True)
 
     def apply_geometry(self, x: Tensor, equation: str = "bngrd,ged->bngre") -> Tensor:
         """M x, or x where there is no M."""
-        return product(equation, x, self.M, x.dtype).to(x.dtype) if self.kind == "dark" else x
+        return product(equation, x, self.M[-x.shape[2] :], x.dtype).to(x.dtype) if self.kind == "dark" else x
 
     def log_kernel(self, q: Tensor, k: Tensor) -> Tensor:
         """[B, q, G, g, t]: the logarithm of the kernel that the features estimate, + log m as their sums have it."""
@@ -377,7 +380,7 @@ class FeatureAttention(nn.Module):
         if mechanism.num_features:
             far_scores = mechanism.log_features(q) + state["c"][:, None, :, None]
             if mechanism.layer["far_gain"]:
-                far_scores = far_scores + mechanism.log_gain.view(q.shape[2], -1, 1)
+                far_scores = far_scores + mechanism.log_gain[-q.shape[2] * q.shape[3] :].view(q.shape[2], -1, 1)
         if "decays" in near:
             sums = RunningSum(near["decays"])
             since = sums.since_start(places)
@@ -503,3 +506,34 @@ class ExactAttention(nn.Module):
         scores = (scores if bias is None else scores + bias).masked_fill(~visible[:, :, None, None], NEG)
         out = product("bngrt,btgd->bngrd", scores.softmax(-1), v, v.dtype)
         return out.flatten(2, 3).to(v.dtype)
+
+
+class SplitAttention(nn.Module):
+    """Exact attention in the first key/value heads, features in the others. Its state has what both keep."""
+
+    def __init__(self, layer: dict[str, Any]) -> None:
+        super().__init__()
+        self.kv_heads = layer["exact_kv_heads"]
+        self.exact, self.features = ExactAttention(layer), FeatureAttention(layer)
+
+    def forward(
+        self,
+        mechanism: Mechanism,
+        q: Tensor,  # [B, n, H, d]
+        k: Tensor,  # [B, n, G, d]
+        v: Tensor,
+        rows: Rows,
+        decays: Tensor | None,  # [B, n, G]
+        state: State | None,
+    ) -> tuple[Tensor, State]:
+        """(out [B, n, H, d], the state after these tokens)."""
+        first, rest = slice(None, self.kv_heads), slice(self.kv_heads, None)
+        heads = self.kv_heads * q.shape[2] // k.shape[2]
+        kept, sums = None, None
+        if state is not None:
+            kept = {name.removeprefix(_OF_EXACT): x for name, x in state.items() if name.startswith(_OF_EXACT)}
+            sums = {name: x for name, x in state.items() if not name.startswith(_OF_EXACT)}
+        early, late = (None if decays is None else decays[..., part] for part in (first, rest))
+        exact, kept = self.exact(None, q[:, :, :heads], k[:, :, first], v[:, :, first], rows, early, kept)
+        others, sums = self.features(mechanism, q[:, :, heads:], k[:, :, rest], v[:, :, rest], rows, late, sums)
+        return torch.cat([exact, others], 2), sums | {_OF_EXACT + name: x for name, x in kept.items()}

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .attention_darkformer import EXACT, ExactAttention, FeatureAttention, Mechanism, Rows, State, take
+from .attention_darkformer import EXACT, ExactAttention, FeatureAttention, Mechanism, Rows, SplitAttention, State, take
 from .configuration_darkformer import DarkformerConfig
 
 _CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"  # before 5.24
@@ -228,7 +228,8 @@ class Attention(nn.Module):
         self.frequencies, self.amplitude = layer["frequencies"], layer["amplitude"]
         is_exact = layer["kind"] in EXACT
         self.mechanism = None if is_exact else Mechanism(layer, self.heads["q"], self.heads["k"], size)
-        self.attend = ExactAttention(layer) if is_exact else FeatureAttention(layer)
+        split = SplitAttention if layer["exact_kv_heads"] else FeatureAttention
+        self.attend = ExactAttention(layer) if is_exact else split(layer)
         self.convolution = ShortConvolution(layer["conv_width"], self.heads, size) if layer["conv_width"] else None
         has_decay = layer["alibi"] is not None or layer["decay"] != "none"
         self.forgetting = Forgetting(layer, width, self.heads["k"]) if has_decay else None
