@@ -132,6 +132,11 @@ def test_what_a_calibration_left_exact_is_kept(tmp_path):
     assert config.optimizer.learning_rate == 1e-5
 
 
+def test_the_backend_is_of_the_new_run_alone(tmp_path):
+    config = from_run(tmp_path, "keep,lr=1e-5,context=64", **KEPT, model__attention__backend="scan")
+    assert config.model.attention.backend == "auto"
+
+
 @pytest.mark.parametrize("argument", ["m=8", "window=32", "chunk=8", "init=1.0", "sinks=1"])
 def test_kept_layers_have_the_sizes_that_they_were_fitted_with(argument):
     name = argument.partition("=")[0]

@@ -53,7 +53,7 @@ def conversion_config(kind: str) -> ml_collections.ConfigDict:
 def continuation_config() -> ml_collections.ConfigDict:
     """The base config with the whole model of `init_from`: its layers are kept, whatever their mechanisms."""
     c = _inheriting_config()
-    for name in c.model.attention:
+    for name in set(c.model.attention) - {"backend"}:  # which is of the run and its devices
         _inherit(c.model.attention, name)
     return c
 

@@ -21,7 +21,8 @@ SHORT = {
     "init": "geometry_init",
 }
 
-_OF_ALL_LAYERS = ("kind", "pattern", "redraw_every")  # the training step redraws all layers at once
+# The training step redraws all layers at once, and the backend is that of a run.
+_OF_ALL_LAYERS = ("kind", "pattern", "redraw_every", "backend")
 _ENTRY = re.compile(r"\s*([^(),]*?)\s*(?:\(([^()]*)\))?\s*")
 
 

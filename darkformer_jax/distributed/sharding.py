@@ -213,5 +213,10 @@ def context_size(mesh: Mesh | AbstractMesh | None = None) -> int:
     return int(mesh.shape.get(CONTEXT, 1))
 
 
+def tensor_size(mesh: Mesh | AbstractMesh) -> int:
+    """The number of devices over which a mesh splits heads."""
+    return _ways("kv_heads", mesh)
+
+
 def _ways(axis: str, mesh: Mesh | AbstractMesh) -> int:
     return int(np.prod([mesh.shape[a] for a in RULES[axis]]))

@@ -7,11 +7,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from darkformer_jax.distributed.sharding import context_size
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers.attention import ATTENTION_FIELDS, Mechanism
+from darkformer_jax.mixers.backend import check_backend, check_backend_on, on_shards, takes_kernel
 from darkformer_jax.mixers.coordinates import BalancedCoordinates
 from darkformer_jax.mixers.exact_heads import ExactHeads, SplitState, check_exact_heads, exact_part, features_part
 from darkformer_jax.mixers.mixer import Role
@@ -79,6 +81,8 @@ class LinearMechanism(Mechanism):
     ) -> tuple[Array, Any]:
         """(`attend(q, k, v, **arrays)`, new state), on each device's own stretch where the mesh splits sequences."""
         attend = functools.partial(attend, causal=self.spec.causal, chunk_size=self.spec.chunk_size)
+        if takes_kernel(self.spec, state):
+            return on_shards(functools.partial(attend, backend="pallas"), q, k, v, **arrays), None
         if context_size() > 1:
             return on_stretches(attend, q, k, v, state=state, **arrays), None
         result = attend(q, k, v, **arrays, state=state, return_state=state is not None)
@@ -97,7 +101,7 @@ class Inputs(NamedTuple):
 class FeatureAttention(LinearMechanism):
     """`dark_attention` with an optional exact window. Subclasses define the kernel in `inputs`."""
 
-    uses = PROJECTION_FIELDS | WINDOW_FIELDS | {"exact_kv_heads", "far_gain", "geometry_learning_rate"}
+    uses = PROJECTION_FIELDS | WINDOW_FIELDS | {"exact_kv_heads", "far_gain", "geometry_learning_rate", "backend"}
     has_geometry = False  # whether q and k are mapped by M first
     learns_kernel = False  # whether it has M or learned projections; they learn at geometry_learning_rate, as gains do
 
@@ -112,10 +116,15 @@ class FeatureAttention(LinearMechanism):
     def check(cls, spec: MixerSpec) -> None:
         super().check(spec)
         check_exact_heads(spec)
+        check_backend(spec)
+
+    @classmethod
+    def check_mesh(cls, spec: MixerSpec, mesh: Mesh) -> None:
+        check_backend_on(spec, mesh)
 
     @classmethod
     def in_effect(cls, spec: MixerSpec) -> frozenset[str]:
-        names = super().in_effect(spec)
+        names = super().in_effect(spec) - {"backend"}
         return names if cls.learns_kernel or spec.far_gain else names - {"geometry_learning_rate"}
 
     @abc.abstractmethod

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from darkformer_jax.errors import UserError
@@ -70,6 +71,10 @@ class MixerKind(nnx.Module, abc.ABC):
         """Raises UserError for options that contradict each other. The config checks ranges."""
         if not spec.causal and not cls.bidirectional:
             raise UserError(f"model.causal = False: {spec.kind!r} is causal only; allowed: True")
+
+    @classmethod
+    def check_mesh(cls, spec: MixerSpec, mesh: Mesh) -> None:
+        """Raises UserError if the mesh's devices cannot train the layer."""
 
     @classmethod
     def check_stretch(cls, spec: MixerSpec, length: int) -> None:

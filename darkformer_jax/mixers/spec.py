@@ -46,6 +46,7 @@ class MixerSpec:
     learn_projections: bool
     balanced: bool
     chunk_size: int
+    backend: str  # a backend.Backend
     window: int
     num_sinks: int
     window_kernel: WindowKernel

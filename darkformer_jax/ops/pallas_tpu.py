@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from darkformer_jax.ops.attend import normalize
+from darkformer_jax.ops.context import vary_like
 from darkformer_jax.ops.features import RandomFeatures, positive_random_features
 from darkformer_jax.ops.linear import HEADROOM, LOG_FLOOR, Kernel, KernelArrays, Tokens
 from darkformer_jax.ops.scan import scan_features
@@ -84,6 +85,8 @@ def attend_features(
     chunk = chunk_of(tokens.queries.shape[3]) if chunk_size is None else chunk_size
     sizes = _Sizes(float(kernel.scale), chunk, interpret)
     inputs = _Inputs(kernel.arrays.features, state.far, tokens.queries, tokens.keys, tokens.values)
+    # Within a shard_map, devices share some of them; their gradients are summed once, outside the kernel.
+    inputs = vary_like(tokens.keys, inputs)
     far, out = _attend(sizes, inputs, tokens.segments)
     return state._replace(far=far), out
 
@@ -157,17 +160,23 @@ def _call(
             pltpu.VMEM(shape, jnp.float32) for shape in ((1, features), (1, features), (value_dim, features))
         ],
     )
+    array = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(k).manual_axis_type)
     body = functools.partial(
         _chunk, scale=sizes.scale, has_geometry=geometry is not None, has_weights=log_weights is not None
     )
     return pl.pallas_call(
         body,
         grid_spec=grid,
-        out_shape=[jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in states]
-        + [jax.ShapeDtypeStruct((batch, heads, group, length, value_dim), v.dtype)],
+        out_shape=[array(x.shape, jnp.float32) for x in states]
+        + [array((batch, heads, group, length, value_dim), v.dtype)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        interpret=sizes.interpret,
+        interpret=_interpreter(k) if sizes.interpret else False,
     )(*scalars, q, k, v, segments[:, :, None], segments[:, None, :], *states, *per_head)
+
+
+def _interpreter(x: Array) -> Any:
+    """What computes a kernel's steps: XLA, or within a shard_map, whose types it does not know, a simulated TPU."""
+    return pltpu.InterpretParams() if jax.typeof(x).manual_axis_type.varying else True
 
 
 def _chunk(before: Any, of_chunk: Any, *refs: Any, scale: float, has_geometry: bool, has_weights: bool) -> None:

@@ -105,6 +105,7 @@ def _read_config(workdir: Workdir) -> tuple[ml_collections.ConfigDict, Tokenizer
         if unknown:
             raise ValueError(f"{unknown[0]} is no field")
         config = from_json(saved)
+        config.model.attention.backend = "auto"  # that of the run was for its own devices
         validate(config)
         return config, tokenizer
 

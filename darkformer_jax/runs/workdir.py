@@ -43,6 +43,7 @@ CHANGEABLE = (
     "sample",
     "profile",
     "mesh",
+    "model.attention.backend",
     "data.num_workers",
 )
 

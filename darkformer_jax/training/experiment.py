@@ -94,8 +94,9 @@ class Experiment:
         schedule = make_schedule(o, config.num_steps, peak)
         abstract = jax.eval_shape(make_state_init(network, optimizer, config.seed, trained))
         shardings = state_shardings(network, optimizer, abstract, mesh, trained)
-        if context_size(mesh) > 1:
-            for mixer in network.spec.pattern:
+        for mixer in network.spec.pattern:
+            MIXERS[mixer.kind].check_mesh(mixer, mesh)
+            if context_size(mesh) > 1:
                 MIXERS[mixer.kind].check_stretch(mixer, config.sequence_length // context_size(mesh))
         return cls(config, objective, network, trained, optimizer, schedule, mesh, abstract, shardings, batch_sharding)
 

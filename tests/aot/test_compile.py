@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from darkformer_jax.aot.topology import topology_devices
-from darkformer_jax.compile import DoesNotFit, _bound, plan
+from darkformer_jax.compile import DoesNotFit, _bound, compile_step, plan
 from darkformer_jax.errors import UserError
+from darkformer_jax.tasks import TASKS
 from darkformer_jax.tasks.classification import Classes
 from darkformer_jax.training.experiment import Experiment
 from tests.tasks.labelled_files import labelled_config
@@ -49,6 +50,17 @@ def test_the_plan_of_a_small_step_on_four_chips(capsys):
     gathers = [int(line.split()[0]) for line in text.splitlines() if " x all-gather " in line]
     assert sum(gathers) >= 2 * 7 * 3
     assert " x reduce-scatter " in text or " x all-reduce " in text
+
+
+@needs_libtpu
+def test_a_step_with_the_kernel_for_tpus_on_four_chips():
+    """Of heads that `tensor` splits, exact ones among them, and layers that are computed again."""
+    sizes = SIZES | {"model__num_heads": 6, "model__num_kv_heads": 3, "model__attention__exact_kv_heads": 1}
+    mesh = {"mesh__data": 1, "mesh__fsdp": 2, "mesh__tensor": 2}
+    config = tiny_config(**sizes, **mesh, model__attention__backend="pallas", model__dtype="bfloat16")
+    experiment = Experiment.of(config, TASKS["language_model"].objective_of(config), topology_devices("v5e:2x2"))
+    compiled = compile_step(experiment)
+    assert compiled.as_text().count("tpu_custom_call") >= 1
 
 
 @needs_libtpu

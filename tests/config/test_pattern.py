@@ -58,6 +58,7 @@ def test_a_field_that_one_kind_uses_is_off_for_the_others():
         ("dark(m=0)", r"pattern has dark\(m=0\): num_features = 0: must be at least 1"),
         ("dark(projections=some)", r"projections = 'some': allowed: iid, orthogonal"),
         ("dark(redraw_every=3)", r"dark has no option 'redraw_every'"),
+        ("dark(backend=scan)", r"dark has no option 'backend'"),
         ("dark(m=3", r"pattern has 'dark\(m=3': must be kind or kind\(option=value,option=value\)"),
         ("dark(m=3,num_features=4)", r"pattern has dark\(m=3,num_features=4\): num_features is there twice"),
         ("dark(,)", r"pattern has dark\(\): dark has no option ''"),

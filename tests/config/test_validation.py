@@ -58,6 +58,7 @@ CHOICES = {
     "model.attention.kind": ", ".join(MIXERS),
     "model.attention.projections": "iid, orthogonal, orthogonal_unsigned",
     "model.attention.window_kernel": "dark, softmax",
+    "model.attention.backend": "auto, scan, pallas",
     "data.source": "stdlib, text, news, chat, array_record, labelled",
     "optimizer.schedule": "cosine, rsqrt, constant",
     "optimizer.train": "all, qkv_geometry, geometry, lora",
@@ -127,6 +128,23 @@ RULES = [
     (
         {"model.attention.decay": "gate", "model.attention.undecayed_heads": 4},
         "undecayed_heads = 4 of 4 key/value heads: at least one must decay",
+    ),
+    (
+        {"model.attention.backend": "pallas", "model.attention.window": 128},
+        "'pallas' with model.attention.window = 128; allowed: model.attention.window = 0, or backend = 'scan'",
+    ),
+    (
+        {"model.attention.backend": "pallas", "model.attention.positions": "rope+alibi"},
+        "'pallas' with model.attention.positions = 'rope.alibi'; allowed: model.attention.positions = 'rope'",
+    ),
+    ({"model.attention.backend": "pallas", "model.attention.decay": "gate"}, "model.attention.decay = 'gate'; allowed"),
+    (
+        {"model.attention.backend": "pallas", "model.causal": False, "task.name": "classification"},
+        "backend = 'pallas' with model.causal = False; allowed: model.causal = True",
+    ),
+    (
+        {"model.attention.backend": "scan", "model.attention.kind": "hedgehog"},
+        "model.attention.backend = 'scan': no hedgehog layer uses it; allowed: 'auto'",
     ),
     ({"model.attention.exact_kv_heads": 4}, "exact_kv_heads = 4 of 4 key/value heads: at least one must be left"),
     (

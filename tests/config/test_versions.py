@@ -25,6 +25,7 @@ MEANT = {
     "eval.patience": 0,
     "log.trackers": "",
     "mesh.context": 1,
+    "model.attention.backend": "auto",
     "model.attention.balanced": False,
     "model.attention.conv_width": 0,
     "model.attention.exact_kv_heads": 0,

@@ -41,6 +41,14 @@ def test_parameters_keep_the_dtype_and_the_bits_they_are_stored_with(experiment,
         jax.tree.map(np.testing.assert_array_equal, model.projections, state.projections)
 
 
+def test_the_backend_of_a_run_is_not_that_of_who_uses_its_model(experiment, tmp_path):
+    config = experiment.config.copy_and_resolve_references()
+    config.model.attention.backend = "pallas"
+    write_workdir(tmp_path, config, random_state(experiment, jnp.float32))
+    model = load_model(Workdir(tmp_path))
+    assert model.config.model.attention.backend == "auto" == model.network.spec.pattern[0].backend
+
+
 @pytest.mark.parametrize("kind", ["dark", "random"])
 def test_a_workdir_and_its_seed_mean_the_same_where_jax_draws_with_another_generator(kind, tmp_path):
     config = tiny_config(model__attention__kind=kind)

@@ -58,6 +58,7 @@ def test_another_experiment_is_refused_with_every_difference_and_nothing_written
 def test_what_may_change_is_taken_over(tmp_path: Path) -> None:
     Workdir(tmp_path).write_config(config())
     changed = config(num_steps=2000, eval__every=7, mesh__data=4, data__num_workers=3, sample__prompts=("x",))
+    changed["model"]["attention"]["backend"] = "pallas"
     Workdir(tmp_path).write_config(changed)
     assert Workdir(tmp_path).read_config() == json.loads(json.dumps(changed))
 

@@ -1,0 +1,74 @@
+"""`model.attention.backend`: which program computes the attention of a layer with features everywhere."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from darkformer_jax.distributed.sharding import context_size, map_shards, tensor_size
+from darkformer_jax.errors import UserError
+from darkformer_jax.mixers.spec import MixerSpec
+from darkformer_jax.mixers.stretches import AXES, KEY_AXES, QUERY_AXES
+
+Backend = Literal["auto", "scan", "pallas"]
+_NAMED = "model.attention.backend = 'pallas'"
+
+
+def takes_kernel(spec: MixerSpec, state: Any) -> bool:
+    """Whether the TPU kernel computes a call. `auto` is the scan: no TPU has run the kernel. So are calls with a state.
+
+    (Those are prefill and decoding, which a training run needs for its samples.)
+    """
+    return spec.backend == "pallas" and state is None
+
+
+def check_backend(spec: MixerSpec) -> None:
+    """Raises UserError where the kernel does not cover the layer."""
+    if spec.backend != "pallas":
+        return
+    for name, value, allowed in (
+        ("model.attention.window", spec.window, 0),
+        ("model.attention.positions", spec.positions, "rope" if spec.has_rope else "none"),
+        ("model.attention.decay", spec.decay, "none"),
+        ("model.causal", spec.causal, True),
+    ):
+        if value != allowed:
+            raise UserError(f"{_NAMED} with {name} = {value!r}; allowed: {name} = {allowed!r}, or backend = 'scan'")
+
+
+def check_backend_on(spec: MixerSpec, mesh: Mesh) -> None:
+    """Raises UserError where the devices lack the kernel, or share a sequence or a key/value head."""
+    if spec.backend != "pallas":
+        return
+    platform = mesh.devices.flat[0].platform
+    if platform != "tpu":
+        raise UserError(f"{_NAMED} on a {platform}: the kernel is for TPUs; allowed: 'auto', 'scan'")
+    if context_size(mesh) > 1:
+        raise UserError(f"{_NAMED} with mesh.context = {context_size(mesh)}; allowed: 1, or backend = 'scan'")
+    heads, ways = spec.num_kv_heads - spec.exact_kv_heads, tensor_size(mesh)
+    if heads % ways:
+        raise UserError(
+            f"{_NAMED} with mesh.tensor = {ways}: it splits {heads} key/value heads with features; allowed: a divisor "
+            "of them, or backend = 'scan'"
+        )
+
+
+def on_shards(
+    attend: Callable[..., Array],
+    q: Float[Array, "b n hq d"],
+    k: Float[Array, "b n hkv d"],
+    v: Float[Array, "b n hkv dv"],
+    **arrays: Array | None,
+) -> Float[Array, "b n hq dv"]:
+    """`attend(q, k, v, **arrays)` of each device's rows and heads: the compiler cannot split a kernel by itself."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return attend(q, k, v, **arrays)
+    given = {name: x for name, x in arrays.items() if x is not None}
+
+    def part(q: Array, k: Array, v: Array, *rest: Array) -> Array:
+        return attend(q, k, v, **arrays | dict(zip(given, rest, strict=True)))
+
+    in_axes = (QUERY_AXES, KEY_AXES, KEY_AXES, *(AXES[name][-x.ndim :] for name, x in given.items()))
+    return map_shards(part, (q, k, v, *given.values()), in_axes, out_axes=QUERY_AXES)

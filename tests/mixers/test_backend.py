@@ -1,0 +1,78 @@
+"""`model.attention.backend`: where the TPU kernel may be chosen, and the kernel on a mesh of simulated TPUs."""
+
+import functools
+import importlib.util
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from darkformer_jax.aot.topology import topology_devices
+from darkformer_jax.errors import UserError
+from darkformer_jax.mixers.backend import on_shards
+from darkformer_jax.ops.dark_attention import dark_attention
+from darkformer_jax.training.experiment import Experiment
+from tests.ops.linear_attentions import documents, draw, draw_cotangent
+from tests.tiny_runs import experiment_of, on_eight_devices, tiny_config
+
+SIZES = {"model__num_heads": 4, "model__num_kv_heads": 2, "model__vocab_size": 264}
+MESH = {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+def results(backend):
+    """Output and gradients of four rows with documents of their own, and four query and two key/value heads."""
+    x = draw("dark", 40, heads=(4, 2), batch=4)
+    ids = np.concatenate([documents(length, 40 - length) for length in (7, 16, 25, 39)])
+    attend = functools.partial(dark_attention, chunk_size=16, backend=backend)
+
+    def run(x):
+        return on_shards(attend, *x[:3], **x.arrays, segment_ids=jnp.asarray(ids))
+
+    @jax.jit
+    def run_with_gradients(x, cotangent):
+        out, pull = jax.vjp(run, x)
+        return out, pull(cotangent)
+
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(run_with_gradients(x, draw_cotangent(x)))]
+
+
+def test_the_kernel_on_eight_devices_gives_what_the_scan_gives_on_one(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import jax, numpy as np\n"
+        "from darkformer_jax.distributed.sharding import make_mesh\n"
+        "from tests.mixers.test_backend import MESH, results\n"
+        "with jax.set_mesh(make_mesh(MESH)):\n"
+        f"    np.savez({str(tmp_path / 'split.npz')!r}, *results('pallas_interpret'))\n"
+    )
+    command = on_eight_devices(program, tmp_path)
+    whole = results("scan")
+    ended = command.wait()
+    assert ended.status == 0, ended.err
+    with np.load(tmp_path / "split.npz") as split:
+        assert len(split.files) == len(whole) == 6
+        for name, expected in zip(split.files, whole, strict=True):
+            np.testing.assert_allclose(split[name], expected, rtol=1e-4, atol=5e-5)
+
+
+def test_a_cpu_lacks_the_kernel():
+    message = "model.attention.backend = 'pallas' on a cpu: the kernel is for TPUs; allowed: 'auto', 'scan'"
+    with pytest.raises(UserError, match=re.escape(message)):
+        experiment_of(tiny_config(model__attention__backend="pallas"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ({"mesh__data": 1, "mesh__context": 4}, "'pallas' with mesh.context = 4; allowed: 1, or backend = 'scan'"),
+        ({"mesh__data": 1, "mesh__tensor": 4}, "mesh.tensor = 4: it splits 2 key/value heads with features; allowed"),
+    ],
+)
+def test_a_mesh_on_which_the_kernel_cannot_run_is_named(mesh, message):
+    config = tiny_config(model__attention__backend="pallas", **SIZES, **mesh)
+    objective = experiment_of(tiny_config()).objective
+    with pytest.raises(UserError, match=re.escape(message)):
+        Experiment.of(config, objective, topology_devices("v5e:2x2"))
