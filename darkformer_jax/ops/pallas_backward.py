@@ -1,0 +1,169 @@
+"""The backward TPU kernel: chunks from the last to the first, with the gradients of z and S^T handed on in VMEM.
+
+With a row's output o = N / D and e = (dL/do . o) / D, the sums of a row have the gradients dL/dN = dL/do / D and
+dL/dD = -e, and what it reads has
+
+    dL/ds_j = w_j (dL/dN . v_j - e)              w_j = exp(s_j - r), the weight of a key of the chunk
+    dL/da_i = f_i (dL/dN . S_i - e z_i)          f_i = exp(a_i - r), the weight of a feature of the far state
+
+The maxima c and r cancel in the output, so they have no gradients. Features are computed again; the states before each
+chunk are those that the forward pass saved.
+"""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.dtypes import float0
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int
+
+from darkformer_jax.ops.features import RandomFeatures
+from darkformer_jax.ops.linear import LOG_FLOOR
+from darkformer_jax.ops.pallas_chunk import (
+    Blocks,
+    Chunk,
+    Head,
+    Inputs,
+    Seen,
+    Sizes,
+    dot,
+    fold_weights,
+    look,
+    segments_of_chunks,
+    take_refs,
+)
+from darkformer_jax.ops.pallas_forward import Saved
+from darkformer_jax.ops.state import NEG, FarState
+
+
+def backward(
+    sizes: Sizes,
+    inputs: Inputs,
+    segments: Int[Array, "b n"],
+    out: Float[Array, "b n h g dv"],
+    saved: Saved,
+    gradient: tuple[FarState, Array],
+) -> Inputs:
+    """The gradients of `inputs`, from those of the far state after the tokens and of `out`."""
+    blocks = Blocks(sizes, inputs, last_first=True)
+    length = segments.shape[1]
+    segments = jnp.pad(segments, [(0, 0), (0, blocks.length - length)])
+    of_chunk, before, _ = segments_of_chunks(segments, inputs.far.segment, sizes.chunk)
+    far, of_out = gradient
+    rows = (blocks.batch, blocks.heads)
+    own = [x.shape[1:] for x in blocks.per_head]
+    states = [far.normalizer[:, :, None], jnp.swapaxes(far.values, 2, 3)]
+    values = blocks.of_queries(blocks.value_dim)
+    of_keys = [((*rows, blocks.length, n), x.dtype, blocks.of_keys(n)) for x in inputs[3:] for n in x.shape[-1:]]
+    of_queries = (*rows, blocks.group, blocks.length, blocks.dim)
+    dq, dk, dv, dc, dz, dS, *of_head = blocks.call(
+        _chunk,
+        (before, of_chunk),
+        [
+            *blocks.tokens(segments),
+            *((x, blocks.of_head(shape)) for x, shape in zip(blocks.per_head, own, strict=True)),
+            *((x, blocks.of_chunk(x.shape[3:])) for x in saved),
+            (blocks.in_front(out), values),
+            (blocks.in_front(of_out), values),
+            *((x, blocks.of_row(x.shape[2:])) for x in states),
+        ],
+        [
+            (of_queries, inputs.queries.dtype, blocks.of_queries(blocks.dim)),
+            *of_keys,
+            *(((*rows, *shape), jnp.float32, blocks.of_row(shape)) for shape in [*blocks.state_shapes, *own]),
+        ],
+        blocks.state_shapes[1:],
+    )
+    return Inputs(
+        _of_features(inputs.features, of_head),
+        FarState(dc[:, :, 0], dz[:, :, 0], jnp.swapaxes(dS, 2, 3), np.zeros(inputs.far.segment.shape, float0)),
+        *(blocks.back(x, length) for x in (dq, dk, dv)),
+    )
+
+
+def _of_features(features: RandomFeatures, of_head: list[Array]) -> RandomFeatures:
+    """The gradients of w, M and log weights, from those of each row of the batch."""
+    gradients = [jnp.sum(x, axis=0) for x in of_head]
+    shapes = [x for x in features if x is not None]
+    gradients = [g.reshape(x.shape).astype(x.dtype) for g, x in zip(gradients, shapes, strict=True)]
+    return RandomFeatures(*(None if x is None else gradients.pop(0) for x in features))
+
+
+def _chunk(before: Any, of_chunk: Any, *refs: Any, scale: float, has_geometry: bool, has_weights: bool) -> None:
+    """The gradients of a chunk, and those of the state before it."""
+    head, chunk, rest = take_refs(refs, scale, has_geometry, has_weights)
+    c_ref, z_ref, S_ref, out, of_out, dz_in, dS_in, dq, dk, dv, dc_out, dz_out, dS_out, *of_head, dz, dS = rest
+    place = pl.num_programs(2) - 1 - pl.program_id(2)
+    far_segment, own_segment = before[pl.program_id(0), place], of_chunk[pl.program_id(0), place]
+
+    @pl.when(pl.program_id(2) == 0)
+    def _start() -> None:
+        dz[...], dS[...] = dz_in[0, 0], dS_in[0, 0]
+        for ref in of_head:
+            ref[...] = jnp.zeros_like(ref)
+
+    c, z, S, dtype = c_ref[0, 0, 0], z_ref[0, 0, 0], S_ref[0, 0, 0], chunk.v.dtype
+    seen = look(chunk, c, z, far_segment)
+    as_rows = lambda ref: ref[0, 0].reshape(-1, ref.shape[-1]).astype(jnp.float32)
+    of_numerator = as_rows(of_out) / seen.denominator
+    e = jnp.sum(of_numerator * as_rows(out), axis=1, keepdims=True)
+    of_far = seen.far_weights * (dot(of_numerator, S, (1, 0), dtype) - e * z)
+    from_q, from_k = _of_scores(chunk, seen, of_numerator, e)
+
+    folded = fold_weights(chunk, c, far_segment, own_segment)
+    of_folded = folded.weights * (dz[...] + dot(chunk.v, dS[...], (1, 0), dtype))
+    of_v = dot(folded.weights, dS[...], (1, 1), dtype) + dot(seen.weights, of_numerator, (0, 0), dtype)
+    dv[0, 0] = of_v.astype(dv.dtype)
+    dz[...] = dz[...] * folded.keep - jnp.sum(seen.far_weights * e, axis=0, keepdims=True)
+    dS[...] = dS[...] * folded.keep + dot(of_numerator, seen.far_weights, (0, 0), dtype)
+
+    dq[0, 0] = _of_points(head, chunk.q, of_far + from_q, of_head).reshape(dq.shape[2:]).astype(dq.dtype)
+    dk[0, 0] = _of_points(head, chunk.k, of_folded + from_k, of_head).astype(dk.dtype)
+
+    @pl.when(place == 0)
+    def _end() -> None:
+        dz_out[0, 0], dS_out[0, 0] = dz[...], dS[...]
+        dc_out[0, 0] = z * dz[...] + jnp.sum(S.astype(jnp.float32) * dS[...], axis=0, keepdims=True)
+
+
+def _of_scores(
+    chunk: Chunk, seen: Seen, of_numerator: Float[Array, "gc dv"], e: Float[Array, "gc 1"]
+) -> tuple[Float[Array, "gc m"], Float[Array, "c m"]]:
+    """The gradients of the log features of queries and keys, by the scores of the chunk's own pairs.
+
+    That of log P is w (dL/dN . v - e), and the features need its quotient by P, w / P = exp(lift). The quotients are
+    scaled by e^up as far up as their products with features allow, and by the largest of dL/dw: they would be no normal
+    float32 where a loss is a mean over many tokens.
+    """
+    dtype = chunk.v.dtype
+    largest = lambda x: jnp.max(jnp.max(x, axis=1, keepdims=True), axis=0, keepdims=True)
+    above = seen.visible & (seen.product > math.exp(LOG_FLOOR))
+    lift = jnp.where(above, seen.lift, NEG)
+    up = jnp.minimum(-LOG_FLOOR - 2.0 - largest(lift), 60.0)
+    of_weights = jnp.where(above, dot(of_numerator, chunk.v, (1, 1), dtype) - e, 0.0)
+    size = largest(jnp.abs(of_weights))
+    size = jnp.where(size > 0, size, 1.0)
+    quotients = of_weights / size * jnp.exp(lift + up)
+    to_q = seen.features_q * dot(quotients, seen.features_k, (1, 0), dtype)
+    to_k = seen.features_k * dot(quotients, seen.features_q, (0, 0), dtype)
+    down = jnp.exp(-up)
+    return to_q * down * size, to_k * down * size
+
+
+def _of_points(
+    head: Head, x: Float[Array, "n d"], of_logs: Float[Array, "n m"], of_head: list[Any]
+) -> Float[Array, "n d"]:
+    """The gradient of queries or keys by that of their log features; adds those of w, M and the log weights."""
+    point, root = head.point(x), head.scale**0.5
+    of_point = root * dot(of_logs, head.w[0], (1, 0), x.dtype)
+    of_point -= head.scale * jnp.sum(of_logs, axis=1, keepdims=True) * point.astype(jnp.float32)
+    of_w, *others = of_head
+    of_w[0, 0] += root * dot(of_logs, point, (0, 0), x.dtype)
+    if head.log_weights is not None:
+        others.pop()[0, 0] += jnp.sum(of_logs, axis=0, keepdims=True)
+    if head.geometry is None:
+        return of_point
+    others.pop()[0, 0] += dot(of_point, x, (0, 0), x.dtype)
+    return dot(of_point, head.geometry[0], (1, 0), x.dtype)
