@@ -20,6 +20,7 @@ from darkformer_jax.ops.linear import HEADROOM, LOG_FLOOR
 from darkformer_jax.ops.state import NEG, FarState
 
 LANES = 128
+VMEM_BYTES = 48 * 2**20  # that a kernel may have: the backward one of many query heads needs more than the usual 16
 
 
 class Sizes(NamedTuple):
@@ -139,7 +140,9 @@ class Blocks:
             body,
             grid_spec=grid,
             out_shape=[jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind) for shape, dtype, _ in outputs],
-            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+            ),
             interpret=interpreter if self.sizes.interpret else False,
         )(*scalars, *(x for x, _ in inputs))
 

@@ -96,11 +96,43 @@ def test_outputs_are_those_of_the_definition_and_states_those_of_the_scan(ids):
     assert_far_close(far, by_scan(x, ids)[0])
 
 
-def test_gradients_are_those_of_the_definition():
-    x = draw_inputs()
+@functools.partial(jax.jit, static_argnames=("form", "chunk_size"))
+def _pull(form, x, ids, far, cotangents, chunk_size):
+    (_, out), pull = jax.vjp(lambda x, far: form(x, ids, far, chunk_size), x, far)
+    return pull(cotangents)
+
+
+def gradients(form, x, segment_ids, cotangent, far=None, of_far=None, chunk_size=CHUNK):
+    """Those of x and of the far state before, by a cotangent of the output and, if there is one, of the state after."""
+    x = jax.tree.map(jnp.asarray, x)
+    far = call(x)[1].far if far is None else far
+    of_far = jax.tree.map(jnp.zeros_like, far) if of_far is None else of_far
+    of_far = of_far._replace(segment=np.zeros(far.segment.shape, jax.dtypes.float0))
+    return _pull(form, x, segment_ids, far, (of_far, cotangent.astype(x.v.dtype)), chunk_size)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-7])
+@pytest.mark.parametrize(
+    ("data", "limit"), [({}, 1e-4), ({"extreme": 1.0}, 1e-3), ({"extreme": 1.0, "antipodal": True}, 1e-3)]
+)
+def test_gradients_are_those_of_the_definition(data, limit, size):
+    x = draw_inputs(**data)
     cotangent = draw_cotangent(x)
-    got = jax.jit(lambda x, ids: jax.vjp(lambda y: op(y, segment_ids=ids), x)[1](cotangent)[0])(x, DOCUMENTS)
-    assert_gradients_close(got, oracle("dark", x, DOCUMENTS, cotangent)[1], 1e-4)
+    got = gradients(_by_kernel, x, DOCUMENTS, size * cotangent)[0]
+    got = jax.tree.map(lambda leaf: np.float64(leaf) / size, got)
+    assert_gradients_close(got, oracle("dark", x, DOCUMENTS, cotangent)[1], limit)
+
+
+def test_gradients_pass_through_states_as_in_the_scan():
+    x, far = draw_inputs(), by_scan(draw_inputs(seed=1))[0]
+    random = np.random.default_rng(2)
+    of_far = far._replace(**{n: random.standard_normal(far._asdict()[n].shape, np.float32) for n in far._fields[:3]})
+    ids = np.where(np.arange(45) < 40, DOCUMENTS, 0)
+    got, want = (gradients(form, x, ids, draw_cotangent(x), far, of_far) for form in (_by_kernel, _by_scan))
+    assert_gradients_close(got[0], want[0], 1e-4)
+    for name in far._fields[:3]:
+        assert np.abs(getattr(want[1], name)).max() > 0.01
+        np.testing.assert_allclose(getattr(got[1], name), getattr(want[1], name), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("antipodal", [False, True])
@@ -149,17 +181,25 @@ def test_log_weights_the_identity_as_geometry_and_a_chunk_longer_than_the_text()
     x = draw("dark", 20, heads=(2, 2))
     weights = np.random.default_rng(3).standard_normal(x.arrays["projections"].shape[:2]).astype(np.float32)
     x = x._replace(arrays={"projections": x.arrays["projections"], "log_weights": weights})
-    assert_rows_close(by_kernel(x, chunk_size=64)[1], oracle("dark", x), 1e-4)
+    cotangent, ids = draw_cotangent(x), np.ones((1, 20), np.int32)
+    want, of_x = oracle("dark", x, ids, cotangent)
+    assert_rows_close(by_kernel(x, chunk_size=64)[1], want, 1e-4)
+    assert_gradients_close(gradients(_by_kernel, x, ids, cotangent, chunk_size=64)[0], of_x, 1e-4)
 
 
 def test_bfloat16_is_as_near_to_float64_as_the_scan():
     x = draw_inputs()
-    want = oracle("dark", x, DOCUMENTS)
+    cotangent = draw_cotangent(x)
+    want, of_x = oracle("dark", x, DOCUMENTS, cotangent)
     rounded = x._replace(q=jnp.bfloat16(x.q), k=jnp.bfloat16(x.k), v=jnp.bfloat16(x.v))
-    error = lambda out: np.linalg.norm(np.asarray(out, np.float64) - want) / np.linalg.norm(want)
+    error = lambda got, want: np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
     far, out = by_kernel(rounded, DOCUMENTS)
     assert out.dtype == jnp.bfloat16 and far.values.dtype == jnp.float32
-    assert error(out) <= 1.1 * error(by_scan(rounded, DOCUMENTS)[1]) < 0.02
+    assert error(out, want) <= 1.1 * error(by_scan(rounded, DOCUMENTS)[1], want) < 0.02
+    got, scans = (gradients(form, rounded, DOCUMENTS, cotangent)[0] for form in (_by_kernel, _by_scan))
+    for own, others, leaf in zip(*map(jax.tree.leaves, (got, scans, of_x)), strict=True):
+        assert own.dtype == others.dtype
+        assert error(own, leaf) <= 1.2 * error(others, leaf) < 0.05
 
 
 @pytest.mark.parametrize(("length", "kernels"), [(7, 1), (1, 0)])
@@ -214,5 +254,6 @@ def test_it_compiles_for_tpus_whose_vmem_it_fits(topology, without_cache):
             "projections": of(heads, features, dim, dtype=jnp.float32),
             "geometry": of(heads, dim, dim, dtype=jnp.float32),
         }
-        attend = jax.jit(lambda x: attend_features(*call(x))[1])
-        assert attend.lower(Inputs(q, k, k, arrays)).compile().as_text().count("tpu_custom_call") >= 1
+        loss = lambda x: jnp.sum(attend_features(*call(x))[1].astype(jnp.float32))
+        program = jax.jit(jax.grad(loss)).lower(Inputs(q, k, k, arrays)).compile().as_text()
+        assert program.count("tpu_custom_call") >= 2  # forward and backward
