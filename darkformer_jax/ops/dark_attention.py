@@ -85,10 +85,9 @@ def dark_attention(
       sequence_axis: within `jax.shard_map`, the mesh axis over which the sequence is split. q, k, v, segment_ids and a
         log_decay per token are this device's stretch; out is this stretch of what one device would compute. The devices
         exchange far states, windows, sinks and sums of decays, in messages that do not grow with the length.
-      backend: "scan" works everywhere. "pallas" is one TPU kernel for causal attention with features everywhere,
-        without a log_decay: features stay in the chip's fast memory, and it chooses its own chunks. Its gradients are
-        those of the scan, at the scan's cost. "pallas_interpret" runs the kernel's steps on any device, slowly, for
-        tests.
+      backend: "scan" works everywhere. "pallas" is a TPU kernel for causal attention with features everywhere, without
+        a log_decay, and one for its gradients: features stay in the chip's fast memory, and it chooses its own chunks.
+        "pallas_interpret" runs the kernels' steps on any device, slowly, for tests.
 
     Returns:
       out [b, n, hq, dv] in v's dtype, or (out, state).
