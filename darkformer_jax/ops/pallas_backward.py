@@ -56,8 +56,10 @@ def backward(
     own = [x.shape[1:] for x in blocks.per_head]
     states = [far.normalizer[:, :, None], jnp.swapaxes(far.values, 2, 3)]
     values = blocks.of_queries(blocks.value_dim)
-    of_keys = [((*rows, blocks.length, n), x.dtype, blocks.of_keys(n)) for x in inputs[3:] for n in x.shape[-1:]]
+    widths = (blocks.dim, blocks.value_dim)
+    of_keys = [((*rows, blocks.length, width), inputs.keys.dtype, blocks.of_keys(width)) for width in widths]
     of_queries = (*rows, blocks.group, blocks.length, blocks.dim)
+    integers: Any = np.zeros(inputs.far.segment.shape, float0)
     dq, dk, dv, dc, dz, dS, *of_head = blocks.call(
         _chunk,
         (before, of_chunk),
@@ -78,17 +80,16 @@ def backward(
     )
     return Inputs(
         _of_features(inputs.features, of_head),
-        FarState(dc[:, :, 0], dz[:, :, 0], jnp.swapaxes(dS, 2, 3), np.zeros(inputs.far.segment.shape, float0)),
+        FarState(dc[:, :, 0], dz[:, :, 0], jnp.swapaxes(dS, 2, 3), integers),
         *(blocks.back(x, length) for x in (dq, dk, dv)),
     )
 
 
 def _of_features(features: RandomFeatures, of_head: list[Array]) -> RandomFeatures:
     """The gradients of w, M and log weights, from those of each row of the batch."""
-    gradients = [jnp.sum(x, axis=0) for x in of_head]
-    shapes = [x for x in features if x is not None]
-    gradients = [g.reshape(x.shape).astype(x.dtype) for g, x in zip(gradients, shapes, strict=True)]
-    return RandomFeatures(*(None if x is None else gradients.pop(0) for x in features))
+    given = {name: x for name, x in features._asdict().items() if x is not None}
+    sums = {name: jnp.sum(x, axis=0) for name, x in zip(given, of_head, strict=True)}
+    return features._replace(**{name: sums[name].reshape(x.shape).astype(x.dtype) for name, x in given.items()})
 
 
 def _chunk(before: Any, of_chunk: Any, *refs: Any, scale: float, has_geometry: bool, has_weights: bool) -> None:

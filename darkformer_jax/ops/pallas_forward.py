@@ -6,7 +6,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from darkformer_jax.ops.pallas_chunk import Blocks, Inputs, Sizes, dot, fold_weights, look, segments_of_chunks, take_refs
+from darkformer_jax.ops.pallas_chunk import (
+    Blocks,
+    Inputs,
+    Sizes,
+    dot,
+    fold_weights,
+    look,
+    segments_of_chunks,
+    take_refs,
+)
 from darkformer_jax.ops.state import FarState
 
 
@@ -29,10 +38,8 @@ def forward(
     far, dtype, shapes = inputs.far, inputs.values.dtype, blocks.state_shapes
     states = [far.key_max[:, :, None], far.normalizer[:, :, None], jnp.swapaxes(far.values, 2, 3)]
     rows = (blocks.batch, blocks.heads)
-    outputs = [((*rows, *shape), jnp.float32, blocks.of_row(shape)) for shape in shapes]
-    outputs.append(
-        ((*rows, blocks.group, blocks.length, blocks.value_dim), dtype, blocks.of_queries(blocks.value_dim))
-    )
+    outputs: list[Any] = [((*rows, *shape), jnp.float32, blocks.of_row(shape)) for shape in shapes]
+    outputs.append(((*rows, blocks.group, blocks.length, blocks.value_dim), dtype, blocks.of_queries(blocks.value_dim)))
     if save:
         dtypes = (jnp.float32, jnp.float32, dtype)
         outputs += [

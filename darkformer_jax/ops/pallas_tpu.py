@@ -81,7 +81,8 @@ def _attend_forward(sizes: Sizes, inputs: Inputs, segments: Array) -> tuple[tupl
 
 
 def _attend_backward(sizes: Sizes, saved: Any, gradient: tuple[FarState, Array]) -> tuple[Inputs, None]:
-    return backward(sizes, *saved, gradient), None
+    inputs, segments, out, states = saved
+    return backward(sizes, inputs, segments, out, states, gradient), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -98,7 +98,7 @@ def test_outputs_are_those_of_the_definition_and_states_those_of_the_scan(ids):
 
 @functools.partial(jax.jit, static_argnames=("form", "chunk_size"))
 def _pull(form, x, ids, far, cotangents, chunk_size):
-    (_, out), pull = jax.vjp(lambda x, far: form(x, ids, far, chunk_size), x, far)
+    _, pull = jax.vjp(lambda x, far: form(x, ids, far, chunk_size), x, far)
     return pull(cotangents)
 
 
