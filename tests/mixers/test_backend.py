@@ -23,8 +23,8 @@ MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 
 def results(backend):
     """Output and gradients of four rows with documents of their own, and four query and two key/value heads."""
-    x = draw("dark", 40, heads=(4, 2), batch=4)
-    ids = np.concatenate([documents(length, 40 - length) for length in (7, 16, 25, 39)])
+    x = draw("dark", 24, heads=(4, 2), batch=4)
+    ids = np.concatenate([documents(length, 24 - length) for length in (7, 16, 20, 23)])
     attend = functools.partial(dark_attention, chunk_size=16, backend=backend)
 
     def run(x):

@@ -98,12 +98,12 @@ def test_outputs_are_those_of_the_definition_and_states_those_of_the_scan(ids):
 
 @functools.partial(jax.jit, static_argnames=("form", "chunk_size"))
 def _pull(form, x, ids, far, cotangents, chunk_size):
-    _, pull = jax.vjp(lambda x, far: form(x, ids, far, chunk_size), x, far)
-    return pull(cotangents)
+    (_, out), pull = jax.vjp(lambda x, far: form(x, ids, far, chunk_size), x, far)
+    return out, *pull(cotangents)
 
 
-def gradients(form, x, segment_ids, cotangent, far=None, of_far=None, chunk_size=CHUNK):
-    """Those of x and of the far state before, by a cotangent of the output and, if there is one, of the state after."""
+def with_gradients(form, x, segment_ids, cotangent, far=None, of_far=None, chunk_size=CHUNK):
+    """(out, gradients of x, of the far state before), by cotangents of out and, if there is one, of the state after."""
     x = jax.tree.map(jnp.asarray, x)
     far = call(x)[1].far if far is None else far
     of_far = jax.tree.map(jnp.zeros_like, far) if of_far is None else of_far
@@ -118,7 +118,7 @@ def gradients(form, x, segment_ids, cotangent, far=None, of_far=None, chunk_size
 def test_gradients_are_those_of_the_definition(data, limit, size):
     x = draw_inputs(**data)
     cotangent = draw_cotangent(x)
-    got = gradients(_by_kernel, x, DOCUMENTS, size * cotangent)[0]
+    _, got, _ = with_gradients(_by_kernel, x, DOCUMENTS, size * cotangent)
     got = jax.tree.map(lambda leaf: np.float64(leaf) / size, got)
     assert_gradients_close(got, oracle("dark", x, DOCUMENTS, cotangent)[1], limit)
 
@@ -128,11 +128,11 @@ def test_gradients_pass_through_states_as_in_the_scan():
     random = np.random.default_rng(2)
     of_far = far._replace(**{n: random.standard_normal(far._asdict()[n].shape, np.float32) for n in far._fields[:3]})
     ids = np.where(np.arange(45) < 40, DOCUMENTS, 0)
-    got, want = (gradients(form, x, ids, draw_cotangent(x), far, of_far) for form in (_by_kernel, _by_scan))
-    assert_gradients_close(got[0], want[0], 1e-4)
+    got, want = (with_gradients(form, x, ids, draw_cotangent(x), far, of_far) for form in (_by_kernel, _by_scan))
+    assert_gradients_close(got[1], want[1], 1e-4)
     for name in far._fields[:3]:
-        assert np.abs(getattr(want[1], name)).max() > 0.01
-        np.testing.assert_allclose(getattr(got[1], name), getattr(want[1], name), rtol=1e-4, atol=1e-4)
+        assert np.abs(getattr(want[2], name)).max() > 0.01
+        np.testing.assert_allclose(getattr(got[2], name), getattr(want[2], name), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("antipodal", [False, True])
@@ -183,8 +183,9 @@ def test_log_weights_the_identity_as_geometry_and_a_chunk_longer_than_the_text()
     x = x._replace(arrays={"projections": x.arrays["projections"], "log_weights": weights})
     cotangent, ids = draw_cotangent(x), np.ones((1, 20), np.int32)
     want, of_x = oracle("dark", x, ids, cotangent)
-    assert_rows_close(by_kernel(x, chunk_size=64)[1], want, 1e-4)
-    assert_gradients_close(gradients(_by_kernel, x, ids, cotangent, chunk_size=64)[0], of_x, 1e-4)
+    out, got, _ = with_gradients(_by_kernel, x, ids, cotangent, chunk_size=64)
+    assert_rows_close(out, want, 1e-4)
+    assert_gradients_close(got, of_x, 1e-4)
 
 
 def test_bfloat16_is_as_near_to_float64_as_the_scan():
@@ -193,13 +194,12 @@ def test_bfloat16_is_as_near_to_float64_as_the_scan():
     want, of_x = oracle("dark", x, DOCUMENTS, cotangent)
     rounded = x._replace(q=jnp.bfloat16(x.q), k=jnp.bfloat16(x.k), v=jnp.bfloat16(x.v))
     error = lambda got, want: np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
-    far, out = by_kernel(rounded, DOCUMENTS)
-    assert out.dtype == jnp.bfloat16 and far.values.dtype == jnp.float32
-    assert error(out, want) <= 1.1 * error(by_scan(rounded, DOCUMENTS)[1], want) < 0.02
-    got, scans = (gradients(form, rounded, DOCUMENTS, cotangent)[0] for form in (_by_kernel, _by_scan))
-    for own, others, leaf in zip(*map(jax.tree.leaves, (got, scans, of_x)), strict=True):
-        assert own.dtype == others.dtype
-        assert error(own, leaf) <= 1.2 * error(others, leaf) < 0.05
+    own, scans = (with_gradients(form, rounded, DOCUMENTS, cotangent)[:2] for form in (_by_kernel, _by_scan))
+    assert own[0].dtype == jnp.bfloat16
+    assert error(own[0], want) <= 1.1 * error(scans[0], want) < 0.02
+    for ours, others, leaf in zip(*map(jax.tree.leaves, (own[1], scans[1], of_x)), strict=True):
+        assert ours.dtype == others.dtype
+        assert error(ours, leaf) <= 1.2 * error(others, leaf) < 0.05
 
 
 @pytest.mark.parametrize(("length", "kernels"), [(7, 1), (1, 0)])
@@ -224,12 +224,12 @@ def test_what_the_kernel_does_not_cover_is_one_line(options, message):
         op(draw("dark", 8), **options)
 
 
-# Chips with the shapes (heads, size of a head, features) that are compiled for them. v5e has the least VMEM.
-COMPILED = {
-    "v5e:1x1": [((8, 8), 128, 256, jnp.bfloat16), ((8, 1), 256, 256, jnp.bfloat16), ((9, 3), 64, 64, jnp.float32)],
-    "v5p:2x2x1": [((8, 1), 256, 256, jnp.bfloat16)],
-    "v6e:1x1": [((8, 1), 256, 256, jnp.bfloat16)],
-}
+# Chip, heads, size of a head, features and dtype: each chip and each kind of shape once.
+COMPILED = [
+    ("v5e:1x1", (8, 1), 256, 256, jnp.bfloat16),
+    ("v5p:2x2x1", (9, 3), 64, 64, jnp.float32),
+    ("v6e:1x1", (8, 8), 128, 256, jnp.bfloat16),
+]
 
 
 @pytest.fixture
@@ -243,17 +243,13 @@ def without_cache():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-@pytest.mark.parametrize("topology", COMPILED)
-def test_it_compiles_for_tpus_whose_vmem_it_fits(topology, without_cache):
-    """The compiler refuses what needs more VMEM than a kernel may have, 16 MiB."""
+@pytest.mark.parametrize(("topology", "heads", "dim", "features", "dtype"), COMPILED)
+def test_it_compiles_for_tpus_whose_vmem_it_fits(topology, heads, dim, features, dtype, without_cache):
+    """The compiler refuses what needs more VMEM than the kernels ask for."""
     device = SingleDeviceSharding(topology_devices(topology)[0])
-    for (num_heads, heads), dim, features, dtype in COMPILED[topology]:
-        of = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=device)
-        q, k = of(1, 1024, num_heads, dim), of(1, 1024, heads, dim)
-        arrays = {
-            "projections": of(heads, features, dim, dtype=jnp.float32),
-            "geometry": of(heads, dim, dim, dtype=jnp.float32),
-        }
-        loss = lambda x: jnp.sum(attend_features(*call(x))[1].astype(jnp.float32))
-        program = jax.jit(jax.grad(loss)).lower(Inputs(q, k, k, arrays)).compile().as_text()
-        assert program.count("tpu_custom_call") >= 2  # forward and backward
+    of = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype, sharding=device)
+    q, k = (of(1, 1024, count, dim, dtype=dtype) for count in heads)
+    arrays = {"projections": of(heads[1], features, dim), "geometry": of(heads[1], dim, dim)}
+    loss = lambda x: jnp.sum(attend_features(*call(x))[1].astype(jnp.float32))
+    program = jax.jit(jax.grad(loss)).lower(Inputs(q, k, k, arrays)).compile().as_text()
+    assert program.count("tpu_custom_call") >= 2  # forward and backward
