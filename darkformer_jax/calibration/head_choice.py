@@ -131,6 +131,11 @@ def check_head_wish(wish: int | Budget | None, exact: ModelSpec, replaced: Model
                 f"--exact_heads: layer {layer} caps its logits (softcap = {mixer.softcap}), and exact heads beside "
                 "features do not; allowed: --exact_layers"
             )
+        if mixer.has_alibi:
+            raise UserError(
+                f"--exact_heads: the heads of layer {layer} have ALiBi's slopes by their number (positions = "
+                f"{mixer.positions!r}), and another order would change them; allowed: --exact_layers"
+            )
         if mixer.undecayed_heads:
             raise UserError(
                 f"--exact_heads: the last heads of layer {layer} do not decay (undecayed_heads = "
