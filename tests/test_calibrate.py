@@ -194,7 +194,9 @@ def test_heads_in_another_order_are_the_same_model(deep, text, tmp_path, capsys,
     fit, found = fitting._fit_layers, []
     monkeypatch.setattr(fitting, "_fit_layers", lambda *given: found.append(fit(*given)) or found[0])
     run(deep, text, tmp_path / "out", "--exact_heads=auto:2", "--far_gain", "--geometry=balanced")
-    report = json.loads((tmp_path / "out/calibration.json").read_text())["exact_heads"]
+    written = json.loads((tmp_path / "out/calibration.json").read_text())
+    assert written["exact_heads"] == "auto:2"
+    report, rows = written["heads"], written["layers"]
     model = load_model(Workdir(tmp_path / "out"))
     counts = [layer.exact_kv_heads or 2 * (layer.kind == "softmax") for layer in model.network.spec.layers]
     assert counts == [len(report["chosen"].get(str(layer), ())) for layer in range(3)] and sum(counts) == 2
@@ -208,7 +210,6 @@ def test_heads_in_another_order_are_the_same_model(deep, text, tmp_path, capsys,
         first = report["chosen"].get(str(layer), [])
         order = [*first, *sorted({0, 1} - {*first})]
         np.testing.assert_array_equal(after.mean_k[layer], before.mean_k[layer][order])
-    rows = json.loads((tmp_path / "out/calibration.json").read_text())["layers"]
     assert [row["layer"] for row in rows] == [layer for layer in range(3) if counts[layer] < 2]
 
 

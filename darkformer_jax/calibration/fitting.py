@@ -177,7 +177,7 @@ def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> Calibrated:
         if choice is not None:
             draw_curve(choice.points, choice.number, choice.context, directory / CURVE_FILE)
         chosen = {"exact": choice.to_json()} if choice else {}
-        chosen |= {"exact_heads": heads.to_json()} if heads else {}
+        chosen |= {"heads": heads.to_json()} if heads else {}
         write_json(directory / CALIBRATION_FILE, dataclasses.asdict(o) | {"layers": rows} | chosen)
     return Calibrated(rows, choice, heads)
 

@@ -145,8 +145,8 @@ def check_head_wish(wish: int | Budget | None, exact: ModelSpec, replaced: Model
     most = len(heads) - 1
     if wish > most:
         raise UserError(
-            f"--exact_heads=auto:{wish}: of {most + 1} key/value heads one at least must be replaced; allowed: 1 to "
-            f"{most}"
+            f"--exact_heads=auto:{wish}: of {most + 1} key/value heads one at least must be replaced; allowed: "
+            + (f"1 to {most}" if most > 0 else "none")
         )
 
 

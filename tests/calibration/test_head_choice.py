@@ -31,3 +31,11 @@ def test_heads_that_are_what_they_are_by_their_place_stay_where_they_are(attenti
 @pytest.mark.parametrize("attention", [{"positions": "none"}, {"decay": "gate"}, {"conv_width": 2}])
 def test_other_heads_can_be_in_any_order(attention):
     check_head_wish(parse_head_wish("auto:1", ""), *specs(**attention))
+
+
+@pytest.mark.parametrize(("heads", "allowed"), [(1, "of 1 .* allowed: none$"), (2, "of 2 .* allowed: 1 to 1$")])
+def test_one_head_at_least_is_replaced(heads, allowed):
+    changes = {"model__num_layers": 1, "model__num_heads": 2, "model__num_kv_heads": heads}
+    both = (model_spec(tiny_config(model__attention__kind=kind, **changes), 257) for kind in ("softmax", "dark"))
+    with pytest.raises(UserError, match=allowed):
+        check_head_wish(2, *both)
