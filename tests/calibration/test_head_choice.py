@@ -2,7 +2,7 @@
 
 import pytest
 
-from darkformer_jax.calibration.head_choice import check_head_wish, parse_head_wish
+from darkformer_jax.calibration.head_choice import check_head_wish
 from darkformer_jax.config.specs import model_spec
 from darkformer_jax.errors import UserError
 from tests.tiny_runs import tiny_config
@@ -25,12 +25,12 @@ def specs(**attention):
 )
 def test_heads_that_are_what_they_are_by_their_place_stay_where_they_are(attention, message):
     with pytest.raises(UserError, match=message):
-        check_head_wish(parse_head_wish("auto:1", ""), *specs(**attention))
+        check_head_wish(1, *specs(**attention))
 
 
 @pytest.mark.parametrize("attention", [{"positions": "none"}, {"decay": "gate"}, {"conv_width": 2}])
 def test_other_heads_can_be_in_any_order(attention):
-    check_head_wish(parse_head_wish("auto:1", ""), *specs(**attention))
+    check_head_wish(1, *specs(**attention))
 
 
 @pytest.mark.parametrize(("heads", "allowed"), [(1, "of 1 .* allowed: none$"), (2, "of 2 .* allowed: 1 to 1$")])
