@@ -13,10 +13,11 @@ other field is overridden by its name.
 Sizes, positions, norms and the tokenizer are those of `init_from`: fields that are None here are filled from its
 config.json, and this run's config.json has their values. The mechanism replaces every layer except the local ones
 (`softmax_local`), so that models with alternating local and global layers keep the local ones. If all layers are local,
-it replaces all. Fields that no layer uses any more, such as model.attention.local_window, are then off.
+it replaces all. Fields that no layer uses any more, such as model.attention.local_window, are then off. Heads that
+`calibrate --exact_heads` left exact stay exact; --config.model.attention.exact_kv_heads=0 replaces them, too.
 
 `keep` in the mechanism's place replaces nothing: the layers, with m, window and the rest, are those of `init_from`. So
-training goes on from a model in which `calibrate --exact_layers` left some layers exact.
+training goes on from a model in which `calibrate --exact_layers` or `--exact_heads` left something exact.
 
 `dark,data=chat,files=conversations.jsonl` learns the answers of conversations (docs/chat.md).
 

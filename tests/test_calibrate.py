@@ -189,10 +189,14 @@ def logits_of(model, tokens):
     return np.asarray(bound(rows[0], rows[1], rows[2].astype(jnp.int32))[0])
 
 
-def test_heads_in_another_order_are_the_same_model(deep, text, tmp_path, capsys):
+def test_heads_in_another_order_are_the_same_model(deep, text, tmp_path, capsys, monkeypatch):
     """A window of 64 sees 32 tokens whole, so the logits are the exact model's, whichever heads are exact."""
+    fit, found = fitting._fit_layers, []
+    monkeypatch.setattr(fitting, "_fit_layers", lambda *given: found.append(fit(*given)) or found[0])
     run(deep, text, tmp_path / "out", "--exact_heads=auto:2", "--far_gain", "--geometry=balanced")
-    report = json.loads((tmp_path / "out/calibration.json").read_text())["exact_heads"]
+    written = json.loads((tmp_path / "out/calibration.json").read_text())
+    assert written["exact_heads"] == "auto:2"
+    report, rows = written["heads"], written["layers"]
     model = load_model(Workdir(tmp_path / "out"))
     counts = [layer.exact_kv_heads or 2 * (layer.kind == "softmax") for layer in model.network.spec.layers]
     assert counts == [len(report["chosen"].get(str(layer), ())) for layer in range(3)] and sum(counts) == 2
@@ -200,6 +204,13 @@ def test_heads_in_another_order_are_the_same_model(deep, text, tmp_path, capsys)
     wanted = logits_of(load_model(Workdir(deep)), tokens)
     np.testing.assert_allclose(logits_of(model, tokens), wanted, atol=2e-4 * np.abs(wanted).max())
     assert "exact heads" in capsys.readouterr().out
+    # What is said of each head is in the order of the model that is written.
+    before, after = found[0][2], Moments.load(tmp_path / "out/moments.npz")
+    for layer in range(3):
+        first = report["chosen"].get(str(layer), [])
+        order = [*first, *sorted({0, 1} - {*first})]
+        np.testing.assert_array_equal(after.mean_k[layer], before.mean_k[layer][order])
+    assert [row["layer"] for row in rows] == [layer for layer in range(3) if counts[layer] < 2]
 
 
 @pytest.mark.parametrize("mechanism", ["dark", "performer"])

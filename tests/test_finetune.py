@@ -73,6 +73,38 @@ def test_what_calibration_made_learnable_stays_so_where_the_mechanism_has_it(tmp
     assert (config.model.attention.far_gain, config.model.attention.learn_projections) == inherited
 
 
+SPLIT = {"model__num_layers": 3, "model__attention__pattern": "dark,dark(exact_kv_heads=1,window=16),dark"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "pattern"),
+    [
+        ("dark", "dark,dark(exact_kv_heads=1),dark"),
+        ("window_only", "window_only,window_only(exact_kv_heads=1),window_only"),
+        ("softmax", ""),
+    ],
+)
+def test_heads_that_a_calibration_left_exact_stay_so_where_the_mechanism_can_have_them(tmp_path, kind, pattern):
+    """Their layer has its heads in an order of its own, and the training would undo the choice without a word."""
+    config = from_run(tmp_path, kind, **SPLIT)
+    validate(config)
+    assert config.model.attention.pattern == pattern
+    of_all = from_run(tmp_path / "all", kind, model__attention__exact_kv_heads=1)
+    validate(of_all)
+    assert of_all.model.attention.exact_kv_heads == (1 if pattern else 0)
+    none = from_run(tmp_path / "none", kind, {"model.attention.exact_kv_heads": 0}, **SPLIT)
+    assert none.model.attention.pattern == ""
+
+
+@pytest.mark.parametrize("source", [SPLIT, {"model__attention__exact_kv_heads": 1}])
+def test_a_mechanism_that_can_have_no_exact_heads_does_not_silently_take_their_place(tmp_path, source):
+    with pytest.raises(UserError, match="some of its heads are exact .*; hedgehog would replace them, too; allowed"):
+        from_run(tmp_path, "hedgehog", **source)
+    config = from_run(tmp_path, "hedgehog", {"model.attention.pattern": "hedgehog"}, **source)
+    validate(config)
+    assert config.model.attention.exact_kv_heads == 0
+
+
 def test_what_is_trained_is_the_runs_own_choice(tmp_path):
     source = {"model__lora_rank": 8, "optimizer__train": "lora"}
     config = from_run(tmp_path, "dark,train=lora,lora=4", **source)

@@ -137,7 +137,7 @@ def test_more_stages_may_follow_and_begin_where_the_last_one_ended(exact, text, 
 def test_the_heads_that_transfer_leaves_exact_stay_exact_in_later_stages(exact, text, tmp_path):
     options = ("--exact_heads=auto:1", "--geometry=balanced", "--geometry_init=0.7")
     run(exact, text, tmp_path / "out", "--stages=transfer,hidden", "--steps=transfer=2,hidden=3", *options)
-    (layer,) = json.loads((tmp_path / "out/1-transfer/calibration.json").read_text())["exact_heads"]["chosen"]
+    (layer,) = json.loads((tmp_path / "out/1-transfer/calibration.json").read_text())["heads"]["chosen"]
     for name in DIRECTORIES[:2]:
         attention = Workdir(tmp_path / "out" / name).read_config()["model"]["attention"]
         entries = attention["pattern"].split(",")

@@ -24,9 +24,8 @@ from darkformer_jax.calibration.head_choice import (
     choose_heads,
     head_pattern,
     parse_wishes,
-    restacked,
-    with_exact_heads_first,
 )
+from darkformer_jax.calibration.head_order import moments_in_order, restacked, rows_in_order, with_exact_heads_first
 from darkformer_jax.calibration.moments import Moments
 from darkformer_jax.calibration.passages import read_passages
 from darkformer_jax.calibration.quality_curve import CURVE_FILE, draw_curve
@@ -114,7 +113,7 @@ class Calibrated(NamedTuple):
 
     Attributes:
       layers: one row per replaced layer: `layer`, `seconds`, and the relative errors of its heads, `before`, `after`
-        and, if there is a window, `window_only`.
+        and, if there is a window, `window_only`. Exact heads come first and have none.
       choice: of the exact layers, where they were chosen.
       heads: of the exact heads, likewise.
     """
@@ -156,8 +155,10 @@ def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> Calibrated:
             if by_heads is not None:
                 context = CACHE_CONTEXT if isinstance(by_heads, int) else by_heads.context
                 heads = choose_heads(by_heads, exact_model, replaced, *texts, HeadSizes(*specs, context), progress_bar)
+                num_kv = specs[0].layers[0].num_kv_heads
                 state = with_exact_heads_first(state, network, heads.by_layer)
-                pattern = head_pattern(teacher.config, config, heads.by_layer, specs[0].layers[0].num_kv_heads)
+                rows, moments = rows_in_order(rows, heads.by_layer, num_kv), moments_in_order(moments, heads.by_layer)
+                pattern = head_pattern(teacher.config, config, heads.by_layer, num_kv)
             else:
                 context = wish.budget.context if wish.budget else CACHE_CONTEXT
                 choice = choose(wish, exact_model, replaced, *texts, CacheSizes.of(*specs, context), progress_bar)
@@ -174,7 +175,7 @@ def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> Calibrated:
         if choice is not None:
             draw_curve(choice.points, choice.number, choice.context, directory / CURVE_FILE)
         chosen = {"exact": choice.to_json()} if choice else {}
-        chosen |= {"exact_heads": heads.to_json()} if heads else {}
+        chosen |= {"heads": heads.to_json()} if heads else {}
         write_json(directory / CALIBRATION_FILE, dataclasses.asdict(o) | {"layers": rows} | chosen)
     return Calibrated(rows, choice, heads)
 

@@ -1,4 +1,4 @@
-"""Chooses the key/value heads that stay exact by what each one gains, and orders every layer's heads accordingly."""
+"""Chooses the key/value heads that stay exact by what each one gains."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import ml_collections
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float, Int
 
 from darkformer_jax.calibration.cache_budget import Budget, at_least_one, parse_budget, show_bytes
@@ -17,12 +16,10 @@ from darkformer_jax.data.progress import ProgressBar
 from darkformer_jax.data.tokenizers import Tokenizer
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers.spec import MixerSpec
-from darkformer_jax.model.network import Network, logical_axes
 from darkformer_jax.model.spec import ModelSpec
 from darkformer_jax.model.state_size import state_bytes
 from darkformer_jax.model.transformer import Transformer
 from darkformer_jax.tasks.table import table_lines
-from darkformer_jax.training.step import TrainState
 
 _PASSAGES = 8  # of the test text, at most
 
@@ -139,6 +136,11 @@ def check_head_wish(wish: int | Budget | None, exact: ModelSpec, replaced: Model
                 f"--exact_heads: layer {layer} caps its logits (softcap = {mixer.softcap}), and exact heads beside "
                 "features do not; allowed: --exact_layers"
             )
+        if mixer.has_alibi:
+            raise UserError(
+                f"--exact_heads: the heads of layer {layer} have ALiBi's slopes by their number (positions = "
+                f"{mixer.positions!r}), and another order would change them; allowed: --exact_layers"
+            )
         if mixer.undecayed_heads:
             raise UserError(
                 f"--exact_heads: the last heads of layer {layer} do not decay (undecayed_heads = "
@@ -151,8 +153,8 @@ def check_head_wish(wish: int | Budget | None, exact: ModelSpec, replaced: Model
     most = len(heads) - 1
     if wish > most:
         raise UserError(
-            f"--exact_heads=auto:{wish}: of {most + 1} key/value heads one at least must be replaced; allowed: 1 to "
-            f"{most}"
+            f"--exact_heads=auto:{wish}: of {most + 1} key/value heads one at least must be replaced; allowed: "
+            + (f"1 to {most}" if most > 0 else "none")
         )
 
 
@@ -221,48 +223,6 @@ def head_pattern(
             entry = entry._replace(options={**entry.options, "exact_kv_heads": count})
         entries.append(show_layer(entry))
     return ",".join(shortest_pattern(entries))
-
-
-def with_exact_heads_first(state: TrainState, network: Network, by_layer: dict[int, list[int]]) -> TrainState:
-    """The state with the heads of these layers in another order, the exact ones first. The function does not change."""
-    trees = ((state.params, network.map_params), (state.projections, network.map_projections))
-    params, projections = (_in_order(tree, visit, network.spec, by_layer) for tree, visit in trees)
-    return state._replace(params=params, projections=projections)
-
-
-def _in_order(tree: dict, visit: Any, spec: ModelSpec, by_layer: dict[int, list[int]]) -> dict:
-    axes: dict[tuple[str, ...], tuple[str | None, ...]] = {}
-    visit(lambda path, variable: axes.setdefault(tuple(path), logical_axes(variable)))
-    new = flatten_dict(tree)
-    for layer, first in by_layer.items():
-        row, place = divmod(layer, len(spec.pattern))
-        heads, kv_heads = spec.layers[layer].num_heads, spec.layers[layer].num_kv_heads
-        order = np.array([*first, *(head for head in range(kv_heads) if head not in first)])
-        group = np.arange(heads // kv_heads)
-        orders = {"kv_heads": order, "heads": (order[:, None] * len(group) + group).ravel()}
-        for path in [path for path in new if path[:2] == (f"blocks_{place}", "attention")]:
-            moved = new[path][row]
-            for axis, name in enumerate(axes[path][1:]):  # the first axis is that of the stacked layers
-                if name in orders:
-                    moved = moved.take(orders[name], axis=axis)
-            new[path] = new[path].at[row].set(moved)
-    return unflatten_dict(new)
-
-
-def restacked(state: TrainState, network: Network, other: Network, start: TrainState) -> TrainState:
-    """`start`, a state of `other`, with every array that `state` of `network` has for the same layer."""
-    trees = []
-    for old, new in ((state.params, start.params), (state.projections, start.projections)):
-        source, target = flatten_dict(old), flatten_dict(new)
-        for path in [path for path in target if not path[0].startswith("blocks_")]:
-            target[path] = source[path]
-        for layer in range(network.spec.num_layers):
-            (row, place), (to_row, to_place) = (divmod(layer, len(net.spec.pattern)) for net in (network, other))
-            for path in [path for path in target if path[0] == f"blocks_{to_place}"]:
-                value = source[(f"blocks_{place}", *path[1:])][row]
-                target[path] = target[path].at[to_row].set(value)
-        trees.append(unflatten_dict(target))
-    return start._replace(params=trees[0], projections=trees[1])
 
 
 def head_lines(choice: HeadChoice) -> list[str]:

@@ -37,6 +37,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
 # dimension -> the dimension that is split instead if the mesh does not divide it, and otherwise stays whole. With
 # grouped queries, a single key/value head cannot be split, but its random features can.
 INSTEAD = {"kv_heads": "features"}
+_HEADS = ("kv_heads", "heads")
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -187,22 +188,24 @@ def map_shards(
 ) -> jax.Array:
     """Runs `function(*arrays)` on every device's own part of the arrays (`jax.shard_map`) on the current mesh.
 
-    Where `tensor` does not divide the key/value heads, the compiler chooses what runs over that axis.
+    Where `tensor` does not divide the key/value or the query heads, the compiler chooses what runs over that axis.
+    A layer with exact heads calls this twice, with some of its heads each time.
 
     Raises:
       UserError: the mesh does not divide an array.
     """
     mesh = jax.sharding.get_abstract_mesh()
     dimensions = [pair for axes, x in zip(in_axes, arrays, strict=True) for pair in zip(axes, x.shape, strict=True)]
-    by_heads = all(size % _ways("kv_heads", mesh) == 0 for axis, size in dimensions if axis == "kv_heads")
-    manual = set(MESH_AXES) - (set() if by_heads else set(RULES["kv_heads"]))
+    by_heads = all(size % _ways(axis, mesh) == 0 for axis, size in dimensions if axis in _HEADS)
+    manual = set(MESH_AXES) - (set() if by_heads else {name for axis in _HEADS for name in RULES[axis]})
 
     def spec(axes: Sequence[str | None]) -> P:
         names = ([name for name in RULES[axis] if name in manual] if axis else [] for axis in axes)
         return P(*(tuple(entry) or None for entry in names))
 
     for axes, x in zip(in_axes, arrays, strict=True):
-        spec_of("an array of attention", axes, x.shape, mesh)
+        split = [axis if axis and manual.issuperset(RULES[axis]) else None for axis in axes]
+        spec_of("an array of attention", split, x.shape, mesh)
     in_specs = tuple(spec(axes) for axes in in_axes)
     return jax.shard_map(function, in_specs=in_specs, out_specs=spec(out_axes), axis_names=manual)(*arrays)
 

@@ -17,9 +17,11 @@ import numpy as np
 from darkformer_jax.config import base
 from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.config.migrations import with_version
+from darkformer_jax.config.pattern import Layer, parse_pattern
 from darkformer_jax.config.specs import mixer_specs
 from darkformer_jax.data.files import write_file
 from darkformer_jax.errors import UserError
+from darkformer_jax.mixers import MIXERS
 from darkformer_jax.mixers.forgetting import alibi_slopes
 from darkformer_jax.mixers.spec import MixerSpec
 from darkformer_jax.pretrained.families import FAMILIES, Family, Fields, canonical, fitting_family
@@ -69,7 +71,8 @@ _README = """# An exported DARKFormer
 
 Attention, layer by layer: {kinds}.
 
-* Linear attention keeps a state of constant size: `generate` needs no more memory for more tokens.
+* Linear attention keeps a state of constant size, whatever the number of tokens. Softmax layers and exact heads keep a
+  cache that grows.
 * One row is one document. Pad on either side; positions count the real tokens.
 * Refused: several documents in a row, masks with holes, output_attentions, assisted decoding, static and quantised
   caches.
@@ -151,9 +154,17 @@ def write_code(directory: Path, fields: Fields) -> None:
     """Copies the code, byte for byte, and writes README.md."""
     for file in sorted(_CODE.glob("*.py")):
         shutil.copyfile(file, directory / file.name)
-    kinds = kinds_of(fields)
-    shown = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds))
+    pattern = parse_pattern(fields["attention.pattern"], fields["attention.kind"])
+    layers = [_with_heads(pattern[layer % len(pattern)], fields) for layer in range(fields["num_layers"])]
+    shown = ", ".join(f"{layers.count(layer)} x {layer}" for layer in dict.fromkeys(layers))
     write_file(str(directory / "README.md"), _README.format(kinds=shown).encode())
+
+
+def _with_heads(layer: Layer, fields: Fields) -> str:
+    """The kind of a layer, and how many of its heads are exact."""
+    count = layer.options.get("exact_kv_heads", fields["attention.exact_kv_heads"])
+    has_some = count and "exact_kv_heads" in MIXERS[layer.kind].uses
+    return f"{layer.kind} ({count} of {fields['num_kv_heads']} key/value heads exact)" if has_some else layer.kind
 
 
 def is_own_format(values: Mapping[str, Any]) -> bool:

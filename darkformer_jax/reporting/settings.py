@@ -38,6 +38,9 @@ HEADINGS = {
 
 Settings = dict[str, Any]
 
+# What calibration.json has beside its options: what was found, which the seed decides with the text.
+_NO_OPTIONS = ("seed", "workdir", "layers", "exact", "heads")
+
 # They change how a batch is computed, measured or saved, not what is learned. The data has a fingerprint.
 _NO_SETTINGS = ("seed.", "data.", "model.remat.", *(name + "." for name in CHANGEABLE if name != "num_steps"))
 
@@ -97,8 +100,9 @@ def origin_of(init_from: str) -> Any:
     origin = settings_of(Workdir(init_from).read_config(), init_from)
     if is_calibration:
         calibration = read_json_object(calibration_file)
-        chosen = {name: value for name, value in calibration.items() if name not in ("seed", "workdir", "layers")}
-        origin["calibration"] = {"text_field": TEXT_FIELD, **chosen}  # files from before the option lack it
+        chosen = {name: value for name, value in calibration.items() if name not in _NO_OPTIONS}
+        # Files from before an option lack it.
+        origin["calibration"] = {"text_field": TEXT_FIELD, "exact_heads": "none", **chosen}
     return origin
 
 

@@ -14,6 +14,7 @@ from darkformer_jax.mixers import MIXERS
 from darkformer_jax.runs.workdir import CONFIG_FILE, Workdir
 
 _PATTERN, _KIND = "model.attention.pattern", "model.attention.kind"
+_EXACT_HEADS = "model.attention.exact_kv_heads"
 
 
 def inherit(config: ml_collections.ConfigDict, workdir: Workdir | None = None) -> ml_collections.ConfigDict:
@@ -29,7 +30,7 @@ def inherit(config: ml_collections.ConfigDict, workdir: Workdir | None = None) -
 
     Raises:
       UserError: a field is None and `init_from` is empty, or its config.json cannot be read or lacks the field; or this
-        config's mechanism would replace layers that `init_from` keeps exact beside others.
+        config's mechanism would replace layers that `init_from` keeps exact beside others, or heads likewise.
     """
     missing = [name for name, value in flat_fields(config.to_dict()) if value is None]
     if not missing:
@@ -74,6 +75,7 @@ def _with_mechanism(config: ml_collections.ConfigDict, saved: Mapping[str, Any])
     if kind is None:
         return str(saved[_PATTERN])
     _require_one_meaning(config, layers)
+    _require_exact_heads(config, layers, saved.get(_EXACT_HEADS, 0))
     if MIXERS[kind].role != "exact" and all(MIXERS[layer.kind].is_local for layer in layers):
         return ""
     # An option is inherited as its field is: what is the mechanism's own choice comes from this config.
@@ -94,6 +96,20 @@ def _require_one_meaning(config: ml_collections.ConfigDict, layers: Sequence[Lay
         raise UserError(
             f"init_from = {config.init_from}: its layers are {kinds}; {kind} would replace the exact ones, too; "
             f"allowed: configs/finetune.py:keep, which keeps them, or --config.model.attention.pattern={kind}"
+        )
+
+
+def _require_exact_heads(config: ml_collections.ConfigDict, layers: Sequence[Layer], of_all: int) -> None:
+    """Raises UserError for a mechanism that would replace heads left exact, because its layers cannot have any.
+
+    of_all: `exact_kv_heads` of layers without that option.
+    """
+    kind = config.model.attention.kind
+    has_some = any(layer.options.get("exact_kv_heads", of_all) for layer in layers)
+    if has_some and MIXERS[kind].role != "exact" and "exact_kv_heads" not in MIXERS[kind].uses:
+        raise UserError(
+            f"init_from = {config.init_from}: some of its heads are exact (exact_kv_heads); {kind} would replace them, "
+            f"too; allowed: configs/finetune.py:keep, which keeps them, or --config.model.attention.pattern={kind}"
         )
 
 

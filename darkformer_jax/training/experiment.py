@@ -1,6 +1,7 @@
 """All parts of a training run, made from its config without allocating an array."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import optax
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding
 
+from darkformer_jax.config.pattern import parse_pattern, show_layer
 from darkformer_jax.config.specs import model_spec
 from darkformer_jax.distributed.sharding import (
     Part,
@@ -180,14 +182,13 @@ class Experiment:
         """The sizes of the experiment, which --dry_run prints."""
         spec = self.network.spec
         per_device = bytes_per_device(self.abstract, self.shardings)
-        kinds = ", ".join(mixer.kind for mixer in spec.pattern)
         rows = (
             ("parameters", f"{self.num_params:,}"),
             ("trained", f"{self.num_trained:,} (optimizer.train = {self.config.optimizer.train!r})"),
             ("state", f"{self.state_bytes / 2**20:,.1f} MiB, of which {per_device / 2**20:,.1f} MiB per device"),
             ("tokens/step", f"{self.tokens_per_step:,} = {self.config.batch_size} x {self.config.sequence_length}"),
             ("FLOPs/step", f"{self.step_flops:.3e}"),
-            ("layers", f"{spec.num_layers}{', in turn ' if len(spec.pattern) > 1 else ' x '}{kinds}"),
+            ("layers", f"{spec.num_layers}{', in turn ' if len(spec.pattern) > 1 else ' x '}{self._layers()}"),
             ("vocabulary", f"{spec.vocab_size:,}"),
             *([] if spec.num_outputs else [("logits", self._logits())]),
             *self.objective.describe().items(),
@@ -196,6 +197,18 @@ class Experiment:
             ("cost", self.cost),
         )
         return "\n".join(f"{name:14s} {value}" for name, value in rows)
+
+    def _layers(self) -> str:
+        """The entries of the pattern with their options, equal neighbours as one: `softmax, 2 x dark(m=128)`."""
+        attention, shown = self.config.model.attention, []
+        for layer, mixer in zip(
+            parse_pattern(attention.pattern, attention.kind), self.network.spec.pattern, strict=True
+        ):
+            # Which heads are exact is shown wherever it is said, for it decides how large the caches are.
+            exact = {"exact_kv_heads": mixer.exact_kv_heads} if mixer.exact_kv_heads else {}
+            shown.append(show_layer(layer._replace(options={**layer.options, **exact})))
+        runs = [(entry, len(list(run))) for entry, run in itertools.groupby(shown)]
+        return ", ".join(f"{count} x {entry}" if count > 1 else entry for entry, count in runs)
 
     def _logits(self) -> str:
         """What a device has of a micro-batch's logits at a time, in words."""

@@ -1,5 +1,9 @@
+import json
+
 from configs import ablation
-from darkformer_jax.reporting.settings import is_comparable, settings_of
+from darkformer_jax.reporting.settings import is_comparable, origin_of, settings_of
+from darkformer_jax.runs.workdir import Workdir
+from tests.tiny_runs import tiny_config
 
 
 def test_settings_are_the_fields_that_the_mechanism_uses():
@@ -40,3 +44,17 @@ def test_dark_is_compared_layer_by_layer_and_from_the_same_start():
         assert not is_comparable(dark, settings("softmax_local,performer", **change), "performer")
     other_rate = settings("softmax_local,performer", **{"optimizer.learning_rate": 1.0})
     assert is_comparable(dark, other_rate, "performer", ("optimizer.learning_rate",))
+
+
+def test_calibrations_that_differ_in_the_seed_and_what_was_found_with_it_are_one_origin(tmp_path):
+    options = {"mechanism": "dark", "exact_heads": "auto:2"}
+    found = [
+        {"seed": seed, "layers": [seed], "heads": {"curve": [seed]}, "exact": {"curve": [seed]}} for seed in (0, 1)
+    ]
+    origins = []
+    for name, content in (("a", options | found[0]), ("b", options | found[1]), ("c", {"mechanism": "dark"})):
+        Workdir(tmp_path / name).write_config(tiny_config().to_dict())
+        (tmp_path / name / "calibration.json").write_text(json.dumps(content))
+        origins.append(origin_of(str(tmp_path / name)))
+    assert origins[0] == origins[1]
+    assert origins[0]["calibration"]["exact_heads"] == "auto:2" and origins[2]["calibration"]["exact_heads"] == "none"

@@ -139,6 +139,23 @@ def test_sizes_are_those_of_the_arrays():
 
 
 @pytest.mark.parametrize(
+    ("attention", "shown"),
+    [
+        ({"kind": "dark"}, "4 x dark"),
+        ({"kind": "dark", "exact_kv_heads": 1}, "4 x dark(exact_kv_heads=1)"),
+        (
+            {"pattern": "dark(exact_kv_heads=1),softmax,dark(m=16),dark(m=16)"},
+            "4, in turn dark(exact_kv_heads=1), softmax, 2 x dark(num_features=16)",
+        ),
+    ],
+)
+def test_a_description_says_which_layers_have_exact_heads_and_other_options(attention, shown):
+    changes = {f"model__attention__{name}": value for name, value in attention.items()}
+    described = experiment_of(tiny_config(model__num_layers=4, **changes)).describe()
+    assert f"layers         {shown}\n" in described
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"mesh__data": 3}, "mesh .*'data': 3.* does not fit the 1 devices there are"),

@@ -1,0 +1,41 @@
+"""Which wishes for exact heads a model can have."""
+
+import pytest
+
+from darkformer_jax.calibration.head_choice import check_head_wish
+from darkformer_jax.config.specs import model_spec
+from darkformer_jax.errors import UserError
+from tests.tiny_runs import tiny_config
+
+
+def specs(**attention):
+    """An exact model with these options, and the same with features in every layer."""
+    options = {f"model__attention__{name}": value for name, value in attention.items()}
+    both = (tiny_config(**options, model__num_layers=2, model__attention__kind=kind) for kind in ("softmax", "dark"))
+    return [model_spec(config, 257) for config in both]
+
+
+@pytest.mark.parametrize(
+    ("attention", "message"),
+    [
+        ({"positions": "alibi"}, "the heads of layer 0 have ALiBi's slopes by their number"),
+        ({"positions": "rope+alibi"}, r"\(positions = 'rope\+alibi'\), and another order would change them"),
+        ({"decay": "gate", "undecayed_heads": 1}, "the last heads of layer 0 do not decay"),
+    ],
+)
+def test_heads_that_are_what_they_are_by_their_place_stay_where_they_are(attention, message):
+    with pytest.raises(UserError, match=message):
+        check_head_wish(1, *specs(**attention))
+
+
+@pytest.mark.parametrize("attention", [{"positions": "none"}, {"decay": "gate"}, {"conv_width": 2}])
+def test_other_heads_can_be_in_any_order(attention):
+    check_head_wish(1, *specs(**attention))
+
+
+@pytest.mark.parametrize(("heads", "allowed"), [(1, "of 1 .* allowed: none$"), (2, "of 2 .* allowed: 1 to 1$")])
+def test_one_head_at_least_is_replaced(heads, allowed):
+    changes = {"model__num_layers": 1, "model__num_heads": 2, "model__num_kv_heads": heads}
+    both = (model_spec(tiny_config(model__attention__kind=kind, **changes), 257) for kind in ("softmax", "dark"))
+    with pytest.raises(UserError, match=allowed):
+        check_head_wish(2, *both)
