@@ -163,10 +163,10 @@ def is_classifier(values: Mapping[str, Any]) -> bool:
     return CLASSIFIER in (values.get("architectures") or ())
 
 
-def read_head(hf: HFConfig, task: Any, config: ml_collections.ConfigDict) -> Head:
+def read_head(hf: HFConfig, task: Mapping[str, Any], config: ml_collections.ConfigDict) -> Head:
     """Sets the task of `config` to that of a config.json, and returns what the outputs mean.
 
-    task: `darkformer.task`; None for a language model that became a classifier in PyTorch.
+    task: `darkformer.task`; {} for a language model that became a classifier in PyTorch.
 
     Raises:
       UserError: the labels or the problem are not those of a classification or a regression here.
@@ -178,7 +178,7 @@ def read_head(hf: HFConfig, task: Any, config: ml_collections.ConfigDict) -> Hea
         raise hf.error("problem_type", f"must be {default} for id2label of {len(names)}")
     name = next(name for name in _PROBLEMS if _PROBLEMS[name] == problem)
     config.task.name, config.data.source = name, LABELLED_SOURCE
-    _set_task({} if task is None else task, hf, config)
+    _set_task(task, hf, config)
     return Head(name, tuple(names) if name == _CLASSIFICATION else ())
 
 
@@ -194,9 +194,7 @@ def _label_names(hf: HFConfig) -> list[str]:
     return names
 
 
-def _set_task(task: Any, hf: HFConfig, config: ml_collections.ConfigDict) -> None:
-    if not isinstance(task, Mapping):
-        raise UserError(f"{hf.path}: darkformer.task must be an object")
+def _set_task(task: Mapping[str, Any], hf: HFConfig, config: ml_collections.ConfigDict) -> None:
     said = HFConfig(task, f"{hf.path}: darkformer.task")
     for name in _READ:
         value = task.get(name, fields()[f"task.{name}"].default)

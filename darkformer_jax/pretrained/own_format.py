@@ -197,7 +197,7 @@ def read_own_config(hf: HFConfig, config: ml_collections.ConfigDict) -> tuple[Fa
             raise UserError(f"{where}.model.{name} = {said[name]!r}, but the rest of the file says {stock[name]!r}")
     _check_pattern(content.get("pattern"), config, where)
     config.sequence_length = hf.integer("max_position_embeddings", config.sequence_length)
-    return family, read_head(hf, content.get("task"), config) if is_classifier(hf.values) else None
+    return family, read_head(hf, content.get("task", {}), config) if is_classifier(hf.values) else None
 
 
 def _check_pattern(pattern: Any, config: ml_collections.ConfigDict, where: str) -> None:

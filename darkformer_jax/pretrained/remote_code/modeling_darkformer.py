@@ -377,9 +377,10 @@ class DarkformerForSequenceClassification(DarkformerPreTrainedModel):
 
     def __init__(self, config: DarkformerConfig) -> None:
         super().__init__(config)
-        self.num_labels, self.pooling = config.num_labels, config.pooling
+        labels: Any = config.num_labels  # of id2label
+        self.num_labels, self.pooling = labels, config.pooling
         self.model = DarkformerModel(config)
-        self.score = Score(config.hidden_size, len(config.id2label))
+        self.score = Score(config.hidden_size, labels)
         self.post_init()
 
     def forward(
