@@ -51,10 +51,13 @@ darkformer_jax reads the directory back, also after training in PyTorch:
     python -m darkformer_jax.predict --workdir=runs/copy --text=<files>
 """
 _PAIR = (
-    "Its texts are {columns}, in one text with a line feed between them. It refuses `text_pair`, which a tokenizer "
-    "would join in another way."
+    "A text of it is {columns}, with a line feed between them. `text_pair` is refused: the tokenizer would join the "
+    "tokens in another way."
 )
-_SINGLE = "It reads one text, as it is. Special tokens that a text spells are text."
+_SINGLE = (
+    "It reads a text as it is. If its texts are pairs, as in GLUE, one text is both with a line feed between them: "
+    '`f"{{first}}\\n{{second}}"`. `text_pair` is refused: the tokenizer would join the tokens in another way.'
+)
 
 
 class Head(NamedTuple):
@@ -151,7 +154,7 @@ def head_readme(head: Head, config: ml_collections.ConfigDict, kinds: str) -> st
         what="a regression on texts" if is_regression else "a classifier of texts",
         example='f"' + r"\n".join(f"{{{name}}}" for name in columns) + '"' if is_pair else '"a text"',
         answer="a number, the `score` of `LABEL_0`" if is_regression else f"one of {len(shown)} classes: {classes}",
-        reads=_PAIR.format(columns=" and ".join(f"`{name}`" for name in columns)) if is_pair else _SINGLE,
+        reads=_PAIR.format(columns=" and ".join(f"`{name}`" for name in columns)) if is_pair else _SINGLE.format(),
         length=config.sequence_length,
         pooling="the last token's hidden state" if config.task.pooling == "last" else "the mean hidden state",
         kinds=kinds,

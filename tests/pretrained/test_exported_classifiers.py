@@ -42,6 +42,14 @@ LABELS = {"dark": [1, 0, 2, 1], "number-of-gemma": [0.5, -1.0, 3.0, 2.0]}
 pytestmark = pytest.mark.standard_promotion  # the state of a checkpoint is made with its optimizer
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def close_to(wanted):
     return {"atol": 1e-5 * np.abs(wanted).max(), "rtol": 0}
 
