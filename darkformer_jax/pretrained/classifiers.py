@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_collections
+import tokenizers
 
 from darkformer_jax.config.base import LABELLED_SOURCE, LANGUAGE_MODEL, fields
 from darkformer_jax.data.files import read_json_object, write_json
@@ -129,9 +130,22 @@ def fit_tokenizer(directory: Path, tokenizer: Tokenizer, length: int) -> None:
 
     Texts are cut at `length`, and special tokens that they spell are text. `token_type_ids` show the model a pair that
     was not joined with a line feed, which it refuses. Padding needs some token; the model does not see which.
+
+    Raises:
+      UserError: a tokenizer.json puts other tokens around a text than training did.
     """
+    definition = directory / "tokenizer.json"
+    if definition.exists():
+        around = tokenizers.Tokenizer.from_file(str(definition)).encode("").tokens
+        if len(around) != tokenizer.adds_bos:
+            raise UserError(
+                f"the post_processor of tokenizer.json puts {' '.join(around)} around a text; in training there was "
+                f"{'a BOS in front' if tokenizer.adds_bos else 'nothing'}. Allowed: the same"
+            )
     path = str(directory / CONFIG_FILE)
     config = read_json_object(path) if os.path.isfile(path) else {}
+    if config.get("add_eos_token"):
+        config["add_eos_token"] = False  # the head has learned to read the text's own last token
     names = {**tokenizer.token_names, **token_names(config)}
     own = {
         "model_max_length": length,

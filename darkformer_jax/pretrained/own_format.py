@@ -74,6 +74,7 @@ Attention, layer by layer: {kinds}.
 
 * Linear attention keeps a state of constant size: `generate` needs no more memory for more tokens.
 * One row is one document. Pad on either side; positions count the real tokens.
+* `AutoModelForSequenceClassification` starts a classifier on it (`num_labels=`), whose head is new.
 * Refused: several documents in a row, masks with holes, output_attentions, assisted decoding, static and quantised
   caches.
 

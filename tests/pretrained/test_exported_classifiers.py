@@ -7,11 +7,12 @@ import shutil
 import numpy as np
 import pytest
 import scipy.special
+import tokenizers
 
 from darkformer_jax import predict
 from darkformer_jax.config import base
 from darkformer_jax.data.labelled import Columns, LabelledRows, read_examples
-from darkformer_jax.data.tokenizers import BytesTokenizer, save_for_transformers, train_bpe
+from darkformer_jax.data.tokenizers import BytesTokenizer, load_tokenizer, save_for_transformers, train_bpe
 from darkformer_jax.errors import UserError
 from darkformer_jax.pretrained.classifiers import fit_tokenizer
 from darkformer_jax.pretrained.export import export_workdir
@@ -136,6 +137,19 @@ def test_texts_and_pairs_have_the_ids_of_the_task(name, tmp_path):
         batch, found = rows.read(np.arange(4)), theirs(joined, padding="max_length", truncation=True)
         np.testing.assert_array_equal(found["attention_mask"], batch["segment_ids"])
         np.testing.assert_array_equal(np.where(batch["segment_ids"], found["input_ids"], 0), batch["inputs"])
+
+
+def test_a_tokenizer_that_puts_a_token_after_a_text_is_refused(tmp_path):
+    tokenizer = chat_tokenizer(adds_bos=True)
+    tokenizer.save(str(tmp_path))
+    definition = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ends = [("<|doc|>", 0), ("<|im_end|>", 301)]
+    definition.post_processor = tokenizers.processors.TemplateProcessing("<|doc|> $A <|im_end|>", None, ends)
+    definition.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(
+        UserError, match=re.escape("puts <|doc|> <|im_end|> around a text; in training there was")
+    ):
+        fit_tokenizer(tmp_path, load_tokenizer(str(tmp_path)), 16)
 
 
 def test_a_pair_that_the_tokenizer_joins_is_refused():
