@@ -146,9 +146,7 @@ def test_a_tokenizer_that_puts_a_token_after_a_text_is_refused(tmp_path):
     ends = [("<|doc|>", 0), ("<|im_end|>", 301)]
     definition.post_processor = tokenizers.processors.TemplateProcessing("<|doc|> $A <|im_end|>", None, ends)
     definition.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(
-        UserError, match=re.escape("puts <|doc|> <|im_end|> around a text; in training there was")
-    ):
+    with pytest.raises(UserError, match=re.escape("puts <|doc|> <|im_end|> around a text; in training there was")):
         fit_tokenizer(tmp_path, load_tokenizer(str(tmp_path)), 16)
 
 
