@@ -159,9 +159,8 @@ def fit_tokenizer(directory: Path, tokenizer: Tokenizer, length: int) -> None:
 def head_readme(head: Head, config: ml_collections.ConfigDict, kinds: str) -> str:
     """README.md. kinds: the layers' attention, in words."""
     shown = [f"`{shown_label(name)}`" for name in head.classes]
-    classes = ", ".join(shown[:_SHOWN_CLASSES]) + (f" and {len(shown) - _SHOWN_CLASSES} more") * (
-        len(shown) > _SHOWN_CLASSES
-    )
+    hidden = len(shown) - _SHOWN_CLASSES
+    classes = ", ".join(shown[:_SHOWN_CLASSES]) + (f" and {hidden} more" if hidden > 0 else "")
     columns = config.task.text_column.split(",")
     is_pair, is_regression = len(columns) > 1, head.task == _REGRESSION
     return _README.format(

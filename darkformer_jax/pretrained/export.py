@@ -83,6 +83,9 @@ def export_workdir(
         stock = stock_fields(fields) if own else exact_fields(fields, where)
         family = fitting_family(stock, where, preferred)
         places = places_of(model.network, family, own=own) + (own_places(model.network) if own else [])
+        save_for_transformers(model.tokenizer, str(temporary))  # before the arrays, to show its errors at once
+        if head is not None:
+            fit_tokenizer(temporary, model.tokenizer, model.config.sequence_length)
         arrays = _write_arrays(temporary, model, places, dtype, shard_bytes, progress_bar)
         config = family.write(stock) | _config_extras(model, family, origin)
         config["torch_dtype"] = config["dtype"] = str(_common_dtype(places, arrays))
@@ -95,9 +98,6 @@ def export_workdir(
         write_json(temporary / "config.json", config, sort_keys=True)
         ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         write_json(temporary / GENERATION_FILE, origin.get("generation_config", ids), sort_keys=True)
-        save_for_transformers(model.tokenizer, str(temporary))
-        if head is not None:
-            fit_tokenizer(temporary, model.tokenizer, model.config.sequence_length)
     return _summary(config, family, model.step, arrays, "own" if own else "exact" if as_exact else "stock")
 
 
