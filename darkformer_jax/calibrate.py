@@ -40,10 +40,9 @@ from typing import Any
 import numpy as np
 from absl import app
 
-from darkformer_jax.calibration.exact_layers import parse_wish
+from darkformer_jax.calibration import GEOMETRIES
 from darkformer_jax.calibration.fitting import (
     BALANCED_KINDS,
-    GEOMETRIES,
     GEOMETRY_KINDS,
     KINDS,
     LEARNING_RATE,
@@ -51,7 +50,7 @@ from darkformer_jax.calibration.fitting import (
     FitOptions,
     calibrate,
 )
-from darkformer_jax.calibration.head_choice import head_lines, parse_head_wish
+from darkformer_jax.calibration.head_choice import head_lines, parse_wishes
 from darkformer_jax.calibration.quality_curve import curve_lines
 from darkformer_jax.cli.huge_pages import start_with_huge_pages
 from darkformer_jax.cli.output import lost_output_is_no_crash
@@ -98,7 +97,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--learn_projections", action="store_true", help="dark: learn w, too")
     exact_help = "layers to leave exact: none, numbers such as 3,17, or auto:N, the N that matter most (default: none)"
     parser.add_argument("--exact_layers", default="none", help=exact_help)
-    budget_help = "with --exact_layers=auto: bytes, or a share, of all layers' caches @ tokens: 64MB@32768, 20%%@32768"
+    budget_help = "with either auto: bytes, or a share, of all layers' caches @ tokens: 64MB@32768, 20%%@32768"
     parser.add_argument("--cache_budget", default="", help=budget_help)
     heads_help = "key/value heads to leave exact: none, or auto:N, the N that gain most (default: none)"
     parser.add_argument("--exact_heads", default="none", help=heads_help)
@@ -131,13 +130,7 @@ def complete_flags(args: argparse.Namespace) -> None:
 
 
 def _check_flags(args: argparse.Namespace) -> None:
-    if args.exact_heads == "none":
-        parse_wish(args.exact_layers, args.cache_budget)
-    elif args.exact_layers != "none":
-        both = f"--exact_heads={args.exact_heads} with --exact_layers={args.exact_layers}"
-        raise UserError(f"{both}: allowed: one of them")
-    else:
-        parse_head_wish(args.exact_heads, args.cache_budget)
+    parse_wishes(args.exact_layers, args.exact_heads, args.cache_budget)
     for name, smallest in (("transfer_steps", 0), ("passages", 2), ("context", 2), ("num_features", 1), ("seed", 0)):
         value = getattr(args, name)
         if not smallest <= value < 2**31:

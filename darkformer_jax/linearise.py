@@ -26,6 +26,7 @@ from typing import Any
 
 from absl import app
 
+from darkformer_jax.calibration import GEOMETRIES
 from darkformer_jax.cli.huge_pages import start_with_huge_pages
 from darkformer_jax.cli.output import lost_output_is_no_crash
 from darkformer_jax.cli.parser import Parser, one_line_errors, whole
@@ -68,9 +69,15 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     )
     window_help = f"tokens before a query's chunk seen exactly; 0 = none (default: {attention.window})"
     parser.add_argument("--window", type=whole, default=attention.window, help=window_help)
+    parser.add_argument("--geometry", default="identity", choices=GEOMETRIES, help="what M starts from; see calibrate")
+    init_help = f"factor on that start (default: {attention.geometry_init})"
+    parser.add_argument("--geometry_init", type=float, default=attention.geometry_init, help=init_help)
+    parser.add_argument("--far_gain", action="store_true", help="learn a gain per head on the far part")
     exact_help = "layers to leave exact: none, 3,17, or auto:4, chosen by transfer; see calibrate (default: none)"
     parser.add_argument("--exact_layers", default="none", help=exact_help)
-    budget_help = "with --exact_layers=auto: 64MB@32768 or 20%%@32768, see calibrate"
+    heads_help = "key/value heads to leave exact: none, or auto:16, chosen by transfer; see calibrate (default: none)"
+    parser.add_argument("--exact_heads", default="none", help=heads_help)
+    budget_help = "with --exact_layers=auto or --exact_heads=auto: 64MB@32768 or 20%%@32768, see calibrate"
     parser.add_argument("--cache_budget", default="", help=budget_help)
     rank = hidden.model.lora_rank
     parser.add_argument("--lora", type=whole, default=rank, help=f"rank of the low-rank updates (default: {rank})")

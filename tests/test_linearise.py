@@ -134,6 +134,31 @@ def test_more_stages_may_follow_and_begin_where_the_last_one_ended(exact, text, 
     assert saved_arrays(tmp_path / "out/3-logits") == saved_arrays(whole / "3-logits")
 
 
+def test_the_heads_that_transfer_leaves_exact_stay_exact_in_later_stages(exact, text, tmp_path):
+    options = ("--exact_heads=auto:1", "--geometry=balanced", "--geometry_init=0.7")
+    run(exact, text, tmp_path / "out", "--stages=transfer,hidden", "--steps=transfer=2,hidden=3", *options)
+    (layer,) = json.loads((tmp_path / "out/1-transfer/calibration.json").read_text())["exact_heads"]["chosen"]
+    for name in DIRECTORIES[:2]:
+        attention = Workdir(tmp_path / "out" / name).read_config()["model"]["attention"]
+        entries = attention["pattern"].split(",")
+        assert ["exact_kv_heads=1" in entry for entry in entries] == [number == int(layer) for number in (0, 1)]
+        assert attention["balanced"] and attention["geometry_init"] == 0.7
+
+
+def test_a_directory_that_was_begun_before_there_were_exact_heads_goes_on(exact, text, tmp_path, capsys):
+    few = ("--stages=transfer", "--steps=transfer=0")
+    run(exact, text, tmp_path, *few)
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    for name in ("geometry", "geometry_init", "far_gain", "exact_heads"):
+        del settings[name]
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    run(exact, text, tmp_path, *few)
+    assert f"the model: {tmp_path}/1-transfer" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(exact, text, tmp_path, *few, "--exact_heads=auto:1")
+    assert "--exact_heads: none -> auto:1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -156,6 +181,10 @@ def test_more_stages_may_follow_and_begin_where_the_last_one_ended(exact, text, 
         (["--stages=transfer", "--steps=long=5"], "--steps=long=5: long is not in --stages=transfer"),
         (["--exact_layers=2"], "--exact_layers: there is no layer 2; allowed: 0 to 1"),
         (["--exact_layers=auto"], "--exact_layers=auto: how many? allowed: auto:N"),
+        (["--exact_heads=3"], "--exact_heads=3; allowed: none, auto:N with N from 1, or auto with --cache_budget"),
+        (["--exact_heads=auto:4"], "--exact_heads=auto:4: of 4 key/value heads one at least must be replaced"),
+        (["--exact_heads=auto:1", "--exact_layers=1"], "with --exact_layers=1: allowed: one of them"),
+        (["--exact_heads=auto", "--cache_budget=1kB@64"], "--cache_budget=1kB@64: is 0.001 MB; without an exact head"),
         (["--window=7"], "model.attention.window = 7"),
         (["--batch_size=0"], "--batch_size=0: must be from 1 to"),
         (["--dtype=float16"], "argument --dtype: invalid choice: 'float16'"),

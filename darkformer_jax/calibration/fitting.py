@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from darkformer_jax.calibration import CALIBRATION_FILE
 from darkformer_jax.calibration.cache_budget import CACHE_CONTEXT, CacheSizes
 from darkformer_jax.calibration.choice import Choice, choose
-from darkformer_jax.calibration.exact_layers import Wish, check_wish, hybrid_pattern, parse_wish
+from darkformer_jax.calibration.exact_layers import check_wish, hybrid_pattern
 from darkformer_jax.calibration.geometry import balanced_maps, whitening_geometry
 from darkformer_jax.calibration.head_choice import (
     HeadChoice,
@@ -23,7 +23,7 @@ from darkformer_jax.calibration.head_choice import (
     check_head_wish,
     choose_heads,
     head_pattern,
-    parse_head_wish,
+    parse_wishes,
     restacked,
     with_exact_heads_first,
 )
@@ -63,7 +63,6 @@ EXACT_KINDS = tuple(kind for kind, mixer in MIXERS.items() if mixer.role == "exa
 KINDS = tuple(kind for kind, mixer in MIXERS.items() if "window" in mixer.uses)  # these can replace an exact kind
 GEOMETRY_KINDS = tuple(kind for kind in KINDS if "geometry_init" in MIXERS[kind].uses)  # those of them with an M
 BALANCED_KINDS = tuple(kind for kind in KINDS if "balanced" in MIXERS[kind].uses)
-GEOMETRIES = ("identity", "whitening", "balanced")
 MOMENTS_FILE = "moments.npz"
 LEARNING_RATE = 3e-3  # of M; at 1e-2 the far part of some heads dies (docs/finetuning.md)
 _WIDEST = (
@@ -133,8 +132,7 @@ def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> Calibrated:
     Raises:
       UserError: the model is not exact, options contradict each other, or there is too little text.
     """
-    by_heads = parse_head_wish(o.exact_heads, o.cache_budget if o.exact_heads != "none" else "")
-    wish = Wish() if by_heads is not None else parse_wish(o.exact_layers, o.cache_budget)
+    wish, by_heads = parse_wishes(o.exact_layers, o.exact_heads, o.cache_budget)
     with whole_directory(out) as directory:
         exact = Workdir(o.workdir)
         teacher = load_language_model(exact, o.step)

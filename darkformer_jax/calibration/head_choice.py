@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float, Int
 
 from darkformer_jax.calibration.cache_budget import Budget, at_least_one, parse_budget, show_bytes
-from darkformer_jax.calibration.exact_layers import candidates_of
+from darkformer_jax.calibration.exact_layers import Wish, candidates_of, parse_wish
 from darkformer_jax.calibration.heads import MixedHeads
 from darkformer_jax.config.pattern import parse_pattern, shortest_pattern, show_layer
 from darkformer_jax.data.progress import ProgressBar
@@ -100,11 +100,19 @@ def layer_spec(exact: MixerSpec, replaced: MixerSpec, count: int) -> MixerSpec:
     return exact if count == exact.num_kv_heads else dataclasses.replace(replaced, exact_kv_heads=count)
 
 
-def parse_head_wish(exact_heads: str, cache_budget: str) -> int | Budget | None:
-    """Reads none, auto:N, or auto with a budget such as 20%@32768. Raises UserError for others."""
-    given, colon, number = exact_heads.partition(":")
+def parse_wishes(exact_layers: str, exact_heads: str, cache_budget: str) -> tuple[Wish, int | Budget | None]:
+    """(the layers, the heads that are to stay exact): what the three flags ask for. Raises UserError for both."""
     if exact_heads == "none":
-        return None
+        return parse_wish(exact_layers, cache_budget), None
+    if exact_layers != "none":
+        both = f"--exact_heads={exact_heads} with --exact_layers={exact_layers}"
+        raise UserError(f"{both}: allowed: one of them")
+    return Wish(), _parse_head_wish(exact_heads, cache_budget)
+
+
+def _parse_head_wish(exact_heads: str, cache_budget: str) -> int | Budget:
+    """Reads auto:N, or auto with a budget such as 20%@32768. Raises UserError for others."""
+    given, colon, number = exact_heads.partition(":")
     try:
         if given == "auto" and colon and not cache_budget:
             return at_least_one(number)

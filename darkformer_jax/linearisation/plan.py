@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import jax
 
-from darkformer_jax.calibration.exact_layers import check_wish, parse_wish
+from darkformer_jax.calibration.exact_layers import check_wish
 from darkformer_jax.calibration.fitting import EXACT_KINDS, calibrated_config
+from darkformer_jax.calibration.head_choice import check_head_wish, parse_wishes
 from darkformer_jax.config.specs import model_spec
 from darkformer_jax.config.validation import validate
 from darkformer_jax.errors import UserError
@@ -98,9 +99,10 @@ def make_plan(settings: Settings, out: Path, exact: Network) -> list[StagePlan]:
 
 def _check_transfer(settings: Settings, exact: Network) -> None:
     """Raises UserError for what `calibrate` would refuse after it has read the text."""
-    wish = parse_wish(settings.exact_layers, settings.cache_budget)
-    config = calibrated_config(transfer_options(settings))
-    check_wish(wish, exact.spec, model_spec(config, exact.spec.vocab_size))
+    layers, heads = parse_wishes(settings.exact_layers, settings.exact_heads, settings.cache_budget)
+    replaced = model_spec(calibrated_config(transfer_options(settings)), exact.spec.vocab_size)
+    check_wish(layers, exact.spec, replaced)
+    check_head_wish(heads, exact.spec, replaced)
 
 
 def describe(plans: list[StagePlan], text: Text) -> str:

@@ -14,6 +14,12 @@ from darkformer_jax.runs.workdir import LOCK_FILE
 TRANSFER, LONG = "transfer", "long"
 STAGES = (TRANSFER, *TRAINED_STAGES)  # in their order
 SETTINGS_FILE = "settings.json"
+_OF_OLDER: Mapping[str, Any] = {  # what a directory was begun with before there were flags for it
+    "geometry": "identity",
+    "geometry_init": 0.5,
+    "far_gain": False,
+    "exact_heads": "none",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +43,11 @@ class Settings:
     passages: int
     num_features: int
     window: int
+    geometry: str
+    geometry_init: float
+    far_gain: bool
     exact_layers: str
+    exact_heads: str
     cache_budget: str
     lora: int
     dtype: str
@@ -81,7 +91,7 @@ def check_settings(out: Path, settings: Settings, fingerprint: str) -> None:
         if foreign:
             raise UserError(f"--out={out}: has {foreign[0]}, but no {SETTINGS_FILE}; give a new or an empty directory")
         return
-    saved = read_json_object(str(out / SETTINGS_FILE))
+    saved = {**_OF_OLDER, **read_json_object(str(out / SETTINGS_FILE))}
     changes = _changes(saved, _as_json(settings, fingerprint))
     if changes:
         raise UserError(f"--out={out}: was begun with other flags; undo, or give a new directory: {'; '.join(changes)}")

@@ -36,19 +36,19 @@ def transfer_options(settings: Settings) -> FitOptions:
         mechanism="dark",
         transfer_steps=settings.steps[TRANSFER],
         learning_rate=None,
-        exact_heads="none",
         passages=settings.passages,
         context=settings.context,
         num_features=settings.num_features,
         window=settings.window,
         num_sinks=attention.num_sinks if settings.window else 0,
-        geometry="identity",
-        geometry_init=attention.geometry_init,
+        geometry=settings.geometry,
+        geometry_init=settings.geometry_init,
         shrinkage=0.0,
-        far_gain=False,
+        far_gain=settings.far_gain,
         learn_projections=False,
         exact_layers=settings.exact_layers,
         cache_budget=settings.cache_budget,
+        exact_heads=settings.exact_heads,
         seed=settings.seed,
         heldout_fraction=HELDOUT_FRACTION,
     )
@@ -72,7 +72,7 @@ def trained_config(settings: Settings, out: Path, stage: str) -> ml_collections.
 
 
 def planned_config(settings: Settings, out: Path, stage: str) -> ml_collections.ConfigDict:
-    """`trained_config` with the model of `transfer`. Before that is there, no layer is left exact in the plan."""
+    """`trained_config` with the model of `transfer`. Before that is there, no layer or head is exact in the plan."""
     transferred = Workdir(stage_directory(out, TRANSFER))
     written = transferred.read_config() if transferred.has_begun else None
     model = dict(flat_fields(written or calibrated_config(transfer_options(settings)).to_dict()))
