@@ -101,6 +101,8 @@ def token_loss(
       weights: 0 = a token that does not count.
       teacher: frozen; it needs the same vocabulary. None = there is none, and `factors.divergence` must be 0.
     """
+    if teacher is None and not any(factors):  # what is learned are hidden states: figures are wanted, no gradients
+        return jnp.zeros(()), token_figures(jax.lax.stop_gradient(predictions), targets)
     chunk = tokens_at_once(targets.shape, predictions.unembedding.matrix.shape[0])
     if chunk < tokens_per_device(targets.shape):
         loss, figures = _chunked_loss(factors, chunk, predictions, targets, weights, teacher)
@@ -137,10 +139,12 @@ def _gather(logits: Array, targets: Array) -> Array:
 def _masked_sum(logits: Array, targets: Array) -> Array:
     """What `_gather` returns, as a sum: it is fused with that of exponentials, also in the gradient.
 
-    The gradient of a gather is a scatter to one more array of the logits' size.
+    The gradient of a gather is a scatter to one more array of the logits' size. An id beyond the vocabulary gives NaN,
+    as a gather does: the sum alone would be a logit of 0, and its loss would look like any other.
     """
     ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
-    return jnp.sum(jnp.where(ids == targets[..., None], logits, 0.0), axis=-1)
+    picked = jnp.sum(jnp.where(ids == targets[..., None], logits, 0.0), axis=-1)
+    return jnp.where((targets >= 0) & (targets < logits.shape[-1]), picked, jnp.nan)
 
 
 def figures_of(

@@ -21,12 +21,23 @@ huge_pages.start_with_huge_pages()
 print("ran")
 """
 
+# Before PROGRAM: the variable is gone, and a third start ends with an error.
+FORGETFUL = """
+import os, pathlib
+os.environ.pop("GLIBC_TUNABLES", None)
+starts = pathlib.Path("starts")
+assert not starts.exists() or starts.read_text() == "1"
+starts.write_text("2" if starts.exists() else "1")
+"""
+
 
 @pytest.fixture(autouse=True)
 def kernel(monkeypatch, tmp_path):
     """A kernel that has huge pages for who asks, a CPU, and a process that was started for `train.py --a=1`."""
     monkeypatch.setattr(huge_pages, "SETTING", tmp_path / "enabled")
     huge_pages.SETTING.write_text("always [madvise] never\n")
+    monkeypatch.chdir(tmp_path)
+    Path("train.py").touch()
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setattr(sys, "argv", ["train.py", "--a=1"])
@@ -34,9 +45,9 @@ def kernel(monkeypatch, tmp_path):
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
 
 
-def lines_of(tmp_path, tunables=None):
+def lines_of(tmp_path, tunables=None, program=PROGRAM):
     """What the program prints, started with an option of the interpreter and two arguments."""
-    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "program.py").write_text(program)
     environment = os.environ | {"PYTHONPATH": str(Path(huge_pages.__file__).parents[2])}
     environment |= {VARIABLE: tunables} if tunables else {}
     command = [sys.executable, "-O", "program.py", "--a=1", "b c"]
@@ -53,6 +64,32 @@ def test_a_program_starts_once_more_as_the_same_process_with_its_options_and_arg
 
 def test_a_user_declines_with_the_tunable_itself(tmp_path):
     assert len(lines_of(tmp_path, f"{TUNABLE}=0")) == 2
+
+
+def test_a_program_starts_no_third_time_where_the_variable_is_taken_from_it(tmp_path):
+    """As glibc does to an interpreter with capabilities."""
+    first, second, ran = lines_of(tmp_path, program=FORGETFUL + PROGRAM)
+    assert json.loads(first) == json.loads(second) and ran == "ran"
+
+
+def test_a_program_that_cannot_start_again_runs_on(tmp_path):
+    program = PROGRAM.replace("import json", "import sys; sys.executable = '/no/such/python'\nimport json", 1)
+    first, ran = lines_of(tmp_path, program=program)
+    assert json.loads(first)[1] is None and ran == "ran"
+
+
+@pytest.mark.parametrize("name", ["-", "pipe"])
+def test_a_script_that_was_read_from_a_pipe_is_left_alone(monkeypatch, name):
+    """It would be empty the second time."""
+    os.mkfifo("pipe")
+    monkeypatch.setattr(sys, "argv", [name, "--a=1"])
+    monkeypatch.setattr(sys, "orig_argv", ["python3", name, "--a=1"])
+    assert not restarted_command()
+
+
+def test_options_of_the_interpreter_may_have_values(monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["python3", "-W", "error", "-X", "dev", "-O", "train.py", "--a=1"])
+    assert restarted_command() == [sys.executable, *sys.orig_argv[1:]]
 
 
 @pytest.mark.parametrize("setting", ["[always] madvise never", "always madvise [never]", None])
@@ -79,7 +116,16 @@ def test_a_machine_with_an_accelerator_is_left_alone(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "program", [["-m", "pytest"], ["-m", "pytest", "--a=1"], ["-c", "main()", "--a=1"], ["other.py", "--a=1"]]
+    "program",
+    [
+        ["-m", "pytest"],
+        ["-m", "pytest", "--a=1"],
+        ["-c", "main()", "--a=1"],
+        ["other.py", "--a=1"],
+        ["-m", "pdb", "train.py", "--a=1"],
+        ["/bin/coverage", "run", "train.py", "--a=1"],
+        ["-X", "dev", "/debugpy", "--connect", "127.0.0.1:5678", "train.py", "--a=1"],
+    ],
 )
 def test_a_command_inside_another_program_does_not_replace_it(monkeypatch, program):
     monkeypatch.setattr(sys, "orig_argv", ["python3", *program])

@@ -133,6 +133,33 @@ def test_targets_and_weights_of_padding_count_nothing(chunks_of):
     assert loss == 0 and not any(gradient.any() for gradient in gradients)
 
 
+def test_an_id_beyond_the_vocabulary_is_not_a_number_in_chunks_either(chunks_of):
+    model, _, targets, _ = arrays()
+    wrong = targets.at[1, 2].set(VOCAB)
+    whole = token_figures(model, wrong).nll
+    chunks_of(5)
+    chunked = token_figures(model, wrong).nll
+    assert np.argwhere(np.isnan(whole)).tolist() == np.argwhere(np.isnan(chunked)).tolist() == [[1, 2]]
+
+
+def test_a_loss_of_hidden_states_alone_multiplies_by_the_matrix_once(chunks_of):
+    """Its factors are 0: no gradient needs the products of the backward pass."""
+    model, _, targets, weights = arrays()
+    chunks_of(5)
+
+    def loss(model, factors):
+        return token_loss.token_loss(model, targets, weights, factors)
+
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    program = jax.make_jaxpr(gradient, static_argnums=1)
+    nothing = LossFactors(nll=0.0)
+    assert str(program(model, FACTORS["text"])).count("dot_general") == 3
+    assert str(program(model, nothing)).count("dot_general") == 1
+    (value, figures), gradients = gradient(model, nothing)
+    assert value == 0 and not any(leaf.any() for leaf in jax.tree.leaves(gradients))
+    close(figures.nll, token_figures(model, targets).nll)
+
+
 def test_chunks_are_for_logits_that_are_large():
     """The bound is 256 MiB of float32, and a chunk never has fewer than 1,024 tokens if there are more."""
     assert token_loss.tokens_at_once((8, 256), 2048) == 2048  # the quickstart's step: whole
