@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from darkformer_jax.config import base
-from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.config.migrations import VERSION
 from darkformer_jax.errors import UserError
 from darkformer_jax.pretrained.export import export_workdir
@@ -282,6 +281,6 @@ def test_a_workdir_of_many_rows_keeps_their_order(tmp_path):
 def test_an_exports_readme_says_which_layers_have_exact_heads(tmp_path):
     pattern = "dark,softmax,dark(exact_kv_heads=1),dark(exact_kv_heads=1)"
     config = tiny_config(model__num_layers=4, model__attention__pattern=pattern)
-    write_code(tmp_path, dict(flat_fields(config.model.to_dict())))
+    write_code(tmp_path, config, None)
     wanted = "layer by layer: 1 x dark, 1 x softmax, 2 x dark (1 of 2 key/value heads exact).\n"
     assert wanted in (tmp_path / "README.md").read_text()
