@@ -86,8 +86,9 @@ def _import(args: argparse.Namespace) -> None:
     plan = plan_import(open_source(args.source), base.get_config(), args.dtype)
     run_import(plan, args.workdir, progress_bar)
     model = plan.config.model
+    task = f" {plan.head.task}" if plan.head else ""
     print(
-        f"{args.workdir}: {plan.family.model_type}, {model.num_layers} layers of width {model.embed_dim}, "
+        f"{args.workdir}: {plan.family.model_type}{task}, {model.num_layers} layers of width {model.embed_dim}, "
         f"{model.vocab_size:,} ids; {plan.num_bytes / 1e6:,.1f} MB"
     )
 

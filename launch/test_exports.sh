@@ -16,4 +16,5 @@ for version in "$@"; do
     echo "transformers $version"
     "$python" -m pytest -q -W default tests/pretrained/test_exported_models.py \
         -k "(logits_are_those or prompt_in_pieces or padding_on_either_side) and not (yarn or qwen2 or gemma-dark or llama-dark)"
+    "$python" -m pytest -q -W default tests/pretrained/test_exported_classifiers.py -k "not refused and not bit_for_bit and not lora"
 done

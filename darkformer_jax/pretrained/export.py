@@ -14,6 +14,7 @@ from darkformer_jax.data.files import whole_directory, write_json
 from darkformer_jax.data.progress import ProgressBar, no_progress
 from darkformer_jax.data.tokenizers import save_for_transformers
 from darkformer_jax.errors import UserError
+from darkformer_jax.pretrained.classifiers import fit_tokenizer, head_config, head_of
 from darkformer_jax.pretrained.families import Family, fitting_family
 from darkformer_jax.pretrained.hf_config import GENERATION_FILE
 from darkformer_jax.pretrained.key_map import Place, is_own, own_places, places_of
@@ -26,7 +27,6 @@ from darkformer_jax.pretrained.mechanism import (
     write_mechanism,
 )
 from darkformer_jax.pretrained.own_format import (
-    ARCHITECTURE,
     check_own_format,
     needs_own_format,
     own_config,
@@ -34,7 +34,7 @@ from darkformer_jax.pretrained.own_format import (
     write_code,
 )
 from darkformer_jax.pretrained.safetensors_files import ArrayToWrite, shard, write_safetensors
-from darkformer_jax.runs.load import WorkdirModel, load_language_model
+from darkformer_jax.runs.load import WorkdirModel, load_model
 from darkformer_jax.runs.origin import read_origin
 from darkformer_jax.runs.workdir import Workdir
 
@@ -53,7 +53,8 @@ def export_workdir(
 ) -> str:
     """Writes the Hugging Face directory, whole or not at all, and returns a line that says what it holds.
 
-    A model that no family has gets code of its own (`own_format`), which transformers runs with trust_remote_code.
+    A model that no family has gets code of its own (`own_format`), which transformers runs with trust_remote_code. So
+    does every classifier and regression (`classifiers`).
 
     Args:
       step: the checkpoint; None = the newest undamaged one.
@@ -64,44 +65,53 @@ def export_workdir(
       progress_bar: shows the bytes written.
 
     Raises:
-      UserError: there is no usable checkpoint, no family has the model, or the directory exists and is not empty.
+      UserError: there is no usable checkpoint, no family has the model, no export holds its head, or the directory
+        exists and is not empty.
     """
     with whole_directory(directory) as temporary:
-        model = load_language_model(workdir, step)
+        model = load_model(workdir, step)
+        head = head_of(workdir, model, as_exact=as_exact)
         fields = dict(flat_fields(model.config.model.to_dict()))
         fields["vocab_size"] = model.config.model.vocab_size = model.network.spec.vocab_size
         if as_exact and is_exact(fields):
             raise UserError(f"--as_exact: {workdir} has exact attention already")
         origin = read_origin(workdir)
         where, preferred = str(workdir), origin.get("model_type", "")
-        own = not as_exact and needs_own_format(fields, where, preferred)
+        own = head is not None or (not as_exact and needs_own_format(fields, where, preferred))
         if own:
             check_own_format(fields, where)
         stock = stock_fields(fields) if own else exact_fields(fields, where)
         family = fitting_family(stock, where, preferred)
         places = places_of(model.network, family, own=own) + (own_places(model.network) if own else [])
+        save_for_transformers(model.tokenizer, str(temporary))  # before the arrays, to show its errors at once
+        if head is not None:
+            fit_tokenizer(temporary, model.tokenizer, model.config.sequence_length)
         arrays = _write_arrays(temporary, model, places, dtype, shard_bytes, progress_bar)
         config = family.write(stock) | _config_extras(model, family, origin)
         config["torch_dtype"] = config["dtype"] = str(_common_dtype(places, arrays))
         if own:
-            config = own_config(config, model.config, family)
-            write_code(temporary, fields)
+            config = own_config(config, model.config, family) | (head_config(head) if head else {})
+            write_code(temporary, model.config, head)
         elif as_exact:
             write_mechanism(temporary, model.config, family.architecture)
             _write_mechanism_arrays(temporary, model)
         write_json(temporary / "config.json", config, sort_keys=True)
         ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         write_json(temporary / GENERATION_FILE, origin.get("generation_config", ids), sort_keys=True)
-        save_for_transformers(model.tokenizer, str(temporary))
+    return _summary(config, family, model.step, arrays, "own" if own else "exact" if as_exact else "stock")
+
+
+def _summary(config: Mapping[str, Any], family: Family, step: int, arrays: Sequence[ArrayToWrite], kind: str) -> str:
+    """A line that says what an export holds. kind: "own", "exact" or "stock"."""
+    notes = {
+        "own": "; transformers runs its own code (trust_remote_code=True, README.md)",
+        "exact": f"; its mechanisms in {JSON_FILE} and in {STEM}.safetensors: transformers has exact attention "
+        "(README.md)",
+        "stock": "",
+    }
+    name = config["architectures"][0] + (f" on {family.model_type}" if kind == "own" else "")
     size = sum(array.nbytes for array in arrays)
-    name = f"{ARCHITECTURE} on {family.model_type}" if own else family.architecture
-    return f"{name}, step {model.step}, {len(arrays)} arrays, {size / 1e6:,.1f} MB" + (
-        "; transformers runs its own code (trust_remote_code=True, README.md)"
-        if own
-        else f"; its mechanisms in {JSON_FILE} and in {STEM}.safetensors: transformers has exact attention (README.md)"
-        if as_exact
-        else ""
-    )
+    return f"{name}, step {step}, {len(arrays)} arrays, {size / 1e6:,.1f} MB{notes[kind]}"
 
 
 def _write_arrays(

@@ -34,9 +34,12 @@ _GROUPS: Mapping[str, tuple[tuple[int, ...], ...]] = {
     "gate/kernel": ((1,), (0,)),
     "up/kernel": ((1,), (0,)),
     "down/kernel": ((1,), (0,)),
+    "classifier/kernel": ((1,), (0,)),
+    "classifier/bias": ((0,),),
 }
 
 _OWN = ("mechanism", "convolution", "forgetting")  # parts of attention
+_CLASSIFIER = {"classifier/kernel": "score.weight", "classifier/bias": "score.bias"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,11 +119,18 @@ def places_of(network: Network, family: Family, *, own: bool = False) -> list[Pl
 
 
 def own_places(network: Network) -> list[Place]:
-    """The arrays that no family has, under `model.layers.<layer>.self_attn.` and our path, in our layout."""
+    """The arrays that no family has.
+
+    Those of attention are under `model.layers.<layer>.self_attn.` and our path, in our layout; a classifier's head is
+    `score`, as in transformers.
+    """
     found: list[Place] = []
 
     def add(tree: str, path: tuple[str, ...], variable: Any) -> None:
-        if is_own(path):
+        name = "/".join(path)
+        if name in _CLASSIFIER:
+            found.append(_place(network, path, variable, _CLASSIFIER[name], _groups(name)))
+        elif is_own(path):
             groups = tuple((axis,) for axis in range(len(variable.shape) - 1))
             name = ".".join(("self_attn", *path[2:]))
             found.append(_place(network, path, variable, name, groups, tree))
@@ -152,8 +162,8 @@ def _is_stacked(path: Sequence[str]) -> bool:
 
 
 def is_own(path: Sequence[str]) -> bool:
-    """Whether an array belongs to a part of attention that no family has."""
-    return path[1:2] == ("attention",) and path[2] in _OWN
+    """Whether no family has an array: it belongs to a classifier's head, or to a part of attention that is ours."""
+    return "/".join(path) in _CLASSIFIER or (path[1:2] == ("attention",) and path[2] in _OWN)
 
 
 def is_mechanism(path: Sequence[str]) -> bool:

@@ -23,10 +23,12 @@ from jax.sharding import PartitionSpec as P
 from darkformer_jax.config.specs import model_spec
 from darkformer_jax.config.validation import validate
 from darkformer_jax.data.files import whole_directory
+from darkformer_jax.data.labelled import save_class_names
 from darkformer_jax.data.progress import ProgressBar, no_progress
 from darkformer_jax.distributed.sharding import make_mesh, sharding_of
 from darkformer_jax.errors import UserError
 from darkformer_jax.model.network import Network, logical_axes
+from darkformer_jax.pretrained.classifiers import Head
 from darkformer_jax.pretrained.families import Family, family_of
 from darkformer_jax.pretrained.families.family import LLAMA_NAMES
 from darkformer_jax.pretrained.hf_config import origin_of
@@ -65,13 +67,17 @@ class PlannedArray(NamedTuple):
 
 
 class Import(NamedTuple):
-    """A checkpoint whose names and shapes fit the model that its config.json describes. Nothing is loaded."""
+    """A checkpoint whose names and shapes fit the model that its config.json describes. Nothing is loaded.
+
+    head: of a classifier or a regression; None for a language model.
+    """
 
     source: Source
     family: Family
     config: ml_collections.ConfigDict
     arrays: list[PlannedArray]
     origin: dict[str, Any]
+    head: Head | None
 
     @property
     def num_bytes(self) -> int:
@@ -83,29 +89,29 @@ def plan_import(source: Source, config: ml_collections.ConfigDict, dtype: str | 
     """Checks everything that can be checked without reading an array.
 
     Args:
-      config: the base config; its model becomes the checkpoint's.
+      config: the base config; its model and its task become the checkpoint's.
       dtype: to store the parameters in; None = their own, but float16 becomes float32.
 
     Raises:
       UserError: an architecture or option is not supported, or a name, shape or dtype does not fit.
     """
     has_own = is_own_format(source.config.values)
-    beside = None  # the mechanisms of an export as the exact model
+    beside, head = None, None  # the mechanisms of an export as the exact model; what a classifier's outputs mean
     if has_own:
-        family = read_own_config(source.config, config)
+        family, head = read_own_config(source.config, config)
     else:
         family = family_of(source.config)
         fields = family.read(source.config)
         config.update_from_flattened_dict({f"model.{name}": value for name, value in fields.items()})
+        config.sequence_length = source.config.integer("max_position_embeddings", config.sequence_length)
         beside = read_mechanism(source.path, config, fields) if has_mechanism(source.path) else None
     if not has_own and beside is None:
         stored = {_stored_dtype(source, name, dtype) for name in source.arrays if not _IGNORED.fullmatch(name)}
         config.model.dtype = "bfloat16" if stored == {_BFLOAT16} else "float32"  # computes in what it stores
-    config.sequence_length = source.config.integer("max_position_embeddings", config.sequence_length)
     config.data.tokenizer = ""
     validate(config)
     source.check_tokenizer()
-    network = Network.of(model_spec(config, config.model.vocab_size))
+    network = Network.of(model_spec(config, config.model.vocab_size, head.num_outputs if head else 0))
     places = places_of(network, family, own=has_own) + (own_places(network) if has_own else [])
     places = _in_file(source, places, config.model.tie_embeddings)
     _check_arrays(source, places, config.model.tie_embeddings)
@@ -115,7 +121,7 @@ def plan_import(source: Source, config: ml_collections.ConfigDict, dtype: str | 
         check_mechanism(beside, mechanism)
         arrays += [_planned_mechanism(beside, array) for array in mechanism]
     origin = origin_of(family.model_type, source.config, source.path, config.model.vocab_size)
-    return Import(source, family, config, arrays, origin)
+    return Import(source, family, config, arrays, origin, head)
 
 
 def run_import(plan: Import, workdir: str, progress_bar: ProgressBar = no_progress) -> None:
@@ -131,6 +137,8 @@ def run_import(plan: Import, workdir: str, progress_bar: ProgressBar = no_progre
         _return_freed_memory()
         _save_arrays(plan, own, progress_bar)
         write_origin(own, plan.origin)
+        if plan.head is not None and plan.head.classes:
+            save_class_names(temporary, plan.head.classes)
 
 
 def _save_tokenizer(source: Source, vocab_size: int, directory: Path) -> None:

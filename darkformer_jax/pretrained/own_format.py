@@ -15,6 +15,7 @@ import ml_collections
 import numpy as np
 
 from darkformer_jax.config import base
+from darkformer_jax.config.base import LANGUAGE_MODEL
 from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.config.migrations import with_version
 from darkformer_jax.config.pattern import Layer, parse_pattern
@@ -24,6 +25,7 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
 from darkformer_jax.mixers.forgetting import alibi_slopes
 from darkformer_jax.mixers.spec import MixerSpec
+from darkformer_jax.pretrained.classifiers import Head, head_readme, is_classifier, read_head, task_description
 from darkformer_jax.pretrained.families import FAMILIES, Family, Fields, canonical, fitting_family
 from darkformer_jax.pretrained.families.family import FULL, kinds_of
 from darkformer_jax.pretrained.hf_config import HFConfig
@@ -35,8 +37,9 @@ _CODE = Path(__file__).parent / "remote_code"
 _CLASSES = {
     "AutoConfig": "configuration_darkformer.DarkformerConfig",
     "AutoModel": "modeling_darkformer.DarkformerModel",
-    "AutoModelForCausalLM": "modeling_darkformer.DarkformerForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_darkformer.DarkformerForSequenceClassification",
 }
+_OF_LANGUAGE_MODELS = {"AutoModelForCausalLM": "modeling_darkformer.DarkformerForCausalLM"}
 ARCHITECTURE = "DarkformerForCausalLM"
 # The kinds that remote_code/ computes.
 KINDS = (
@@ -66,7 +69,7 @@ _README = """# An exported DARKFormer
     model = AutoModelForCausalLM.from_pretrained("<this directory>", trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained("<this directory>", trust_remote_code=True)
 
-`trust_remote_code=True` runs the three `*_darkformer.py` files of this directory, which need torch and transformers
+`trust_remote_code=True` runs the `*_darkformer.py` files of this directory, which need torch and transformers
 (5.0 or later) and nothing else. Without it transformers ends with an error.
 
 Attention, layer by layer: {kinds}.
@@ -74,6 +77,7 @@ Attention, layer by layer: {kinds}.
 * Linear attention keeps a state of constant size, whatever the number of tokens. Softmax layers and exact heads keep a
   cache that grows.
 * One row is one document. Pad on either side; positions count the real tokens.
+* `AutoModelForSequenceClassification` starts a classifier on it (`num_labels=`), whose head is new.
 * Refused: several documents in a row, masks with holes, output_attentions, assisted decoding, static and quantised
   caches.
 
@@ -119,18 +123,22 @@ def stock_fields(fields: Fields) -> Fields:
 
 
 def own_config(stock: Mapping[str, Any], config: ml_collections.ConfigDict, family: Family) -> dict[str, Any]:
-    """config.json of model_type "darkformer". stock: the family's, whose RoPE is left out: layers have their own."""
+    """config.json of model_type "darkformer". stock: the family's, whose RoPE is left out: layers have their own.
+
+    That of a classifier lacks `head_config`.
+    """
+    is_labelled = config.task.name != LANGUAGE_MODEL
     description = {
         "format": _FORMAT,
         "family": family.model_type,
         "seed": config.seed,
         "model": config.model.to_dict(),
         "pattern": [_layer(spec) for spec in mixer_specs(config)],
-    }
+    } | ({"task": task_description(config)} if is_labelled else {})
     return _without_rope(stock) | {
         "model_type": MODEL_TYPE,
         "architectures": [ARCHITECTURE],
-        "auto_map": _CLASSES,
+        "auto_map": _CLASSES | ({} if is_labelled else _OF_LANGUAGE_MODELS),
         KEY: with_version(description),
     }
 
@@ -150,14 +158,16 @@ def _layer(spec: MixerSpec) -> dict[str, Any]:
     }
 
 
-def write_code(directory: Path, fields: Fields) -> None:
-    """Copies the code, byte for byte, and writes README.md."""
+def write_code(directory: Path, config: ml_collections.ConfigDict, head: Head | None) -> None:
+    """Copies the code, byte for byte, and writes README.md. head: None = a language model."""
     for file in sorted(_CODE.glob("*.py")):
         shutil.copyfile(file, directory / file.name)
+    fields = dict(flat_fields(config.model.to_dict()))
     pattern = parse_pattern(fields["attention.pattern"], fields["attention.kind"])
     layers = [_with_heads(pattern[layer % len(pattern)], fields) for layer in range(fields["num_layers"])]
     shown = ", ".join(f"{layers.count(layer)} x {layer}" for layer in dict.fromkeys(layers))
-    write_file(str(directory / "README.md"), _README.format(kinds=shown).encode())
+    readme = _README.format(kinds=shown) if head is None else head_readme(head, config, shown)
+    write_file(str(directory / "README.md"), readme.encode())
 
 
 def _with_heads(layer: Layer, fields: Fields) -> str:
@@ -172,8 +182,10 @@ def is_own_format(values: Mapping[str, Any]) -> bool:
     return values.get("model_type") == MODEL_TYPE
 
 
-def read_own_config(hf: HFConfig, config: ml_collections.ConfigDict) -> Family:
-    """Sets model and seed of `config` to those of a config.json, and returns the family that names the weights.
+def read_own_config(hf: HFConfig, config: ml_collections.ConfigDict) -> tuple[Family, Head | None]:
+    """Sets model, seed and task of `config` to those of a config.json.
+
+    Returns the family that names the weights, and the head of a classifier or a regression.
 
     The vocabulary may have grown in PyTorch: its size is the one that the family's fields say.
 
@@ -197,7 +209,8 @@ def read_own_config(hf: HFConfig, config: ml_collections.ConfigDict) -> Family:
         if said[name] != stock[name]:
             raise UserError(f"{where}.model.{name} = {said[name]!r}, but the rest of the file says {stock[name]!r}")
     _check_pattern(content.get("pattern"), config, where)
-    return family
+    config.sequence_length = hf.integer("max_position_embeddings", config.sequence_length)
+    return family, read_head(hf, content.get("task", {}), config) if is_classifier(hf.values) else None
 
 
 def _check_pattern(pattern: Any, config: ml_collections.ConfigDict, where: str) -> None:

@@ -7,20 +7,15 @@ import numpy as np
 import pytest
 
 from darkformer_jax.config import base
-from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.config.migrations import VERSION
-from darkformer_jax.data.labelled import save_class_names
 from darkformer_jax.errors import UserError
 from darkformer_jax.pretrained.export import export_workdir
 from darkformer_jax.pretrained.own_format import write_code
 from darkformer_jax.pretrained.safetensors_files import SafetensorsFiles
 from darkformer_jax.runs.load import load_model
 from darkformer_jax.runs.workdir import Workdir
-from darkformer_jax.tasks.classification import Classification
-from darkformer_jax.training.experiment import Experiment
 from tests.pretrained.tiny_sources import BFLOAT16, CONFIG, import_source, llama_arrays, write_arrays, write_llama
-from tests.tasks.labelled_files import labelled_config, write_labelled
-from tests.tiny_runs import fresh_state, saved_arrays, tiny_config, write_workdir
+from tests.tiny_runs import saved_arrays, tiny_config, write_workdir
 
 pytestmark = pytest.mark.standard_promotion  # the state of a checkpoint is made with its optimizer
 
@@ -224,18 +219,6 @@ def test_options_of_exact_layers_go_out_and_come_back(tmp_path, pattern, changes
     assert used(copy) == used(load_model(Workdir(tmp_path / "run")))
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_a_classifier_is_refused(tmp_path, causal):
-    files = write_labelled(tmp_path / "mails.jsonl")
-    config = labelled_config(files, model__causal=causal, model__attention__kind="softmax")
-    task = Classification.load(config, Workdir(tmp_path / "run"))
-    write_workdir(tmp_path / "run", config, fresh_state(Experiment.of(config, task.objective)))
-    save_class_names(tmp_path / "run", ("ham", "spam"))
-    with pytest.raises(UserError, match=r"a model with task.name = 'classification' predicts no next token;[^\n]*$"):
-        export_workdir(Workdir(tmp_path / "run"), str(tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_model_trained_here_goes_out_as_the_family_it_fits(tmp_path):
     write_workdir(tmp_path / "run", tiny_config(model__attention__kind="softmax", sequence_length=32))
     assert "LlamaForCausalLM, step 3" in export_workdir(Workdir(tmp_path / "run"), str(tmp_path / "out"))
@@ -298,6 +281,6 @@ def test_a_workdir_of_many_rows_keeps_their_order(tmp_path):
 def test_an_exports_readme_says_which_layers_have_exact_heads(tmp_path):
     pattern = "dark,softmax,dark(exact_kv_heads=1),dark(exact_kv_heads=1)"
     config = tiny_config(model__num_layers=4, model__attention__pattern=pattern)
-    write_code(tmp_path, dict(flat_fields(config.model.to_dict())))
+    write_code(tmp_path, config, None)
     wanted = "layer by layer: 1 x dark, 1 x softmax, 2 x dark (1 of 2 key/value heads exact).\n"
     assert wanted in (tmp_path / "README.md").read_text()

@@ -8,6 +8,7 @@ if int(transformers.__version__.split(".")[0]) < 5:
     raise ImportError(f"a DARKFormer model needs transformers 5.0 or later; this is {transformers.__version__}")
 
 FORMAT = 2  # of `darkformer` in config.json
+POOLINGS = ("last", "mean")
 # Fields that are stated twice -> their names in `darkformer["model"]`, which the model reads.
 _TWICE = {
     "num_attention_heads": "num_heads",
@@ -23,6 +24,7 @@ class DarkformerConfig(transformers.PreTrainedConfig):
     `darkformer["model"]` holds every field of the model as darkformer_jax knows them, and `darkformer["pattern"]` the
     attention of successive layers, repeated over the depth. Each entry has the kind and the options of one layer, with
     `frequencies` (radians per token of each rotary pair; null = no rotary positions) and `amplitude` of the rotation.
+    `darkformer["task"]` says what a classifier reads, and how.
     """
 
     model_type = "darkformer"
@@ -44,6 +46,14 @@ class DarkformerConfig(transformers.PreTrainedConfig):
     def fields(self) -> dict[str, Any]:
         """The fields of the model by their names in darkformer_jax."""
         return self._described()["model"]
+
+    @property
+    def pooling(self) -> str:
+        """How a classifier makes one hidden state of a row's: that of its `last` token, or their `mean`."""
+        pooling = self._described().get("task", {}).get("pooling", "last")  # a language model has no task
+        if pooling not in POOLINGS:
+            raise ValueError(f"darkformer.task.pooling = {pooling!r}: must be one of {', '.join(POOLINGS)}")
+        return pooling
 
     def check(self) -> None:
         """Raises ValueError for another format, and for a field that says something else than `darkformer` does."""
