@@ -8,15 +8,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from darkformer_jax.aot.hlo import computations, trip_count
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 _COLLECTIVE = re.compile(rf" ({'|'.join(KINDS)})(-start)?\(")
 _CALLING = "calls|body|to_apply|called_computations|branch_computations|true_computation|false_computation"
 _CALLED = re.compile(rf"(?:{_CALLING})=\{{?((?:%[\w.-]+(?:, )?)+)")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_CONDITION = re.compile(r"condition=%([\w.-]+)")
-_CONSTANT = re.compile(r" constant\((\d+)\)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _CHAIN = re.compile(r'chain_id="(\d+)"')
 _SHAPE = re.compile(r"\b(pred|[a-z]+[0-9]+(?:e[0-9]+m[0-9]+\w*)?)\[([0-9,]*)\]")
@@ -67,7 +65,7 @@ def collectives(hlo: str, slices: Sequence[int]) -> tuple[Counter[Collective], i
       hlo: `compiled.as_text()` of a program for len(slices) devices.
       slices: the slice (pod) that each device belongs to, in the order of the mesh.
     """
-    bodies, entry = _computations(hlo)
+    bodies, entry = computations(hlo)
     found: dict[tuple[str, ...], tuple[Collective, int]] = {}
     unknown_loops = 0
     pending = [(entry, 1)]
@@ -81,7 +79,7 @@ def collectives(hlo: str, slices: Sequence[int]) -> tuple[Counter[Collective], i
             if match := _BETWEEN_SLICES.search(line):
                 found[name, line] = _between_slices(line, match), times
             calls = [call.strip(" %") for group in _CALLED.findall(line) for call in group.split(",") if call.strip()]
-            trips = _trips(line, bodies) if " while(" in line else 1
+            trips = trip_count(line, bodies) if " while(" in line else 1
             unknown_loops += trips is None
             pending += [(call, times * (trips or 1)) for call in calls if call in bodies]
     counts: Counter[Collective] = Counter()
@@ -101,30 +99,6 @@ def _identity(computation: str, line: str) -> tuple[str, ...]:
         return computation, line
     channel, groups = _CHANNEL.search(line), line.find("replica_groups=")
     return chain[1], channel[1] if channel else "", line[groups : line.find("}", groups)]
-
-
-def _trips(line: str, bodies: dict[str, list[str]]) -> int | None:
-    """How often a loop's body runs: the count that the compiler noted, or the constant that a scan counts up to."""
-    if known := _TRIPS.search(line):
-        return int(known[1])
-    condition = _CONDITION.search(line)
-    lines = bodies.get(condition[1], []) if condition else []
-    constants = [found[1] for other in lines if (found := _CONSTANT.search(other))]
-    is_scan = any(" compare(" in other and "direction=LT" in other for other in lines)
-    return int(constants[0]) if is_scan and len(constants) == 1 else None
-
-
-def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    """The instructions of every computation, and the entry's name."""
-    bodies: dict[str, list[str]] = {}
-    entry, lines = "", []
-    for line in hlo.splitlines():
-        if found := _COMPUTATION.match(line):
-            lines = bodies[found[1]] = []
-            entry = found[1] if line.startswith("ENTRY") else entry
-        elif line.startswith(" "):
-            lines.append(line)
-    return bodies, entry
 
 
 def _parse(line: str, found: re.Match[str], slices: Sequence[int], scattered: bool) -> Collective:
