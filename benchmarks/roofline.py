@@ -49,12 +49,19 @@ def _seconds(run: Callable[[], Array]) -> float:
     return min(seconds)
 
 
+def forward_flops(length: int, heads: int, kv_heads: int, dim: int, features: int, chunk: int) -> float:
+    """FLOPs of `length` tokens of all heads: half of Mq, Mk, of the features and of 4 m d are a key/value head's."""
+    d, m = dim, features
+    of_query = 2 * d * d + 2 * d * m + 2 * chunk * (m + d) + 2 * m * d + 2 * m
+    of_key = 2 * d * d + 2 * d * m + 2 * m * d
+    return float(length * (heads * of_query + kv_heads * of_key))
+
+
 def least_seconds(length: int, backward: bool, rates: Rates) -> float:
     """The least time of features everywhere for `length` tokens."""
-    chunk, tokens = min(CHUNK, length), BATCH * length * HEADS
-    d, m = HEAD_DIM, FEATURES
-    flops = tokens * (4 * d * d + 4 * d * m + 2 * chunk * (m + d) + 4 * m * d + 2 * m)
-    exponentials = tokens * (4 * m + 2 * chunk)
+    chunk = min(CHUNK, length)
+    flops = BATCH * forward_flops(length, HEADS, HEADS, HEAD_DIM, FEATURES, chunk)
+    exponentials = BATCH * length * HEADS * (4 * FEATURES + 2 * chunk)
     return flops * (3 if backward else 1) / rates.flops + exponentials / rates.exponentials
 
 
