@@ -181,7 +181,7 @@ def read_schedule(bundles: str, units: str, steps: int | None = None) -> Schedul
     """The counts of an instruction's two files.
 
     Args:
-      steps: of its loop; None takes them from the loop's test.
+      steps: of its loop; None takes them from the loop's test, as do more steps than turns (some are unrolled).
 
     Raises:
       ValueError: the files do not fit each other.
@@ -209,7 +209,8 @@ def read_schedule(bundles: str, units: str, steps: int | None = None) -> Schedul
         while len(stack) - 1 < depth:
             stack.append(_Loop())
         if exit_test := _EXIT.search(line):
-            stack[-1].trips = steps or int(exit_test[1]) - _FILL_AND_DRAIN
+            turns = int(exit_test[1])
+            stack[-1].trips = steps if steps is not None and steps <= turns else turns - _FILL_AND_DRAIN
         stack[-1].own = stack[-1].own.plus(next(used, Count()))
     while len(stack) > 1:
         close()
