@@ -277,12 +277,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as directory:
         record_bundles(Path(directory))
         try:
+            topology_devices("v5e:1x1")  # which refuses where there is no libtpu
             if flags.golden:
                 write_golden(flags.golden, Path(directory))
             else:
                 write_table(flags, Path(directory))
         except UserError as error:
-            sys.exit(f"error: {error}")
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
 
 
 if __name__ == "__main__":
