@@ -153,10 +153,10 @@ class Blocks:
             ),
             interpret=interpreter if self.sizes.interpret else False,
         )
-        kernel = jax.custom_jvp(kernel)
-        kernel.defjvp(_refuse_derivatives)
+        once = jax.custom_jvp(kernel)
+        once.defjvp(_refuse_derivatives)
         with jax.enable_x64(False):  # or the kernel's constants would be float64, which a TPU lacks
-            return kernel(*(x.ravel() for x in scalars), *(x for x, _ in inputs))
+            return once(*(x.ravel() for x in scalars), *(x for x, _ in inputs))
 
 
 def _refuse_derivatives(*_: Any) -> Any:
