@@ -42,7 +42,6 @@ class Count(NamedTuple):
     bundles: int = 0
     spills: int = 0  # vector registers that are stored to VMEM for want of registers
     fills: int = 0  # and loaded again
-    mxu: int = 0  # operations of the matrix units
 
     def plus(self, other: "Count", times: int = 1) -> "Count":
         return Count(*(a + times * b for a, b in zip(self, other, strict=True)))
@@ -223,10 +222,10 @@ def _units(text: str) -> Iterator[Count]:
     """One count per bundle."""
     lines = [line for line in text.splitlines() if not line.startswith("==")]
     names = [name.strip() for name in lines[0].split(",")]
-    spill, fill, mxu = (names.index(name) for name in ("VSTORE:SPILL", "VLOAD:FILL", "MXU"))
+    spill, fill = names.index("VSTORE:SPILL"), names.index("VLOAD:FILL")
     for line in lines[2:]:
         row = [int(number) for number in line.split()]
-        yield Count(1, row[spill], row[fill], row[mxu])
+        yield Count(1, row[spill], row[fill])
 
 
 def _signatures(bodies: dict[str, list[str]]) -> dict[str, str]:
