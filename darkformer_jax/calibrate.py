@@ -165,6 +165,7 @@ def _summary(args: argparse.Namespace, found: Calibrated) -> str:
         lines += curve_lines(found.choice.points, found.choice.number, found.choice.context)
     if found.heads is not None:
         lines += head_lines(found.heads)
+    lines += found.worth.lines()
     return "\n".join(lines)
 
 

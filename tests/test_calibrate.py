@@ -116,6 +116,8 @@ def test_the_model_that_is_written_is_the_one_that_was_measured(chosen, text):
     found = Hybrids(bound, bound, passages[:num_test], model.tokenizer).measure([frozenset()], no_progress)[0]
     point = json.loads((chosen / "calibration.json").read_text())["exact"]["curve"][1]
     np.testing.assert_allclose(found, (point["loss"], point["copy"]), rtol=1e-5)
+    worth = json.loads((chosen / "calibration.json").read_text())["worth"]
+    np.testing.assert_allclose(found, (worth["converted"]["loss"], worth["converted"]["copy"]), rtol=1e-5)
 
 
 def test_it_generates_exports_and_trains_on(chosen, text, tmp_path, capsys):
