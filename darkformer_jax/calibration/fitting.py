@@ -94,6 +94,7 @@ class FitOptions:
     geometry_init: float
     shrinkage: float
     far_gain: bool
+    far_horizon: int
     learn_projections: bool
     exact_layers: str
     cache_budget: str
@@ -289,8 +290,9 @@ def _started(o: FitOptions, module: Any, train: LayerTensors, moments: Moments, 
     if o.far_gain and o.mechanism in GEOMETRY_KINDS:  # the others' features estimate exp(q.k) itself
         few = jax.tree.map(lambda leaf: leaf[:_GAIN_PASSAGES], train)
         few = few._replace(**dict(zip("qk", module.in_coordinates(few.q, few.k), strict=True)))
-        near = {"chunk_size": spec.chunk_size, "window": spec.window, "num_sinks": spec.num_sinks}
-        module.log_gain[...] = matched_log_gain(few, module.M[...], scale=spec.scale, **near)
+        places = {"chunk_size": spec.chunk_size, "window": spec.window, "num_sinks": spec.num_sinks}
+        places["far_horizon"] = spec.far_horizon
+        module.log_gain[...] = matched_log_gain(few, module.M[...], scale=spec.scale, **places)
     return FittedMechanism.of(module)
 
 

@@ -381,6 +381,9 @@ class FeatureAttention(nn.Module):
             far_scores = mechanism.log_features(q) + state["c"][:, None, :, None]
             if mechanism.layer["far_gain"]:
                 far_scores = far_scores + mechanism.log_gain[-q.shape[2] * q.shape[3] :].view(q.shape[2], -1, 1)
+            if horizon := mechanism.layer["far_horizon"]:
+                place = (base[:, None] + places + 1).clamp(min=1).to(far_scores.dtype)
+                far_scores = far_scores + (horizon / place).clamp(max=1).log()[..., None, None]
         if "decays" in near:
             sums = RunningSum(near["decays"])
             since = sums.since_start(places)
