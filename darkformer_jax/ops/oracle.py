@@ -59,7 +59,7 @@ def dark_attention_oracle(
             log_q, log_k = (log_positive_features(x, w, m, scale, log_weights) for x in (q, k))
             far = gain + _feature_logits(log_q, log_k) - jnp.log(w.shape[0])
             if far_horizon:
-                index = jnp.arange(ids.shape[0])
+                index = jnp.arange(ids.shape[0], dtype=jnp.int32)
                 nth = index - jnp.searchsorted(searchable, searchable) + 1  # of its document
                 far += jnp.log(jnp.minimum(1.0, far_horizon / nth.astype(q.dtype)))[:, None]
             logits = jnp.where(near, exact, far)
