@@ -1,6 +1,6 @@
-"""Reading, writing and memory of models by context: a converted model beside the exact one, with the sampler of `generate`.
+"""Reading, writing and memory by context: a converted model beside the exact one, with the sampler of `generate`.
 
-    python -m benchmarks.contexts --workdirs=runs/smollm2,runs/smollm2-dark --contexts=1024,4096,16384 --out=contexts.json
+    python -m benchmarks.contexts --workdirs=runs/smollm2,runs/smollm2-dark --contexts=1024,4096,16384
 
 Each model reads so many random tokens and then writes. Programs are compiled before the clock starts. The models take
 turns; the first is the one that the others are compared with. A model leaves the longer contexts out once one reading
