@@ -108,7 +108,7 @@ class Coordinates(nn.Module):
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """(q' [B, n, H, d], k' [B, n, G, d]) in the dtypes of q and k."""
         grouped = q.reshape(*k.shape[:3], -1, k.shape[3]).float()
-        A, B, b = (x[-k.shape[2] :] for x in (self.query_map, self.key_map, self.key_center))
+        A, B, b = (x[-k.shape[2] :].float() for x in (self.query_map, self.key_map, self.key_center))
         queries = torch.einsum("bngrd,ged->bngre", grouped, A).reshape(q.shape)
         return queries.to(q.dtype), torch.einsum("bngd,ged->bnge", k.float() - b, B).to(k.dtype)
 
