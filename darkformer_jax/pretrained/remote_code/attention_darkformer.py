@@ -383,7 +383,7 @@ class FeatureAttention(nn.Module):
                 far_scores = far_scores + mechanism.log_gain[-q.shape[2] * q.shape[3] :].view(q.shape[2], -1, 1)
             if horizon := mechanism.layer["far_horizon"]:
                 place = (base[:, None] + places + 1).clamp(min=1).to(far_scores.dtype)
-                far_scores = far_scores + (horizon / place).clamp(max=1).log()[..., None, None]
+                far_scores = far_scores + (horizon / place).clamp(max=1).log()[..., None, None, None]
         if "decays" in near:
             sums = RunningSum(near["decays"])
             since = sums.since_start(places)
