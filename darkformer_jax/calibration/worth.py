@@ -53,8 +53,8 @@ class Worth(NamedTuple):
         lines = table_lines(rows)
         if self.window_alone and self.window_alone.loss - self.converted.loss < _LITTLE * self.exact.loss:
             lines.append(
-                f"the features lower the loss by less than {100 * _LITTLE:g}% here; --mechanism=window_only makes the "
-                "model without them"
+                f"in passages of this length the features lower the loss by less than {100 * _LITTLE:g}%; "
+                "--mechanism=window_only makes the model without them"
             )
         return lines
 
