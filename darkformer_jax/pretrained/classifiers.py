@@ -147,6 +147,9 @@ def fit_tokenizer(directory: Path, tokenizer: Tokenizer, length: int) -> None:
     if config.get("add_eos_token"):
         config["add_eos_token"] = False  # the head has learned to read the text's own last token
     names = {**tokenizer.token_names, **token_names(config)}
+    if not definition.exists():  # of a SentencePiece model, transformers puts a BOS in front only if this says so
+        ends = {name: names[name] for name in ("bos_token", "eos_token") if name in names}
+        config |= ends | {"add_bos_token": tokenizer.adds_bos}
     own = {
         "model_max_length": length,
         "truncation_side": "right",

@@ -1,5 +1,6 @@
 """An exported classifier in PyTorch is the model that it was here, reads the same ids, learns there and comes back."""
 
+import io
 import json
 import re
 import shutil
@@ -7,12 +8,19 @@ import shutil
 import numpy as np
 import pytest
 import scipy.special
+import sentencepiece
 import tokenizers
 
 from darkformer_jax import predict
 from darkformer_jax.config import base
 from darkformer_jax.data.labelled import Columns, LabelledRows, read_examples
-from darkformer_jax.data.tokenizers import BytesTokenizer, load_tokenizer, save_for_transformers, train_bpe
+from darkformer_jax.data.tokenizers import (
+    BytesTokenizer,
+    SentencePieceTokenizer,
+    load_tokenizer,
+    save_for_transformers,
+    train_bpe,
+)
 from darkformer_jax.errors import UserError
 from darkformer_jax.pretrained.classifiers import fit_tokenizer
 from darkformer_jax.pretrained.export import export_workdir
@@ -112,11 +120,31 @@ PAIRS = [
     {"first": " ".join(map(str, range(40))), "second": "never read", "label": "x"},
     {"first": "Käfer <|doc|>", "second": "日本", "label": "y"},
 ]
+
+
+def sentencepiece_tokenizer():
+    """As an old Llama has: no tokenizer.json, and a config that does not say whether a BOS begins a text."""
+    model, words = io.BytesIO(), "a man plays the flute two three never read one"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([words] * 9),
+        model_writer=model,
+        vocab_size=300,
+        hard_vocab_limit=False,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    return SentencePieceTokenizer(model.getvalue(), {"tokenizer_class": "LlamaTokenizer"})
+
+
 TOKENIZERS = {
     "bytes": BytesTokenizer,
     "BPE with a BOS": lambda: train_bpe(300, [f"{pair['first']}\n{pair['second']}" for pair in PAIRS]),
     "published, without a BOS": chat_tokenizer,
     "published, with one": lambda: chat_tokenizer(adds_bos=True),
+    "SentencePiece": sentencepiece_tokenizer,
 }
 
 
@@ -127,6 +155,7 @@ def test_texts_and_pairs_have_the_ids_of_the_task(name, tmp_path):
     save_for_transformers(tokenizer, str(tmp_path))
     fit_tokenizer(tmp_path, tokenizer, 16)
     theirs = tokenizer_of(tmp_path)
+    theirs.padding_side = "right"
     texts = {
         "first": [pair["first"] for pair in PAIRS],
         "first,second": [f"{pair['first']}\n{pair['second']}" for pair in PAIRS],
@@ -155,6 +184,22 @@ def test_a_pair_that_the_tokenizer_joins_is_refused():
     pair = model.tokenizer("A man plays.", "No.", return_tensors="pt")
     with pytest.raises(ValueError, match=re.escape('a line feed between both: tokenizer(f"{first}\\n{second}")')):
         model.theirs(**pair)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_cache_is_refused_because_pooling_would_miss_its_tokens(name):
+    model = exported("exact").theirs
+    cache, ids = transformers.DynamicCache(), torch.tensor([[1, 2, 3]])
+    model.model(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match=f"{name}: a classifier reads whole texts at once and has no cache"):
+        model(ids, **{name: cache})
+
+
+def test_use_cache_may_be_false_alone():
+    model, ids = exported("exact").theirs, torch.tensor([[1, 2, 3]])
+    assert torch.equal(model(ids, use_cache=False).logits, model(ids).logits)
+    with pytest.raises(ValueError, match="use_cache=True: a classifier reads whole texts at once and has no cache"):
+        model(ids, use_cache=True)
 
 
 def test_the_pipeline_names_the_classes_and_gives_the_probabilities_of_predict():

@@ -398,9 +398,10 @@ class DarkformerForSequenceClassification(DarkformerPreTrainedModel):
     ) -> Any:
         """The outputs [rows, labels] in float32; with labels, the mean loss that transformers has for `problem_type`.
 
-        Raises ValueError for what `DarkformerModel` refuses, and for a pair that the tokenizer put together: its tokens
-        are not those of the text that the model was trained on.
+        Raises ValueError for what `DarkformerModel` refuses, for a cache, and for a pair that the tokenizer put
+        together: its tokens are not those of the text that the model was trained on.
         """
+        _refuse_cache(kwargs)
         if token_type_ids is not None and bool((token_type_ids != 0).any()):
             raise ValueError(
                 "token_type_ids has a second text: this model reads a pair as one text, with a line feed between both: "
@@ -446,6 +447,16 @@ def _refuse(kwargs: dict[str, Any]) -> None:
     unknown = [name for name, value in kwargs.items() if value is not None and name not in ignored]
     if unknown:
         raise ValueError(f"{unknown[0]} is not an argument of a DARKFormer model")
+
+
+def _refuse_cache(kwargs: dict[str, Any]) -> None:
+    """Raises ValueError for a cache: pooling would see only the tokens after those in it. Takes out `use_cache`."""
+    asked = {name: kwargs.pop(name, None) for name in ("past_key_values", "cache")}
+    named = [name for name, value in asked.items() if value is not None]
+    if kwargs.pop("use_cache", None):
+        named.append("use_cache=True")
+    if named:
+        raise ValueError(f"{named[0]}: a classifier reads whole texts at once and has no cache")
 
 
 def _to_device(state: State | None, device: torch.device) -> State | None:
