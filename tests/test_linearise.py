@@ -209,6 +209,16 @@ def test_a_mistake_is_one_line_before_anything_begins(exact, text, whole, tmp_pa
     assert not (tmp_path / "out").exists() and sorted(path.name for path in whole.rglob("*")) == before
 
 
+def test_moments_of_too_few_tokens_are_named_before_anything_begins(text, tmp_path, capsys):
+    config = tiny_config(model__attention__kind="softmax", model__head_dim=16, sequence_length=64)
+    write_workdir(tmp_path / "exact", config)
+    few = ("--context=16", "--passages=2", "--geometry=balanced")
+    with pytest.raises(SystemExit):
+        run(tmp_path / "exact", text, tmp_path / "out", *few)
+    message = "--geometry=balanced: needs at least 17 tokens to fit on, of heads of 16; --passages=2 of --context=16"
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_too_little_disk_is_said_before_anything_begins(exact, text, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(2**30, 2**30, 1000))
     with pytest.raises(SystemExit):

@@ -36,7 +36,9 @@ def parse_wish(exact_layers: str, cache_budget: str) -> Wish:
     given, colon, number = exact_layers.partition(":")
     is_auto, shown = given == "auto", f"--exact_layers={exact_layers}"
     if cache_budget and (not is_auto or colon):
-        raise UserError(f"--cache_budget={cache_budget} with {shown}; allowed: --exact_layers=auto")
+        raise UserError(
+            f"--cache_budget={cache_budget} with {shown}; allowed: --exact_layers=auto or --exact_heads=auto"
+        )
     if is_auto and not colon:
         if not cache_budget:
             raise UserError(f"{shown}: how many? allowed: auto:N, or auto with --cache_budget=64MB@{CACHE_CONTEXT}")

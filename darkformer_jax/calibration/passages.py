@@ -32,7 +32,7 @@ def read_passages(
 
     Raises UserError if a text has too few passages, or if both texts share some.
     """
-    num_test = max(1, round(_TEST_SHARE * count))
+    num_test = num_test_passages(count)
     passages = _draw(text, text_field, tokenizer, count, context, seed, heldout_fraction)
     if not test_text:
         return passages, num_test
@@ -40,6 +40,11 @@ def read_passages(
     if {row.tobytes() for row in test} & {row.tobytes() for row in passages}:
         raise UserError(f"--test_text={test_text}: has passages of --text={text}; allowed: other text")
     return np.concatenate([test, passages]), num_test
+
+
+def num_test_passages(count: int) -> int:
+    """How many of `count` passages are only for measuring errors, where there is no other text for that."""
+    return max(1, round(_TEST_SHARE * count))
 
 
 def _draw(

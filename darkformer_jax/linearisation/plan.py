@@ -10,6 +10,7 @@ import jax
 from darkformer_jax.calibration.exact_layers import check_wish
 from darkformer_jax.calibration.fitting import EXACT_KINDS, calibrated_config
 from darkformer_jax.calibration.head_choice import check_head_wish, parse_wishes
+from darkformer_jax.calibration.passages import num_test_passages
 from darkformer_jax.config.specs import model_spec
 from darkformer_jax.config.validation import validate
 from darkformer_jax.errors import UserError
@@ -103,6 +104,13 @@ def _check_transfer(settings: Settings, exact: Network) -> None:
     replaced = model_spec(calibrated_config(transfer_options(settings)), exact.spec.vocab_size)
     check_wish(layers, exact.spec, replaced)
     check_head_wish(heads, exact.spec, replaced)
+    dim, passages = exact.spec.layers[0].head_dim, settings.passages
+    num_tokens = (passages - num_test_passages(passages)) * settings.context
+    if settings.geometry != "identity" and num_tokens <= dim:
+        raise UserError(
+            f"--geometry={settings.geometry}: needs at least {dim + 1} tokens to fit on, of heads of {dim}; "
+            f"--passages={passages} of --context={settings.context} leave {num_tokens}"
+        )
 
 
 def describe(plans: list[StagePlan], text: Text) -> str:

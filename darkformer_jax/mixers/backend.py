@@ -1,16 +1,12 @@
 """`model.attention.backend`: which program computes the attention of a layer with features everywhere."""
 
-from collections.abc import Callable
 from typing import Any, Literal
 
-import jax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
 
-from darkformer_jax.distributed.sharding import context_size, map_shards, tensor_size
+from darkformer_jax.distributed.sharding import context_size, tensor_size
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers.spec import MixerSpec
-from darkformer_jax.mixers.stretches import AXES, KEY_AXES, QUERY_AXES
 
 Backend = Literal["auto", "scan", "pallas"]
 _NAMED = "model.attention.backend = 'pallas'"
@@ -53,22 +49,3 @@ def check_backend_on(spec: MixerSpec, mesh: Mesh) -> None:
             f"{_NAMED} with mesh.tensor = {ways}: it splits {heads} key/value heads with features; allowed: a divisor "
             "of them, or backend = 'scan'"
         )
-
-
-def on_shards(
-    attend: Callable[..., Array],
-    q: Float[Array, "b n hq d"],
-    k: Float[Array, "b n hkv d"],
-    v: Float[Array, "b n hkv dv"],
-    **arrays: Array | None,
-) -> Float[Array, "b n hq dv"]:
-    """`attend(q, k, v, **arrays)` of each device's rows and heads: the compiler cannot split a kernel by itself."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return attend(q, k, v, **arrays)
-    given = {name: x for name, x in arrays.items() if x is not None}
-
-    def part(q: Array, k: Array, v: Array, *rest: Array) -> Array:
-        return attend(q, k, v, **arrays | dict(zip(given, rest, strict=True)))
-
-    in_axes = (QUERY_AXES, KEY_AXES, KEY_AXES, *(AXES[name][-x.ndim :] for name, x in given.items()))
-    return map_shards(part, (q, k, v, *given.values()), in_axes, out_axes=QUERY_AXES)

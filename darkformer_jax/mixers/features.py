@@ -13,13 +13,13 @@ from jaxtyping import Array
 from darkformer_jax.distributed.sharding import context_size
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers.attention import ATTENTION_FIELDS, Mechanism
-from darkformer_jax.mixers.backend import check_backend, check_backend_on, on_shards, takes_kernel
+from darkformer_jax.mixers.backend import check_backend, check_backend_on, takes_kernel
 from darkformer_jax.mixers.coordinates import BalancedCoordinates
 from darkformer_jax.mixers.exact_heads import ExactHeads, SplitState, check_exact_heads, exact_part, features_part
 from darkformer_jax.mixers.mixer import Role
 from darkformer_jax.mixers.softmax import Softmax
 from darkformer_jax.mixers.spec import Geometry, MixerSpec
-from darkformer_jax.mixers.stretches import on_stretches
+from darkformer_jax.mixers.stretches import on_shards, on_stretches
 from darkformer_jax.ops.context import check_stretch
 from darkformer_jax.ops.dark_attention import dark_attention, feature_kernel, init_state
 from darkformer_jax.ops.linear import Sums
@@ -83,6 +83,7 @@ class LinearMechanism(Mechanism):
         """(`attend(q, k, v, **arrays)`, new state), on each device's own stretch where the mesh splits sequences."""
         attend = functools.partial(attend, causal=self.spec.causal, chunk_size=self.spec.chunk_size)
         if takes_kernel(self.spec, state):
+            # The compiler cannot split a kernel by itself.
             return on_shards(functools.partial(attend, backend="pallas"), q, k, v, **arrays), None
         if context_size() > 1:
             return on_stretches(attend, q, k, v, state=state, **arrays), None

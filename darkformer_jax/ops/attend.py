@@ -109,7 +109,8 @@ def attend(
     state, segments, positions = _place_tokens(state, segment_ids, length)
     grouped = q.reshape(batch, length, num_kv_heads, group_size(q, k), dim)
     tokens = Tokens(grouped, k, v, segments, positions, decays)
-    if options.backend != "scan" and not (resumed and length == 1):
+    # A kernel's grid may not be empty.
+    if options.backend != "scan" and not (resumed and length == 1) and min(q.size, v.size):
         state, out = _by_kernel(kernel, state, tokens, options)
     else:
         state, sums = _scan_or_step(kernel, state, tokens, options, resumed)

@@ -91,7 +91,7 @@ def dark_attention(
         exchange far states, windows, sinks and sums of decays, in messages that do not grow with the length.
       backend: "scan" works everywhere. "pallas" is a TPU kernel for causal attention with features everywhere, without
         a log_decay, and one for its gradients: features stay in the chip's fast memory, and it chooses its own chunks.
-        "pallas_interpret" runs the kernels' steps on any device, slowly, for tests.
+        It has first derivatives only. "pallas_interpret" runs the kernels' steps on any device, slowly, for tests.
 
     Returns:
       out [b, n, hq, dv] in v's dtype, or (out, state).

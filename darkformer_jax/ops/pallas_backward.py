@@ -97,7 +97,8 @@ def _chunk(before: Any, of_chunk: Any, *refs: Any, scale: float, has_geometry: b
     head, chunk, rest = take_refs(refs, scale, has_geometry, has_weights)
     c_ref, z_ref, S_ref, out, of_out, dz_in, dS_in, dq, dk, dv, dc_out, dz_out, dS_out, *of_head, dz, dS = rest
     place = pl.num_programs(2) - 1 - pl.program_id(2)
-    far_segment, own_segment = before[pl.program_id(0), place], of_chunk[pl.program_id(0), place]
+    row = pl.program_id(0) * pl.num_programs(2)
+    far_segment, own_segment = before[row + place], of_chunk[row + place]
 
     @pl.when(pl.program_id(2) == 0)
     def _start() -> None:
@@ -134,9 +135,9 @@ def _of_scores(
 ) -> tuple[Float[Array, "gc m"], Float[Array, "c m"]]:
     """The gradients of the log features of queries and keys, by the scores of the chunk's own pairs.
 
-    That of log P is w (dL/dN . v - e), and the features need its quotient by P, w / P = exp(lift). The quotients are
-    scaled by e^up as far up as their products with features allow, and by the largest of dL/dw: they would be no normal
-    float32 where a loss is a mean over many tokens.
+    That of log P is w (dL/dN . v - e), and the features need its quotient by P. The quotients are scaled by e^up as far
+    up as their products with features allow, and by the largest of dL/dw: they would be no normal float32 where a loss
+    is a mean over many tokens. w / P is exp(lift), but rounded otherwise: then what a row's keys get would not cancel.
     """
     dtype = chunk.v.dtype
     largest = lambda x: jnp.max(jnp.max(x, axis=1, keepdims=True), axis=0, keepdims=True)
@@ -146,7 +147,7 @@ def _of_scores(
     of_weights = jnp.where(above, dot(of_numerator, chunk.v, (1, 1), dtype) - e, 0.0)
     size = largest(jnp.abs(of_weights))
     size = jnp.where(size > 0, size, 1.0)
-    quotients = of_weights / size * jnp.exp(lift + up)
+    quotients = of_weights / size * (seen.weights * jnp.exp(up) / jnp.where(above, seen.product, 1.0))
     to_q = seen.features_q * dot(quotients, seen.features_k, (1, 0), dtype)
     to_k = seen.features_k * dot(quotients, seen.features_q, (0, 0), dtype)
     down = jnp.exp(-up)

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
+from darkformer_jax.errors import UserError
 from darkformer_jax.ops.features import RandomFeatures
 from darkformer_jax.ops.linear import HEADROOM, LOG_FLOOR
 from darkformer_jax.ops.state import NEG, FarState
@@ -121,7 +122,14 @@ class Blocks:
         outputs: Sequence[tuple[tuple[int, ...], Any, pl.BlockSpec]],
         scratch: Sequence[tuple[int, ...]],
     ) -> Any:
-        """`body` for every chunk. inputs: arrays with blocks; outputs: shapes, dtypes and blocks; scratch: shapes."""
+        """`body` for every chunk.
+
+        Args:
+          scalars: [b, chunks]. `body` gets them flat: of two axes, a TPU's scalar memory takes 128 numbers per row.
+          inputs: arrays with blocks.
+          outputs: shapes, dtypes and blocks.
+          scratch: shapes.
+        """
         kind = jax.typeof(self.inputs.keys).manual_axis_type
         grid = pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
@@ -136,7 +144,7 @@ class Blocks:
         body = functools.partial(
             body, scale=self.sizes.scale, has_geometry=geometry is not None, has_weights=log_weights is not None
         )
-        return pl.pallas_call(
+        kernel = pl.pallas_call(
             body,
             grid_spec=grid,
             out_shape=[jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind) for shape, dtype, _ in outputs],
@@ -144,7 +152,16 @@ class Blocks:
                 dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
             ),
             interpret=interpreter if self.sizes.interpret else False,
-        )(*scalars, *(x for x, _ in inputs))
+        )
+        once = jax.custom_jvp(kernel)
+        once.defjvp(_refuse_derivatives)
+        with jax.enable_x64(False):  # or the kernel's constants would be float64, which a TPU lacks
+            return once(*(x.ravel() for x in scalars), *(x for x, _ in inputs))
+
+
+def _refuse_derivatives(*_: Any) -> Any:
+    """Of a kernel: those of attention, which has another kernel for them, are asked for a second time."""
+    raise UserError("backend = 'pallas' has first derivatives only: use backend = 'scan'")
 
 
 def segments_of_chunks(

@@ -66,7 +66,8 @@ def _chunk(before: Any, of_chunk: Any, *refs: Any, scale: float, has_geometry: b
     _, chunk, rest = take_refs(refs, scale, has_geometry, has_weights)
     c_in, z_in, S_in, c_out, z_out, S_out, out_ref, *saved, c, z, S = rest
     index = pl.program_id(2)
-    far_segment, own_segment = before[pl.program_id(0), index], of_chunk[pl.program_id(0), index]
+    place = pl.program_id(0) * pl.num_programs(2) + index
+    far_segment, own_segment = before[place], of_chunk[place]
 
     @pl.when(index == 0)
     def _start() -> None:

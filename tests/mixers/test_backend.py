@@ -11,7 +11,7 @@ import pytest
 
 from darkformer_jax.aot.topology import topology_devices
 from darkformer_jax.errors import UserError
-from darkformer_jax.mixers.backend import on_shards
+from darkformer_jax.mixers.stretches import on_shards
 from darkformer_jax.ops.dark_attention import dark_attention
 from darkformer_jax.training.experiment import Experiment
 from tests.ops.linear_attentions import documents, draw, draw_cotangent
