@@ -39,8 +39,8 @@ AT_LEAST_ONE = [
 ]  # fmt: skip
 AT_LEAST_ZERO = [
     "seed", "model.vocab_size", "model.attention.redraw_every", "model.attention.window", "model.attention.num_sinks",
-    "model.attention.far_horizon", "data.num_workers", "optimizer.warmup_steps", "eval.every", "eval.batches", "checkpoint.every", "sample.top_k",
-    "eval.patience",
+    "model.attention.far_horizon", "eval.patience",
+    "data.num_workers", "optimizer.warmup_steps", "eval.every", "eval.batches", "checkpoint.every", "sample.top_k",
     "model.logit_softcap", "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.z_loss",
     "optimizer.geometry_learning_rate", "sample.temperature", "model.rope_local_theta", "model.rope_attention_factor",
     "model.attention.query_scale", "model.attention.softcap", "model.attention.local_window", "model.lora_rank",
