@@ -32,6 +32,11 @@ as their queries: their features see nothing otherwise, and the verb names the l
 
 --far_gain lets each head scale the far part, which its features see. For dark, the gain starts where the far part has
 about the weight that exact attention gives it. With --transfer_steps=0 it stays there.
+
+--far_horizon=256 bounds what features weigh in long texts: beyond 256 tokens their total weight stops growing, as that
+of the far part of exact attention mostly does. Use it for models that will read more than --context tokens.
+
+At the end the verb prints the loss of the exact model, of the new one, and of the new one without its features.
 """
 
 import argparse
@@ -95,6 +100,8 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--geometry_init", type=float, help=init_help)
     parser.add_argument("--shrinkage", type=float, default=0.0, help="pulls whitened moments towards isotropic, 0 to 1")
     parser.add_argument("--far_gain", action="store_true", help="learn a gain per head on the far part")
+    horizon_help = "tokens after which the features' total weight stops growing with the text; 0 = never (default: 0)"
+    parser.add_argument("--far_horizon", type=whole, default=0, help=horizon_help)
     parser.add_argument("--learn_projections", action="store_true", help="dark: learn w, too")
     exact_help = "layers to leave exact: none, numbers such as 3,17, or auto:N, the N that matter most (default: none)"
     parser.add_argument("--exact_layers", default="none", help=exact_help)
@@ -165,6 +172,7 @@ def _summary(args: argparse.Namespace, found: Calibrated) -> str:
         lines += curve_lines(found.choice.points, found.choice.number, found.choice.context)
     if found.heads is not None:
         lines += head_lines(found.heads)
+    lines += found.worth.lines()
     return "\n".join(lines)
 
 

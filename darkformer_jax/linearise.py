@@ -72,6 +72,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--geometry", default="identity", choices=GEOMETRIES, help="what M starts from; see calibrate")
     init_help = f"factor on that start (default: {attention.geometry_init})"
     parser.add_argument("--geometry_init", type=float, default=attention.geometry_init, help=init_help)
+    parser.add_argument("--far_horizon", type=whole, default=0, help="see calibrate (default: 0)")
     parser.add_argument("--far_gain", action="store_true", help="learn a gain per head on the far part")
     exact_help = "layers to leave exact: none, 3,17, or auto:4, chosen by transfer; see calibrate (default: none)"
     parser.add_argument("--exact_layers", default="none", help=exact_help)

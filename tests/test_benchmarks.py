@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import exported, lra, made_up_chats, paper, recall, zoo
+from benchmarks import contexts, exported, lra, made_up_chats, paper, recall, zoo
 from benchmarks.grid import is_done
 from benchmarks.learning import FAR, REPEATED, Result, Run, ngram_bits, repeat_distance, table
 from configs.lra import get_config as get_lra_config
@@ -17,6 +17,7 @@ from darkformer_jax.mixers import MIXERS
 from darkformer_jax.mixers.encoders import EncoderMechanism
 from darkformer_jax.pretrained.export import export_workdir
 from darkformer_jax.runs.workdir import Workdir
+from tests.tiny_runs import tiny_config, write_workdir
 
 
 def test_a_captain_answers_in_every_conversation(tmp_path):
@@ -194,3 +195,15 @@ def test_the_table_of_exported_models_has_ratios_of_medians():
         "| 1,500 | linear | 30.0 | 40.0 | 1.0 |",
         "| 1,500 | ratio | 1.50 | 0.80 | 0.25 |",
     ]
+
+
+def test_by_context_the_state_of_features_stays_and_what_would_take_too_long_is_left_out(tmp_path):
+    for kind in ("softmax", "dark"):
+        write_workdir(tmp_path / kind, tiny_config(model__attention__kind=kind))
+    names = [f"{tmp_path}/{kind}" for kind in ("softmax", "dark")]
+    rows = contexts.measure(names, [16, 32], new_tokens=2, repeats=1, limit=600)
+    sizes = {(row["workdir"], row["context"]): row["state_bytes"] for row in rows}
+    assert sizes[names[0], 32] > 1.5 * sizes[names[0], 16]
+    assert sizes[names[1], 32] == sizes[names[1], 16]
+    assert len(contexts.lines(rows, names[0])) == 1 + 4
+    assert len(contexts.measure(names, [16, 32], new_tokens=2, repeats=1, limit=0)) == 2

@@ -10,9 +10,10 @@ import pytest
 from configs import finetune
 from darkformer_jax import calibrate, generate
 from darkformer_jax.calibration import fitting
-from darkformer_jax.calibration.hybrids import Hybrids
+from darkformer_jax.calibration.hybrids import Hybrids, Quality
 from darkformer_jax.calibration.moments import Moments
 from darkformer_jax.calibration.passages import read_passages
+from darkformer_jax.calibration.worth import Worth
 from darkformer_jax.data.progress import no_progress
 from darkformer_jax.pretrained.export import export_workdir
 from darkformer_jax.runs.inherit import inherit
@@ -116,6 +117,8 @@ def test_the_model_that_is_written_is_the_one_that_was_measured(chosen, text):
     found = Hybrids(bound, bound, passages[:num_test], model.tokenizer).measure([frozenset()], no_progress)[0]
     point = json.loads((chosen / "calibration.json").read_text())["exact"]["curve"][1]
     np.testing.assert_allclose(found, (point["loss"], point["copy"]), rtol=1e-5)
+    worth = json.loads((chosen / "calibration.json").read_text())["worth"]
+    np.testing.assert_allclose(found, (worth["converted"]["loss"], worth["converted"]["copy"]), rtol=1e-5)
 
 
 def test_it_generates_exports_and_trains_on(chosen, text, tmp_path, capsys):
@@ -356,5 +359,6 @@ def test_layers_whose_features_add_nothing_to_the_window_are_named(mechanism, na
     ]
     flags = ("--workdir=exact", "--text=text", "--out=out", f"--mechanism={mechanism}")
     args = calibrate.parse_flags(["calibrate", *flags])
-    _, *lines = calibrate._summary(args, fitting.Calibrated(rows, None, None)).splitlines()
-    assert [line.partition(";")[0] for line in lines] == ([named] if named else [])
+    worth = Worth(Quality(3.0, 0.3), Quality(3.1, 0.4), None, 2)
+    _, *lines = calibrate._summary(args, fitting.Calibrated(rows, None, None, worth)).splitlines()
+    assert [line.partition(";")[0] for line in lines] == [*([named] if named else []), *worth.lines()]

@@ -37,6 +37,7 @@ from darkformer_jax.calibration.transfer import (
     matched_log_gain,
     teacher_layers,
 )
+from darkformer_jax.calibration.worth import Worth, measure_worth
 from darkformer_jax.config.conversion import conversion_config, without_window
 from darkformer_jax.config.specs import model_spec
 from darkformer_jax.config.validation import validate
@@ -93,6 +94,7 @@ class FitOptions:
     geometry_init: float
     shrinkage: float
     far_gain: bool
+    far_horizon: int
     learn_projections: bool
     exact_layers: str
     cache_budget: str
@@ -116,11 +118,13 @@ class Calibrated(NamedTuple):
         and, if there is a window, `window_only`. Exact heads come first and have none.
       choice: of the exact layers, where they were chosen.
       heads: of the exact heads, likewise.
+      worth: the loss of the new model, and that of the same without its features.
     """
 
     layers: list[dict[str, Any]]
     choice: Choice | None
     heads: HeadChoice | None
+    worth: Worth
 
 
 def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> Calibrated:
@@ -147,23 +151,24 @@ def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> Calibrated:
         network, state = _initial(config, exact, teacher)
         fitted, rows, moments = _fit_layers(o, teacher, network, state, passages, num_test, progress_bar)
         state = _with_layers(state, network, fitted)
+        exact_model = teacher.network.bind(teacher.params, teacher.projections)
+        replaced = _in_dtype(network, teacher.network.spec.dtype).bind(state.params, state.projections)
+        texts = (passages[num_test:], passages[:num_test], teacher.tokenizer)
         choice, heads, pattern = None, None, ""
-        if by_heads is not None or wish.is_auto:
-            exact_model = teacher.network.bind(teacher.params, teacher.projections)
-            replaced = _in_dtype(network, teacher.network.spec.dtype).bind(state.params, state.projections)
-            texts = (passages[num_test:], passages[:num_test], teacher.tokenizer)
-            if by_heads is not None:
-                context = CACHE_CONTEXT if isinstance(by_heads, int) else by_heads.context
-                heads = choose_heads(by_heads, exact_model, replaced, *texts, HeadSizes(*specs, context), progress_bar)
-                num_kv = specs[0].layers[0].num_kv_heads
-                state = with_exact_heads_first(state, network, heads.by_layer)
-                rows, moments = rows_in_order(rows, heads.by_layer, num_kv), moments_in_order(moments, heads.by_layer)
-                pattern = head_pattern(teacher.config, config, heads.by_layer, num_kv)
-            else:
-                context = wish.budget.context if wish.budget else CACHE_CONTEXT
-                choice = choose(wish, exact_model, replaced, *texts, CacheSizes.of(*specs, context), progress_bar)
-                pattern = hybrid_pattern(teacher.config, config, choice.layers)
-                rows = [row for row in rows if row["layer"] not in choice.layers]
+        if by_heads is not None:
+            context = CACHE_CONTEXT if isinstance(by_heads, int) else by_heads.context
+            heads = choose_heads(by_heads, exact_model, replaced, *texts, HeadSizes(*specs, context), progress_bar)
+            num_kv = specs[0].layers[0].num_kv_heads
+            state = with_exact_heads_first(state, network, heads.by_layer)
+            rows, moments = rows_in_order(rows, heads.by_layer, num_kv), moments_in_order(moments, heads.by_layer)
+            pattern = head_pattern(teacher.config, config, heads.by_layer, num_kv)
+        elif wish.is_auto:
+            context = wish.budget.context if wish.budget else CACHE_CONTEXT
+            choice = choose(wish, exact_model, replaced, *texts, CacheSizes.of(*specs, context), progress_bar)
+            pattern = hybrid_pattern(teacher.config, config, choice.layers)
+            rows = [row for row in rows if row["layer"] not in choice.layers]
+        worth = measure_worth(exact_model, replaced, heads or choice, *texts[1:], progress_bar)
+        if pattern:
             config = calibrated_config(o, pattern)
             state = restacked(state, network, *_initial(config, exact, teacher))
         written = Workdir(directory)
@@ -176,8 +181,9 @@ def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> Calibrated:
             draw_curve(choice.points, choice.number, choice.context, directory / CURVE_FILE)
         chosen = {"exact": choice.to_json()} if choice else {}
         chosen |= {"heads": heads.to_json()} if heads else {}
+        chosen["worth"] = worth.to_json()
         write_json(directory / CALIBRATION_FILE, dataclasses.asdict(o) | {"layers": rows} | chosen)
-    return Calibrated(rows, choice, heads)
+    return Calibrated(rows, choice, heads, worth)
 
 
 def _require_exact(workdir: str, teacher: WorkdirModel) -> None:
@@ -284,8 +290,9 @@ def _started(o: FitOptions, module: Any, train: LayerTensors, moments: Moments, 
     if o.far_gain and o.mechanism in GEOMETRY_KINDS:  # the others' features estimate exp(q.k) itself
         few = jax.tree.map(lambda leaf: leaf[:_GAIN_PASSAGES], train)
         few = few._replace(**dict(zip("qk", module.in_coordinates(few.q, few.k), strict=True)))
-        near = {"chunk_size": spec.chunk_size, "window": spec.window, "num_sinks": spec.num_sinks}
-        module.log_gain[...] = matched_log_gain(few, module.M[...], scale=spec.scale, **near)
+        places = {"chunk_size": spec.chunk_size, "window": spec.window, "num_sinks": spec.num_sinks}
+        places["far_horizon"] = spec.far_horizon
+        module.log_gain[...] = matched_log_gain(few, module.M[...], scale=spec.scale, **places)
     return FittedMechanism.of(module)
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from darkformer_jax.calibration.hybrids import Quality, Row, nats, plain_row, repeated_row
 from darkformer_jax.data.progress import ProgressBar
 from darkformer_jax.data.tokenizers import Tokenizer
+from darkformer_jax.mixers.window_only import WindowOnly
 from darkformer_jax.model.transformer import Block, Transformer
 
 _SHARES = (0.9, 0.5, 0.1)  # of exact attention in all heads, at which gradients are taken
@@ -42,14 +43,20 @@ class MixedHeads:
       replaced: the same model with every layer replaced that can be.
       candidates: the layers that differ.
       tokenizer: says whether a document has a first token of its own.
+      window_alone: whether features are left out of what replaces; every candidate then needs a window.
     """
 
     def __init__(
-        self, exact: Transformer, replaced: Transformer, candidates: Sequence[int], tokenizer: Tokenizer
+        self,
+        exact: Transformer,
+        replaced: Transformer,
+        candidates: Sequence[int],
+        tokenizer: Tokenizer,
+        window_alone: bool = False,
     ) -> None:
         self._exact, self._replaced, self._candidates = exact, replaced, frozenset(candidates)
         self._whole: Any = nnx.split(exact)
-        self._begin = int(tokenizer.adds_bos)
+        self._begin, self._window_alone = int(tokenizer.adds_bos), window_alone
 
     def measure(self, shares: Float[np.ndarray, "layers hkv"], passages: Int[np.ndarray, "n l"]) -> Quality:
         """The quality of a model on passages."""
@@ -101,7 +108,10 @@ class MixedHeads:
         block = nnx.split(self._exact.layer(layer))
         source = self._replaced if layer in self._candidates else self._exact
         attention: Any = source.layer(layer).attention
-        other = nnx.split(attention.mechanism)
+        mechanism = attention.mechanism
+        if self._window_alone and layer in self._candidates:
+            mechanism = WindowOnly(mechanism.spec, layer)
+        other = nnx.split(mechanism)
         return block[0], other[0], block[1], other[1]
 
 

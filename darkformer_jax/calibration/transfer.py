@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from darkformer_jax.mixers.spec import Geometry
 from darkformer_jax.model.transformer import Block, Transformer
-from darkformer_jax.ops.linear import Sums
+from darkformer_jax.ops.linear import Sums, log_far_weight
 
 _QUERY_STRIDE = 4
 _FASTER = 5.0  # the learning rate of projections and gains, over that of M
@@ -101,7 +101,7 @@ def _run_layer(graphdef: Any, arrays: nnx.State, x: Array) -> tuple[LayerTensors
     return LayerTensors(*wide), after
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "chunk_size", "window", "num_sinks"))
+@functools.partial(jax.jit, static_argnames=("scale", "chunk_size", "window", "num_sinks", "far_horizon"))
 def matched_log_gain(
     tensors: LayerTensors,
     geometry: Float[Array, "hkv d d"],
@@ -110,6 +110,7 @@ def matched_log_gain(
     chunk_size: int,
     window: int,
     num_sinks: int,
+    far_horizon: int = 0,
 ) -> Float[Array, "hq"]:
     """The log-gain that gives the far part about the weight that exact attention gives it.
 
@@ -123,6 +124,7 @@ def matched_log_gain(
       geometry: M of each key/value head.
       scale: of q.k.
       chunk_size, window, num_sinks: decide which keys are near, as in `dark_attention`.
+      far_horizon: of `dark_attention`; the gain comes on top of it.
     """
     length, num_queries = tensors.q.shape[1:3]
     key, query = jnp.arange(length)[None], jnp.arange(length)[:, None]
@@ -139,6 +141,8 @@ def matched_log_gain(
             jax.nn.logsumexp(jnp.where(seen, scores, -jnp.inf), axis=-1)
             for scores, seen in ((exact, causal & ~near), (estimated, causal & ~near), (exact, causal))
         )
+        if far_horizon:
+            estimated_far = estimated_far + log_far_weight(far_horizon, jnp.arange(length, dtype=estimated_far.dtype))
         share = jnp.exp(far - all_keys)  # 0 where a query has no far key
         return share.sum(), jnp.sum(jnp.where(share > 0, share * (far - estimated_far), 0.0))
 

@@ -186,6 +186,8 @@ def _attention() -> Section:
     # Kernel of the keys seen exactly: dark (which the features estimate) | softmax (without M).
     a.window_kernel = choice("dark", get_args(WindowKernel), off="dark", needs="window", since=1)
     a.far_gain = anything(False, off=False, needs="window", since=1)  # a learned log gain per head on the far part
+    # Tokens of a document after which the total weight of what is seen through features stops growing; 0 = none.
+    a.far_horizon = at_least(0, 0, off=0, needs="window", since=10)
     # The first key/value heads, with their queries, have exact attention to everything, and a cache that grows.
     a.exact_kv_heads = at_least(0, 0, off=0, since=8)
     # How a layer tells positions: rope rotates q and k; alibi multiplies the kernel by exp(-slope distance). Exact

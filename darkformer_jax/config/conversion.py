@@ -19,7 +19,7 @@ from darkformer_jax.mixers.attention import ATTENTION_FIELDS
 
 COMPUTATION = ("attention", "dtype", "remat", "lora_rank")  # how a model is computed and trained, not what it is
 _INHERITED_BY_ATTENTION = (
-    *("pattern", "query_scale", "softcap", "local_window", "far_gain", "learn_projections", "balanced"),
+    *("pattern", "query_scale", "softcap", "local_window", "far_gain", "far_horizon", "learn_projections", "balanced"),
     "exact_kv_heads",  # `calibrate` ordered the heads for it
     # Positions, decay and convolution belong to the transformer, not to the mechanism.
     *sorted(name for name in ATTENTION_FIELDS if ATTENTION + name in base.fields()),

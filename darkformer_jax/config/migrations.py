@@ -12,7 +12,7 @@ from typing import Any
 from darkformer_jax.config.base import fields
 from darkformer_jax.errors import UserError
 
-VERSION = 9
+VERSION = 10
 _KEY = "version"
 
 

@@ -18,6 +18,7 @@ _OF_OLDER: Mapping[str, Any] = {  # what a directory was begun with before there
     "geometry": "identity",
     "geometry_init": 0.5,
     "far_gain": False,
+    "far_horizon": 0,
     "exact_heads": "none",
 }
 
@@ -46,6 +47,7 @@ class Settings:
     geometry: str
     geometry_init: float
     far_gain: bool
+    far_horizon: int
     exact_layers: str
     exact_heads: str
     cache_budget: str

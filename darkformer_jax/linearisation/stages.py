@@ -45,6 +45,7 @@ def transfer_options(settings: Settings) -> FitOptions:
         geometry_init=settings.geometry_init,
         shrinkage=0.0,
         far_gain=settings.far_gain,
+        far_horizon=settings.far_horizon,
         learn_projections=False,
         exact_layers=settings.exact_layers,
         cache_budget=settings.cache_budget,

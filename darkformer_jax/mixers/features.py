@@ -28,6 +28,7 @@ from darkformer_jax.ops.projections import draw_projections, projection_key
 from darkformer_jax.ops.state import AttentionState
 
 WINDOW_FIELDS = ATTENTION_FIELDS | {"query_scale", "chunk_size", "window", "num_sinks"}
+FAR_FIELDS = frozenset({"far_gain", "far_horizon"})
 PROJECTION_FIELDS = ATTENTION_FIELDS | {"query_scale", "chunk_size", "num_features", "projections", "redraw_every"}
 
 
@@ -102,7 +103,7 @@ class Inputs(NamedTuple):
 class FeatureAttention(LinearMechanism):
     """`dark_attention` with an optional exact window. Subclasses define the kernel in `inputs`."""
 
-    uses = PROJECTION_FIELDS | WINDOW_FIELDS | {"exact_kv_heads", "far_gain", "geometry_learning_rate", "backend"}
+    uses = PROJECTION_FIELDS | WINDOW_FIELDS | FAR_FIELDS | {"exact_kv_heads", "geometry_learning_rate", "backend"}
     has_geometry = False  # whether q and k are mapped by M first
     learns_kernel = False  # whether it has M or learned projections; they learn at geometry_learning_rate, as gains do
 
@@ -192,6 +193,7 @@ class FeatureAttention(LinearMechanism):
             window=self.spec.window,
             num_sinks=self.spec.num_sinks,
             window_kernel=self.spec.window_kernel,
+            far_horizon=self.spec.far_horizon,
         )
         arrays: dict[str, Any] = {
             "projections": None if projections is None else projections[-k.shape[2] :],
@@ -234,7 +236,7 @@ class FeatureAttention(LinearMechanism):
         """
         s = self.spec
         queries, keys, projections, geometry = self.inputs(*self.in_coordinates(q, k), positions)
-        window: dict[str, Any] = {"window": s.window, "window_kernel": s.window_kernel}
+        window: dict[str, Any] = {"window": s.window, "window_kernel": s.window_kernel, "far_horizon": s.far_horizon}
         kernel = feature_kernel(
             queries, keys, projections=projections, geometry=geometry, scale=s.scale, log_gain=self._gain(), **window
         )

@@ -51,6 +51,7 @@ class MixerSpec:
     num_sinks: int
     window_kernel: WindowKernel
     far_gain: bool
+    far_horizon: int
     exact_kv_heads: int
     positions: str  # a Positions
     decay: str  # a Decay

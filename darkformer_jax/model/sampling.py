@@ -18,6 +18,9 @@ from darkformer_jax.ops.state import NEG
 # Below this temperature no token but the likeliest is drawn, and the logits would leave float32's range.
 _COLDEST = 1e-20
 
+# Tokens of a prompt that are read at a time: exact attention holds as many rows of scores, each as long as the prompt.
+PIECE = 1024
+
 
 def filter_logits(
     logits: Float[Array, "b vocab"], *, temperature: float, top_k: int, top_p: float
@@ -126,12 +129,26 @@ def _prefill(
     model: Transformer, tokens: Int[Array, "b n"], lengths: Int[Array, "b"], room: int, choose: Any, key: Array
 ) -> tuple[Array, Any]:
     """(the first new token of each prompt, the state after the prompts). The prompts are padded at the end."""
-    index = jnp.arange(tokens.shape[1])
-    segment_ids = (index[None] < lengths[:, None]).astype(jnp.int32)
-    positions = jnp.broadcast_to(index[None], tokens.shape)
-    state = model.init_state(tokens.shape[0], room)
-    hidden, state = model.hidden(tokens, segment_ids, positions, state)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    batch, length = tokens.shape
+    size = min(PIECE, length)
+
+    def read(start: Int[Array, ""], state: Any) -> tuple[Array, Any]:
+        """The output at each prompt's last token, as far as it is in this piece, and the state after it."""
+        index = start + jnp.arange(size)
+        piece = jax.lax.dynamic_slice_in_dim(tokens, start, size, axis=1)
+        segment_ids = (index[None] < lengths[:, None]).astype(jnp.int32)
+        hidden, state = model.hidden(piece, segment_ids, jnp.broadcast_to(index[None], piece.shape), state)
+        place = jnp.clip(lengths - 1 - start, 0, size - 1)
+        return jnp.take_along_axis(hidden, place[:, None, None], axis=1)[:, 0], state
+
+    def read_next(carry: tuple[Array, Any], start: Int[Array, ""]) -> tuple[tuple[Array, Any], None]:
+        last, state = carry
+        found, state = read(start, state)
+        return (jnp.where((lengths > start)[:, None], found, last), state), None
+
+    last, state = read(jnp.int32(0), model.init_state(batch, room))
+    if length > size:
+        (last, state), _ = jax.lax.scan(read_next, (last, state), jnp.arange(size, length, size, dtype=jnp.int32))
     return choose(model.logits(last), key), state
 
 

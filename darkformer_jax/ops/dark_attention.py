@@ -41,6 +41,7 @@ def dark_attention(
     window_kernel: WindowKernel = "dark",
     log_weights: Float[Array, "... m"] | None = None,
     log_gain: Float[Array, "hq"] | None = None,
+    far_horizon: int = 0,
     log_decay: Float[Array, "hkv"] | Float[Array, "b n hkv"] | None = None,
     state: AttentionState | None = None,
     return_state: bool = False,
@@ -75,6 +76,9 @@ def dark_attention(
       log_weights: half of the importance weight of each projection that was not drawn from N(0, I); see
         `ops.theory.proposals.transform_projections`.
       log_gain: one number per query head, added to the log weight of all that is seen through features; needs a window.
+      far_horizon: the n-th token of a document gives all that it sees through features min(1, far_horizon / n) of its
+        weight: their sum stops growing where the document gets longer than that, and is a mean. Without it, features
+        that were fitted to shorter documents outweigh the window in longer ones. 0: no bound; else needs a window.
       log_decay: g <= 0, per key/value head or per token and head. The kernel, the exact one included, is multiplied by
         exp(g_{j+1} + ... + g_n): a key loses weight with every token of its document that comes after it. -slope is
         ALiBi's (arXiv 2108.12409), a constant is RetNet's, log sigmoid(...) of the token a gate. Without causality a
@@ -113,6 +117,7 @@ def dark_attention(
         window_kernel=window_kernel,
         log_weights=log_weights,
         log_gain=log_gain,
+        far_horizon=far_horizon,
     )
     return attend(kernel, q, k, v, segment_ids, log_decay, state, options)
 
@@ -128,24 +133,29 @@ def feature_kernel(
     window_kernel: WindowKernel,
     log_weights: Float[Array, "... m"] | None = None,
     log_gain: Float[Array, "hq"] | None,
+    far_horizon: int = 0,
 ) -> Kernel:
     """The kernel of all key/value heads that `dark_attention` uses; its docstring explains the arguments.
 
     Raises:
       UserError: for shapes or options that do not fit together.
     """
-    _check_window_options(q, window, window_kernel, log_gain)
+    _check_window_options(q, window, window_kernel, log_gain, far_horizon)
     if log_gain is not None:
         log_gain = log_gain.reshape(k.shape[2], group_size(q, k))
     arrays = _kernel_arrays(projections, geometry, log_weights, log_gain, k, window)
-    return Kernel(arrays, positive_random_features, scale_of(scale, q), window_kernel)
+    return Kernel(arrays, positive_random_features, scale_of(scale, q), window_kernel, far_horizon)
 
 
-def _check_window_options(q: Array, window: int, window_kernel: str, log_gain: Array | None) -> None:
+def _check_window_options(q: Array, window: int, window_kernel: str, log_gain: Array | None, horizon: int) -> None:
     if window_kernel not in get_args(WindowKernel):
         raise UserError(f"window_kernel = {window_kernel!r}: allowed: {', '.join(get_args(WindowKernel))}")
-    if not window and (window_kernel != "dark" or log_gain is not None):
-        raise UserError("window_kernel and log_gain treat the window unlike the rest: they need window > 0")
+    if isinstance(horizon, bool) or not isinstance(horizon, int) or horizon < 0:
+        raise UserError(f"far_horizon = {horizon!r}: must be a whole number, 0 or more")
+    if not window and (window_kernel != "dark" or log_gain is not None or horizon):
+        raise UserError(
+            "window_kernel, log_gain and far_horizon treat the window unlike the rest: they need window > 0"
+        )
     if log_gain is not None and log_gain.shape != q.shape[2:3]:
         raise UserError(f"log_gain has shape {log_gain.shape}; expected one number per query head, {q.shape[2:3]}")
 

@@ -48,6 +48,7 @@ class Kernel(NamedTuple):
     feature_map: FeatureMap
     scale: float
     window_kernel: WindowKernel = "dark"
+    far_horizon: int = 0  # of `dark_attention`
 
     def log_features(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch m"]:
         """l_i(x)."""
@@ -267,7 +268,7 @@ def read_far(
 ) -> Float[Array, "n g m"]:
     """a_i = l_i(q) + c_i + decay (+ the head's log gain), invisible to queries of another segment.
 
-    decay: from the end of the far state to each query.
+    decay: from the end of the far state to each query, with `log_far_weight` if there is a horizon.
     """
     log_q = kernel.log_features(queries) if log_q is None else log_q
     if decay is not None:
@@ -302,7 +303,15 @@ def _exact_sums(
         decays = jnp.concatenate([since[:, None] + sinks.decays[None, :], between(queries, elapsed)], axis=1)
         scores = scores + decays[:, None, :]
     scores = jnp.where(mask, scores, NEG)
+    if kernel.far_horizon:
+        bound = log_far_weight(kernel.far_horizon, tokens.positions.astype(scores.dtype))
+        since = bound if since is None else since + bound
     return weighted_sums(read_far(kernel, tokens.queries, tokens.segments, far, since), far, scores, values)
+
+
+def log_far_weight(horizon: int, places: Float[Array, "n"]) -> Float[Array, "n"]:
+    """min(0, log(horizon / n)) of the n-th token: the total weight of its far keys stays that of `horizon` tokens."""
+    return jnp.minimum(0.0, math.log(horizon) - jnp.log(jnp.maximum(places + 1, 1)))
 
 
 def same_segment(query_segments: Int[Array, "*b n"], key_segments: Int[Array, "*b t"]) -> Bool[Array, "*b n t"]:

@@ -37,6 +37,7 @@ def dark_attention_oracle(
     window_kernel: WindowKernel = "dark",
     log_weights: Float[Array, "hkv m"] | None = None,
     log_gain: Float[Array, "hq"] | None = None,
+    far_horizon: int = 0,
     log_decay: Float[Array, "hkv"] | Float[Array, "b n hkv"] | None = None,
 ) -> Float[Array, "b n hq dv"]:
     """What `dark_attention` computes, from its definition: logsumexp over features, softmax over keys.
@@ -56,7 +57,12 @@ def dark_attention_oracle(
             logits = jnp.where(near, exact, -jnp.inf)
         else:
             log_q, log_k = (log_positive_features(x, w, m, scale, log_weights) for x in (q, k))
-            logits = jnp.where(near, exact, gain + _feature_logits(log_q, log_k) - jnp.log(w.shape[0]))
+            far = gain + _feature_logits(log_q, log_k) - jnp.log(w.shape[0])
+            if far_horizon:
+                index = jnp.arange(ids.shape[0], dtype=jnp.int32)
+                nth = index - jnp.searchsorted(searchable, searchable) + 1  # of its document
+                far += jnp.log(jnp.minimum(1.0, far_horizon / nth.astype(q.dtype)))[:, None]
+            logits = jnp.where(near, exact, far)
         return _weighted_mean(logits + decay, _visible(ids, causal), v)
 
     gain = jnp.zeros(q.shape[2], q.dtype) if log_gain is None else log_gain

@@ -20,7 +20,17 @@ from jaxtyping import Array, Float
 
 from darkformer_jax.ops.attend import group_size, normalize
 from darkformer_jax.ops.features import RandomFeatures, positive_random_features
-from darkformer_jax.ops.linear import Kernel, KernelArrays, Sums, Tokens, fold, merge_sums, read_far, weighted_sums
+from darkformer_jax.ops.linear import (
+    Kernel,
+    KernelArrays,
+    Sums,
+    Tokens,
+    fold,
+    log_far_weight,
+    merge_sums,
+    read_far,
+    weighted_sums,
+)
 from darkformer_jax.ops.scan import SUM_AXES, over_heads, scan_window
 from darkformer_jax.ops.state import FarState, Recent, empty_state, init_state, merge_far
 
@@ -68,13 +78,13 @@ def far_sums(
     Args:
       kernel: with the arrays of all key/value heads.
       q: the queries of tokens s, s + stride, s + 2 stride, ... for some s < stride. k and v are of all tokens.
-      stride: divides chunk_size.
+      stride: divides chunk_size. A far_horizon takes s for 0.
     """
     behind = window // chunk_size + 1  # a query sees its own chunk and the window exactly
     states = functools.partial(_states, chunk_size=chunk_size, num_sinks=num_sinks, behind=behind)
 
     def one_head(kernel: Kernel, queries: Array, keys: Array, values: Array) -> Sums:
-        return _read(kernel, queries, states(kernel, keys, values), chunk_size // stride)
+        return _read(kernel, queries, states(kernel, keys, values), chunk_size // stride, stride)
 
     return over_heads(kernel, one_head, (1, 1, 1), SUM_AXES)(_grouped(q, k), k, v)
 
@@ -107,16 +117,21 @@ def _states(kernel: Kernel, keys: Array, values: Array, *, chunk_size: int, num_
     return jax.tree.map(lambda first, after: jnp.concatenate([first, after])[: len(after)], nothing, merged)
 
 
-def _read(kernel: Kernel, queries: Array, states: FarState, per_chunk: int) -> Sums:
+def _read(kernel: Kernel, queries: Array, states: FarState, per_chunk: int, stride: int) -> Sums:
     """Sums over the far keys of one head's queries, `per_chunk` of which read the same state."""
     chunks = _chunked(queries, per_chunk)
     states = jax.tree.map(lambda leaf: leaf[: len(chunks)], states)  # the last chunk may have no query
 
-    def one_chunk(queries: Array, log_q: Array, far: FarState) -> Sums:
-        scores = read_far(kernel, queries, jnp.ones(per_chunk, jnp.int32), far, None, log_q)
+    log_q, bounds = kernel.log_features(chunks), None
+    if kernel.far_horizon:
+        places = stride * jnp.arange(log_q.shape[0] * per_chunk, dtype=log_q.dtype)
+        bounds = log_far_weight(kernel.far_horizon, places).reshape(-1, per_chunk)
+
+    def one_chunk(queries: Array, log_q: Array, far: FarState, bound: Array | None) -> Sums:
+        scores = read_far(kernel, queries, jnp.ones(per_chunk, jnp.int32), far, bound, log_q)
         return weighted_sums(scores, far, scores[..., :0], jnp.zeros((0, far.values.shape[-1]), queries.dtype))
 
-    sums = jax.vmap(one_chunk)(chunks, kernel.log_features(chunks), states)
+    sums = jax.vmap(one_chunk)(chunks, log_q, states, bounds)
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[: len(queries)], sums)
 
 

@@ -53,6 +53,7 @@ _OPTIONS = (
         "window_kernel",
         "exact_kv_heads",
         "far_gain",
+        "far_horizon",
         "learn_projections",
         "balanced",
         "geometry_init",

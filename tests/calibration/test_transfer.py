@@ -115,7 +115,7 @@ def test_the_error_is_relative_and_a_heads_own():
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
-        ("dark", {"window_kernel": "softmax", "far_gain": True, "learn_projections": True}),
+        ("dark", {"window_kernel": "softmax", "far_gain": True, "far_horizon": 20, "learn_projections": True}),
         ("dark", {"window_kernel": "softmax", "window": 16, "num_sinks": 3}),
         ("performer", {"far_gain": True, "num_sinks": 0}),
         ("lfk", {"query_scale": 0.7}),

@@ -39,8 +39,8 @@ AT_LEAST_ONE = [
 ]  # fmt: skip
 AT_LEAST_ZERO = [
     "seed", "model.vocab_size", "model.attention.redraw_every", "model.attention.window", "model.attention.num_sinks",
+    "model.attention.far_horizon", "eval.patience",
     "data.num_workers", "optimizer.warmup_steps", "eval.every", "eval.batches", "checkpoint.every", "sample.top_k",
-    "eval.patience",
     "model.logit_softcap", "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.z_loss",
     "optimizer.geometry_learning_rate", "sample.temperature", "model.rope_local_theta", "model.rope_attention_factor",
     "model.attention.query_scale", "model.attention.softcap", "model.attention.local_window", "model.lora_rank",
@@ -116,6 +116,7 @@ RULES = [
     ),
     ({"model.attention.window": 128, "model.attention.kind": "constant"}, "window = 128: no constant layer uses it"),
     ({"model.attention.window_kernel": "softmax"}, "model.attention.window_kernel = 'softmax' needs window"),
+    ({"model.attention.far_horizon": 9}, "far_horizon = 9 needs window, but model.attention.window = 0"),
     ({"model.attention.far_gain": True}, "far_gain = True needs window, but model.attention.window = 0"),
     (
         {"model.attention.longest_memory": 512.0},

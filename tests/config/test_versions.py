@@ -31,6 +31,7 @@ MEANT = {
     "model.attention.exact_kv_heads": 0,
     "model.attention.decay": "none",
     "model.attention.far_gain": False,
+    "model.attention.far_horizon": 0,
     "model.attention.horizon": 0,
     "model.attention.learn_projections": False,
     "model.attention.local_window": 0,

@@ -7,6 +7,7 @@ import pytest
 
 from darkformer_jax.config.specs import model_spec
 from darkformer_jax.errors import UserError
+from darkformer_jax.model import sampling
 from darkformer_jax.model.network import Network
 from darkformer_jax.model.sampling import Sampler, continue_prompts, filter_logits
 from darkformer_jax.ops.state import NEG
@@ -46,6 +47,27 @@ def next_logits(kind, tokens):
 
 def written(sampler, prompts, count):
     return np.stack(list(sampler.stream(prompts, count)), axis=1).tolist()
+
+
+@pytest.mark.parametrize("kind", ["dark", "hybrid", "softmax", "mamba2", "gated_deltanet"])
+def test_long_prompts_are_read_piece_by_piece(kind, monkeypatch):
+    """Of four prompts in one batch, two end in the first piece of 8 tokens, one at the end of the second."""
+    whole = written(Sampler(*model(kind), temperature=0), PROMPTS, 8)
+    monkeypatch.setattr(sampling, "PIECE", 8)
+    assert written(Sampler(*model(kind), temperature=0), PROMPTS, 8) == whole
+
+
+def test_reading_exact_attentions_prompt_takes_no_square_of_its_length():
+    network, params, projections = model("softmax")
+
+    def peak(length):
+        sampler = Sampler(network, params, projections, temperature=0)
+        tokens, lengths = np.zeros((1, length), np.int32), np.full(1, length, np.int32)
+        lowered = sampler._prefill.lower(params, projections, tokens, lengths, jax.random.key(0), room=length + 1)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    short, long = peak(2 * sampling.PIECE), peak(4 * sampling.PIECE)
+    assert long < 2.5 * short
 
 
 @pytest.mark.parametrize("kind", ["dark", "hybrid", "softmax", "mamba2", "gated_deltanet"])

@@ -21,6 +21,7 @@ from darkformer_jax.ops.oracle import dark_attention_oracle, linear_attention_or
 
 PURE = {"chunk_size": 16}
 HYBRID = {"chunk_size": 16, "window": 16, "num_sinks": 3}
+BOUNDED = HYBRID | {"far_horizon": 40}
 
 
 class Inputs(NamedTuple):
@@ -91,7 +92,7 @@ OPS |= {
     "elu_plus_one with gates": OPS["elu_plus_one"]._replace(decay="token"),
 }
 DARK = [op for op in OPS if OPS[op].attention is dark_attention]
-FORMS = [*((op, PURE) for op in OPS), *((op, HYBRID) for op in DARK)]
+FORMS = [*((op, PURE) for op in OPS), *((op, HYBRID) for op in DARK), ("dark", BOUNDED), ("dark with gates", BOUNDED)]
 
 
 def draw(

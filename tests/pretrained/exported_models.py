@@ -27,7 +27,7 @@ GATES = {"model__attention__decay": "gate", "model__attention__conv_width": 4}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-dark": ("dark", {}),
     "llama-hybrid-tied": (
-        f"dark({HYBRID},num_sinks=6,far_gain=True,balanced=True)",
+        f"dark({HYBRID},num_sinks=6,far_gain=True,far_horizon=12,balanced=True)",
         {"model__num_kv_heads": 1, "model__tie_embeddings": True},
     ),
     "llama-some-exact-yarn": (f"dark({HYBRID},num_sinks=2,window_kernel=softmax,exact_kv_heads=1),softmax", YARN),
@@ -44,7 +44,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gates": ("dark(learn_projections=True),hedgehog,linear_transformer", GATES),
     "gates-hybrid": (
-        f"dark({HYBRID},num_sinks=3,exact_kv_heads=1,far_gain=True,balanced=True),softmax_local(local_window=5),softmax",
+        f"dark({HYBRID},num_sinks=3,exact_kv_heads=1,far_gain=True,far_horizon=9,balanced=True),softmax_local(local_window=5),softmax",
         GATES | {"model__attention__undecayed_heads": 1},
     ),
     "learned-decay": (f"window_only({HYBRID}),dark({HYBRID},num_sinks=2)", {"model__attention__decay": "learned"}),

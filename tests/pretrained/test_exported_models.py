@@ -158,6 +158,14 @@ def test_half_precision_keeps_the_kernels_arrays_in_float32():
     assert np.abs(torch_logits(model) - wanted).mean() < 0.05 * np.abs(wanted).mean()
 
 
+def test_a_model_can_be_made_half_as_wide_after_loading():
+    """Then M and the balanced coordinates are rounded, too."""
+    name = "llama-hybrid-tied"
+    wanted = torch_logits(exported(name).theirs)
+    found = torch_logits(load(exported(name).directory).to(torch.bfloat16))
+    assert np.abs(found - wanted).mean() < 0.05 * np.abs(wanted).mean()
+
+
 @pytest.mark.parametrize("name", ["llama-dark", "llama-hybrid-tied", "gates", "alibi"])
 def test_float16_holds_features_and_their_gradients(name):
     """Features and their products pass its largest number, 65,504."""

@@ -95,7 +95,7 @@ GATES = {"model__attention__decay": "gate", "model__attention__conv_width": 4}
     [
         ("dark", {}, True),
         ("dark(learn_projections=True),hedgehog,linear_transformer", GATES, False),
-        ("softmax,dark(window=32,num_sinks=3,far_gain=True,balanced=True),lfk(m=16)", GATES, True),
+        ("softmax,dark(window=32,num_sinks=3,far_gain=True,far_horizon=40,balanced=True),lfk(m=16)", GATES, True),
         ("softmax_local(local_window=8),performer", {"model__attention__positions": "alibi"}, True),
         ("window_only(window=16),cosformer(horizon=64)", {"model__attention__positions": "none"}, False),
         ("softmax(softcap=30.0),softmax", {}, False),

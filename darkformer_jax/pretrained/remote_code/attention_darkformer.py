@@ -108,7 +108,7 @@ class Coordinates(nn.Module):
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """(q' [B, n, H, d], k' [B, n, G, d]) in the dtypes of q and k."""
         grouped = q.reshape(*k.shape[:3], -1, k.shape[3]).float()
-        A, B, b = (x[-k.shape[2] :] for x in (self.query_map, self.key_map, self.key_center))
+        A, B, b = (x[-k.shape[2] :].float() for x in (self.query_map, self.key_map, self.key_center))
         queries = torch.einsum("bngrd,ged->bngre", grouped, A).reshape(q.shape)
         return queries.to(q.dtype), torch.einsum("bngd,ged->bnge", k.float() - b, B).to(k.dtype)
 
@@ -381,6 +381,9 @@ class FeatureAttention(nn.Module):
             far_scores = mechanism.log_features(q) + state["c"][:, None, :, None]
             if mechanism.layer["far_gain"]:
                 far_scores = far_scores + mechanism.log_gain[-q.shape[2] * q.shape[3] :].view(q.shape[2], -1, 1)
+            if horizon := mechanism.layer["far_horizon"]:
+                place = (base[:, None] + places + 1).clamp(min=1).to(far_scores.dtype)
+                far_scores = far_scores + (horizon / place).clamp(max=1).log()[..., None, None, None]
         if "decays" in near:
             sums = RunningSum(near["decays"])
             since = sums.since_start(places)
