@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from darkformer_jax.config.usage import require_new_uses
 from darkformer_jax.config.validation import validate
 from darkformer_jax.data.tokenizers import train_bpe
 from darkformer_jax.errors import UserError
-from darkformer_jax.runs.inherit import inherit
+from darkformer_jax.runs.inherit import inherit, other_mechanism
 from darkformer_jax.runs.workdir import Workdir
 from tests.tiny_runs import (
     TINY,
@@ -68,9 +69,33 @@ def test_a_conversion_keeps_what_its_source_forgets(tmp_path, arguments):
 )
 def test_what_calibration_made_learnable_stays_so_where_the_mechanism_has_it(tmp_path, arguments, inherited):
     source = {"model__attention__far_gain": True, "model__attention__learn_projections": True}
-    config = from_run(tmp_path, arguments, **source)
+    config = from_run(tmp_path, arguments, **source, model__attention__far_horizon=300)
     validate(config)
+    assert config.model.attention.far_horizon == 300 * inherited[0]
     assert (config.model.attention.far_gain, config.model.attention.learn_projections) == inherited
+
+
+@pytest.mark.parametrize(
+    ("arguments", "source", "said"),
+    [
+        ("dark", {"window": 512, "num_features": 32}, "num_features = 64 instead of 32, window = 64 instead of 512: "),
+        ("dark", {"pattern": "softmax,dark", "window": 512}, None),  # refused: it would replace the exact layer
+        ("dark,window=512", {"window": 512}, ""),
+        ("keep", {"window": 512}, ""),
+        ("performer", {"window": 512}, ""),  # another mechanism has options of its own
+        ("dark", {"kind": "softmax"}, ""),
+    ],
+)
+def test_another_window_than_the_model_was_fitted_for_is_said(tmp_path, arguments, source, said):
+    fitted = {"num_features": 64, "num_sinks": 4, "window_kernel": "softmax"} | source
+    changes = {f"model__attention__{name}": value for name, value in fitted.items()}
+    if said is None:
+        with pytest.raises(UserError, match="would replace the exact ones"):
+            from_run(tmp_path, arguments, **changes)
+        return
+    found = other_mechanism(from_run(tmp_path, arguments, **changes))
+    wanted = f"model.attention: {said}init_from = .* has dark already; configs/finetune.py:keep keeps it as it is"
+    assert re.fullmatch(wanted if said else "", found), found
 
 
 SPLIT = {"model__num_layers": 3, "model__attention__pattern": "dark,dark(exact_kv_heads=1,window=16),dark"}

@@ -15,6 +15,7 @@ from darkformer_jax.runs.workdir import CONFIG_FILE, Workdir
 
 _PATTERN, _KIND = "model.attention.pattern", "model.attention.kind"
 _EXACT_HEADS = "model.attention.exact_kv_heads"
+_OF_A_MECHANISM = ("num_features", "window", "num_sinks", "window_kernel")  # which a conversion chooses anew
 
 
 def inherit(config: ml_collections.ConfigDict, workdir: Workdir | None = None) -> ml_collections.ConfigDict:
@@ -66,6 +67,23 @@ def other_causality(config: ml_collections.ConfigDict) -> str:
     own, theirs = config.model.causal, source.read_config()["model"]["causal"]
     said = f"model.causal = {own}, but {theirs} in init_from = {source}; --config.model.causal={theirs} keeps it"
     return said if own != theirs else ""
+
+
+def other_mechanism(config: ml_collections.ConfigDict) -> str:
+    """What to say where layers of `init_from` have this mechanism already, with another window or other features.
+
+    As for `other_causality`, that is allowed.
+    """
+    source = Workdir(config.init_from) if config.init_from else None
+    if source is None or not source.has_begun:
+        return ""
+    own, theirs = config.model.attention, source.read_config()["model"]["attention"]
+    if own.kind not in {layer.kind for layer in parse_pattern(theirs["pattern"], theirs["kind"])}:
+        return ""
+    changed = [name for name in _OF_A_MECHANISM if name in MIXERS[own.kind].uses and own[name] != theirs[name]]
+    said = ", ".join(f"{name} = {own[name]!r} instead of {theirs[name]!r}" for name in changed)
+    has = f"init_from = {source} has {own.kind} already; configs/finetune.py:keep keeps it as it is"
+    return f"model.attention: {said}: {has}" if said else ""
 
 
 def _with_mechanism(config: ml_collections.ConfigDict, saved: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from darkformer_jax.data.labelled import find_labelled_files
 from darkformer_jax.distributed import processes
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.checkpoints import Checkpoints
-from darkformer_jax.runs.inherit import inherit, other_causality
+from darkformer_jax.runs.inherit import inherit, other_causality, other_mechanism
 from darkformer_jax.runs.metrics import MetricWriter
 from darkformer_jax.runs.mirror import Mirror
 from darkformer_jax.runs.origin import hand_on_origin
@@ -130,7 +130,7 @@ def _resolve(
     config = inherit(config, workdir).copy_and_resolve_references()
     is_new = workdir is None or not workdir.has_begun
     if workdir is None or is_new:
-        said = [fit_warmup(config, overridden), other_causality(config)]
+        said = [fit_warmup(config, overridden), other_causality(config), other_mechanism(config)]
     else:
         said = [keep_warmup(config, overridden, dict(flat_fields(workdir.read_config()))[WARMUP])]
         workdir.check_config(config.to_dict())  # before the next line, which another experiment's user must not be told
