@@ -25,6 +25,7 @@ trains what was chosen.
 head's gain is a gradient: of the loss, and of a quarter of what copying costs, with respect to the share of exact
 attention in that head. Every layer's heads are put in another order, the exact ones first, which changes no output.
 calibration.json and moments.npz have the heads in that order; the chosen ones are named by the order before.
+--exact_heads=5:2,20:1+2 names them, for example to fit M anew around heads that were chosen before.
 
 --geometry=balanced first maps q and k to coordinates in which both vary equally. Exact attention is the same in them,
 and random features vary less. Models with norms of q and k (Gemma 3, Qwen 3) may have keys that are many times as large
@@ -107,7 +108,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--exact_layers", default="none", help=exact_help)
     budget_help = "with either auto: bytes, or a share, of all layers' caches @ tokens: 64MB@32768, 20%%@32768"
     parser.add_argument("--cache_budget", default="", help=budget_help)
-    heads_help = "key/value heads to leave exact: none, auto:N, the N that gain most, or auto (default: none)"
+    heads_help = "key/value heads to leave exact: none, auto:N, auto, or by layer such as 5:2,20:1+2 (default: none)"
     parser.add_argument("--exact_heads", default="none", help=heads_help)
     parser.add_argument("--seed", type=whole, default=0, help="seed of projections and passages (default: 0)")
     return parser.parse_args(argv[1:])

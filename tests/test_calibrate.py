@@ -192,14 +192,16 @@ def logits_of(model, tokens):
     return np.asarray(bound(rows[0], rows[1], rows[2].astype(jnp.int32))[0])
 
 
-def test_heads_in_another_order_are_the_same_model(deep, text, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("heads", ["auto:2", "1:1,2:1"])
+def test_heads_in_another_order_are_the_same_model(deep, text, tmp_path, capsys, monkeypatch, heads):
     """A window of 64 sees 32 tokens whole, so the logits are the exact model's, whichever heads are exact."""
     fit, found = fitting._fit_layers, []
     monkeypatch.setattr(fitting, "_fit_layers", lambda *given: found.append(fit(*given)) or found[0])
-    run(deep, text, tmp_path / "out", "--exact_heads=auto:2", "--far_gain", "--geometry=balanced")
+    run(deep, text, tmp_path / "out", f"--exact_heads={heads}", "--far_gain", "--geometry=balanced")
     written = json.loads((tmp_path / "out/calibration.json").read_text())
-    assert written["exact_heads"] == "auto:2"
+    assert written["exact_heads"] == heads
     report, rows = written["heads"], written["layers"]
+    assert heads == "auto:2" or report["chosen"] == {"1": [1], "2": [1]}
     model = load_model(Workdir(tmp_path / "out"))
     counts = [layer.exact_kv_heads or 2 * (layer.kind == "softmax") for layer in model.network.spec.layers]
     assert counts == [len(report["chosen"].get(str(layer), ())) for layer in range(3)] and sum(counts) == 2
@@ -327,7 +329,7 @@ def test_fine_tuning_goes_on_from_it(fitted):
             ["--exact_heads=auto:4"],
             "auto:4: of 4 key/value heads one at least must be replaced; allowed: 1 to 3",
         ),
-        (["--exact_heads=auto"], "--exact_heads=auto; allowed: none, auto:N with N from 1, or auto with"),
+        (["--exact_heads=auto"], "--exact_heads=auto; allowed: none, auto:N with N from 1, auto with"),
         (["--exact_heads=auto:1", "--exact_layers=auto:1"], "with --exact_layers=auto:1: allowed: one of them"),
         (["--exact_heads=auto", "--cache_budget=1kB@4096"], "--cache_budget=1kB@4096: is 0.001 MB; without an exact"),
         (["--exact_layers=5"], "there is no layer 5; allowed: 0 to 1"),

@@ -13,7 +13,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from darkformer_jax.calibration import CALIBRATION_FILE
-from darkformer_jax.calibration.cache_budget import CACHE_CONTEXT, CacheSizes
+from darkformer_jax.calibration.cache_budget import CACHE_CONTEXT, Budget, CacheSizes
 from darkformer_jax.calibration.choice import Choice, choose
 from darkformer_jax.calibration.exact_layers import check_wish, hybrid_pattern
 from darkformer_jax.calibration.geometry import balanced_maps, whitening_geometry
@@ -156,7 +156,7 @@ def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> Calibrated:
         texts = (passages[num_test:], passages[:num_test], teacher.tokenizer)
         choice, heads, pattern = None, None, ""
         if by_heads is not None:
-            context = CACHE_CONTEXT if isinstance(by_heads, int) else by_heads.context
+            context = by_heads.context if isinstance(by_heads, Budget) else CACHE_CONTEXT
             heads = choose_heads(by_heads, exact_model, replaced, *texts, HeadSizes(*specs, context), progress_bar)
             num_kv = specs[0].layers[0].num_kv_heads
             state = with_exact_heads_first(state, network, heads.by_layer)

@@ -1,6 +1,8 @@
 """Chooses the key/value heads that stay exact by what each one gains."""
 
 import dataclasses
+import itertools
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,8 +24,10 @@ from darkformer_jax.model.transformer import Transformer
 from darkformer_jax.tasks.table import table_lines
 
 _PASSAGES = 8  # of the test text, at most
+_NAMED = r"\d+:\d+(\+\d+)*(,\d+:\d+(\+\d+)*)*"
 
 Head = tuple[int, int]  # layer, key/value head
+HeadWish = int | Budget | tuple[Head, ...]  # so many, as many as fit, or these
 
 
 class HeadPoint(NamedTuple):
@@ -46,15 +50,15 @@ class HeadChoice(NamedTuple):
 
     Attributes:
       number: how many heads stay exact.
-      ranked: every head that could, in the order of the choice.
-      gains: -d(loss + copy / 4) / d share of each head.
+      ranked: every head that could, in the order of the choice. Heads that were named come first.
+      gains: -d(loss + copy / 4) / d share of each head; None: heads were named, and nothing was asked.
       points: the models with none, half the number, the number, twice the number and all heads exact.
       context: tokens at which caches are counted.
     """
 
     number: int
     ranked: list[Head]
-    gains: Float[np.ndarray, "layers hkv"]
+    gains: Float[np.ndarray, "layers hkv"] | None
     points: list[HeadPoint]
     context: int
 
@@ -97,7 +101,7 @@ def layer_spec(exact: MixerSpec, replaced: MixerSpec, count: int) -> MixerSpec:
     return exact if count == exact.num_kv_heads else dataclasses.replace(replaced, exact_kv_heads=count)
 
 
-def parse_wishes(exact_layers: str, exact_heads: str, cache_budget: str) -> tuple[Wish, int | Budget | None]:
+def parse_wishes(exact_layers: str, exact_heads: str, cache_budget: str) -> tuple[Wish, HeadWish | None]:
     """(the layers, the heads that are to stay exact): what the three flags ask for. Raises UserError for both."""
     if exact_heads == "none":
         return parse_wish(exact_layers, cache_budget), None
@@ -107,10 +111,12 @@ def parse_wishes(exact_layers: str, exact_heads: str, cache_budget: str) -> tupl
     return Wish(), _parse_head_wish(exact_heads, cache_budget)
 
 
-def _parse_head_wish(exact_heads: str, cache_budget: str) -> int | Budget:
-    """Reads auto:N, or auto with a budget such as 20%@32768. Raises UserError for others."""
+def _parse_head_wish(exact_heads: str, cache_budget: str) -> HeadWish:
+    """Reads auto:N, auto with a budget such as 20%@32768, or heads such as 5:2,20:1+2. Raises UserError for others."""
     given, colon, number = exact_heads.partition(":")
     try:
+        if re.fullmatch(_NAMED, exact_heads, re.ASCII) and not cache_budget:
+            return _named(exact_heads)
         if given == "auto" and colon and not cache_budget:
             return at_least_one(number)
         if exact_heads == "auto" and cache_budget:
@@ -120,11 +126,21 @@ def _parse_head_wish(exact_heads: str, cache_budget: str) -> int | Budget:
     raise UserError(
         f"--exact_heads={exact_heads}"
         + (f" with --cache_budget={cache_budget}" if cache_budget else "")
-        + "; allowed: none, auto:N with N from 1, or auto with --cache_budget=20%@32768"
+        + "; allowed: none, auto:N with N from 1, auto with --cache_budget=20%@32768, or heads by layer, 5:2,20:1+2"
     )
 
 
-def check_head_wish(wish: int | Budget | None, exact: ModelSpec, replaced: ModelSpec) -> None:
+def _named(text: str) -> tuple[Head, ...]:
+    """Raises UserError for a head that is named twice."""
+    layers = (item.split(":") for item in text.split(","))
+    heads = [(int(layer), int(head)) for layer, several in layers for head in several.split("+")]
+    twice = [head for number, head in enumerate(heads) if head in heads[:number]]
+    if twice:
+        raise UserError(f"--exact_heads={text}: names head {twice[0][1]} of layer {twice[0][0]} twice")
+    return tuple(heads)
+
+
+def check_head_wish(wish: HeadWish | None, exact: ModelSpec, replaced: ModelSpec) -> None:
     """Raises UserError for a wish that the model cannot have; nothing is fitted yet."""
     if wish is None:
         return
@@ -151,11 +167,25 @@ def check_head_wish(wish: int | Budget | None, exact: ModelSpec, replaced: Model
         _check_budget(wish, HeadSizes(exact, replaced, wish.context), heads)
         return
     most = len(heads) - 1
+    if not isinstance(wish, int):
+        _check_named(wish, exact, candidates)
+        wish = len(wish)
     if wish > most:
         raise UserError(
             f"--exact_heads=auto:{wish}: of {most + 1} key/value heads one at least must be replaced; allowed: "
             + (f"1 to {most}" if most > 0 else "none")
         )
+
+
+def _check_named(wish: Sequence[Head], exact: ModelSpec, candidates: Sequence[int]) -> None:
+    for layer, head in wish:
+        if not layer < exact.num_layers:
+            raise UserError(f"--exact_heads: there is no layer {layer}; allowed: 0 to {exact.num_layers - 1}")
+        if layer not in candidates:
+            raise UserError(f"--exact_heads: layer {layer} is {exact.layer_kinds[layer]} and stays as it is anyway")
+        if not head < exact.layers[layer].num_kv_heads:
+            most = exact.layers[layer].num_kv_heads - 1
+            raise UserError(f"--exact_heads: layer {layer} has no key/value head {head}; allowed: 0 to {most}")
 
 
 def _check_budget(budget: Budget, sizes: HeadSizes, heads: Sequence[Head]) -> None:
@@ -174,7 +204,7 @@ def _check_budget(budget: Budget, sizes: HeadSizes, heads: Sequence[Head]) -> No
 
 
 def choose_heads(
-    wish: int | Budget,
+    wish: HeadWish,
     exact: Transformer,
     replaced: Transformer,
     passages: Int[np.ndarray, "n l"],
@@ -183,18 +213,27 @@ def choose_heads(
     sizes: HeadSizes,
     progress_bar: ProgressBar,
 ) -> HeadChoice:
-    """Chooses heads by their gains on the passages that M was fitted to; the curve is of the test passages."""
+    """Chooses heads by their gains on the passages that M was fitted to; the curve is of the test passages.
+
+    Of heads that are named, the curve has only the model with them, beside those with none and with all.
+    """
     candidates = candidates_of(exact.spec, replaced.spec)
     heads = MixedHeads(exact, replaced, candidates, tokenizer)
-    gains = heads.gains(passages, progress_bar)
-    ranked = [divmod(int(place), gains.shape[1]) for place in np.argsort(-gains, axis=None, kind="stable")]
-    ranked = ranked[: len(candidates) * gains.shape[1]]
-    number = wish if isinstance(wish, int) else _heads_within(wish, sizes, ranked)
-    counts = sorted({0, number // 2, number, min(2 * number, len(ranked)), len(ranked)})
+    num_kv_heads, gains = exact.spec.layers[0].num_kv_heads, None
+    if isinstance(wish, tuple):
+        ranked = [*wish, *(head for head in itertools.product(candidates, range(num_kv_heads)) if head not in wish)]
+        number = len(wish)
+        counts = [0, number, len(ranked)]
+    else:
+        gains = heads.gains(passages, progress_bar)
+        ranked = [divmod(int(place), num_kv_heads) for place in np.argsort(-gains, axis=None, kind="stable")]
+        ranked = ranked[: len(candidates) * num_kv_heads]
+        number = wish if isinstance(wish, int) else _heads_within(wish, sizes, ranked)
+        counts = sorted({0, number // 2, number, min(2 * number, len(ranked)), len(ranked)})
     points = []
     with progress_bar(len(counts), "model", "together") as bar:
         for count in counts:
-            shares = np.zeros(gains.shape)
+            shares = np.zeros((exact.spec.num_layers, num_kv_heads))
             shares[tuple(np.array(ranked[:count], int).reshape(-1, 2).T)] = 1
             quality = heads.measure(shares, test[:_PASSAGES])
             points.append(HeadPoint(count, *quality, sizes.total(ranked[:count])))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from darkformer_jax.calibration.head_choice import check_head_wish
+from darkformer_jax.calibration.head_choice import check_head_wish, parse_wishes
 from darkformer_jax.config.specs import model_spec
 from darkformer_jax.errors import UserError
 from tests.tiny_runs import tiny_config
@@ -26,6 +26,32 @@ def specs(**attention):
 def test_heads_that_are_what_they_are_by_their_place_stay_where_they_are(attention, message):
     with pytest.raises(UserError, match=message):
         check_head_wish(1, *specs(**attention))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("0:1,1:0+0", "names head 0 of layer 1 twice"),
+        ("2:0", "there is no layer 2; allowed: 0 to 1"),
+        ("0:2", "layer 0 has no key/value head 2; allowed: 0 to 1"),
+        ("0:0+1,1:0+1", "of 4 key/value heads one at least must be replaced"),
+        ("0", "allowed: none, auto:N .* or heads by layer, 5:2,20:1[+]2"),
+        ("0:1,", "allowed: none, auto:N"),
+        ("0:-1", "allowed: none, auto:N"),
+        ("0:¹", "allowed: none, auto:N"),
+    ],
+)
+def test_heads_that_are_named_are_there(given, message):
+    with pytest.raises(UserError, match=message):
+        check_head_wish(parse_wishes("none", given, "")[1], *specs())
+
+
+def test_named_heads_take_no_budget_and_leave_no_layer_that_is_local_anyway():
+    with pytest.raises(UserError, match="--exact_heads=0:1 with --cache_budget=20%@99; allowed"):
+        parse_wishes("none", "0:1", "20%@99")
+    local = specs(pattern="softmax_local,softmax", local_window=8)
+    with pytest.raises(UserError, match="layer 0 is softmax_local and stays as it is anyway"):
+        check_head_wish(((0, 1),), local[0], specs(pattern="softmax_local,dark", local_window=8)[1])
 
 
 @pytest.mark.parametrize("attention", [{"positions": "none"}, {"decay": "gate"}, {"conv_width": 2}])
