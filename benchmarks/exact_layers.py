@@ -36,15 +36,20 @@ def chosen_layers(alone: Sequence[Quality], base: Quality, layers: list[int], co
     by_loss, by_copy = (
         sorted(layers, key=lambda layer: -getattr(alone[layers.index(layer)], name)) for name in ("loss", "copy")
     )
-    draws = {
-        f"random {draw}": np.random.default_rng(draw).permutation(layers)[:count].tolist() for draw in range(DRAWS)
-    }
     return {
         "auto": ranking(alone, base, layers)[:count],
-        "every k-th": [layers[i * len(layers) // count] for i in range(count)],
-        **draws,
+        **spaced_and_random(layers, count),
         "by loss": by_loss[:count],
         "by copying": by_copy[:count],
+    }
+
+
+def spaced_and_random(parts: Sequence[Any], count: int) -> dict[str, list[Any]]:
+    """`count` of the parts, evenly spaced and by three draws."""
+    draws = (np.random.default_rng(draw).permutation(len(parts))[:count] for draw in range(DRAWS))
+    return {
+        "every k-th": [parts[i * len(parts) // count] for i in range(count)],
+        **{f"random {number}": [parts[i] for i in draw] for number, draw in enumerate(draws)},
     }
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -225,20 +225,33 @@ def choose_heads(
         number = len(wish)
         counts = [0, number, len(ranked)]
     else:
-        gains = heads.gains(passages, progress_bar)
-        ranked = [divmod(int(place), num_kv_heads) for place in np.argsort(-gains, axis=None, kind="stable")]
-        ranked = ranked[: len(candidates) * num_kv_heads]
+        ranked, gains = rank_heads(heads, passages, progress_bar)
         number = wish if isinstance(wish, int) else _heads_within(wish, sizes, ranked)
         counts = sorted({0, number // 2, number, min(2 * number, len(ranked)), len(ranked)})
     points = []
     with progress_bar(len(counts), "model", "together") as bar:
         for count in counts:
-            shares = np.zeros((exact.spec.num_layers, num_kv_heads))
-            shares[tuple(np.array(ranked[:count], int).reshape(-1, 2).T)] = 1
-            quality = heads.measure(shares, test[:_PASSAGES])
+            quality = heads.measure(shares_of(ranked[:count], exact.spec), test[:_PASSAGES])
             points.append(HeadPoint(count, *quality, sizes.total(ranked[:count])))
             bar.update()
     return HeadChoice(number, ranked, gains, points, sizes.context)
+
+
+def rank_heads(
+    heads: MixedHeads, passages: Int[np.ndarray, "n l"], progress_bar: ProgressBar
+) -> tuple[list[Head], Float[np.ndarray, "layers hkv"]]:
+    """The heads of the layers that can be replaced, that with the largest gain first; and all gains."""
+    gains = heads.gains(passages, progress_bar)
+    order = np.argsort(-gains, axis=None, kind="stable")[: np.count_nonzero(gains > -np.inf)]
+    return [divmod(int(place), gains.shape[1]) for place in order], gains
+
+
+def shares_of(heads: Iterable[Head], spec: ModelSpec) -> Float[np.ndarray, "layers hkv"]:
+    """1 where a head is exact, else 0."""
+    shares = np.zeros((spec.num_layers, spec.layers[0].num_kv_heads))
+    for layer, head in heads:
+        shares[layer, head] = 1
+    return shares
 
 
 def _heads_within(budget: Budget, sizes: HeadSizes, ranked: Sequence[Head]) -> int:

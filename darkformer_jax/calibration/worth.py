@@ -3,6 +3,7 @@
 A smaller error of attention need not lower the model's loss: exact heads and a window may hold all that matters.
 """
 
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ from jaxtyping import Float, Int
 
 from darkformer_jax.calibration.choice import Choice
 from darkformer_jax.calibration.exact_layers import candidates_of
-from darkformer_jax.calibration.head_choice import HeadChoice
+from darkformer_jax.calibration.head_choice import HeadChoice, shares_of
 from darkformer_jax.calibration.heads import MixedHeads
 from darkformer_jax.calibration.hybrids import Quality
 from darkformer_jax.data.progress import ProgressBar
@@ -88,11 +89,7 @@ def measure_worth(
 
 def _shares(exact: Transformer, choice: Choice | HeadChoice | None) -> Float[np.ndarray, "layers hkv"]:
     """1 where a head is exact."""
-    spec = exact.spec
-    shares = np.zeros((spec.num_layers, spec.layers[0].num_kv_heads))
     if isinstance(choice, Choice):
-        shares[list(choice.layers)] = 1
-    elif choice is not None:
-        for layer, heads in choice.by_layer.items():
-            shares[layer, heads] = 1
-    return shares
+        every = range(exact.spec.layers[0].num_kv_heads)
+        return shares_of(itertools.product(choice.layers, every), exact.spec)
+    return shares_of(choice.ranked[: choice.number] if choice else (), exact.spec)
