@@ -216,6 +216,13 @@ def context_size(mesh: Mesh | AbstractMesh | None = None) -> int:
     return int(mesh.shape.get(CONTEXT, 1))
 
 
+def splits_rows(rows: int) -> bool:
+    """Whether the current mesh splits a batch of `rows` rows over several devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    ways = 1 if mesh.empty else _ways("batch", mesh)
+    return ways > 1 and rows % ways == 0
+
+
 def tensor_size(mesh: Mesh | AbstractMesh) -> int:
     """The number of devices over which a mesh splits heads."""
     return _ways("kv_heads", mesh)

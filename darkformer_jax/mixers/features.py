@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from darkformer_jax.distributed.sharding import context_size
+from darkformer_jax.distributed.sharding import context_size, splits_rows
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers.attention import ATTENTION_FIELDS, Mechanism
 from darkformer_jax.mixers.backend import check_backend, check_backend_on, takes_kernel
@@ -87,6 +87,9 @@ class LinearMechanism(Mechanism):
             return on_shards(functools.partial(attend, backend="pallas"), q, k, v, **arrays), None
         if context_size() > 1:
             return on_stretches(attend, q, k, v, state=state, **arrays), None
+        if state is None and splits_rows(q.shape[0]):
+            # The compiler would sum the gradient of M over the devices in every chunk; here it does so once.
+            return on_shards(attend, q, k, v, **arrays), None
         result = attend(q, k, v, **arrays, state=state, return_state=state is not None)
         return result if state is not None else (result, None)
 

@@ -104,8 +104,8 @@ def attend(
         return (out, state) if options.return_state else out
     if options.sequence_axis is not None:
         state = place_stretch(state, segment_ids, length, options.sequence_axis)
-        arrays, decays = vary_like(k, (kernel.arrays, decays))
-        kernel = kernel._replace(arrays=arrays)
+    state, arrays, decays = vary_like(k, (state, kernel.arrays, decays))
+    kernel = kernel._replace(arrays=arrays)
     state, segments, positions = _place_tokens(state, segment_ids, length)
     grouped = q.reshape(batch, length, num_kv_heads, group_size(q, k), dim)
     tokens = Tokens(grouped, k, v, segments, positions, decays)

@@ -40,7 +40,10 @@ def vary_like(x: Array, tree: Tree) -> Tree:
 
     What a loop carries must have that type from its start. What a loop reads must have it too: otherwise the gradients
     of arrays that all devices share are summed over the devices in every iteration instead of once after the loop.
+    Outside of a shard_map there is nothing to say.
     """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return tree
     some = jnp.sum(x.ravel()[:1]) == 0  # of an empty array, too
     return jax.tree.map(lambda leaf: jax.lax.select(some, leaf, leaf), tree)
 
@@ -70,8 +73,6 @@ def state_before(
       axis: the mesh axis; the device's place on it is the stretch's place in the sequence.
       chunk_size, window: as in `dark_attention`.
     """
-    far, sinks = vary_like(tokens.keys, (state.far, state.sinks))
-    state = state._replace(far=far, sinks=sinks)
     keys = tokens.recent()
     if window:
         left = _from_left(jax.tree.map(lambda leaf: leaf[:, -window:], keys), axis)

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from darkformer_jax.ops.context import vary_like
 from darkformer_jax.ops.features import positive_random_features
 from darkformer_jax.ops.linear import Kernel, Tokens
 from darkformer_jax.ops.pallas_backward import backward
@@ -64,8 +63,6 @@ def attend_features(
     chunk = chunk_of(tokens.queries.shape[3]) if chunk_size is None else chunk_size
     sizes = Sizes(float(kernel.scale), chunk, interpret)
     inputs = Inputs(kernel.arrays.features, state.far, tokens.queries, tokens.keys, tokens.values)
-    # Within a shard_map, devices share some of them; their gradients are summed once, outside the kernel.
-    inputs = vary_like(tokens.keys, inputs)
     far, out = _attend(sizes, inputs, tokens.segments)
     return state._replace(far=far), out
 

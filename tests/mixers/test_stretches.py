@@ -1,4 +1,4 @@
-"""Every mechanism on sequences that the mesh splits."""
+"""Every mechanism on sequences, rows and heads that the mesh splits."""
 
 import numpy as np
 
@@ -23,6 +23,8 @@ CASES = [(kind, spec) for kind, spec in ALL if can_split(spec)]
 assert {kind for kind, _ in ALL} - {kind for kind, _ in CASES} == {"rfa_gate"}  # a mechanism more here is a loss
 
 
+ROWS = {"data": 2, "tensor": 2}
+
 # Of the exact part's two query heads, four devices get none each: the compiler splits what it can.
 UNEVEN = {"data": 1, "fsdp": 1, "tensor": 4, "context": 2}
 SPLIT = [(kind, spec) for kind, spec in CASES if spec.exact_kv_heads and kind == "dark" and spec.window]
@@ -37,24 +39,27 @@ def outputs(cases=CASES):
     return [np.asarray(make(kind, spec)[1](q, k, v, ids, positions)[0]) for kind, spec in cases]
 
 
-def test_a_sequence_on_four_devices_gives_what_one_device_gives(tmp_path):
+def test_a_sequence_or_a_batch_on_several_devices_gives_what_one_device_gives(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
         "import jax, numpy as np\n"
         "from darkformer_jax.distributed.sharding import make_mesh\n"
-        "from tests.mixers.test_stretches import MESH, SPLIT, UNEVEN, outputs\n"
+        "from tests.mixers.test_stretches import MESH, ROWS, SPLIT, UNEVEN, outputs\n"
         "with jax.set_mesh(make_mesh(MESH)):\n"
         f"    np.savez({str(tmp_path / 'split.npz')!r}, *outputs())\n"
         "with jax.set_mesh(make_mesh(UNEVEN)):\n"
         f"    np.savez({str(tmp_path / 'uneven.npz')!r}, *outputs(SPLIT))\n"
+        "with jax.set_mesh(make_mesh(ROWS, jax.devices()[:4])):\n"
+        f"    np.savez({str(tmp_path / 'rows.npz')!r}, *outputs())\n"
     )
     command = on_eight_devices(program, tmp_path)
     whole = outputs()
     ended = command.wait()
     assert ended.status == 0, ended.err
-    with np.load(tmp_path / "split.npz") as split:
-        for (kind, _), name, expected in zip(CASES, split.files, whole, strict=True):
-            np.testing.assert_allclose(split[name], expected, rtol=2e-5, atol=2e-5, err_msg=kind)
+    for file in ("split.npz", "rows.npz"):
+        with np.load(tmp_path / file) as split:
+            for (kind, _), name, expected in zip(CASES, split.files, whole, strict=True):
+                np.testing.assert_allclose(split[name], expected, rtol=2e-5, atol=2e-5, err_msg=f"{kind}, {file}")
     with np.load(tmp_path / "uneven.npz") as uneven:
         assert len(uneven.files) == len(SPLIT) > 0
         for (_, spec), name in zip(SPLIT, uneven.files, strict=True):

@@ -1,4 +1,4 @@
-"""A sequence that eight devices share: outputs, gradients, and what the devices tell each other."""
+"""A sequence, or a batch, that devices share: outputs, gradients, and what the devices tell each other."""
 
 import dataclasses
 import functools
@@ -27,6 +27,7 @@ FEATURES = {"length": 104, "chunk_size": 4}
 HYBRID = {"length": 96, "chunk_size": 4, "window": 8, "num_sinks": 3}
 FORMS = {op: FEATURES | {"op": op} for op in OPS} | {f"hybrid of {op}": HYBRID | {"op": op} for op in reversed(DARK)}
 FORMS = {"hybrid with a horizon": HYBRID | {"op": "dark", "far_horizon": 20}} | FORMS
+ROWS = ("dark", "hybrid of dark")
 LONG = 96 * 170
 
 
@@ -45,7 +46,7 @@ def draw_inputs(length, op="dark", window=0, **_):
 
 
 def attention(*, length, split, op="dark", segments=True, **options):
-    """(q, k, v, arrays, ids) -> out, on one device or split over the eight of the current mesh."""
+    """(q, k, v, arrays, ids) -> out, on one device, or the tokens (split="context") or rows ("data") over a mesh."""
 
     def attend(q, k, v, arrays, ids, sequence_axis=None):
         ids = ids if segments else None
@@ -53,16 +54,16 @@ def attention(*, length, split, op="dark", segments=True, **options):
 
     if not split:
         return attend
-    tokens = P(None, "context")
-    split_attend = functools.partial(attend, sequence_axis="context")
+    tokens = P(None, "context") if split == "context" else P("data")
+    split_attend = functools.partial(attend, sequence_axis="context" if split == "context" else None)
 
-    def on_stretches(q, k, v, arrays, ids):
+    def on_shards(q, k, v, arrays, ids):
         of_arrays = {name: tokens if name == "log_decay" and x.ndim == 3 else P() for name, x in arrays.items()}
         in_specs = (tokens, tokens, tokens, of_arrays, tokens)
-        split_over = jax.shard_map(split_attend, in_specs=in_specs, out_specs=tokens, axis_names={"context"})
+        split_over = jax.shard_map(split_attend, in_specs=in_specs, out_specs=tokens, axis_names={split})
         return split_over(q, k, v, arrays, ids)
 
-    return on_stretches
+    return on_shards
 
 
 def compile_gradients(inputs, ids, **options):
@@ -99,20 +100,39 @@ def compare():
     with jax.set_mesh(make_mesh({"context": 8})):
         for name, options in FORMS.items():
             inputs, ids = draw_inputs(**options), packed(options["length"])
-            one = compile_gradients(inputs, ids, split=False, **options)
-            eight = compile_gradients(inputs, ids, split=True, **options)
+            one = compile_gradients(inputs, ids, split=None, **options)
+            eight = compile_gradients(inputs, ids, split="context", **options)
             result[name] = error(eight(inputs, ids), one(inputs, ids))
         result["messages"] = messages(eight.as_text())  # of the hybrid, the last
         long_form = options | {"length": LONG}
-        long = compile_gradients(draw_inputs(**long_form), packed(LONG), split=True, **long_form)
+        long = compile_gradients(draw_inputs(**long_form), packed(LONG), split="context", **long_form)
         result["long messages"] = messages(long.as_text())
         whole = jnp.ones_like(ids)
-        undivided = jax.jit(attention(split=True, segments=False, **HYBRID))(*inputs[:-1], whole)
+        undivided = jax.jit(attention(split="context", segments=False, **HYBRID))(*inputs[:-1], whole)
         result["one document"] = error(undivided, one(inputs, whole)[0])
+    with jax.set_mesh(make_mesh({"data": 3}, jax.devices()[:3])):
+        for name in ROWS:
+            inputs, ids = draw_inputs(**FORMS[name]), packed(FORMS[name]["length"])
+            one, three = (compile_gradients(inputs, ids, split=split, **FORMS[name]) for split in (None, "data"))
+            result[f"rows, {name}"] = [error(three(inputs, ids), one(inputs, ids)), *messages(three.as_text())]
+        result["messages of a layer"] = messages_of_a_layer()
     meshes = [make_mesh({"context": size}, jax.devices()[:size]) for size in (8, 1)]
     result["mechanisms"] = error(*map(mechanisms, meshes))
     result["layers"] = error(*map(layers, meshes))
     return result
+
+
+def messages_of_a_layer():
+    """`messages` of the gradients of a layer's arrays, M among them, where the mesh splits the rows of its batch."""
+    q, k, v = (jax.device_put(x, P("data")) for x in draw_inputs(96)[:3])
+    places = {"segment_ids": packed(96), "positions": jnp.broadcast_to(jnp.arange(96), (3, 96))}
+    spec = mixer_spec("dark", num_features=16, projections="iid", chunk_size=4, head_dim=8)
+    graphdef, arrays = nnx.split(MIXERS["dark"](spec, 0))
+
+    def loss(arrays, q, k, v):
+        return jnp.sum(nnx.merge(graphdef, arrays)(q, k, v, **places)[0] ** 2)
+
+    return messages(jax.jit(jax.grad(loss)).lower(arrays, q, k, v).compile().as_text())
 
 
 def mechanisms(mesh):
@@ -164,6 +184,12 @@ def test_eight_stretches_are_one_sequence(tmp_path):
     result = json.loads(ended.out.splitlines()[-1])
     for name in (*FORMS, "one document", "mechanisms", "layers"):
         assert result[name] < 3e-6, (name, result)
+    for name in ROWS:
+        difference, _, in_loops = result[f"rows, {name}"]
+        assert difference < 3e-6, (name, difference)
+        assert in_loops == 0, name  # the gradient of M is summed over the devices once, not in every chunk
+    total, in_loops = result["messages of a layer"]
+    assert total["all-reduce"] and not in_loops
     short, in_loops = result["messages"]
     assert in_loops == 0
     assert result["long messages"] == [short, 0]  # of a sequence 170 times as long
