@@ -26,8 +26,6 @@ def check_backend(spec: MixerSpec) -> None:
         return
     for name, value, allowed in (
         ("model.attention.window", spec.window, 0),
-        ("model.attention.positions", spec.positions, "rope" if spec.has_rope else "none"),
-        ("model.attention.decay", spec.decay, "none"),
         ("model.causal", spec.causal, True),
     ):
         if value != allowed:

@@ -13,21 +13,25 @@ chunk are those that the forward pass saved.
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.dtypes import float0
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
+from darkformer_jax.ops.decay import RunningSum
 from darkformer_jax.ops.features import RandomFeatures
 from darkformer_jax.ops.linear import LOG_FLOOR
 from darkformer_jax.ops.pallas_chunk import (
     Blocks,
     Chunk,
+    Has,
     Head,
     Inputs,
     Seen,
     Sizes,
+    as_row,
     dot,
     fold_weights,
     look,
@@ -60,7 +64,9 @@ def backward(
     of_keys = [((*rows, blocks.length, width), inputs.keys.dtype, blocks.of_keys(width)) for width in widths]
     of_queries = (*rows, blocks.group, blocks.length, blocks.dim)
     integers: Any = np.zeros(inputs.far.segment.shape, float0)
-    dq, dk, dv, dc, dz, dS, *of_head = blocks.call(
+    decays = inputs.decays
+    of_decays = [] if decays is None else [((*rows, 1, blocks.length), jnp.float32, blocks.of_keys_in_a_row(1))]
+    dq, dk, dv, *rest = blocks.call(
         _chunk,
         (before, of_chunk),
         [
@@ -74,14 +80,19 @@ def backward(
         [
             (of_queries, inputs.queries.dtype, blocks.of_queries(blocks.dim)),
             *of_keys,
+            *of_decays,
             *(((*rows, *shape), jnp.float32, blocks.of_row(shape)) for shape in [*blocks.state_shapes, *own]),
         ],
         blocks.state_shapes[1:],
     )
+    if decays is not None:  # the two parts of the sum's value have no derivatives
+        decays = RunningSum(jnp.zeros_like(decays.whole), jnp.zeros_like(decays.rest), rest.pop(0)[:, :, 0])
+    dc, dz, dS, *of_head = rest
     return Inputs(
         _of_features(inputs.features, of_head),
         FarState(dc[:, :, 0], dz[:, :, 0], jnp.swapaxes(dS, 2, 3), integers),
         *(blocks.back(x, length) for x in (dq, dk, dv)),
+        decays,
     )
 
 
@@ -92,10 +103,12 @@ def _of_features(features: RandomFeatures, of_head: list[Array]) -> RandomFeatur
     return features._replace(**{name: sums[name].reshape(x.shape).astype(x.dtype) for name, x in given.items()})
 
 
-def _chunk(before: Any, of_chunk: Any, *refs: Any, scale: float, has_geometry: bool, has_weights: bool) -> None:
+def _chunk(before: Any, of_chunk: Any, *refs: Any, scale: float, has: Has) -> None:
     """The gradients of a chunk, and those of the state before it."""
-    head, chunk, rest = take_refs(refs, scale, has_geometry, has_weights)
-    c_ref, z_ref, S_ref, out, of_out, dz_in, dS_in, dq, dk, dv, dc_out, dz_out, dS_out, *of_head, dz, dS = rest
+    head, chunk, rest = take_refs(refs, scale, has)
+    c_ref, z_ref, S_ref, out, of_out, dz_in, dS_in, dq, dk, dv, *rest = rest
+    dG = rest.pop(0) if has.decays else None
+    dc_out, dz_out, dS_out, *of_head, dz, dS = rest
     place = pl.num_programs(2) - 1 - pl.program_id(2)
     row = pl.program_id(0) * pl.num_programs(2)
     far_segment, own_segment = before[row + place], of_chunk[row + place]
@@ -112,12 +125,17 @@ def _chunk(before: Any, of_chunk: Any, *refs: Any, scale: float, has_geometry: b
     of_numerator = as_rows(of_out) / seen.denominator
     e = jnp.sum(of_numerator * as_rows(out), axis=1, keepdims=True)
     of_far = seen.far_weights * (dot(of_numerator, S, (1, 0), dtype) - e * z)
-    from_q, from_k = _of_scores(chunk, seen, of_numerator, e)
+    of_weights = dot(of_numerator, chunk.v, (1, 1), dtype) - e
+    from_q, from_k = _of_scores(chunk, seen, of_weights)
 
     folded = fold_weights(chunk, c, far_segment, own_segment)
     of_folded = folded.weights * (dz[...] + dot(chunk.v, dS[...], (1, 0), dtype))
     of_v = dot(folded.weights, dS[...], (1, 1), dtype) + dot(seen.weights, of_numerator, (0, 0), dtype)
     dv[0, 0] = of_v.astype(dv.dtype)
+    if dG is not None:
+        kept = folded.keep * (z * dz[...] + jnp.sum(S.astype(jnp.float32) * dS[...], axis=0, keepdims=True))
+        of_pairs = jnp.sum(seen.weights * of_weights, axis=0, keepdims=True)
+        dG[0, 0] = _of_decay(of_pairs, jnp.sum(of_folded, axis=1, keepdims=True), kept)
     dz[...] = dz[...] * folded.keep - jnp.sum(seen.far_weights * e, axis=0, keepdims=True)
     dS[...] = dS[...] * folded.keep + dot(of_numerator, seen.far_weights, (0, 0), dtype)
 
@@ -130,21 +148,35 @@ def _chunk(before: Any, of_chunk: Any, *refs: Any, scale: float, has_geometry: b
         dc_out[0, 0] = z * dz[...] + jnp.sum(S.astype(jnp.float32) * dS[...], axis=0, keepdims=True)
 
 
+def _of_decay(
+    of_pairs: Float[Array, "1 c"], of_folded: Float[Array, "c 1"], kept: Float[Array, "1 m"]
+) -> Float[Array, "1 c"]:
+    """The gradient of the running decay G: -G_j is in what key j weighs, and the last G in the state; see ops/decay.py.
+
+    of_pairs, of_folded: of the logs of what each key weighs for the chunk's queries, and in the state after it.
+    kept: of the log of what is left there of the state before, by features.
+    """
+    of_state = jnp.sum(of_folded, axis=0, keepdims=True) + jnp.sum(kept, axis=1, keepdims=True)
+    is_last = jax.lax.broadcasted_iota(jnp.int32, of_pairs.shape, 1) == of_pairs.shape[1] - 1
+    return jnp.where(is_last, of_state, 0.0) - of_pairs - as_row(of_folded)
+
+
 def _of_scores(
-    chunk: Chunk, seen: Seen, of_numerator: Float[Array, "gc dv"], e: Float[Array, "gc 1"]
+    chunk: Chunk, seen: Seen, of_weights: Float[Array, "gc c"]
 ) -> tuple[Float[Array, "gc m"], Float[Array, "c m"]]:
     """The gradients of the log features of queries and keys, by the scores of the chunk's own pairs.
 
-    That of log P is w (dL/dN . v - e), and the features need its quotient by P. The quotients are scaled by e^up as far
-    up as their products with features allow, and by the largest of dL/dw: they would be no normal float32 where a loss
-    is a mean over many tokens. w / P is exp(lift), but rounded otherwise: then what a row's keys get would not cancel.
+    That of log P is w dL/dw, with dL/dw = dL/dN . v - e in of_weights, and the features need its quotient by P. The
+    quotients are scaled by e^up as far up as their products with features allow, and by the largest of dL/dw: they
+    would be no normal float32 where a loss is a mean over many tokens. w / P is exp(lift), but rounded otherwise: then
+    what a row's keys get would not cancel.
     """
     dtype = chunk.v.dtype
     largest = lambda x: jnp.max(jnp.max(x, axis=1, keepdims=True), axis=0, keepdims=True)
     above = seen.visible & (seen.product > math.exp(LOG_FLOOR))
     lift = jnp.where(above, seen.lift, NEG)
     up = jnp.minimum(-LOG_FLOOR - 2.0 - largest(lift), 60.0)
-    of_weights = jnp.where(above, dot(of_numerator, chunk.v, (1, 1), dtype) - e, 0.0)
+    of_weights = jnp.where(above, of_weights, 0.0)
     size = largest(jnp.abs(of_weights))
     size = jnp.where(size > 0, size, 1.0)
     quotients = of_weights / size * (seen.weights * jnp.exp(up) / jnp.where(above, seen.product, 1.0))

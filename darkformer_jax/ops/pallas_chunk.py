@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 from darkformer_jax.errors import UserError
+from darkformer_jax.ops.decay import RunningSum
 from darkformer_jax.ops.features import RandomFeatures
 from darkformer_jax.ops.linear import HEADROOM, LOG_FLOOR
 from darkformer_jax.ops.state import NEG, FarState
@@ -40,6 +41,15 @@ class Inputs(NamedTuple):
     queries: Float[Array, "b n h g d"]
     keys: Float[Array, "b n h d"]
     values: Float[Array, "b n h dv"]
+    decays: RunningSum | None  # [b, h, t], of whole chunks; each chunk's sum begins with its first token
+
+
+class Has(NamedTuple):
+    """Which arrays a call has, of those that it need not have."""
+
+    decays: bool
+    geometry: bool
+    log_weights: bool
 
 
 class Blocks:
@@ -80,8 +90,8 @@ class Blocks:
         return [(1, self.features), (1, self.features), (self.value_dim, self.features)]
 
     def tokens(self, segments: Int[Array, "b n"]) -> list[tuple[Array, pl.BlockSpec]]:
-        """q, k, v and the segments, as a column and as a row, with their blocks."""
-        q, k, v = map(self.in_front, self.inputs[2:])
+        """q, k, v, the segments, as a column and as a row, and the decays likewise, with their blocks."""
+        q, k, v = map(self.in_front, self.inputs[2:5])
         column = pl.BlockSpec((1, self.sizes.chunk, 1), lambda b, h, n, *_: (b, self._place(n), 0))
         row = pl.BlockSpec((1, 1, self.sizes.chunk), lambda b, h, n, *_: (b, 0, self._place(n)))
         return [
@@ -90,7 +100,15 @@ class Blocks:
             (v, self.of_keys(self.value_dim)),
             (segments[:, :, None], column),
             (segments[:, None, :], row),
+            *self._decays(),
         ]
+
+    def _decays(self) -> list[tuple[Array, pl.BlockSpec]]:
+        if self.inputs.decays is None:
+            return []
+        whole, rest, _ = self.inputs.decays
+        row = jnp.stack([whole, rest], axis=2)
+        return [(jnp.swapaxes(row, 2, 3), self.of_keys(2)), (row, self.of_keys_in_a_row(2))]
 
     def of_queries(self, width: int) -> pl.BlockSpec:
         shape = (1, 1, self.group, self.sizes.chunk, width)
@@ -98,6 +116,9 @@ class Blocks:
 
     def of_keys(self, width: int) -> pl.BlockSpec:
         return pl.BlockSpec((1, 1, self.sizes.chunk, width), lambda b, h, n, *_: (b, h, self._place(n), 0))
+
+    def of_keys_in_a_row(self, height: int) -> pl.BlockSpec:
+        return pl.BlockSpec((1, 1, height, self.sizes.chunk), lambda b, h, n, *_: (b, h, 0, self._place(n)))
 
     def of_chunk(self, shape: tuple[int, ...]) -> pl.BlockSpec:
         """Of an array [b, h, chunks, *shape]."""
@@ -141,9 +162,8 @@ class Blocks:
         # XLA computes a kernel's steps, or within a shard_map, whose types it does not know there, a simulated TPU.
         interpreter: Any = pltpu.InterpretParams() if kind.varying else True
         _, geometry, log_weights = self.inputs.features
-        body = functools.partial(
-            body, scale=self.sizes.scale, has_geometry=geometry is not None, has_weights=log_weights is not None
-        )
+        has = Has(self.inputs.decays is not None, geometry is not None, log_weights is not None)
+        body = functools.partial(body, scale=self.sizes.scale, has=has)
         kernel = pl.pallas_call(
             body,
             grid_spec=grid,
@@ -201,6 +221,28 @@ class Head(NamedTuple):
         return logs if self.log_weights is None else logs + self.log_weights[0]
 
 
+class Decay(NamedTuple):
+    """Log decays within a chunk: from its start to each token, from token j to token i, and from each to its end."""
+
+    since_start: Float[Array, "c 1"]
+    pairs: Float[Array, "c c"]
+    to_end: Float[Array, "c 1"]
+    whole_chunk: Float[Array, "1 1"]
+
+    @classmethod
+    def of(cls, column: Float[Array, "c 2"], row: Float[Array, "2 c"]) -> "Decay":
+        """Of the two parts of a `RunningSum`, each of which is subtracted by itself; see there."""
+        difference = lambda a, b: (a[0] - b[0]) + (a[1] - b[1])
+        column_parts, row_parts = (column[:, :1], column[:, 1:]), (row[:1], row[1:])
+        end = [part[:, -1:] for part in row_parts]
+        return cls(
+            column_parts[0] + column_parts[1],
+            difference(column_parts, row_parts),
+            difference(end, column_parts),
+            end[0] + end[1],
+        )
+
+
 class Chunk(NamedTuple):
     """A chunk's own arrays."""
 
@@ -211,15 +253,18 @@ class Chunk(NamedTuple):
     row: Int[Array, "1 c"]
     log_q: Float[Array, "gc m"]
     log_k: Float[Array, "c m"]
+    decay: Decay | None
 
 
-def take_refs(refs: Sequence[Any], scale: float, has_geometry: bool, has_weights: bool) -> tuple[Head, Chunk, list]:
+def take_refs(refs: Sequence[Any], scale: float, has: Has) -> tuple[Head, Chunk, list]:
     """(the head, its chunk, the references that are left) of those to `Blocks.tokens` and `Blocks.per_head`."""
-    q, k, v, column, row, w, *rest = refs
-    head = Head(w, rest.pop(0) if has_geometry else None, rest.pop(0) if has_weights else None, scale)
+    q, k, v, column, row, *rest = refs
+    decay = Decay.of(rest.pop(0)[0, 0], rest.pop(0)[0, 0]) if has.decays else None
+    w = rest.pop(0)
+    head = Head(w, rest.pop(0) if has.geometry else None, rest.pop(0) if has.log_weights else None, scale)
     queries = q[0, 0].reshape(-1, q.shape[-1])
     log_q, log_k = head.log_features(queries), head.log_features(k[0, 0])
-    return head, Chunk(queries, k[0, 0], v[0, 0], column[0], row[0], log_q, log_k), rest
+    return head, Chunk(queries, k[0, 0], v[0, 0], column[0], row[0], log_q, log_k, decay), rest
 
 
 class Seen(NamedTuple):
@@ -243,18 +288,22 @@ def look(chunk: Chunk, c: Float[Array, "1 m"], z: Float[Array, "1 m"], far_segme
     size, rows = chunk.column.shape[0], chunk.log_q.shape[0]
     places = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (size, size), axis)
     own = (chunk.column == chunk.row) & (chunk.row != 0) & (places(0) >= places(1))
-    visible = jnp.broadcast_to(own.astype(jnp.int32)[None], (rows // size, size, size)).reshape(rows, size) != 0
+    of_group = lambda x: jnp.broadcast_to(x[None], (rows // size, size, size)).reshape(rows, size)
+    visible = of_group(own.astype(jnp.int32)) != 0
 
     headroom = min(HEADROOM, 0.5 * (80.0 - math.log(chunk.log_q.shape[-1])))
     q_max, k_max = (jnp.max(x, axis=1, keepdims=True) for x in (chunk.log_q, chunk.log_k))
     features_q, features_k = jnp.exp(chunk.log_q - (q_max - headroom)), jnp.exp(chunk.log_k - (k_max - headroom))
     product = dot(features_q, features_k, (1, 1), chunk.v.dtype)
-    k_row = jnp.broadcast_to(k_max, (size, LANES)).T[:1]  # whole tiles are what a TPU transposes
-    lift = q_max + k_row - 2 * headroom
+    lift = q_max + as_row(k_max) - 2 * headroom
+    if chunk.decay is not None:
+        lift = lift + of_group(chunk.decay.pairs)
     scores = jnp.where(visible, jnp.log(jnp.maximum(product, math.exp(LOG_FLOOR))) + lift, NEG)
 
     reads = ((chunk.column == far_segment) & (chunk.column != 0))[None]
     far_scores = (chunk.log_q + c).reshape(rows // size, size, -1)
+    if chunk.decay is not None:
+        far_scores = far_scores + chunk.decay.since_start[None]
     far_scores = jnp.where(reads, far_scores, NEG).reshape(chunk.log_q.shape)
     largest = jnp.maximum(jnp.max(far_scores, axis=1, keepdims=True), jnp.max(scores, axis=1, keepdims=True))
     shift = jnp.where(largest > 0.5 * NEG, largest, 0.0)
@@ -276,10 +325,18 @@ def fold_weights(chunk: Chunk, c: Float[Array, "1 m"], far_segment: Any, own_seg
     """`fold` and `merge_far`, without the sums."""
     to_far = (chunk.column == own_segment) & (chunk.column != 0)
     same = (own_segment == far_segment) | (own_segment == 0)
+    log_k = chunk.log_k
+    if chunk.decay is not None:
+        c, log_k = c + chunk.decay.whole_chunk, log_k + chunk.decay.to_end
     old_max = jnp.where(same, c, NEG)
-    key_max = jnp.maximum(old_max, jnp.max(jnp.where(to_far, chunk.log_k, NEG), axis=0, keepdims=True))
+    key_max = jnp.maximum(old_max, jnp.max(jnp.where(to_far, log_k, NEG), axis=0, keepdims=True))
     keep = jnp.where(same, jnp.exp(old_max - key_max), 0.0)
-    return Folded(key_max, keep, jnp.where(to_far, jnp.exp(jnp.where(to_far, chunk.log_k - key_max, NEG)), 0.0))
+    return Folded(key_max, keep, jnp.where(to_far, jnp.exp(jnp.where(to_far, log_k - key_max, NEG)), 0.0))
+
+
+def as_row(column: Float[Array, "c 1"]) -> Float[Array, "1 c"]:
+    """The same numbers. Whole tiles are what a TPU transposes."""
+    return jnp.broadcast_to(column, (column.shape[0], LANES)).T[:1]
 
 
 def dot(a: Array, b: Array, axes: tuple[int, int], dtype: Any) -> Float[Array, "i j"]:

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from darkformer_jax.ops.pallas_chunk import (
     Blocks,
+    Has,
     Inputs,
     Sizes,
     dot,
@@ -61,9 +62,9 @@ def forward(
     return far, blocks.back(out, length), Saved(*saved) if save else None
 
 
-def _chunk(before: Any, of_chunk: Any, *refs: Any, scale: float, has_geometry: bool, has_weights: bool) -> None:
+def _chunk(before: Any, of_chunk: Any, *refs: Any, scale: float, has: Has) -> None:
     """Reads the far state and the chunk, then folds the chunk in; `chunk_features` for one program."""
-    _, chunk, rest = take_refs(refs, scale, has_geometry, has_weights)
+    _, chunk, rest = take_refs(refs, scale, has)
     c_in, z_in, S_in, c_out, z_out, S_out, out_ref, *saved, c, z, S = rest
     index = pl.program_id(2)
     place = pl.program_id(0) * pl.num_programs(2) + index

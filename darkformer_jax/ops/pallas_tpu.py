@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from darkformer_jax.ops.decay import RunningSum, running_sum
 from darkformer_jax.ops.features import positive_random_features
 from darkformer_jax.ops.linear import Kernel, Tokens
 from darkformer_jax.ops.pallas_backward import backward
@@ -27,8 +28,6 @@ def what_is_not_covered(kernel: Kernel, state: AttentionState, tokens: Tokens, *
     """Why the kernel cannot compute this call without a window, in a few words; None where it can."""
     if not causal:
         return "causal=False"
-    if tokens.decays is not None:
-        return "log_decay"
     if tokens.values.dtype == jnp.float64:
         return "float64"
     if kernel.feature_map is not positive_random_features or not isinstance(kernel.scale, int | float):
@@ -62,9 +61,18 @@ def attend_features(
         raise ValueError(f"the TPU kernel does not cover {missing}")
     chunk = chunk_of(tokens.queries.shape[3]) if chunk_size is None else chunk_size
     sizes = Sizes(float(kernel.scale), chunk, interpret)
-    inputs = Inputs(kernel.arrays.features, state.far, tokens.queries, tokens.keys, tokens.values)
+    decays = None if tokens.decays is None else _running_decays(tokens.decays, chunk)
+    inputs = Inputs(kernel.arrays.features, state.far, tokens.queries, tokens.keys, tokens.values, decays)
     far, out = _attend(sizes, inputs, tokens.segments)
     return state._replace(far=far), out
+
+
+def _running_decays(log_decay: Float[Array, "b n h"], chunk: int) -> RunningSum:
+    """[b, h, t] of whole chunks: the sum of each chunk's decays up to each token. Padding does not decay."""
+    batch, length, heads = log_decay.shape
+    chunks = jnp.pad(log_decay, [(0, 0), (0, -length % chunk), (0, 0)]).reshape(batch, -1, chunk, heads)
+    sums = running_sum(chunks.astype(jnp.float32), axis=2, causal=True)
+    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 3, 1).reshape(batch, heads, -1), sums)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -16,6 +16,7 @@ from darkformer_jax.aot.topology import topology_devices
 from darkformer_jax.errors import UserError
 from darkformer_jax.ops.attend import normalize
 from darkformer_jax.ops.dark_attention import feature_kernel
+from darkformer_jax.ops.decay import decay_per_token
 from darkformer_jax.ops.linear import Tokens
 from darkformer_jax.ops.pallas_tpu import attend_features
 from darkformer_jax.ops.scan import scan_features
@@ -27,6 +28,7 @@ from tests.ops.linear_attentions import (
     documents,
     draw,
     draw_cotangent,
+    map_tokens,
     oracle,
 )
 
@@ -34,22 +36,28 @@ CHUNK = 16
 DOCUMENTS = np.tile(documents(3, 27, 15), (2, 1))  # whose ends lie within chunks
 
 
-def draw_inputs(**data):
+FORMS = ("dark", "dark with slopes", "dark with gates")
+
+
+def draw_inputs(op="dark", **data):
     """Inputs of one shape: what is compiled for it serves many tests. Chunks do not divide the length."""
-    return draw("dark", 45, heads=(4, 2), batch=2, **data)
+    return draw(op, 45, heads=(4, 2), batch=2, **data)
 
 
-def call(x, segment_ids=None, far=None, log_decay=None, scale=None):
+def call(x, segment_ids=None, far=None, scale=None):
     """(kernel, state, tokens) as `dark_attention` hands them to the scan."""
     batch, length, num_heads, dim = x.q.shape
     heads = x.k.shape[2]
     arrays = {"geometry": None, "log_weights": None} | x.arrays
+    log_decay = arrays.pop("log_decay", None)
     kernel = feature_kernel(x.q, x.k, **arrays, scale=scale, window=0, window_kernel="dark", log_gain=None)
     state = init_state(batch, heads, dim, x.v.shape[3], kernel.arrays.features.projections.shape[1], x.q.dtype)
     state = state if far is None else state._replace(far=far)
     ids = jnp.ones((batch, length), jnp.int32) if segment_ids is None else jnp.asarray(segment_ids)
     queries = x.q.reshape(batch, length, heads, num_heads // heads, dim)
-    return kernel, state, Tokens(queries, x.k, x.v, ids, jnp.zeros_like(ids), log_decay)
+    decays = None if log_decay is None else decay_per_token(log_decay, batch, length, x.q.dtype)
+    decays = None if decays is None else jnp.where((ids != 0)[:, :, None], decays, 0)
+    return kernel, state, Tokens(queries, x.k, x.v, ids, jnp.zeros_like(ids), decays)
 
 
 def _by_kernel(x, ids, far, chunk_size):
@@ -88,11 +96,12 @@ def assert_far_close(got, want, tolerance=2e-5):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), got, want)
 
 
+@pytest.mark.parametrize("op", FORMS)
 @pytest.mark.parametrize("ids", [np.ones_like(DOCUMENTS), DOCUMENTS], ids=["one document", "three"])
-def test_outputs_are_those_of_the_definition_and_states_those_of_the_scan(ids):
-    x = draw_inputs()
+def test_outputs_are_those_of_the_definition_and_states_those_of_the_scan(ids, op):
+    x = draw_inputs(op)
     far, out = by_kernel(x, ids)
-    assert_rows_close(out, oracle("dark", x, ids), 1e-4)
+    assert_rows_close(out, oracle(op, x, ids), 1e-4)
     assert_far_close(far, by_scan(x, ids)[0])
 
 
@@ -113,24 +122,28 @@ def with_gradients(form, x, segment_ids, cotangent, far=None, of_far=None, chunk
 
 @pytest.mark.parametrize("size", [1.0, 1e-7])
 @pytest.mark.parametrize(
-    ("data", "limit"),
+    ("op", "data", "limit"),
     [
-        ({}, 1e-4),
-        ({"extreme": 1.0}, 1e-4),
-        ({"extreme": 1.0, "antipodal": True}, 1e-4),
-        ({"extreme": (1157 / 500) ** 0.5}, 5e-4),
+        ("dark", {}, 1e-4),
+        ("dark", {"extreme": 1.0}, 1e-4),
+        ("dark", {"extreme": 1.0, "antipodal": True}, 1e-4),
+        ("dark", {"extreme": (1157 / 500) ** 0.5}, 5e-4),
+        ("dark with slopes", {}, 1e-4),
+        ("dark with gates", {}, 1e-4),
+        ("dark with gates", {"extreme": 1.0}, 1e-4),
     ],
 )
-def test_gradients_are_those_of_the_definition(data, limit, size):
-    x = draw_inputs(**data)
+def test_gradients_are_those_of_the_definition(op, data, limit, size):
+    x = draw_inputs(op, **data)
     cotangent = draw_cotangent(x)
     _, got, _ = with_gradients(_by_kernel, x, DOCUMENTS, size * cotangent)
     got = jax.tree.map(lambda leaf: np.float64(leaf) / size, got)
-    assert_gradients_close(got, oracle("dark", x, DOCUMENTS, cotangent)[1], limit)
+    assert_gradients_close(got, oracle(op, x, DOCUMENTS, cotangent)[1], limit)
 
 
-def test_gradients_pass_through_states_as_in_the_scan():
-    x, far = draw_inputs(), by_scan(draw_inputs(seed=1))[0]
+@pytest.mark.parametrize("op", FORMS)
+def test_gradients_pass_through_states_as_in_the_scan(op):
+    x, far = draw_inputs(op), by_scan(draw_inputs(op, seed=1))[0]
     random = np.random.default_rng(2)
     of_far = far._replace(**{n: random.standard_normal(far._asdict()[n].shape, np.float32) for n in far._fields[:3]})
     ids = np.where(np.arange(45) < 40, DOCUMENTS, 0)
@@ -161,12 +174,13 @@ def test_padding_leaves_no_trace_in_the_state_and_reads_zero():
     assert np.asarray(far.segment).tolist() == [1, 1]
 
 
-def test_a_resumed_sequence_is_the_whole_sequence():
-    x = draw_inputs()
+@pytest.mark.parametrize("op", FORMS)
+def test_a_resumed_sequence_is_the_whole_sequence(op):
+    x = draw_inputs(op)
     whole = by_kernel(x)
     far, parts = None, []
     for start, stop in ((0, 13), (13, 45)):  # each part at the front of a row, the rest of which is padding
-        moved = x._replace(**{name: np.roll(getattr(x, name), -start, axis=1) for name in "qkv"})
+        moved = map_tokens(lambda leaf, start=start: np.roll(leaf, -start, axis=1), x)
         ids = np.where(np.arange(45) < stop - start, 1, 0)[None].repeat(2, axis=0).astype(np.int32)
         far, out = by_kernel(moved, ids, far)
         parts.append(out[:, : stop - start])
@@ -194,10 +208,11 @@ def test_log_weights_the_identity_as_geometry_and_a_chunk_longer_than_the_text()
     assert_gradients_close(got, of_x, 1e-4)
 
 
-def test_bfloat16_is_near_to_float64():
-    x = draw_inputs()
+@pytest.mark.parametrize("op", FORMS)
+def test_bfloat16_is_near_to_float64(op):
+    x = draw_inputs(op)
     cotangent = draw_cotangent(x)
-    want, of_x = oracle("dark", x, DOCUMENTS, cotangent)
+    want, of_x = oracle(op, x, DOCUMENTS, cotangent)
     rounded = x._replace(q=jnp.bfloat16(x.q), k=jnp.bfloat16(x.k), v=jnp.bfloat16(x.v))
     error = lambda got, want: np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
     out, got, _ = with_gradients(_by_kernel, rounded, DOCUMENTS, cotangent)
@@ -221,7 +236,6 @@ def test_one_token_after_a_state_takes_the_step_of_the_scan(length, kernels):
         ({"backend": "pallas"}, "backend = 'pallas' is a TPU kernel; this program is for a cpu: use 'scan'"),
         ({"window": 16}, "backend = 'pallas_interpret' does not cover window = 16: use backend = 'scan'"),
         ({"causal": False}, "does not cover causal=False: use backend = 'scan'"),
-        ({"log_decay": jnp.full(1, -0.1)}, "does not cover log_decay: use backend = 'scan'"),
     ],
 )
 def test_what_the_kernel_does_not_cover_is_one_line(options, message):
