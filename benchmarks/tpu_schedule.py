@@ -67,6 +67,7 @@ class Case:
     length: int = 8192
     heads: int = 8
     kv_heads: int = 8
+    gates: bool = False
 
     @property
     def chunk(self) -> int:
@@ -76,7 +77,8 @@ class Case:
     @property
     def name(self) -> str:
         heads = f"{self.heads} heads" if self.heads == self.kv_heads else f"{self.heads} to {self.kv_heads} heads"
-        return f"{self.chip}, d {self.dim}, {heads}, {self.form}, {self.passes}"
+        gates = ", gates" if self.gates else ""
+        return f"{self.chip}, d {self.dim}, {heads}{gates}, {self.form}, {self.passes}"
 
 
 # What the test compiles. XLA puts less of a large program in VMEM, whose kernels have some bundles more per chunk.
@@ -95,20 +97,21 @@ def compile_case(case: Case, directory: Path) -> tuple[Program, str]:
     q, k = (of(1, case.length, heads, case.dim) for heads in (case.heads, case.kv_heads))
     w, geometry = (of(case.kv_heads, rows, case.dim, dtype=jnp.float32) for rows in (FEATURES, case.dim))
     options: dict[str, Any] = {"backend": "pallas"} if case.form == "kernel" else {"chunk_size": case.chunk}
+    learned = [geometry, *([of(1, case.length, case.kv_heads, dtype=jnp.float32)] if case.gates else [])]
 
-    def forward(w: Array, q: Array, k: Array, v: Array, geometry: Array) -> Array:
-        return dark_attention(q, k, v, projections=w, geometry=geometry, **options)
+    def forward(w: Array, q: Array, k: Array, v: Array, geometry: Array, log_decay: Array | None = None) -> Array:
+        return dark_attention(q, k, v, projections=w, geometry=geometry, log_decay=log_decay, **options)
 
     def both(w: Array, out: Array, *arrays: Array) -> tuple[Array, tuple[Array, ...]]:
-        """With the gradients of q, k, v and M, by that of out."""
+        """With the gradients of q, k, v, M and the gates, by that of out."""
         result, pull_back = jax.vjp(lambda *arrays: forward(w, *arrays), *arrays)
         return result, pull_back(out)
 
     with jax.set_mesh(mesh):
         if case.passes == "forward":
-            lowered = jax.jit(forward).lower(w, q, k, k, geometry)
+            lowered = jax.jit(forward).lower(w, q, k, k, *learned)
         else:
-            lowered = jax.jit(both).lower(w, q, q, k, k, geometry)
+            lowered = jax.jit(both).lower(w, q, q, k, k, *learned)
         hlo = lowered.compile().as_text()
     assert hlo is not None
     return read_program(hlo, directory), device.device_kind
@@ -218,10 +221,13 @@ def write_golden(path: Path, directory: Path) -> None:
 
 def write_table(flags: argparse.Namespace, directory: Path) -> None:
     """Compiles and prints what the flags name."""
-    print(f"{compilers()}: what was compiled, not run; bfloat16, batch 1, L = {flags.length:,}, {FEATURES} features")
+    print(
+        f"{compilers()}: what was compiled, not run; bfloat16, batch 1, L = {flags.length:,}, {FEATURES} features"
+        + (", gates" if flags.gates else "")
+    )
     rows = []
     for chip, dim, form, passes in itertools.product(flags.chips, flags.dims, flags.forms, flags.passes):
-        case = Case(chip, dim, form, passes, length=flags.length, kv_heads=KV_HEADS[dim])
+        case = Case(chip, dim, form, passes, length=flags.length, kv_heads=KV_HEADS[dim], gates=flags.gates)
         print(f"compiling {case.name}", file=sys.stderr)
         rows.append(figures_of(case, *compile_case(case, directory)))
     print(table(rows))
@@ -250,6 +256,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         text = ",".join(map(str, allowed))
         parser.add_argument(f"--{name}", default=text, help="comma-separated (default %(default)s, which is all)")
     parser.add_argument("--length", type=int, default=8192, help="tokens (default %(default)s)")
+    parser.add_argument("--gates", action="store_true", help="with a log decay per token and key/value head")
     parser.add_argument("--out", type=Path, help="also write the table to this JSON file")
     parser.add_argument("--golden", type=Path, help="instead: write the figures of small kernels to this JSON file")
     flags = parser.parse_args(arguments)

@@ -125,8 +125,7 @@ def _chunk(before: Any, of_chunk: Any, *refs: Any, scale: float, has: Has) -> No
     of_numerator = as_rows(of_out) / seen.denominator
     e = jnp.sum(of_numerator * as_rows(out), axis=1, keepdims=True)
     of_far = seen.far_weights * (dot(of_numerator, S, (1, 0), dtype) - e * z)
-    of_weights = dot(of_numerator, chunk.v, (1, 1), dtype) - e
-    from_q, from_k = _of_scores(chunk, seen, of_weights)
+    from_q, from_k, of_keys = _of_scores(chunk, seen, of_numerator, e)
 
     folded = fold_weights(chunk, c, far_segment, own_segment)
     of_folded = folded.weights * (dz[...] + dot(chunk.v, dS[...], (1, 0), dtype))
@@ -134,8 +133,7 @@ def _chunk(before: Any, of_chunk: Any, *refs: Any, scale: float, has: Has) -> No
     dv[0, 0] = of_v.astype(dv.dtype)
     if dG is not None:
         kept = folded.keep * (z * dz[...] + jnp.sum(S.astype(jnp.float32) * dS[...], axis=0, keepdims=True))
-        of_pairs = jnp.sum(seen.weights * of_weights, axis=0, keepdims=True)
-        dG[0, 0] = _of_decay(of_pairs, jnp.sum(of_folded, axis=1, keepdims=True), kept)
+        dG[0, 0] = _of_decay(of_keys, jnp.sum(of_folded, axis=1, keepdims=True), kept)
     dz[...] = dz[...] * folded.keep - jnp.sum(seen.far_weights * e, axis=0, keepdims=True)
     dS[...] = dS[...] * folded.keep + dot(of_numerator, seen.far_weights, (0, 0), dtype)
 
@@ -149,33 +147,36 @@ def _chunk(before: Any, of_chunk: Any, *refs: Any, scale: float, has: Has) -> No
 
 
 def _of_decay(
-    of_pairs: Float[Array, "1 c"], of_folded: Float[Array, "c 1"], kept: Float[Array, "1 m"]
+    of_keys: Float[Array, "1 c"], of_folded: Float[Array, "c 1"], kept: Float[Array, "1 m"]
 ) -> Float[Array, "1 c"]:
     """The gradient of the running decay G: -G_j is in what key j weighs, and the last G in the state; see ops/decay.py.
 
-    of_pairs, of_folded: of the logs of what each key weighs for the chunk's queries, and in the state after it.
+    of_keys, of_folded: of the logs of what each key weighs for the chunk's queries, and in the state after it.
     kept: of the log of what is left there of the state before, by features.
     """
     of_state = jnp.sum(of_folded, axis=0, keepdims=True) + jnp.sum(kept, axis=1, keepdims=True)
-    is_last = jax.lax.broadcasted_iota(jnp.int32, of_pairs.shape, 1) == of_pairs.shape[1] - 1
-    return jnp.where(is_last, of_state, 0.0) - of_pairs - as_row(of_folded)
+    is_last = jax.lax.broadcasted_iota(jnp.int32, of_keys.shape, 1) == of_keys.shape[1] - 1
+    return jnp.where(is_last, of_state, 0.0) - of_keys - as_row(of_folded)
 
 
 def _of_scores(
-    chunk: Chunk, seen: Seen, of_weights: Float[Array, "gc c"]
-) -> tuple[Float[Array, "gc m"], Float[Array, "c m"]]:
+    chunk: Chunk, seen: Seen, of_numerator: Float[Array, "gc dv"], e: Float[Array, "gc 1"]
+) -> tuple[Float[Array, "gc m"], Float[Array, "c m"], Float[Array, "1 c"] | None]:
     """The gradients of the log features of queries and keys, by the scores of the chunk's own pairs.
 
-    That of log P is w dL/dw, with dL/dw = dL/dN . v - e in of_weights, and the features need its quotient by P. The
-    quotients are scaled by e^up as far up as their products with features allow, and by the largest of dL/dw: they
-    would be no normal float32 where a loss is a mean over many tokens. w / P is exp(lift), but rounded otherwise: then
-    what a row's keys get would not cancel.
+    With a decay, also those of the scores, summed over the queries of each key.
+
+    That of log P is w (dL/dN . v - e), and the features need its quotient by P. The quotients are scaled by e^up as far
+    up as their products with features allow, and by the largest of dL/dw: they would be no normal float32 where a loss
+    is a mean over many tokens. w / P is exp(lift), but rounded otherwise: then what a row's keys get would not cancel.
     """
     dtype = chunk.v.dtype
     largest = lambda x: jnp.max(jnp.max(x, axis=1, keepdims=True), axis=0, keepdims=True)
     above = seen.visible & (seen.product > math.exp(LOG_FLOOR))
     lift = jnp.where(above, seen.lift, NEG)
     up = jnp.minimum(-LOG_FLOOR - 2.0 - largest(lift), 60.0)
+    of_weights = dot(of_numerator, chunk.v, (1, 1), dtype) - e
+    of_keys = None if chunk.decay is None else jnp.sum(seen.weights * of_weights, axis=0, keepdims=True)
     of_weights = jnp.where(above, of_weights, 0.0)
     size = largest(jnp.abs(of_weights))
     size = jnp.where(size > 0, size, 1.0)
@@ -183,7 +184,7 @@ def _of_scores(
     to_q = seen.features_q * dot(quotients, seen.features_k, (1, 0), dtype)
     to_k = seen.features_k * dot(quotients, seen.features_q, (0, 0), dtype)
     down = jnp.exp(-up)
-    return to_q * down * size, to_k * down * size
+    return to_q * down * size, to_k * down * size, of_keys
 
 
 def _of_points(

@@ -325,12 +325,13 @@ def fold_weights(chunk: Chunk, c: Float[Array, "1 m"], far_segment: Any, own_seg
     """`fold` and `merge_far`, without the sums."""
     to_far = (chunk.column == own_segment) & (chunk.column != 0)
     same = (own_segment == far_segment) | (own_segment == 0)
-    log_k = chunk.log_k
+    log_k, old_max = chunk.log_k, jnp.where(same, c, NEG)
+    decayed = old_max
     if chunk.decay is not None:
-        c, log_k = c + chunk.decay.whole_chunk, log_k + chunk.decay.to_end
-    old_max = jnp.where(same, c, NEG)
-    key_max = jnp.maximum(old_max, jnp.max(jnp.where(to_far, log_k, NEG), axis=0, keepdims=True))
-    keep = jnp.where(same, jnp.exp(old_max - key_max), 0.0)
+        decayed, log_k = old_max + chunk.decay.whole_chunk, log_k + chunk.decay.to_end
+    key_max = jnp.maximum(decayed, jnp.max(jnp.where(to_far, log_k, NEG), axis=0, keepdims=True))
+    gap = old_max - key_max if chunk.decay is None else (old_max - key_max) + chunk.decay.whole_chunk
+    keep = jnp.where(same, jnp.exp(gap), 0.0)
     return Folded(key_max, keep, jnp.where(to_far, jnp.exp(jnp.where(to_far, log_k - key_max, NEG)), 0.0))
 
 

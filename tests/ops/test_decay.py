@@ -22,6 +22,7 @@ from tests.ops.linear_attentions import (
 )
 
 LONG = 65_536
+KERNEL = {"backend": "pallas_interpret"}
 
 
 def test_near_differences_of_a_running_sum_are_exact_whatever_came_before():
@@ -52,13 +53,13 @@ def test_sums_for_exact_attention_are_precise_over_any_length(length):
 
 
 @pytest.mark.parametrize("strong", [-50.0, -1e4, -np.inf])
-@pytest.mark.parametrize("options", [PURE, HYBRID])
-def test_a_decay_that_forgets_at_once_gives_no_nan(options, strong):
+@pytest.mark.parametrize(("options", "backend"), [(PURE, {}), (HYBRID, {}), (PURE, KERNEL)])
+def test_a_decay_that_forgets_at_once_gives_no_nan(options, backend, strong):
     x = draw("dark with gates", 100, heads=(4, 2), extreme=0.5)
     decays = np.where(np.arange(100)[None, :, None] % 7 == 0, strong, x.arrays["log_decay"]).astype(np.float32)
     x = x._replace(arrays=x.arrays | {"log_decay": decays})
     cotangent = np.ones((1, 100, 4, 8), np.float32)
-    out, gradients = with_gradients("dark with gates", x, cotangent, **options)
+    out, gradients = with_gradients("dark with gates", x, cotangent, **options, **backend)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradients))
     limited = x._replace(arrays=x.arrays | {"log_decay": np.maximum(decays, -1e4)})
     assert_rows_close(out, oracle("dark with gates", limited, **options), 1e-3)
@@ -100,11 +101,12 @@ def _log_features(x, w, m):
     return np.einsum("nhr,hmr->nhm", point, w) - 0.5 * np.sum(point**2, axis=-1, keepdims=True)
 
 
-def test_a_long_sequence_keeps_its_precision_in_outputs_and_in_the_gradient_of_the_decay():
+@pytest.mark.parametrize("options", [{"chunk_size": 128}, {"chunk_size": 256} | KERNEL])
+def test_a_long_sequence_keeps_its_precision_in_outputs_and_in_the_gradient_of_the_decay(options):
     x = long_inputs()
     cotangent = np.zeros((1, LONG, 2, 4), np.float32)
     cotangent[0, -2000:] = np.random.default_rng(2).standard_normal((2000, 2, 4))
-    out, gradients = with_gradients("dark with slopes", x, cotangent, chunk_size=128)
+    out, gradients = with_gradients("dark with slopes", x, cotangent, **options)
     decay = np.asarray(x.arrays["log_decay"], np.float64)
     want = by_recurrence(x, decay)
     assert_rows_close(out, want[None], 1e-4)

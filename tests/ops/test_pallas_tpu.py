@@ -256,12 +256,12 @@ def test_second_derivatives_are_refused_by_name():
         jax.make_jaxpr(jax.grad(lambda q: jnp.sum(jax.grad(total)(q))))(jnp.asarray(x.q))
 
 
-# Chip, rows and tokens, heads, size of a head, features, dtype, and whether 64 bits are on: each chip and each kind of
-# shape once.
+# Chip, rows and tokens, heads, size of a head, features, dtype, whether there are gates, and whether 64 bits are on:
+# each chip and each kind of shape once.
 COMPILED = [
-    ("v5e:1x1", (1, 1024), (8, 1), 256, 256, jnp.bfloat16, False),
-    ("v5p:2x2x1", (2048, 256), (9, 3), 64, 64, jnp.float32, True),
-    ("v6e:1x1", (1, 1024), (8, 8), 128, 256, jnp.bfloat16, False),
+    ("v5e:1x1", (1, 1024), (8, 1), 256, 256, jnp.bfloat16, True, False),
+    ("v5p:2x2x1", (2048, 256), (9, 3), 64, 64, jnp.float32, False, True),
+    ("v6e:1x1", (1, 1024), (8, 8), 128, 256, jnp.bfloat16, True, False),
 ]
 
 
@@ -276,13 +276,16 @@ def without_cache():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-@pytest.mark.parametrize(("topology", "tokens", "heads", "dim", "features", "dtype", "x64"), COMPILED)
-def test_it_compiles_for_tpus_whose_memories_it_fits(topology, tokens, heads, dim, features, dtype, x64, without_cache):
+@pytest.mark.parametrize(("topology", "tokens", "heads", "dim", "features", "dtype", "gates", "x64"), COMPILED)
+def test_it_compiles_for_tpus_whose_memories_it_fits(
+    topology, tokens, heads, dim, features, dtype, gates, x64, without_cache
+):
     """The compiler refuses what needs more VMEM than the kernels ask for, or more scalar memory than there is."""
     device = SingleDeviceSharding(topology_devices(topology)[0])
     of = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype, sharding=device)
     q, k = (of(*tokens, count, dim, dtype=dtype) for count in heads)
     arrays = {"projections": of(heads[1], features, dim), "geometry": of(heads[1], dim, dim)}
+    arrays |= {"log_decay": of(*tokens, heads[1])} if gates else {}
     loss = lambda x: jnp.sum(attend_features(*call(x))[1].astype(jnp.float32))
     with jax.enable_x64(x64):
         program = jax.jit(jax.grad(loss)).lower(Inputs(q, k, k, arrays)).compile().as_text()
