@@ -61,8 +61,9 @@ def main() -> None:
         read_passages(text, "", "text", exact.tokenizer, args.passages, args.context, seed=0)[0]
         for text in (args.text, args.test_text)
     )
-    models = [model.network.bind(model.params, model.projections) for model in (exact, replaced)]
-    heads, sizes = MixedHeads(*models, candidates_of(*specs), exact.tokenizer), HeadSizes(*specs, CACHE_CONTEXT)
+    before, after = (model.network.bind(model.params, model.projections) for model in (exact, replaced))
+    heads = MixedHeads(before, after, candidates_of(*specs), exact.tokenizer)
+    sizes = HeadSizes(*specs, CACHE_CONTEXT)
     ranked, _ = rank_heads(heads, chosen_on, progress_bar)
     models_of: list[tuple[str, list[Head]]] = [("all", list(ranked)), ("none", [])]
     for count in args.counts:

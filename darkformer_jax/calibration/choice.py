@@ -9,12 +9,11 @@ from jaxtyping import Int
 from darkformer_jax.calibration.cache_budget import CacheSizes
 from darkformer_jax.calibration.exact_layers import Wish, candidates_of, ranking
 from darkformer_jax.calibration.hybrids import Hybrids, Quality
+from darkformer_jax.calibration.passages import MEASURED
 from darkformer_jax.calibration.quality_curve import Point, counts_of, points_of
 from darkformer_jax.data.progress import ProgressBar
 from darkformer_jax.data.tokenizers import Tokenizer
 from darkformer_jax.model.transformer import Transformer
-
-_PASSAGES = 8  # of either part, at most: the differences are between models on the same tokens
 
 
 class Choice(NamedTuple):
@@ -38,6 +37,11 @@ class Choice(NamedTuple):
     def layers(self) -> tuple[int, ...]:
         """The layers that stay exact."""
         return tuple(sorted(self.ranked[: self.number]))
+
+    @property
+    def point(self) -> Point:
+        """The model that was chosen."""
+        return next(point for point in self.points if len(point.layers) == self.number)
 
     def to_json(self) -> dict[str, Any]:
         """What calibration.json has of it."""
@@ -72,14 +76,14 @@ def choose(
       sizes: of the caches, for the curve.
     """
     candidates = candidates_of(exact.spec, replaced.spec)
-    both = Hybrids(exact, replaced, passages[:_PASSAGES], tokenizer)
+    both = Hybrids(exact, replaced, passages[:MEASURED], tokenizer)
     base, *costs = both.measure(
         [frozenset(), *(frozenset({layer}) for layer in candidates)], progress_bar, "each layer alone"
     )
     ranked = ranking(costs, base, candidates)
     counts = counts_of(wish.number, len(candidates))
     models = [frozenset(ranked[count:]) for count in counts]
-    found = Hybrids(exact, replaced, test[:_PASSAGES], tokenizer).measure(models, progress_bar, "together")
+    found = Hybrids(exact, replaced, test[:MEASURED], tokenizer).measure(models, progress_bar, "together")
     points = points_of(ranked, counts, found, sizes)
     return Choice(wish.number, ranked, _rises(candidates, costs, base), points, sizes.context)
 

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from darkformer_jax.calibration.cache_budget import Budget, at_least_one, parse_budget, show_bytes
 from darkformer_jax.calibration.exact_layers import Wish, candidates_of, parse_wish
 from darkformer_jax.calibration.heads import MixedHeads
+from darkformer_jax.calibration.passages import MEASURED
 from darkformer_jax.config.pattern import parse_pattern, shortest_pattern, show_layer
 from darkformer_jax.data.progress import ProgressBar
 from darkformer_jax.data.tokenizers import Tokenizer
@@ -23,7 +24,6 @@ from darkformer_jax.model.state_size import state_bytes
 from darkformer_jax.model.transformer import Transformer
 from darkformer_jax.tasks.table import table_lines
 
-_PASSAGES = 8  # of the test text, at most
 _NAMED = r"\d+:\d+(\+\d+)*(,\d+:\d+(\+\d+)*)*"
 
 Head = tuple[int, int]  # layer, key/value head
@@ -69,6 +69,11 @@ class HeadChoice(NamedTuple):
         for layer, head in sorted(self.ranked[: self.number]):
             chosen.setdefault(layer, []).append(head)
         return chosen
+
+    @property
+    def point(self) -> HeadPoint:
+        """The model that was chosen."""
+        return next(point for point in self.points if point.heads == self.number)
 
     def to_json(self) -> dict[str, Any]:
         """What calibration.json has of it."""
@@ -231,7 +236,7 @@ def choose_heads(
     points = []
     with progress_bar(len(counts), "model", "together") as bar:
         for count in counts:
-            quality = heads.measure(shares_of(ranked[:count], exact.spec), test[:_PASSAGES])
+            quality = heads.measure(shares_of(ranked[:count], exact.spec), test[:MEASURED])
             points.append(HeadPoint(count, *quality, sizes.total(ranked[:count])))
             bar.update()
     return HeadChoice(number, ranked, gains, points, sizes.context)

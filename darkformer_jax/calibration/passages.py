@@ -12,6 +12,7 @@ from darkformer_jax.data.tokenizers import Tokenizer, encode_prompt
 from darkformer_jax.errors import UserError
 
 _TEST_SHARE = 0.2
+MEASURED = 8  # passages, at most, on which models are compared: all of them on the same tokens
 
 
 def read_passages(

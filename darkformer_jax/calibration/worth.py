@@ -14,12 +14,12 @@ from darkformer_jax.calibration.exact_layers import candidates_of
 from darkformer_jax.calibration.head_choice import HeadChoice, shares_of
 from darkformer_jax.calibration.heads import MixedHeads
 from darkformer_jax.calibration.hybrids import Quality
+from darkformer_jax.calibration.passages import MEASURED
 from darkformer_jax.data.progress import ProgressBar
 from darkformer_jax.data.tokenizers import Tokenizer
 from darkformer_jax.model.transformer import Transformer
 from darkformer_jax.tasks.table import table_lines
 
-_PASSAGES = 8  # of the test text, at most
 _LITTLE = 0.001  # of the loss
 
 
@@ -71,14 +71,18 @@ def measure_worth(
     tokenizer: Tokenizer,
     progress_bar: ProgressBar,
 ) -> Worth:
-    """Measures the model that `choice` makes of the two; without one, `replaced`."""
-    test = test[:_PASSAGES]
+    """Measures the model that `choice` makes of the two; without one, `replaced`.
+
+    `choice` was measured on the same passages, and so was the exact model.
+    """
+    test = test[:MEASURED]
     shares = _shares(exact, choice)
     candidates = candidates_of(exact.spec, replaced.spec)
     specs = [replaced.spec.layers[layer] for layer in candidates]
     has_features = any(spec.window and spec.kind != "window_only" for spec in specs)
-    models = [(np.ones_like(shares), False), (shares, False), *([(shares, True)] if has_features else [])]
-    found: list[Quality] = []
+    models = [] if choice else [(np.ones_like(shares), False), (shares, False)]
+    models += [(shares, True)] if has_features else []
+    found = [Quality(point.loss, point.copy) for point in (choice.points[-1], choice.point)] if choice else []
     with progress_bar(len(models), "model", "what it is worth") as bar:
         for of_model, window_alone in models:
             heads = MixedHeads(exact, replaced, candidates, tokenizer, window_alone)

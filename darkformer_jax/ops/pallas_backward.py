@@ -88,10 +88,13 @@ def backward(
     if decays is not None:  # the two parts of the sum's value have no derivatives
         decays = RunningSum(jnp.zeros_like(decays.whole), jnp.zeros_like(decays.rest), rest.pop(0)[:, :, 0])
     dc, dz, dS, *of_head = rest
+    dq, dk, dv = (blocks.back(x, length) for x in (dq, dk, dv))
     return Inputs(
         _of_features(inputs.features, of_head),
         FarState(dc[:, :, 0], dz[:, :, 0], jnp.swapaxes(dS, 2, 3), integers),
-        *(blocks.back(x, length) for x in (dq, dk, dv)),
+        dq,
+        dk,
+        dv,
         decays,
     )
 
@@ -131,7 +134,7 @@ def _chunk(before: Any, of_chunk: Any, *refs: Any, scale: float, has: Has) -> No
     of_folded = folded.weights * (dz[...] + dot(chunk.v, dS[...], (1, 0), dtype))
     of_v = dot(folded.weights, dS[...], (1, 1), dtype) + dot(seen.weights, of_numerator, (0, 0), dtype)
     dv[0, 0] = of_v.astype(dv.dtype)
-    if dG is not None:
+    if dG is not None and of_keys is not None:
         kept = folded.keep * (z * dz[...] + jnp.sum(S.astype(jnp.float32) * dS[...], axis=0, keepdims=True))
         dG[0, 0] = _of_decay(of_keys, jnp.sum(of_folded, axis=1, keepdims=True), kept)
     dz[...] = dz[...] * folded.keep - jnp.sum(seen.far_weights * e, axis=0, keepdims=True)

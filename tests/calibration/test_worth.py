@@ -5,6 +5,7 @@ import pytest
 
 from darkformer_jax.calibration.choice import Choice
 from darkformer_jax.calibration.hybrids import Hybrids, Quality
+from darkformer_jax.calibration.quality_curve import Point
 from darkformer_jax.calibration.worth import Worth, measure_worth
 from darkformer_jax.config.specs import model_spec
 from darkformer_jax.data.progress import no_progress
@@ -43,13 +44,13 @@ def measured(model):
 @pytest.mark.parametrize("exact_layers", [(), (1,)])
 def test_all_three_are_the_models_that_they_are_called(weights, exact_layers):
     exact, replaced = models(weights, **OPTIONS)
-    choice = Choice(1, [1, 0, 2], [], [], 48) if exact_layers else None
-    worth = measure_worth(exact, replaced, choice, PASSAGES, BytesTokenizer(), no_progress)
     kept = frozenset(range(3)) - set(exact_layers)
+    converted = Hybrids(exact, replaced, PASSAGES, BytesTokenizer()).measure([kept], no_progress)[0]
+    points = [Point([1], *converted, 0), Point([1, 0, 2], *measured(exact), 0)]
+    choice = Choice(1, [1, 0, 2], [], points, 48) if exact_layers else None
+    worth = measure_worth(exact, replaced, choice, PASSAGES, BytesTokenizer(), no_progress)
     assert worth.exact == pytest.approx(measured(exact), rel=1e-5)
-    assert worth.converted == pytest.approx(
-        Hybrids(exact, replaced, PASSAGES, BytesTokenizer()).measure([kept], no_progress)[0], rel=1e-5
-    )
+    assert worth.converted == pytest.approx(converted, rel=1e-5)
     window_options = {name: value for name, value in OPTIONS.items() if name != "num_features"}
     alone = network_of("window_only", **window_options).bind(weights[0], {})
     wanted = Hybrids(exact, alone, PASSAGES, BytesTokenizer()).measure([kept], no_progress)[0]
