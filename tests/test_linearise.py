@@ -17,6 +17,7 @@ SMALL = (
     "--context=32", "--long_context=48", "--batch_size=2", "--passages=6", "--num_features=4", "--window=0", "--lora=2",
     "--dtype=float32", "--test_tokens=200", "--steps=transfer=2,hidden=3,logits=3,long=2",
 )  # fmt: skip
+HEADS = ("--exact_heads=auto:1", "--geometry=balanced", "--geometry_init=0.7")
 DIRECTORIES = ("1-transfer", "2-hidden", "3-logits", "4-long")
 
 
@@ -46,6 +47,14 @@ def whole(exact, text, tmp_path_factory):
     """All stages in one go."""
     out = tmp_path_factory.mktemp("whole") / "out"
     run(exact, text, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def with_heads(exact, text, tmp_path_factory):
+    """Likewise, beside an exact head."""
+    out = tmp_path_factory.mktemp("with_heads") / "out"
+    run(exact, text, out, *HEADS)
     return out
 
 
@@ -105,26 +114,26 @@ app.run(linearise.main, flags_parser=linearise.parse_flags)
 """
 
 
-def test_killed_in_each_stage_the_same_command_ends_bit_for_bit_the_same(whole, exact, text, tmp_path, capfd):
+def test_killed_in_each_stage_the_same_command_ends_bit_for_bit_the_same(with_heads, exact, text, tmp_path, capfd):
     script, out = tmp_path / "kills.py", tmp_path / "out"
     script.write_text(KILLS)
     for stage in ("transfer", "2-hidden", "3-logits", "4-long"):
         streams = tmp_path / stage
         streams.mkdir()
-        argv = command(exact, text, out)[1:]
+        argv = command(exact, text, out, *HEADS)[1:]
         killed = Command(str(script), argv, streams, environment={"KILLED_IN": stage}, jax_config=READS_COMPILED)
         ended = killed.wait()
         assert ended.status == -signal.SIGKILL, ended.err
         assert len(list(out.glob(".1-transfer.*"))) == (stage == "transfer")  # the next command removes it
     was = (out / "1-transfer/calibration.json").stat().st_mtime_ns
     assert not (out / "report.png").exists()
-    run(exact, text, out)
+    run(exact, text, out, *HEADS)
     assert f"resuming {out}/4-long from step" in capfd.readouterr().err
     assert (out / "1-transfer/calibration.json").stat().st_mtime_ns == was
     assert sorted(path.name for path in out.iterdir() if path.is_dir()) == list(DIRECTORIES)
     for name in DIRECTORIES:
-        assert saved_arrays(out / name) == saved_arrays(whole / name)
-    assert json.loads((out / "report.json").read_text()) == json.loads((whole / "report.json").read_text())
+        assert saved_arrays(out / name) == saved_arrays(with_heads / name)
+    assert json.loads((out / "report.json").read_text()) == json.loads((with_heads / "report.json").read_text())
 
 
 def test_more_stages_may_follow_and_begin_where_the_last_one_ended(exact, text, whole, tmp_path):
@@ -134,12 +143,10 @@ def test_more_stages_may_follow_and_begin_where_the_last_one_ended(exact, text, 
     assert saved_arrays(tmp_path / "out/3-logits") == saved_arrays(whole / "3-logits")
 
 
-def test_the_heads_that_transfer_leaves_exact_stay_exact_in_later_stages(exact, text, tmp_path):
-    options = ("--exact_heads=auto:1", "--geometry=balanced", "--geometry_init=0.7")
-    run(exact, text, tmp_path / "out", "--stages=transfer,hidden", "--steps=transfer=2,hidden=3", *options)
-    (layer,) = json.loads((tmp_path / "out/1-transfer/calibration.json").read_text())["heads"]["chosen"]
-    for name in DIRECTORIES[:2]:
-        attention = Workdir(tmp_path / "out" / name).read_config()["model"]["attention"]
+def test_the_heads_that_transfer_leaves_exact_stay_exact_in_later_stages(with_heads):
+    (layer,) = json.loads((with_heads / "1-transfer/calibration.json").read_text())["heads"]["chosen"]
+    for name in DIRECTORIES:
+        attention = Workdir(with_heads / name).read_config()["model"]["attention"]
         entries = attention["pattern"].split(",")
         assert ["exact_kv_heads=1" in entry for entry in entries] == [number == int(layer) for number in (0, 1)]
         assert attention["balanced"] and attention["geometry_init"] == 0.7
