@@ -54,6 +54,8 @@ def _validate_mixers(config: ml_collections.ConfigDict, overridden: Collection[s
         len(layers) <= config.model.num_layers,
         f"model.attention.pattern has {len(layers)} entries, more than model.num_layers = {config.model.num_layers}",
     )
+    for mixer in mixer_specs(config):  # first: no other field mends that
+        MIXERS[mixer.kind].check_direction(mixer)
     to_be_used = [name for name, field in fields().items() if field.off is not None or name in overridden]
     faults = unused_faults(config, to_be_used)
     specs = zip(layers, mixer_specs(config), strict=True)

@@ -20,18 +20,21 @@ class EncoderMechanism(Mechanism):
     bidirectional = True
 
     @classmethod
-    def check(cls, spec: MixerSpec) -> None:
+    def check_direction(cls, spec: MixerSpec) -> None:
         if spec.causal:
             raise UserError(
                 f"model.causal = True: in {spec.kind!r} a token depends on later ones; allowed: False, in a "
                 "classification or a regression"
             )
+
+    @classmethod
+    def check(cls, spec: MixerSpec) -> None:
+        super().check(spec)
         if spec.has_alibi:
             raise UserError(
                 f"model.attention.positions = {spec.positions!r}: {spec.kind!r} has no pairs of tokens, which could "
                 "decay with their distance; allowed: rope, none"
             )
-        super().check(spec)
 
     @classmethod
     def check_stretch(cls, spec: MixerSpec, length: int) -> None:

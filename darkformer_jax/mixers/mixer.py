@@ -69,6 +69,11 @@ class MixerKind(nnx.Module, abc.ABC):
     @classmethod
     def check(cls, spec: MixerSpec) -> None:
         """Raises UserError for options that contradict each other. The config checks ranges."""
+        cls.check_direction(spec)
+
+    @classmethod
+    def check_direction(cls, spec: MixerSpec) -> None:
+        """Raises UserError if the mixer cannot be causal, or nothing else, and is to be."""
         if not spec.causal and not cls.bidirectional:
             raise UserError(f"model.causal = False: {spec.kind!r} is causal only; allowed: True")
 
