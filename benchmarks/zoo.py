@@ -1,4 +1,4 @@
-"""Every causal mixer as a layer: time, ratio to DARK, FLOPs, and the state that decoding carries, in one run.
+"""Every mixer as a layer: time, ratio to DARK, FLOPs, and the state that decoding carries, in one run.
 
     python -m benchmarks.zoo                                       # every kind, L = 1024, 4096, 16384
     python -m benchmarks.zoo --mixers='softmax;dark(window=64);mamba2' --lengths=2048 --repeats=9
@@ -6,10 +6,12 @@
 A layer is x -> y with its projections and gates: batch 1, 2 heads of 64 in a width of 128, float32, chunks of 64 and 64
 random features, as many as a head has dimensions. "forward+backward" has the gradients of x and of every parameter. The
 layers take turns, so noise hits all of them; a ratio is the median over pairs from the same turn. The state is what is
-kept of one sequence of that length between two tokens. A layer that needs more than 70% of the free memory is left out.
+kept of one sequence of that length between two tokens; encoders' mixers, which are not causal here, have none. A layer
+that needs more than 70% of the free memory is left out.
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 from collections.abc import Sequence
@@ -27,6 +29,7 @@ from darkformer_jax.config import base
 from darkformer_jax.config.specs import mixer_specs
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
+from darkformer_jax.mixers.encoders import EncoderMechanism
 from darkformer_jax.mixers.spec import MixerSpec
 from darkformer_jax.model.state_size import state_bytes
 
@@ -49,21 +52,18 @@ def spec_of(entry: str, length: int) -> MixerSpec:
     specs = mixer_specs(config)
     if len(specs) != 1:
         raise UserError(f"--mixers: {entry!r} is {len(specs)} layers; allowed: one, and a semicolon before the next")
-    MIXERS[specs[0].kind].check(specs[0])
-    return specs[0]
+    mixer = MIXERS[specs[0].kind]
+    spec = dataclasses.replace(specs[0], causal=not issubclass(mixer, EncoderMechanism))
+    mixer.check(spec)
+    return spec
 
 
-def causal_mixers() -> list[str]:
-    """An entry for each kind that can be causal, with what it needs, and for DARK behind a window."""
+def every_mixer() -> list[str]:
+    """An entry for each kind, with what it needs, and for DARK behind a window."""
     entries = []
     for kind, mixer in MIXERS.items():
         needs = ",".join(f"{name}={NEEDED[name]}" for name in sorted(mixer.needs) if name in NEEDED)
-        entry = f"{kind}({needs})" if needs else kind
-        try:
-            spec_of(entry, CHUNK)
-        except UserError:  # an encoder's mixer
-            continue
-        entries.append(entry)
+        entries.append(f"{kind}({needs})" if needs else kind)
     return [*entries, f"dark(window={CHUNK})"]
 
 
@@ -89,7 +89,7 @@ def measure(length: int, entries: Sequence[str], repeats: int, bar: tqdm) -> lis
         entry: {
             "mixer": entry,
             "length": length,
-            "state_bytes": state_bytes(spec, length, jnp.float32),
+            "state_bytes": state_bytes(spec, length, jnp.float32) if spec.causal else None,
             "flops_per_token": MIXERS[spec.kind].flops(spec, length),
         }
         for entry, spec in specs.items()
@@ -121,6 +121,7 @@ def table(rows: Sequence[Row]) -> str:
             return figures["skipped"]
         return f"{figures['median_ms']:,.0f}" + (f" ({figures['ratio']:.2f}x)" if "ratio" in figures else "")
 
+    state = lambda size: "none" if size is None else f"{size / 1024:,.0f}"
     lines = [
         "| L | mixer | forward, ms | forward+backward, ms | state, KiB | MFLOP per token |",
         "|---|---|---|---|---|---|",
@@ -128,7 +129,7 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         lines.append(
             f"| {row['length']:,} | `{row['mixer']}` | {cell(row['forward'])} | {cell(row['forward+backward'])} "
-            f"| {row['state_bytes'] / 1024:,.0f} | {row['flops_per_token'] / 1e6:.2f} |"
+            f"| {state(row['state_bytes'])} | {row['flops_per_token'] / 1e6:.2f} |"
         )
     return "\n".join(lines)
 
@@ -138,7 +139,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.zoo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    entries = causal_mixers()
+    entries = every_mixer()
     parser.add_argument("--mixers", default=";".join(entries), help="layers, semicolons between (default: %(default)s)")
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)), help="tokens (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each; medians are reported (default: 5)")

@@ -121,14 +121,17 @@ def test_paper_runs_differ_and_a_run_is_done_with_its_last_checkpoint(tmp_path):
     assert not is_done(workdir, get_config(arguments))
 
 
-def test_the_zoo_has_every_mixer_that_can_be_causal_and_states_that_grow_only_with_a_cache():
-    entries = zoo.causal_mixers()
-    kinds = {entry.partition("(")[0] for entry in entries}
-    assert set(MIXERS) - kinds == {kind for kind, mixer in MIXERS.items() if issubclass(mixer, EncoderMechanism)}
+def test_the_zoo_has_every_mixer_and_states_that_grow_only_with_a_cache():
+    entries = zoo.every_mixer()
+    assert {entry.partition("(")[0] for entry in entries} == set(MIXERS)
+    specs = [{entry: zoo.spec_of(entry, length) for entry in entries} for length in (512, 1024)]
+    encoders = {entry for entry, spec in specs[0].items() if not spec.causal}
+    assert encoders == {kind for kind, mixer in MIXERS.items() if issubclass(mixer, EncoderMechanism)}
     short, long = (
-        {e: zoo.state_bytes(zoo.spec_of(e, length), length, "float32") for e in entries} for length in (512, 1024)
+        {e: zoo.state_bytes(spec, length, "float32") for e, spec in of.items() if spec.causal}
+        for length, of in zip((512, 1024), specs, strict=True)
     )
-    assert {entry for entry in entries if long[entry] != short[entry]} == {"softmax"}
+    assert {entry for entry in short if long[entry] != short[entry]} == {"softmax"}
     per_token = (2 * zoo.HEADS * zoo.HEAD_DIM + 2) * 4  # a key, a value, the segment and the position
     assert long["softmax"] - short["softmax"] == 512 * per_token
 
@@ -138,6 +141,8 @@ def test_the_table_of_the_zoo_says_why_a_layer_is_left_out():
     row = {"mixer": "dark", "length": 1024, "state_bytes": 2048, "flops_per_token": 2.5e6, "forward": figures}
     text = zoo.table([row | {"forward+backward": {"skipped": "needs 9.0 GiB, 1.0 GiB are free"}}])
     assert text.endswith("| 1,024 | `dark` | 12 (1.50x) | needs 9.0 GiB, 1.0 GiB are free | 2 | 2.50 |")
+    row |= {"mixer": "linformer", "state_bytes": None, "forward+backward": figures}
+    assert zoo.table([row]).endswith("| 1,024 | `linformer` | 12 (1.50x) | 12 (1.50x) | none | 2.50 |")
 
 
 def test_every_run_of_the_grid_has_a_config_and_a_tuned_one_begins_where_its_own_pretraining_ended(tmp_path):
