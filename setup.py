@@ -90,6 +90,11 @@ setup(
         "mlflow": MLFLOW,
         "gpu": ["jax[cuda12]"],
         "tpu": ["jax[tpu]", *GCS],
-        "peers": ["darkformer-pytorch==1.0.0", "linformer", "performer-pytorch", "torch"],  # only benchmarks/ compares with them
+        "peers": [
+            "darkformer-pytorch==1.0.0",
+            "linformer",
+            "performer-pytorch",
+            "torch",
+        ],  # only benchmarks/ compares with them
     },
 )

@@ -55,6 +55,7 @@ from darkformer_jax.cli.huge_pages import start_with_huge_pages
 from darkformer_jax.cli.output import lost_output_is_no_crash
 from darkformer_jax.cli.parser import Parser, one_line_errors, whole
 from darkformer_jax.cli.progress import progress_bar
+from darkformer_jax.config.base import DTYPES
 from darkformer_jax.data.files import new_file, write_new
 from darkformer_jax.data.text_files import TEXT_FIELD
 from darkformer_jax.errors import UserError
@@ -93,6 +94,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--distances", help="of the probes, in tokens, separated by commas (default: see above)")
     parser.add_argument("--rows", type=whole, help="of each probe and distance (default: 16)")
     parser.add_argument("--seed", type=whole, help="of the probes' rows (default: 0)")
+    parser.add_argument("--dtype", choices=DTYPES, help="what the model computes in (default: what its run did)")
     parser.add_argument("--json", help="also write the result to this file, which must not exist")
     return parser.parse_args(argv[1:])
 
@@ -115,7 +117,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _score(workdir: Workdir, args: argparse.Namespace) -> Scores:
-    request = ScoreRequest(args.text, args.batch_size, args.context, args.stride, args.max_tokens, args.text_field)
+    request = ScoreRequest(
+        args.text, args.batch_size, args.context, args.stride, args.max_tokens, args.text_field, args.dtype
+    )
     return task_of(workdir).score(workdir, args.step, request, progress_bar)
 
 
@@ -129,6 +133,7 @@ def _ask(workdir: Workdir, args: argparse.Namespace) -> Scores:
         args.context,
         args.batch_size,
         args.seed or 0,
+        args.dtype,
     )
     return ask_probes(workdir, args.step, request, progress_bar)
 

@@ -31,6 +31,7 @@ from darkformer_jax.cli.huge_pages import start_with_huge_pages
 from darkformer_jax.cli.output import lost_output_is_no_crash
 from darkformer_jax.cli.parser import Parser, one_line_errors, whole
 from darkformer_jax.cli.progress import Progress, progress_bar
+from darkformer_jax.config.base import DTYPES
 from darkformer_jax.config.conversion import conversion_config
 from darkformer_jax.config.linearisation import TRAINED_STAGES, stage_config
 from darkformer_jax.data.text_files import TEXT_FIELD
@@ -38,7 +39,6 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.linearisation.settings import LONG, STAGES, TRANSFER, Settings
 
 _STEPS = {TRANSFER: 200} | {stage: stage_config(stage).num_steps for stage in TRAINED_STAGES}
-_DTYPES = ("bfloat16", "float32")
 
 
 def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
@@ -82,7 +82,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--cache_budget", default="", help=budget_help)
     rank = hidden.model.lora_rank
     parser.add_argument("--lora", type=whole, default=rank, help=f"rank of the low-rank updates (default: {rank})")
-    parser.add_argument("--dtype", default=_DTYPES[0], choices=_DTYPES, help="of activations (default: bfloat16)")
+    parser.add_argument("--dtype", default=DTYPES[0], choices=DTYPES, help="of activations (default: bfloat16)")
     tokens_help = "held-out tokens to measure on, from the first document on (default: 16384)"
     parser.add_argument("--test_tokens", type=whole, default=16384, help=tokens_help)
     parser.add_argument("--seed", type=whole, default=0, help="of projections, passages, updates and data (default: 0)")

@@ -23,6 +23,7 @@ from absl import app
 from darkformer_jax.cli.output import lost_output_is_no_crash
 from darkformer_jax.cli.parser import Parser, one_line_errors, whole
 from darkformer_jax.cli.progress import progress_bar
+from darkformer_jax.config.base import DTYPES
 from darkformer_jax.data.files import local_path, new_file, write_new
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.load import language_model_network, load_language_model
@@ -59,6 +60,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=whole, default=1234, help="of the choice of examples and of draws (default: 1234, the harness')"
     )
+    parser.add_argument("--dtype", choices=DTYPES, help="what the model computes in (default: what its run did)")
     parser.add_argument("--json", help="also write the results to this file, which must not exist")
     return parser.parse_args(argv[1:])
 
@@ -87,7 +89,7 @@ def evaluate_tasks(args: argparse.Namespace) -> dict[str, Any]:
         seed=args.seed,
     )
     tasks = load_tasks(args.tasks, args.include_path, options)
-    model = load_language_model(workdir, args.step)
+    model = load_language_model(workdir, args.step, dtype=args.dtype)
     longest = model.config.sequence_length
     max_length = args.max_length or longest
     if max_length > longest:

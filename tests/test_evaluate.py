@@ -92,6 +92,12 @@ def test_the_figures_are_those_of_the_tokens_one_by_one(workdir, texts, context,
     assert again["loss"] == pytest.approx(result["loss"], rel=1e-5)
 
 
+def test_the_model_computes_in_the_dtype_that_is_asked_for(workdir, texts):
+    own, same, rounded = (run(workdir, texts, *flags) for flags in ((), ("--dtype=float32",), ("--dtype=bfloat16",)))
+    assert [found["dtype"] for found in (own, same, rounded)] == ["float32", "float32", "bfloat16"]
+    assert own["loss"] == same["loss"] != rounded["loss"] == pytest.approx(own["loss"], rel=0.01)
+
+
 def test_some_tokens_from_the_first_file_on(workdir, texts):
     result = run(workdir, f"{texts}/a.txt,{texts}/b.jsonl", "--context=8", "--max_tokens=30")
     rows = scored_one_by_one(workdir, 8, 8)[:30]

@@ -35,6 +35,7 @@ from darkformer_jax.model.transformer import REMAT_POLICIES
 from darkformer_jax.ops.linear import WindowKernel
 from darkformer_jax.ops.projections import ProjectionKind
 
+DTYPES = ("bfloat16", "float32")
 LANGUAGE_MODEL = "language_model"
 LABELLED_TASKS = ("classification", "regression")
 TASKS = (LANGUAGE_MODEL, *LABELLED_TASKS)  # the keys of tasks.TASKS, which this module may not import
@@ -154,7 +155,7 @@ def _model() -> Section:
     m.logit_softcap = at_least(0, 0.0)  # cap * tanh(logits / cap); 0 = none (Gemma 2: 30)
     m.lora_rank = at_least(0, 0, since=1)  # rank of low-rank updates of q, k, v and out, x W + (x A) B; 0 = none
     m.causal = anything(True, since=2)  # False: an encoder, whose tokens see the whole document; not for language_model
-    m.dtype = choice("bfloat16", ("bfloat16", "float32"))  # activations and matmuls; weights and logits are float32
+    m.dtype = choice(DTYPES[0], DTYPES)  # activations and matmuls; weights and logits are float32
     m.remat = choice("none", ("none", *REMAT_POLICIES))  # what backward recomputes, per block: dots = all but matmuls
     m.attention = _attention()
     return m

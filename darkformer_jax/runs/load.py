@@ -37,8 +37,12 @@ class WorkdirModel(NamedTuple):
     step: int
 
 
-def load_model(workdir: Workdir, step: int | None = None, mesh: Mesh | None = None) -> WorkdirModel:
+def load_model(
+    workdir: Workdir, step: int | None = None, mesh: Mesh | None = None, dtype: str | None = None
+) -> WorkdirModel:
     """Reads the newest undamaged checkpoint of a workdir, or that of `step`, onto the mesh or the default device.
+
+    dtype: what the model computes in, float32 or bfloat16; None: what the run did.
 
     The checkpoint says how many outputs the model has per sequence. Parameters keep the dtypes of the checkpoint, which
     are float32 after training. Low-rank updates are merged into the weights, so the returned model and its config
@@ -48,6 +52,7 @@ def load_model(workdir: Workdir, step: int | None = None, mesh: Mesh | None = No
       UserError: no config, no checkpoint, a damaged one, or one that does not fit the config.
     """
     config, tokenizer = _read_config(workdir)
+    config.model.dtype = dtype or config.model.dtype
     checkpoints = Checkpoints(workdir)
     step = checkpoints.good_step(step)
     saved = checkpoints.saved_shapes(step)["params"]
@@ -72,10 +77,12 @@ def load_model(workdir: Workdir, step: int | None = None, mesh: Mesh | None = No
     return WorkdirModel(network, params, projections, tokenizer, ends, config, step)
 
 
-def load_language_model(workdir: Workdir, step: int | None = None, mesh: Mesh | None = None) -> WorkdirModel:
+def load_language_model(
+    workdir: Workdir, step: int | None = None, mesh: Mesh | None = None, dtype: str | None = None
+) -> WorkdirModel:
     """`load_model` for a language model. Raises UserError also for a model of another task."""
     _require_language_model(workdir)
-    return load_model(workdir, step, mesh)
+    return load_model(workdir, step, mesh, dtype)
 
 
 def language_model_network(workdir: Workdir) -> Network:

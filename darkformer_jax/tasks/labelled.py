@@ -212,7 +212,7 @@ class LabelledTask(ABC, Generic[O, E]):
                 f"--text_field={request.text_field}: the model of {workdir} reads the columns it was trained on; "
                 "allowed: no --text_field"
             )
-        model, objective = cls._load_trained(workdir, step)
+        model, objective = cls._load_trained(workdir, step, request.dtype)
         examples = read_examples(request.files, columns_of(model.config))
         rows = LabelledRows(examples, objective.labels(examples), model.tokenizer, model.config.sequence_length)
         began = time.perf_counter()
@@ -220,6 +220,7 @@ class LabelledTask(ABC, Generic[O, E]):
         result = {
             "workdir": str(workdir),
             "step": model.step,
+            "dtype": model.config.model.dtype,
             "text": request.files,
             "examples": len(rows),
             "cut_share": rows.cut_share,
@@ -254,9 +255,9 @@ class LabelledTask(ABC, Generic[O, E]):
         return rows.cut_share, zip(texts, map(objective.answer, outputs), strict=True)
 
     @classmethod
-    def _load_trained(cls, workdir: Workdir, step: int | None) -> tuple[WorkdirModel, O]:
+    def _load_trained(cls, workdir: Workdir, step: int | None, dtype: str | None = None) -> tuple[WorkdirModel, O]:
         """A workdir's model, and what it learned."""
-        model = load_model(workdir, step)
+        model = load_model(workdir, step, dtype=dtype)
         objective = cls.trained_objective(model.config, model.tokenizer.vocab_size, workdir)
         if model.network.spec.num_outputs != objective.num_outputs:
             raise UserError(

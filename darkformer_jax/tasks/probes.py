@@ -56,6 +56,7 @@ class ProbeRequest(NamedTuple):
       rows: per probe and distance.
       distances: in tokens, separated by commas; None = those of 512, 1,024 and 4,096 that fit.
       context: the most tokens in a row; None = the model's, at most 16,384.
+      dtype: what the model computes in; None = what its run did.
     """
 
     probes: str
@@ -66,6 +67,7 @@ class ProbeRequest(NamedTuple):
     context: int | None
     batch_size: int
     seed: int
+    dtype: str | None = None
 
 
 class Asked(NamedTuple):
@@ -95,7 +97,7 @@ def ask_probes(workdir: Workdir, step: int | None, request: ProbeRequest, progre
     names, distances = parse_probes(request.probes), parse_distances(request.distances)
     corpus = open_corpus("text", request.files, TEXT_FIELD if request.text_field is None else request.text_field)
     texts = [document.text for document in corpus.documents(ignore_read)]
-    model = load_language_model(workdir, step)
+    model = load_language_model(workdir, step, dtype=request.dtype)
     longest = model.config.sequence_length
     context = request.context or min(LONGEST, longest)
     if context > longest:
@@ -110,6 +112,7 @@ def ask_probes(workdir: Workdir, step: int | None, request: ProbeRequest, progre
     result = {
         "workdir": str(workdir),
         "step": model.step,
+        "dtype": model.config.model.dtype,
         "text": request.files,
         "context": context,
         "rows": request.rows,

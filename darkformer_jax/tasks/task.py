@@ -102,6 +102,7 @@ class ScoreRequest(NamedTuple):
     stride: int | None  # tokens from one window to the next
     max_tokens: int | None
     text_field: str | None  # of a JSON object
+    dtype: str | None = None  # what the model computes in
 
 
 class Scores(NamedTuple):

@@ -38,7 +38,7 @@ def score_text(workdir: Workdir, step: int | None, request: ScoreRequest, progre
     corpus = open_corpus("text", request.files, TEXT_FIELD if request.text_field is None else request.text_field)
     # A file that is not text must fail now, not after hours of scoring the files before it.
     num_bytes = sum(len(document.text.encode("utf-8")) for document in corpus.documents(lambda _: None))
-    model = load_language_model(workdir, step)
+    model = load_language_model(workdir, step, dtype=request.dtype)
     longest = model.config.sequence_length
     context = request.context or min(_DEFAULT_CONTEXT, longest)
     stride = request.stride or context
@@ -53,6 +53,7 @@ def score_text(workdir: Workdir, step: int | None, request: ScoreRequest, progre
     result = {
         "workdir": str(workdir),
         "step": model.step,
+        "dtype": model.config.model.dtype,
         "text": request.files,
         "files": len(files),
         "documents": scorer.num_documents,
