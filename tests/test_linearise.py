@@ -7,6 +7,7 @@ import signal
 import pytest
 
 from darkformer_jax import generate, linearise
+from darkformer_jax.errors import UserError
 from darkformer_jax.linearisation import run as linearisation
 from darkformer_jax.runs.workdir import Workdir
 from tests.tiny_runs import READS_COMPILED, Command, saved_arrays, tiny_config, write_text, write_workdir
@@ -231,6 +232,22 @@ def test_too_little_disk_is_said_before_anything_begins(exact, text, tmp_path, c
     with pytest.raises(SystemExit):
         run(exact, text, tmp_path / "out")
     assert "of disk, and 0.0 MiB are free" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_after_a_transfer_that_failed_other_flags_may_begin(exact, text, tmp_path, monkeypatch, capsys):
+    few = ("--stages=transfer", "--steps=transfer=0")
+
+    def fail(*_):
+        raise UserError("no such thing")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(linearisation, "run_stage", fail)
+        with pytest.raises(SystemExit):
+            run(exact, text, tmp_path, *few, "--long_context=64", "--num_features=8")
+    assert "no such thing" in capsys.readouterr().err and (tmp_path / "report.json").exists()
+    run(exact, text, tmp_path, *few)
+    assert json.loads((tmp_path / "settings.json").read_text())["num_features"] == 4
+    assert f"the model: {tmp_path}/1-transfer" in capsys.readouterr().out
 
 
 def test_text_that_has_changed_is_refused(exact, tmp_path, capsys):

@@ -7,7 +7,13 @@ from darkformer_jax.data.files import local_path
 from darkformer_jax.data.progress import ProgressBar
 from darkformer_jax.linearisation import plan, report
 from darkformer_jax.linearisation.figures import measure
-from darkformer_jax.linearisation.settings import Settings, check_settings, stage_directory, write_settings
+from darkformer_jax.linearisation.settings import (
+    Settings,
+    check_settings,
+    has_stages,
+    stage_directory,
+    write_settings,
+)
 from darkformer_jax.linearisation.stages import ProgressOf, run_stage
 from darkformer_jax.linearisation.text import Text, read_text
 from darkformer_jax.runs.workdir import Workdir
@@ -40,6 +46,8 @@ def linearise(settings: Settings, out: str, note: Note, progress_of: ProgressOf,
     with Workdir(directory).lock() as lock:
         lock.take()
         check_settings(directory, settings, text.fingerprint)  # another command may just have begun
+        if not has_stages(directory):  # its figures may be those of other flags
+            (directory / report.REPORT_FILE).unlink(missing_ok=True)
         write_settings(directory, settings, text.fingerprint)
         left = [stage.stage for stage in plans if stage.state != plan.DONE]
         rows = _run(settings, directory, left, text, note, progress_of, progress_bar)

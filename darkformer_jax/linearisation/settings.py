@@ -75,8 +75,13 @@ def stage_directory(out: Path, stage: str) -> Path:
     return out / f"{1 + STAGES.index(stage)}-{stage}"
 
 
+def has_stages(out: Path) -> bool:
+    """Whether a stage is done, or one of those that save their steps has begun."""
+    return any(stage_directory(out, stage).exists() for stage in STAGES)
+
+
 def check_settings(out: Path, settings: Settings, fingerprint: str) -> None:
-    """Refuses a directory that is not this linearisation's.
+    """Refuses a directory that is not this linearisation's. Before the first stage is done, any flags may begin anew.
 
     fingerprint: that of the text's tokens.
 
@@ -92,6 +97,8 @@ def check_settings(out: Path, settings: Settings, fingerprint: str) -> None:
         foreign = sorted(path.name for path in out.iterdir() if path.name not in (SETTINGS_FILE + ".tmp", LOCK_FILE))
         if foreign:
             raise UserError(f"--out={out}: has {foreign[0]}, but no {SETTINGS_FILE}; give a new or an empty directory")
+        return
+    if not has_stages(out):
         return
     saved = {**_OF_OLDER, **read_json_object(str(out / SETTINGS_FILE))}
     changes = _changes(saved, _as_json(settings, fingerprint))
