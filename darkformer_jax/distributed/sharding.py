@@ -218,9 +218,14 @@ def context_size(mesh: Mesh | AbstractMesh | None = None) -> int:
 
 def splits_rows(rows: int) -> bool:
     """Whether the current mesh splits a batch of `rows` rows over several devices."""
-    mesh = jax.sharding.get_abstract_mesh()
-    ways = 1 if mesh.empty else _ways("batch", mesh)
+    ways = axis_size("batch")
     return ways > 1 and rows % ways == 0
+
+
+def axis_size(axis: str) -> int:
+    """Among how many devices the current mesh splits a dimension with this logical name; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else _ways(axis, mesh)
 
 
 def tensor_size(mesh: Mesh | AbstractMesh) -> int:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from darkformer_jax.distributed.sharding import RULES, constrain
+from darkformer_jax.distributed.sharding import RULES, axis_size, constrain
 
 Tokens = TypeVar("Tokens")
 Shared = TypeVar("Shared")
@@ -55,16 +55,10 @@ def tokens_per_device(rows: tuple[int, ...]) -> int:
 
 def vocab_per_device(vocab_size: int) -> int:
     """How many of a vocabulary's ids one device has on the current mesh."""
-    return -(-vocab_size // _size("vocab"))
+    return -(-vocab_size // axis_size("vocab"))
 
 
 def _ways(rows: tuple[int, ...]) -> tuple[int, int]:
     """Among how many devices the mesh splits a batch's rows and its places; (1, 1) where it does not divide both."""
-    ways = _size("batch"), _size("sequence")
+    ways = axis_size("batch"), axis_size("sequence")
     return ways if rows[0] % ways[0] == 0 and rows[1] % ways[1] == 0 else (1, 1)
-
-
-def _size(axis: str) -> int:
-    """The number of parts of a dimension on the current mesh."""
-    shape = jax.sharding.get_abstract_mesh().shape
-    return int(np.prod([shape.get(name, 1) for name in RULES[axis]]))

@@ -1,5 +1,6 @@
 """The small parts of a transformer that are not attention."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from darkformer_jax.distributed.gather import with_gathered
 from darkformer_jax.ops.lowering import is_one_cpu
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -34,6 +36,7 @@ class Linear(nnx.Module):
         dtype: jax.typing.DTypeLike,
     ) -> None:
         self.num_inputs = num_inputs
+        self.axes = axes
         self.dtype = dtype
         inputs = tuple(range(num_inputs))
         outputs = tuple(range(num_inputs, len(shape)))
@@ -51,7 +54,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         kernel = self.kernel[...].astype(self.dtype)
-        y = _contract(x.astype(self.dtype), kernel, self.num_inputs)
+        contract = functools.partial(_contract, num_inputs=self.num_inputs)
+        y = with_gathered(contract, x.astype(self.dtype), kernel, self.axes)
         if self.lora_A is not None and self.lora_B is not None:
             low = _contract(x.astype(self.dtype), self.lora_A[...].astype(self.dtype), self.num_inputs)
             y = y + jnp.tensordot(low, self.lora_B[...].astype(self.dtype), axes=1)

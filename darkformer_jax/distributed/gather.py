@@ -1,0 +1,61 @@
+"""Products with matrices of which every device has a part (`mesh.fsdp`): gathered for the product, gradients scattered.
+
+A TPU's compiler makes an all-reduce of a reduce-scatter among all chips of a slice, which sends twice as much. Among
+some of them it keeps the reduce-scatter. So matrices are gathered in two stages, and gradients, the transposed program,
+are scattered in two: within groups of neighbours, and among the groups.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from darkformer_jax.distributed.sharding import RULES, axis_size
+
+(_FSDP,) = RULES["embed"]
+
+
+def with_gathered(
+    product: Callable[[Array, Array], Array], x: Array, matrix: Array, axes: Sequence[str | None]
+) -> Array:
+    """`product(x, matrix)`, on each device for its own rows and places, with the whole matrix.
+
+    A plain call, which the compiler splits, where the mesh does not split the matrix, or does not divide x.
+
+    Args:
+      product: [b, n, ...] and a matrix -> [b, n, ...], each row and place by itself.
+      axes: the logical names of the matrix's dimensions.
+    """
+    ways, rows, places = (axis_size(name) for name in ("embed", "batch", "sequence"))
+    is_split = ways > 1 and "embed" in axes and matrix.shape[list(axes).index("embed")] % ways == 0
+    mesh = jax.sharding.get_abstract_mesh()
+    if not is_split or mesh.manual_axes or x.ndim < 3 or x.shape[0] % rows or x.shape[1] % places:
+        return product(x, matrix)
+    place = list(axes).index("embed")
+    split, others = P(RULES["batch"], RULES["sequence"]), {*RULES["batch"], *RULES["sequence"]} - {_FSDP}
+
+    def of_device(x: Array, part: Array) -> Array:
+        # First, so that gradients are scattered before they are summed over the other axes.
+        part = jax.lax.pcast(part, tuple(others), to="varying")
+        part = jnp.moveaxis(part, place, 0)  # of a TPU's reduce-scatters, those along the last axis become all-reduces
+        for groups in stages(ways):
+            part = jax.lax.all_gather(part, _FSDP, tiled=True, axis_index_groups=groups)
+        return product(x, jnp.moveaxis(part, 0, place))
+
+    in_specs = (split, P(*(_FSDP if name == "embed" else None for name in axes)))
+    return jax.shard_map(of_device, in_specs=in_specs, out_specs=split, axis_names=others | {_FSDP})(x, matrix)
+
+
+def stages(ways: int) -> list[list[list[int]] | None]:
+    """The groups of devices that gather in each stage; None: all in one, of a number that has no two factors.
+
+    Groups of the first stage are neighbours, and those of the second have one device of each: so parts stay in order.
+    """
+    size = max(size for size in range(1, ways + 1) if ways % size == 0 and size * size <= ways)
+    if size == 1:
+        return [None]
+    starts = range(0, ways, size)
+    neighbours = [list(range(start, start + size)) for start in starts]
+    return [neighbours, [[start + place for start in starts] for place in range(size)]]
