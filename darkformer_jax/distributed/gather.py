@@ -5,6 +5,7 @@ some of them it keeps the reduce-scatter. So matrices are gathered in two stages
 are scattered in two: within groups of neighbours, and among the groups.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -36,6 +37,9 @@ def with_gathered(
     place = list(axes).index("embed")
     split, others = P(RULES["batch"], RULES["sequence"]), {*RULES["batch"], *RULES["sequence"]} - {_FSDP}
 
+    # The backward pass gathers again: of all layers, whole matrices would fill a device. A loop over layers keeps XLA
+    # from merging the two.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
     def of_device(x: Array, part: Array) -> Array:
         # First, so that gradients are scattered before they are summed over the other axes.
         part = jax.lax.pcast(part, tuple(others), to="varying")

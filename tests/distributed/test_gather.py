@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from darkformer_jax.aot.collectives import collectives
-from darkformer_jax.distributed.gather import stages
+from darkformer_jax.distributed.gather import stages, with_gathered
 from darkformer_jax.distributed.sharding import make_mesh, sharding_of
 from darkformer_jax.mixers.layers import Linear
 from tests.tiny_runs import on_eight_devices
@@ -59,8 +59,8 @@ def results(mesh, rows):
 
 
 def compare():
-    """`results` on each mesh."""
-    return {
+    """`results` on each mesh, and what is kept."""
+    return {"kept": kept_for_the_backward_pass()} | {
         name: results_on(make_mesh({"data": 1} | sizes), 6 if name == "rows that are not divided" else 8)
         for name, sizes in MESHES.items()
     }
@@ -71,6 +71,15 @@ def results_on(mesh, rows):
         return results(mesh, rows)
 
 
+def kept_for_the_backward_pass():
+    """The shapes, on eight devices together, of what a product keeps."""
+    with jax.set_mesh(make_mesh({"data": 1, "fsdp": 8})):
+        x, kernel = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8, 6, 16), (16, 24)))
+        product = lambda x, kernel: with_gathered(jnp.matmul, x, kernel, ("embed", "mlp"))
+        pull = jax.eval_shape(lambda x, kernel: jax.vjp(product, x, kernel)[1], x, kernel)
+        return sorted(leaf.shape for leaf in jax.tree.leaves(pull))
+
+
 def test_a_matrix_in_parts_gives_the_products_and_gradients_of_the_whole(tmp_path):
     code = "import json; from tests.distributed.test_gather import compare; print(json.dumps(compare()))"
     (tmp_path / "program.py").write_text(code)
@@ -79,6 +88,7 @@ def test_a_matrix_in_parts_gives_the_products_and_gradients_of_the_whole(tmp_pat
     ended = command.wait()
     assert ended.status == 0, ended.err
     on_meshes = json.loads(ended.out.splitlines()[-1])
+    assert on_meshes.pop("kept") == [[8, 6, 16], [16, 24]]  # the kernel in parts: whole ones would fill the devices
     assert list(on_meshes) == list(MESHES)
     for name, kernels in on_meshes.items():
         rows = len(kernels[0][0])
