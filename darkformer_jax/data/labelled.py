@@ -87,6 +87,14 @@ def read_examples(files: str, columns: Columns) -> list[Example]:
     return examples
 
 
+def examples_fingerprint(examples: Sequence[Example]) -> str:
+    """SHA-256 (hexadecimal) that changes with any text, any label and their order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update((json.dumps([example.text, example.label]) + "\n").encode("utf-8"))
+    return digest.hexdigest()
+
+
 def find_labelled_files(files: str) -> list[str]:
     """Sorted paths of the files that `read_examples` reads. Raises UserError if there is none."""
     return find_files(files, _SUFFIXES, "labelled")

@@ -166,7 +166,7 @@ def benchmark_table(rows: Sequence[Row]) -> BenchmarkTable | None:
     figure = BENCHMARKS[name].figure
     runs = [run for row in rows for run in row.runs]
     name_in_tests = figure.removeprefix("heldout_")
-    tests = {run.workdir: tested_figures(run.workdir, configs[run.workdir], name_in_tests) for run in runs}
+    tests = tested_figures(configs, name_in_tests)
     kept = {run.workdir: best_step(Workdir(run.workdir), LOSS) for run in runs}
     first = next(iter(configs.values()))
     return BenchmarkTable(

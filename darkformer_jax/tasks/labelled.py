@@ -16,7 +16,15 @@ import ml_collections
 import numpy as np
 
 from darkformer_jax.data.batches import Batch, ordered_batches, shuffled_batches
-from darkformer_jax.data.labelled import Columns, Example, LabelledRows, Text, read_examples, split_examples
+from darkformer_jax.data.labelled import (
+    Columns,
+    Example,
+    LabelledRows,
+    Text,
+    examples_fingerprint,
+    read_examples,
+    split_examples,
+)
 from darkformer_jax.data.progress import ProgressBar, no_progress
 from darkformer_jax.data.tokenizers import Tokenizer, saved_or_new_tokenizer
 from darkformer_jax.distributed.sharding import Part
@@ -222,6 +230,7 @@ class LabelledTask(ABC, Generic[O, E]):
             "step": model.step,
             "dtype": model.config.model.dtype,
             "text": request.files,
+            "text_fingerprint": examples_fingerprint(examples),
             "examples": len(rows),
             "cut_share": rows.cut_share,
             **evaluation.as_result(),

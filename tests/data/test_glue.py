@@ -154,6 +154,13 @@ def test_what_is_missing_or_wrong_is_named_and_nothing_is_written(tmp_path, dama
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_or_nothing_in_place_of_the_directory_is_named_as_such(tmp_path):
+    (tmp_path / "glue_data.zip").write_text("x")
+    for name, what in (("glue_data.zip", "is a file"), ("glue", "is not there")):
+        with pytest.raises(UserError, match=f"{name} {what}; --files is the directory of the release or its RTE: rte"):
+            write_glue(str(tmp_path / "out"), "rte", str(tmp_path / name))
+
+
 @pytest.mark.parametrize("flags", [["--task=rte"], ["--files=x"]])
 def test_the_task_and_its_directory_are_needed(tmp_path, capsys, flags):
     with pytest.raises(SystemExit):
