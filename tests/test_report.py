@@ -341,6 +341,17 @@ def test_a_benchmark_has_best_and_last_figures_of_validation_and_test(listops, t
     assert "ListOps of Long Range Arena</h2>" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.parametrize(("examples", "is_said"), [(20_000, True), (96_000, False), (None, False)])
+def test_published_rows_say_where_they_are_of_other_data(listops, tmp_path, examples, is_said):
+    known = json.loads((listops / "statistics.json").read_text())
+    known["train"] |= {} if examples is None else {"expressions": examples}
+    (listops / "statistics.json").write_text(json.dumps(known))
+    write_listops_run(tmp_path / "run", (1.0, 2.0), (0.3, 0.2), "", listops)
+    assert run_report(tmp_path / "run", tmp_path / "out")["benchmark"]["training_examples"] == examples
+    said = "**Other data:** 20,000 training examples are here, 96,000 in what was published under this name."
+    assert (said in (tmp_path / "out" / "report.md").read_text()) == is_said
+
+
 def test_a_validation_split_without_the_commonest_training_class_has_none_of_it(listops, tmp_path):
     known = json.loads((listops / "statistics.json").read_text()) | {"val": {"shares": {"0": 1.0}}}
     (listops / "statistics.json").write_text(json.dumps(known))
@@ -424,7 +435,9 @@ def test_two_test_files_of_one_checkpoint_and_foreign_ones_are_refused(listops, 
         run_report(tmp_path / "foreign", tmp_path / "out")
 
 
-@pytest.mark.parametrize("differ", [{"text_fingerprint": "b", "examples": 9}, {"text_fingerprint": None, "examples": 8}])
+@pytest.mark.parametrize(
+    "differ", [{"text_fingerprint": "b", "examples": 9}, {"text_fingerprint": None, "examples": 8}]
+)
 def test_figures_of_different_test_texts_are_no_mean(listops, tmp_path, differ):
     same = {"text_fingerprint": "a", "examples": 9}
     for seed, measured in enumerate((same, differ)):

@@ -99,7 +99,9 @@ def write_glue(
         needed = f"{name} needs {', '.join(task.splits)} (.tsv)"
         if not os.path.isdir(release):
             what = "is a file" if os.path.exists(release) else "is not there"
-            raise UserError(f"{release} {what}; --files is the directory of the release or its {task.directory}: {needed}")
+            raise UserError(
+                f"{release} {what}; --files is the directory of the release or its {task.directory}: {needed}"
+            )
         raise UserError(f"{_path(source, missing[0])} is missing; {needed}")
     result = {}
     with whole_directory(directory) as path:

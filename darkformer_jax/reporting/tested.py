@@ -1,13 +1,11 @@
 """Test figures of a run: those that `evaluate --json` wrote into its workdir as test*.json, one per checkpoint."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from darkformer_jax.data.files import read_json_object
-from darkformer_jax.data.labelled import find_labelled_files
-from darkformer_jax.data.matching import entries
+from darkformer_jax.data.seen_files import seen_file
 from darkformer_jax.errors import UserError
 
 _TEST_FILES = "test*.json"
@@ -60,27 +58,15 @@ def _require_one_text(tested: Sequence[Tested]) -> None:
         for other in known:
             if other.text[field] != known[0].text[field]:
                 raise UserError(
-                    f"{known[0].path} and {other.path} measured different texts, whose figures do not compare; allowed: "
-                    f"one test split for all runs, or another name than {_TEST_FILES}"
+                    f"{known[0].path} and {other.path} measured different texts, whose figures do not compare; "
+                    f"allowed: one test split for all runs, or another name than {_TEST_FILES}"
                 )
 
 
 def _refuse_own_files(path: Path, text: str, config: Mapping[str, Any]) -> None:
-    seen = {"data.files": config["data"]["files"], "task.heldout_files": config["task"]["heldout_files"]}
-    for field, files in seen.items():
-        if common := _paths(text) & _paths(files):
-            raise UserError(
-                f"{path} measured {min(common)}, which is of the run's {field} and so no test split; "
-                "give it another name than test*"
-            )
-
-
-def _paths(files: str) -> set[str]:
-    """The files behind names, globs and directories, links resolved; of what is not there any more, the names."""
-    if not files:
-        return set()
-    try:
-        found = find_labelled_files(files)
-    except UserError:
-        found = entries(files)
-    return {os.path.realpath(path) for path in found}
+    if seen := seen_file(text, config["data"]["files"], config["task"]["heldout_files"]):
+        file, field = seen
+        raise UserError(
+            f"{path} measured {file}, which is of the run's {field} and so no test split; "
+            "give it another name than test*"
+        )

@@ -26,6 +26,7 @@ from darkformer_jax.data.labelled import (
     split_examples,
 )
 from darkformer_jax.data.progress import ProgressBar, no_progress
+from darkformer_jax.data.seen_files import seen_file
 from darkformer_jax.data.tokenizers import Tokenizer, saved_or_new_tokenizer
 from darkformer_jax.distributed.sharding import Part
 from darkformer_jax.errors import UserError
@@ -242,7 +243,9 @@ class LabelledTask(ABC, Generic[O, E]):
         )
         name, constant = objective.constant(rows.labels)
         rivals = {f"always {name}": np.full_like(rows.labels, constant)}
-        return Scores(result, "\n".join([head, *_table(objective, evaluation, rows.labels, rivals)]))
+        seen = seen_file(request.files, model.config.data.files, model.config.task.heldout_files)
+        notes = [f"note: {seen[0]} is of the run's {seen[1]}: this is no test figure"] if seen else []
+        return Scores(result, "\n".join([head, *notes, *_table(objective, evaluation, rows.labels, rivals)]))
 
     @classmethod
     def predict(

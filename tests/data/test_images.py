@@ -122,7 +122,10 @@ def label_out_of_range(mnist, cifar):
 
 def empty_images(mnist, cifar):
     write_idx(mnist, "train", 30, side=0)
-    return "fashion_mnist", r"train-images-idx3-ubyte.gz: its head says \[30, 0, 0\], which is empty; allowed: sizes of 1"
+    return (
+        "fashion_mnist",
+        r"train-images-idx3-ubyte.gz: its head says \[30, 0, 0\], which is empty; allowed: sizes of 1",
+    )
 
 
 def other_size(mnist, cifar):
