@@ -263,6 +263,9 @@ def _convert_glue(args: argparse.Namespace) -> None:
         print(
             f"  {split:14s} {figures['examples']:>7,} examples, median {figures['median_bytes']} bytes{share}{left_out}"
         )
+    found, released = result["train"]["examples"], GLUE_TASKS[args.task].train_size
+    if found != released:
+        print(f"  these are {found:,} training examples, but {released:,} were published")
 
 
 def _tokenise(args: argparse.Namespace) -> None:

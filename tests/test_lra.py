@@ -64,7 +64,7 @@ def texts(file):
     return [line.split("\t")[0] for line in lines]
 
 
-def test_a_test_figure_is_the_same_bit_for_bit_in_another_process(listops, tmp_path):
+def test_a_test_figure_is_the_same_bit_for_bit_in_another_process(listops, tmp_path, capsys):
     config = lra.get_config(f"task=listops,files={listops},attention=dark,m=16,batch=8,steps=3")
     config.update_from_flattened_dict({"model.num_layers": 1, "sequence_length": 64, "eval.batch_size": 8})
     run(config, tmp_path / "run")
@@ -75,8 +75,24 @@ def test_a_test_figure_is_the_same_bit_for_bit_in_another_process(listops, tmp_p
     assert done.returncode == 0, done.stderr
     there = json.loads((tmp_path / "there.json").read_text())
     assert here["examples"] == 20 and here["cut_share"] == 0
-    for name in ("loss", "accuracy", "confusion"):
+    for name in ("loss", "accuracy", "confusion", "text_fingerprint"):
         assert here[name] == there[name]
+    assert "no test figure" not in done.stdout
+    evaluate.evaluate(evaluate.parse_flags(["evaluate", flags[0], f"--text={listops / 'basic_val.tsv'}"]))
+    assert f"note: {listops / 'basic_val.tsv'} is of the run's task.heldout_files" in capsys.readouterr().out
+    refused = r"run: its tokenizer \(fingerprint .*\) is not the one that its model was trained with"
+    exchange_two_symbols(tmp_path / "run" / "tokenizer.json")
+    with pytest.raises(UserError, match=refused):
+        evaluate.evaluate(evaluate.parse_flags(["evaluate", *flags]))
+    with pytest.raises(UserError, match=refused):
+        run(lra.get_config(f"task=listops,files={listops},init_from={tmp_path / 'run'}"), tmp_path / "tuned")
+
+
+def exchange_two_symbols(path):
+    definition = json.loads(path.read_text())
+    ids = definition["model"]["vocab"]
+    ids["1"], ids["2"] = ids["2"], ids["1"]
+    path.write_text(json.dumps(definition))
 
 
 @pytest.mark.parametrize("task", ["listops", "fashion_mnist", "retrieval"])

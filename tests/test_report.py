@@ -298,8 +298,8 @@ def write_listops_run(workdir, losses, accuracies, arguments, data, tests=()):
         write_test_file(workdir / f"test{number}.json", step, accuracy, data / "basic_test.tsv")
 
 
-def write_test_file(path, step, accuracy, text):
-    path.write_text(json.dumps({"step": step, "accuracy": accuracy, "text": str(text)}))
+def write_test_file(path, step, accuracy, text, **more):
+    path.write_text(json.dumps({"step": step, "accuracy": accuracy, "text": str(text)} | more))
 
 
 @pytest.fixture
@@ -339,6 +339,17 @@ def test_a_benchmark_has_best_and_last_figures_of_validation_and_test(listops, t
     assert "### Published, not ours" in text and "(arXiv 2011.04006) | 18.01 |" in text
     assert "read at most\n512 tokens per sequence and trained 20 steps" in text
     assert "ListOps of Long Range Arena</h2>" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("examples", "is_said"), [(20_000, True), (96_000, False), (None, False)])
+def test_published_rows_say_where_they_are_of_other_data(listops, tmp_path, examples, is_said):
+    known = json.loads((listops / "statistics.json").read_text())
+    known["train"] |= {} if examples is None else {"expressions": examples}
+    (listops / "statistics.json").write_text(json.dumps(known))
+    write_listops_run(tmp_path / "run", (1.0, 2.0), (0.3, 0.2), "", listops)
+    assert run_report(tmp_path / "run", tmp_path / "out")["benchmark"]["training_examples"] == examples
+    said = "**Other data:** 20,000 training examples are here, 96,000 in what was published under this name."
+    assert (said in (tmp_path / "out" / "report.md").read_text()) == is_said
 
 
 def test_a_validation_split_without_the_commonest_training_class_has_none_of_it(listops, tmp_path):
@@ -422,6 +433,22 @@ def test_two_test_files_of_one_checkpoint_and_foreign_ones_are_refused(listops, 
     write_listops_run(tmp_path / "foreign", (1.0, 2.0), (0.3, 0.2), "", listops, [("last", 0.3)])
     with pytest.raises(UserError, match=r"foreign/test0.json is not what evaluate --json writes for this run"):
         run_report(tmp_path / "foreign", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "differ", [{"text_fingerprint": "b", "examples": 9}, {"text_fingerprint": None, "examples": 8}]
+)
+def test_figures_of_different_test_texts_are_no_mean(listops, tmp_path, differ):
+    same = {"text_fingerprint": "a", "examples": 9}
+    for seed, measured in enumerate((same, differ)):
+        workdir = tmp_path / f"s{seed}"
+        write_listops_run(workdir, (1.0, 2.0), (0.3, 0.2), f"seed={seed}", listops)
+        write_test_file(workdir / "test.json", STEPS, 0.3, listops / f"test-{seed}.tsv", **measured)
+    with pytest.raises(UserError, match=r"s0/test.json and .*s1/test.json measured different texts"):
+        run_report(f"{tmp_path}/s?", tmp_path / "out")
+    write_test_file(tmp_path / "s1" / "test.json", STEPS, 0.5, listops / "moved.tsv", **same)
+    [row] = run_report(f"{tmp_path}/s?", tmp_path / "out")["benchmark"]["rows"]
+    assert row["test_last"]["mean"] == pytest.approx(40.0)
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,13 @@ def write_glue(
     source = inner if os.path.isdir(inner) else release
     missing = [split for split in task.splits if not os.path.isfile(_path(source, split))]
     if missing:
-        raise UserError(f"{_path(source, missing[0])} is missing; {name} needs {', '.join(task.splits)} (.tsv)")
+        needed = f"{name} needs {', '.join(task.splits)} (.tsv)"
+        if not os.path.isdir(release):
+            what = "is a file" if os.path.exists(release) else "is not there"
+            raise UserError(
+                f"{release} {what}; --files is the directory of the release or its {task.directory}: {needed}"
+            )
+        raise UserError(f"{_path(source, missing[0])} is missing; {needed}")
     result = {}
     with whole_directory(directory) as path:
         for split in with_progress(task.splits, "file", progress_bar):

@@ -11,6 +11,7 @@ cifar10        data_batch_1.bin to data_batch_5.bin and test_batch.bin, the bina
 """
 
 import gzip
+import math
 import os
 import zlib
 from collections import Counter
@@ -33,6 +34,7 @@ _FIRST_PIXEL = 0x2800
 _VAL_SHARE = 10  # one in ten training images, the last ones, as Long Range Arena does
 _IDX_TYPE = 8  # unsigned bytes
 _CIFAR_SIDE = 32
+_CLASSES = 10  # of CIFAR-10, Fashion-MNIST and MNIST
 _GREY = np.array([0.299, 0.587, 0.114])  # luma of red, green and blue, ITU-R BT.601
 _AT_ONCE = 1000  # images
 
@@ -46,7 +48,11 @@ class Images(NamedTuple):
 
 def read_fashion_mnist(directory: str) -> tuple[Images, Images]:
     """(training, test) images of 28 x 28. Raises UserError for a file that is missing or damaged."""
-    return _read_idx_pair(directory, "train"), _read_idx_pair(directory, "t10k")
+    training, test = _read_idx_pair(directory, "train"), _read_idx_pair(directory, "t10k")
+    if training.pixels.shape[1:] != test.pixels.shape[1:]:
+        sides = (" x ".join(map(str, images.pixels.shape[1:])) for images in (training, test))
+        raise UserError("{}: train has images of {} pixels, t10k of {}; allowed: one size".format(directory, *sides))
+    return training, test
 
 
 def read_cifar10(directory: str) -> tuple[Images, Images]:
@@ -181,6 +187,11 @@ def _read_idx_pair(directory: str, name: str) -> Images:
             f"{directory}: {name} has images {list(pixels.shape)} and {len(labels)} labels; allowed: square images, "
             "and as many labels"
         )
+    if labels.max() >= _CLASSES:
+        raise UserError(
+            f"{directory}: {name} has the class {labels.max()} at image {int(labels.argmax())}; allowed: 0 to "
+            f"{_CLASSES - 1}"
+        )
     return Images(pixels, labels)
 
 
@@ -196,7 +207,9 @@ def _read_idx(path: Path, num_axes: int) -> np.ndarray:
     if len(data) < head or data[:4] != bytes((0, 0, _IDX_TYPE, num_axes)):
         raise UserError(f"{path} is no IDX file of bytes with {num_axes} axes")
     shape = np.frombuffer(data, ">u4", num_axes, 4).tolist()
-    if len(data) - head != np.prod(shape) or not shape[0]:
+    if not all(shape):
+        raise UserError(f"{path}: its head says {shape}, which is empty; allowed: sizes of 1 or more")
+    if len(data) - head != math.prod(shape):
         raise UserError(f"{path}: its head says {shape}, but {len(data) - head:,} bytes follow")
     return np.frombuffer(data, np.uint8, offset=head).reshape(shape)
 
@@ -209,8 +222,10 @@ def _read_cifar_batch(path: str) -> Images:
         raise UserError(f"{path}: {len(data):,} bytes are no whole number of records of {record:,}")
     rows = data.reshape(-1, record)
     labels = rows[:, 0]
-    if labels.max() > 9:
-        raise UserError(f"{path}: record {int(labels.argmax())} has the class {labels.max()}; allowed: 0 to 9")
+    if labels.max() >= _CLASSES:
+        raise UserError(
+            f"{path}: record {int(labels.argmax())} has the class {labels.max()}; allowed: 0 to {_CLASSES - 1}"
+        )
     return Images(_grey(rows[:, 1:]), labels)
 
 

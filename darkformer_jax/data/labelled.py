@@ -87,6 +87,14 @@ def read_examples(files: str, columns: Columns) -> list[Example]:
     return examples
 
 
+def examples_fingerprint(examples: Sequence[Example]) -> str:
+    """SHA-256 (hexadecimal) that changes with any text, any label and their order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update((json.dumps([example.text, example.label]) + "\n").encode("utf-8"))
+    return digest.hexdigest()
+
+
 def find_labelled_files(files: str) -> list[str]:
     """Sorted paths of the files that `read_examples` reads. Raises UserError if there is none."""
     return find_files(files, _SUFFIXES, "labelled")
@@ -324,7 +332,7 @@ class LabelledRows:
         self._sequence_length = sequence_length
         rows, num_tokens = [], []
         for begin in range(0, len(self.texts), _ENCODED_AT_ONCE):
-            for ids in tokenizer.encode_batch(self.texts[begin : begin + _ENCODED_AT_ONCE]):
+            for ids in _encoded(examples[begin : begin + _ENCODED_AT_ONCE], tokenizer):
                 prefix = [tokenizer.bos_id] if tokenizer.adds_bos or not len(ids) else []
                 kept = ids[: sequence_length - len(prefix)].astype(np.int32)  # ids may be uint32: together, int64
                 rows.append(np.concatenate([np.array(prefix, np.int32), kept]))
@@ -365,6 +373,26 @@ class LabelledRows:
             "labels": np.where(is_row, self.labels[index], 0).astype(self.labels.dtype),
             "weights": is_row.astype(np.float32),
         }
+
+
+def _encoded(examples: Sequence[Example] | Sequence[Text], tokenizer: Tokenizer) -> list[np.ndarray]:
+    """The ids of each text. Raises UserError for a word that has none, with its place."""
+    try:
+        return tokenizer.encode_batch([example.text for example in examples])
+    except UserError:
+        for example in examples:
+            for word in (*example.text.split(), example.text):
+                if error := _refusal(word, tokenizer):
+                    raise UserError(f"{example.place}: '{shown_label(word)}': {error}") from error
+        raise
+
+
+def _refusal(text: str, tokenizer: Tokenizer) -> UserError | None:
+    try:
+        tokenizer.encode_batch([text])
+    except UserError as error:
+        return error
+    return None
 
 
 def save_class_names(directory: str | os.PathLike[str], names: Sequence[str]) -> None:

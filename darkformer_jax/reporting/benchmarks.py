@@ -68,6 +68,8 @@ BENCHMARKS = {
 }
 
 
+# Training examples of what others trained on; Text, Retrieval and Pathfinder are split in another way here.
+_RELEASED = {"listops": 96_000, "cifar10": 45_000} | {name: task.train_size for name, task in GLUE_TASKS.items()}
 _PIXELS = (*images.READERS, "pathfinder", "lra_pathfinder32", "lra_pathfinder128")
 _OF_COLUMNS = {  # (file, its columns)
     ("basic_train.tsv", (listops.TEXT_COLUMN, listops.LABEL_COLUMN)): "listops",
@@ -108,6 +110,7 @@ class BenchmarkTable:
       lengths, steps: of the rows, each once: tokens per sequence, and training steps.
       is_sampled: whether a run was evaluated on a part of the validation split (eval.batches) before its last step.
       without_checkpoints: how many runs have no measured checkpoint left, so that metrics.jsonl alone tells the best.
+      examples: of the training split, if prepare_data's statistics are still beside it.
     """
 
     name: str
@@ -117,6 +120,7 @@ class BenchmarkTable:
     steps: list[int]
     is_sampled: bool
     without_checkpoints: int
+    examples: int | None
 
     @property
     def benchmark(self) -> Benchmark:
@@ -127,6 +131,11 @@ class BenchmarkTable:
     def published(self) -> tuple[Published, ...]:
         """What others published; () = nothing that this library knows of."""
         return PUBLISHED.get(self.name, ())
+
+    @property
+    def released(self) -> int | None:
+        """Training examples of what was published under the benchmark's name; None = not known here."""
+        return _RELEASED.get(self.name)
 
     @property
     def has_test(self) -> bool:
@@ -166,7 +175,7 @@ def benchmark_table(rows: Sequence[Row]) -> BenchmarkTable | None:
     figure = BENCHMARKS[name].figure
     runs = [run for row in rows for run in row.runs]
     name_in_tests = figure.removeprefix("heldout_")
-    tests = {run.workdir: tested_figures(run.workdir, configs[run.workdir], name_in_tests) for run in runs}
+    tests = tested_figures(configs, name_in_tests)
     kept = {run.workdir: best_step(Workdir(run.workdir), LOSS) for run in runs}
     first = next(iter(configs.values()))
     return BenchmarkTable(
@@ -177,6 +186,7 @@ def benchmark_table(rows: Sequence[Row]) -> BenchmarkTable | None:
         sorted({config["num_steps"] for config in configs.values()}),
         any(config["eval"]["batches"] for config in configs.values()),
         list(kept.values()).count(None),
+        _training_examples(first["data"]["files"]),
     )
 
 
@@ -230,6 +240,14 @@ def _forward_flops(config: Mapping[str, Any]) -> float:
     return train_step_flops(spec, read.sequence_length, read.sequence_length) / 3
 
 
+def _training_examples(files: str) -> int | None:
+    """From the same statistics as `_majority`."""
+    path = os.path.join(os.path.dirname(files), _STATISTICS_FILE)
+    train = read_json_object(path).get("train") if os.path.isfile(path) else None
+    counts = [train.get(name) for name in ("examples", "images", "expressions")] if isinstance(train, dict) else []
+    return next((count for count in counts if isinstance(count, int)), None)
+
+
 def _majority(files: str, heldout_files: str) -> dict[str, float]:
     """From the statistics that prepare_data left beside the data, which may not be there any more.
 
@@ -268,6 +286,7 @@ def as_json(table: BenchmarkTable) -> dict[str, Any]:
             for number, row in enumerate(table.rows)
         ],
         "majority_class": table.majority,
+        "training_examples": table.examples,
         "published_not_ours": [
             {"model": one.model, "figure": one.figure, "source": one.source.name} for one in table.published
         ],

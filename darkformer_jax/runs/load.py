@@ -104,9 +104,10 @@ def _require_language_model(workdir: Workdir) -> None:
 
 
 def _read_config(workdir: Workdir) -> tuple[ml_collections.ConfigDict, Tokenizer]:
-    """The validated config of a workdir, and its tokenizer."""
+    """The validated config of a workdir, and its tokenizer, which must be the one of its training."""
     saved = workdir.read_config()
     tokenizer = load_tokenizer(str(workdir.local))
+    workdir.check_tokenizer(tokenizer.fingerprint)
     with _config_errors(workdir):
         unknown = sorted(dict(flat_fields(saved)).keys() - fields().keys())
         if unknown:

@@ -21,7 +21,7 @@ from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.config.migrations import migrate, with_version
 from darkformer_jax.config.usage import unused_fields
 from darkformer_jax.config.validation import from_json
-from darkformer_jax.data.files import local_path, write_atomically
+from darkformer_jax.data.files import local_path, read_json_object, write_atomically
 from darkformer_jax.data.tokenizers import has_tokenizer
 from darkformer_jax.distributed.processes import is_token
 from darkformer_jax.errors import Transient, UserError
@@ -29,6 +29,7 @@ from darkformer_jax.runs.store import is_remote, local_copy, remote_path
 
 CONFIG_FILE = "config.json"
 DATA_FILE = "data.json"
+_TOKENIZER = "tokenizer"  # its field
 CHECKPOINTS = "checkpoints"
 LOCK_FILE = ".lock"
 
@@ -200,10 +201,24 @@ class Workdir(os.PathLike[str]):
                 "changed, or another Python's library is read; use a new workdir or bring the data back"
             )
 
-    def write_data(self, fingerprint: str) -> None:
-        """Writes the fingerprint that `check_data` compares. On a pod, process 0 writes."""
+    def check_tokenizer(self, fingerprint: str) -> None:
+        """Raises UserError if the run was trained with a tokenizer of another fingerprint: ids would mean other tokens.
+
+        A workdir that training did not write, or an earlier version of it, does not tell.
+        """
+        path = self / DATA_FILE
+        saved = read_json_object(str(path)).get(_TOKENIZER) if path.exists() else None
+        if saved is not None and saved != fingerprint:
+            raise UserError(
+                f"{self}: its tokenizer (fingerprint {fingerprint[:12]}) is not the one that its model was trained "
+                f"with ({str(saved)[:12]}); bring the files of the tokenizer back"
+            )
+
+    def write_data(self, fingerprint: str, tokenizer: str) -> None:
+        """Writes the fingerprints that `check_data` and `check_tokenizer` compare. On a pod, process 0 writes."""
         if jax.process_index() == 0 and not (self / DATA_FILE).exists():
-            write_atomically(self / DATA_FILE, (json.dumps({"fingerprint": fingerprint}) + "\n").encode())
+            content = json.dumps({"fingerprint": fingerprint, _TOKENIZER: tokenizer}) + "\n"
+            write_atomically(self / DATA_FILE, content.encode())
 
     def _refuse_changes(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         before, after = dict(flat_fields(old)), dict(flat_fields(new))

@@ -16,8 +16,17 @@ import ml_collections
 import numpy as np
 
 from darkformer_jax.data.batches import Batch, ordered_batches, shuffled_batches
-from darkformer_jax.data.labelled import Columns, Example, LabelledRows, Text, read_examples, split_examples
+from darkformer_jax.data.labelled import (
+    Columns,
+    Example,
+    LabelledRows,
+    Text,
+    examples_fingerprint,
+    read_examples,
+    split_examples,
+)
 from darkformer_jax.data.progress import ProgressBar, no_progress
+from darkformer_jax.data.seen_files import seen_file
 from darkformer_jax.data.tokenizers import Tokenizer, saved_or_new_tokenizer
 from darkformer_jax.distributed.sharding import Part
 from darkformer_jax.errors import UserError
@@ -222,6 +231,7 @@ class LabelledTask(ABC, Generic[O, E]):
             "step": model.step,
             "dtype": model.config.model.dtype,
             "text": request.files,
+            "text_fingerprint": examples_fingerprint(examples),
             "examples": len(rows),
             "cut_share": rows.cut_share,
             **evaluation.as_result(),
@@ -233,7 +243,9 @@ class LabelledTask(ABC, Generic[O, E]):
         )
         name, constant = objective.constant(rows.labels)
         rivals = {f"always {name}": np.full_like(rows.labels, constant)}
-        return Scores(result, "\n".join([head, *_table(objective, evaluation, rows.labels, rivals)]))
+        seen = seen_file(request.files, model.config.data.files, model.config.task.heldout_files)
+        notes = [f"note: {seen[0]} is of the run's {seen[1]}: this is no test figure"] if seen else []
+        return Scores(result, "\n".join([head, *notes, *_table(objective, evaluation, rows.labels, rivals)]))
 
     @classmethod
     def predict(

@@ -36,11 +36,14 @@ def vocab_size_of(config: ml_collections.ConfigDict, workdir: Workdir | None = N
 def check_same_tokenizer(workdir: Workdir, fingerprint: str, field: str) -> None:
     """Raises UserError if `workdir` was trained with another tokenizer, so that its embeddings mean other tokens.
 
+    So it does if that workdir's own tokenizer is another now.
+
     field: the config field that names the workdir.
     """
     directory = workdir.tokenizer_dir
     if directory is not None:
         saved = load_tokenizer(directory).fingerprint
+        workdir.check_tokenizer(saved)
         if saved != fingerprint:
             raise UserError(
                 f"{field} = {workdir}: its tokenizer (fingerprint {saved[:12]}) is not the data's ({fingerprint[:12]})"

@@ -182,7 +182,7 @@ def _claim(experiment: Experiment, task: Task[Any], workdir: Workdir, lock: Work
     """Claims the directory for this run, and writes the files that it has from the beginning."""
     workdir.write_config(experiment.config.to_dict())
     lock.take()
-    workdir.write_data(task.fingerprints["data"])
+    workdir.write_data(task.fingerprints["data"], task.fingerprints["tokenizer"])
     if jax.process_index() == 0:
         task.save(workdir)
         if experiment.config.init_from:

@@ -154,6 +154,19 @@ def test_what_is_missing_or_wrong_is_named_and_nothing_is_written(tmp_path, dama
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_or_nothing_in_place_of_the_directory_is_named_as_such(tmp_path):
+    (tmp_path / "glue_data.zip").write_text("x")
+    for name, what in (("glue_data.zip", "is a file"), ("glue", "is not there")):
+        with pytest.raises(UserError, match=f"{name} {what}; --files is the directory of the release or its RTE: rte"):
+            write_glue(str(tmp_path / "out"), "rte", str(tmp_path / name))
+
+
+def test_it_is_said_that_the_examples_are_not_as_many_as_were_published(tmp_path, capsys):
+    flags = ["--source=glue", "--task=rte", f"--files={release(tmp_path, 'rte')}", f"--out={tmp_path}/out"]
+    prepare_data.main(prepare_data.parse_flags(["prepare_data", *flags]))
+    assert capsys.readouterr().out.endswith("  these are 1 training examples, but 2,490 were published\n")
+
+
 @pytest.mark.parametrize("flags", [["--task=rte"], ["--files=x"]])
 def test_the_task_and_its_directory_are_needed(tmp_path, capsys, flags):
     with pytest.raises(SystemExit):

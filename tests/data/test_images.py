@@ -114,6 +114,25 @@ def fewer_labels(mnist, cifar):
     return "fashion_mnist", r"train has images \[30, 4, 4\] and 29 labels"
 
 
+def label_out_of_range(mnist, cifar):
+    path = mnist / "t10k-labels-idx1-ubyte.gz"
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-1] + bytes([10])))
+    return "fashion_mnist", r"mnist: t10k has the class 10 at image 4; allowed: 0 to 9$"
+
+
+def empty_images(mnist, cifar):
+    write_idx(mnist, "train", 30, side=0)
+    return (
+        "fashion_mnist",
+        r"train-images-idx3-ubyte.gz: its head says \[30, 0, 0\], which is empty; allowed: sizes of 1",
+    )
+
+
+def other_size(mnist, cifar):
+    write_idx(mnist, "t10k", 5, side=2)
+    return "fashion_mnist", r"mnist: train has images of 4 x 4 pixels, t10k of 2 x 2; allowed: one size"
+
+
 def few_images(mnist, cifar):
     write_idx(mnist, "train", 9)
     return "fashion_mnist", r"error: 9 training images: must be at least 10, because one in 10 is for validation$"
@@ -138,7 +157,11 @@ def cifar_label(mnist, cifar):
 
 
 @pytest.mark.parametrize(
-    "damage", [missing, truncated, short, no_idx, fewer_labels, few_images, cifar_missing, cifar_torn, cifar_label]
+    "damage",
+    [
+        *(missing, truncated, short, no_idx, fewer_labels, label_out_of_range, empty_images, other_size, few_images),
+        *(cifar_missing, cifar_torn, cifar_label),
+    ],
 )
 def test_damaged_releases_are_named_in_a_line_and_nothing_is_written(mnist, tmp_path, capsys, damage):
     write_cifar(tmp_path / "cifar")

@@ -12,6 +12,7 @@ from darkformer_jax.data.labelled import (
     LabelledRows,
     class_labels,
     class_names,
+    examples_fingerprint,
     load_class_names,
     number_labels,
     read_examples,
@@ -20,6 +21,8 @@ from darkformer_jax.data.labelled import (
     shown_label,
     split_examples,
 )
+from darkformer_jax.data.listops import listops_tokenizer
+from darkformer_jax.data.seen_files import seen_file
 from darkformer_jax.data.tokenizers import BytesTokenizer
 from darkformer_jax.errors import UserError
 
@@ -311,3 +314,26 @@ def test_class_names_are_saved_and_read_again(tmp_path):
     (tmp_path / "labels.json").write_text('{"labels": ["one"]}')
     with pytest.raises(UserError, match="labels.json has no list of two labels or more"):
         load_class_names(tmp_path)
+
+
+def test_the_fingerprint_of_examples_changes_with_a_text_a_label_and_the_order():
+    one, two = Example("a\n", "0", "x:1"), Example("b", "1", "x:2")
+    changed = [[two, one], [one], [one._replace(text="a"), two], [one, two._replace(label="0")]]
+    assert len({examples_fingerprint(each) for each in ([one, two], *changed)}) == 5
+    assert examples_fingerprint([one]) == examples_fingerprint([one._replace(place="y:9")])
+
+
+def test_a_symbol_without_an_id_is_named_with_its_place():
+    known, unknown = Example("( [MAX 1 ) ]", "1", "a.tsv:2"), Example("( [FIRST 1 ) ]", "1", "a.tsv:3")
+    with pytest.raises(UserError, match=r"^a.tsv:3: '\[FIRST': the tokenizer has no ids for a word of the text"):
+        LabelledRows([known, unknown], np.zeros(2, np.int32), listops_tokenizer(), 8)
+
+
+def test_a_file_that_a_run_has_seen_is_found_behind_a_link(tmp_path):
+    for name in ("train.tsv", "val.tsv", "test.tsv"):
+        (tmp_path / name).write_text("text\tlabel\na\t0\n")
+    (tmp_path / "link.tsv").symlink_to(tmp_path / "val.tsv")
+    train, val = str(tmp_path / "train.tsv"), str(tmp_path / "val.tsv")
+    assert seen_file(f"{tmp_path}/test.tsv,{tmp_path}/link.tsv", train, val) == (val, "task.heldout_files")
+    assert seen_file(str(tmp_path), train, val) == (train, "data.files")
+    assert seen_file(f"{tmp_path}/test.tsv", train, val) is None and seen_file(train, train, "")[1] == "data.files"
