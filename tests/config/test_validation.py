@@ -135,11 +135,6 @@ RULES = [
         "'pallas' with model.attention.window = 128; allowed: model.attention.window = 0, or backend = 'scan'",
     ),
     (
-        {"model.attention.backend": "pallas", "model.attention.positions": "rope+alibi"},
-        "'pallas' with model.attention.positions = 'rope.alibi'; allowed: model.attention.positions = 'rope'",
-    ),
-    ({"model.attention.backend": "pallas", "model.attention.decay": "gate"}, "model.attention.decay = 'gate'; allowed"),
-    (
         {"model.attention.backend": "pallas", "model.causal": False, "task.name": "classification"},
         "backend = 'pallas' with model.causal = False; allowed: model.causal = True",
     ),
