@@ -10,13 +10,12 @@ passages that are repeated after half of --context. Heads are counted from layer
 and each random draw is an order whose first N are exact. --out is written after each row.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.exact_layers import spaced_and_random
+from benchmarks.exact_layers import make_parser, spaced_and_random
 from darkformer_jax.calibration.cache_budget import CACHE_CONTEXT
 from darkformer_jax.calibration.exact_layers import candidates_of
 from darkformer_jax.calibration.head_choice import Head, HeadSizes, rank_heads, shares_of
@@ -47,13 +46,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measures, writes --out and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("exact", "replaced", "text", "test_text", "out"):
-        parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--passages", type=int, default=4, help="of either text")
-    parser.add_argument("--counts", type=int, nargs="+", default=[6, 12, 18, 24])
-    args = parser.parse_args()
+    args = make_parser(__doc__, [6, 12, 18, 24]).parse_args()
 
     exact, replaced = (load_language_model(Workdir(path)) for path in (args.exact, args.replaced))
     specs = (exact.network.spec, replaced.network.spec)

@@ -64,14 +64,20 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(table_lines(lines))
 
 
-def main() -> None:
-    """Measures, writes --out and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser(description: str | None, counts: Sequence[int]) -> argparse.ArgumentParser:
+    """The flags of a comparison of models with so many exact parts."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("exact", "replaced", "text", "test_text", "out"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--passages", type=int, default=4, help="of either text")
-    parser.add_argument("--counts", type=int, nargs="+", default=[2, 4, 6, 8])
+    parser.add_argument("--counts", type=int, nargs="+", default=counts, help="how many are exact")
+    return parser
+
+
+def main() -> None:
+    """Measures, writes --out and prints the table."""
+    parser = make_parser(__doc__, [2, 4, 6, 8])
     parser.add_argument("--choices", nargs="+", help="the rows of the table, such as auto (default: all)")
     args = parser.parse_args()
 

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import contexts, exported, lra, made_up_chats, paper, recall, zoo
+from benchmarks import contexts, exact_heads, exported, lra, made_up_chats, paper, recall, zoo
 from benchmarks.grid import is_done
 from benchmarks.learning import FAR, REPEATED, Result, Run, ngram_bits, repeat_distance, table
 from configs.lra import get_config as get_lra_config
@@ -119,6 +119,17 @@ def test_paper_runs_differ_and_a_run_is_done_with_its_last_checkpoint(tmp_path):
             is_done(workdir, get_config(arguments.replace(old, new)))
     (workdir / "metrics.jsonl").write_text('{"step": 150, "heldo')
     assert not is_done(workdir, get_config(arguments))
+
+
+def test_exact_heads_are_compared_at_equal_numbers():
+    ranked = [(layer, head) for layer in (2, 0, 1) for head in (1, 0, 2)]
+    chosen = exact_heads.chosen_heads(ranked, 4)
+    assert list(chosen) == ["auto", "every k-th", "random 0", "random 1", "random 2"]
+    assert chosen["auto"] == ranked[:4]
+    assert chosen["every k-th"] == [(0, 0), (0, 2), (1, 1), (2, 0)]
+    assert all(len(set(heads)) == 4 and set(heads) < set(ranked) for heads in chosen.values())
+    fewer = exact_heads.chosen_heads(ranked, 2)
+    assert all(fewer[name] == chosen[name][:2] for name in chosen if name != "every k-th")  # a draw is an order
 
 
 def test_the_zoo_has_every_mixer_and_states_that_grow_only_with_a_cache():
