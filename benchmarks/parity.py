@@ -1,6 +1,6 @@
 """Our attention against packages that others wrote, from the same arrays: outputs and gradients.
 
-    pip install performer-pytorch linformer darkformer-pytorch==1.0.0
+    pip install -c constraints/py3.11.txt ".[peers]"
     python -m benchmarks.parity
 
 Batch 2, 2 heads of 64, 200 tokens, 64 features, float32, on a CPU; inputs are N(0, 1). A difference is that of the
