@@ -111,7 +111,7 @@ def attend(
     tokens = Tokens(grouped, k, v, segments, positions, decays)
     # A kernel's grid may not be empty.
     if options.backend != "scan" and not (resumed and length == 1) and min(q.size, v.size):
-        state, out = _by_kernel(kernel, state, tokens, options)
+        state, out = _by_kernel(kernel, state, tokens, options, resumed)
     else:
         state, sums = _scan_or_step(kernel, state, tokens, options, resumed)
         out = normalize(sums.numerator, sums.denominator)
@@ -159,17 +159,29 @@ def _scan_or_step(
 
 
 def _by_kernel(
-    kernel: Kernel, state: AttentionState, tokens: Tokens, options: Options
+    kernel: Kernel, state: AttentionState, tokens: Tokens, options: Options, resumed: bool
 ) -> tuple[AttentionState, Float[Array, "b n h g v"]]:
-    """(the state after the tokens, out) by the TPU kernel. Raises UserError for what it does not cover."""
+    """(the state after the tokens, out) by the TPU kernels. Raises UserError for what they do not cover."""
     from darkformer_jax.ops import pallas_tpu  # which takes a while to import, and imports this module
 
-    missing = pallas_tpu.what_is_not_covered(kernel, state, tokens, causal=options.causal)
+    missing = pallas_tpu.what_is_not_covered(kernel, tokens, causal=options.causal, window=options.window)
     if missing is not None:
         raise UserError(f"backend = {options.backend!r} does not cover {missing}: use backend = 'scan'")
-    if options.backend == "pallas":
-        return pallas_tpu.attend_features(kernel, state, tokens)
-    return pallas_tpu.attend_features(kernel, state, tokens, chunk_size=options.chunk_size, interpret=True)
+    interpret = options.backend == "pallas_interpret"
+    if options.window:
+        state, sums = scan_window(
+            kernel,
+            state,
+            tokens,
+            chunk_size=options.chunk_size,
+            resumed=resumed,
+            return_state=options.return_state,
+            over_chunks=functools.partial(pallas_tpu.attend_chunks, interpret=interpret),
+        )
+        return state, normalize(sums.numerator, sums.denominator)
+    return pallas_tpu.attend_features(
+        kernel, state, tokens, chunk_size=options.chunk_size if interpret else None, interpret=interpret
+    )
 
 
 def _shift_full_windows(kernel: Kernel, state: AttentionState, chunk_size: int) -> AttentionState:
@@ -247,9 +259,12 @@ def check_options(q: Array, options: Options, log_decay: Array | None, state: At
         raise UserError(f"backend = {backend!r}: allowed: {', '.join(get_args(Backend))}")
     if backend == "pallas" and target_platform() != "tpu":
         raise UserError(f"backend = 'pallas' is a TPU kernel; this program is for a {target_platform()}: use 'scan'")
-    if backend != "scan" and (window or sequence_axis is not None):
-        named = f"window = {window}" if window else f"sequence_axis = {sequence_axis!r}"
-        raise UserError(f"backend = {backend!r} does not cover {named}: use backend = 'scan'")
+    if backend != "scan" and sequence_axis is not None:
+        raise UserError(f"backend = {backend!r} does not cover sequence_axis = {sequence_axis!r}: use backend = 'scan'")
+    if backend == "pallas" and window and chunk_size % 128:
+        raise UserError(
+            f"chunk_size = {chunk_size}: backend = 'pallas' with a window takes multiples of 128, backend = 'scan' any"
+        )
     if chunk_size < 1:
         raise UserError(f"chunk_size = {chunk_size} must be positive")
     if window < 0 or window % chunk_size:

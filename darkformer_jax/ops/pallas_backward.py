@@ -90,7 +90,7 @@ def backward(
     dc, dz, dS, *of_head = rest
     dq, dk, dv = (blocks.back(x, length) for x in (dq, dk, dv))
     return Inputs(
-        _of_features(inputs.features, of_head),
+        of_features(inputs.features, of_head),
         FarState(dc[:, :, 0], dz[:, :, 0], jnp.swapaxes(dS, 2, 3), integers),
         dq,
         dk,
@@ -99,7 +99,7 @@ def backward(
     )
 
 
-def _of_features(features: RandomFeatures, of_head: list[Array]) -> RandomFeatures:
+def of_features(features: RandomFeatures, of_head: list[Array]) -> RandomFeatures:
     """The gradients of w, M and log weights, from those of each row of the batch."""
     given = {name: x for name, x in features._asdict().items() if x is not None}
     sums = {name: jnp.sum(x, axis=0) for name, x in zip(given, of_head, strict=True)}
@@ -130,7 +130,7 @@ def _chunk(before: Any, of_chunk: Any, *refs: Any, scale: float, has: Has) -> No
     of_far = seen.far_weights * (dot(of_numerator, S, (1, 0), dtype) - e * z)
     from_q, from_k, of_keys = _of_scores(chunk, seen, of_numerator, e)
 
-    folded = fold_weights(chunk, c, far_segment, own_segment)
+    folded = fold_weights(chunk.column, chunk.log_k, chunk.decay, c, far_segment, own_segment)
     of_folded = folded.weights * (dz[...] + dot(chunk.v, dS[...], (1, 0), dtype))
     of_v = dot(folded.weights, dS[...], (1, 1), dtype) + dot(seen.weights, of_numerator, (0, 0), dtype)
     dv[0, 0] = of_v.astype(dv.dtype)
@@ -140,8 +140,8 @@ def _chunk(before: Any, of_chunk: Any, *refs: Any, scale: float, has: Has) -> No
     dz[...] = dz[...] * folded.keep - jnp.sum(seen.far_weights * e, axis=0, keepdims=True)
     dS[...] = dS[...] * folded.keep + dot(of_numerator, seen.far_weights, (0, 0), dtype)
 
-    dq[0, 0] = _of_points(head, chunk.q, of_far + from_q, of_head).reshape(dq.shape[2:]).astype(dq.dtype)
-    dk[0, 0] = _of_points(head, chunk.k, of_folded + from_k, of_head).astype(dk.dtype)
+    dq[0, 0] = of_points(head, chunk.q, of_far + from_q, of_head).reshape(dq.shape[2:]).astype(dq.dtype)
+    dk[0, 0] = of_points(head, chunk.k, of_folded + from_k, of_head).astype(dk.dtype)
 
     @pl.when(place == 0)
     def _end() -> None:
@@ -190,7 +190,7 @@ def _of_scores(
     return to_q * down * size, to_k * down * size, of_keys
 
 
-def _of_points(
+def of_points(
     head: Head, x: Float[Array, "n d"], of_logs: Float[Array, "n m"], of_head: list[Any]
 ) -> Float[Array, "n d"]:
     """The gradient of queries or keys by that of their log features; adds those of w, M and the log weights."""

@@ -56,10 +56,11 @@ class Blocks:
     """How the arrays of a call are cut into blocks. Heads are in front of tokens, and whole chunks of them.
 
     Args:
+      sizes, inputs: `Sizes` and `Inputs`, or those of `pallas_window`.
       last_first: whether the chunks come in reverse.
     """
 
-    def __init__(self, sizes: Sizes, inputs: Inputs, *, last_first: bool) -> None:
+    def __init__(self, sizes: Any, inputs: Any, *, last_first: bool) -> None:
         self.sizes, self.inputs = sizes, inputs
         self.batch, length, self.heads, self.group, self.dim = inputs.queries.shape
         self.value_dim, self.features = inputs.values.shape[-1], inputs.features.projections.shape[1]
@@ -83,6 +84,13 @@ class Blocks:
         arrays = [w.astype(dtype)]
         arrays += [] if geometry is None else [geometry.astype(dtype)]
         return arrays + ([] if log_weights is None else [log_weights.astype(jnp.float32)[:, None]])
+
+    @property
+    def static(self) -> dict[str, Any]:
+        """What `body` gets besides references."""
+        _, geometry, log_weights = self.inputs.features
+        has = Has(self.inputs.decays is not None, geometry is not None, log_weights is not None)
+        return {"scale": self.sizes.scale, "has": has}
 
     @property
     def state_shapes(self) -> list[tuple[int, int]]:
@@ -126,11 +134,11 @@ class Blocks:
 
     def of_row(self, shape: tuple[int, ...]) -> pl.BlockSpec:
         """Of an array [b, h, *shape], which stays while the chunks pass."""
-        return pl.BlockSpec((1, 1, *shape), lambda b, h, n, *_: (b, h, 0, 0))
+        return pl.BlockSpec((1, 1, *shape), lambda b, h, n, *_: (b, h, *len(shape) * (0,)))
 
     def of_head(self, shape: tuple[int, ...]) -> pl.BlockSpec:
         """Of an array [h, *shape]."""
-        return pl.BlockSpec((1, *shape), lambda b, h, n, *_: (h, 0, 0))
+        return pl.BlockSpec((1, *shape), lambda b, h, n, *_: (h, *len(shape) * (0,)))
 
     def _place(self, n: Any) -> Any:
         return self.chunks - 1 - n if self.last_first else n
@@ -161,11 +169,8 @@ class Blocks:
         )
         # XLA computes a kernel's steps, or within a shard_map, whose types it does not know there, a simulated TPU.
         interpreter: Any = pltpu.InterpretParams() if kind.varying else True
-        _, geometry, log_weights = self.inputs.features
-        has = Has(self.inputs.decays is not None, geometry is not None, log_weights is not None)
-        body = functools.partial(body, scale=self.sizes.scale, has=has)
         kernel = pl.pallas_call(
-            body,
+            functools.partial(body, **self.static),
             grid_spec=grid,
             out_shape=[jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind) for shape, dtype, _ in outputs],
             compiler_params=pltpu.CompilerParams(
@@ -188,16 +193,24 @@ def segments_of_chunks(
     segments: Int[Array, "b n"], first: Int[Array, "b"], chunk: int
 ) -> tuple[Int[Array, "b c"], Int[Array, "b c"], Int[Array, "b"]]:
     """Per chunk, its last segment (0: padding only) and that of the far state before it; and the last far state's."""
+    of_chunk = last_segments(segments, chunk)
+    return of_chunk, *held_segments(of_chunk, first)
+
+
+def last_segments(segments: Int[Array, "b n"], chunk: int) -> Int[Array, "b c"]:
+    """Each chunk's last segment; 0 where it is padding only."""
     ids = segments.reshape(segments.shape[0], -1, chunk)
     places = jnp.where(ids != 0, jnp.arange(chunk, dtype=jnp.int32)[None, None], -1)
     last = jnp.argmax(places, axis=-1, keepdims=True)  # the first one where all are padding, which is 0
-    of_chunk = jnp.take_along_axis(ids, last, axis=-1)[..., 0]
+    return jnp.take_along_axis(ids, last, axis=-1)[..., 0]
 
-    # The newest segment at or before each chunk, the state's own in front.
+
+def held_segments(of_chunk: Int[Array, "b c"], first: Int[Array, "b"]) -> tuple[Int[Array, "b c"], Int[Array, "b"]]:
+    """The far state's segment before each chunk, and after the last: the newest that entered it, `first` before any."""
     known = jnp.concatenate([first[:, None], of_chunk], axis=1)
     newest = jax.lax.cummax(jnp.where(known != 0, jnp.arange(known.shape[1], dtype=jnp.int32)[None], 0), axis=1)
     held = jnp.take_along_axis(known, newest, axis=1)
-    return of_chunk, held[:, :-1], held[:, -1]
+    return held[:, :-1], held[:, -1]
 
 
 class Head(NamedTuple):
@@ -321,16 +334,23 @@ class Folded(NamedTuple):
     weights: Float[Array, "c m"]  # exp(l(k_j) - key_max); 0 for keys of other segments than the last
 
 
-def fold_weights(chunk: Chunk, c: Float[Array, "1 m"], far_segment: Any, own_segment: Any) -> Folded:
-    """`fold` and `merge_far`, without the sums."""
-    to_far = (chunk.column == own_segment) & (chunk.column != 0)
+def fold_weights(
+    column: Int[Array, "c 1"],
+    log_k: Float[Array, "c m"],
+    decay: Decay | None,
+    c: Float[Array, "1 m"],
+    far_segment: Any,
+    own_segment: Any,
+) -> Folded:
+    """`fold` and `merge_far`, without the sums. column: the segments of the keys; 0 stays out."""
+    to_far = (column == own_segment) & (column != 0)
     same = (own_segment == far_segment) | (own_segment == 0)
-    log_k, old_max = chunk.log_k, jnp.where(same, c, NEG)
+    old_max = jnp.where(same, c, NEG)
     decayed = old_max
-    if chunk.decay is not None:
-        decayed, log_k = old_max + chunk.decay.whole_chunk, log_k + chunk.decay.to_end
+    if decay is not None:
+        decayed, log_k = old_max + decay.whole_chunk, log_k + decay.to_end
     key_max = jnp.maximum(decayed, jnp.max(jnp.where(to_far, log_k, NEG), axis=0, keepdims=True))
-    gap = old_max - key_max if chunk.decay is None else (old_max - key_max) + chunk.decay.whole_chunk
+    gap = old_max - key_max if decay is None else (old_max - key_max) + decay.whole_chunk
     keep = jnp.where(same, jnp.exp(gap), 0.0)
     return Folded(key_max, keep, jnp.where(to_far, jnp.exp(jnp.where(to_far, log_k - key_max, NEG)), 0.0))
 

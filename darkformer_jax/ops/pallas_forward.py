@@ -80,7 +80,7 @@ def _chunk(before: Any, of_chunk: Any, *refs: Any, scale: float, has: Has) -> No
     numerator = dot(seen.far_weights, S[...], (1, 1), dtype) + dot(seen.weights, chunk.v, (1, 0), dtype)
     out_ref[0, 0] = (numerator / seen.denominator).reshape(out_ref.shape[2:]).astype(out_ref.dtype)
 
-    folded = fold_weights(chunk, c[...], far_segment, own_segment)
+    folded = fold_weights(chunk.column, chunk.log_k, chunk.decay, c[...], far_segment, own_segment)
     c[...] = folded.key_max
     z[...] = z[...] * folded.keep + jnp.sum(folded.weights, axis=0, keepdims=True)
     S[...] = S[...] * folded.keep + dot(chunk.v, folded.weights, (0, 0), dtype)

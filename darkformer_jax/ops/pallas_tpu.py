@@ -1,9 +1,9 @@
-"""Causal attention with random features everywhere as TPU kernels (Pallas): `scan_features`, normalised.
+"""Causal attention as TPU kernels (Pallas): `scan_features`, normalised, and `scan_window`'s loop, without sinks.
 
-A program of the grid (B, Hkv, chunks) treats one chunk of one key/value head and all its query heads; chunks follow
-each other and hand the far state (c, z, S^T) on in VMEM. Log features are made there and never written to memory. The
-formulas, and so the range of inputs without underflow, are those of `ops/linear.py`: a maximum per feature, and scores
-with a maximum per query and per key.
+Of features everywhere, a program of the grid (B, Hkv, chunks) treats one chunk of one key/value head and all its query
+heads; chunks follow each other and hand the far state (c, z, S^T) on in VMEM. Log features are made there and never
+written to memory. The formulas, and so the range of inputs without underflow, are those of `ops/linear.py`: a maximum
+per feature, and scores with a maximum per query and per key. `pallas_window` has the hybrid.
 
 The backward pass keeps the inputs, the output and the states before each chunk, and computes the rest again.
 """
@@ -15,25 +15,31 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from darkformer_jax.ops import pallas_window, pallas_window_backward
 from darkformer_jax.ops.decay import RunningSum, running_sum
 from darkformer_jax.ops.features import positive_random_features
-from darkformer_jax.ops.linear import Kernel, Tokens
+from darkformer_jax.ops.linear import Kernel, Sums, Tokens, log_far_weight, merge_sums
 from darkformer_jax.ops.pallas_backward import backward
-from darkformer_jax.ops.pallas_chunk import LANES, Inputs, Sizes
+from darkformer_jax.ops.pallas_chunk import LANES, Inputs, Sizes, last_segments
 from darkformer_jax.ops.pallas_forward import forward
-from darkformer_jax.ops.state import AttentionState, FarState
+from darkformer_jax.ops.pallas_window import Places
+from darkformer_jax.ops.scan import heads_last, join_chunks, split_chunks
+from darkformer_jax.ops.sinks import read_sinks
+from darkformer_jax.ops.state import NEG, AttentionState, FarState, Recent, Sinks
 
 
-def what_is_not_covered(kernel: Kernel, state: AttentionState, tokens: Tokens, *, causal: bool) -> str | None:
-    """Why the kernel cannot compute this call without a window, in a few words; None where it can."""
+def what_is_not_covered(kernel: Kernel, tokens: Tokens, *, causal: bool, window: int) -> str | None:
+    """Why the kernels cannot compute this call, in a few words; None where they can."""
     if not causal:
         return "causal=False"
     if tokens.values.dtype == jnp.float64:
         return "float64"
     if kernel.feature_map is not positive_random_features or not isinstance(kernel.scale, int | float):
         return "another feature map than DARK's, or a traced scale"
-    if state.sinks.filled.shape[-1]:
-        return "sinks"
+    if window and tokens.decays is not None:
+        return "a decay with a window"
+    if window and not kernel.arrays.features.projections.shape[1]:
+        return "a window without features"
     return None
 
 
@@ -56,7 +62,7 @@ def attend_features(
     Raises:
       ValueError: for a call that `what_is_not_covered` names; callers ask it first.
     """
-    missing = what_is_not_covered(kernel, state, tokens, causal=True)
+    missing = what_is_not_covered(kernel, tokens, causal=True, window=0)
     if missing is not None:
         raise ValueError(f"the TPU kernel does not cover {missing}")
     chunk = chunk_of(tokens.queries.shape[3]) if chunk_size is None else chunk_size
@@ -91,3 +97,62 @@ def _attend_backward(sizes: Sizes, saved: Any, gradient: tuple[FarState, Array])
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def attend_chunks(
+    kernel: Kernel,
+    state: AttentionState,
+    recent: Recent,
+    chunks: Tokens,
+    num_complete: Int[Array, "b"] | None,
+    *,
+    interpret: bool = False,
+) -> tuple[FarState, Sinks, Sums]:
+    """`scan_chunks`, with the far state, the window and the chunks in a kernel. A TPU takes chunks of 128 n tokens.
+
+    The sums are normalised, in v's dtype, before those of the sinks come on top.
+    """
+    flat, (num_chunks, _, size) = jax.tree.map(join_chunks, chunks), chunks.segments.shape
+    before = jax.vmap(heads_last)(recent)
+    near = jax.tree.map(lambda old, new: jnp.concatenate([old.astype(new.dtype), new], axis=1), before, flat.recent())
+    leaving, positions = (x[:, : num_chunks * size] for x in (near.segments, near.positions))
+    if num_complete is not None:  # the block that an incomplete chunk would move out stays in the window
+        leaving = jnp.where(jnp.arange(num_chunks * size)[None] // size < num_complete[:, None], leaving, 0)
+    to_far = jnp.where(positions < state.sinks.filled.shape[1], 0, leaving)
+    horizon = kernel.far_horizon
+    bound = log_far_weight(horizon, flat.positions.astype(jnp.float32)) if horizon else None
+    places = Places(flat.segments, near.segments, to_far, last_segments(leaving, size), bound)
+    features = kernel.arrays.features
+    with_geometry = kernel.window_kernel == "dark" and features.geometry is not None
+    sizes = pallas_window.Sizes(float(kernel.scale), size, recent.segments.shape[1], with_geometry, interpret)
+    inputs = pallas_window.Inputs(features, state.far, flat.queries, near.keys, near.values, kernel.arrays.log_gain)
+    far, out, log = _attend_window(sizes, inputs, places)
+    sums = split_chunks(Sums(out.astype(jnp.float32), jnp.where(log > 0.5 * NEG, 1.0, 0.0), log), size)
+    if not state.sinks.filled.shape[1]:
+        return far, state.sinks, sums
+    sinks, of_sinks = read_sinks(kernel, state, split_chunks(near, size), chunks, num_complete)
+    return far, sinks, merge_sums(sums, of_sinks)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend_window(
+    sizes: pallas_window.Sizes, inputs: pallas_window.Inputs, places: Places
+) -> tuple[FarState, Array, Array]:
+    return pallas_window.forward(sizes, inputs, places, save=False)[:3]
+
+
+def _attend_window_forward(
+    sizes: pallas_window.Sizes, inputs: pallas_window.Inputs, places: Places
+) -> tuple[tuple[FarState, Array, Array], Any]:
+    far, out, log, saved = pallas_window.forward(sizes, inputs, places, save=True)
+    return (far, out, log), (inputs, places, out, saved)
+
+
+def _attend_window_backward(
+    sizes: pallas_window.Sizes, saved: Any, gradient: tuple[FarState, Array, Array]
+) -> tuple[pallas_window.Inputs, None]:
+    inputs, places, out, states = saved
+    return pallas_window_backward.backward(sizes, inputs, places, out, states, gradient), None
+
+
+_attend_window.defvjp(_attend_window_forward, _attend_window_backward)

@@ -20,7 +20,6 @@ from darkformer_jax.ops.linear import (
     chunk_features,
     chunk_window,
     fold,
-    join_recent,
     last_nonzero,
     merge_sums,
     read_far,
@@ -39,6 +38,9 @@ TOKEN_AXES: Any = Tokens(1, 1, 1, None, None, 1)  # type: ignore[arg-type]
 SUM_AXES: Any = Sums(1, 1, 1)  # type: ignore[arg-type]
 
 Tree = TypeVar("Tree")
+
+# (kernel, state, the window's tokens, chunks, complete chunks) -> (far state, sinks, sums); as `scan_chunks`.
+OverChunks = Callable[[Kernel, AttentionState, Recent, Tokens, Int[Array, "b"] | None], tuple[FarState, Sinks, Sums]]
 
 # The scan's loop already keeps XLA from merging the recomputation with the forward pass.
 _recompute = functools.partial(jax.checkpoint, prevent_cse=False)
@@ -91,7 +93,7 @@ def scan_features(
         body_from_right = _recompute(lambda far, xs: from_right(far, state.sinks, *xs))
         _, later = jax.lax.scan(body_from_right, nothing, (chunks, elapsed), reverse=True)
         sums = merge_sums(sums, later)
-    return state._replace(far=far), jax.tree.map(lambda leaf: leaf[:, :length], _unsplit(sums))
+    return state._replace(far=far), jax.tree.map(lambda leaf: leaf[:, :length], jax.tree.map(join_chunks, sums))
 
 
 def _read_then_fold(
@@ -111,11 +113,19 @@ def _read_then_fold(
 
 
 def scan_window(
-    kernel: Kernel, state: AttentionState, tokens: Tokens, *, chunk_size: int, resumed: bool, return_state: bool
+    kernel: Kernel,
+    state: AttentionState,
+    tokens: Tokens,
+    *,
+    chunk_size: int,
+    resumed: bool,
+    return_state: bool,
+    over_chunks: OverChunks | None = None,
 ) -> tuple[AttentionState, Sums]:
     """The hybrid: exact window and sinks, features beyond. Chunks are aligned to the sequence's very first token.
 
-    Leaves of `state` and `tokens` have the batch in front, as in `dark_attention`.
+    Leaves of `state` and `tokens` have the batch in front, as in `dark_attention`. over_chunks: what computes all
+    chunks; None: a scan.
     """
     window = state.recent.segments.shape[1] - chunk_size
     length = tokens.segments.shape[1]
@@ -125,8 +135,29 @@ def scan_window(
     if resumed:
         tokens = _realign(tokens, _recent_tokens(state.recent, window, None), offset)
     chunks = split_chunks(tokens, chunk_size)
-    num_chunks = chunks.segments.shape[0]
     num_complete = end // chunk_size
+    over_chunks = scan_chunks if over_chunks is None else over_chunks
+    far, sinks, sums = over_chunks(kernel, state, recent, chunks, num_complete if return_state else None)
+    sums = jax.tree.map(join_chunks, sums)
+    if return_state:
+        start = num_complete * chunk_size
+        room = chunks.segments.shape[0] * chunk_size + window + chunk_size
+        near = _cut_near(recent, tokens, room, start, window + chunk_size)
+        state = state._replace(far=far, sinks=sinks, recent=near, fill=end - start)
+    if resumed:
+        take = jax.vmap(lambda leaf, start: jax.lax.dynamic_slice_in_dim(leaf, start, length, axis=0))
+        return state, jax.tree.map(lambda leaf: take(leaf, offset), sums)
+    return state, jax.tree.map(lambda leaf: leaf[:, :length], sums)
+
+
+def scan_chunks(
+    kernel: Kernel, state: AttentionState, recent: Recent, chunks: Tokens, num_complete: Int[Array, "b"] | None
+) -> tuple[FarState, Sinks, Sums]:
+    """`chunk_window` from chunk to chunk, [n, b, c, ...]: (the far state and the sinks after them, their sums).
+
+    recent: the window before the first chunk. num_complete: how many chunks of each sequence move the window on.
+    """
+    num_chunks, _, chunk_size = chunks.segments.shape
     one_chunk = over_heads(
         kernel,
         chunk_window,
@@ -141,31 +172,29 @@ def scan_window(
     ) -> tuple[tuple[FarState, Sinks, Recent], Sums]:
         index, *chunk = xs
         *advanced, sums = one_chunk(*carry, *chunk)
-        if return_state:  # an incomplete chunk stays in the state's buffer
-            keep = jax.vmap(lambda new, old, complete: jnp.where(complete, new, old))
-            advanced = jax.tree.map(lambda new, old: keep(new, old, index < num_complete), tuple(advanced), carry)
-        return tuple(advanced), sums
+        return advance(tuple(advanced), carry, index, num_complete), sums
 
-    carry = (state.far, state.sinks, recent)
     visible = _near_keys(recent.segments, chunks.segments)
     queries = elapsed = None
     if chunks.decays is not None and recent.decays is not None:
         decays = _with_window(jnp.swapaxes(recent.decays, 1, 2), chunks.decays)
         near = running_sum(decays, axis=2, causal=True)
         queries, elapsed = jax.tree.map(lambda leaf: leaf[:, :, -chunk_size:], near), _tokens_last(near)
-    (far, sinks, recent), sums = jax.lax.scan(
-        body, carry, (jnp.arange(num_chunks, dtype=jnp.int32), chunks, visible, queries, elapsed)
+    (far, sinks, _), sums = jax.lax.scan(
+        body,
+        (state.far, state.sinks, recent),
+        (jnp.arange(num_chunks, dtype=jnp.int32), chunks, visible, queries, elapsed),
     )
-    sums = _unsplit(sums)
-    if return_state:
-        start = num_complete * chunk_size
-        partial = _partial_chunk(tokens, (num_chunks + 1) * chunk_size, start, chunk_size)
-        joined = jax.vmap(jax.vmap(join_recent, (RECENT_AXES, RECENT_AXES), RECENT_AXES))(recent, partial)
-        state = state._replace(far=far, sinks=sinks, recent=joined, fill=end - start)
-    if resumed:
-        take = jax.vmap(lambda leaf, start: jax.lax.dynamic_slice_in_dim(leaf, start, length, axis=0))
-        return state, jax.tree.map(lambda leaf: take(leaf, offset), sums)
-    return state, jax.tree.map(lambda leaf: leaf[:, :length], sums)
+    return far, sinks, sums
+
+
+def advance(new: Tree, old: Tree, index: Int[Array, ""], num_complete: Int[Array, "b"] | None) -> Tree:
+    """What follows chunk `index`: of a sequence in which it is not complete, what was there before it."""
+    if num_complete is None:
+        return new
+    keep = jax.vmap(lambda new, old, complete: jnp.where(complete, new, old))
+    advanced: Tree = jax.tree.map(lambda new, old: keep(new, old, index < num_complete), new, old)
+    return advanced
 
 
 def _tokens_last(elapsed: RunningSum | None) -> RunningSum | None:
@@ -205,7 +234,7 @@ def _realign(tokens: Tokens, partial: Recent, offset: Int[Array, "b"]) -> Tokens
 
     def one_sequence(tokens: Tokens, partial: Recent, offset: Array) -> Tokens:
         blank = jax.tree.map(lambda leaf: jnp.zeros((room, *leaf.shape[1:]), leaf.dtype), tokens)
-        before = slice_recent(_heads_last(partial), 0, room)
+        before = slice_recent(heads_last(partial), 0, room)
         keys = write_recent(write_recent(blank.recent(), before, jnp.int32(0)), tokens.recent(), offset)
         queries = jax.lax.dynamic_update_slice_in_dim(blank.queries, tokens.queries, offset, axis=0)
         return Tokens(queries, *keys)
@@ -213,16 +242,17 @@ def _realign(tokens: Tokens, partial: Recent, offset: Int[Array, "b"]) -> Tokens
     return jax.vmap(one_sequence)(tokens, partial, offset)
 
 
-def _partial_chunk(tokens: Tokens, room: int, start: Int[Array, "b"], chunk_size: int) -> Recent:
-    """The chunk that is being filled: the keys from `start` on, then blanks."""
+def _cut_near(recent: Recent, tokens: Tokens, room: int, start: Int[Array, "b"], size: int) -> Recent:
+    """Of the window and the tokens after it, then blanks up to `room`: `size` keys from `start` on."""
 
-    def one_sequence(keys: Recent, start: Array) -> Recent:
-        blank = jax.tree.map(lambda leaf: jnp.zeros((room, *leaf.shape[1:]), leaf.dtype), keys)
-        padded = write_recent(blank, keys, jnp.int32(0))
-        cut = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, chunk_size, axis=0), padded)
+    def one_sequence(recent: Recent, keys: Recent, start: Array) -> Recent:
+        before = heads_last(recent)
+        blank = jax.tree.map(lambda leaf: jnp.zeros((room, *leaf.shape[1:]), leaf.dtype), before)
+        padded = write_recent(write_recent(blank, before, jnp.int32(0)), keys, jnp.int32(before.segments.shape[0]))
+        cut = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size, axis=0), padded)
         return _swap_heads(cut, 0)
 
-    return jax.vmap(one_sequence)(tokens.recent(), start)
+    return jax.vmap(one_sequence)(recent, tokens.recent(), start)
 
 
 def heads_first(recent: Recent) -> Recent:
@@ -230,7 +260,7 @@ def heads_first(recent: Recent) -> Recent:
     return _swap_heads(recent, 1)
 
 
-def _heads_last(recent: Recent) -> Recent:
+def heads_last(recent: Recent) -> Recent:
     """[heads, tokens, d] of a state -> [tokens, heads, d] of a sequence."""
     return _swap_heads(recent, 0)
 
@@ -251,11 +281,6 @@ def split_chunks(tokens: Tree, size: int) -> Tree:
 
     new: Tree = jax.tree.map(split, tokens)
     return new
-
-
-def _unsplit(sums: Sums) -> Sums:
-    """[chunks, b, size, ...] -> [b, n, ...]."""
-    return jax.tree.map(join_chunks, sums)
 
 
 def join_chunks(leaf: Shaped[Array, "n b c *rest"]) -> Shaped[Array, "b t *rest"]:
