@@ -49,10 +49,16 @@ def _seconds(run: Callable[[], Array]) -> float:
     return min(seconds)
 
 
-def forward_flops(length: int, heads: int, kv_heads: int, dim: int, features: int, chunk: int) -> float:
-    """FLOPs of `length` tokens of all heads: half of Mq, Mk, of the features and of 4 m d are a key/value head's."""
+def forward_flops(
+    length: int, heads: int, kv_heads: int, dim: int, features: int, chunk: int, window: int = 0
+) -> float:
+    """FLOPs of `length` tokens of all heads: half of Mq, Mk, of the features and of 4 m d are a key/value head's.
+
+    With a window, its keys and the chunk's are seen through q.k and not through features.
+    """
     d, m = dim, features
-    of_query = 2 * d * d + 2 * d * m + 2 * chunk * (m + d) + 2 * m * d + 2 * m
+    near = 4 * (window + chunk) * d if window else 2 * chunk * (m + d)
+    of_query = 2 * d * d + 2 * d * m + near + 2 * m * d + 2 * m
     of_key = 2 * d * d + 2 * d * m + 2 * m * d
     return float(length * (heads * of_query + kv_heads * of_key))
 

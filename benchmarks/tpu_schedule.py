@@ -1,7 +1,8 @@
-"""What TPUs would execute for features everywhere, the scan and the Pallas kernels, by their compiler's schedule.
+"""What TPUs would execute for DARK attention, the scan and the Pallas kernels, by their compiler's schedule.
 
     python -m benchmarks.tpu_schedule --out=docs/results/tpu_schedule.json           # the table; needs no TPU
     python -m benchmarks.tpu_schedule --chips=v5e --dims=128 --forms=kernel          # part of it
+    python -m benchmarks.tpu_schedule --window=256 --sinks=4                         # the hybrid instead
     python -m benchmarks.tpu_schedule --golden=tests/aot/tpu_schedule.json           # renews what a test compares
 
 `dark_attention` in bfloat16, batch 1, 8 query heads, 256 features, is compiled for one chip by libtpu
@@ -68,17 +69,20 @@ class Case:
     heads: int = 8
     kv_heads: int = 8
     gates: bool = False
+    window: int = 0
+    sinks: int = 0
 
     @property
     def chunk(self) -> int:
-        """The kernel chooses its own; the scan gets the same."""
+        """Without a window, the kernel chooses its own; the scan gets the same."""
         return chunk_of(self.heads // self.kv_heads)
 
     @property
     def name(self) -> str:
         heads = f"{self.heads} heads" if self.heads == self.kv_heads else f"{self.heads} to {self.kv_heads} heads"
         gates = ", gates" if self.gates else ""
-        return f"{self.chip}, d {self.dim}, {heads}{gates}, {self.form}, {self.passes}"
+        window = f", window {self.window}, {self.sinks} sinks" if self.window else ""
+        return f"{self.chip}, d {self.dim}, {heads}{gates}{window}, {self.form}, {self.passes}"
 
 
 # What the test compiles. XLA puts less of a large program in VMEM, whose kernels have some bundles more per chunk.
@@ -96,7 +100,11 @@ def compile_case(case: Case, directory: Path) -> tuple[Program, str]:
     of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
     q, k = (of(1, case.length, heads, case.dim) for heads in (case.heads, case.kv_heads))
     w, geometry = (of(case.kv_heads, rows, case.dim, dtype=jnp.float32) for rows in (FEATURES, case.dim))
-    options: dict[str, Any] = {"backend": "pallas"} if case.form == "kernel" else {"chunk_size": case.chunk}
+    options: dict[str, Any] = {"backend": "pallas"} if case.form == "kernel" else {}
+    if case.form == "scan" or case.window:
+        options["chunk_size"] = case.chunk
+    if case.window:
+        options |= {"window": case.window, "num_sinks": case.sinks, "window_kernel": "softmax"}
     learned = [geometry, *([of(1, case.length, case.kv_heads, dtype=jnp.float32)] if case.gates else [])]
 
     def forward(w: Array, q: Array, k: Array, v: Array, geometry: Array, log_decay: Array | None = None) -> Array:
@@ -151,7 +159,7 @@ def figures_of(case: Case, program: Program, device_kind: str) -> dict[str, Any]
 
 def needs(case: Case) -> tuple[float, float]:
     """The FLOPs and the bytes of HBM that the mathematics needs: q, k, v, out, and their gradients, each once."""
-    flops = forward_flops(case.length, case.heads, case.kv_heads, case.dim, FEATURES, case.chunk)
+    flops = forward_flops(case.length, case.heads, case.kv_heads, case.dim, FEATURES, case.chunk, case.window)
     arrays = 2 * 2 * case.length * case.dim * (case.heads + case.kv_heads)
     # Backward: q, k, v, out and its gradient are read, dq, dk and dv are written.
     again = 2 * case.length * case.dim * (4 * case.heads + 4 * case.kv_heads)
@@ -224,10 +232,12 @@ def write_table(flags: argparse.Namespace, directory: Path) -> None:
     print(
         f"{compilers()}: what was compiled, not run; bfloat16, batch 1, L = {flags.length:,}, {FEATURES} features"
         + (", gates" if flags.gates else "")
+        + (f", a window of {flags.window} and {flags.sinks} sinks" if flags.window else "")
     )
     rows = []
     for chip, dim, form, passes in itertools.product(flags.chips, flags.dims, flags.forms, flags.passes):
-        case = Case(chip, dim, form, passes, length=flags.length, kv_heads=KV_HEADS[dim], gates=flags.gates)
+        sizes = {"length": flags.length, "kv_heads": KV_HEADS[dim], "window": flags.window, "sinks": flags.sinks}
+        case = Case(chip, dim, form, passes, gates=flags.gates, **sizes)
         print(f"compiling {case.name}", file=sys.stderr)
         rows.append(figures_of(case, *compile_case(case, directory)))
     print(table(rows))
@@ -257,6 +267,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", default=text, help="comma-separated (default %(default)s, which is all)")
     parser.add_argument("--length", type=int, default=8192, help="tokens (default %(default)s)")
     parser.add_argument("--gates", action="store_true", help="with a log decay per token and key/value head")
+    parser.add_argument("--window", type=int, default=0, help="tokens with an exact kernel, whole chunks (default none)")
+    parser.add_argument("--sinks", type=int, default=0, help="first tokens with an exact kernel (default none)")
     parser.add_argument("--out", type=Path, help="also write the table to this JSON file")
     parser.add_argument("--golden", type=Path, help="instead: write the figures of small kernels to this JSON file")
     flags = parser.parse_args(arguments)
@@ -266,6 +278,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         if unknown:
             parser.error(f"--{name}: unknown {', '.join(unknown)}; allowed: {', '.join(map(str, allowed))}")
         setattr(flags, name, [value for value in allowed if str(value) in given])
+    if flags.sinks and not flags.window:
+        parser.error(f"--sinks={flags.sinks} needs a --window")
+    if flags.gates and flags.window and "kernel" in flags.forms:
+        parser.error("--gates with --window: the kernels do not have both; allowed: --forms=scan")
     if flags.length < 1:
         parser.error(f"--length={flags.length}: must be at least 1")
     for name in ("out", "golden"):

@@ -189,14 +189,19 @@ def fold(
     log_k = kernel.log_features(chunk.keys) if log_k is None else log_k
     if decay is not None:
         log_k = log_k + decay.keys[:, None]
-    segment, member = newest_segment(chunk)
-    to_far = (member & (chunk.positions >= sinks.filled.shape[0]))[:, None]
+    num_sinks = sinks.filled.shape[0]
+    last = last_nonzero(chunk.segments)
+    segment = jnp.where(last >= 0, chunk.segments[last], 0)
+    member = (chunk.segments == segment) & (chunk.segments != 0)
+    is_sink = member & (chunk.positions < num_sinks)
+    to_far = (member & ~is_sink)[:, None]
 
     key_max = jax.lax.stop_gradient(jnp.max(jnp.where(to_far, log_k, NEG), axis=0))
     weights = jnp.exp(jnp.where(to_far, log_k - key_max[None, :], NEG))
     dtype = chunk.values.dtype
     summary = FarState(key_max, jnp.sum(weights, axis=0), matmul("cm,cv->mv", weights, chunk.values, dtype), segment)
-    sinks = fold_sinks(sinks, chunk, decay, far.segment) if sinks.filled.shape[0] else sinks
+    if num_sinks:
+        sinks = _fold_sinks(sinks, chunk, decay, is_sink, (segment == far.segment) | (segment == 0))
     far = merge_far(far, summary, None if decay is None else decay.state)
     if decay is not None and decay.of_all is not None:
         z, S = (with_scale_derivative(x, decay.of_all) for x in (far.normalizer, far.values))
@@ -204,18 +209,9 @@ def fold(
     return far, sinks
 
 
-def newest_segment(chunk: Recent) -> tuple[Int[Array, ""], Bool[Array, "c"]]:
-    """(the segment of the chunk's last token that is not padding, 0 where all are, and which tokens belong to it)."""
-    last = last_nonzero(chunk.segments)
-    segment = jnp.where(last >= 0, chunk.segments[last], 0)
-    return segment, (chunk.segments == segment) & (chunk.segments != 0)
-
-
-def fold_sinks(sinks: Sinks, chunk: Recent, decay: FoldDecay | None, far_segment: Int[Array, ""]) -> Sinks:
-    """The sinks once the chunk has entered the far state, whose segment was `far_segment`."""
-    segment, member = newest_segment(chunk)
-    is_sink = member & (chunk.positions < sinks.filled.shape[0])
-    same = (segment == far_segment) | (segment == 0)
+def _fold_sinks(
+    sinks: Sinks, chunk: Recent, decay: FoldDecay | None, is_sink: Bool[Array, "c"], same: Bool[Array, ""]
+) -> Sinks:
     own = jnp.arange(sinks.filled.shape[0], dtype=jnp.int32)[:, None] == chunk.positions[None, :]
     slot = own & is_sink[None, :]  # [s, c], one-hot rows
     found = jnp.any(slot, axis=1)

@@ -1,4 +1,4 @@
-"""Causal attention as TPU kernels (Pallas): `scan_features`, normalised, and `scan_window`'s loop, without sinks.
+"""Causal attention as TPU kernels (Pallas): `scan_features`, normalised, and `scan_window`'s loop.
 
 Of features everywhere, a program of the grid (B, Hkv, chunks) treats one chunk of one key/value head and all its query
 heads; chunks follow each other and hand the far state (c, z, S^T) on in VMEM. Log features are made there and never
@@ -18,14 +18,14 @@ from jaxtyping import Array, Float, Int
 from darkformer_jax.ops import pallas_window, pallas_window_backward
 from darkformer_jax.ops.decay import RunningSum, running_sum
 from darkformer_jax.ops.features import positive_random_features
-from darkformer_jax.ops.linear import Kernel, Sums, Tokens, log_far_weight, merge_sums
+from darkformer_jax.ops.linear import Kernel, Sums, Tokens, log_far_weight
 from darkformer_jax.ops.pallas_backward import backward
-from darkformer_jax.ops.pallas_chunk import LANES, Inputs, Sizes, last_segments
+from darkformer_jax.ops.pallas_chunk import LANES, SUBLANES, Inputs, Sizes, last_segments
 from darkformer_jax.ops.pallas_forward import forward
 from darkformer_jax.ops.pallas_window import Places
 from darkformer_jax.ops.scan import heads_last, join_chunks, split_chunks
-from darkformer_jax.ops.sinks import read_sinks
-from darkformer_jax.ops.state import NEG, AttentionState, FarState, Recent, Sinks
+from darkformer_jax.ops.sinks import PlacedSinks, place_sinks
+from darkformer_jax.ops.state import AttentionState, FarState, Recent, Sinks
 
 
 def what_is_not_covered(kernel: Kernel, tokens: Tokens, *, causal: bool, window: int) -> str | None:
@@ -108,48 +108,56 @@ def attend_chunks(
     *,
     interpret: bool = False,
 ) -> tuple[FarState, Sinks, Sums]:
-    """`scan_chunks`, with the far state, the window and the chunks in a kernel. A TPU takes chunks of 128 n tokens.
-
-    The sums are normalised, in v's dtype, before those of the sinks come on top.
-    """
+    """`scan_chunks` as a kernel; the sums are normalised, in v's dtype. A TPU takes chunks of 128 n tokens."""
     flat, (num_chunks, _, size) = jax.tree.map(join_chunks, chunks), chunks.segments.shape
     before = jax.vmap(heads_last)(recent)
     near = jax.tree.map(lambda old, new: jnp.concatenate([old.astype(new.dtype), new], axis=1), before, flat.recent())
-    leaving, positions = (x[:, : num_chunks * size] for x in (near.segments, near.positions))
+    leaving = jax.tree.map(lambda leaf: leaf[:, : num_chunks * size], near)
     if num_complete is not None:  # the block that an incomplete chunk would move out stays in the window
-        leaving = jnp.where(jnp.arange(num_chunks * size)[None] // size < num_complete[:, None], leaving, 0)
-    to_far = jnp.where(positions < state.sinks.filled.shape[1], 0, leaving)
-    horizon = kernel.far_horizon
+        moves = jnp.arange(num_chunks * size)[None] // size < num_complete[:, None]
+        leaving = leaving._replace(segments=jnp.where(moves, leaving.segments, 0))
+    num_sinks = state.sinks.filled.shape[1]
+    to_far = jnp.where(leaving.positions < num_sinks, 0, leaving.segments)
+    sinks, sink_keys, sink_values, sink_segments = state.sinks, None, None, None
+    if num_sinks:
+        each = place_sinks(state.sinks, state.far.segment, leaving, size)
+        sinks, (sink_keys, sink_values, sink_segments) = each.after_all(), _whole_tiles(each)
+    horizon, features = kernel.far_horizon, kernel.arrays.features
     bound = log_far_weight(horizon, flat.positions.astype(jnp.float32)) if horizon else None
-    places = Places(flat.segments, near.segments, to_far, last_segments(leaving, size), bound)
-    features = kernel.arrays.features
+    of_blocks = last_segments(leaving.segments, size)
+    places = Places(flat.segments, near.segments, sink_segments, to_far, of_blocks, bound)
     with_geometry = kernel.window_kernel == "dark" and features.geometry is not None
     sizes = pallas_window.Sizes(float(kernel.scale), size, recent.segments.shape[1], with_geometry, interpret)
-    inputs = pallas_window.Inputs(features, state.far, flat.queries, near.keys, near.values, kernel.arrays.log_gain)
-    far, out, log = _attend_window(sizes, inputs, places)
-    sums = split_chunks(Sums(out.astype(jnp.float32), jnp.where(log > 0.5 * NEG, 1.0, 0.0), log), size)
-    if not state.sinks.filled.shape[1]:
-        return far, state.sinks, sums
-    sinks, of_sinks = read_sinks(kernel, state, split_chunks(near, size), chunks, num_complete)
-    return far, sinks, merge_sums(sums, of_sinks)
+    of_heads = (kernel.arrays.log_gain, sink_keys, sink_values)
+    inputs = pallas_window.Inputs(features, state.far, flat.queries, near.keys, near.values, *of_heads)
+    far, out = _attend_window(sizes, inputs, places)
+    sees = jnp.broadcast_to((flat.segments != 0)[:, :, None, None], out.shape[:-1])
+    sums = Sums(out, sees.astype(jnp.float32), jnp.zeros(out.shape[:-1], jnp.float32))
+    return far, sinks, split_chunks(sums, size)
+
+
+def _whole_tiles(sinks: PlacedSinks) -> tuple[Array, Array, Array]:
+    """Keys, values and segments of the sinks before each chunk, padded to the rows of a tile."""
+    keys, values, segments = (x[:, :-1] for x in sinks)
+    missing = -segments.shape[2] % SUBLANES
+    pad = lambda x: jnp.pad(x, [(0, 0)] * 3 + [(0, missing), (0, 0)])
+    return pad(keys), pad(values), jnp.pad(segments, [(0, 0), (0, 0), (0, missing)])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend_window(
-    sizes: pallas_window.Sizes, inputs: pallas_window.Inputs, places: Places
-) -> tuple[FarState, Array, Array]:
-    return pallas_window.forward(sizes, inputs, places, save=False)[:3]
+def _attend_window(sizes: pallas_window.Sizes, inputs: pallas_window.Inputs, places: Places) -> tuple[FarState, Array]:
+    return pallas_window.forward(sizes, inputs, places, save=False)[:2]
 
 
 def _attend_window_forward(
     sizes: pallas_window.Sizes, inputs: pallas_window.Inputs, places: Places
-) -> tuple[tuple[FarState, Array, Array], Any]:
-    far, out, log, saved = pallas_window.forward(sizes, inputs, places, save=True)
-    return (far, out, log), (inputs, places, out, saved)
+) -> tuple[tuple[FarState, Array], Any]:
+    far, out, saved = pallas_window.forward(sizes, inputs, places, save=True)
+    return (far, out), (inputs, places, out, saved)
 
 
 def _attend_window_backward(
-    sizes: pallas_window.Sizes, saved: Any, gradient: tuple[FarState, Array, Array]
+    sizes: pallas_window.Sizes, saved: Any, gradient: tuple[FarState, Array]
 ) -> tuple[pallas_window.Inputs, None]:
     inputs, places, out, states = saved
     return pallas_window_backward.backward(sizes, inputs, places, out, states, gradient), None

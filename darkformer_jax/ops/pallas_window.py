@@ -3,8 +3,7 @@
 A program of the grid (B, Hkv, chunks) treats one chunk of one key/value head and all its query heads. It reads the far
 state and, one by one, the keys of the window before the chunk and of the chunk; then the window's oldest chunk enters
 the far state, which stays in VMEM from chunk to chunk. Keys lie behind those of the window before the first token, so
-that chunk n sees the blocks n to n + window / C, and block n leaves it. Sinks are not in the kernel: it also returns
-the log of each row's denominator, by which `ops.scan` adds what it reads of them.
+that chunk n sees the blocks n to n + window / C, and block n leaves it. Sinks come as more keys, a block per chunk.
 """
 
 import math
@@ -16,7 +15,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from darkformer_jax.ops.features import RandomFeatures
-from darkformer_jax.ops.pallas_chunk import Blocks, Head, as_row, dot, fold_weights, held_segments
+from darkformer_jax.ops.pallas_chunk import Blocks, Head, dot, fold_weights, held_segments
 from darkformer_jax.ops.pallas_forward import Saved
 from darkformer_jax.ops.state import NEG, FarState
 
@@ -40,6 +39,8 @@ class Inputs(NamedTuple):
     keys: Float[Array, "b t h d"]
     values: Float[Array, "b t h dv"]
     log_gain: Float[Array, "h g"] | None
+    sink_keys: Float[Array, "b chunks h s d"] | None
+    sink_values: Float[Array, "b chunks h s dv"] | None
 
 
 class Places(NamedTuple):
@@ -47,6 +48,7 @@ class Places(NamedTuple):
 
     queries: Int[Array, "b n"]  # segments
     keys: Int[Array, "b t"]
+    sinks: Int[Array, "b chunks s"] | None
     to_far: Int[Array, "b n"]  # the keys' segments, 0 where a key that leaves the window does not enter the far state
     leaving: Int[Array, "b chunks"]  # the last segment of the block that leaves the window; 0: nothing enters
     bound: Float[Array, "b n"] | None  # `log_far_weight` of the queries
@@ -59,6 +61,7 @@ class Has(NamedTuple):
     log_weights: bool
     gain: bool
     bound: bool
+    sinks: bool
 
 
 class WindowBlocks(Blocks):
@@ -71,8 +74,8 @@ class WindowBlocks(Blocks):
     @property
     def static(self) -> dict[str, Any]:
         _, geometry, log_weights = self.inputs.features
-        bound = self.places.bound
-        has = Has(geometry is not None, log_weights is not None, self.inputs.log_gain is not None, bound is not None)
+        others = (self.inputs.log_gain, self.places.bound, self.places.sinks)
+        has = Has(*(x is not None for x in (geometry, log_weights, *others)))
         return {"sizes": self.sizes, "has": has}
 
     @property
@@ -97,17 +100,22 @@ class WindowBlocks(Blocks):
             *((places.keys[:, None, :], row(j)) for j in blocks),
             (places.to_far[:, :, None], column),
             *([] if places.bound is None else [(places.bound[:, :, None], column)]),
+            *self._sinks(),
             *((x, self.of_head(x.shape[1:])) for x in self.per_head),
         ]
+
+    def _sinks(self) -> list[tuple[Array, pl.BlockSpec]]:
+        segments, keys, values = self.places.sinks, self.inputs.sink_keys, self.inputs.sink_values
+        if segments is None or keys is None or values is None:
+            return []
+        row = pl.BlockSpec((1, 1, 1, segments.shape[2]), lambda b, h, n, *_: (b, self._place(n), 0, 0))
+        moved = [jnp.swapaxes(x, 1, 2) for x in (keys, values)]
+        return [(segments[:, :, None], row), *((x, self.of_chunk(x.shape[3:])) for x in moved)]
 
     @property
     def per_head(self) -> list[Array]:
         gain = self.inputs.log_gain
         return super().per_head + ([] if gain is None else [gain.astype(jnp.float32)[:, :, None, None]])
-
-    def of_rows(self) -> pl.BlockSpec:
-        """Of an array [b, h, chunks, 1, g c], a number per query."""
-        return self.of_chunk((1, self.group * self.sizes.chunk))
 
 
 class View(NamedTuple):
@@ -116,7 +124,7 @@ class View(NamedTuple):
     head: Head
     gain: Float[Array, "g 1 1"] | None
     q: Float[Array, "gc d"]
-    keys: Float[Array, "t d"]
+    keys: Float[Array, "t d"]  # of the window, of the chunk, sinks
     values: Float[Array, "t dv"]
     column: Int[Array, "c 1"]  # segments of the queries
     row: Int[Array, "1 t"]  # and of the keys
@@ -132,12 +140,14 @@ def take_refs(refs: Any, sizes: Sizes, has: Has) -> tuple[View, list]:
     take = lambda count: [rest.pop(0) for _ in range(count)]
     (q,), k, v, (column,), row, (to_far,) = (take(count) for count in (1, near, near, 1, near, 1))
     bound = rest.pop(0)[0] if has.bound else None
+    sinks = take(3) if has.sinks else []
     w = rest.pop(0)
     head = Head(w, rest.pop(0) if has.geometry else None, rest.pop(0) if has.log_weights else None, sizes.scale)
     gain = rest.pop(0)[0] if has.gain else None
     queries = q[0, 0].reshape(-1, q.shape[-1])
-    keys, values = (jnp.concatenate([ref[0, 0] for ref in blocks], axis=0) for blocks in (k, v))
-    segments = jnp.concatenate([ref[0] for ref in row], axis=1)
+    segments = jnp.concatenate([*(ref[0] for ref in row), *(ref[0, 0] for ref in sinks[:1])], axis=1)
+    keys = jnp.concatenate([*(ref[0, 0] for ref in k), *(ref[0, 0, 0] for ref in sinks[1:2])], axis=0)
+    values = jnp.concatenate([*(ref[0, 0] for ref in v), *(ref[0, 0, 0] for ref in sinks[2:])], axis=0)
     log_q, log_k = head.log_features(queries), head.log_features(k[0][0, 0])
     return View(head, gain, queries, keys, values, column[0], segments, to_far[0], bound, log_q, log_k), rest
 
@@ -148,14 +158,14 @@ class Seen(NamedTuple):
     weights: Float[Array, "gc t"]
     far_weights: Float[Array, "gc m"]
     denominator: Float[Array, "gc 1"]  # 1 where nothing is seen
-    log: Float[Array, "gc 1"]  # r + log denominator
 
 
 def look(view: View, sizes: Sizes, c: Float[Array, "1 m"], z: Float[Array, "1 m"], far_segment: Any) -> Seen:
-    """`_exact_sums` without sinks, and the weights of `weighted_sums`."""
+    """`_exact_sums`, and the weights of `weighted_sums`."""
     size, near, (rows, features) = view.column.shape[0], view.row.shape[1], view.log_q.shape
     place = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (size, near), axis)
-    own = (view.column == view.row) & (view.row != 0) & (place(0) + sizes.window >= place(1))
+    past = (place(0) + sizes.window >= place(1)) | (place(1) >= sizes.window + size)  # and all sinks
+    own = (view.column == view.row) & (view.row != 0) & past
     visible = jnp.broadcast_to(own.astype(jnp.int32)[None], (rows // size, size, near)).reshape(rows, near) != 0
     q, k = exact_points(view, sizes)
     scores = sizes.scale * dot(q, k, (1, 1), q.dtype) + math.log(features)
@@ -171,7 +181,7 @@ def look(view: View, sizes: Sizes, c: Float[Array, "1 m"], z: Float[Array, "1 m"
     far_weights, weights = jnp.exp(far_scores - shift), jnp.exp(scores - shift)
     denominator = jnp.sum(far_weights * z, axis=1, keepdims=True) + jnp.sum(weights, axis=1, keepdims=True)
     denominator = jnp.where(denominator > 0, denominator, 1.0)
-    return Seen(weights, far_weights, denominator, jnp.where(largest > 0.5 * NEG, shift + jnp.log(denominator), NEG))
+    return Seen(weights, far_weights, denominator)
 
 
 def exact_points(view: View, sizes: Sizes) -> tuple[Float[Array, "gc r"], Float[Array, "t r"]]:
@@ -183,22 +193,21 @@ def exact_points(view: View, sizes: Sizes) -> tuple[Float[Array, "gc r"], Float[
 
 def forward(
     sizes: Sizes, inputs: Inputs, places: Places, *, save: bool
-) -> tuple[FarState, Float[Array, "b n h g dv"], Float[Array, "b n h g"], Saved | None]:
-    """(the far state after the tokens, out in v's dtype, the denominators' logs, what the backward pass needs)."""
+) -> tuple[FarState, Float[Array, "b n h g dv"], Saved | None]:
+    """(the far state after the tokens, out in v's dtype, what the backward pass needs if it is to come)."""
     blocks = WindowBlocks(sizes, inputs, places, last_first=False)
     far, dtype, shapes = inputs.far, inputs.values.dtype, blocks.state_shapes
     states = [far.key_max[:, :, None], far.normalizer[:, :, None], jnp.swapaxes(far.values, 2, 3)]
     rows = (blocks.batch, blocks.heads)
     outputs: list[Any] = [((*rows, *shape), jnp.float32, blocks.of_row(shape)) for shape in shapes]
     outputs.append(((*rows, blocks.group, blocks.length, blocks.value_dim), dtype, blocks.of_queries(blocks.value_dim)))
-    outputs.append(((*rows, blocks.chunks, 1, blocks.group * sizes.chunk), jnp.float32, blocks.of_rows()))
     if save:
         dtypes = (jnp.float32, jnp.float32, dtype)
         outputs += [
             ((*rows, blocks.chunks, *shape), kind, blocks.of_chunk(shape))
             for shape, kind in zip(shapes, dtypes, strict=True)
         ]
-    c, z, S, out, log, *saved = blocks.call(
+    c, z, S, out, *saved = blocks.call(
         _chunk,
         blocks.scalars,
         [*blocks.near_tokens(), *((x, blocks.of_row(x.shape[2:])) for x in states)],
@@ -206,15 +215,13 @@ def forward(
         shapes,
     )
     far = FarState(c[:, :, 0], z[:, :, 0], jnp.swapaxes(S, 2, 3), held_segments(places.leaving, far.segment)[1])
-    log = log.reshape(*rows, blocks.chunks, blocks.group, sizes.chunk)
-    log = jnp.moveaxis(log, (2, 4), (1, 2)).reshape(blocks.batch, blocks.length, blocks.heads, blocks.group)
-    return far, jnp.moveaxis(out, -2, 1), log, Saved(*saved) if save else None
+    return far, jnp.moveaxis(out, -2, 1), Saved(*saved) if save else None
 
 
 def _chunk(before: Any, leaving: Any, *refs: Any, sizes: Sizes, has: Has) -> None:
     """Reads the far state and the near keys, then folds the oldest block in; `chunk_window` for one program."""
     view, rest = take_refs(refs, sizes, has)
-    c_in, z_in, S_in, c_out, z_out, S_out, out_ref, log_ref, *saved, c, z, S = rest
+    c_in, z_in, S_in, c_out, z_out, S_out, out_ref, *saved, c, z, S = rest
     index = pl.program_id(2)
     place = pl.program_id(0) * pl.num_programs(2) + index
     far_segment, own_segment = before[place], leaving[place]
@@ -228,7 +235,6 @@ def _chunk(before: Any, leaving: Any, *refs: Any, sizes: Sizes, has: Has) -> Non
     seen, dtype = look(view, sizes, c[...], z[...], far_segment), view.values.dtype
     numerator = dot(seen.far_weights, S[...], (1, 1), dtype) + dot(seen.weights, view.values, (1, 0), dtype)
     out_ref[0, 0] = (numerator / seen.denominator).reshape(out_ref.shape[2:]).astype(out_ref.dtype)
-    log_ref[0, 0, 0] = as_row(seen.log)
 
     folded = fold_weights(view.to_far, view.log_k, None, c[...], far_segment, own_segment)
     c[...] = folded.key_max

@@ -1,8 +1,8 @@
 """The hybrid's backward TPU kernel: chunks from the last to the first, as in `pallas_backward`, whose formulas hold.
 
-With o = N / D and log D among the outputs, dL/dD = -e with e = (dL/do . o - dL/dlog D) / D. A block of keys has
-gradients from the chunks that see it and from the far state that it enters. They are summed in VMEM, in rows for the
-window and the chunk, which move on by a chunk per step: the last block is complete, and an empty one comes in front.
+A block of keys has gradients from the chunks that see it and from the far state that it enters. They are summed in
+VMEM, in rows for the window and the chunk, which move on by a chunk per step: the last block is complete, and an empty
+one comes in front.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from darkformer_jax.ops.pallas_backward import of_features, of_points
-from darkformer_jax.ops.pallas_chunk import LANES, dot, fold_weights
+from darkformer_jax.ops.pallas_chunk import dot, fold_weights
 from darkformer_jax.ops.pallas_forward import Saved
 from darkformer_jax.ops.pallas_window import (
     Has,
@@ -36,22 +36,20 @@ def backward(
     places: Places,
     out: Float[Array, "b n h g dv"],
     saved: Saved,
-    gradient: tuple[FarState, Array, Array],
+    gradient: tuple[FarState, Array],
 ) -> Inputs:
-    """The gradients of `inputs`, from those of the far state after the tokens, of `out` and of the logs."""
+    """The gradients of `inputs`, from those of the far state after the tokens and of `out`."""
     blocks = WindowBlocks(sizes, inputs, places, last_first=True)
-    far, of_out, of_log = gradient
+    far, of_out = gradient
     rows, chunk = (blocks.batch, blocks.heads), sizes.chunk
     own = [x.shape[1:] for x in blocks.per_head]
     states = [far.normalizer[:, :, None], jnp.swapaxes(far.values, 2, 3)]
     values = blocks.of_queries(blocks.value_dim)
     widths = (blocks.dim, blocks.value_dim)
-    of_log = jnp.moveaxis(
-        of_log.reshape(blocks.batch, blocks.chunks, chunk, blocks.heads, blocks.group), (1, 2), (2, 4)
-    )
-    of_log = of_log.reshape(*rows, blocks.chunks, 1, blocks.group * chunk)
     heads_in_front = lambda x: jnp.moveaxis(x, 1, -2)
-    dq, dk, dv, dk_recent, dv_recent, dc, dz, dS, *of_head = blocks.call(
+    kind = inputs.keys.dtype
+    sinks = [] if inputs.sink_keys is None else [(inputs.sink_keys.shape[3], width) for width in widths]
+    dq, dk, dv, dk_recent, dv_recent, dc, dz, dS, *rest = blocks.call(
         _chunk,
         blocks.scalars,
         [
@@ -59,21 +57,19 @@ def backward(
             *((x, blocks.of_chunk(x.shape[3:])) for x in saved),
             (heads_in_front(out), values),
             (heads_in_front(of_out), values),
-            (of_log, blocks.of_rows()),
             *((x, blocks.of_row(x.shape[2:])) for x in states),
         ],
         [
             ((*rows, blocks.group, blocks.length, blocks.dim), inputs.queries.dtype, blocks.of_queries(blocks.dim)),
-            *(((*rows, blocks.length, width), inputs.keys.dtype, blocks.of_keys(width)) for width in widths),
-            *(
-                ((*rows, sizes.window, width), inputs.keys.dtype, blocks.of_row((sizes.window, width)))
-                for width in widths
-            ),
+            *(((*rows, blocks.length, width), kind, blocks.of_keys(width)) for width in widths),
+            *(((*rows, sizes.window, width), kind, blocks.of_row((sizes.window, width))) for width in widths),
             *(((*rows, *shape), jnp.float32, blocks.of_row(shape)) for shape in [*blocks.state_shapes, *own]),
+            *(((*rows, blocks.chunks, *shape), kind, blocks.of_chunk(shape)) for shape in sinks),
         ],
         [*blocks.state_shapes[1:], *((sizes.window + chunk, width) for width in widths)],
     )
-    of_gain = None
+    of_sinks = [jnp.swapaxes(rest.pop(), 1, 2) for _ in sinks]
+    of_head, of_gain = rest, None
     if inputs.log_gain is not None:
         of_gain = jnp.sum(of_head.pop(), axis=0)[:, :, 0, 0].astype(inputs.log_gain.dtype)
     integers: Any = np.zeros(inputs.far.segment.shape, float0)
@@ -85,14 +81,17 @@ def backward(
         tokens_in_front(jnp.concatenate([dk_recent, dk], axis=2)),
         tokens_in_front(jnp.concatenate([dv_recent, dv], axis=2)),
         of_gain,
+        of_sinks.pop() if of_sinks else None,
+        of_sinks.pop() if of_sinks else None,
     )
 
 
 def _chunk(before: Any, leaving: Any, *refs: Any, sizes: Sizes, has: Has) -> None:
     """The gradients of a chunk, of the keys that it sees, and of the state before it."""
     view, rest = take_refs(refs, sizes, has)
-    c_ref, z_ref, S_ref, out, of_out, of_log, dz_in, dS_in, dq, dk, dv, dk_recent, dv_recent, *rest = rest
+    c_ref, z_ref, S_ref, out, of_out, dz_in, dS_in, dq, dk, dv, dk_recent, dv_recent, *rest = rest
     dc_out, dz_out, dS_out, *of_head, dz, dS, of_keys, of_values = rest
+    of_sinks = [of_head.pop() for _ in range(2 * has.sinks)]  # of values, of keys
     size, place = sizes.chunk, pl.num_programs(2) - 1 - pl.program_id(2)
     row = pl.program_id(0) * pl.num_programs(2)
     far_segment, own_segment = before[row + place], leaving[row + place]
@@ -107,7 +106,7 @@ def _chunk(before: Any, leaving: Any, *refs: Any, sizes: Sizes, has: Has) -> Non
     seen = look(view, sizes, c, z, far_segment)
     as_rows = lambda ref: ref[0, 0].reshape(-1, ref.shape[-1]).astype(jnp.float32)
     of_numerator = as_rows(of_out) / seen.denominator
-    e = jnp.sum(of_numerator * as_rows(out), axis=1, keepdims=True) - _as_column(of_log[0, 0, 0]) / seen.denominator
+    e = jnp.sum(of_numerator * as_rows(out), axis=1, keepdims=True)
     of_scores = seen.weights * (dot(of_numerator, view.values, (1, 1), dtype) - e)
     of_far = seen.far_weights * (dot(of_numerator, S, (1, 0), dtype) - e * z)
     if view.gain is not None:
@@ -118,9 +117,13 @@ def _chunk(before: Any, leaving: Any, *refs: Any, sizes: Sizes, has: Has) -> Non
     first_values, first_keys = view.values[:size], view.keys[:size]
     of_folded = folded.weights * (dz[...] + dot(first_values, dS[...], (1, 0), dtype))
     of_queries, to_keys = _of_exact(view, sizes, of_scores, of_head)
-    of_values[...] += dot(seen.weights, of_numerator, (0, 0), dtype)
+    to_values = dot(seen.weights, of_numerator, (0, 0), dtype)
+    near = sizes.window + size
+    for ref, to_sinks in zip(of_sinks, (to_values[near:], to_keys[near:]), strict=False):
+        ref[0, 0, 0] = to_sinks.astype(ref.dtype)
+    of_values[...] += to_values[:near]
     of_values[:size] += dot(folded.weights, dS[...], (1, 1), dtype)
-    of_keys[...] += to_keys
+    of_keys[...] += to_keys[:near]
     of_keys[:size] += of_points(view.head, first_keys, of_folded, of_head)
     dz[...] = dz[...] * folded.keep - jnp.sum(seen.far_weights * e, axis=0, keepdims=True)
     dS[...] = dS[...] * folded.keep + dot(of_numerator, seen.far_weights, (0, 0), dtype)
@@ -152,8 +155,3 @@ def _of_exact(
         return of_q, of_k
     of_head[1][0, 0] += dot(of_q, view.q, (0, 0), q.dtype) + dot(of_k, view.keys, (0, 0), q.dtype)
     return dot(of_q, geometry[0], (1, 0), q.dtype), dot(of_k, geometry[0], (1, 0), q.dtype)
-
-
-def _as_column(row: Float[Array, "1 n"]) -> Float[Array, "n 1"]:
-    """The same numbers. Whole tiles are what a TPU transposes."""
-    return jnp.broadcast_to(row, (LANES, row.shape[1])).T[:, :1]

@@ -172,7 +172,7 @@ def scan_chunks(
     ) -> tuple[tuple[FarState, Sinks, Recent], Sums]:
         index, *chunk = xs
         *advanced, sums = one_chunk(*carry, *chunk)
-        return advance(tuple(advanced), carry, index, num_complete), sums
+        return _advance(tuple(advanced), carry, index, num_complete), sums
 
     visible = _near_keys(recent.segments, chunks.segments)
     queries = elapsed = None
@@ -188,7 +188,7 @@ def scan_chunks(
     return far, sinks, sums
 
 
-def advance(new: Tree, old: Tree, index: Int[Array, ""], num_complete: Int[Array, "b"] | None) -> Tree:
+def _advance(new: Tree, old: Tree, index: Int[Array, ""], num_complete: Int[Array, "b"] | None) -> Tree:
     """What follows chunk `index`: of a sequence in which it is not complete, what was there before it."""
     if num_complete is None:
         return new

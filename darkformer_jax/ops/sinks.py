@@ -1,51 +1,59 @@
-"""The sinks of the hybrid by themselves, for a kernel that leaves them out.
+"""The sinks of the hybrid as every chunk finds them, without a scan: for a kernel that takes all chunks at once."""
 
-They are few, so that a scan over chunks costs little beside the window.
-"""
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
-from darkformer_jax.ops.linear import Kernel, Sums, Tokens, fold_sinks, newest_segment, weighted_sums
-from darkformer_jax.ops.scan import RECENT_AXES, SINK_AXES, SUM_AXES, TOKEN_AXES, advance, heads_first, over_heads
-from darkformer_jax.ops.state import NEG, AttentionState, Recent, Sinks, empty_far
+from darkformer_jax.ops.pallas_chunk import held_segments, last_segments
+from darkformer_jax.ops.state import Recent, Sinks
 
 
-def read_sinks(
-    kernel: Kernel, state: AttentionState, leaving: Recent, chunks: Tokens, num_complete: Int[Array, "b"] | None
-) -> tuple[Sinks, Sums]:
-    """(the sinks after the chunks, what the chunks' queries read of the sinks before each), chunks [n, b, c, ...].
+class PlacedSinks(NamedTuple):
+    """The sinks before each of n chunks, and after the last."""
 
-    leaving: from chunk n on, the blocks of the window and then of the chunks; block n leaves the window after chunk n.
+    keys: Float[Array, "b n1 h s d"]
+    values: Float[Array, "b n1 h s dv"]
+    segments: Int[Array, "b n1 s"]  # 0 where a sink is not there
+
+    def after_all(self) -> Sinks:
+        """Those of the state after the chunks."""
+        return Sinks(self.keys[:, -1], self.values[:, -1], self.segments[:, -1] != 0)
+
+
+def place_sinks(sinks: Sinks, far_segment: Int[Array, "b"], leaving: Recent, chunk: int) -> PlacedSinks:
+    """What `fold_sinks` makes of the sinks, chunk by chunk. There is no decay.
+
+    Args:
+      sinks, far_segment: before the first chunk.
+      leaving: [b, n c, ...], the blocks that leave the window after chunk 0, 1, ...; segments 0 where none does.
     """
-    num_chunks = chunks.segments.shape[0]
-    leaving = jax.tree.map(lambda leaf: leaf[:num_chunks], leaving)
-    one_chunk = over_heads(
-        kernel, _read_then_fold, (SINK_AXES, None, TOKEN_AXES, RECENT_AXES), (SINK_AXES, None, SUM_AXES)
-    )
+    batch, length = leaving.segments.shape
+    chunks, num_sinks = length // chunk, sinks.filled.shape[1]
+    own = last_segments(leaving.segments, chunk)
+    before, after = held_segments(own, far_segment)
+    blocks = jax.tree.map(lambda leaf: leaf.reshape(batch, chunks, chunk, *leaf.shape[2:]), leaving)
+    member = (blocks.segments == own[:, :, None]) & (blocks.segments != 0)
+    slots = jnp.arange(num_sinks, dtype=jnp.int32)[:, None] == blocks.positions[:, :, None]
+    slots = slots & member[:, :, None]
 
-    @jax.checkpoint
-    def body(
-        carry: tuple[Sinks, Int[Array, "b"]], xs: tuple[Int[Array, ""], Tokens, Recent]
-    ) -> tuple[tuple[Sinks, Int[Array, "b"]], Sums]:
-        index, tokens, block = xs
-        *new, sums = one_chunk(*carry, tokens, heads_first(block))
-        return advance(tuple(new), carry, index, num_complete), sums
+    # 0 is the state before the first chunk, i + 1 is block i.
+    number = jnp.arange(1, chunks + 1, dtype=jnp.int32)
+    newest = lambda there, number: jnp.pad(jax.lax.cummax(jnp.where(there, number, 0), axis=1), _FIRST[there.ndim])
+    found = newest(jnp.any(slots, axis=3), number[None, :, None])
+    start = newest((own != 0) & (own != before), number[None])  # of the segment that the far state has
+    filled = (found >= start[:, :, None]) & ((found > 0) | sinks.filled[:, None])
+    held = jnp.concatenate([before, after[:, None]], axis=1)
 
-    (sinks, _), sums = jax.lax.scan(
-        body, (state.sinks, state.far.segment), (jnp.arange(num_chunks, dtype=jnp.int32), chunks, leaving)
-    )
-    return sinks, sums
+    def pick(old: Array, new: Array) -> Array:
+        # Exactly: by default accelerators would round the rows in the product.
+        rows = jnp.einsum("bnsc,bnchd->bnhsd", slots.astype(new.dtype), new, precision=jax.lax.Precision.HIGHEST)
+        rows = jnp.concatenate([old[:, None].astype(new.dtype), rows], axis=1)
+        return jnp.take_along_axis(rows, found[:, :, None, :, None], axis=1)
+
+    keys, values = pick(sinks.keys, blocks.keys), pick(sinks.values, blocks.values)
+    return PlacedSinks(keys, values, jnp.where(filled, held[:, :, None], 0))
 
 
-def _read_then_fold(
-    kernel: Kernel, sinks: Sinks, segment: Int[Array, ""], tokens: Tokens, block: Recent
-) -> tuple[Sinks, Int[Array, ""], Sums]:
-    reads = (tokens.segments == segment) & (tokens.segments != 0)
-    scores = kernel.log_kernel(tokens.queries, sinks.keys)
-    scores = jnp.where((reads[:, None] & sinks.filled[None, :])[:, None, :], scores, NEG)
-    nothing = empty_far(0, sinks.values.shape[1], scores.dtype)
-    sums = weighted_sums(scores[..., :0], nothing, scores, sinks.values)
-    newest, _ = newest_segment(block)
-    return fold_sinks(sinks, block, None, segment), jnp.where(newest == 0, segment, newest), sums
+_FIRST = {2: ((0, 0), (1, 0)), 3: ((0, 0), (1, 0), (0, 0))}  # a row of zeros in front of axis 1
