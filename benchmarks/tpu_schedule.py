@@ -267,7 +267,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", default=text, help="comma-separated (default %(default)s, which is all)")
     parser.add_argument("--length", type=int, default=8192, help="tokens (default %(default)s)")
     parser.add_argument("--gates", action="store_true", help="with a log decay per token and key/value head")
-    parser.add_argument("--window", type=int, default=0, help="tokens with an exact kernel, whole chunks (default none)")
+    parser.add_argument("--window", type=int, default=0, help="tokens with an exact kernel, in chunks (default none)")
     parser.add_argument("--sinks", type=int, default=0, help="first tokens with an exact kernel (default none)")
     parser.add_argument("--out", type=Path, help="also write the table to this JSON file")
     parser.add_argument("--golden", type=Path, help="instead: write the figures of small kernels to this JSON file")

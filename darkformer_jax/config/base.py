@@ -179,7 +179,7 @@ def _attention() -> Section:
     # performer, dark: q and k are taken in coordinates of their own, which `calibrate --geometry=balanced` finds.
     a.balanced = anything(False, off=False, since=8)
     a.chunk_size = at_least(1, 128)  # tokens per chunk of the linear scan; reformer: of the sorted text
-    # What computes features everywhere in training: scan | pallas, a kernel for TPUs (docs/attention.md). auto is the
+    # What computes layers with features in training: scan | pallas, kernels for TPUs (docs/attention.md). auto is the
     # scan, since no TPU has run the kernel yet. It is of the run, not of its model: verbs that load one take auto.
     a.backend = choice("auto", get_args(Backend), off="auto", since=9)
     a.window = at_least(0, 0, off=0)  # tokens seen exactly before the own chunk, whole chunks; 0 = features everywhere

@@ -1,4 +1,4 @@
-"""`model.attention.backend`: which program computes the attention of a layer with features everywhere."""
+"""`model.attention.backend`: which program computes the attention of a layer with features."""
 
 from typing import Any, Literal
 
@@ -9,6 +9,7 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.mixers.spec import MixerSpec
 
 Backend = Literal["auto", "scan", "pallas"]
+TILE = 128  # tokens, of which a hybrid's chunk has whole ones on a TPU
 _NAMED = "model.attention.backend = 'pallas'"
 
 
@@ -24,12 +25,14 @@ def check_backend(spec: MixerSpec) -> None:
     """Raises UserError where the kernel does not cover the layer."""
     if spec.backend != "pallas":
         return
-    for name, value, allowed in (
-        ("model.attention.window", spec.window, 0),
-        ("model.causal", spec.causal, True),
+    window = f"with model.attention.window = {spec.window}"
+    for missing, what, allowed in (
+        (not spec.causal, "with model.causal = False", "model.causal = True"),
+        (spec.window and spec.chunk_size % TILE, f"{window}: chunk_size = {spec.chunk_size}", f"a multiple of {TILE}"),
+        (spec.window and (spec.has_decay or spec.has_alibi), f"{window} and a decay", "model.attention.window = 0"),
     ):
-        if value != allowed:
-            raise UserError(f"{_NAMED} with {name} = {value!r}; allowed: {name} = {allowed!r}, or backend = 'scan'")
+        if missing:
+            raise UserError(f"{_NAMED} {what}; allowed: {allowed}, or backend = 'scan'")
 
 
 def check_backend_on(spec: MixerSpec, mesh: Mesh) -> None:

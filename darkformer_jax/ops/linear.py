@@ -309,7 +309,7 @@ def _exact_sums(
     return weighted_sums(read_far(kernel, tokens.queries, tokens.segments, far, since), far, scores, values)
 
 
-def log_far_weight(horizon: int, places: Float[Array, "n"]) -> Float[Array, "n"]:
+def log_far_weight(horizon: int, places: Float[Array, "*b n"]) -> Float[Array, "*b n"]:
     """min(0, log(horizon / n)) of the n-th token: the total weight of its far keys stays that of `horizon` tokens."""
     return jnp.minimum(0.0, math.log(horizon) - jnp.log(jnp.maximum(places + 1, 1)))
 

@@ -132,7 +132,7 @@ def attend_chunks(
     inputs = pallas_window.Inputs(features, state.far, flat.queries, near.keys, near.values, *of_heads)
     far, out = _attend_window(sizes, inputs, places)
     sees = jnp.broadcast_to((flat.segments != 0)[:, :, None, None], out.shape[:-1])
-    sums = Sums(out, sees.astype(jnp.float32), jnp.zeros(out.shape[:-1], jnp.float32))
+    sums = Sums(out.astype(jnp.float32), sees.astype(jnp.float32), jnp.zeros(out.shape[:-1], jnp.float32))
     return far, sinks, split_chunks(sums, size)
 
 

@@ -35,8 +35,8 @@ def place_sinks(sinks: Sinks, far_segment: Int[Array, "b"], leaving: Recent, chu
     before, after = held_segments(own, far_segment)
     blocks = jax.tree.map(lambda leaf: leaf.reshape(batch, chunks, chunk, *leaf.shape[2:]), leaving)
     member = (blocks.segments == own[:, :, None]) & (blocks.segments != 0)
-    slots = jnp.arange(num_sinks, dtype=jnp.int32)[:, None] == blocks.positions[:, :, None]
-    slots = slots & member[:, :, None]
+    slots = jnp.arange(num_sinks, dtype=jnp.int32)[None, None, :, None] == blocks.positions[:, :, None]
+    slots &= member[:, :, None]
 
     # 0 is the state before the first chunk, i + 1 is block i.
     number = jnp.arange(1, chunks + 1, dtype=jnp.int32)

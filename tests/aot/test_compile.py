@@ -53,13 +53,13 @@ def test_the_plan_of_a_small_step_on_four_chips(capsys):
 
 
 @needs_libtpu
-def test_a_step_with_the_kernel_for_tpus_on_four_chips():
+@pytest.mark.parametrize("form", [{"decay": "gate"}, {"chunk_size": 128, "window": 128, "num_sinks": 2}], ids=str)
+def test_a_step_with_the_kernel_for_tpus_on_four_chips(form):
     """Of heads that `tensor` splits, exact ones among them, and layers that are computed again."""
     sizes = SIZES | {"model__num_heads": 6, "model__num_kv_heads": 3, "model__attention__exact_kv_heads": 1}
     mesh = {"mesh__data": 1, "mesh__fsdp": 2, "mesh__tensor": 2}
-    config = tiny_config(
-        **sizes, **mesh, model__attention__backend="pallas", model__attention__decay="gate", model__dtype="bfloat16"
-    )
+    form = {f"model__attention__{name}": value for name, value in form.items()}
+    config = tiny_config(**sizes | form, **mesh, model__attention__backend="pallas", model__dtype="bfloat16")
     experiment = Experiment.of(config, TASKS["language_model"].objective_of(config), topology_devices("v5e:2x2"))
     compiled = compile_step(experiment)
     assert compiled.as_text().count("tpu_custom_call") >= 1

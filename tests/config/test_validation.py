@@ -131,8 +131,12 @@ RULES = [
         "undecayed_heads = 4 of 4 key/value heads: at least one must decay",
     ),
     (
-        {"model.attention.backend": "pallas", "model.attention.window": 128},
-        "'pallas' with model.attention.window = 128; allowed: model.attention.window = 0, or backend = 'scan'",
+        {"model.attention.backend": "pallas", "model.attention.window": 64, "model.attention.chunk_size": 64},
+        "'pallas' with model.attention.window = 64: chunk_size = 64; allowed: a multiple of 128, or backend = 'scan'",
+    ),
+    (
+        {"model.attention.backend": "pallas", "model.attention.window": 128, "model.attention.decay": "gate"},
+        "'pallas' with model.attention.window = 128 and a decay; allowed: model.attention.window = 0, or backend = 's",
     ),
     (
         {"model.attention.backend": "pallas", "model.causal": False, "task.name": "classification"},

@@ -21,11 +21,14 @@ SIZES = {"model__num_heads": 4, "model__num_kv_heads": 2, "model__vocab_size": 2
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 
 
-def results(backend):
+FORMS = {"features": {"chunk_size": 16}, "hybrid": {"chunk_size": 8, "window": 8, "num_sinks": 2, "far_horizon": 12}}
+
+
+def results(form, backend):
     """Output and gradients of four rows with documents of their own, and four query and two key/value heads."""
-    x = draw("dark", 24, heads=(4, 2), batch=4)
+    x = draw("dark", 24, heads=(4, 2), batch=4, gain=form == "hybrid")
     ids = np.concatenate([documents(length, 24 - length) for length in (7, 16, 20, 23)])
-    attend = functools.partial(dark_attention, chunk_size=16, backend=backend)
+    attend = functools.partial(dark_attention, **FORMS[form], backend=backend)
 
     def run(x):
         return on_shards(attend, *x[:3], **x.arrays, segment_ids=jnp.asarray(ids))
@@ -38,21 +41,22 @@ def results(backend):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(run_with_gradients(x, draw_cotangent(x)))]
 
 
-def test_the_kernel_on_eight_devices_gives_what_the_scan_gives_on_one(tmp_path):
+@pytest.mark.parametrize("form", FORMS)
+def test_the_kernel_on_eight_devices_gives_what_the_scan_gives_on_one(form, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
         "import jax, numpy as np\n"
         "from darkformer_jax.distributed.sharding import make_mesh\n"
         "from tests.mixers.test_backend import MESH, results\n"
         "with jax.set_mesh(make_mesh(MESH)):\n"
-        f"    np.savez({str(tmp_path / 'split.npz')!r}, *results('pallas_interpret'))\n"
+        f"    np.savez({str(tmp_path / 'split.npz')!r}, *results({form!r}, 'pallas_interpret'))\n"
     )
     command = on_eight_devices(program, tmp_path)
-    whole = results("scan")
+    whole = results(form, "scan")
     ended = command.wait()
     assert ended.status == 0, ended.err
     with np.load(tmp_path / "split.npz") as split:
-        assert len(split.files) == len(whole) == 6
+        assert len(split.files) == len(whole) == (7 if form == "hybrid" else 6)
         for name, expected in zip(split.files, whole, strict=True):
             np.testing.assert_allclose(split[name], expected, rtol=1e-4, atol=5e-5)
 

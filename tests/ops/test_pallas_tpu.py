@@ -234,7 +234,6 @@ def test_one_token_after_a_state_takes_the_step_of_the_scan(length, kernels):
     ("options", "message"),
     [
         ({"backend": "pallas"}, "backend = 'pallas' is a TPU kernel; this program is for a cpu: use 'scan'"),
-        ({"window": 16}, "backend = 'pallas_interpret' does not cover window = 16: use backend = 'scan'"),
         ({"causal": False}, "does not cover causal=False: use backend = 'scan'"),
     ],
 )
