@@ -89,6 +89,7 @@ class Case:
 GOLDEN = (
     Case("v5e", 128, "kernel", "forward+backward", length=1024, heads=2, kv_heads=2),
     Case("v6e", 64, "kernel", "forward+backward", length=1024, heads=2, kv_heads=2),
+    Case("v5e", 128, "kernel", "forward+backward", length=1024, heads=2, kv_heads=2, window=256, sinks=4),
 )
 
 

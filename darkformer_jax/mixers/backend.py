@@ -9,7 +9,7 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.mixers.spec import MixerSpec
 
 Backend = Literal["auto", "scan", "pallas"]
-TILE = 128  # tokens, of which a hybrid's chunk has whole ones on a TPU
+TILE = 16  # tokens, of which a hybrid's chunk has whole ones on a TPU
 _NAMED = "model.attention.backend = 'pallas'"
 
 

@@ -108,7 +108,7 @@ def attend_chunks(
     *,
     interpret: bool = False,
 ) -> tuple[FarState, Sinks, Sums]:
-    """`scan_chunks` as a kernel; the sums are normalised, in v's dtype. A TPU takes chunks of 128 n tokens."""
+    """`scan_chunks` as a kernel; the sums are normalised, in v's dtype. A TPU takes chunks of `SUBLANES` n tokens."""
     flat, (num_chunks, _, size) = jax.tree.map(join_chunks, chunks), chunks.segments.shape
     before = jax.vmap(heads_last)(recent)
     near = jax.tree.map(lambda old, new: jnp.concatenate([old.astype(new.dtype), new], axis=1), before, flat.recent())
@@ -118,14 +118,18 @@ def attend_chunks(
         leaving = leaving._replace(segments=jnp.where(moves, leaving.segments, 0))
     num_sinks = state.sinks.filled.shape[1]
     to_far = jnp.where(leaving.positions < num_sinks, 0, leaving.segments)
-    sinks, sink_keys, sink_values, sink_segments = state.sinks, None, None, None
+    sinks, sink_keys, sink_values = state.sinks, None, None
+    blocks = near.segments.reshape(len(near.segments), -1, size)
+    # Slices, because gathers are slow on a TPU.
+    segments = jnp.concatenate([blocks[:, j : j + num_chunks] for j in range(blocks.shape[1] - num_chunks + 1)], axis=2)
     if num_sinks:
         each = place_sinks(state.sinks, state.far.segment, leaving, size)
         sinks, (sink_keys, sink_values, sink_segments) = each.after_all(), _whole_tiles(each)
+        segments = jnp.concatenate([segments, sink_segments], axis=2)
     horizon, features = kernel.far_horizon, kernel.arrays.features
     bound = log_far_weight(horizon, flat.positions.astype(jnp.float32)) if horizon else None
     of_blocks = last_segments(leaving.segments, size)
-    places = Places(flat.segments, near.segments, sink_segments, to_far, of_blocks, bound)
+    places = Places(flat.segments, segments, to_far, of_blocks, bound)
     with_geometry = kernel.window_kernel == "dark" and features.geometry is not None
     sizes = pallas_window.Sizes(float(kernel.scale), size, recent.segments.shape[1], with_geometry, interpret)
     of_heads = (kernel.arrays.log_gain, sink_keys, sink_values)

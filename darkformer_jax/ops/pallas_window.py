@@ -47,8 +47,7 @@ class Places(NamedTuple):
     """Who sees whom. Nothing here has a gradient."""
 
     queries: Int[Array, "b n"]  # segments
-    keys: Int[Array, "b t"]
-    sinks: Int[Array, "b chunks s"] | None
+    keys: Int[Array, "b chunks t"]  # of all that a chunk sees one by one: the window, the chunk, sinks
     to_far: Int[Array, "b n"]  # the keys' segments, 0 where a key that leaves the window does not enter the far state
     leaving: Int[Array, "b chunks"]  # the last segment of the block that leaves the window; 0: nothing enters
     bound: Float[Array, "b n"] | None  # `log_far_weight` of the queries
@@ -74,7 +73,7 @@ class WindowBlocks(Blocks):
     @property
     def static(self) -> dict[str, Any]:
         _, geometry, log_weights = self.inputs.features
-        others = (self.inputs.log_gain, self.places.bound, self.places.sinks)
+        others = (self.inputs.log_gain, self.places.bound, self.inputs.sink_keys)
         has = Has(*(x is not None for x in (geometry, log_weights, *others)))
         return {"sizes": self.sizes, "has": has}
 
@@ -89,28 +88,20 @@ class WindowBlocks(Blocks):
         places, size = self.places, self.sizes.chunk
         q, k, v = (jnp.moveaxis(x, 1, -2) for x in (self.inputs.queries, self.inputs.keys, self.inputs.values))
         column = pl.BlockSpec((1, size, 1), lambda b, h, n, *_: (b, self._place(n), 0))
-        row = lambda j: pl.BlockSpec((1, 1, size), lambda b, h, n, *_: (b, 0, self._place(n) + j))
+        row = pl.BlockSpec((1, 1, 1, places.keys.shape[2]), lambda b, h, n, *_: (b, self._place(n), 0, 0))
         keys = lambda j, width: pl.BlockSpec((1, 1, size, width), lambda b, h, n, *_: (b, h, self._place(n) + j, 0))
-        blocks = range(self.near)
+        blocks, sinks = range(self.near), (self.inputs.sink_keys, self.inputs.sink_values)
         return [
             (q, self.of_queries(self.dim)),
             *((k, keys(j, self.dim)) for j in blocks),
             *((v, keys(j, self.value_dim)) for j in blocks),
             (places.queries[:, :, None], column),
-            *((places.keys[:, None, :], row(j)) for j in blocks),
+            (places.keys[:, :, None], row),
             (places.to_far[:, :, None], column),
             *([] if places.bound is None else [(places.bound[:, :, None], column)]),
-            *self._sinks(),
+            *((jnp.swapaxes(x, 1, 2), self.of_chunk((x.shape[3], x.shape[4]))) for x in sinks if x is not None),
             *((x, self.of_head(x.shape[1:])) for x in self.per_head),
         ]
-
-    def _sinks(self) -> list[tuple[Array, pl.BlockSpec]]:
-        segments, keys, values = self.places.sinks, self.inputs.sink_keys, self.inputs.sink_values
-        if segments is None or keys is None or values is None:
-            return []
-        row = pl.BlockSpec((1, 1, 1, segments.shape[2]), lambda b, h, n, *_: (b, self._place(n), 0, 0))
-        moved = [jnp.swapaxes(x, 1, 2) for x in (keys, values)]
-        return [(segments[:, :, None], row), *((x, self.of_chunk(x.shape[3:])) for x in moved)]
 
     @property
     def per_head(self) -> list[Array]:
@@ -138,18 +129,17 @@ def take_refs(refs: Any, sizes: Sizes, has: Has) -> tuple[View, list]:
     """(the chunk, the references that are left) of those to `near_tokens`."""
     rest, near = list(refs), sizes.window // sizes.chunk + 1
     take = lambda count: [rest.pop(0) for _ in range(count)]
-    (q,), k, v, (column,), row, (to_far,) = (take(count) for count in (1, near, near, 1, near, 1))
+    (q,), k, v, (column, row, to_far) = (take(count) for count in (1, near, near, 3))
     bound = rest.pop(0)[0] if has.bound else None
-    sinks = take(3) if has.sinks else []
+    sinks = take(2) if has.sinks else []
     w = rest.pop(0)
     head = Head(w, rest.pop(0) if has.geometry else None, rest.pop(0) if has.log_weights else None, sizes.scale)
     gain = rest.pop(0)[0] if has.gain else None
     queries = q[0, 0].reshape(-1, q.shape[-1])
-    segments = jnp.concatenate([*(ref[0] for ref in row), *(ref[0, 0] for ref in sinks[:1])], axis=1)
-    keys = jnp.concatenate([*(ref[0, 0] for ref in k), *(ref[0, 0, 0] for ref in sinks[1:2])], axis=0)
-    values = jnp.concatenate([*(ref[0, 0] for ref in v), *(ref[0, 0, 0] for ref in sinks[2:])], axis=0)
+    keys = jnp.concatenate([*(ref[0, 0] for ref in k), *(ref[0, 0, 0] for ref in sinks[:1])], axis=0)
+    values = jnp.concatenate([*(ref[0, 0] for ref in v), *(ref[0, 0, 0] for ref in sinks[1:])], axis=0)
     log_q, log_k = head.log_features(queries), head.log_features(k[0][0, 0])
-    return View(head, gain, queries, keys, values, column[0], segments, to_far[0], bound, log_q, log_k), rest
+    return View(head, gain, queries, keys, values, column[0], row[0, 0], to_far[0], bound, log_q, log_k), rest
 
 
 class Seen(NamedTuple):

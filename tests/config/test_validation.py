@@ -131,8 +131,8 @@ RULES = [
         "undecayed_heads = 4 of 4 key/value heads: at least one must decay",
     ),
     (
-        {"model.attention.backend": "pallas", "model.attention.window": 64, "model.attention.chunk_size": 64},
-        "'pallas' with model.attention.window = 64: chunk_size = 64; allowed: a multiple of 128, or backend = 'scan'",
+        {"model.attention.backend": "pallas", "model.attention.window": 24, "model.attention.chunk_size": 24},
+        "'pallas' with model.attention.window = 24: chunk_size = 24; allowed: a multiple of 16, or backend = 'scan'",
     ),
     (
         {"model.attention.backend": "pallas", "model.attention.window": 128, "model.attention.decay": "gate"},

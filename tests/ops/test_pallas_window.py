@@ -173,17 +173,17 @@ def test_what_the_kernel_does_not_cover_is_one_line(op, more, message):
 
 def test_chunks_that_a_tpu_does_not_take_are_named(monkeypatch):
     monkeypatch.setattr("darkformer_jax.ops.attend.target_platform", lambda: "tpu")
-    message = "chunk_size = 64: backend = 'pallas' with a window takes multiples of 128, backend = 'scan' any"
+    message = "chunk_size = 24: backend = 'pallas' with a window takes multiples of 16, backend = 'scan' any"
     x = jax.tree.map(jnp.asarray, draw("dark", 8))
     with pytest.raises(UserError, match=re.escape(message)):
-        dark_attention(*x[:3], **x.arrays, chunk_size=64, window=64, backend="pallas")
+        dark_attention(*x[:3], **x.arrays, chunk_size=24, window=24, backend="pallas")
 
 
-# Chip, rows and tokens, heads, size of a head, features, dtype, and whether 64 bits are on.
+# Chip, rows and tokens, heads, size of a head, features, dtype, chunk, and whether 64 bits are on.
 COMPILED = [
-    ("v5e:1x1", (1, 1024), (8, 1), 256, 256, jnp.bfloat16, False),
-    ("v5p:2x2x1", (256, 256), (9, 3), 64, 64, jnp.float32, True),
-    ("v6e:1x1", (1, 1024), (8, 8), 128, 256, jnp.bfloat16, False),
+    ("v5e:1x1", (1, 1024), (8, 1), 256, 256, jnp.bfloat16, 128, False),
+    ("v5p:2x2x1", (256, 256), (9, 3), 64, 64, jnp.float32, 64, True),
+    ("v6e:1x1", (1, 1024), (8, 8), 128, 256, jnp.bfloat16, 16, False),
 ]
 
 
@@ -198,14 +198,16 @@ def without_cache():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-@pytest.mark.parametrize(("topology", "tokens", "heads", "dim", "features", "dtype", "x64"), COMPILED)
-def test_it_compiles_for_tpus_whose_memories_it_fits(topology, tokens, heads, dim, features, dtype, x64, without_cache):
+@pytest.mark.parametrize(("topology", "tokens", "heads", "dim", "features", "dtype", "chunk", "x64"), COMPILED)
+def test_it_compiles_for_tpus_whose_memories_it_fits(
+    topology, tokens, heads, dim, features, dtype, chunk, x64, without_cache
+):
     mesh = Mesh(np.array(topology_devices(topology)[:1]), ("x",), axis_types=(AxisType.Auto,))
     everywhere = NamedSharding(mesh, PartitionSpec())
     of = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
     q, k = (of(*tokens, count, dim, dtype=dtype) for count in heads)
     arrays = {"projections": of(heads[1], features, dim), "geometry": of(heads[1], dim, dim), "log_gain": of(heads[0])}
-    options = {"chunk_size": 128, "window": 256, "num_sinks": 4, "far_horizon": 256, "backend": "pallas"}
+    options = {"chunk_size": chunk, "window": 2 * chunk, "num_sinks": 4, "far_horizon": 256, "backend": "pallas"}
     loss = lambda x: jnp.sum(dark_attention(*x[:3], **x.arrays, **options).astype(jnp.float32))
     with jax.set_mesh(mesh), jax.enable_x64(x64):
         program = jax.jit(jax.grad(loss)).lower(Inputs(q, k, k, arrays)).compile().as_text()
