@@ -91,7 +91,8 @@ def dark_attention(
         exchange far states, windows, sinks and sums of decays, in messages that do not grow with the length.
       backend: "scan" works everywhere. "pallas" is a TPU kernel for causal attention with features everywhere, and one
         for its gradients: features stay in the chip's fast memory, and it chooses its own chunks. It takes no float64,
-        sequence_axis or traced scale, and has first derivatives only. "pallas_interpret" runs the kernels' steps on any device, slowly, for tests.
+        sequence_axis or traced scale, and has first derivatives only. "pallas_interpret" runs the kernels' steps on any
+        device, slowly, for tests.
 
     Returns:
       out [b, n, hq, dv] in v's dtype, or (out, state).
