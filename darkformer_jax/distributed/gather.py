@@ -19,7 +19,12 @@ from darkformer_jax.distributed.sharding import RULES, axis_size
 
 
 def with_gathered(
-    product: Callable[[Array, Array], Array], x: Array, matrix: Array, axes: Sequence[str | None]
+    product: Callable[[Array, Array], Array],
+    x: Array,
+    matrix: Array,
+    axes: Sequence[str | None],
+    *,
+    sums_in: jax.typing.DTypeLike,
 ) -> Array:
     """`product(x, matrix)`, on each device for its own rows and places, with the whole matrix.
 
@@ -28,6 +33,7 @@ def with_gathered(
     Args:
       product: [b, n, ...] and a matrix -> [b, n, ...], each row and place by itself.
       axes: the logical names of the matrix's dimensions.
+      sums_in: the dtype in which parts are sent and their gradients summed; see `ops.lowering.dtype_of_sums`.
     """
     ways, rows, places = (axis_size(name) for name in ("embed", "batch", "sequence"))
     is_split = ways > 1 and "embed" in axes and matrix.shape[list(axes).index("embed")] % ways == 0
@@ -41,12 +47,13 @@ def with_gathered(
     # from merging the two.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def of_device(x: Array, part: Array) -> Array:
+        part = part.astype(sums_in)
         # First, so that gradients are scattered before they are summed over the other axes.
         part = jax.lax.pcast(part, tuple(others), to="varying")
         part = jnp.moveaxis(part, place, 0)  # of a TPU's reduce-scatters, those along the last axis become all-reduces
         for groups in stages(ways):
             part = jax.lax.all_gather(part, _FSDP, tiled=True, axis_index_groups=groups)
-        return product(x, jnp.moveaxis(part, 0, place))
+        return product(x, jnp.moveaxis(part, 0, place).astype(matrix.dtype))
 
     in_specs = (split, P(*(_FSDP if name == "embed" else None for name in axes)))
     return jax.shard_map(of_device, in_specs=in_specs, out_specs=split, axis_names=others | {_FSDP})(x, matrix)

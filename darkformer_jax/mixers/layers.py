@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from darkformer_jax.distributed.gather import with_gathered
-from darkformer_jax.ops.lowering import is_one_cpu
+from darkformer_jax.ops.lowering import dtype_of_sums, is_one_cpu
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -55,7 +55,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Array) -> Array:
         kernel = self.kernel[...].astype(self.dtype)
         contract = functools.partial(_contract, num_inputs=self.num_inputs)
-        y = with_gathered(contract, x.astype(self.dtype), kernel, self.axes)
+        y = with_gathered(contract, x.astype(self.dtype), kernel, self.axes, sums_in=dtype_of_sums(self.dtype))
         if self.lora_A is not None and self.lora_B is not None:
             low = _contract(x.astype(self.dtype), self.lora_A[...].astype(self.dtype), self.num_inputs)
             y = y + jnp.tensordot(low, self.lora_B[...].astype(self.dtype), axes=1)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from darkformer_jax.errors import UserError
 from darkformer_jax.ops.decay import RunningSum, running_sum, to_end
 from darkformer_jax.ops.linear import Kernel, Tokens, document_places, fold
-from darkformer_jax.ops.lowering import target_platform
+from darkformer_jax.ops.lowering import dtype_of_sums
 from darkformer_jax.ops.scan import FAR_AXES, SINK_AXES, TOKEN_AXES, heads_first, over_heads, split_chunks
 from darkformer_jax.ops.state import NEG, AttentionState, FarState, Recent, Sinks, merge_far
 
@@ -180,9 +180,7 @@ def _open_before(segments: Int[Array, "p b"], axis: str) -> tuple[Int[Array, "b"
 
 def gather_sequence(x: Shaped[Array, "b n *rest"], axis: str) -> Shaped[Array, "b t *rest"]:
     """The stretches of all devices, in their order."""
-    # XLA's CPU backend aborts on the gradient's sum over devices in bfloat16.
-    wide = jnp.float32 if x.dtype == jnp.bfloat16 and target_platform() == "cpu" else x.dtype
-    return jax.lax.all_gather(x.astype(wide), axis, axis=1, tiled=True).astype(x.dtype)
+    return jax.lax.all_gather(x.astype(dtype_of_sums(x.dtype)), axis, axis=1, tiled=True).astype(x.dtype)
 
 
 def _from_left(recent: Recent, axis: str) -> Recent:

@@ -91,8 +91,8 @@ def dark_attention(
         exchange far states, windows, sinks and sums of decays, in messages that do not grow with the length.
       backend: "scan" works everywhere. "pallas" is a TPU kernel for causal attention, and one for its gradients:
         features stay in the chip's fast memory. Without a window it chooses its own chunks; with one it takes no
-        log_decay, and a chunk_size that is a multiple of 16. It has first derivatives only. "pallas_interpret" runs
-        the kernels' steps on any device, slowly, for tests.
+        log_decay, and a chunk_size that is a multiple of 16. It takes no float64, sequence_axis or traced scale, and
+        has first derivatives only. "pallas_interpret" runs the kernels' steps on any device, slowly, for tests.
 
     Returns:
       out [b, n, hq, dv] in v's dtype, or (out, state).

@@ -1,6 +1,7 @@
 """The platform that a program is compiled for while it is traced."""
 
 import jax
+import jax.numpy as jnp
 
 
 def target_platform() -> str:
@@ -15,3 +16,11 @@ def target_platform() -> str:
 def is_one_cpu() -> bool:
     """Whether the program is for one CPU device: no mesh of several is current, and the platform is the CPU."""
     return target_platform() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
+
+
+def dtype_of_sums(dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
+    """In which arrays of `dtype` are sent where devices sum them, or their gradients, in a shard_map.
+
+    float32 in the place of bfloat16 on CPUs, whose backend in XLA aborts the process on such a sum in bfloat16.
+    """
+    return jnp.float32 if dtype == jnp.bfloat16 and target_platform() == "cpu" else dtype
