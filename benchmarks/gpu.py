@@ -1,4 +1,4 @@
-"""What one GPU does: attention beside its peers, and training steps of a language model of 1.1 B parameters.
+"""What one GPU does: attention beside its peers, and training steps of a language model of 1.0 B parameters.
 
     bash launch/install.sh gpu && pip install -c constraints/py3.11.txt ".[peers]"
     python -m benchmarks.gpu --out=results/gpu
@@ -6,7 +6,8 @@
 
 One command after another, each in a process of its own, so that none finds memory taken: the card and its clocks;
 `benchmarks.attention` in bfloat16, in which exact attention is cuDNN's, with decoding and peak memory; and `train.py`
-with each form of attention and each context, whose last steps are recorded for TensorBoard or xprof (<out>/<run>/profile).
+with each form of attention and each context, whose last steps are recorded for TensorBoard or xprof, in
+<out>/<run>/profile.
 A step has 16,384 tokens, rows of the standard library's text; layers are computed again in the backward pass. Model
 FLOP/s utilisation counts what the mathematics needs, and not what is computed again.
 
@@ -25,8 +26,8 @@ from tqdm import tqdm
 
 from darkformer_jax.tasks.table import table_lines
 
-SHAPES = {
-    # TinyLlama 1.1B (arXiv 2401.02385): 22 layers, 32 query heads of 64 and 4 key/value heads.
+SHAPES: dict[str, dict[str, Any]] = {
+    # TinyLlama's (arXiv 2401.02385), but for embeddings that input and output share.
     "1b": {
         "vocab_size": 32_000,
         "num_layers": 22,
@@ -40,21 +41,20 @@ SHAPES = {
     },
     "tiny": {"num_layers": 2, "embed_dim": 32, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "mlp_dim": 64},
 }
-FORMS = {
+FORMS: dict[str, dict[str, Any]] = {
     "softmax": {"kind": "softmax"},
     "dark": {"kind": "dark", "num_features": 256, "chunk_size": 128},
     "dark, gates": {"kind": "dark", "num_features": 256, "chunk_size": 128, "decay": "gate"},
     "dark, window 256": {"kind": "dark", "num_features": 256, "chunk_size": 128, "window": 256, "num_sinks": 4},
 }
-PLAIN = {"decay": "none", "conv_width": 1, "window": 0}  # of the quickstart, from which the runs differ
+PLAIN = {"decay": "none", "conv_width": 0, "window": 0}  # which the quickstart sets otherwise
 TOKENS, STEPS, RECORDED = 16_384, 30, 3
 
 
 def training(form: str, context: int, flags: argparse.Namespace, workdir: Path) -> list[str]:
     """The command of one training run."""
-    attention = (PLAIN if FORMS[form]["kind"] == "dark" else {}) | FORMS[form]
-    shape = SHAPES[flags.shape]
-    fields = {f"model.{name}": value for name, value in shape.items()}
+    attention = PLAIN | FORMS[form]
+    fields = {f"model.{name}": value for name, value in SHAPES[flags.shape].items()}
     fields |= {f"model.attention.{name}": value for name, value in attention.items()}
     fields |= {
         "data.tokenizer": "bytes",
@@ -93,7 +93,7 @@ def figures(workdir: Path) -> dict[str, Any]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """In Markdown; speeds beside exact attention's of the same context."""
+    """For people to read; speeds beside exact attention's of the same context."""
     exact = {row["context"]: row.get("tokens_per_second") for row in rows if row["form"] == "softmax"}
     cells = []
     for row in rows:
@@ -112,7 +112,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                 "" if memory is None else f"{memory / 2**30:.1f}",
             ]
         )
-    return "\n".join(table_lines(["attention", "context", "tokens/s", "of exact", "MFU", "GiB"], cells))
+    return "\n".join(table_lines([["attention", "context", "tokens/s", "of exact", "MFU", "GiB"], *cells]))
 
 
 def card() -> str:

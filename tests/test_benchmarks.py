@@ -1,9 +1,10 @@
+import argparse
 import json
 
 import numpy as np
 import pytest
 
-from benchmarks import contexts, exact_heads, exported, lra, made_up_chats, paper, recall, zoo
+from benchmarks import contexts, exact_heads, exported, gpu, lra, made_up_chats, paper, recall, zoo
 from benchmarks.grid import is_done
 from benchmarks.learning import FAR, REPEATED, Result, Run, ngram_bits, repeat_distance, table
 from configs.lra import get_config as get_lra_config
@@ -17,7 +18,7 @@ from darkformer_jax.mixers import MIXERS
 from darkformer_jax.mixers.encoders import EncoderMechanism
 from darkformer_jax.pretrained.export import export_workdir
 from darkformer_jax.runs.workdir import Workdir
-from tests.tiny_runs import tiny_config, write_workdir
+from tests.tiny_runs import run_commands, tiny_config, write_workdir
 
 
 def test_a_captain_answers_in_every_conversation(tmp_path):
@@ -223,3 +224,25 @@ def test_by_context_the_state_of_features_stays_and_what_would_take_too_long_is_
     assert sizes[names[1], 32] == sizes[names[1], 16]
     assert len(contexts.lines(rows, names[0])) == 1 + 4
     assert len(contexts.measure(names, [16, 32], new_tokens=2, repeats=1, limit=0)) == 2
+
+
+def test_the_trainings_on_a_gpu_are_experiments_that_train_accepts(tmp_path):
+    commands = [gpu.training(form, 8192, argparse.Namespace(shape="1b"), tmp_path / "run") for form in gpu.FORMS]
+    for form, ended in zip(gpu.FORMS, run_commands([(c[1], [*c[2:], "--dry_run"]) for c in commands]), strict=True):
+        assert ended.status == 0, ended.err
+        assert "tokens/step    16,384 = 2 x 8192\n" in ended.out and "parameters     1,03" in ended.out
+        assert f"22 x {gpu.FORMS[form]['kind']}\n" in ended.out
+
+
+def test_steps_on_a_gpu_are_timed_before_they_are_recorded(tmp_path):
+    times = [None, 100.0, 200.0, 50.0]  # the first line has no speed, the last one has recorded steps
+    lines = [{"step": 10 * i, "time": {} if t is None else {"tokens_per_second": t}} for i, t in enumerate(times)]
+    lines[-1]["time"]["device_memory_bytes"] = 2**30
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    got = gpu.figures(tmp_path)
+    assert got["tokens_per_second"] == 200.0 and got["mfu"] is None and got["device_memory_bytes"] == 2**30
+    row = {"form": "dark", "context": 8192, "failed": None} | got
+    exact = {"form": "softmax", "context": 8192, "failed": None} | got | {"tokens_per_second": 400.0}
+    failed = {"form": "dark", "context": 64, "failed": "error: no room"}
+    words = gpu.table([exact, row, failed])
+    assert "200" in words and "0.50x" in words and "1.0" in words and "failed: error: no room" in words
