@@ -4,6 +4,7 @@ Layers at the same place in the pattern are stacked. One scan goes over the comp
 the program's size does not grow with depth. The layers of an incomplete last repetition follow the scan.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -141,31 +142,37 @@ class Transformer(nnx.Module):
         """(the last layer's output, the new state, what was observed)."""
         split = [nnx.split(getattr(self, f"blocks_{place}")) for place in range(len(self.spec.pattern))]
 
-        def layers(x: Array, stacks: Any) -> tuple[Array, Any]:
-            """Applies one layer per entry of the arrays, at the first places of the pattern."""
+        def layer(graphdef: Any, x: Array, arrays: Any, state: Any, beside: Any) -> tuple[Array, Any, Any]:
+            block = nnx.merge(graphdef, arrays)
+            x, new_state = block(x, segment_ids, positions, state)
+            x = constrain(x, "batch", "sequence", None)
+            return x, new_state, observe(x, beside)
+
+        def layers(x: Array, stacks: Any, *, once: bool) -> tuple[Array, Any]:
+            """Applies one layer per entry of the arrays, at the first places of the pattern. once: not in a loop."""
             arrays, states, besides = stacks
             new_states, observed = [], []
-            for (graphdef, _), block_arrays, block_state, own in zip(split, arrays, states, besides, strict=False):
-                block = nnx.merge(graphdef, block_arrays)
-                x, new_state = block(x, segment_ids, positions, block_state)
-                x = constrain(x, "batch", "sequence", None)
+            for (graphdef, _), *own in zip(split, arrays, states, besides, strict=False):
+                apply = functools.partial(layer, graphdef)
+                if self.spec.remat != "none":
+                    # Each layer by itself, because the pattern may be as long as the network. A loop keeps XLA from
+                    # merging what is computed again with the forward pass.
+                    apply = jax.checkpoint(apply, policy=REMAT_POLICIES[self.spec.remat], prevent_cse=once)
+                x, new_state, seen = apply(x, *own)
                 new_states.append(new_state)
-                observed.append(observe(x, own))
+                observed.append(seen)
             return x, (tuple(new_states), tuple(observed))
 
-        in_scan = behind = layers
-        if self.spec.remat != "none":
-            policy = REMAT_POLICIES[self.spec.remat]
-            in_scan = jax.checkpoint(layers, policy=policy, prevent_cse=False)
-            behind = jax.checkpoint(layers, policy=policy)
         places = len(split)
         periods, tail = divmod(self.spec.num_layers, places)
         repeated = tuple(jax.tree.map(lambda leaf: leaf[:periods], arrays) for _, arrays in split)
         last = tuple(jax.tree.map(lambda leaf: leaf[periods], arrays) for _, arrays in split[:tail])
         states, last_states = ((None,) * places, (None,) * tail) if state is None else state
         besides, last_besides = _by_place(beside, places, periods, tail)
+        # XLA makes a loop of one step straight code.
+        in_scan = functools.partial(layers, once=periods == 1)
         x, (new_states, observed) = jax.lax.scan(in_scan, x, (repeated, states, besides))
-        x, (new_last_states, last_observed) = behind(x, (last, last_states, last_besides))
+        x, (new_last_states, last_observed) = layers(x, (last, last_states, last_besides), once=True)
         new_state = None if state is None else (new_states, new_last_states)
         return x, new_state, _by_layer(observed, last_observed)
 

@@ -66,6 +66,17 @@ def test_a_step_with_the_kernel_for_tpus_on_four_chips(form):
 
 
 @needs_libtpu
+def test_layers_of_a_pattern_as_long_as_the_network_are_computed_again_one_by_one():
+    def peak(remat):
+        fields = {"model__attention__pattern": "dark,dark(exact_kv_heads=1),dark", "sequence_length": 1024}
+        config = tiny_config(**SIZES | fields | {"model__remat": remat}, mesh__data=4, model__dtype="bfloat16")
+        experiment = Experiment.of(config, TASKS["language_model"].objective_of(config), topology_devices("v5e:2x2"))
+        return compile_step(experiment).memory_analysis().peak_memory_in_bytes
+
+    assert peak("full") < 0.8 * peak("none")
+
+
+@needs_libtpu
 def test_what_does_not_fit_says_so():
     exact = {name: value for name, value in SIZES.items() if "attention" not in name}
     config = tiny_config(**exact | {"model__attention__kind": "softmax", "model__vocab_size": 2**21}, mesh__data=4)

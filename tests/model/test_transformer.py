@@ -178,9 +178,16 @@ class _Constant:
         return self.table
 
 
-def test_remat_changes_neither_loss_nor_gradients_and_keeps_less():
-    spec = change(num_layers=5, pattern=("dark",))
+@pytest.mark.parametrize(
+    ("pattern", "num_layers", "less"),
+    [(("dark",), 5, True), (("dark", "softmax"), 5, True), (("dark", "softmax", "dark"), 3, False)],
+    ids=["a scan", "a scan and a layer behind it", "a pattern as long as the network"],
+)
+def test_remat_changes_neither_loss_nor_gradients_and_keeps_less(pattern, num_layers, less):
+    """Where no layers repeat, XLA's CPU backend keeps as much; tests/aot/test_compile.py asks that of a TPU."""
+    spec = change(num_layers=num_layers, pattern=pattern)
     _, params, projections = build(spec)
+    projections = jax.tree.map(jnp.asarray, projections)
     tokens = jnp.asarray(random.integers(0, 37, (2, 128)), jnp.int32)
     positions = jnp.tile(jnp.arange(128, dtype=jnp.int32), (2, 1))
 
@@ -201,7 +208,7 @@ def test_remat_changes_neither_loss_nor_gradients_and_keeps_less():
         other_loss, other, other_temporary = run(remat)
         np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.linalg.norm(b)), other, gradients)
-        assert other_temporary < 0.9 * temporary
+        assert other_temporary < 0.9 * temporary or not less
 
 
 @pytest.mark.parametrize(
