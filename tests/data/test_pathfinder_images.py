@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 
 import numpy as np
 import PIL.Image
@@ -154,17 +155,31 @@ def no_metadata(level):
     return r"metadata has no .npy file; a level has metadata/<n>.npy and imgs/<n>/\*.png"
 
 
+def images_without_metadata(level):
+    (level / "metadata/1.npy").unlink()
+    return r"imgs/1 is there without .*metadata/1.npy; allowed: a level in which each has the other"
+
+
+def metadata_without_images(level):
+    (level / "metadata/10.npy").write_text("")
+    return r"metadata/10.npy is there without .*imgs/10; allowed: a level in which each has the other"
+
+
 def few(level):
-    for path in list((level / "metadata").iterdir())[1:]:
-        path.unlink()
-    (path,) = (level / "metadata").iterdir()
+    for number in (1, 2):
+        (level / f"metadata/{number}.npy").unlink()
+        shutil.rmtree(level / f"imgs/{number}")
+    path = level / "metadata/0.npy"
     path.write_text(path.read_text().splitlines()[0])
     return r"curv_contour_length_14: its 1 images are too few: none is in (train|val)"
 
 
 @pytest.mark.parametrize(
     "damage",
-    [truncated, empty, no_image, missing, other_size, coloured, label, column, real_npy, no_metadata, few],
+    [
+        *(truncated, empty, no_image, missing, other_size, coloured, label, column, real_npy, no_metadata, few),
+        *(images_without_metadata, metadata_without_images),
+    ],
 )
 def test_what_is_missing_or_damaged_is_named_in_a_line_and_nothing_is_written(tmp_path, capsys, damage):
     write_level(tmp_path / "lra_release")
