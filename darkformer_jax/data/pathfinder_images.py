@@ -47,8 +47,8 @@ def write_pathfinder_release(
       name: a key of SIDES.
       level: a key of LEVELS.
 
-    Returns what statistics.json has: as there, and under `source` the directory, a hash of its metadata, and which
-    images were left out. That is the one that was published empty.
+    Returns what statistics.json has: as there, and under `source` the level, the directory, a hash of its metadata,
+    and which images were left out. That is the one that was published empty.
 
     Raises UserError, which names the file, for what is missing, a directory of images without metadata, another label
     than 0 and 1, or a damaged image.
@@ -72,7 +72,7 @@ def write_pathfinder_release(
         if not images:
             raise UserError(f"{source}: its {len(listed)} images are too few: none is in {split}")
     pieces = {split: _read_images(images, SIDES[name]) for split, images in splits.items()}
-    facts = {"directory": str(source), "metadata_sha256": fingerprint, "left_out": left_out}
+    facts = {"level": level, "directory": str(source), "metadata_sha256": fingerprint, "left_out": left_out}
     return write_splits(directory, pieces, len(listed) - len(left_out), progress_bar, facts)
 
 

@@ -69,6 +69,7 @@ def test_every_image_is_in_one_split_with_its_label_and_its_copies_are_beside_it
     saved = json.loads((tmp_path / "out" / "statistics.json").read_text())
     text = "".join((tmp_path / nesting / LEVEL / f"metadata/{number}.npy").read_text() for number in range(12))
     assert saved["source"] == {
+        "level": "hard",
         "directory": f"{tmp_path}/{nesting}/{LEVEL}",
         "metadata_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "left_out": [],
@@ -97,7 +98,7 @@ def test_the_image_that_was_published_empty_is_left_out_counted_and_named(tmp_pa
     status, said, _ = run(capsys, *flags, f"--out={tmp_path}/out")
     assert status == 0 and f"left out, because it is empty: {empty}" in said
     saved = json.loads((tmp_path / "out" / "statistics.json").read_text())
-    assert saved["source"]["left_out"] == [empty]
+    assert saved["source"]["left_out"] == [empty] and saved["source"]["level"] == "easy"
     assert sum(saved[split]["images"] for split in ("train", "val", "test")) == len(images) - 1
 
 
