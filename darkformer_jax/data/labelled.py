@@ -388,8 +388,9 @@ def _encoded(examples: Sequence[Example] | Sequence[Text], tokenizer: Tokenizer)
                 if error := _refusal(word, tokenizer):
                     raise UserError(f"{example.place}: '{shown_label(word)}': {error}") from error
         raise
-    for example, ids in zip(examples, encoded, strict=True):
+    for number, ids in enumerate(encoded):
         if not len(ids):
+            example = examples[number]
             raise UserError(
                 f"{example.place}: the tokenizer makes no token of the text '{shown_label(example.text)}'; allowed: "
                 "texts with a token"
