@@ -18,6 +18,7 @@ Benchmarks for configs/lra.py and configs/glue.py: ListOps and Pathfinder, made 
 
 import argparse
 import itertools
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -47,6 +48,13 @@ LISTOPS, PATHFINDER, LRA, IMDB, AAN, GLUE = "listops", "pathfinder", "lra_releas
 _RELEASED = {LISTOPS: 100_000, **dict.fromkeys(SIDES, 200_000), IMDB: 50_000, AAN: 182_613}  # examples in all
 _TASKS = {LRA: (LISTOPS, *SIDES), GLUE: tuple(GLUE_TASKS)}
 _SCALES = {LISTOPS: tuple(LISTOPS_SCALES), PATHFINDER: tuple(PATHFINDER_SCALES)}
+_DIRECTORIES = {
+    "fashion_mnist": "of train-images-idx3-ubyte.gz and the files beside it",
+    "cifar10": "cifar-10-batches-bin or cifar-10-batches-py that the archive unpacks to",
+    IMDB: "aclImdb that the archive unpacks to",
+    AAN: "lra_release that the archive unpacks to, or that of new_aan_pairs.train.tsv",
+    LRA: "lra_release that the archive unpacks to",
+}
 _USED_BY = {
     "files": ("text", "news", *READERS, IMDB, AAN, *_TASKS),
     "text_field": ("text",),
@@ -162,10 +170,14 @@ def _check_flags(args: argparse.Namespace) -> None:
 
 
 def _directory(args: argparse.Namespace) -> str:
-    """What --files names. Raises UserError without it."""
+    """What --files names. Raises UserError without it, and for what is no directory."""
     if not args.files:
         raise UserError(f"--source={args.source} needs --files=<the directory of its files>")
-    return local_path(args.files)
+    files = local_path(args.files)
+    if not os.path.isdir(files):
+        what = "is a file" if os.path.exists(files) else "is not there"
+        raise UserError(f"{files} {what}; --files is the directory {_DIRECTORIES[args.source]}")
+    return files
 
 
 def _make_listops(args: argparse.Namespace) -> None:
@@ -177,7 +189,7 @@ def _make_listops(args: argparse.Namespace) -> None:
 def _convert_lra(args: argparse.Namespace) -> None:
     if not args.files or args.task is None:
         raise UserError(f"--source={LRA} needs --task and --files=<the directory of the archive>")
-    files = local_path(args.files)
+    files = _directory(args)
     if args.task == LISTOPS:
         result = write_listops_release(args.out, files, progress_bar)
         _print_listops(args.out, "ListOps of Long Range Arena", result)

@@ -1,15 +1,19 @@
 """From a generated benchmark to a number that another process finds again."""
 
 import json
+import os
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from configs import lra
-from darkformer_jax import evaluate
+from darkformer_jax import evaluate, prepare_data
 from darkformer_jax.config.fields import flat_fields
 from darkformer_jax.config.usage import require_new_uses
 from darkformer_jax.config.validation import validate
@@ -205,3 +209,36 @@ def test_a_mechanism_for_texts_up_to_a_length_is_for_the_length_that_is_asked_fo
 def test_arguments_that_it_does_not_have_are_refused(arguments):
     with pytest.raises(UserError, match=r"configs/lra.py"):
         lra.get_config(arguments)
+
+
+def documented_commands():
+    """The commands of docs/lra.md in its order, as words."""
+    text = (Path(__file__).parent.parent / "docs" / "lra.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    (paper,) = re.findall(r"^    paper=(\S+)$", text, re.MULTILINE)
+    lines = re.findall(r"^    (python .*)$", text.replace("$paper", paper), re.MULTILINE)
+    return [shlex.split(line, comments=True)[1:] for line in lines]
+
+
+def flag(words, name):
+    return next((word.partition("=")[2] for word in words if word.startswith(f"--{name}=")), None)
+
+
+def test_the_documented_commands_are_accepted_and_each_reads_what_one_before_it_wrote():
+    written = set()
+    commands = documented_commands()
+    for words in commands:
+        command = words[0] if words[0] != "-m" else words[1]
+        if command == "train.py":
+            path, _, arguments = flag(words, "config").partition(":")
+            config = lra.get_config(arguments)
+            assert path == "configs/lra.py" and os.path.dirname(config.data.files) in written, words
+            assert not config.init_from or config.init_from in written, words
+        if command == "darkformer_jax.prepare_data":
+            prepare_data.parse_flags(words[1:])
+        if command == "darkformer_jax.evaluate":
+            assert {flag(words, "workdir"), os.path.dirname(flag(words, "text"))} <= written, words
+            continue
+        out = flag(words, "workdir" if command == "train.py" else "out")
+        assert out not in written or command == "benchmarks.lra", words  # which goes on in its directory
+        written.add(out)
+    assert len(commands) > 25 and {"data/listops", "runs/listops-dark", "data/paper/listops"} <= written

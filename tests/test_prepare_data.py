@@ -8,6 +8,12 @@ import pytest
 from darkformer_jax import prepare_data
 from darkformer_jax.data import load_data
 
+BENCHMARKS = [
+    *([f"--source={source}"] for source in ("fashion_mnist", "cifar10", "imdb", "aan")),
+    *(["--source=lra_release", f"--task={task}"] for task in ("listops", "pathfinder32")),
+    ["--source=glue", "--task=rte"],
+]
+
 
 def run(*flags):
     prepare_data.main(prepare_data.parse_flags(["prepare_data", *flags]))
@@ -76,6 +82,18 @@ def test_mistakes_get_one_line_and_status_2(flags, message, tmp_path, capsys):
     assert len(lines) == 1
     assert re.match(message, lines[0])
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("flags", BENCHMARKS, ids=" ".join)
+@pytest.mark.parametrize("name", ["archive.tar.gz", "nowhere"])
+def test_what_is_no_directory_is_said_to_be_a_file_or_not_there(flags, name, tmp_path, capsys):
+    (tmp_path / "archive.tar.gz").write_bytes(b"x")
+    with pytest.raises(SystemExit) as exit_:
+        run(*flags, f"--files={tmp_path / name}", f"--out={tmp_path / 'out'}")
+    assert exit_.value.code == 2
+    what = "is a file" if name == "archive.tar.gz" else "is not there"
+    assert re.fullmatch(f"error: .*/{name} {what}; --files is the directory .*\n", capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["archive.tar.gz"]
 
 
 def test_help_and_status_of_the_command(tmp_path):

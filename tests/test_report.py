@@ -352,6 +352,32 @@ def test_published_rows_say_where_they_are_of_other_data(listops, tmp_path, exam
     assert (said in (tmp_path / "out" / "report.md").read_text()) == is_said
 
 
+@pytest.mark.parametrize(
+    ("levels", "has_published"),
+    [(["hard"], True), ([None], True), (["easy"], False), (["hard", "intermediate"], False)],
+)
+def test_published_rows_of_pathfinder_stand_only_beside_the_hard_level(tmp_path, levels, has_published):
+    for seed, level in enumerate(levels):
+        data = tmp_path / f"data{seed}" / "lra_pathfinder32"
+        data.mkdir(parents=True)
+        source = {"directory": "x"} | ({} if level is None else {"level": level})
+        (data / "statistics.json").write_text(json.dumps({"train": {"shares": {"0": 1.0}}, "source": source}))
+        workdir = tmp_path / "runs" / str(seed)
+        figures = {"loss": 0.6, "accuracy": 0.8, "f1": 0.7, "matthews": 0.6}
+        write_labelled_run(workdir, "classification", figures, f"seed={seed}")
+        config = json.loads((workdir / "config.json").read_text())
+        config["data"]["files"] = str(data / "train.tsv")
+        config["task"] |= {"text_column": "pixels", "heldout_files": str(data / "val.tsv")}
+        (workdir / "config.json").write_text(json.dumps(config))
+    found = run_report(f"{tmp_path}/runs/*", tmp_path / "out")["benchmark"]
+    assert found["name"] == "lra_pathfinder32" and bool(found["published_not_ours"]) == has_published
+    assert found["levels"] == sorted(level for level in levels if level)
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert ("### Published, not ours" in text) == has_published
+    assert ("\nLevel: " + " and ".join(found["levels"]) + "." in text) == bool(found["levels"])
+    assert ("Published figures are of the hard level, and do not" in text) != has_published
+
+
 def test_a_validation_split_without_the_commonest_training_class_has_none_of_it(listops, tmp_path):
     known = json.loads((listops / "statistics.json").read_text()) | {"val": {"shares": {"0": 1.0}}}
     (listops / "statistics.json").write_text(json.dumps(known))

@@ -33,8 +33,6 @@ def write_imdb(directory: str, files: str, progress_bar: ProgressBar = no_progre
     """
     inner = Path(files) / _DIRECTORY
     source = inner if inner.is_dir() else Path(files)
-    if source.is_file():
-        raise UserError(f"{source} is a file; --files is the directory {_DIRECTORY} that the archive unpacks to")
     places = [(split, label) for split in ("train", "test") for label in _RATINGS]
     listed = [(*place, path) for place in places for path in _reviews(source, *place)]
     splits: dict[str, list[LabelledText]] = {"train": [], "val": [], "test": []}

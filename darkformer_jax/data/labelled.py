@@ -318,6 +318,9 @@ class LabelledRows:
       labels: see above.
       num_tokens: [n]: tokens of each example before it is cut.
       fingerprint: SHA-256 (hexadecimal) that changes with any token of a row and any label.
+
+    Raises UserError, which names the place, for a text with a word that has no id, or of which the tokenizer makes no
+    token: its label would be predicted from BOS alone.
     """
 
     def __init__(
@@ -333,7 +336,7 @@ class LabelledRows:
         rows, num_tokens = [], []
         for begin in range(0, len(self.texts), _ENCODED_AT_ONCE):
             for ids in _encoded(examples[begin : begin + _ENCODED_AT_ONCE], tokenizer):
-                prefix = [tokenizer.bos_id] if tokenizer.adds_bos or not len(ids) else []
+                prefix = [tokenizer.bos_id] if tokenizer.adds_bos else []
                 kept = ids[: sequence_length - len(prefix)].astype(np.int32)  # ids may be uint32: together, int64
                 rows.append(np.concatenate([np.array(prefix, np.int32), kept]))
                 num_tokens.append(len(prefix) + len(ids))
@@ -376,15 +379,23 @@ class LabelledRows:
 
 
 def _encoded(examples: Sequence[Example] | Sequence[Text], tokenizer: Tokenizer) -> list[np.ndarray]:
-    """The ids of each text. Raises UserError for a word that has none, with its place."""
+    """The ids of each text, at least one. Raises UserError, with its place, for a word or a text that has none."""
     try:
-        return tokenizer.encode_batch([example.text for example in examples])
+        encoded = tokenizer.encode_batch([example.text for example in examples])
     except UserError:
         for example in examples:
             for word in (*example.text.split(), example.text):
                 if error := _refusal(word, tokenizer):
                     raise UserError(f"{example.place}: '{shown_label(word)}': {error}") from error
         raise
+    for number, ids in enumerate(encoded):
+        if not len(ids):
+            example = examples[number]
+            raise UserError(
+                f"{example.place}: the tokenizer makes no token of the text '{shown_label(example.text)}'; allowed: "
+                "texts with a token"
+            )
+    return encoded
 
 
 def _refusal(text: str, tokenizer: Tokenizer) -> UserError | None:

@@ -29,8 +29,6 @@ def released(files: str, name: str, otherwise: str = "") -> Path:
     for place in (Path(files, _RELEASE, _RELEASE), Path(files, _RELEASE), Path(files)):
         if (place / name).is_dir():
             return place / name
-    if Path(files).is_file():
-        raise UserError(f"{files} is a file; --files is the directory {_RELEASE} that the archive unpacks to")
     allowed = f"{_RELEASE}, with {name} in it or in its inner {_RELEASE}{otherwise}"
     raise UserError(f"{files} has no directory {name}; --files is {allowed}")
 

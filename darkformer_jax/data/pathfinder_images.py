@@ -47,10 +47,11 @@ def write_pathfinder_release(
       name: a key of SIDES.
       level: a key of LEVELS.
 
-    Returns what statistics.json has: as there, and under `source` the directory, a hash of its metadata, and which
-    images were left out. That is the one that was published empty.
+    Returns what statistics.json has: as there, and under `source` the level, the directory, a hash of its metadata,
+    and which images were left out. That is the one that was published empty.
 
-    Raises UserError, which names the file, for what is missing, another label than 0 and 1, or a damaged image.
+    Raises UserError, which names the file, for what is missing, a directory of images without metadata, another label
+    than 0 and 1, or a damaged image.
     """
     source = released(files, name) / LEVELS[level]
     listed, fingerprint = _listed(source)
@@ -71,7 +72,7 @@ def write_pathfinder_release(
         if not images:
             raise UserError(f"{source}: its {len(listed)} images are too few: none is in {split}")
     pieces = {split: _read_images(images, SIDES[name]) for split, images in splits.items()}
-    facts = {"directory": str(source), "metadata_sha256": fingerprint, "left_out": left_out}
+    facts = {"level": level, "directory": str(source), "metadata_sha256": fingerprint, "left_out": left_out}
     return write_splits(directory, pieces, len(listed) - len(left_out), progress_bar, facts)
 
 
@@ -80,6 +81,7 @@ def _listed(source: Path) -> tuple[list[_Listed], str]:
     paths = sorted((source / "metadata").glob("*.npy"), key=lambda path: (len(path.stem), path.stem))
     if not paths:
         raise UserError(f"{source / 'metadata'} has no .npy file; a level has metadata/<n>.npy and imgs/<n>/*.png")
+    _require_partners(source, {path.stem for path in paths})
     listed = []
     digest = hashlib.sha256()
     for path in paths:
@@ -92,6 +94,15 @@ def _listed(source: Path) -> tuple[list[_Listed], str]:
                 raise UserError(f"{path}:{number}: the label {printable(label)!r}; allowed: 0, 1")
             listed.append(_Listed(source / fields[0] / fields[1], int(label), f"{path}:{number}"))
     return listed, digest.hexdigest()
+
+
+def _require_partners(source: Path, numbers: set[str]) -> None:
+    """Raises UserError unless the directories in imgs/ have these numbers: a part of a level reads like a level."""
+    directories = {path.name for path in (source / "imgs").glob("*") if path.is_dir() and path.name[0] != "."}
+    for number in sorted(numbers ^ directories, key=lambda number: (len(number), number)):
+        pair = source / "imgs" / number, source / "metadata" / f"{number}.npy"
+        present, absent = pair if number in directories else pair[::-1]
+        raise UserError(f"{present} is there without {absent}; allowed: a level in which each has the other")
 
 
 def _read_images(listed: list[_Listed], side: int) -> Iterator[Images]:

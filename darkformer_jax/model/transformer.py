@@ -153,7 +153,7 @@ class Transformer(nnx.Module):
             arrays, states, besides = stacks
             new_states, observed = [], []
             for (graphdef, _), *own in zip(split, arrays, states, besides, strict=False):
-                apply = functools.partial(layer, graphdef)
+                apply: Callable[..., Any] = functools.partial(layer, graphdef)
                 if self.spec.remat != "none":
                     # Each layer by itself, because the pattern may be as long as the network. A loop keeps XLA from
                     # merging what is computed again with the forward pass.

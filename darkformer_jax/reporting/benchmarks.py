@@ -15,6 +15,7 @@ from darkformer_jax.config.validation import from_json
 from darkformer_jax.data import aan, images, imdb, listops, text_sets
 from darkformer_jax.data.files import read_json_object
 from darkformer_jax.data.glue import GLUE_TASKS
+from darkformer_jax.data.pathfinder_images import HARD
 from darkformer_jax.errors import UserError
 from darkformer_jax.model.flops import train_step_flops
 from darkformer_jax.reporting.facts import largest_memory, median_speed, shown_median
@@ -111,6 +112,7 @@ class BenchmarkTable:
       is_sampled: whether a run was evaluated on a part of the validation split (eval.batches) before its last step.
       without_checkpoints: how many runs have no measured checkpoint left, so that metrics.jsonl alone tells the best.
       examples: of the training split, if prepare_data's statistics are still beside it.
+      levels: of Pathfinder, as far as the runs' statistics say.
     """
 
     name: str
@@ -121,6 +123,7 @@ class BenchmarkTable:
     is_sampled: bool
     without_checkpoints: int
     examples: int | None
+    levels: list[str]
 
     @property
     def benchmark(self) -> Benchmark:
@@ -129,8 +132,13 @@ class BenchmarkTable:
 
     @property
     def published(self) -> tuple[Published, ...]:
-        """What others published; () = nothing that this library knows of."""
-        return PUBLISHED.get(self.name, ())
+        """What others published; () = nothing that this library knows of. Of Pathfinder that is the hard level."""
+        return () if self.is_easier else PUBLISHED.get(self.name, ())
+
+    @property
+    def is_easier(self) -> bool:
+        """Whether a run is known to be of an easier level than the published figures."""
+        return any(level != HARD for level in self.levels)
 
     @property
     def released(self) -> int | None:
@@ -187,6 +195,7 @@ def benchmark_table(rows: Sequence[Row]) -> BenchmarkTable | None:
         any(config["eval"]["batches"] for config in configs.values()),
         list(kept.values()).count(None),
         _training_examples(first["data"]["files"]),
+        sorted({level for config in configs.values() if (level := _level(config["data"]["files"])) is not None}),
     )
 
 
@@ -241,22 +250,33 @@ def _forward_flops(config: Mapping[str, Any]) -> float:
 
 
 def _training_examples(files: str) -> int | None:
-    """From the same statistics as `_majority`."""
-    path = os.path.join(os.path.dirname(files), _STATISTICS_FILE)
-    train = read_json_object(path).get("train") if os.path.isfile(path) else None
+    train = _statistics(files).get("train")
     counts = [train.get(name) for name in ("examples", "images", "expressions")] if isinstance(train, dict) else []
     return next((count for count in counts if isinstance(count, int)), None)
 
 
-def _majority(files: str, heldout_files: str) -> dict[str, float]:
-    """From the statistics that prepare_data left beside the data, which may not be there any more.
+def _level(files: str) -> str | None:
+    """None: these are no published images of Pathfinder, or statistics that do not say it."""
+    source = _statistics(files).get("source")
+    level = source.get("level") if isinstance(source, dict) else None
+    return level if isinstance(level, str) else None
 
-    A split without that class, as a tiny one may be, has 0.
-    """
-    path = os.path.join(os.path.dirname(files), _STATISTICS_FILE)
-    if not os.path.isfile(path):
+
+def _statistics(files: str) -> dict[str, Any]:
+    """What prepare_data left beside the data; empty if it is not there any more."""
+    path = _statistics_path(files)
+    return read_json_object(path) if os.path.isfile(path) else {}
+
+
+def _statistics_path(files: str) -> str:
+    return os.path.join(os.path.dirname(files), _STATISTICS_FILE)
+
+
+def _majority(files: str, heldout_files: str) -> dict[str, float]:
+    """By the statistics. A split without that class, as a tiny one may be, has 0."""
+    splits = _statistics(files)
+    if not splits:
         return {}
-    splits = read_json_object(path)
     try:
         shares = splits["train"]["shares"]
         commonest = max(shares, key=shares.__getitem__)
@@ -264,7 +284,7 @@ def _majority(files: str, heldout_files: str) -> dict[str, float]:
         found = {"validation": splits.get(validation, {}), "test": splits.get("test", {})}
         return {name: 100 * split["shares"].get(commonest, 0.0) for name, split in found.items() if "shares" in split}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not what prepare_data writes: {error!r}") from error
+        raise UserError(f"{_statistics_path(files)} is not what prepare_data writes: {error!r}") from error
 
 
 def shown(mean: Mean | None) -> str:
@@ -287,6 +307,7 @@ def as_json(table: BenchmarkTable) -> dict[str, Any]:
         ],
         "majority_class": table.majority,
         "training_examples": table.examples,
+        "levels": table.levels,
         "published_not_ours": [
             {"model": one.model, "figure": one.figure, "source": one.source.name} for one in table.published
         ],

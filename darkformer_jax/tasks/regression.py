@@ -112,11 +112,11 @@ class Numbers:
 
     def judge(self, labels: np.ndarray, predicted: np.ndarray) -> tuple[float, ...]:
         """The squared error and the correlations."""
-        return float(np.mean(np.square(predicted - labels))), *correlations(labels, predicted)
+        return float(np.mean(np.square(predicted.astype(np.float64) - labels))), *correlations(labels, predicted)
 
     def constant(self, labels: np.ndarray) -> tuple[str, float]:
         """The mean label."""
-        return "the mean", float(labels.mean())
+        return "the mean", float(labels.mean(dtype=np.float64))
 
     def answer(self, outputs: np.ndarray) -> dict[str, Any]:
         """The number."""

@@ -3,6 +3,7 @@
 scikit-learn is imported where it is used, because the import takes a second that other tasks need not spend.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -50,7 +51,7 @@ def count_pairs(
 
 
 class Correlations(NamedTuple):
-    """Figures of a regression, -1 to 1; 0 if predictions or true numbers are constant.
+    """Figures of a regression, -1 to 1; 0 if predictions or true numbers are constant, NaN if one is not finite.
 
     Attributes:
       pearson: correlation of the numbers.
@@ -62,9 +63,12 @@ class Correlations(NamedTuple):
 
 
 def correlations(true: Float[np.ndarray, "n"], predicted: Float[np.ndarray, "n"]) -> Correlations:
-    """The correlations of predictions with the true numbers."""
+    """The correlations of predictions with the true numbers, computed in float64."""
     from scipy.stats import pearsonr, spearmanr
 
+    true, predicted = (np.asarray(numbers, np.float64) for numbers in (true, predicted))  # SciPy keeps float32
+    if not (np.isfinite(true).all() and np.isfinite(predicted).all()):
+        return Correlations(math.nan, math.nan)
     if np.ptp(true) == 0 or np.ptp(predicted) == 0:
         return Correlations(0.0, 0.0)
     return Correlations(float(pearsonr(true, predicted).statistic), float(spearmanr(true, predicted).statistic))

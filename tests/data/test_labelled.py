@@ -4,12 +4,14 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers as hf
 
 from darkformer_jax.data.batches import ordered_batches, shuffled_batches
 from darkformer_jax.data.labelled import (
     Columns,
     Example,
     LabelledRows,
+    Text,
     class_labels,
     class_names,
     examples_fingerprint,
@@ -23,7 +25,7 @@ from darkformer_jax.data.labelled import (
 )
 from darkformer_jax.data.listops import listops_tokenizer
 from darkformer_jax.data.seen_files import seen_file
-from darkformer_jax.data.tokenizers import BytesTokenizer
+from darkformer_jax.data.tokenizers import BytesTokenizer, HuggingFaceTokenizer
 from darkformer_jax.errors import UserError
 
 COLUMNS = Columns("text", "label")
@@ -327,6 +329,23 @@ def test_a_symbol_without_an_id_is_named_with_its_place():
     known, unknown = Example("( [MAX 1 ) ]", "1", "a.tsv:2"), Example("( [FIRST 1 ) ]", "1", "a.tsv:3")
     with pytest.raises(UserError, match=r"^a.tsv:3: '\[FIRST': the tokenizer has no ids for a word of the text"):
         LabelledRows([known, unknown], np.zeros(2, np.int32), listops_tokenizer(), 8)
+
+
+def drops_unknown_characters(bos):
+    """A tokenizer of `a` and `b` that makes nothing of other characters, as a BPE without an unknown token does."""
+    model = hf.models.BPE({"<s>": 0, "a": 1, "b": 2}, [], unk_token=None)
+    return HuggingFaceTokenizer(hf.Tokenizer(model).to_str().encode(), bos, "<s>")
+
+
+@pytest.mark.parametrize("bos", ["<s>", None])
+def test_a_text_of_which_the_tokenizer_makes_no_token_is_named_with_its_place(bos):
+    texts = [Text("ab", "a.tsv:2"), Text("bc", "a.tsv:3"), Text("cd\n", "a.tsv:4")]
+    tokenizer = drops_unknown_characters(bos)
+    message = r"^a.tsv:4: the tokenizer makes no token of the text 'cd.*'; allowed: texts with a token$"
+    with pytest.raises(UserError, match=message):
+        LabelledRows(texts, np.zeros(3, np.int32), tokenizer, 8)
+    rows = LabelledRows(texts[:2], np.zeros(2, np.int32), tokenizer, 8)
+    assert rows.num_tokens.tolist() == [2 + (bos is not None), 1 + (bos is not None)]
 
 
 def test_a_file_that_a_run_has_seen_is_found_behind_a_link(tmp_path):

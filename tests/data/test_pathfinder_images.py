@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 
 import numpy as np
 import PIL.Image
@@ -68,6 +69,7 @@ def test_every_image_is_in_one_split_with_its_label_and_its_copies_are_beside_it
     saved = json.loads((tmp_path / "out" / "statistics.json").read_text())
     text = "".join((tmp_path / nesting / LEVEL / f"metadata/{number}.npy").read_text() for number in range(12))
     assert saved["source"] == {
+        "level": "hard",
         "directory": f"{tmp_path}/{nesting}/{LEVEL}",
         "metadata_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "left_out": [],
@@ -96,7 +98,7 @@ def test_the_image_that_was_published_empty_is_left_out_counted_and_named(tmp_pa
     status, said, _ = run(capsys, *flags, f"--out={tmp_path}/out")
     assert status == 0 and f"left out, because it is empty: {empty}" in said
     saved = json.loads((tmp_path / "out" / "statistics.json").read_text())
-    assert saved["source"]["left_out"] == [empty]
+    assert saved["source"]["left_out"] == [empty] and saved["source"]["level"] == "easy"
     assert sum(saved[split]["images"] for split in ("train", "val", "test")) == len(images) - 1
 
 
@@ -154,17 +156,31 @@ def no_metadata(level):
     return r"metadata has no .npy file; a level has metadata/<n>.npy and imgs/<n>/\*.png"
 
 
+def images_without_metadata(level):
+    (level / "metadata/1.npy").unlink()
+    return r"imgs/1 is there without .*metadata/1.npy; allowed: a level in which each has the other"
+
+
+def metadata_without_images(level):
+    (level / "metadata/10.npy").write_text("")
+    return r"metadata/10.npy is there without .*imgs/10; allowed: a level in which each has the other"
+
+
 def few(level):
-    for path in list((level / "metadata").iterdir())[1:]:
-        path.unlink()
-    (path,) = (level / "metadata").iterdir()
+    for number in (1, 2):
+        (level / f"metadata/{number}.npy").unlink()
+        shutil.rmtree(level / f"imgs/{number}")
+    path = level / "metadata/0.npy"
     path.write_text(path.read_text().splitlines()[0])
     return r"curv_contour_length_14: its 1 images are too few: none is in (train|val)"
 
 
 @pytest.mark.parametrize(
     "damage",
-    [truncated, empty, no_image, missing, other_size, coloured, label, column, real_npy, no_metadata, few],
+    [
+        *(truncated, empty, no_image, missing, other_size, coloured, label, column, real_npy, no_metadata, few),
+        *(images_without_metadata, metadata_without_images),
+    ],
 )
 def test_what_is_missing_or_damaged_is_named_in_a_line_and_nothing_is_written(tmp_path, capsys, damage):
     write_level(tmp_path / "lra_release")

@@ -1,4 +1,5 @@
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -36,6 +37,45 @@ def test_pearson_sees_lines_and_spearman_orders():
     cubes = correlations(true, -(true**3))
     assert cubes.spearman == pytest.approx(-1.0) and -1 < cubes.pearson < -0.9
     assert correlations(true, np.full(4, 2.0)) == (0.0, 0.0)
+
+
+def exact_pearson(x, y):
+    """In rational numbers, up to the last root."""
+    x, y = ([Fraction(float(number)) for number in numbers] for numbers in (x, y))
+    x, y = ([number - sum(numbers) / len(numbers) for number in numbers] for numbers in (x, y))
+    products = [sum(a * b for a, b in zip(u, v, strict=True)) for u, v in ((x, y), (x, x), (y, y))]
+    return math.copysign(math.sqrt(products[0] ** 2 / (products[1] * products[2])), products[0])
+
+
+def ranks(numbers):
+    """1 to n; equal numbers share the mean of theirs."""
+    return [(numbers < number).sum() + ((numbers == number).sum() + 1) / 2 for number in numbers]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("offset", [0.0, 1e6, -1e6])
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e15])
+def test_correlations_are_right_far_from_zero_and_of_ties(dtype, offset, scale):
+    rng = np.random.default_rng(0)
+    true = rng.integers(-4, 5, 200) / 2  # many ties
+    predicted = (offset * scale + scale * (true + rng.normal(size=200))).astype(dtype)
+    true = (offset + true).astype(dtype)
+    found = correlations(true, predicted)
+    assert found.pearson == pytest.approx(exact_pearson(true, predicted), rel=1e-10)
+    assert found.spearman == pytest.approx(exact_pearson(ranks(true), ranks(predicted)), rel=1e-10)
+
+
+def test_predictions_that_differ_in_the_last_bit_have_a_correlation_and_equal_ones_none():
+    true = np.arange(6, dtype=np.float32)
+    predicted = np.where(true < 3, np.float32(0.1), np.nextafter(np.float32(0.1), np.float32(1)))
+    assert correlations(true, predicted) == pytest.approx((exact_pearson(true, true >= 3),) * 2)
+    assert correlations(true, np.full(6, 0.1, np.float32)) == correlations(predicted[:1], true[:1]) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_leaves_no_correlation(bad):
+    true = np.arange(4.0)
+    assert all(map(math.isnan, correlations(true, np.array([0.0, 1.0, bad, 3.0]))))
 
 
 def test_a_bag_of_bytes_learns_counts_and_no_order():
