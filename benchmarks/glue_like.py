@@ -25,7 +25,7 @@ from pathlib import Path
 RATINGS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 HEADING = re.compile(r"#+ ([A-J](?:\.\d+)+) (.*\?)$")
 PARAGRAPHS = 8  # of an answer that become examples
-SHORTEST, LONGEST = 120, 500  # characters of a paragraph
+SHORTEST, LONGEST = 250, 900  # characters of a paragraph, so that many pairs are longer than a window and its chunk
 
 Rows = list[Sequence[object]]
 
