@@ -7,9 +7,9 @@ from jax.sharding import Mesh
 from darkformer_jax.distributed.sharding import context_size, tensor_size
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers.spec import MixerSpec
+from darkformer_jax.ops.lowering import TPU_TILE
 
 Backend = Literal["auto", "scan", "pallas"]
-TILE = 16  # tokens, of which a hybrid's chunk has whole ones on a TPU
 _NAMED = "model.attention.backend = 'pallas'"
 
 
@@ -28,7 +28,11 @@ def check_backend(spec: MixerSpec) -> None:
     window = f"with model.attention.window = {spec.window}"
     for missing, what, allowed in (
         (not spec.causal, "with model.causal = False", "model.causal = True"),
-        (spec.window and spec.chunk_size % TILE, f"{window}: chunk_size = {spec.chunk_size}", f"a multiple of {TILE}"),
+        (
+            spec.window and spec.chunk_size % TPU_TILE,
+            f"{window}: chunk_size = {spec.chunk_size}",
+            f"a multiple of {TPU_TILE}",
+        ),
         (spec.window and (spec.has_decay or spec.has_alibi), f"{window} and a decay", "model.attention.window = 0"),
     ):
         if missing:

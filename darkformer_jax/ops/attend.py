@@ -23,7 +23,7 @@ from darkformer_jax.ops.linear import (
     step_features,
     step_window,
 )
-from darkformer_jax.ops.lowering import target_platform
+from darkformer_jax.ops.lowering import TPU_TILE, target_platform
 from darkformer_jax.ops.scan import SUM_AXES, TOKEN_AXES, over_heads, scan_features, scan_window
 from darkformer_jax.ops.state import HEAD_AXES, AttentionState, init_state
 
@@ -261,9 +261,10 @@ def check_options(q: Array, options: Options, log_decay: Array | None, state: At
         raise UserError(f"backend = 'pallas' is a TPU kernel; this program is for a {target_platform()}: use 'scan'")
     if backend != "scan" and sequence_axis is not None:
         raise UserError(f"backend = {backend!r} does not cover sequence_axis = {sequence_axis!r}: use backend = 'scan'")
-    if backend == "pallas" and window and chunk_size % 16:
+    if backend == "pallas" and window and chunk_size % TPU_TILE:
         raise UserError(
-            f"chunk_size = {chunk_size}: backend = 'pallas' with a window takes multiples of 16, backend = 'scan' any"
+            f"chunk_size = {chunk_size}: backend = 'pallas' with a window takes multiples of {TPU_TILE}, "
+            "backend = 'scan' any"
         )
     if chunk_size < 1:
         raise UserError(f"chunk_size = {chunk_size} must be positive")

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+TPU_TILE = 16  # rows of a tile of bfloat16 on a TPU; those of float32 are half of them
+
 
 def target_platform() -> str:
     """The platform of the current mesh's devices (`jax.set_mesh`), or the default backend where there is no mesh.

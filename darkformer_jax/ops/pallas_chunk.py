@@ -22,7 +22,6 @@ from darkformer_jax.ops.linear import HEADROOM, LOG_FLOOR
 from darkformer_jax.ops.state import NEG, FarState
 
 LANES = 128
-SUBLANES = 16  # rows of a tile of bfloat16; those of float32 are half of them
 VMEM_BYTES = 48 * 2**20  # that a kernel may have: the backward one of many query heads needs more than the usual 16
 
 

@@ -1,5 +1,6 @@
 """The forward TPU kernel: chunks follow each other and hand the far state (c, z, S^T) on in VMEM."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -36,7 +37,25 @@ def forward(
     length = segments.shape[1]
     segments = jnp.pad(segments, [(0, 0), (0, blocks.length - length)])
     of_chunk, before, after = segments_of_chunks(segments, inputs.far.segment, sizes.chunk)
-    far, dtype, shapes = inputs.far, inputs.values.dtype, blocks.state_shapes
+    arrays = [*blocks.tokens(segments), *((x, blocks.of_head(x.shape[1:])) for x in blocks.per_head)]
+    far, out, saved = run_forward(blocks, _chunk, (before, of_chunk), arrays, after, save=save)
+    return far, blocks.back(out, length), saved
+
+
+def run_forward(
+    blocks: Blocks,
+    body: Callable[..., None],
+    scalars: Sequence[Int[Array, "b chunks"]],
+    arrays: Sequence[tuple[Array, pl.BlockSpec]],
+    after: Int[Array, "b"],
+    *,
+    save: bool,
+) -> tuple[FarState, Float[Array, "b h g t dv"], Saved | None]:
+    """`body` for every chunk, with the far state after `arrays`: (that after the tokens, out, the states for later).
+
+    after: the segment of the state after the tokens.
+    """
+    far, dtype, shapes = blocks.inputs.far, blocks.inputs.values.dtype, blocks.state_shapes
     states = [far.key_max[:, :, None], far.normalizer[:, :, None], jnp.swapaxes(far.values, 2, 3)]
     rows = (blocks.batch, blocks.heads)
     outputs: list[Any] = [((*rows, *shape), jnp.float32, blocks.of_row(shape)) for shape in shapes]
@@ -47,19 +66,10 @@ def forward(
             ((*rows, blocks.chunks, *shape), kind, blocks.of_chunk(shape))
             for shape, kind in zip(shapes, dtypes, strict=True)
         ]
-    c, z, S, out, *saved = blocks.call(
-        _chunk,
-        (before, of_chunk),
-        [
-            *blocks.tokens(segments),
-            *((x, blocks.of_head(x.shape[1:])) for x in blocks.per_head),
-            *((x, blocks.of_row(x.shape[2:])) for x in states),
-        ],
-        outputs,
-        shapes,
-    )
+    of_states = [(x, blocks.of_row(x.shape[2:])) for x in states]
+    c, z, S, out, *saved = blocks.call(body, scalars, [*arrays, *of_states], outputs, shapes)
     far = FarState(c[:, :, 0], z[:, :, 0], jnp.swapaxes(S, 2, 3), after)
-    return far, blocks.back(out, length), Saved(*saved) if save else None
+    return far, out, Saved(*saved) if save else None
 
 
 def _chunk(before: Any, of_chunk: Any, *refs: Any, scale: float, has: Has) -> None:

@@ -19,8 +19,9 @@ from darkformer_jax.ops import pallas_window, pallas_window_backward
 from darkformer_jax.ops.decay import RunningSum, running_sum
 from darkformer_jax.ops.features import positive_random_features
 from darkformer_jax.ops.linear import Kernel, Sums, Tokens, log_far_weight
+from darkformer_jax.ops.lowering import TPU_TILE
 from darkformer_jax.ops.pallas_backward import backward
-from darkformer_jax.ops.pallas_chunk import LANES, SUBLANES, Inputs, Sizes, last_segments
+from darkformer_jax.ops.pallas_chunk import LANES, Inputs, Sizes, last_segments
 from darkformer_jax.ops.pallas_forward import forward
 from darkformer_jax.ops.pallas_window import Places
 from darkformer_jax.ops.scan import heads_last, join_chunks, split_chunks
@@ -108,7 +109,7 @@ def attend_chunks(
     *,
     interpret: bool = False,
 ) -> tuple[FarState, Sinks, Sums]:
-    """`scan_chunks` as a kernel; the sums are normalised, in v's dtype. A TPU takes chunks of `SUBLANES` n tokens."""
+    """`scan_chunks` as a kernel; the sums are normalised, in v's dtype. A TPU takes chunks of `TPU_TILE` n tokens."""
     flat, (num_chunks, _, size) = jax.tree.map(join_chunks, chunks), chunks.segments.shape
     before = jax.vmap(heads_last)(recent)
     near = jax.tree.map(lambda old, new: jnp.concatenate([old.astype(new.dtype), new], axis=1), before, flat.recent())
@@ -143,7 +144,7 @@ def attend_chunks(
 def _whole_tiles(sinks: PlacedSinks) -> tuple[Array, Array, Array]:
     """Keys, values and segments of the sinks before each chunk, padded to the rows of a tile."""
     keys, values, segments = (x[:, :-1] for x in sinks)
-    missing = -segments.shape[2] % SUBLANES
+    missing = -segments.shape[2] % TPU_TILE
     pad = lambda x: jnp.pad(x, [(0, 0)] * 3 + [(0, missing), (0, 0)])
     return pad(keys), pad(values), jnp.pad(segments, [(0, 0), (0, 0), (0, missing)])
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from darkformer_jax.ops.features import RandomFeatures
 from darkformer_jax.ops.pallas_chunk import Blocks, Head, dot, fold_weights, held_segments
-from darkformer_jax.ops.pallas_forward import Saved
+from darkformer_jax.ops.pallas_forward import Saved, run_forward
 from darkformer_jax.ops.state import NEG, FarState
 
 
@@ -186,26 +186,9 @@ def forward(
 ) -> tuple[FarState, Float[Array, "b n h g dv"], Saved | None]:
     """(the far state after the tokens, out in v's dtype, what the backward pass needs if it is to come)."""
     blocks = WindowBlocks(sizes, inputs, places, last_first=False)
-    far, dtype, shapes = inputs.far, inputs.values.dtype, blocks.state_shapes
-    states = [far.key_max[:, :, None], far.normalizer[:, :, None], jnp.swapaxes(far.values, 2, 3)]
-    rows = (blocks.batch, blocks.heads)
-    outputs: list[Any] = [((*rows, *shape), jnp.float32, blocks.of_row(shape)) for shape in shapes]
-    outputs.append(((*rows, blocks.group, blocks.length, blocks.value_dim), dtype, blocks.of_queries(blocks.value_dim)))
-    if save:
-        dtypes = (jnp.float32, jnp.float32, dtype)
-        outputs += [
-            ((*rows, blocks.chunks, *shape), kind, blocks.of_chunk(shape))
-            for shape, kind in zip(shapes, dtypes, strict=True)
-        ]
-    c, z, S, out, *saved = blocks.call(
-        _chunk,
-        blocks.scalars,
-        [*blocks.near_tokens(), *((x, blocks.of_row(x.shape[2:])) for x in states)],
-        outputs,
-        shapes,
-    )
-    far = FarState(c[:, :, 0], z[:, :, 0], jnp.swapaxes(S, 2, 3), held_segments(places.leaving, far.segment)[1])
-    return far, jnp.moveaxis(out, -2, 1), Saved(*saved) if save else None
+    after = held_segments(places.leaving, inputs.far.segment)[1]
+    far, out, saved = run_forward(blocks, _chunk, blocks.scalars, blocks.near_tokens(), after, save=save)
+    return far, jnp.moveaxis(out, -2, 1), saved
 
 
 def _chunk(before: Any, leaving: Any, *refs: Any, sizes: Sizes, has: Has) -> None:

@@ -23,7 +23,7 @@ class PlacedSinks(NamedTuple):
 
 
 def place_sinks(sinks: Sinks, far_segment: Int[Array, "b"], leaving: Recent, chunk: int) -> PlacedSinks:
-    """What `fold_sinks` makes of the sinks, chunk by chunk. There is no decay.
+    """What `linear.fold` makes of the sinks, chunk by chunk. There is no decay.
 
     Args:
       sinks, far_segment: before the first chunk.

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import SingleDeviceSharding
 
 from darkformer_jax import dark_attention
@@ -262,16 +261,6 @@ COMPILED = [
     ("v5p:2x2x1", (2048, 256), (9, 3), 64, 64, jnp.float32, False, True),
     ("v6e:1x1", (1, 1024), (8, 8), 128, 256, jnp.bfloat16, True, False),
 ]
-
-
-@pytest.fixture
-def without_cache():
-    """Programs for a TPU that is not attached cannot be read back from the cache."""
-    compilation_cache.reset_cache()
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
