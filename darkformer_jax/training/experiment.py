@@ -121,7 +121,12 @@ class Experiment:
             redraw_every=self.config.model.attention.redraw_every,
             trained=self.trained,
         )
-        return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
+        options = None
+        if self.config.model.remat != "none" and self.mesh.devices.flat[0].platform == "cpu":
+            # This pass removes the barriers of jax.checkpoint, after which XLA merges what is computed again with the
+            # forward pass and keeps everything. The other platforms remove them later.
+            options = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+        return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None), compiler_options=options)
 
     @property
     def part(self) -> Part:

@@ -179,12 +179,12 @@ class _Constant:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "num_layers", "less"),
-    [(("dark",), 5, True), (("dark", "softmax"), 5, True), (("dark", "softmax", "dark"), 3, False)],
-    ids=["a scan", "a scan and a layer behind it", "a pattern as long as the network"],
+    ("pattern", "num_layers"),
+    [(("dark",), 5), (("dark", "softmax"), 5)],
+    ids=["a scan", "a scan and a layer behind it"],
 )
-def test_remat_changes_neither_loss_nor_gradients_and_keeps_less(pattern, num_layers, less):
-    """Where no layers repeat, XLA's CPU backend keeps as much; tests/aot/test_compile.py asks that of a TPU."""
+def test_remat_changes_neither_loss_nor_gradients_and_keeps_less(pattern, num_layers):
+    """tests/training/test_experiment.py and tests/aot/test_compile.py ask that of patterns in which no layers repeat."""
     spec = change(num_layers=num_layers, pattern=pattern)
     _, params, projections = build(spec)
     projections = jax.tree.map(jnp.asarray, projections)
@@ -208,7 +208,7 @@ def test_remat_changes_neither_loss_nor_gradients_and_keeps_less(pattern, num_la
         other_loss, other, other_temporary = run(remat)
         np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.linalg.norm(b)), other, gradients)
-        assert other_temporary < 0.9 * temporary or not less
+        assert other_temporary < 0.9 * temporary
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,25 @@ def test_eight_devices_train_as_one_does(tmp_path):
         assert loss < 1e-5 and gradient < 1e-5, (name, loss, gradient)
 
 
+def test_layers_of_a_pattern_as_long_as_the_network_are_computed_again_on_a_cpu():
+    def run(remat):
+        fields = {"model__attention__pattern": "dark,softmax,dark", "model__num_layers": 3, "sequence_length": 256}
+        experiment = experiment_of(tiny_config(**fields, model__remat=remat))
+        state = experiment.initial_state()
+        batch = jax.device_put(random_batch(0, rows=4, length=256), experiment.batch_sharding)
+        with jax.set_mesh(experiment.mesh):
+            compiled = experiment.train_step().lower(state, batch).compile()
+            state, metrics = compiled(state, batch)
+        return state.params, float(metrics["loss"]), compiled.memory_analysis().temp_size_in_bytes
+
+    params, loss, temporary = run("none")
+    for remat in ("dots", "full"):
+        others, other_loss, other_temporary = run(remat)
+        assert other_loss == pytest.approx(loss, rel=1e-6)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.linalg.norm(b)), others, params)
+        assert other_temporary < 0.9 * temporary, (remat, other_temporary, temporary)
+
+
 def test_sizes_are_those_of_the_arrays():
     config = tiny_config(model__num_layers=2, model__attention__pattern="softmax,dark")
     experiment = experiment_of(config)
