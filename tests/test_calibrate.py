@@ -192,16 +192,17 @@ def logits_of(model, tokens):
     return np.asarray(bound(rows[0], rows[1], rows[2].astype(jnp.int32))[0])
 
 
-@pytest.mark.parametrize("heads", ["auto:2", "1:1,2:1"])
-def test_heads_in_another_order_are_the_same_model(deep, text, tmp_path, capsys, monkeypatch, heads):
+@pytest.mark.parametrize(("heads", "budget"), [("auto:2", ""), ("auto", "40%@32768"), ("1:1,2:1", "")])
+def test_heads_in_another_order_are_the_same_model(deep, text, tmp_path, capsys, monkeypatch, heads, budget):
     """A window of 64 sees 32 tokens whole, so the logits are the exact model's, whichever heads are exact."""
     fit, found = fitting._fit_layers, []
     monkeypatch.setattr(fitting, "_fit_layers", lambda *given: found.append(fit(*given)) or found[0])
-    run(deep, text, tmp_path / "out", f"--exact_heads={heads}", "--far_gain", "--geometry=balanced")
+    flags = (f"--exact_heads={heads}", f"--cache_budget={budget}", "--far_gain", "--geometry=balanced")
+    run(deep, text, tmp_path / "out", *flags)
     written = json.loads((tmp_path / "out/calibration.json").read_text())
     assert written["exact_heads"] == heads
     report, rows = written["heads"], written["layers"]
-    assert heads == "auto:2" or report["chosen"] == {"1": [1], "2": [1]}
+    assert heads.startswith("auto") or report["chosen"] == {"1": [1], "2": [1]}
     model = load_model(Workdir(tmp_path / "out"))
     counts = [layer.exact_kv_heads or 2 * (layer.kind == "softmax") for layer in model.network.spec.layers]
     assert counts == [len(report["chosen"].get(str(layer), ())) for layer in range(3)] and sum(counts) == 2

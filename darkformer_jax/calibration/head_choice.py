@@ -225,14 +225,14 @@ def choose_heads(
     candidates = candidates_of(exact.spec, replaced.spec)
     heads = MixedHeads(exact, replaced, candidates, tokenizer)
     num_kv_heads, gains = exact.spec.layers[0].num_kv_heads, None
-    if isinstance(wish, tuple):
-        ranked = [*wish, *(head for head in itertools.product(candidates, range(num_kv_heads)) if head not in wish)]
-        number = len(wish)
-        counts = [0, number, len(ranked)]
-    else:
+    if isinstance(wish, int | Budget):
         ranked, gains = rank_heads(heads, passages, progress_bar)
         number = wish if isinstance(wish, int) else _heads_within(wish, sizes, ranked)
         counts = sorted({0, number // 2, number, min(2 * number, len(ranked)), len(ranked)})
+    else:
+        ranked = [*wish, *(head for head in itertools.product(candidates, range(num_kv_heads)) if head not in wish)]
+        number = len(wish)
+        counts = [0, number, len(ranked)]
     points = []
     with progress_bar(len(counts), "model", "together") as bar:
         for count in counts:
