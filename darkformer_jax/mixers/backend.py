@@ -9,25 +9,32 @@ from darkformer_jax.errors import UserError
 from darkformer_jax.mixers.spec import MixerSpec
 from darkformer_jax.ops.lowering import TPU_TILE
 
-Backend = Literal["auto", "scan", "pallas"]
+Backend = Literal["auto", "scan", "parallel", "pallas"]
 _NAMED = "model.attention.backend = 'pallas'"
 
 
-def takes_kernel(spec: MixerSpec, state: Any) -> bool:
-    """Whether the TPU kernel computes a call. `auto` is the scan: no TPU has run the kernel. So are calls with a state.
+def backend_of(spec: MixerSpec, state: Any) -> Literal["scan", "parallel", "pallas"]:
+    """What computes a call. `auto` is the scan: no GPU has run `parallel`, and no TPU the kernel.
 
-    (Those are prefill and decoding, which a training run needs for its samples.)
+    In the kernel's place the scan computes calls with a state: prefill and decoding, which a training run needs for
+    its samples.
     """
-    return spec.backend == "pallas" and state is None
+    if spec.backend == "auto" or (spec.backend == "pallas" and state is not None):
+        return "scan"
+    return spec.backend  # type: ignore[return-value]
 
 
 def check_backend(spec: MixerSpec) -> None:
-    """Raises UserError where the kernel does not cover the layer."""
+    """Raises UserError where the backend does not cover the layer."""
+    if spec.backend in ("parallel", "pallas") and not spec.causal:
+        raise UserError(
+            f"model.attention.backend = {spec.backend!r} with model.causal = False; allowed: model.causal = True, or "
+            "backend = 'scan'"
+        )
     if spec.backend != "pallas":
         return
     window = f"with model.attention.window = {spec.window}"
     for missing, what, allowed in (
-        (not spec.causal, "with model.causal = False", "model.causal = True"),
         (
             spec.window and spec.chunk_size % TPU_TILE,
             f"{window}: chunk_size = {spec.chunk_size}",
@@ -45,7 +52,7 @@ def check_backend_on(spec: MixerSpec, mesh: Mesh) -> None:
         return
     platform = mesh.devices.flat[0].platform
     if platform != "tpu":
-        raise UserError(f"{_NAMED} on a {platform}: the kernel is for TPUs; allowed: 'auto', 'scan'")
+        raise UserError(f"{_NAMED} on a {platform}: the kernel is for TPUs; allowed: 'auto', 'scan', 'parallel'")
     if context_size(mesh) > 1:
         raise UserError(f"{_NAMED} with mesh.context = {context_size(mesh)}; allowed: 1, or backend = 'scan'")
     heads, ways = spec.num_kv_heads - spec.exact_kv_heads, tensor_size(mesh)

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from darkformer_jax.distributed.sharding import context_size, splits_rows
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers.attention import ATTENTION_FIELDS, Mechanism
-from darkformer_jax.mixers.backend import check_backend, check_backend_on, takes_kernel
+from darkformer_jax.mixers.backend import backend_of, check_backend, check_backend_on
 from darkformer_jax.mixers.coordinates import BalancedCoordinates
 from darkformer_jax.mixers.exact_heads import ExactHeads, SplitState, check_exact_heads, exact_part, features_part
 from darkformer_jax.mixers.mixer import Role
@@ -82,9 +82,11 @@ class LinearMechanism(Mechanism):
     ) -> tuple[Array, Any]:
         """(`attend(q, k, v, **arrays)`, new state), on each device's own stretch where the mesh splits sequences."""
         attend = functools.partial(attend, causal=self.spec.causal, chunk_size=self.spec.chunk_size)
-        if takes_kernel(self.spec, state):
-            # The compiler cannot split a kernel by itself.
-            return on_shards(functools.partial(attend, backend="pallas"), q, k, v, **arrays), None
+        backend = backend_of(self.spec, state)
+        if backend != "scan":  # which ops that know no other do not ask for
+            attend = functools.partial(attend, backend=backend)
+        if backend == "pallas":  # the compiler cannot split a kernel by itself
+            return on_shards(attend, q, k, v, **arrays), None
         if context_size() > 1:
             return on_stretches(attend, q, k, v, state=state, **arrays), None
         if state is None and splits_rows(q.shape[0]):

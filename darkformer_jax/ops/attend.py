@@ -24,10 +24,19 @@ from darkformer_jax.ops.linear import (
     step_window,
 )
 from darkformer_jax.ops.lowering import TPU_TILE, target_platform
-from darkformer_jax.ops.scan import SUM_AXES, TOKEN_AXES, over_heads, scan_features, scan_window
+from darkformer_jax.ops.parallel import parallel_chunks, parallel_feature_chunks
+from darkformer_jax.ops.scan import (
+    SUM_AXES,
+    TOKEN_AXES,
+    over_heads,
+    scan_chunks,
+    scan_feature_chunks,
+    scan_features,
+    scan_window,
+)
 from darkformer_jax.ops.state import HEAD_AXES, AttentionState, init_state
 
-Backend = Literal["scan", "pallas", "pallas_interpret"]
+Backend = Literal["scan", "parallel", "pallas", "pallas_interpret"]
 
 
 class Options(NamedTuple):
@@ -110,7 +119,7 @@ def attend(
     grouped = q.reshape(batch, length, num_kv_heads, group_size(q, k), dim)
     tokens = Tokens(grouped, k, v, segments, positions, decays)
     # A kernel's grid may not be empty.
-    if options.backend != "scan" and not (resumed and length == 1) and min(q.size, v.size):
+    if options.backend.startswith("pallas") and not (resumed and length == 1) and min(q.size, v.size):
         state, out = _by_kernel(kernel, state, tokens, options, resumed)
     else:
         state, sums = _scan_or_step(kernel, state, tokens, options, resumed)
@@ -146,16 +155,27 @@ def _scan_or_step(
     kernel: Kernel, state: AttentionState, tokens: Tokens, options: Options, resumed: bool
 ) -> tuple[AttentionState, Sums]:
     """(the state after the tokens, their sums), by a one-token step or a scan over chunks, with a window or without."""
-    causal, chunk_size, window, _, return_state, axis, _ = options
+    causal, chunk_size, window, _, return_state, axis, backend = options
     if axis is not None:
         state = state_before(kernel, state, tokens, axis=axis, chunk_size=chunk_size, window=window)
     if resumed and tokens.segments.shape[1] == 1:
         step = functools.partial(step_window, chunk_size=chunk_size) if window else step_features
         state, sums = over_heads(kernel, step, (HEAD_AXES, TOKEN_AXES), (HEAD_AXES, SUM_AXES))(state, tokens)
         return _shift_full_windows(kernel, state, chunk_size) if window else state, sums
+    parallel = backend == "parallel"
     if window:
-        return scan_window(kernel, state, tokens, chunk_size=chunk_size, resumed=resumed, return_state=return_state)
-    return scan_features(kernel, state, tokens, chunk_size=chunk_size, causal=causal)
+        over_chunks = parallel_chunks if parallel else scan_chunks
+        return scan_window(
+            kernel,
+            state,
+            tokens,
+            chunk_size=chunk_size,
+            resumed=resumed,
+            return_state=return_state,
+            over_chunks=over_chunks,
+        )
+    over_features = parallel_feature_chunks if parallel else scan_feature_chunks
+    return scan_features(kernel, state, tokens, chunk_size=chunk_size, causal=causal, over_chunks=over_features)
 
 
 def _by_kernel(
@@ -165,8 +185,14 @@ def _by_kernel(
     from darkformer_jax.ops import pallas_tpu  # which takes a while to import, and imports this module
 
     missing = pallas_tpu.what_is_not_covered(kernel, tokens, causal=options.causal, window=options.window)
+    held = state.recent.keys.dtype
+    if missing is None and held != tokens.keys.dtype:
+        missing = f"a state of {held} with inputs of {tokens.keys.dtype}"
     if missing is not None:
         raise UserError(f"backend = {options.backend!r} does not cover {missing}: use backend = 'scan'")
+    # A kernel's arrays have one type: heads of q may be split where those of k are not.
+    state, tokens, arrays = vary_like(tokens, (state, tokens, kernel.arrays))
+    kernel = kernel._replace(arrays=arrays)
     interpret = options.backend == "pallas_interpret"
     if options.window:
         state, sums = scan_window(
@@ -259,13 +285,15 @@ def check_options(q: Array, options: Options, log_decay: Array | None, state: At
         raise UserError(f"backend = {backend!r}: allowed: {', '.join(get_args(Backend))}")
     if backend == "pallas" and target_platform() != "tpu":
         raise UserError(f"backend = 'pallas' is a TPU kernel; this program is for a {target_platform()}: use 'scan'")
-    if backend != "scan" and sequence_axis is not None:
+    if backend.startswith("pallas") and sequence_axis is not None:
         raise UserError(f"backend = {backend!r} does not cover sequence_axis = {sequence_axis!r}: use backend = 'scan'")
     if backend == "pallas" and window and chunk_size % TPU_TILE:
         raise UserError(
             f"chunk_size = {chunk_size}: backend = 'pallas' with a window takes multiples of {TPU_TILE}, "
             "backend = 'scan' any"
         )
+    if backend == "parallel" and not causal:
+        raise UserError("backend = 'parallel' does not cover causal=False: use backend = 'scan'")
     if chunk_size < 1:
         raise UserError(f"chunk_size = {chunk_size} must be positive")
     if window < 0 or window % chunk_size:

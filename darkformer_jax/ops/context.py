@@ -10,7 +10,9 @@ sends these tokens. They are summarised by the device that gets them, not by the
 Everything runs inside `jax.shard_map`, manual over the axis `axis`. Arrays have the batch in front.
 """
 
-from typing import TypeVar
+import functools
+import operator
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +37,8 @@ def check_stretch(length: int, chunk_size: int, window: int) -> None:
         )
 
 
-def vary_like(x: Array, tree: Tree) -> Tree:
-    """`tree`, which shard_map then takes to differ between devices wherever x does.
+def vary_like(x: Any, tree: Tree) -> Tree:
+    """`tree`, which shard_map then takes to differ between devices wherever an array of x does.
 
     What a loop carries must have that type from its start. What a loop reads must have it too: otherwise the gradients
     of arrays that all devices share are summed over the devices in every iteration instead of once after the loop.
@@ -44,8 +46,9 @@ def vary_like(x: Array, tree: Tree) -> Tree:
     """
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return tree
-    some = jnp.sum(x.ravel()[:1]) == 0  # of an empty array, too
-    return jax.tree.map(lambda leaf: jax.lax.select(some, leaf, leaf), tree)
+    some = [jnp.sum(leaf.ravel()[:1]) == 0 for leaf in jax.tree.leaves(x)]  # of an empty array, too
+    either = functools.reduce(operator.and_, some)
+    return jax.tree.map(lambda leaf: jax.lax.select(either, leaf, leaf), tree)
 
 
 def place_stretch(

@@ -89,10 +89,12 @@ def dark_attention(
       sequence_axis: within `jax.shard_map`, the mesh axis over which the sequence is split. q, k, v, segment_ids and a
         log_decay per token are this device's stretch; out is this stretch of what one device would compute. The devices
         exchange far states, windows, sinks and sums of decays, in messages that do not grow with the length.
-      backend: "scan" works everywhere. "pallas" is a TPU kernel for causal attention, and one for its gradients:
-        features stay in the chip's fast memory. Without a window it chooses its own chunks; with one it takes no
-        log_decay, and a chunk_size that is a multiple of 16. It takes no float64, sequence_axis or traced scale, and
-        has first derivatives only. "pallas_interpret" runs the kernels' steps on any device, slowly, for tests.
+      backend: "scan" works everywhere. "parallel" computes the same for all chunks of 8,192 tokens at once: in few and
+        large programs, for GPUs, with more memory; it needs causality. "pallas" is a TPU kernel for causal attention,
+        and one for its gradients: features stay in the chip's fast memory. Without a window it chooses its own chunks;
+        with one it takes no log_decay, and a chunk_size that is a multiple of 16. It takes no float64, sequence_axis or
+        traced scale, and has first derivatives only. "pallas_interpret" runs the kernels' steps on any device, slowly,
+        for tests.
 
     Returns:
       out [b, n, hq, dv] in v's dtype, or (out, state).

@@ -186,27 +186,44 @@ def fold(
     log_k: Float[Array, "c m"] | None = None,
 ) -> tuple[FarState, Sinks]:
     """Adds a chunk's last segment to the far state and to the sinks, which forget every segment before it."""
+    summary = summarize(kernel, chunk, decay, sinks.filled.shape[0], log_k)
+    return add_summary(far, sinks, summary, chunk, decay)
+
+
+def summarize(
+    kernel: Kernel, chunk: Recent, decay: FoldDecay | None, num_sinks: int, log_k: Float[Array, "c m"] | None = None
+) -> FarState:
+    """The far state of a chunk's last segment alone, without its sinks."""
     log_k = kernel.log_features(chunk.keys) if log_k is None else log_k
     if decay is not None:
         log_k = log_k + decay.keys[:, None]
-    num_sinks = sinks.filled.shape[0]
     last = last_nonzero(chunk.segments)
     segment = jnp.where(last >= 0, chunk.segments[last], 0)
-    member = (chunk.segments == segment) & (chunk.segments != 0)
-    is_sink = member & (chunk.positions < num_sinks)
-    to_far = (member & ~is_sink)[:, None]
+    to_far = (_members(chunk, segment) & (chunk.positions >= num_sinks))[:, None]
 
     key_max = jax.lax.stop_gradient(jnp.max(jnp.where(to_far, log_k, NEG), axis=0))
     weights = jnp.exp(jnp.where(to_far, log_k - key_max[None, :], NEG))
     dtype = chunk.values.dtype
-    summary = FarState(key_max, jnp.sum(weights, axis=0), matmul("cm,cv->mv", weights, chunk.values, dtype), segment)
-    if num_sinks:
+    return FarState(key_max, jnp.sum(weights, axis=0), matmul("cm,cv->mv", weights, chunk.values, dtype), segment)
+
+
+def add_summary(
+    far: FarState, sinks: Sinks, summary: FarState, chunk: Recent, decay: FoldDecay | None
+) -> tuple[FarState, Sinks]:
+    """The far state and the sinks after a chunk that `summarize` has seen."""
+    if num_sinks := sinks.filled.shape[0]:
+        segment = summary.segment
+        is_sink = _members(chunk, segment) & (chunk.positions < num_sinks)
         sinks = _fold_sinks(sinks, chunk, decay, is_sink, (segment == far.segment) | (segment == 0))
     far = merge_far(far, summary, None if decay is None else decay.state)
     if decay is not None and decay.of_all is not None:
         z, S = (with_scale_derivative(x, decay.of_all) for x in (far.normalizer, far.values))
         far = far._replace(normalizer=z, values=S)
     return far, sinks
+
+
+def _members(chunk: Recent, segment: Int[Array, ""]) -> Bool[Array, "c"]:
+    return (chunk.segments == segment) & (chunk.segments != 0)
 
 
 def _fold_sinks(
@@ -279,7 +296,7 @@ def read_far(
     return jnp.where(reads[:, None, None], log_q + far.key_max[None, None, :], NEG)
 
 
-def _exact_sums(
+def exact_sums(
     kernel: Kernel,
     tokens: Tokens,
     far: FarState,
@@ -333,18 +350,33 @@ def chunk_features(
     queries, elapsed: the running decays of the chunk, as those of queries and of keys.
     """
     log_q, log_k = kernel.log_features(tokens.queries), kernel.log_features(tokens.keys)
-    scores, since, decay = feature_scores(log_q, log_k, tokens.values.dtype), None, None
+    sums = feature_sums(kernel, far, tokens, visible, queries, elapsed, log_q, log_k)
+    decay = None if elapsed is None else to_end(elapsed)
+    far, _ = fold(kernel, far, sinks, tokens.recent(), decay, log_k)
+    return far, sums
+
+
+def feature_sums(
+    kernel: Kernel,
+    far: FarState,
+    tokens: Tokens,
+    visible: Bool[Array, "n n"],
+    queries: RunningSum | None,
+    elapsed: RunningSum | None,
+    log_q: Float[Array, "n g m"],
+    log_k: Float[Array, "n m"],
+) -> Sums:
+    """`weighted_sums` of the far state and of the chunk's own keys, with the estimate of the kernel for both."""
+    scores, since = feature_scores(log_q, log_k, tokens.values.dtype), None
     if queries is not None and elapsed is not None:
-        since, decay = queries.value(), to_end(elapsed)
+        since = queries.value()
         apart = between(queries, elapsed)
         if elapsed.of_keys is None:  # not causal; by place, because |x| has no derivative where a decay is 0
             apart = jnp.where(jnp.tri(apart.shape[0], dtype=bool), apart, -apart)
         scores = scores + apart[:, None, :]
     scores = jnp.where(visible[:, None, :], scores, NEG)
     far_scores = read_far(kernel, tokens.queries, tokens.segments, far, since, log_q)
-    sums = weighted_sums(far_scores, far, scores, tokens.values)
-    far, _ = fold(kernel, far, sinks, tokens.recent(), decay, log_k)
-    return far, sums
+    return weighted_sums(far_scores, far, scores, tokens.values)
 
 
 def chunk_window(
@@ -363,7 +395,7 @@ def chunk_window(
     """
     size = tokens.segments.shape[0]
     near = join_recent(recent, tokens.recent())
-    sums = _exact_sums(kernel, tokens, far, sinks, near, visible, queries, elapsed)
+    sums = exact_sums(kernel, tokens, far, sinks, near, visible, queries, elapsed)
     decay = None if elapsed is None else to_end(elapsed.cut(0, size))
     far, sinks = fold(kernel, far, sinks, slice_recent(near, 0, size), decay)
     return far, sinks, slice_recent(near, size, None), sums
@@ -387,7 +419,7 @@ def step_window(kernel: Kernel, state: AttentionState, token: Tokens, chunk_size
     elapsed = None if recent.decays is None else running_sum(recent.decays)
     # Slots after the token's hold no decay, so the sum over all slots is the token's.
     query = None if elapsed is None else elapsed.cut(-1, None)
-    sums = _exact_sums(kernel, token, state.far, state.sinks, recent, visible, query, elapsed)
+    sums = exact_sums(kernel, token, state.far, state.sinks, recent, visible, query, elapsed)
     real = (token.segments[0] != 0).astype(jnp.int32)
     return state._replace(recent=recent, fill=state.fill + real), sums
 

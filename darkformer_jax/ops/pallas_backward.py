@@ -46,11 +46,10 @@ def backward(
     sizes: Sizes,
     inputs: Inputs,
     segments: Int[Array, "b n"],
-    out: Float[Array, "b n h g dv"],
     saved: Saved,
     gradient: tuple[FarState, Array],
 ) -> Inputs:
-    """The gradients of `inputs`, from those of the far state after the tokens and of `out`."""
+    """The gradients of `inputs`, from those of the far state after the tokens and of the output."""
     blocks = Blocks(sizes, inputs, last_first=True)
     length = segments.shape[1]
     segments = jnp.pad(segments, [(0, 0), (0, blocks.length - length)])
@@ -73,7 +72,6 @@ def backward(
             *blocks.tokens(segments),
             *((x, blocks.of_head(shape)) for x, shape in zip(blocks.per_head, own, strict=True)),
             *((x, blocks.of_chunk(x.shape[3:])) for x in saved),
-            (blocks.in_front(out), values),
             (blocks.in_front(of_out), values),
             *((x, blocks.of_row(x.shape[2:])) for x in states),
         ],
@@ -109,7 +107,7 @@ def of_features(features: RandomFeatures, of_head: list[Array]) -> RandomFeature
 def _chunk(before: Any, of_chunk: Any, *refs: Any, scale: float, has: Has) -> None:
     """The gradients of a chunk, and those of the state before it."""
     head, chunk, rest = take_refs(refs, scale, has)
-    c_ref, z_ref, S_ref, out, of_out, dz_in, dS_in, dq, dk, dv, *rest = rest
+    c_ref, z_ref, S_ref, of_out, dz_in, dS_in, dq, dk, dv, *rest = rest
     dG = rest.pop(0) if has.decays else None
     dc_out, dz_out, dS_out, *of_head, dz, dS = rest
     place = pl.num_programs(2) - 1 - pl.program_id(2)
@@ -124,11 +122,11 @@ def _chunk(before: Any, of_chunk: Any, *refs: Any, scale: float, has: Has) -> No
 
     c, z, S, dtype = c_ref[0, 0, 0], z_ref[0, 0, 0], S_ref[0, 0, 0], chunk.v.dtype
     seen = look(chunk, c, z, far_segment)
-    as_rows = lambda ref: ref[0, 0].reshape(-1, ref.shape[-1]).astype(jnp.float32)
-    of_numerator = as_rows(of_out) / seen.denominator
-    e = jnp.sum(of_numerator * as_rows(out), axis=1, keepdims=True)
-    of_far = seen.far_weights * (dot(of_numerator, S, (1, 0), dtype) - e * z)
-    from_q, from_k, of_keys = _of_scores(chunk, seen, of_numerator, e)
+    of_numerator = of_out[0, 0].reshape(-1, of_out.shape[-1]).astype(jnp.float32) / seen.denominator
+    by_key, by_feature = dot(of_numerator, chunk.v, (1, 1), dtype), dot(of_numerator, S, (1, 0), dtype)
+    e = of_denominator(seen.weights, by_key, seen.far_weights, by_feature, seen.denominator)
+    of_far = seen.far_weights * (by_feature - e * z)
+    from_q, from_k, of_keys = _of_scores(chunk, seen, by_key - e)
 
     folded = fold_weights(chunk.column, chunk.log_k, chunk.decay, c, far_segment, own_segment)
     of_folded = folded.weights * (dz[...] + dot(chunk.v, dS[...], (1, 0), dtype))
@@ -162,23 +160,38 @@ def _of_decay(
     return jnp.where(is_last, of_state, 0.0) - of_keys - as_row(of_folded)
 
 
+def of_denominator(
+    weights: Float[Array, "n t"],
+    by_key: Float[Array, "n t"],
+    far_weights: Float[Array, "n m"],
+    by_feature: Float[Array, "n m"],
+    denominator: Float[Array, "n 1"],
+) -> Float[Array, "n 1"]:
+    """e, from the very products that it is subtracted from: those of the rounded output would leave a remainder.
+
+    What a row's keys get sums to zero, and values or keys with a mean of their own multiply what does not.
+    """
+    row_sum = lambda x: jnp.sum(x, axis=1, keepdims=True)
+    return (row_sum(weights * by_key) + row_sum(far_weights * by_feature)) / denominator
+
+
 def _of_scores(
-    chunk: Chunk, seen: Seen, of_numerator: Float[Array, "gc dv"], e: Float[Array, "gc 1"]
+    chunk: Chunk, seen: Seen, of_weights: Float[Array, "gc c"]
 ) -> tuple[Float[Array, "gc m"], Float[Array, "c m"], Float[Array, "1 c"] | None]:
     """The gradients of the log features of queries and keys, by the scores of the chunk's own pairs.
 
-    With a decay, also those of the scores, summed over the queries of each key.
+    With a decay, also those of the scores, summed over the queries of each key. of_weights: dL/dN . v - e.
 
-    That of log P is w (dL/dN . v - e), and the features need its quotient by P. The quotients are scaled by e^up as far
-    up as their products with features allow, and by the largest of dL/dw: they would be no normal float32 where a loss
-    is a mean over many tokens. w / P is exp(lift), but rounded otherwise: then what a row's keys get would not cancel.
+    The gradient of log P is w times that, and the features need its quotient by P. The quotients are scaled by e^up as
+    far up as their products with features allow, and by the largest of dL/dw: they would be no normal float32 where a
+    loss is a mean over many tokens. w / P is exp(lift), but rounded otherwise: then what a row's keys get would not
+    cancel.
     """
     dtype = chunk.v.dtype
     largest = lambda x: jnp.max(jnp.max(x, axis=1, keepdims=True), axis=0, keepdims=True)
     above = seen.visible & (seen.product > math.exp(LOG_FLOOR))
     lift = jnp.where(above, seen.lift, NEG)
     up = jnp.minimum(-LOG_FLOOR - 2.0 - largest(lift), 60.0)
-    of_weights = dot(of_numerator, chunk.v, (1, 1), dtype) - e
     of_keys = None if chunk.decay is None else jnp.sum(seen.weights * of_weights, axis=0, keepdims=True)
     of_weights = jnp.where(above, of_weights, 0.0)
     size = largest(jnp.abs(of_weights))

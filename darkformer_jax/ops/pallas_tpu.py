@@ -5,7 +5,7 @@ heads; chunks follow each other and hand the far state (c, z, S^T) on in VMEM. L
 written to memory. The formulas, and so the range of inputs without underflow, are those of `ops/linear.py`: a maximum
 per feature, and scores with a maximum per query and per key. `pallas_window` has the hybrid.
 
-The backward pass keeps the inputs, the output and the states before each chunk, and computes the rest again.
+The backward pass keeps the inputs and the states before each chunk, and computes the rest again.
 """
 
 import functools
@@ -89,12 +89,12 @@ def _attend(sizes: Sizes, inputs: Inputs, segments: Int[Array, "b n"]) -> tuple[
 
 def _attend_forward(sizes: Sizes, inputs: Inputs, segments: Array) -> tuple[tuple[FarState, Array], Any]:
     far, out, saved = forward(sizes, inputs, segments, save=True)
-    return (far, out), (inputs, segments, out, saved)
+    return (far, out), (inputs, segments, saved)
 
 
 def _attend_backward(sizes: Sizes, saved: Any, gradient: tuple[FarState, Array]) -> tuple[Inputs, None]:
-    inputs, segments, out, states = saved
-    return backward(sizes, inputs, segments, out, states, gradient), None
+    inputs, segments, states = saved
+    return backward(sizes, inputs, segments, states, gradient), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -158,14 +158,14 @@ def _attend_window_forward(
     sizes: pallas_window.Sizes, inputs: pallas_window.Inputs, places: Places
 ) -> tuple[tuple[FarState, Array], Any]:
     far, out, saved = pallas_window.forward(sizes, inputs, places, save=True)
-    return (far, out), (inputs, places, out, saved)
+    return (far, out), (inputs, places, saved)
 
 
 def _attend_window_backward(
     sizes: pallas_window.Sizes, saved: Any, gradient: tuple[FarState, Array]
 ) -> tuple[pallas_window.Inputs, None]:
-    inputs, places, out, states = saved
-    return pallas_window_backward.backward(sizes, inputs, places, out, states, gradient), None
+    inputs, places, states = saved
+    return pallas_window_backward.backward(sizes, inputs, places, states, gradient), None
 
 
 _attend_window.defvjp(_attend_window_forward, _attend_window_backward)

@@ -151,7 +151,7 @@ class Seen(NamedTuple):
 
 
 def look(view: View, sizes: Sizes, c: Float[Array, "1 m"], z: Float[Array, "1 m"], far_segment: Any) -> Seen:
-    """`_exact_sums`, and the weights of `weighted_sums`."""
+    """`exact_sums`, and the weights of `weighted_sums`."""
     size, near, (rows, features) = view.column.shape[0], view.row.shape[1], view.log_q.shape
     place = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (size, near), axis)
     past = (place(0) + sizes.window >= place(1)) | (place(1) >= sizes.window + size)  # and all sinks

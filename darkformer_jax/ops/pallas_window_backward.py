@@ -13,7 +13,7 @@ from jax.dtypes import float0
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from darkformer_jax.ops.pallas_backward import of_features, of_points
+from darkformer_jax.ops.pallas_backward import of_denominator, of_features, of_points
 from darkformer_jax.ops.pallas_chunk import dot, fold_weights
 from darkformer_jax.ops.pallas_forward import Saved
 from darkformer_jax.ops.pallas_window import (
@@ -34,11 +34,10 @@ def backward(
     sizes: Sizes,
     inputs: Inputs,
     places: Places,
-    out: Float[Array, "b n h g dv"],
     saved: Saved,
     gradient: tuple[FarState, Array],
 ) -> Inputs:
-    """The gradients of `inputs`, from those of the far state after the tokens and of `out`."""
+    """The gradients of `inputs`, from those of the far state after the tokens and of the output."""
     blocks = WindowBlocks(sizes, inputs, places, last_first=True)
     far, of_out = gradient
     rows, chunk = (blocks.batch, blocks.heads), sizes.chunk
@@ -55,7 +54,6 @@ def backward(
         [
             *blocks.near_tokens(),
             *((x, blocks.of_chunk(x.shape[3:])) for x in saved),
-            (heads_in_front(out), values),
             (heads_in_front(of_out), values),
             *((x, blocks.of_row(x.shape[2:])) for x in states),
         ],
@@ -89,7 +87,7 @@ def backward(
 def _chunk(before: Any, leaving: Any, *refs: Any, sizes: Sizes, has: Has) -> None:
     """The gradients of a chunk, of the keys that it sees, and of the state before it."""
     view, rest = take_refs(refs, sizes, has)
-    c_ref, z_ref, S_ref, out, of_out, dz_in, dS_in, dq, dk, dv, dk_recent, dv_recent, *rest = rest
+    c_ref, z_ref, S_ref, of_out, dz_in, dS_in, dq, dk, dv, dk_recent, dv_recent, *rest = rest
     dc_out, dz_out, dS_out, *of_head, dz, dS, of_keys, of_values = rest
     of_sinks = [of_head.pop() for _ in range(2 * has.sinks)]  # of values, of keys
     size, place = sizes.chunk, pl.num_programs(2) - 1 - pl.program_id(2)
@@ -104,11 +102,11 @@ def _chunk(before: Any, leaving: Any, *refs: Any, sizes: Sizes, has: Has) -> Non
 
     c, z, S, dtype = c_ref[0, 0, 0], z_ref[0, 0, 0], S_ref[0, 0, 0], view.values.dtype
     seen = look(view, sizes, c, z, far_segment)
-    as_rows = lambda ref: ref[0, 0].reshape(-1, ref.shape[-1]).astype(jnp.float32)
-    of_numerator = as_rows(of_out) / seen.denominator
-    e = jnp.sum(of_numerator * as_rows(out), axis=1, keepdims=True)
-    of_scores = seen.weights * (dot(of_numerator, view.values, (1, 1), dtype) - e)
-    of_far = seen.far_weights * (dot(of_numerator, S, (1, 0), dtype) - e * z)
+    of_numerator = of_out[0, 0].reshape(-1, of_out.shape[-1]).astype(jnp.float32) / seen.denominator
+    by_key, by_feature = dot(of_numerator, view.values, (1, 1), dtype), dot(of_numerator, S, (1, 0), dtype)
+    e = of_denominator(seen.weights, by_key, seen.far_weights, by_feature, seen.denominator)
+    of_scores = seen.weights * (by_key - e)
+    of_far = seen.far_weights * (by_feature - e * z)
     if view.gain is not None:
         by_head = of_far.reshape(-1, size, of_far.shape[1])
         of_head.pop()[0, 0] += jnp.sum(jnp.sum(by_head, axis=2, keepdims=True), axis=1, keepdims=True)

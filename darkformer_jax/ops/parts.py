@@ -31,7 +31,7 @@ from darkformer_jax.ops.linear import (
     read_far,
     weighted_sums,
 )
-from darkformer_jax.ops.scan import SUM_AXES, over_heads, scan_window
+from darkformer_jax.ops.scan import SUM_AXES, over_heads, scan_chunks, scan_window
 from darkformer_jax.ops.state import FarState, Recent, empty_state, init_state, merge_far
 
 Tree = TypeVar("Tree")
@@ -58,7 +58,9 @@ def near_sums(
     state = init_state(batch, num_kv_heads, dim, v.shape[-1], 0, q.dtype, chunk_size, window, num_sinks)
     places = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
     tokens = Tokens(_grouped(q, k), k, v, jnp.ones_like(places), places)
-    _, sums = scan_window(kernel, state, tokens, chunk_size=chunk_size, resumed=False, return_state=False)
+    _, sums = scan_window(
+        kernel, state, tokens, chunk_size=chunk_size, resumed=False, return_state=False, over_chunks=scan_chunks
+    )
     return sums
 
 

@@ -42,8 +42,12 @@ Tree = TypeVar("Tree")
 # (kernel, state, the window's tokens, chunks, complete chunks) -> (far state, sinks, sums); as `scan_chunks`.
 OverChunks = Callable[[Kernel, AttentionState, Recent, Tokens, Int[Array, "b"] | None], tuple[FarState, Sinks, Sums]]
 
+# Chunks [n, b, c, ...], which of its own keys a query sees, and the running decays as those of queries and of keys.
+FeatureChunks = tuple[Tokens, Bool[Array, "n b c c"], RunningSum | None, RunningSum | None]
+OverFeatures = Callable[[Kernel, AttentionState, FeatureChunks], tuple[FarState, Sums]]
+
 # The scan's loop already keeps XLA from merging the recomputation with the forward pass.
-_recompute = functools.partial(jax.checkpoint, prevent_cse=False)
+recompute = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 def over_heads(
@@ -63,11 +67,18 @@ def over_heads(
 
 
 def scan_features(
-    kernel: Kernel, state: AttentionState, tokens: Tokens, *, chunk_size: int, causal: bool
+    kernel: Kernel,
+    state: AttentionState,
+    tokens: Tokens,
+    *,
+    chunk_size: int,
+    causal: bool,
+    over_chunks: OverFeatures,
 ) -> tuple[AttentionState, Sums]:
     """Features everywhere. The chunk size changes the cost, not the result. `causal=False` sees the whole segment.
 
-    Leaves of `state` and `tokens` have the batch in front, as in `dark_attention`.
+    Leaves of `state` and `tokens` have the batch in front, as in `dark_attention`. over_chunks: what computes all
+    chunks from left to right.
     """
     length = tokens.segments.shape[1]
     chunks = split_chunks(tokens, min(chunk_size, length))
@@ -76,24 +87,23 @@ def scan_features(
         visible &= jnp.tri(visible.shape[-1], dtype=bool)[None, None]
     queries = None if chunks.decays is None else running_sum(chunks.decays, axis=2, causal=causal)
     elapsed = _tokens_last(queries)
-    axes = (FAR_AXES, SINK_AXES, TOKEN_AXES, None, 1, 0)
-    one_chunk = over_heads(kernel, chunk_features, axes, (FAR_AXES, SUM_AXES))
-
     # The masks and sums are made outside the loop: in its body XLA would compute the masks again for every head.
-    @_recompute
-    def body(
-        far: FarState, xs: tuple[Tokens, Bool[Array, "b n n"], RunningSum | None, RunningSum | None]
-    ) -> tuple[FarState, Sums]:
-        return one_chunk(far, state.sinks, *xs)
-
-    far, sums = jax.lax.scan(body, state.far, (chunks, visible, queries, elapsed))
+    far, sums = over_chunks(kernel, state, (chunks, visible, queries, elapsed))
     if not causal:
         from_right = over_heads(kernel, _read_then_fold, (FAR_AXES, SINK_AXES, TOKEN_AXES, 0), (FAR_AXES, SUM_AXES))
         nothing = jax.tree.map(jnp.zeros_like, state.far)._replace(key_max=jnp.full_like(state.far.key_max, NEG))
-        body_from_right = _recompute(lambda far, xs: from_right(far, state.sinks, *xs))
+        body_from_right = recompute(lambda far, xs: from_right(far, state.sinks, *xs))
         _, later = jax.lax.scan(body_from_right, nothing, (chunks, elapsed), reverse=True)
         sums = merge_sums(sums, later)
     return state._replace(far=far), jax.tree.map(lambda leaf: leaf[:, :length], jax.tree.map(join_chunks, sums))
+
+
+def scan_feature_chunks(kernel: Kernel, state: AttentionState, chunks: FeatureChunks) -> tuple[FarState, Sums]:
+    """`chunk_features` from chunk to chunk: (the far state after them, their sums)."""
+    axes = (FAR_AXES, SINK_AXES, TOKEN_AXES, None, 1, 0)
+    one_chunk = over_heads(kernel, chunk_features, axes, (FAR_AXES, SUM_AXES))
+    far, sums = jax.lax.scan(recompute(lambda far, xs: one_chunk(far, state.sinks, *xs)), state.far, chunks)
+    return far, sums
 
 
 def _read_then_fold(
@@ -120,12 +130,12 @@ def scan_window(
     chunk_size: int,
     resumed: bool,
     return_state: bool,
-    over_chunks: OverChunks | None = None,
+    over_chunks: OverChunks,
 ) -> tuple[AttentionState, Sums]:
     """The hybrid: exact window and sinks, features beyond. Chunks are aligned to the sequence's very first token.
 
     Leaves of `state` and `tokens` have the batch in front, as in `dark_attention`. over_chunks: what computes all
-    chunks; None: a scan.
+    chunks.
     """
     window = state.recent.segments.shape[1] - chunk_size
     length = tokens.segments.shape[1]
@@ -136,7 +146,6 @@ def scan_window(
         tokens = _realign(tokens, _recent_tokens(state.recent, window, None), offset)
     chunks = split_chunks(tokens, chunk_size)
     num_complete = end // chunk_size
-    over_chunks = scan_chunks if over_chunks is None else over_chunks
     far, sinks, sums = over_chunks(kernel, state, recent, chunks, num_complete if return_state else None)
     sums = jax.tree.map(join_chunks, sums)
     if return_state:
@@ -157,7 +166,7 @@ def scan_chunks(
 
     recent: the window before the first chunk. num_complete: how many chunks of each sequence move the window on.
     """
-    num_chunks, _, chunk_size = chunks.segments.shape
+    num_chunks = len(chunks.segments)
     one_chunk = over_heads(
         kernel,
         chunk_window,
@@ -165,30 +174,34 @@ def scan_chunks(
         (FAR_AXES, SINK_AXES, RECENT_AXES, SUM_AXES),
     )
 
-    @_recompute
+    @recompute
     def body(
         carry: tuple[FarState, Sinks, Recent],
         xs: tuple[Int[Array, ""], Tokens, Bool[Array, "b n t"], RunningSum | None, RunningSum | None],
     ) -> tuple[tuple[FarState, Sinks, Recent], Sums]:
         index, *chunk = xs
         *advanced, sums = one_chunk(*carry, *chunk)
-        return _advance(tuple(advanced), carry, index, num_complete), sums
+        return advance(tuple(advanced), carry, index, num_complete), sums
 
-    visible = _near_keys(recent.segments, chunks.segments)
-    queries = elapsed = None
-    if chunks.decays is not None and recent.decays is not None:
-        decays = _with_window(jnp.swapaxes(recent.decays, 1, 2), chunks.decays)
-        near = running_sum(decays, axis=2, causal=True)
-        queries, elapsed = jax.tree.map(lambda leaf: leaf[:, :, -chunk_size:], near), _tokens_last(near)
-    (far, sinks, _), sums = jax.lax.scan(
-        body,
-        (state.far, state.sinks, recent),
-        (jnp.arange(num_chunks, dtype=jnp.int32), chunks, visible, queries, elapsed),
-    )
+    numbers = jnp.arange(num_chunks, dtype=jnp.int32)
+    xs = (numbers, chunks, *masks_and_decays(recent, chunks))
+    (far, sinks, _), sums = jax.lax.scan(body, (state.far, state.sinks, recent), xs)
     return far, sinks, sums
 
 
-def _advance(new: Tree, old: Tree, index: Int[Array, ""], num_complete: Int[Array, "b"] | None) -> Tree:
+def masks_and_decays(
+    recent: Recent, chunks: Tokens
+) -> tuple[Bool[Array, "n b c t"], RunningSum | None, RunningSum | None]:
+    """For each chunk, which of the window's and its own keys its queries see, and the decays as `chunk_window`'s."""
+    visible, size = _near_keys(recent.segments, chunks.segments), chunks.segments.shape[2]
+    if chunks.decays is None or recent.decays is None:
+        return visible, None, None
+    decays = with_window(jnp.swapaxes(recent.decays, 1, 2), chunks.decays)
+    near = running_sum(decays, axis=2, causal=True)
+    return visible, jax.tree.map(lambda leaf: leaf[:, :, -size:], near), _tokens_last(near)
+
+
+def advance(new: Tree, old: Tree, index: Int[Array, ""], num_complete: Int[Array, "b"] | None) -> Tree:
     """What follows chunk `index`: of a sequence in which it is not complete, what was there before it."""
     if num_complete is None:
         return new
@@ -210,10 +223,10 @@ def _near_keys(recent: Int[Array, "b w"], chunks: Int[Array, "n b c"]) -> Bool[A
     """For each chunk, which of the window's and its own keys its queries see."""
     size, window = chunks.shape[2], recent.shape[1]
     seen = jnp.concatenate([jnp.ones((size, window), bool), jnp.tri(size, dtype=bool)], axis=1)
-    return same_segment(chunks, _with_window(recent, chunks)) & seen[None, None]
+    return same_segment(chunks, with_window(recent, chunks)) & seen[None, None]
 
 
-def _with_window(recent: Shaped[Array, "b w *h"], chunks: Shaped[Array, "n b c *h"]) -> Shaped[Array, "n b t *h"]:
+def with_window(recent: Shaped[Array, "b w *h"], chunks: Shaped[Array, "n b c *h"]) -> Shaped[Array, "n b t *h"]:
     """Each chunk with the `window` tokens before it in front."""
     num_chunks, _, size = chunks.shape[:3]
     window = recent.shape[1]

@@ -58,7 +58,7 @@ CHOICES = {
     "model.attention.kind": ", ".join(MIXERS),
     "model.attention.projections": "iid, orthogonal, orthogonal_unsigned",
     "model.attention.window_kernel": "dark, softmax",
-    "model.attention.backend": "auto, scan, pallas",
+    "model.attention.backend": "auto, scan, parallel, pallas",
     "data.source": "stdlib, text, news, chat, array_record, labelled",
     "optimizer.schedule": "cosine, rsqrt, constant",
     "optimizer.train": "all, qkv_geometry, geometry, lora",
@@ -141,6 +141,10 @@ RULES = [
     (
         {"model.attention.backend": "pallas", "model.causal": False, "task.name": "classification"},
         "backend = 'pallas' with model.causal = False; allowed: model.causal = True",
+    ),
+    (
+        {"model.attention.backend": "parallel", "model.causal": False, "task.name": "classification"},
+        "backend = 'parallel' with model.causal = False; allowed: model.causal = True",
     ),
     (
         {"model.attention.backend": "scan", "model.attention.kind": "hedgehog"},

@@ -15,7 +15,7 @@ from darkformer_jax.mixers.stretches import on_shards
 from darkformer_jax.ops.dark_attention import dark_attention
 from darkformer_jax.training.experiment import Experiment
 from tests.ops.linear_attentions import documents, draw, draw_cotangent
-from tests.tiny_runs import experiment_of, on_eight_devices, tiny_config
+from tests.tiny_runs import experiment_of, on_eight_devices, random_batch, tiny_config
 
 SIZES = {"model__num_heads": 4, "model__num_kv_heads": 2, "model__vocab_size": 264}
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -61,8 +61,23 @@ def test_the_kernel_on_eight_devices_gives_what_the_scan_gives_on_one(form, tmp_
             np.testing.assert_allclose(split[name], expected, rtol=1e-4, atol=5e-5)
 
 
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize("form", FORMS)
+def test_all_chunks_at_once_train_as_the_scan_does(form):
+    def step(backend):
+        fields = {f"model__attention__{name}": value for name, value in (FORMS[form] | {"backend": backend}).items()}
+        experiment = experiment_of(tiny_config(**fields, model__num_kv_heads=1))
+        batch = jax.device_put(random_batch(0), experiment.batch_sharding)
+        with jax.set_mesh(experiment.mesh):
+            state, metrics = experiment.train_step()(experiment.initial_state(), batch)
+        return state.params, metrics["grad_norm"]
+
+    for got, want in zip(jax.tree.leaves(step("parallel")), jax.tree.leaves(step("scan")), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_a_cpu_lacks_the_kernel():
-    message = "model.attention.backend = 'pallas' on a cpu: the kernel is for TPUs; allowed: 'auto', 'scan'"
+    message = "model.attention.backend = 'pallas' on a cpu: the kernel is for TPUs; allowed: 'auto', 'scan', 'parallel'"
     with pytest.raises(UserError, match=re.escape(message)):
         experiment_of(tiny_config(model__attention__backend="pallas"))
 

@@ -257,13 +257,13 @@ def assert_gradients_close(got, want, limit):
         assert worst <= limit, name
 
 
-def assert_like_float64(op, length, shape, segments, options):
+def assert_like_float64(op, length, shape, segments, options, **backend):
     """Outputs and gradients, of Gaussian inputs and of extreme ones."""
     for data, limit in (({}, 1e-4), ({"extreme": 1.0}, 1e-3), ({"extreme": 1.0, "antipodal": True}, 1e-3)):
         x = draw(op, length, **shape, **data)
         ids = None if segments is None else np.tile(documents(*segments), (x.q.shape[0], 1))
         cotangent = draw_cotangent(x)
-        out, gradients = with_gradients(op, x, cotangent, ids, **options)
+        out, gradients = with_gradients(op, x, cotangent, ids, **options, **backend)
         want, want_gradients = oracle(op, x, ids, cotangent, **options)
         assert_rows_close(out, want, limit)
         assert_gradients_close(gradients, want_gradients, limit)

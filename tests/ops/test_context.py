@@ -27,6 +27,7 @@ FEATURES = {"length": 104, "chunk_size": 4}
 HYBRID = {"length": 96, "chunk_size": 4, "window": 8, "num_sinks": 3}
 FORMS = {op: FEATURES | {"op": op} for op in OPS} | {f"hybrid of {op}": HYBRID | {"op": op} for op in reversed(DARK)}
 FORMS = {"hybrid with a horizon": HYBRID | {"op": "dark", "far_horizon": 20}} | FORMS
+FORMS["all chunks at once"] = HYBRID | {"op": "dark", "backend": "parallel"}
 ROWS = ("dark", "hybrid of dark")
 LONG = 96 * 170
 

@@ -18,7 +18,7 @@ from darkformer_jax.ops.dark_attention import feature_kernel
 from darkformer_jax.ops.decay import decay_per_token
 from darkformer_jax.ops.linear import Tokens
 from darkformer_jax.ops.pallas_tpu import attend_features
-from darkformer_jax.ops.scan import scan_features
+from darkformer_jax.ops.scan import scan_feature_chunks, scan_features
 from darkformer_jax.ops.state import init_state
 from tests.ops.linear_attentions import (
     Inputs,
@@ -65,7 +65,7 @@ def _by_kernel(x, ids, far, chunk_size):
 
 
 def _by_scan(x, ids, far, chunk_size):
-    state, sums = scan_features(*call(x, ids, far), chunk_size=chunk_size, causal=True)
+    state, sums = scan_features(*call(x, ids, far), chunk_size=chunk_size, causal=True, over_chunks=scan_feature_chunks)
     out = normalize(sums.numerator, sums.denominator).astype(x.v.dtype)
     return state.far, out.reshape(*x.q.shape[:3], -1)
 
