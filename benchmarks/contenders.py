@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from darkformer_jax import dark_attention, draw_projections
+from darkformer_jax.ops.attend import Backend
 
 BATCH, HEADS, HEAD_DIM, FEATURES = 1, 8, 64, 256
 CHUNK = 64  # the fastest of 32, 64, 128 and 256 on CPUs, for forward passes of both forms
@@ -97,24 +98,24 @@ def kernel_parameters() -> tuple[Array, Array]:
     return projections, jnp.eye(HEAD_DIM)[None] + 0.02 * noise
 
 
-def ours_attend(window: int) -> Callable[..., Array]:
+def ours_attend(window: int, backend: Backend = "scan") -> Callable[..., Array]:
     """`dark_attention` as a function (q, k, v, M[, log decay]) -> out."""
     projections, _ = kernel_parameters()
 
     def attend(q: Array, k: Array, v: Array, geometry: Array, log_decay: Array | None = None) -> Array:
         arrays: dict[str, Any] = {"projections": projections, "geometry": geometry, "log_decay": log_decay}
-        return dark_attention(q, k, v, **arrays, chunk_size=CHUNK, window=window)
+        return dark_attention(q, k, v, **arrays, chunk_size=CHUNK, window=window, backend=backend)
 
     return attend
 
 
-def build_ours(problem: Problem, window: int, decay: str = "") -> Run:
+def build_ours(problem: Problem, window: int, decay: str = "", backend: Backend = "scan") -> Run:
     """`dark_attention`. decay: "slopes" = a log decay per head, "gates" = one per token and head."""
     inputs: tuple[Array, ...] = (*jax_inputs(problem.length, problem.dtype), kernel_parameters()[1])
     if decay:
         shape = (BATCH, problem.length, HEADS) if decay == "gates" else (HEADS,)
         inputs = (*inputs, -0.1 * jax.random.exponential(jax.random.key(4), shape))
-    return jax_run(ours_attend(window), inputs, problem.backward)
+    return jax_run(ours_attend(window, backend), inputs, problem.backward)
 
 
 def build_exact_jax(problem: Problem) -> Run:
@@ -207,6 +208,8 @@ def build_performer_pytorch(problem: Problem) -> Run:
 CONTENDERS: dict[str, Callable[[Problem], Run]] = {
     "ours": functools.partial(build_ours, window=0),
     "ours-hybrid": functools.partial(build_ours, window=CHUNK),
+    "ours-parallel": functools.partial(build_ours, window=0, backend="parallel"),
+    "hybrid-parallel": functools.partial(build_ours, window=CHUNK, backend="parallel"),
     "ours-slopes": functools.partial(build_ours, window=0, decay="slopes"),
     "ours-gates": functools.partial(build_ours, window=0, decay="gates"),
     "hybrid-slopes": functools.partial(build_ours, window=CHUNK, decay="slopes"),

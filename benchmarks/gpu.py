@@ -47,6 +47,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "dark, gates": {"kind": "dark", "num_features": 256, "chunk_size": 128, "decay": "gate"},
     "dark, window 256": {"kind": "dark", "num_features": 256, "chunk_size": 128, "window": 256, "num_sinks": 4},
 }
+FORMS |= {f"{form}, parallel": fields | {"backend": "parallel"} for form, fields in FORMS.items() if form != "softmax"}
 PLAIN = {"decay": "none", "conv_width": 0, "window": 0}  # which the quickstart sets otherwise
 TOKENS, STEPS, RECORDED = 16_384, 30, 3
 

@@ -9,6 +9,7 @@ written counts each output once, those of an update in place as the whole array:
 """
 
 import argparse
+import itertools
 import json
 import re
 from collections import Counter
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from darkformer_jax import dark_attention
 from darkformer_jax.aot.hlo import computations, trip_count
+from darkformer_jax.ops.attend import Backend
 from darkformer_jax.tasks.table import table_lines
 
 # NVIDIA's figures for the H100 SXM, in the form that XLA's compiler reads.
@@ -98,7 +100,7 @@ def _bytes(outputs: str) -> int:
 
 
 def measure(
-    device: jax.Device, form: str, backend: str, with_gradients: bool, flags: argparse.Namespace
+    device: jax.Device, form: str, backend: Backend, with_gradients: bool, flags: argparse.Namespace
 ) -> dict[str, Any]:
     """The figures of one program."""
     sharding = SingleDeviceSharding(device)
@@ -114,10 +116,15 @@ def measure(
 
     program = jax.grad(loss, (0, 1, 2, 4)) if with_gradients else run
     compiled = jax.jit(program).lower(x, x, x, of(flags.features, flags.dim), of(flags.dim, flags.dim)).compile()
-    starts, written = count(compiled.as_text())
-    temporary = compiled.memory_analysis().temp_size_in_bytes / 2**20
+    hlo, memory = compiled.as_text(), compiled.memory_analysis()
+    assert hlo is not None and memory is not None
+    starts, written = count(hlo)
     passes = "forward+backward" if with_gradients else "forward"
-    figures = {"starts": starts, "written_gib": round(written, 2), "temporary_mib": round(temporary)}
+    figures = {
+        "starts": starts,
+        "written_gib": round(written, 2),
+        "temporary_mib": round(memory.temp_size_in_bytes / 2**20),
+    }
     return {"form": form, "pass": passes, "backend": backend, **figures}
 
 
@@ -132,18 +139,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--out", type=Path, help="a file for all figures")
     flags = parser.parse_args(arguments)
+    jax.config.update("jax_platforms", "cpu")  # where there is no GPU, jax would stop at that
     try:
         (device,) = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1").devices
     except (RuntimeError, NotImplementedError) as error:
         parser.error(f"XLA cannot compile for GPUs here (bash launch/install.sh gpu): {str(error).splitlines()[0]}")
-    cases = [
-        (form, backend, with_gradients)
-        for form in FORMS
-        for with_gradients in (False, True)
-        for backend in ("scan", "parallel")
-    ]
+    backends: tuple[Backend, ...] = ("scan", "parallel")
+    cases = list(itertools.product(FORMS, (False, True), backends))
     rows = []
-    for form, backend, with_gradients in tqdm(cases, unit="program"):
+    for form, with_gradients, backend in tqdm(cases, unit="program"):
         rows.append(measure(device, form, backend, with_gradients, flags))
     names = ("form", "pass", "backend", "starts", "written_gib", "temporary_mib")
     print(

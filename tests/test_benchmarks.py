@@ -1,10 +1,12 @@
 import argparse
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import contexts, exact_heads, exported, gpu, lra, made_up_chats, paper, recall, zoo
+from benchmarks import contexts, exact_heads, exported, gpu, gpu_programs, lra, made_up_chats, paper, recall, zoo
 from benchmarks.grid import is_done
 from benchmarks.learning import FAR, REPEATED, Result, Run, ngram_bits, repeat_distance, table
 from configs.lra import get_config as get_lra_config
@@ -246,3 +248,14 @@ def test_steps_on_a_gpu_are_timed_before_they_are_recorded(tmp_path):
     failed = {"form": "dark", "context": 64, "failed": "error: no room"}
     words = gpu.table([exact, row, failed])
     assert "200" in words and "0.50x" in words and "1.0" in words and "failed: error: no room" in words
+
+
+def test_programs_of_loops_are_counted_once_per_step():
+    def run(x):
+        return jax.lax.fori_loop(0, 5, lambda _, x: jax.lax.fori_loop(0, 3, lambda _, x: jnp.sort(x), x), x)
+
+    hlo = jax.jit(run).lower(jnp.zeros(64)).compile().as_text()
+    starts, written = gpu_programs.count(hlo)
+    sorts = hlo.count(" sort(")
+    assert sorts == 1 and 15 <= starts < 15 + 5 * 20
+    assert written * 2**30 >= 15 * 256

@@ -179,8 +179,8 @@ def _attention() -> Section:
     # performer, dark: q and k are taken in coordinates of their own, which `calibrate --geometry=balanced` finds.
     a.balanced = anything(False, off=False, since=8)
     a.chunk_size = at_least(1, 128)  # tokens per chunk of the linear scan; reformer: of the sorted text
-    # What computes layers with features in training: scan | pallas, kernels for TPUs (docs/attention.md). auto is the
-    # scan, since no TPU has run the kernel yet. It is of the run, not of its model: verbs that load one take auto.
+    # What computes layers with features: scan | parallel, for GPUs | pallas, kernels for TPUs (docs/attention.md). auto
+    # is the scan: no GPU or TPU has run the others. It is of the run, not of its model: verbs that load one take auto.
     a.backend = choice("auto", get_args(Backend), off="auto", since=9)
     a.window = at_least(0, 0, off=0)  # tokens seen exactly before the own chunk, whole chunks; 0 = features everywhere
     a.num_sinks = at_least(0, 0, off=0, needs="window")  # first tokens of a document that every query sees exactly
