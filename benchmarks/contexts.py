@@ -20,6 +20,9 @@ import numpy as np
 import tqdm
 
 from darkformer_jax.cli.huge_pages import start_with_huge_pages
+from darkformer_jax.cli.parser import one_line_errors
+from darkformer_jax.data.files import write_file
+from darkformer_jax.errors import UserError
 from darkformer_jax.model.sampling import Sampler
 from darkformer_jax.runs.load import load_model
 from darkformer_jax.runs.workdir import Workdir
@@ -104,16 +107,25 @@ def main() -> None:
     parser.add_argument("--new_tokens", type=int, default=16, help="written after each reading (default: 16)")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each (default: 3)")
     parser.add_argument("--limit", type=float, default=600, help="seconds of one reading (default: 600)")
-    parser.add_argument("--out", type=Path, help="writes the rows to this JSON file")
+    parser.add_argument("--out", help="writes the rows to this JSON file")
     args = parser.parse_args()
-    contexts = [int(context) for context in args.contexts.split(",")]
-    if contexts != sorted(set(contexts)) or contexts[0] < 1:
-        raise SystemExit(f"error: --contexts={args.contexts}: allowed: rising whole numbers from 1")
-    workdirs = args.workdirs.split(",")
-    rows = measure(workdirs, contexts, args.new_tokens, args.repeats, args.limit)
-    print("\n".join(lines(rows, workdirs[0])))
-    if args.out:
-        args.out.write_text(json.dumps(rows) + "\n")
+    with one_line_errors("nothing was written"):
+        workdirs = args.workdirs.split(",")
+        if min(args.new_tokens, args.repeats) < 1:
+            raise UserError(f"--new_tokens={args.new_tokens} --repeats={args.repeats}: must be at least 1")
+        rows = measure(workdirs, _contexts(args.contexts), args.new_tokens, args.repeats, args.limit)
+        print("\n".join(lines(rows, workdirs[0])))
+        if args.out:
+            write_file(args.out, (json.dumps(rows) + "\n").encode())
+
+
+def _contexts(text: str) -> list[int]:
+    """Raises UserError."""
+    numbers = text.split(",")
+    contexts = [int(number) for number in numbers if number.isdecimal()]
+    if len(contexts) < len(numbers) or contexts != sorted(set(contexts)) or contexts[0] < 1:
+        raise UserError(f"--contexts={text}: allowed: rising whole numbers from 1")
+    return contexts
 
 
 if __name__ == "__main__":

@@ -38,6 +38,9 @@ about the weight that exact attention gives it. With --transfer_steps=0 it stays
 of the far part of exact attention mostly does. Use it for models that will read more than --context tokens.
 
 At the end the verb prints the loss of the exact model, of the new one, and of the new one without its features.
+
+A command that was killed or interrupted goes on if it is given again: until --out is there, a hidden directory beside
+it (.NAME.HASH.begun) keeps each layer that was fitted and each model that was measured.
 """
 
 import argparse
@@ -116,7 +119,7 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Writes the workdir and prints the errors. A UserError becomes one line and exit status 2."""
-    with one_line_errors("what was written is removed"):
+    with one_line_errors("the same command goes on from what was found"):
         complete_flags(args)
         _check_flags(args)
         options = FitOptions(**{name: value for name, value in vars(args).items() if name != "out"})
@@ -165,6 +168,8 @@ def _summary(args: argparse.Namespace, found: Calibrated) -> str:
     shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in means.items())
     lines = [f"{args.out}: relative error of attention over {len(rows)} layers: {shown}"]
     idle = [str(row["layer"]) for row in rows if _features_are_idle(row)]
+    if args.transfer_steps and args.mechanism != "window_only" and _window_sees_all(args):
+        lines.append(f"--context={args.context}: the window of {args.window} shows all of it, so nothing was fitted")
     if idle and args.mechanism != "window_only":
         lines.append(
             f"layers {','.join(idle)}: features give nothing that the window does not; see --geometry=balanced"
@@ -175,6 +180,12 @@ def _summary(args: argparse.Namespace, found: Calibrated) -> str:
         lines += head_lines(found.heads)
     lines += found.worth.lines()
     return "\n".join(lines)
+
+
+def _window_sees_all(args: argparse.Namespace) -> bool:
+    """Whether every query of a passage sees all tokens before it one by one: its chunk, the window and the sinks."""
+    chunk = conversion_config(args.mechanism).model.attention.chunk_size
+    return bool(args.window and (args.context - 1) // chunk * chunk <= args.window + args.num_sinks)
 
 
 def _features_are_idle(row: dict[str, Any]) -> bool:

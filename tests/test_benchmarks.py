@@ -228,6 +228,23 @@ def test_by_context_the_state_of_features_stays_and_what_would_take_too_long_is_
     assert len(contexts.measure(names, [16, 32], new_tokens=2, repeats=1, limit=0)) == 2
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--workdirs=/nope", "--contexts=16"], "error: /nope"),
+        (["--workdirs=x", "--contexts=16,x"], "error: --contexts=16,x: allowed: rising whole numbers from 1"),
+        (["--workdirs=x", "--contexts=16,8"], "error: --contexts=16,8: allowed: rising"),
+        (["--workdirs=x", "--repeats=0"], "error: --new_tokens=16 --repeats=0: must be at least 1"),
+    ],
+)
+def test_contexts_refuses_a_mistake_in_one_line(flags, message, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["contexts", *flags])
+    with pytest.raises(SystemExit) as exit_:
+        contexts.main()
+    printed = capsys.readouterr().err
+    assert exit_.value.code == 2 and printed.startswith(message) and printed.count("\n") == 1
+
+
 def test_the_trainings_on_a_gpu_are_experiments_that_train_accepts(tmp_path):
     commands = [gpu.training(form, 8192, argparse.Namespace(shape="1b"), tmp_path / "run") for form in gpu.FORMS]
     for form, ended in zip(gpu.FORMS, run_commands([(c[1], [*c[2:], "--dry_run"]) for c in commands]), strict=True):

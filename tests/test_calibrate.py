@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ from configs import finetune
 from darkformer_jax import calibrate, generate
 from darkformer_jax.calibration import fitting
 from darkformer_jax.calibration.hybrids import Hybrids, Quality
+from darkformer_jax.calibration.kept import Kept
 from darkformer_jax.calibration.moments import Moments
 from darkformer_jax.calibration.passages import read_passages
 from darkformer_jax.calibration.worth import Worth
@@ -219,6 +221,57 @@ def test_heads_in_another_order_are_the_same_model(deep, text, tmp_path, capsys,
     assert [row["layer"] for row in rows] == [layer for layer in range(3) if counts[layer] < 2]
 
 
+@pytest.mark.parametrize("flags", [CHOOSING, ("--exact_heads=auto:2", "--far_gain", "--geometry=balanced")])
+def test_a_command_that_was_stopped_goes_on_and_ends_the_same(deep, text, tmp_path, monkeypatch, capsys, flags):
+    call, computed, left = Kept.__call__, [], [2, 3, 99]
+
+    def until_it_is_stopped(self, name, compute):
+        def one_more():
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            computed.append(name)
+            return compute()
+
+        return call(self, name, one_more)
+
+    run(deep, text, tmp_path / "whole", *flags)
+    monkeypatch.setattr(Kept, "__call__", until_it_is_stopped)
+    for _ in range(2):
+        with pytest.raises(SystemExit) as exit_:
+            run(deep, text, tmp_path / "out", *flags)
+        assert exit_.value.code == 130 and not (tmp_path / "out").exists()
+        assert "interrupted; the same command goes on from what was found" in capsys.readouterr().err
+        left.pop(0)
+    run(deep, text, tmp_path / "out", *flags)
+    assert len(computed) == len(set(computed)) >= 6  # nothing twice
+    assert saved_arrays(tmp_path / "out") == saved_arrays(tmp_path / "whole")
+    reports = [json.loads((tmp_path / name / "calibration.json").read_text()) for name in ("out", "whole")]
+    for row in (row for report in reports for row in report["layers"]):
+        del row["seconds"]
+    assert reports[0] == reports[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_a_command_with_other_flags_goes_on_from_nothing(workdir, text, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "measure_worth", raise_interrupt)
+        with pytest.raises(SystemExit):
+            run(workdir, text, tmp_path / "out")
+    (begun,) = tmp_path.glob(".out.*.begun")
+    assert sorted(path.name for path in begun.iterdir()) == ["layer_0.npz", "layer_1.npz"]
+    other = tmp_path / ".out.copy.begun"  # of another workdir, whose name begins with this one's
+    shutil.copytree(begun, other)
+    run(workdir, text, tmp_path / "out", "--seed=1")
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "out", other])
+    run(workdir, text, tmp_path / "fresh", "--seed=1")
+    assert saved_arrays(tmp_path / "out") == saved_arrays(tmp_path / "fresh")
+
+
+def raise_interrupt(*_):
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("mechanism", ["dark", "performer"])
 def test_balanced_coordinates_change_no_exact_weight(workdir, text, tmp_path, mechanism):
     """A window of 64 sees passages of 32 tokens whole, so the logits are the exact model's."""
@@ -362,6 +415,16 @@ def test_layers_whose_features_add_nothing_to_the_window_are_named(mechanism, na
     ]
     flags = ("--workdir=exact", "--text=text", "--out=out", f"--mechanism={mechanism}")
     args = calibrate.parse_flags(["calibrate", *flags])
+    calibrate.complete_flags(args)
     worth = Worth(Quality(3.0, 0.3), Quality(3.1, 0.4), None, 2)
     _, *lines = calibrate._summary(args, fitting.Calibrated(rows, None, None, worth)).splitlines()
     assert [line.partition(";")[0] for line in lines] == [*([named] if named else []), *worth.lines()]
+
+
+@pytest.mark.parametrize(("context", "said"), [(128, True), (129, False)])
+def test_passages_that_the_window_shows_whole_are_no_fit(context, said):
+    """A query's chunk of 64, the 64 tokens before it, and 4 sinks."""
+    given = ["calibrate", "--workdir=exact", "--text=text", "--out=out", f"--context={context}"]
+    args = calibrate.parse_flags(given)
+    calibrate.complete_flags(args)
+    assert calibrate._window_sees_all(args) == said

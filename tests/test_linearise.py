@@ -106,7 +106,7 @@ def saved_and_killed(self, step):
 
 def errors_and_killed(*arguments):
     layers.append(1)
-    if stage == "transfer" and len(layers) == 3:
+    if stage == "transfer" and len(layers) == 3:  # in the second layer
         os.kill(os.getpid(), signal.SIGKILL)
     return errors(*arguments)
 
@@ -125,7 +125,8 @@ def test_killed_in_each_stage_the_same_command_ends_bit_for_bit_the_same(with_he
         killed = Command(str(script), argv, streams, environment={"KILLED_IN": stage}, jax_config=READS_COMPILED)
         ended = killed.wait()
         assert ended.status == -signal.SIGKILL, ended.err
-        assert len(list(out.glob(".1-transfer.*"))) == (stage == "transfer")  # the next command removes it
+        left = {path.suffix for path in out.glob(".1-transfer.*")}  # the next command removes it
+        assert left == ({".partial", ".begun"} if stage == "transfer" else set())
     was = (out / "1-transfer/calibration.json").stat().st_mtime_ns
     assert not (out / "report.png").exists()
     run(exact, text, out, *HEADS)
@@ -232,6 +233,14 @@ def test_too_little_disk_is_said_before_anything_begins(exact, text, tmp_path, c
     with pytest.raises(SystemExit):
         run(exact, text, tmp_path / "out")
     assert "of disk, and 0.0 MiB are free" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_directory_that_cannot_be_made_is_said_before_the_plan(exact, text, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as exit_:
+        run(exact, text, tmp_path / "file/out")
+    printed = capsys.readouterr()
+    assert exit_.value.code == 2 and "out cannot be written: Not a directory" in printed.err and not printed.out
 
 
 def test_after_a_transfer_that_failed_other_flags_may_begin(exact, text, tmp_path, monkeypatch, capsys):

@@ -77,21 +77,40 @@ def layers_within(budget: Budget, exact: ModelSpec, replaced: ModelSpec, candida
     """How many exact layers the budget holds, whichever they are. Raises UserError for none, and for all."""
     sizes = CacheSizes.of(exact, replaced, budget.context)
     every, none = sizes.total(candidates), sizes.total(())
-    limit = budget.amount * every if budget.is_share else budget.amount
     largest_first = sorted(candidates, key=lambda layer: sizes.replaced[layer] - sizes.exact[layer])
     totals = [sizes.total(largest_first[:count]) for count in range(1, len(candidates) + 1)]
+    limit = limit_of(budget, none, totals[0], every, "layer")
+    return sum(total <= limit for total in totals)
+
+
+def limit_of(budget: Budget, none: int, one: int, every: int, part: str) -> float:
+    """The budget's bytes.
+
+    Args:
+      none, one, every: bytes of the model without an exact part, with one, and of the exact model.
+      part: layer or head.
+
+    Raises:
+      UserError: no exact part fits, or all do.
+    """
+    limit = budget.amount * every if budget.is_share else budget.amount
     said = f"--cache_budget={budget.text}"
-    if limit < totals[0]:
+    if every <= one:
         raise UserError(
-            f"{said}: is {show_bytes(limit)}; without an exact layer the model needs {show_bytes(none)}, "
-            f"with one {show_bytes(totals[0])}; allowed: that, or --exact_layers=none"
+            f"{said}: at {budget.context:,} tokens the exact model needs {show_bytes(every)}, the new one with one "
+            f"exact {part} {show_bytes(one)}; allowed: more tokens behind the @"
+        )
+    if limit < one:
+        raise UserError(
+            f"{said}: is {show_bytes(limit)}; without an exact {part} the model needs {show_bytes(none)}, "
+            f"with one {show_bytes(one)}; allowed: that, or --exact_{part}s=none"
         )
     if limit >= every:
         raise UserError(
             f"{said}: is {show_bytes(limit)}, and the exact model needs {show_bytes(every)}; there is "
             "nothing to replace"
         )
-    return sum(total <= limit for total in totals)
+    return limit
 
 
 def show_bytes(size: float) -> str:

@@ -1,5 +1,7 @@
 """Chooses the layers that stay exact by what each one costs, and measures the models that come of it."""
 
+import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +11,7 @@ from jaxtyping import Int
 from darkformer_jax.calibration.cache_budget import CacheSizes
 from darkformer_jax.calibration.exact_layers import Wish, candidates_of, ranking
 from darkformer_jax.calibration.hybrids import Hybrids, Quality
+from darkformer_jax.calibration.kept import Remember, recall
 from darkformer_jax.calibration.passages import MEASURED
 from darkformer_jax.calibration.quality_curve import Point, counts_of, points_of
 from darkformer_jax.data.progress import ProgressBar
@@ -64,6 +67,7 @@ def choose(
     tokenizer: Tokenizer,
     sizes: CacheSizes,
     progress_bar: ProgressBar,
+    remember: Remember,
 ) -> Choice:
     """Chooses `wish.number` layers.
 
@@ -74,16 +78,19 @@ def choose(
       test: the curve is measured on these, likewise.
       tokenizer: the model's.
       sizes: of the caches, for the curve.
+      remember: keeps what was measured.
     """
     candidates = candidates_of(exact.spec, replaced.spec)
     both = Hybrids(exact, replaced, passages[:MEASURED], tokenizer)
-    base, *costs = both.measure(
-        [frozenset(), *(frozenset({layer}) for layer in candidates)], progress_bar, "each layer alone"
-    )
+    alone = [frozenset(), *(frozenset({layer}) for layer in candidates)]
+    measure = functools.partial(both.measure, alone, progress_bar, "each layer alone")
+    base, *costs = itertools.starmap(Quality, recall(remember, "each_layer_alone", measure))
     ranked = ranking(costs, base, candidates)
     counts = counts_of(wish.number, len(candidates))
     models = [frozenset(ranked[count:]) for count in counts]
-    found = Hybrids(exact, replaced, test[:MEASURED], tokenizer).measure(models, progress_bar, "together")
+    together = Hybrids(exact, replaced, test[:MEASURED], tokenizer)
+    measure = functools.partial(together.measure, models, progress_bar, "together")
+    found = list(itertools.starmap(Quality, recall(remember, "together", measure)))
     points = points_of(ranked, counts, found, sizes)
     return Choice(wish.number, ranked, _rises(candidates, costs, base), points, sizes.context)
 

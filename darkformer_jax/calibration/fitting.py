@@ -2,7 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
+import json
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +29,7 @@ from darkformer_jax.calibration.head_choice import (
     parse_wishes,
 )
 from darkformer_jax.calibration.head_order import moments_in_order, restacked, rows_in_order, with_exact_heads_first
+from darkformer_jax.calibration.kept import Arrays, Kept, Remember
 from darkformer_jax.calibration.moments import Moments
 from darkformer_jax.calibration.passages import read_passages
 from darkformer_jax.calibration.quality_curve import CURVE_FILE, draw_curve
@@ -55,6 +59,7 @@ from darkformer_jax.runs.load import WorkdirModel, load_language_model
 from darkformer_jax.runs.origin import hand_on_origin
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.next_token import NextToken
+from darkformer_jax.training.environment import versions
 from darkformer_jax.training.experiment import Experiment
 from darkformer_jax.training.init_from import initialize_from
 from darkformer_jax.training.step import TrainState
@@ -130,6 +135,8 @@ class Calibrated(NamedTuple):
 def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> Calibrated:
     """Fits feature attention to every layer that it replaces, and writes the workdir `out`, whole or not at all.
 
+    What is found on the way is `Kept` until `out` is there: where a call was stopped, the same call goes on.
+
     calibration.json in `out` holds the options and what is returned.
 
     Raises:
@@ -149,7 +156,8 @@ def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> Calibrated:
         sizes = (o.passages, o.context, o.seed, o.heldout_fraction)
         passages, num_test = read_passages(o.text, o.test_text, o.text_field, teacher.tokenizer, *sizes)
         network, state = _initial(config, exact, teacher)
-        fitted, rows, moments = _fit_layers(o, teacher, network, state, passages, num_test, progress_bar)
+        kept = Kept(out, _what_decides(o, teacher, passages))
+        fitted, rows, moments = _fit_layers(o, teacher, network, state, passages, num_test, progress_bar, kept)
         state = _with_layers(state, network, fitted)
         exact_model = teacher.network.bind(teacher.params, teacher.projections)
         replaced = _in_dtype(network, teacher.network.spec.dtype).bind(state.params, state.projections)
@@ -157,17 +165,18 @@ def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> Calibrated:
         choice, heads, pattern = None, None, ""
         if by_heads is not None:
             context = by_heads.context if isinstance(by_heads, Budget) else CACHE_CONTEXT
-            heads = choose_heads(by_heads, exact_model, replaced, *texts, HeadSizes(*specs, context), progress_bar)
+            head_sizes = HeadSizes(*specs, context)
+            heads = choose_heads(by_heads, exact_model, replaced, *texts, head_sizes, progress_bar, kept)
             num_kv = specs[0].layers[0].num_kv_heads
             state = with_exact_heads_first(state, network, heads.by_layer)
             rows, moments = rows_in_order(rows, heads.by_layer, num_kv), moments_in_order(moments, heads.by_layer)
             pattern = head_pattern(teacher.config, config, heads.by_layer, num_kv)
         elif wish.is_auto:
             context = wish.budget.context if wish.budget else CACHE_CONTEXT
-            choice = choose(wish, exact_model, replaced, *texts, CacheSizes.of(*specs, context), progress_bar)
+            choice = choose(wish, exact_model, replaced, *texts, CacheSizes.of(*specs, context), progress_bar, kept)
             pattern = hybrid_pattern(teacher.config, config, choice.layers)
             rows = [row for row in rows if row["layer"] not in choice.layers]
-        worth = measure_worth(exact_model, replaced, heads or choice, *texts[1:], progress_bar)
+        worth = measure_worth(exact_model, replaced, heads or choice, *texts[1:], progress_bar, kept)
         if pattern:
             config = calibrated_config(o, pattern)
             state = restacked(state, network, *_initial(config, exact, teacher))
@@ -183,7 +192,16 @@ def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> Calibrated:
         chosen |= {"heads": heads.to_json()} if heads else {}
         chosen["worth"] = worth.to_json()
         write_json(directory / CALIBRATION_FILE, dataclasses.asdict(o) | {"layers": rows} | chosen)
+    kept.forget()
     return Calibrated(rows, choice, heads, worth)
+
+
+def _what_decides(o: FitOptions, teacher: WorkdirModel, passages: np.ndarray) -> Iterator[bytes]:
+    """What a calibration finds depends on this."""
+    yield json.dumps([versions(), dataclasses.asdict(o)]).encode("utf-8")
+    yield passages.tobytes()
+    for leaf in jax.tree.leaves((teacher.params, teacher.projections)):
+        yield np.asarray(leaf).tobytes()
 
 
 def _require_exact(workdir: str, teacher: WorkdirModel) -> None:
@@ -247,6 +265,7 @@ def _fit_layers(
     passages: np.ndarray,
     num_test: int,
     progress_bar: ProgressBar,
+    remember: Remember,
 ) -> tuple[dict[int, "_Found"], list[dict[str, Any]], Moments]:
     """(what was found for each replaced layer's mechanism, a row for each, moments of every layer)."""
     spec, fitted = network.spec, {}
@@ -260,22 +279,41 @@ def _fit_layers(
             train = jax.tree.map(lambda leaf: leaf[num_test:], tensors)
             moments.append(Moments.of(train.q, train.k))
             if MIXERS[spec.layers[index].kind].role != "exact":
-                started = time.perf_counter()
                 attention: Any = student.layer(index).attention
-                mechanism = _started(o, attention.mechanism, train, moments[-1], index)
-                trained = mechanism.trainable
-                if trained and o.transfer_steps:
-                    count = min(max(1, _TOKENS_PER_STEP // o.context), len(train.q))
-                    rate = o.learning_rate or LEARNING_RATE * min(1.0, _WIDEST / attention.mechanism.spec.head_dim)
-                    options = {"steps": o.transfer_steps, "learning_rate": rate}
-                    trained = fit(mechanism, train, keys[index], passages=count, **options)
-                coordinates = nnx.to_pure_dict(nnx.filter_state(mechanism.fixed, Coordinates))
-                fitted[index] = _Found(nnx.to_pure_dict(trained), coordinates)
-                found = _errors(attention.mechanism.spec, mechanism, trained, test)
-                rows.append({"layer": index, **found, "seconds": time.perf_counter() - started})
-                bar.set_postfix(error=f"{np.mean(found['after']):.3f}", refresh=False)
+                fit_it = functools.partial(
+                    _fit_layer, o, attention.mechanism, train, test, moments[-1], index, keys[index]
+                )
+                found = unflatten_dict(remember(f"layer_{index}", fit_it), sep="/")
+                fitted[index] = _Found(found.get("params", {}), found.get("projections", {}))
+                errors_of = {name: values.tolist() for name, values in found["errors"].items()}
+                rows.append({"layer": index, **errors_of, "seconds": float(found["seconds"])})
+                bar.set_postfix(error=f"{np.mean(errors_of['after']):.3f}", refresh=False)
             bar.update()
     return fitted, rows, Moments.stack(moments)
+
+
+def _fit_layer(
+    o: FitOptions,
+    module: Any,
+    train: LayerTensors,
+    test: LayerTensors,
+    moments: Moments,
+    layer: int,
+    key: jax.Array,
+) -> Arrays:
+    """Arrays of one layer's mechanism, params/... and projections/..., its errors/... and the seconds it took."""
+    started = time.perf_counter()
+    mechanism = _started(o, module, train, moments, layer)
+    trained = mechanism.trainable
+    if trained and o.transfer_steps:
+        count = min(max(1, _TOKENS_PER_STEP // o.context), len(train.q))
+        rate = o.learning_rate or LEARNING_RATE * min(1.0, _WIDEST / module.spec.head_dim)
+        trained = fit(mechanism, train, key, passages=count, steps=o.transfer_steps, learning_rate=rate)
+    coordinates = nnx.to_pure_dict(nnx.filter_state(mechanism.fixed, Coordinates))
+    found_errors = _errors(module.spec, mechanism, trained, test)
+    found = {"params": nnx.to_pure_dict(trained), "projections": coordinates, "errors": found_errors}
+    arrays = jax.tree.map(np.asarray, flatten_dict(found, sep="/"))
+    return arrays | {"seconds": np.array(time.perf_counter() - started)}
 
 
 def _started(o: FitOptions, module: Any, train: LayerTensors, moments: Moments, layer: int) -> FittedMechanism:
@@ -296,14 +334,12 @@ def _started(o: FitOptions, module: Any, train: LayerTensors, moments: Moments, 
     return FittedMechanism.of(module)
 
 
-def _errors(
-    spec: MixerSpec, mechanism: FittedMechanism, trained: nnx.State, test: LayerTensors
-) -> dict[str, list[float]]:
+def _errors(spec: MixerSpec, mechanism: FittedMechanism, trained: nnx.State, test: LayerTensors) -> dict[str, Any]:
     found = {"before": errors(mechanism, mechanism.trainable, test), "after": errors(mechanism, trained, test)}
     if spec.window:
         alone = FittedMechanism.of(WindowOnly(spec, 0))
         found["window_only"] = errors(alone, alone.trainable, test)
-    return {name: values.tolist() for name, values in found.items()}
+    return found
 
 
 def _with_layers(state: TrainState, network: Network, fitted: dict[int, _Found]) -> TrainState:

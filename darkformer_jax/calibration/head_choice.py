@@ -1,6 +1,7 @@
 """Chooses the key/value heads that stay exact by what each one gains."""
 
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Iterable, Sequence
@@ -10,9 +11,11 @@ import ml_collections
 import numpy as np
 from jaxtyping import Float, Int
 
-from darkformer_jax.calibration.cache_budget import Budget, at_least_one, parse_budget, show_bytes
+from darkformer_jax.calibration.cache_budget import Budget, at_least_one, limit_of, parse_budget, show_bytes
 from darkformer_jax.calibration.exact_layers import Wish, candidates_of, parse_wish
 from darkformer_jax.calibration.heads import MixedHeads
+from darkformer_jax.calibration.hybrids import Quality
+from darkformer_jax.calibration.kept import Remember, keep_nothing, recall
 from darkformer_jax.calibration.passages import MEASURED
 from darkformer_jax.config.pattern import parse_pattern, shortest_pattern, show_layer
 from darkformer_jax.data.progress import ProgressBar
@@ -169,15 +172,17 @@ def check_head_wish(wish: HeadWish | None, exact: ModelSpec, replaced: ModelSpec
             )
     heads = [(layer, head) for layer in candidates for head in range(exact.layers[layer].num_kv_heads)]
     if isinstance(wish, Budget):
-        _check_budget(wish, HeadSizes(exact, replaced, wish.context), heads)
+        sizes = HeadSizes(exact, replaced, wish.context)
+        limit_of(wish, sizes.total(()), sizes.total(heads[:1]), sizes.total(heads), "head")
         return
     most = len(heads) - 1
     if not isinstance(wish, int):
         _check_named(wish, exact, candidates)
-        wish = len(wish)
-    if wish > most:
+    number = wish if isinstance(wish, int) else len(wish)
+    if number > most:
+        given = f"=auto:{wish}" if isinstance(wish, int) else ""
         raise UserError(
-            f"--exact_heads=auto:{wish}: of {most + 1} key/value heads one at least must be replaced; allowed: "
+            f"--exact_heads{given}: of {most + 1} key/value heads one at least must be replaced; allowed: "
             + (f"1 to {most}" if most > 0 else "none")
         )
 
@@ -193,21 +198,6 @@ def _check_named(wish: Sequence[Head], exact: ModelSpec, candidates: Sequence[in
             raise UserError(f"--exact_heads: layer {layer} has no key/value head {head}; allowed: 0 to {most}")
 
 
-def _check_budget(budget: Budget, sizes: HeadSizes, heads: Sequence[Head]) -> None:
-    none, one, every = (sizes.total(some) for some in ((), heads[:1], heads))
-    limit = budget.amount * every if budget.is_share else budget.amount
-    if limit < one:
-        raise UserError(
-            f"--cache_budget={budget.text}: is {show_bytes(limit)}; without an exact head the model needs "
-            f"{show_bytes(none)}, with one {show_bytes(one)}; allowed: that, or --exact_heads=none"
-        )
-    if limit >= every:
-        raise UserError(
-            f"--cache_budget={budget.text}: is {show_bytes(limit)}, and the exact model needs {show_bytes(every)}; "
-            "there is nothing to replace"
-        )
-
-
 def choose_heads(
     wish: HeadWish,
     exact: Transformer,
@@ -217,6 +207,7 @@ def choose_heads(
     tokenizer: Tokenizer,
     sizes: HeadSizes,
     progress_bar: ProgressBar,
+    remember: Remember,
 ) -> HeadChoice:
     """Chooses heads by their gains on the passages that M was fitted to; the curve is of the test passages.
 
@@ -226,7 +217,7 @@ def choose_heads(
     heads = MixedHeads(exact, replaced, candidates, tokenizer)
     num_kv_heads, gains = exact.spec.layers[0].num_kv_heads, None
     if isinstance(wish, int | Budget):
-        ranked, gains = rank_heads(heads, passages, progress_bar)
+        ranked, gains = rank_heads(heads, passages, progress_bar, remember)
         number = wish if isinstance(wish, int) else _heads_within(wish, sizes, ranked)
         counts = sorted({0, number // 2, number, min(2 * number, len(ranked)), len(ranked)})
     else:
@@ -236,17 +227,21 @@ def choose_heads(
     points = []
     with progress_bar(len(counts), "model", "together") as bar:
         for count in counts:
-            quality = heads.measure(shares_of(ranked[:count], exact.spec), test[:MEASURED])
+            measure = functools.partial(heads.measure, shares_of(ranked[:count], exact.spec), test[:MEASURED])
+            quality = Quality(*recall(remember, f"exact_heads_{count}", measure))
             points.append(HeadPoint(count, *quality, sizes.total(ranked[:count])))
             bar.update()
     return HeadChoice(number, ranked, gains, points, sizes.context)
 
 
 def rank_heads(
-    heads: MixedHeads, passages: Int[np.ndarray, "n l"], progress_bar: ProgressBar
+    heads: MixedHeads,
+    passages: Int[np.ndarray, "n l"],
+    progress_bar: ProgressBar,
+    remember: Remember = keep_nothing,
 ) -> tuple[list[Head], Float[np.ndarray, "layers hkv"]]:
     """The heads of the layers that can be replaced, that with the largest gain first; and all gains."""
-    gains = heads.gains(passages, progress_bar)
+    gains = heads.gains(passages, progress_bar, remember=remember)
     order = np.argsort(-gains, axis=None, kind="stable")[: np.count_nonzero(gains > -np.inf)]
     return [divmod(int(place), gains.shape[1]) for place in order], gains
 
@@ -260,7 +255,7 @@ def shares_of(heads: Iterable[Head], spec: ModelSpec) -> Float[np.ndarray, "laye
 
 
 def _heads_within(budget: Budget, sizes: HeadSizes, ranked: Sequence[Head]) -> int:
-    limit = budget.amount * sizes.total(ranked) if budget.is_share else budget.amount
+    limit = limit_of(budget, sizes.total(()), sizes.total(ranked[:1]), sizes.total(ranked), "head")
     return max(count for count in range(len(ranked)) if sizes.total(ranked[:count]) <= limit)
 
 

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from darkformer_jax.calibration.hybrids import Quality, Row, nats, plain_row, repeated_row
+from darkformer_jax.calibration.kept import Arrays, Remember, keep_nothing
 from darkformer_jax.data.progress import ProgressBar
 from darkformer_jax.data.tokenizers import Tokenizer
 from darkformer_jax.mixers.window_only import WindowOnly
@@ -68,7 +69,11 @@ class MixedHeads:
         return Quality(*means)
 
     def gains(
-        self, passages: Int[np.ndarray, "n l"], progress_bar: ProgressBar, label: str = "each head"
+        self,
+        passages: Int[np.ndarray, "n l"],
+        progress_bar: ProgressBar,
+        label: str = "each head",
+        remember: Remember = keep_nothing,
     ) -> Float[np.ndarray, "layers hkv"]:
         """-d(loss + copy / 4) / d share of every head, averaged over shares from nearly exact to nearly replaced.
 
@@ -80,21 +85,26 @@ class MixedHeads:
         with progress_bar(2 * len(_SHARES) * spec.num_layers, "layer", label) as bar:
             for number, share in enumerate(_SHARES):
                 passage = passages[number % len(passages)]
-                rows = (plain_row(passage), 1.0), (repeated_row(passage, self._begin), _OF_COPYING)
+                rows = ("loss", plain_row(passage), 1.0), ("copy", repeated_row(passage, self._begin), _OF_COPYING)
                 shares = np.full(found.shape, share)
-                for row, weight in rows:
-                    for layer, gradient in self._gradients(row, shares):
-                        found[layer] -= weight / len(_SHARES) * gradient
-                        bar.update()
+                for name, row, weight in rows:
+                    end = bar.n + spec.num_layers
+                    gradients = functools.partial(self._gradients, row, shares, bar)
+                    found -= weight / len(_SHARES) * remember(f"{name}_gradients_{number}", gradients)["gradients"]
+                    bar.update(end - bar.n)  # nothing, unless an earlier run had found them
         return found
 
-    def _gradients(self, row: Row, shares: Float[np.ndarray, "layers hkv"]) -> Any:
-        """(layer, d mean nats / d shares of its heads), from the last layer to the first."""
+    def _gradients(self, row: Row, shares: Float[np.ndarray, "layers hkv"], bar: Any) -> Arrays:
+        """{"gradients": d mean nats / d shares}, 0 in layers that are not replaced. The bar counts layers."""
+        found = np.zeros(shares.shape, np.float32)
         *inputs, last = self._inputs(row, shares)
         slope = _slope(*self._whole, last, row) / float(np.sum(row.weights))
         for layer in reversed(range(len(inputs))):
             slope, gradient = _pull(*self._parts(layer), inputs[layer], jnp.asarray(shares[layer], jnp.float32), slope)
-            yield layer, np.asarray(gradient) if layer in self._candidates else 0.0
+            if layer in self._candidates:
+                found[layer] = gradient
+            bar.update()
+        return {"gradients": found}
 
     def _inputs(self, row: Row, shares: Float[np.ndarray, "layers hkv"]) -> list[Array]:
         """The input of every layer, and the last one's output."""

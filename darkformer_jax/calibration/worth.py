@@ -3,6 +3,7 @@
 A smaller error of attention need not lower the model's loss: exact heads and a window may hold all that matters.
 """
 
+import functools
 import itertools
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from darkformer_jax.calibration.exact_layers import candidates_of
 from darkformer_jax.calibration.head_choice import HeadChoice, shares_of
 from darkformer_jax.calibration.heads import MixedHeads
 from darkformer_jax.calibration.hybrids import Quality
+from darkformer_jax.calibration.kept import Remember, keep_nothing, recall
 from darkformer_jax.calibration.passages import MEASURED
 from darkformer_jax.data.progress import ProgressBar
 from darkformer_jax.data.tokenizers import Tokenizer
@@ -70,6 +72,7 @@ def measure_worth(
     test: Int[np.ndarray, "n l"],
     tokenizer: Tokenizer,
     progress_bar: ProgressBar,
+    remember: Remember = keep_nothing,
 ) -> Worth:
     """Measures the model that `choice` makes of the two; without one, `replaced`.
 
@@ -84,9 +87,10 @@ def measure_worth(
     models += [(shares, True)] if has_features else []
     found = [Quality(point.loss, point.copy) for point in (choice.points[-1], choice.point)] if choice else []
     with progress_bar(len(models), "model", "what it is worth") as bar:
-        for of_model, window_alone in models:
+        for number, (of_model, window_alone) in enumerate(models):
             heads = MixedHeads(exact, replaced, candidates, tokenizer, window_alone)
-            found.append(heads.measure(of_model, test))
+            measure = functools.partial(heads.measure, of_model, test)
+            found.append(Quality(*recall(remember, f"worth_{number}", measure)))
             bar.update()
     return Worth(found[0], found[1], found[2] if has_features else None, len(test))
 

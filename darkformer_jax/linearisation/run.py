@@ -5,6 +5,7 @@ from pathlib import Path
 
 from darkformer_jax.data.files import local_path
 from darkformer_jax.data.progress import ProgressBar
+from darkformer_jax.errors import UserError
 from darkformer_jax.linearisation import plan, report
 from darkformer_jax.linearisation.figures import measure
 from darkformer_jax.linearisation.settings import (
@@ -41,8 +42,11 @@ def linearise(settings: Settings, out: str, note: Note, progress_of: ProgressOf,
     check_settings(directory, settings, text.fingerprint)
     plans = plan.make_plan(settings, directory, exact)
     plan.require_disk(plans, directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be written: {error.strerror}") from error
     note(plan.describe(plans, text))
-    directory.mkdir(parents=True, exist_ok=True)
     with Workdir(directory).lock() as lock:
         lock.take()
         check_settings(directory, settings, text.fingerprint)  # another command may just have begun

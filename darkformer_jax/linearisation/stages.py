@@ -97,7 +97,7 @@ def is_done(settings: Settings, out: Path, stage: str) -> bool:
 def run_stage(settings: Settings, out: Path, stage: str, progress_of: ProgressOf, progress_bar: ProgressBar) -> None:
     """Runs a stage to its end, from where an earlier command left it.
 
-    Attention transfer begins anew: it writes its directory whole or not at all.
+    Attention transfer writes its directory whole or not at all, and keeps beside it what it has found until then.
 
     Raises:
       Stopped: a signal came; the finished step is saved.

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from darkformer_jax.errors import UserError
-from darkformer_jax.ops.decay import RunningSum, running_sum, to_end
+from darkformer_jax.ops.decay import RunningSum, fold_decay, running_sum
 from darkformer_jax.ops.linear import Kernel, Tokens, document_places, fold
 from darkformer_jax.ops.lowering import dtype_of_sums
 from darkformer_jax.ops.scan import FAR_AXES, SINK_AXES, TOKEN_AXES, heads_first, over_heads, split_chunks
@@ -113,7 +113,7 @@ def _fold_with_sums(
     kernel: Kernel, far: FarState, sinks: Sinks, chunk: Recent, elapsed: RunningSum | None
 ) -> tuple[FarState, Sinks]:
     """`fold` of a chunk with its running decays."""
-    return fold(kernel, far, sinks, chunk, None if elapsed is None else to_end(elapsed))
+    return fold(kernel, far, sinks, chunk, fold_decay(elapsed))
 
 
 def _merge_sinks(

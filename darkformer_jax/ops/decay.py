@@ -95,6 +95,11 @@ def to_end(chunk: RunningSum) -> FoldDecay:
     return FoldDecay(between(end, chunk)[0], end.value()[0], None if chunk.of_keys is None else chunk.of_keys[-1])
 
 
+def fold_decay(chunk: RunningSum | None) -> FoldDecay | None:
+    """`to_end`, where there is a decay."""
+    return None if chunk is None else to_end(chunk)
+
+
 def to_start(chunk: RunningSum) -> FoldDecay:
     """The same from right to left: to the last token before the chunk."""
     return FoldDecay(chunk.value(), chunk.whole[-1] + chunk.rest[-1])

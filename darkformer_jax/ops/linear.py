@@ -18,7 +18,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from darkformer_jax.ops.decay import FoldDecay, RunningSum, between, running_sum, to_end, with_scale_derivative
+from darkformer_jax.ops.decay import (
+    FoldDecay,
+    RunningSum,
+    between,
+    fold_decay,
+    running_sum,
+    to_end,
+    with_scale_derivative,
+)
 from darkformer_jax.ops.features import FeatureMap, accumulator_dtype, apply_geometry, matmul
 from darkformer_jax.ops.state import NEG, AttentionState, FarState, Recent, Sinks, merge_far
 
@@ -351,8 +359,7 @@ def chunk_features(
     """
     log_q, log_k = kernel.log_features(tokens.queries), kernel.log_features(tokens.keys)
     sums = feature_sums(kernel, far, tokens, visible, queries, elapsed, log_q, log_k)
-    decay = None if elapsed is None else to_end(elapsed)
-    far, _ = fold(kernel, far, sinks, tokens.recent(), decay, log_k)
+    far, _ = fold(kernel, far, sinks, tokens.recent(), fold_decay(elapsed), log_k)
     return far, sums
 
 

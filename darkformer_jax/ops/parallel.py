@@ -2,7 +2,8 @@
 
 The first pass summarises each chunk by itself. A short scan, elementwise, adds the summaries up to the states before
 each chunk. The second pass reads those. What is computed is what `ops/scan.py` computes, chunk for chunk; but the
-features of `BLOCK_TOKENS` tokens of every row are in memory together. The backward pass computes them again.
+features of `BLOCK_TOKENS` tokens of every row are in memory together, or in the hybrid their logits of the window and a
+copy of the window for each chunk. The backward pass computes them again.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from darkformer_jax.ops.decay import FoldDecay, RunningSum, to_end
+from darkformer_jax.ops.decay import RunningSum, fold_decay
 from darkformer_jax.ops.linear import Kernel, Sums, Tokens, add_summary, exact_sums, feature_sums, summarize
 from darkformer_jax.ops.scan import (
     FAR_AXES,
@@ -25,13 +26,12 @@ from darkformer_jax.ops.scan import (
     join_chunks,
     masks_and_decays,
     over_heads,
-    recompute,
     with_window,
 )
 from darkformer_jax.ops.state import AttentionState, FarState, Recent, Sinks
 
 BLOCK_TOKENS = 8192  # of a row; a longer one is a scan over blocks, whose memory does not grow with it
-UNROLLED = 32  # steps of the scan over summaries; XLA makes few programs of them
+UNROLLED = 32  # steps of the scan over summaries: XLA makes few programs of them, and compiles longer
 
 _KEY_AXES: Any = TOKEN_AXES.recent()
 _State = TypeVar("_State")
@@ -88,12 +88,12 @@ def _states(
     num_sinks = held[1].filled.shape[1]
 
     def of_chunk(kernel: Kernel, chunk: Recent, elapsed: RunningSum | None, log_k: Array | None) -> FarState:
-        return summarize(kernel, chunk, _decay(elapsed), num_sinks, log_k)
+        return summarize(kernel, chunk, fold_decay(elapsed), num_sinks, log_k)
 
     def add(
         _: Kernel, far: FarState, sinks: Sinks, summary: FarState, chunk: Recent, elapsed: RunningSum | None
     ) -> tuple[FarState, Sinks]:
-        return add_summary(far, sinks, summary, chunk, _decay(elapsed))
+        return add_summary(far, sinks, summary, chunk, fold_decay(elapsed))
 
     axes = (FAR_AXES, SINK_AXES)
     added = over_heads(kernel, add, (*axes, FAR_AXES, _KEY_AXES, 0), axes)
@@ -107,10 +107,6 @@ def _states(
     return after, before
 
 
-def _decay(elapsed: RunningSum | None) -> FoldDecay | None:
-    return None if elapsed is None else to_end(elapsed)
-
-
 def _over_blocks(
     block: Callable[[_State, Int[Array, "n"], Any], tuple[_State, Sums]], state: _State, chunks: Any, size: int
 ) -> tuple[_State, Sums]:
@@ -118,9 +114,14 @@ def _over_blocks(
     length = len(jax.tree.leaves(chunks)[0])
     at_once = min(length, max(1, BLOCK_TOKENS // size))
     missing = -length % at_once  # chunks of padding, whose numbers are beyond those of all complete ones
+    padded = length + missing
+    blocks = padded // at_once
     pad = lambda leaf: jnp.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1))
-    cut = lambda leaf: leaf.reshape(-1, at_once, *leaf.shape[1:])
-    numbers = jnp.arange(length + missing, dtype=jnp.int32)
+    cut = lambda leaf: leaf.reshape(blocks, at_once, *leaf.shape[1:])
+    numbers = jnp.arange(padded, dtype=jnp.int32)
     xs = jax.tree.map(cut, (numbers, jax.tree.map(pad, chunks)))
-    state, sums = jax.lax.scan(recompute(lambda state, xs: block(state, *xs)), state, xs)
-    return state, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:length], sums)
+    # XLA unrolls a loop of one block, which then keeps nothing from being merged with what is computed again.
+    body = jax.checkpoint(lambda state, xs: block(state, *xs), prevent_cse=blocks == 1)
+    state, sums = jax.lax.scan(body, state, xs)
+    # Sizes are written out: none can be inferred of an array without elements.
+    return state, jax.tree.map(lambda leaf: leaf.reshape(padded, *leaf.shape[2:])[:length], sums)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from darkformer_jax.calibration.exact_layers import check_wish
 from darkformer_jax.calibration.head_choice import check_head_wish, parse_wishes
 from darkformer_jax.config.specs import model_spec
 from darkformer_jax.errors import UserError
@@ -52,6 +53,14 @@ def test_named_heads_take_no_budget_and_leave_no_layer_that_is_local_anyway():
     local = specs(pattern="softmax_local,softmax", local_window=8)
     with pytest.raises(UserError, match="layer 0 is softmax_local and stays as it is anyway"):
         check_head_wish(((0, 1),), local[0], specs(pattern="softmax_local,dark", local_window=8)[1])
+
+
+@pytest.mark.parametrize(("wish", "part"), [(("auto", "none"), "layer"), (("none", "auto"), "head")])
+def test_where_the_exact_model_is_the_smaller_one_no_budget_is_named(wish, part):
+    layers, heads = parse_wishes(*wish, "100%@1")
+    message = f"at 1 tokens the exact model needs .* exact {part} .* more tokens behind the @"
+    with pytest.raises(UserError, match=message):
+        check_head_wish(heads, *specs()) if heads else check_wish(layers, *specs())
 
 
 @pytest.mark.parametrize("attention", [{"positions": "none"}, {"decay": "gate"}, {"conv_width": 2}])

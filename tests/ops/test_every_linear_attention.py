@@ -12,6 +12,7 @@ from darkformer_jax.distributed.sharding import make_mesh
 from tests.ops.linear_attentions import (
     DARK,
     FORMS,
+    HYBRID,
     OPS,
     PURE,
     Inputs,
@@ -323,6 +324,8 @@ def without_heads(x):
     return Inputs(*(leaf[:, :, :0] for leaf in x[:3]), arrays)
 
 
+MORE_FORMS = [("dark with gates", PURE | {"causal": False})]
+MORE_FORMS += [("dark with gates", form | {"backend": "parallel"}) for form in (PURE, HYBRID)]
 EMPTY = {
     "sequences": lambda x: map_tokens(lambda leaf: leaf[:0], x),
     "tokens": lambda x: part(x, 0, 0),
@@ -332,7 +335,7 @@ EMPTY = {
 
 
 @pytest.mark.parametrize("none", EMPTY)
-@pytest.mark.parametrize(("op", "options"), [*FORMS, ("dark with gates", PURE | {"causal": False})])
+@pytest.mark.parametrize(("op", "options"), [*FORMS, *MORE_FORMS])
 def test_without_sequences_tokens_or_heads_the_output_is_empty_as_that_of_jax(op, options, none):
     x = EMPTY[none](draw(op, 40, heads=(4, 2), value_dim=16, batch=2, gain="window" in options and none == "tokens"))
     out, gradients = with_gradients(op, x, draw_cotangent(x), **options)
