@@ -1,5 +1,7 @@
 """How many programs a GPU starts for one call of `dark_attention`, what they write, and how much memory they take.
 
+--layers=3 counts calls one after another, whose memory shows what is kept for the backward pass.
+
     bash launch/install.sh gpu         # XLA's compiler for NVIDIA's GPUs; it needs no GPU
     python -m benchmarks.gpu_programs --out=docs/results/gpu_programs.json
 
@@ -43,6 +45,7 @@ dnn_version_info { major: 9 minor: 7 }
 runtime_version { major: 12 minor: 9 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
+SIZES = {"length": 8192, "heads": 8, "dim": 128, "features": 256, "chunk": 128, "layers": 1}
 FORMS: dict[str, dict[str, Any]] = {
     "features": {},
     "hybrid": {"window": 256, "num_sinks": 4, "window_kernel": "softmax"},
@@ -106,16 +109,19 @@ def measure(
     sharding = SingleDeviceSharding(device)
     of = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
     x = of(1, flags.length, flags.heads, flags.dim, dtype=jnp.bfloat16)
+    xs = [x] * flags.layers
 
-    def run(q: Any, k: Any, v: Any, w: Any, M: Any) -> Any:
+    def run(qs: Any, ks: Any, v: Any, w: Any, M: Any) -> Any:
         arrays = {"projections": w, "geometry": M}
-        return dark_attention(q, k, v, **arrays, chunk_size=flags.chunk, backend=backend, **FORMS[form])
+        for q, k in zip(qs, ks, strict=True):  # each layer's values are the output of the one before
+            v = dark_attention(q, k, v, **arrays, chunk_size=flags.chunk, backend=backend, **FORMS[form])
+        return v
 
     def loss(*arrays: Any) -> Any:
         return jnp.sum(run(*arrays).astype(jnp.float32))
 
     program = jax.grad(loss, (0, 1, 2, 4)) if with_gradients else run
-    compiled = jax.jit(program).lower(x, x, x, of(flags.features, flags.dim), of(flags.dim, flags.dim)).compile()
+    compiled = jax.jit(program).lower(xs, xs, x, of(flags.features, flags.dim), of(flags.dim, flags.dim)).compile()
     hlo, memory = compiled.as_text(), compiled.memory_analysis()
     assert hlo is not None and memory is not None
     starts, written = count(hlo)
@@ -135,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    for name, default in (("length", 8192), ("heads", 8), ("dim", 128), ("features", 256), ("chunk", 128)):
+    for name, default in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--out", type=Path, help="a file for all figures")
     flags = parser.parse_args(arguments)
@@ -158,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     )
     if flags.out:
-        sizes = {name: getattr(flags, name) for name in ("length", "heads", "dim", "features", "chunk")}
+        sizes = {name: getattr(flags, name) for name in SIZES}
         flags.out.write_text(json.dumps({"jax": jax.__version__, **sizes, "rows": rows}, indent=1) + "\n")
 
 

@@ -46,6 +46,14 @@ def test_outputs_and_gradients_are_those_of_the_definition(op, options):
     assert_like_float64(op, LENGTH, {"heads": (4, 2), "batch": 2}, (2, 40, 28), options, **PARALLEL)
 
 
+@pytest.mark.parametrize(("length", "again"), [(32, True), (64, False)])
+def test_features_are_computed_again_where_xla_unrolls_the_loop_over_blocks(length, again):
+    """In a loop of several steps nothing has to be done for it."""
+    x = draw("dark", length, heads=(1, 1))
+    program = str(jax.make_jaxpr(lambda x: attend("dark", x, None, **PURE, **PARALLEL))(x))
+    assert re.findall(r"prevent_cse=(\w+)", program) == [str(again)]
+
+
 IDS = {
     "packed": DOCUMENTS,
     "padding between": np.where(np.arange(LENGTH) % 7 == 3, 0, DOCUMENTS),
