@@ -1,13 +1,12 @@
 """How many programs a GPU starts for one call of `dark_attention`, what they write, and how much memory they take.
 
---layers=3 counts calls one after another, whose memory shows what is kept for the backward pass.
-
     bash launch/install.sh gpu         # XLA's compiler for NVIDIA's GPUs; it needs no GPU
     python -m benchmarks.gpu_programs --out=docs/results/gpu_programs.json
 
 Nothing runs. XLA compiles for an H100 that is not there, whose sizes are below, and the benchmark counts what its
 program starts, loops by their iterations: a start costs a GPU some microseconds, however little is done. What is
 written counts each output once, those of an update in place as the whole array: loops look worse than they are.
+--layers=3 counts three calls one after another: their memory shows what is kept for the backward pass.
 """
 
 import argparse

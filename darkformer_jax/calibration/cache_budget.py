@@ -30,6 +30,10 @@ class Budget(NamedTuple):
     context: int
     text: str
 
+    def limit(self, every: int) -> float:
+        """Its bytes, where the exact model needs `every`."""
+        return self.amount * every if self.is_share else self.amount
+
 
 class CacheSizes(NamedTuple):
     """Bytes of every layer's state at some length, as an exact layer and as the one that replaces it.
@@ -93,7 +97,7 @@ def limit_of(budget: Budget, none: int, one: int, every: int, part: str) -> floa
     Raises:
       UserError: no exact part fits, or all do.
     """
-    limit = budget.amount * every if budget.is_share else budget.amount
+    limit = budget.limit(every)
     said = f"--cache_budget={budget.text}"
     if every <= one:
         raise UserError(

@@ -255,7 +255,7 @@ def shares_of(heads: Iterable[Head], spec: ModelSpec) -> Float[np.ndarray, "laye
 
 
 def _heads_within(budget: Budget, sizes: HeadSizes, ranked: Sequence[Head]) -> int:
-    limit = limit_of(budget, sizes.total(()), sizes.total(ranked[:1]), sizes.total(ranked), "head")
+    limit = budget.limit(sizes.total(ranked))
     return max(count for count in range(len(ranked)) if sizes.total(ranked[:count]) <= limit)
 
 
