@@ -59,6 +59,16 @@ def with_gathered(
     return jax.shard_map(of_device, in_specs=in_specs, out_specs=split, axis_names=others | {_FSDP})(x, matrix)
 
 
+def scattered(part: Array) -> Array:
+    """In a shard_map: of the sum of all devices' arrays over `fsdp`, the device's share of the first dimension.
+
+    The transposed program of the gather in `with_gathered`.
+    """
+    for groups in reversed(stages(jax.lax.axis_size(_FSDP))):
+        part = jax.lax.psum_scatter(part, _FSDP, tiled=True, axis_index_groups=groups)
+    return part
+
+
 def stages(ways: int) -> list[list[list[int]] | None]:
     """The groups of devices that gather in each stage; None: all in one, of a number that has no two factors.
 

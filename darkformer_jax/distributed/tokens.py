@@ -6,7 +6,9 @@ from typing import TypeVar
 import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
 
+from darkformer_jax.distributed.gather import scattered
 from darkformer_jax.distributed.sharding import RULES, axis_size, constrain
 
 Tokens = TypeVar("Tokens")
@@ -21,7 +23,8 @@ def map_tokens(
     """`function(tokens, shared)` on the current mesh.
 
     Without a mesh, and where it does not divide the batch, this is a plain call, which the compiler splits. Elsewhere
-    the sums of the devices are added once, after `function`. The compiler would add them up after every product.
+    the sums of the devices are added once, after `function`. The compiler would add them up after every product. Where
+    `fsdp` splits the matrix, they are scattered at once: the whole sum would be a second matrix in memory.
 
     Args:
       function: it returns arrays of its tokens, and sums over them: matrices [vocab, embed].
@@ -32,19 +35,25 @@ def map_tokens(
     Returns:
       Arrays [b, n, ...], split as the tokens are, and the sums, split as a matrix of parameters is.
     """
-    ways = _ways(rows)
-    if ways == (1, 1):
+    if _ways(rows) == (1, 1):
         return function(tokens, shared)
     axes = (*RULES["batch"], *RULES["sequence"])
+    others = tuple(name for name in axes if name not in RULES["embed"])
+    is_split = lambda matrix: axis_size("embed") > 1 and matrix.shape[1] % axis_size("embed") == 0
+
+    def add(part: Array) -> Array:
+        total = jax.lax.psum(scattered(part.T).T, others) if is_split(part) else jax.lax.psum(part, axes)
+        return constrain(total, "vocab", None)
 
     def of_device(tokens: Tokens, shared: Shared) -> tuple[Out, Sums]:
         out, sums = function(tokens, jax.lax.pcast(shared, axes, to="varying"))
-        return out, jax.tree.map(lambda part: constrain(jax.lax.psum(part, axes), "vocab", None), sums)
+        return out, jax.tree.map(add, sums)
 
     split = P(RULES["batch"], RULES["sequence"])
-    mapped = jax.shard_map(of_device, in_specs=(split, P()), out_specs=(split, P()), axis_names=set(axes))
+    _, sums = jax.eval_shape(function, tokens, shared)
+    of_sums = jax.tree.map(lambda matrix: P(None, *RULES["embed"]) if is_split(matrix) else P(), sums)
+    mapped = jax.shard_map(of_device, in_specs=(split, P()), out_specs=(split, of_sums), axis_names=set(axes))
     out, sums = mapped(tokens, shared)
-    # The sum and the split after it become one reduce-scatter, where the compiler has one.
     return out, jax.tree.map(lambda whole: constrain(whole, "vocab", "embed"), sums)
 
 

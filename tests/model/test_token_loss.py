@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from darkformer_jax.aot.collectives import collectives
 from darkformer_jax.distributed.sharding import MESH_AXES, make_mesh, sharding_of
 from darkformer_jax.model import token_loss
 from darkformer_jax.model.token_loss import LossFactors, Predictions, token_figures
@@ -193,7 +194,7 @@ SPLIT_ROWS = [((8, 16), MESHES), ((3, 16), [(2, 2, 2, 1)])]
 
 
 def on_eight():
-    """[[mesh, the loss and the gradients in chunks of 3 tokens per device]], each array as nested lists."""
+    """([[rows, the loss and the gradients in chunks of 3 tokens per device]] with arrays as nested lists, `sent()`)."""
     token_loss._TOKENS, token_loss._LOGITS = 3, 1
     out = []
     for rows, meshes in SPLIT_ROWS:
@@ -207,7 +208,26 @@ def on_eight():
                 loss, figures, *gradients = losses_and_gradients(FACTORS["all"], given, *others)
             leaves = [loss, *jax.tree.leaves(figures), *gradients]
             out.append([list(rows), [np.asarray(leaf).tolist() for leaf in leaves]])
-    return out
+    return out, sent()
+
+
+def sent():
+    """Of the gradient of a matrix that eight devices share: the bytes of the largest message of each kind."""
+    mesh = make_mesh({"fsdp": 8})
+    model, *others = arrays((8, 16), vocab=1000)
+    sharding = sharding_of("matrix", ("vocab", "embed"), model.unembedding.matrix.shape, mesh)
+    matrix = jax.device_put(model.unembedding.matrix, sharding)
+
+    def loss(matrix):
+        given = model._replace(unembedding=model.unembedding.with_matrix(matrix))
+        return token_loss.token_loss(given, others[1], others[2], FACTORS["text"])[0]
+
+    with jax.set_mesh(mesh):
+        program = jax.jit(jax.grad(loss)).lower(matrix).compile().as_text()
+    largest: dict[str, int] = {}
+    for message in collectives(program, [0] * 8)[0]:
+        largest[message.kind] = max(message.num_bytes, largest.get(message.kind, 0))
+    return largest
 
 
 def test_eight_devices_have_the_loss_and_the_gradients_of_one(tmp_path):
@@ -215,8 +235,11 @@ def test_eight_devices_have_the_loss_and_the_gradients_of_one(tmp_path):
     (tmp_path / "program.py").write_text(code)
     ended = on_eight_devices(tmp_path / "program.py", tmp_path).wait()
     assert ended.status == 0, ended.err
-    measured = json.loads(ended.out.splitlines()[-1])
+    measured, largest = json.loads(ended.out.splitlines()[-1])
     assert len(measured) == len(MESHES) + 1
+    # The gradients of the matrix are never summed to a whole one, which would be a second one in memory.
+    matrix = 4 * 1000 * WIDTH  # bytes
+    assert largest["reduce-scatter"] == matrix and largest.get("all-reduce", 0) <= matrix / 8
     for rows, leaves in measured:
         loss, figures, *gradients = losses_and_gradients(FACTORS["all"], *arrays(tuple(rows), vocab=40))
         for actual, wanted in zip(leaves, [loss, *jax.tree.leaves(figures), *gradients], strict=True):
