@@ -198,7 +198,7 @@ def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> Calibrated:
 
 def _what_decides(o: FitOptions, teacher: WorkdirModel, passages: np.ndarray) -> Iterator[bytes]:
     """What a calibration finds depends on this."""
-    yield json.dumps([versions(), dataclasses.asdict(o)]).encode("utf-8")
+    yield json.dumps([versions(), dataclasses.asdict(o), teacher.config.to_dict()]).encode("utf-8")
     yield passages.tobytes()
     for leaf in jax.tree.leaves((teacher.params, teacher.projections)):
         yield np.asarray(leaf).tobytes()
