@@ -50,6 +50,7 @@ from benchmarks.contenders import (
     build_ours,
     jax_inputs,
     kernel_parameters,
+    start_devices_for_cores,
 )
 from benchmarks.roofline import measure_rates, roofline
 from darkformer_jax import dark_attention
@@ -347,6 +348,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs what the flags ask for."""
     flags = parse(arguments)
+    if any(name.endswith("-cores") for name in flags.only):
+        start_devices_for_cores()
     if flags.dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "float32")  # as torch does: float32 must not mean tf32
     results: Row = {"environment": environment(flags.dtype)}

@@ -12,9 +12,12 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU the 
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from darkformer_jax import dark_attention, draw_projections
+from darkformer_jax.distributed.platform import computes_on_cpu, num_cores
 from darkformer_jax.ops.attend import Backend
 
 BATCH, HEADS, HEAD_DIM, FEATURES = 1, 8, 64, 256
@@ -66,6 +69,7 @@ def require_memory(needed: float) -> None:
 def jax_run(attend: Callable[..., Array], inputs: tuple[Array, ...], backward: bool) -> Run:
     """Compiles attend(*inputs), with its gradients if asked, and checks the memory that it will need."""
     cotangent = jax.random.normal(jax.random.key(1), inputs[0].shape).astype(inputs[0].dtype)
+    cotangent = jax.device_put(cotangent, inputs[0].sharding)
 
     def forward_backward(inputs: tuple[Array, ...], cotangent: Array) -> tuple[Array, tuple[Array, ...]]:
         out, pull_back = jax.vjp(attend, *inputs)
@@ -118,6 +122,38 @@ def build_ours(problem: Problem, window: int, decay: str = "", backend: Backend 
     return jax_run(ours_attend(window, backend), inputs, problem.backward)
 
 
+def start_devices_for_cores() -> None:
+    """Before JAX starts: on CPUs, a device for each core, or fewer if the heads do not divide by so many."""
+    if computes_on_cpu():
+        jax.config.update("jax_num_cpu_devices", _over(num_cores()))
+
+
+def _over(most: int) -> int:
+    return max(n for n in range(1, most + 1) if HEADS % n == 0)
+
+
+def build_ours_on_cores(problem: Problem, window: int) -> Run:
+    """`ours` with its heads divided over the devices: on CPUs, over the cores."""
+    number = _over(len(jax.devices()))
+    if number == 1:
+        raise Skipped("there is one device, and heads are divided over several")
+    mesh = jax.make_mesh((number,), ("heads",), devices=jax.devices()[:number])
+    of_tokens, of_heads = P(None, None, "heads"), P("heads")
+
+    def one_device(q: Array, k: Array, v: Array, geometry: Array, projections: Array) -> Array:
+        return dark_attention(q, k, v, projections=projections, geometry=geometry, chunk_size=CHUNK, window=window)
+
+    specs = (of_tokens, of_tokens, of_tokens, of_heads, of_heads)
+    every_device = jax.shard_map(one_device, mesh=mesh, in_specs=specs, out_specs=of_tokens)
+    projections, geometry = kernel_parameters()
+    *inputs, projections = (
+        jax.device_put(x, NamedSharding(mesh, spec))
+        for x, spec in zip((*jax_inputs(problem.length, problem.dtype), geometry, projections), specs, strict=True)
+    )
+    attend = lambda q, k, v, geometry: every_device(q, k, v, geometry, projections)
+    return jax_run(attend, tuple(inputs), problem.backward)
+
+
 def build_exact_jax(problem: Problem) -> Run:
     """`jax.nn.dot_product_attention`; for half precision on a GPU, its cuDNN flash attention."""
     fused = problem.dtype != "float32" and jax.default_backend() == "gpu"
@@ -158,8 +194,7 @@ def torch_device() -> str:
         raise Skipped("torch is not installed")
     import torch
 
-    # XLA has as many CPU threads as the process may use cores.
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    torch.set_num_threads(num_cores())  # as many as XLA has
     if jax.default_backend() == "cpu":
         return "cpu"
     if not torch.cuda.is_available():
@@ -208,6 +243,8 @@ def build_performer_pytorch(problem: Problem) -> Run:
 CONTENDERS: dict[str, Callable[[Problem], Run]] = {
     "ours": functools.partial(build_ours, window=0),
     "ours-hybrid": functools.partial(build_ours, window=CHUNK),
+    "ours-cores": functools.partial(build_ours_on_cores, window=0),
+    "hybrid-cores": functools.partial(build_ours_on_cores, window=CHUNK),
     "ours-parallel": functools.partial(build_ours, window=0, backend="parallel"),
     "hybrid-parallel": functools.partial(build_ours, window=CHUNK, backend="parallel"),
     "ours-slopes": functools.partial(build_ours, window=0, decay="slopes"),

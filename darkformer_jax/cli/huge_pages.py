@@ -11,10 +11,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from darkformer_jax.distributed.platform import computes_on_cpu
+
 VARIABLE, TUNABLE = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"  # glibc 2.35 or newer; older ones ignore it
 STARTED = "DARKFORMER_STARTED_AGAIN"  # the id of the process that was started once more
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-ACCELERATORS = ("nvidia[0-9]*", "accel[0-9]*", "vfio/[0-9]*", "kfd")  # in /dev: GPUs and TPUs
 
 
 def start_with_huge_pages() -> None:
@@ -36,7 +37,7 @@ def restarted_command() -> list[str]:
     """The command to start once more; empty: none."""
     if TUNABLE in os.environ.get(VARIABLE, "") or _was_started_again():
         return []
-    if not _asks_kernel() or not _computes_on_cpu():
+    if not _asks_kernel() or not computes_on_cpu():
         return []
     return [sys.executable, *sys.orig_argv[1:]] if _is_own_process() and sys.executable else []
 
@@ -55,13 +56,6 @@ def _asks_kernel() -> bool:
         return "[madvise]" in SETTING.read_text()
     except OSError:  # not Linux
         return False
-
-
-def _computes_on_cpu() -> bool:
-    platforms = os.environ.get("JAX_PLATFORMS")
-    if platforms:
-        return platforms.split(",")[0] == "cpu"
-    return not any(path for pattern in ACCELERATORS for path in Path("/dev").glob(pattern))
 
 
 def _is_own_process() -> bool:

@@ -7,10 +7,10 @@ import weakref
 from collections.abc import Callable
 from typing import Any, TextIO
 
-import jax
 import tqdm
 
 from darkformer_jax.data.progress import no_progress
+from darkformer_jax.distributed import processes
 
 _CLEAR = "\r\x1b[K"  # back to the first column, erase to the end of the line
 _SECONDS_BETWEEN_LINES = 30.0  # where the output is no terminal
@@ -99,7 +99,7 @@ class Progress:
 
     def bar(self, total: float | None, unit: str, label: str = "") -> Any:
         """A `progress_bar` for work before the first step."""
-        return (progress_bar if jax.process_index() == 0 else no_progress)(total, unit, label)
+        return (progress_bar if processes.process_index() == 0 else no_progress)(total, unit, label)
 
     def close(self) -> None:
         """Ends the live line, so that what is printed next starts on its own line."""
@@ -125,7 +125,7 @@ class Progress:
             return 80
 
     def _write(self, text: str) -> None:
-        if jax.process_index() == 0:
+        if processes.process_index() == 0:
             self._stream.write(text)
             self._stream.flush()
 

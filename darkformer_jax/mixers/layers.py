@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from darkformer_jax.distributed.gather import with_gathered
-from darkformer_jax.ops.lowering import dtype_of_sums, is_one_cpu
+from darkformer_jax.ops.lowering import dtype_of_sums, is_cpu_of_rows
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -68,12 +68,12 @@ class Linear(nnx.Module):
 def _contract(x: Array, kernel: Array, num_inputs: int) -> Array:
     """The last `num_inputs` axes of x times the first ones of `kernel`: rows of tokens times one matrix.
 
-    On one CPU it is a product of two matrices for XLA, too. Of more axes, XLA's CPU backend would transpose the
+    On CPUs it is a product of two matrices for XLA, too. Of more axes, XLA's CPU backend would transpose the
     gradient of y for that of the kernel, element by element inside the loop that computes it: an MLP's backward pass
-    took 1.7 times as long. With several devices, the axes of x may be split over them and stay apart.
+    took 1.7 times as long. Where a mesh may split axes of x beside the batch, they stay apart.
     """
     rows, columns = x.shape[: x.ndim - num_inputs], kernel.shape[num_inputs:]
-    if is_one_cpu():
+    if is_cpu_of_rows():
         size = math.prod(kernel.shape[:num_inputs])
         return (x.reshape(-1, size) @ kernel.reshape(size, -1)).reshape(*rows, *columns)
     x_axes = tuple(range(x.ndim - num_inputs, x.ndim))

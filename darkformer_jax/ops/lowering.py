@@ -15,9 +15,10 @@ def target_platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def is_one_cpu() -> bool:
-    """Whether the program is for one CPU device: no mesh of several is current, and the platform is the CPU."""
-    return target_platform() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
+def is_cpu_of_rows() -> bool:
+    """Whether the program is for CPU devices of which each has whole rows of a batch and all parameters, or for one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return target_platform() == "cpu" and mesh.size <= mesh.shape.get("data", 1)
 
 
 def dtype_of_sums(dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:

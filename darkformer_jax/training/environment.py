@@ -1,12 +1,13 @@
 """What a run computes with: devices, processor and versions, for people who read its results later."""
 
-import os
 import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
 
 import jax
+
+from darkformer_jax.distributed.platform import num_cores
 
 _ROOT = Path(__file__).parents[2]  # of the clone, or of site-packages
 _CPU_INFO = Path("/proc/cpuinfo")
@@ -23,7 +24,7 @@ def versions() -> str:
 
 
 def _hardware() -> str:
-    devices, cores = jax.devices(), _cores()
+    devices, cores = jax.devices(), num_cores()
     kind = "CPU" if devices[0].platform == "cpu" else devices[0].device_kind
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return f"{len(devices)} x {kind}{processes}; {_processor()}, {cores} core{'' if cores == 1 else 's'}"
@@ -36,11 +37,6 @@ def _processor() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
-
-
-def _cores() -> int | None:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # not on macOS
 
 
 def _version() -> str:

@@ -27,6 +27,7 @@ from darkformer_jax.runs.workdir import Workdir, WorkdirLock
 from darkformer_jax.tasks import TASKS
 from darkformer_jax.tasks.language_model import SAMPLES_FILE
 from darkformer_jax.tasks.task import Task
+from darkformer_jax.training.cores import divide_over_cores
 from darkformer_jax.training.environment import environment
 from darkformer_jax.training.experiment import Experiment, mesh_of
 from darkformer_jax.training.goodput import Stopwatch, describe, read_sessions
@@ -50,6 +51,7 @@ def dry_run(config: ml_collections.ConfigDict, overridden: Sequence[str] = (), w
       workdir: of the run, which resumes if it has begun there; None = a new run.
     """
     config, notes = _resolve(config, workdir, overridden)
+    divide_over_cores(config, workdir)
     if workdir is not None:
         workdir.check_config(config.to_dict())
     experiment = Experiment.of(config, TASKS[config.task.name].objective_of(config, workdir))
@@ -87,6 +89,7 @@ def train(
     # First, because the run depends on what the workdir has.
     processes.require_shared(workdir.shared, str(workdir))
     config, notes = _resolve(config, workdir, overridden)
+    divide_over_cores(config, workdir)
     workdir.check_config(config.to_dict())
     require_installed(config.log.trackers)
     trackers = Trackers(config.log.trackers, progress.note)

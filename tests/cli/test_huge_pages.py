@@ -10,6 +10,7 @@ import pytest
 
 from darkformer_jax.cli import huge_pages
 from darkformer_jax.cli.huge_pages import TUNABLE, VARIABLE, restarted_command
+from darkformer_jax.distributed import platform
 
 # Says what it is before and after, each in one line.
 PROGRAM = """
@@ -109,9 +110,9 @@ def test_programs_for_accelerators_are_left_alone(monkeypatch, platforms, starts
 
 def test_a_machine_with_an_accelerator_is_left_alone(monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS")
-    monkeypatch.setattr(huge_pages, "ACCELERATORS", ())
+    monkeypatch.setattr(platform, "ACCELERATORS", ())
     assert restarted_command()
-    monkeypatch.setattr(huge_pages, "ACCELERATORS", ("null",))
+    monkeypatch.setattr(platform, "ACCELERATORS", ("null",))
     assert not restarted_command()
 
 

@@ -38,23 +38,25 @@ def products(loss, *arguments):
 def test_both_forms_of_a_layer_have_the_same_output_and_gradients(monkeypatch, shape, num_inputs, rank):
     loss, *arguments = loss_of(shape, num_inputs, rank)
     rows = jax.jit(jax.value_and_grad(loss, (0, 1)))(*arguments)
-    monkeypatch.setattr(layers, "is_one_cpu", lambda: False)
+    monkeypatch.setattr(layers, "is_cpu_of_rows", lambda: False)
     apart = jax.jit(jax.value_and_grad(loss, (0, 1)))(*arguments)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), rows, apart)
     assert all(np.any(leaf) for leaf in jax.tree.leaves(rows))
 
 
 @pytest.mark.parametrize(("shape", "num_inputs"), KERNELS)
-def test_on_one_cpu_all_products_are_of_two_matrices(shape, num_inputs):
+def test_on_cpus_all_products_are_of_two_matrices(shape, num_inputs):
     ranks = products(*loss_of(shape, num_inputs, rank=0))
     assert ranks == [(2, 2)] * 3
 
 
 def test_axes_that_may_be_split_over_devices_stay_apart(monkeypatch):
-    def sees_one_cpu(devices):
-        with jax.sharding.use_abstract_mesh(AbstractMesh((devices,), ("data",))):
-            return layers.is_one_cpu()
+    def has_rows(shape, names):
+        with jax.sharding.use_abstract_mesh(AbstractMesh(shape, names)):
+            return layers.is_cpu_of_rows()
 
-    assert layers.is_one_cpu() and sees_one_cpu(1) and not sees_one_cpu(2)
-    monkeypatch.setattr(layers, "is_one_cpu", lambda: False)
+    assert layers.is_cpu_of_rows() and has_rows((1,), ("data",)) and has_rows((2,), ("data",))
+    assert has_rows((2, 1), ("data", "context"))
+    assert not has_rows((2, 2), ("data", "context")) and not has_rows((2,), ("heads",))
+    monkeypatch.setattr(layers, "is_cpu_of_rows", lambda: False)
     assert products(*loss_of(*KERNELS[0], rank=0))[0] == (3, 3)

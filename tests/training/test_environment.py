@@ -46,11 +46,11 @@ def test_where_git_cannot_answer_the_version_is_the_packages(clone, monkeypatch)
 def test_hardware_names_all_devices_and_the_hosts_processor(monkeypatch, tmp_path):
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Xeon Z\n\nmodel name\t: Xeon Z\n")
     monkeypatch.setattr(module, "_CPU_INFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(module, "_cores", lambda: 8)
+    monkeypatch.setattr(module, "num_cores", lambda: 8)
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform="tpu", device_kind="TPU v5e")] * 16)
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     assert environment()["hardware"] == "16 x TPU v5e in 4 processes; Xeon Z, 8 cores"
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform="cpu", device_kind="cpu")])
     monkeypatch.setattr(jax, "process_count", lambda: 1)
-    monkeypatch.setattr(module, "_cores", lambda: 1)
+    monkeypatch.setattr(module, "num_cores", lambda: 1)
     assert environment()["hardware"] == "1 x CPU; Xeon Z, 1 core"

@@ -1,0 +1,57 @@
+"""A run on CPUs divides the rows of its batches over the cores: it starts with a JAX device for each of them.
+
+On one CPU device, XLA computes the few small products of a chunk of linear attention on one core, and a second core is
+idle for most of the time. Devices of a mesh compute their rows at the same time, each on a core.
+"""
+
+import os
+
+import jax
+import ml_collections
+
+from darkformer_jax.config.specs import model_spec
+from darkformer_jax.distributed import processes
+from darkformer_jax.distributed.platform import computes_on_cpu, num_cores
+from darkformer_jax.model.flops import train_step_flops
+from darkformer_jax.runs.workdir import Workdir
+from darkformer_jax.tasks.tokenizer import vocab_size_of
+
+STATE_BYTES = 16  # per parameter: the weight, its gradient and two moments in float32
+MOST_BYTES = 2**30  # of all devices' states
+_NUMBER = "xla_force_host_platform_device_count"
+# XLA ends the process where a device waits so long for another one: 40 s by default, which pass while a run is stopped
+# (Ctrl-Z), or while other programs keep one device from computing.
+_PATIENCE, _SECONDS = "xla_cpu_collective_timeout_seconds", 24 * 3600
+
+
+def divide_over_cores(config: ml_collections.ConfigDict, workdir: Workdir | None) -> None:
+    """Sets the number of JAX's CPU devices before JAX starts them.
+
+    It does nothing where that is decided already: the run computes on something else, in several processes, or on a
+    mesh that `config.mesh` describes; JAX_NUM_CPU_DEVICES or XLA_FLAGS has a number; this process has used its devices.
+
+    config: validated, with a value for every field.
+    """
+    xla_flags = os.environ.get("XLA_FLAGS", "")
+    given = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
+    decided = given != -1 or _NUMBER in xla_flags
+    if decided or not computes_on_cpu() or processes.is_distributed():
+        return
+    if config.mesh.to_dict() != {"data": -1, "fsdp": 1, "tensor": 1, "context": 1} or config.distill.workdir:
+        return
+    number = num_devices(config, vocab_size_of(config, workdir), num_cores())
+    if number > 1:
+        try:
+            jax.config.update("jax_num_cpu_devices", number)
+        except RuntimeError:  # a program that has used its devices keeps them
+            return
+        if _PATIENCE not in xla_flags:
+            os.environ["XLA_FLAGS"] = f"{xla_flags} --{_PATIENCE}={_SECONDS}".strip()
+
+
+def num_devices(config: ml_collections.ConfigDict, vocab_size: int, cores: int) -> int:
+    """The largest number of devices, at most one per core, that the rows divide by and whose states are small."""
+    num_params = train_step_flops(model_spec(config, vocab_size), 1, 1) / 6
+    most = min(cores, int(MOST_BYTES / (STATE_BYTES * num_params)))
+    rows = (config.batch_size // config.accumulation_steps, config.eval.batch_size)
+    return max((n for n in range(1, most + 1) if not any(count % n for count in rows)), default=1)
