@@ -107,9 +107,9 @@ def _train() -> None:
     if config_file() is None:
         progress.note(f"no --config: the experiment is that of {workdir}/{CONFIG_FILE}")
     if FLAGS.dry_run:
-        dry_run(config, overridden_fields(), workdir)
+        dry_run(config, overridden_fields(), workdir, over_cores=True)
     else:
-        train(config, workdir, progress, overridden_fields())
+        train(config, workdir, progress, overridden_fields(), over_cores=True)
 
 
 if __name__ == "__main__":

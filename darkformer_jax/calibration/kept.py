@@ -1,8 +1,10 @@
 """What a calibration has found so far, kept on the disk: a command that was stopped goes on when it is given again."""
 
+import contextlib
 import hashlib
 import io
 import shutil
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,7 +48,8 @@ class Kept:
         """`Remember`."""
         path = self._directory / f"{name}.npz"
         if path.is_file():
-            with np.load(path) as found:
+            damaged = contextlib.suppress(EOFError, ValueError, zipfile.BadZipFile)  # it is computed again
+            with damaged, path.open("rb") as file, np.load(file) as found:  # NumPy would leave it open
                 return dict(found)
         arrays, content = compute(), io.BytesIO()
         np.savez(content, **arrays)  # type: ignore[arg-type]

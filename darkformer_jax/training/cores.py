@@ -27,15 +27,16 @@ _PATIENCE, _SECONDS = "xla_cpu_collective_timeout_seconds", 24 * 3600
 def divide_over_cores(config: ml_collections.ConfigDict, workdir: Workdir | None) -> None:
     """Sets the number of JAX's CPU devices before JAX starts them.
 
-    It does nothing where that is decided already: the run computes on something else, in several processes, or on a
-    mesh that `config.mesh` describes; JAX_NUM_CPU_DEVICES or XLA_FLAGS has a number; this process has used its devices.
+    It does nothing where that is decided already: the run computes on something else, in several processes, beside a
+    teacher, or on a mesh that `config.mesh` describes; JAX_NUM_CPU_DEVICES or XLA_FLAGS has a number, or XLA_FLAGS is a
+    file; this process has used its devices.
 
     config: validated, with a value for every field.
     """
-    xla_flags = os.environ.get("XLA_FLAGS", "")
+    xla_flags = os.environ.get("XLA_FLAGS", "").strip()
+    is_file = bool(xla_flags) and not xla_flags.startswith("-")
     given = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
-    decided = given != -1 or _NUMBER in xla_flags
-    if decided or not computes_on_cpu() or processes.is_distributed():
+    if given != -1 or _NUMBER in xla_flags or is_file or not computes_on_cpu() or processes.is_distributed():
         return
     if config.mesh.to_dict() != {"data": -1, "fsdp": 1, "tensor": 1, "context": 1} or config.distill.workdir:
         return
@@ -51,7 +52,9 @@ def divide_over_cores(config: ml_collections.ConfigDict, workdir: Workdir | None
 
 def num_devices(config: ml_collections.ConfigDict, vocab_size: int, cores: int) -> int:
     """The largest number of devices, at most one per core, that the rows divide by and whose states are small."""
-    num_params = train_step_flops(model_spec(config, vocab_size), 1, 1) / 6
+    spec = model_spec(config, vocab_size)
+    looked_up = 0 if spec.tie_embeddings else vocab_size * spec.embed_dim
+    num_params = train_step_flops(spec, 1, 1) / 6 + looked_up
     most = min(cores, int(MOST_BYTES / (STATE_BYTES * num_params)))
     rows = (config.batch_size // config.accumulation_steps, config.eval.batch_size)
     return max((n for n in range(1, most + 1) if not any(count % n for count in rows)), default=1)

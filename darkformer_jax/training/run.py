@@ -39,7 +39,12 @@ from darkformer_jax.training.start import check_start, start
 from darkformer_jax.training.trackers import Trackers, require_installed
 
 
-def dry_run(config: ml_collections.ConfigDict, overridden: Sequence[str] = (), workdir: Workdir | None = None) -> None:
+def dry_run(
+    config: ml_collections.ConfigDict,
+    overridden: Sequence[str] = (),
+    workdir: Workdir | None = None,
+    over_cores: bool = False,
+) -> None:
     """Prints the experiment's sizes and its data. Reads the tokenizer and a labelled task's files, but no other text.
 
     It refuses a workdir, `init_from` or mesh that `train` would refuse, and writes nothing. That there is no data is a
@@ -49,9 +54,11 @@ def dry_run(config: ml_collections.ConfigDict, overridden: Sequence[str] = (), w
       config: of the run.
       overridden: the fields that the command line sets; see `require_new_uses`.
       workdir: of the run, which resumes if it has begun there; None = a new run.
+      over_cores: as in `train`.
     """
     config, notes = _resolve(config, workdir, overridden)
-    divide_over_cores(config, workdir)
+    if over_cores:
+        divide_over_cores(config, workdir)
     if workdir is not None:
         workdir.check_config(config.to_dict())
     experiment = Experiment.of(config, TASKS[config.task.name].objective_of(config, workdir))
@@ -75,11 +82,20 @@ def _found_data(config: ml_collections.ConfigDict) -> str:
 
 
 def train(
-    config: ml_collections.ConfigDict, workdir: Workdir, progress: RunProgress, overridden: Sequence[str] = ()
+    config: ml_collections.ConfigDict,
+    workdir: Workdir,
+    progress: RunProgress,
+    overridden: Sequence[str] = (),
+    over_cores: bool = False,
 ) -> None:
     """Trains to the last step, or until `eval.patience` ends the run, and reports.
 
-    overridden: the fields that the command line sets; see `require_new_uses`, which a run that has begun is spared.
+    Args:
+      config: of the run.
+      workdir: of the run, which resumes if it has begun there.
+      progress: shows how far it is.
+      overridden: the fields that the command line sets; see `require_new_uses`, which a run that has begun is spared.
+      over_cores: this process trains nothing else, so that JAX's CPU devices may be as many as suit this run.
 
     Raises:
       Stopped: a signal came; the finished step is saved.
@@ -89,7 +105,8 @@ def train(
     # First, because the run depends on what the workdir has.
     processes.require_shared(workdir.shared, str(workdir))
     config, notes = _resolve(config, workdir, overridden)
-    divide_over_cores(config, workdir)
+    if over_cores:
+        divide_over_cores(config, workdir)
     workdir.check_config(config.to_dict())
     require_installed(config.log.trackers)
     trackers = Trackers(config.log.trackers, progress.note)

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from darkformer_jax.distributed import platform
 from darkformer_jax.distributed.platform import num_cores
 from darkformer_jax.training.cores import MOST_BYTES, STATE_BYTES, num_devices
 from tests.tiny_runs import Training, metrics_without_time, tiny_config, tiny_flags, write_text
@@ -42,12 +43,13 @@ def test_a_run_has_a_device_for_each_core_that_its_rows_divide_by():
     assert of_cores == [1, 2, 3, 3, 3, 6, 6]
 
 
-def test_a_large_model_keeps_its_state_once():
+def test_the_copies_of_a_large_models_state_stay_small():
     config = tiny_config(batch_size=8, eval__batch_size=8)
-    small, large = (num_devices(config, vocabulary, 8) for vocabulary in (256, 400_000))
-    assert small == 8 and large < 8
-    at_most = MOST_BYTES / (STATE_BYTES * 400_000 * config.model.embed_dim)
-    assert 0 < large <= max(1, at_most)
+    table = int(MOST_BYTES / (STATE_BYTES * 32 * 5.2))  # so many ids that 5.2 copies fit
+    assert config.model.embed_dim == 32
+    assert [num_devices(config, vocabulary, 8) for vocabulary in (256, table, 6 * table)] == [8, 4, 1]
+    config.model.tie_embeddings = False  # two tables
+    assert num_devices(config, table, 8) == 2
 
 
 def test_two_cores_are_two_devices_that_wait_for_each_other_for_a_day():
@@ -70,6 +72,20 @@ def test_two_cores_are_two_devices_that_wait_for_each_other_for_a_day():
 )
 def test_nothing_changes_where_the_number_is_decided_or_rows_do_not_divide(statement, environment):
     assert devices_after(statement, **environment) == (1, "None")
+
+
+def test_flags_in_a_file_stay_a_file(tmp_path):
+    (tmp_path / "flags").write_text("--xla_force_host_platform_device_count=3")
+    assert devices_after(XLA_FLAGS=str(tmp_path / "flags")) == (3, str(tmp_path / "flags"))
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("150000 100000", 1), ("200000 100000", 2), ("max 100000", 8), (None, 8)])
+def test_a_containers_quota_counts(monkeypatch, tmp_path, quota, cores):
+    if quota:
+        (tmp_path / "cpu.max").write_text(quota + "\n")
+    monkeypatch.setattr(platform, "QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(platform.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert platform.num_cores() == cores
 
 
 def test_a_number_that_the_user_gives_stays():
