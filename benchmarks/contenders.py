@@ -194,7 +194,7 @@ def torch_device() -> str:
         raise Skipped("torch is not installed")
     import torch
 
-    torch.set_num_threads(num_cores())  # as many as XLA has
+    torch.set_num_threads(num_cores())  # of itself it would not see a container's quota
     if jax.default_backend() == "cpu":
         return "cpu"
     if not torch.cuda.is_available():

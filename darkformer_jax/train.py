@@ -9,6 +9,8 @@ python train.py --workdir=runs/wide --config.model.mlp_dim=1024 --dry_run   over
 
 On several machines, run the same command on each. On TPU VMs and under srun, the processes find each other. Elsewhere,
 give --coordinator=HOST:PORT --num_processes=N --process_id=I, where HOST is that of process 0. launch/ has scripts.
+
+On CPUs, a small model's rows are divided over the cores, a JAX device for each; JAX_NUM_CPU_DEVICES=1 declines.
 """
 
 import sys
