@@ -3,7 +3,8 @@
 libtpu schedules a program while it compiles: a bundle is what one core issues in one cycle, if nothing makes it wait.
 It writes a file of bundles, and one of the units they use, per instruction of the HLO; `record_bundles` asks for them.
 A loop counts as often as it has steps: those that the HLO notes, or, in a kernel, two less than the test at its end
-says, for a pipeline's first and last turn skip most of its body. A branch counts as if taken.
+says, for a pipeline's first and last turn skip most of its body. A branch counts as if taken, but for the first ones in
+a kernel's body, as many as the caller names: what a kernel does under conditions of its own (`pl.when`).
 """
 
 import dataclasses
@@ -31,9 +32,12 @@ _NOTES = re.compile(r", (?:metadata|sharding|frontend_attributes|backend_config)
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _STEPS = re.compile(r'"iteration_bounds":\[([^\]]*)\]')
 _VMEM = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"')
+_BRANCH = re.compile(r"sbr\.rel \(\S+\) target = \$region(\d+)")
+_JOIN = re.compile(r"Start/End empty region (\d+)")
 _BODY = re.compile(r"body=%([\w.-]+)")
 
 _FILL_AND_DRAIN = 2
+_DELAY = 4  # bundles after a branch that run whether it is taken or not
 
 
 class Count(NamedTuple):
@@ -51,10 +55,14 @@ _NOTHING = Count()
 
 
 class Scheduled(NamedTuple):
-    """An instruction of the HLO: all that it runs, and one pass through its longest loop (all of it, without one)."""
+    """An instruction of the HLO: all that it runs, and one pass through its longest loop (all of it, without one).
+
+    conditional: what neither has, once: the kernel's own conditions in their order.
+    """
 
     total: Count
     step: Count
+    conditional: tuple[Count, ...]
     unknown_loops: int  # whose bodies were counted once
 
 
@@ -85,18 +93,20 @@ def record_bundles(directory: Path) -> None:
     os.environ["LIBTPU_INIT_ARGS"] = f"{given} {_OPTIONS.format(directory)}".strip()
 
 
-def read_program(hlo: str, directory: Path) -> Program:
+def read_program(hlo: str, directory: Path, conditions: int = 0) -> Program:
     """Counts a program's bundles, and empties the directory for the next one.
 
     Args:
       hlo: `compiled.as_text()`.
       directory: of `record_bundles`, with the files of this program alone.
+      conditions: how many each kernel's body has.
 
     Raises:
       ValueError: an instruction's bundles are missing, or a file is not as expected: another libtpu writes otherwise.
     """
     bodies, entry = computations(hlo)
-    written = _read_files(directory, _steps(bodies))
+    kernels = {found[1] for line in itertools.chain.from_iterable(bodies.values()) if (found := _kernel(line))}
+    written = _read_files(directory, _steps(bodies), dict.fromkeys(kernels, conditions))
     signatures = _signatures(bodies)
     by_signature = {signatures[name]: schedule for name, schedule in written.schedules.items() if name in signatures}
     program = Program()
@@ -114,7 +124,7 @@ def read_program(hlo: str, directory: Path) -> Program:
 def _add(program: Program, line: str, schedule: Scheduled, times: int, in_loop: bool) -> None:
     vmem = int(found[1]) if (found := _VMEM.search(line)) else 0
     program.unknown_loops += schedule.unknown_loops
-    if 'custom_call_target="tpu_custom_call"' in line:
+    if _kernel(line):
         program.kernels.append(Kernel(times, schedule, vmem))
         return
     program.besides = program.besides.plus(schedule.total, times)
@@ -122,6 +132,10 @@ def _add(program: Program, line: str, schedule: Scheduled, times: int, in_loop: 
         program.besides_in_loops = program.besides_in_loops.plus(schedule.total, times)
     program.estimated_cycles += times * (int(found[1]) if (found := _CYCLES.search(line)) else 0)
     program.vmem_bytes = max(program.vmem_bytes, vmem)
+
+
+def _kernel(line: str) -> re.Match[str] | None:
+    return _INSTRUCTION.match(line) if 'custom_call_target="tpu_custom_call"' in line else None
 
 
 def _executed(bodies: dict[str, list[str]], entry: str, program: Program) -> Iterator[tuple[str, int, bool]]:
@@ -152,7 +166,7 @@ def _steps(bodies: dict[str, list[str]]) -> dict[str, int]:
     return noted
 
 
-def _read_files(directory: Path, steps: dict[str, int]) -> _Written:
+def _read_files(directory: Path, steps: dict[str, int], conditions: dict[str, int]) -> _Written:
     schedules: dict[str, Scheduled] = {}
     called: set[str] = set()
     for path in sorted(directory.glob(f"*{_BUNDLES}")):
@@ -163,7 +177,9 @@ def _read_files(directory: Path, steps: dict[str, int]) -> _Written:
             called |= set(_SCHEDULED.findall(bundles))
             continue
         units = next(directory.glob(f"{stem.rsplit('-', 1)[0]}-*{_UNITS}"))
-        schedules[found[1]] = read_schedule(bundles, units.read_text(), steps.get(found[1]))
+        schedules[found[1]] = read_schedule(
+            bundles, units.read_text(), steps.get(found[1]), conditions.get(found[1], 0)
+        )
     for path in directory.iterdir():
         path.unlink()
     if not called:
@@ -176,11 +192,12 @@ class _Loop:
         self.own, self.trips = Count(), 0
 
 
-def read_schedule(bundles: str, units: str, steps: int | None = None) -> Scheduled:
+def read_schedule(bundles: str, units: str, steps: int | None = None, conditions: int = 0) -> Scheduled:
     """The counts of an instruction's two files.
 
     Args:
       steps: of its loop; None takes them from the loop's test, as do more steps than turns (some are unrolled).
+      conditions: in a kernel's body.
 
     Raises:
       ValueError: the files do not fit each other.
@@ -197,7 +214,10 @@ def read_schedule(bundles: str, units: str, steps: int | None = None) -> Schedul
         if loop.own.bundles * (loop.trips or 1) > longest:
             longest, step = loop.own.bundles * (loop.trips or 1), loop.own
 
-    for line in bundles.splitlines():
+    lines = bundles.splitlines()
+    apart = _under_conditions(lines, conditions)
+    conditional = [Count() for _ in range(conditions)]
+    for number, line in enumerate(lines):
         if not (found := _BUNDLE.match(line)):
             continue
         depth, begins = found[2].count(">"), found[1] == "LB"
@@ -210,12 +230,33 @@ def read_schedule(bundles: str, units: str, steps: int | None = None) -> Schedul
         if exit_test := _EXIT.search(line):
             turns = int(exit_test[1])
             stack[-1].trips = steps if steps is not None and steps <= turns else turns - _FILL_AND_DRAIN
-        stack[-1].own = stack[-1].own.plus(next(used, Count()))
+        count = next(used, Count())
+        if number in apart:
+            conditional[apart[number]] = conditional[apart[number]].plus(count)
+        else:
+            stack[-1].own = stack[-1].own.plus(count)
     while len(stack) > 1:
         close()
     if next(used, None) is not None:
         raise ValueError("libtpu's lists of bundles and of their units differ in length: it writes otherwise")
-    return Scheduled(stack[0].own, step if longest else stack[0].own, unknown)
+    return Scheduled(stack[0].own, step if longest else stack[0].own, tuple(conditional), unknown)
+
+
+def _under_conditions(lines: list[str], conditions: int) -> dict[int, int]:
+    """Which condition a line is under, of the first ones in the longest branch, the one around a kernel's body."""
+    branches: list[range] = []
+    opened: dict[str, int] = {}
+    for number, line in enumerate(lines):
+        for joined in _JOIN.findall(line):
+            if joined in opened:
+                branches.append(range(opened.pop(joined) + 1, number))
+        if branch := _BRANCH.search(line):
+            opened[branch[1]] = number
+    body = max(branches, key=len, default=range(0))
+    inside = [x for x in branches if x != body and x.start in body and x.stop <= body.stop]
+    outermost = [x for x in inside if not any(x != y and x.start in y for y in inside)]
+    own = sorted(outermost, key=lambda x: x.start)[:conditions]
+    return {number: index for index, x in enumerate(own) for number in x[_DELAY:]}
 
 
 def _units(text: str) -> Iterator[Count]:

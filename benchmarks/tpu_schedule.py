@@ -14,7 +14,8 @@ layer may spare. Not counted: waiting for memory or for the matrix units, messag
 scalar work between instructions. So `by bundles` is a lower bound of the time.
 
     chunk          tokens of a chunk
-    per chunk      bundles per chunk and key/value head: kernels one by one, of the scan a share of its loops
+    per chunk      bundles per chunk and key/value head: kernels one by one, of the scan a share of its loops. What a
+                   head's first and last chunk need besides is in the times, not what float32 asks to do again
     kernels, besides, by bundles    ms: bundles / clock, of kernels, of all else, and their sum
     XLA            ms: the compiler's own estimate, which it makes without looking at bundles, and not of kernels
     roofline       ms: the larger of FLOPs / peak and bytes / bandwidth, q, k, v and out in HBM once; gradients need
@@ -78,6 +79,11 @@ class Case:
         return chunk_of(self.heads // self.kv_heads)
 
     @property
+    def conditions(self) -> int:
+        """Of a kernel: its first chunk; of features everywhere, one that `pallas_safe` does again; its last chunk."""
+        return 2 if self.window else 3
+
+    @property
     def name(self) -> str:
         heads = f"{self.heads} heads" if self.heads == self.kv_heads else f"{self.heads} to {self.kv_heads} heads"
         gates = ", gates" if self.gates else ""
@@ -123,7 +129,7 @@ def compile_case(case: Case, directory: Path) -> tuple[Program, str]:
             lowered = jax.jit(both).lower(w, q, q, k, k, *learned)
         hlo = lowered.compile().as_text()
     assert hlo is not None
-    return read_program(hlo, directory), device.device_kind
+    return read_program(hlo, directory, case.conditions), device.device_kind
 
 
 def figures_of(case: Case, program: Program, device_kind: str) -> dict[str, Any]:
@@ -132,7 +138,10 @@ def figures_of(case: Case, program: Program, device_kind: str) -> dict[str, Any]
     loops = program.besides_in_loops
     steps = [kernel.schedule.step for kernel in program.kernels]
     ms = lambda cycles: 1e3 * cycles / CLOCKS[case.chip]
+    conditional = [[count.bundles for count in kernel.schedule.conditional] for kernel in program.kernels]
+    again = [] if case.window else [bundles.pop(1) for bundles in conditional]
     kernels = sum(kernel.times * kernel.schedule.total.bundles for kernel in program.kernels)
+    kernels += case.kv_heads * sum(map(sum, conditional))
     by_bundles = ms(kernels + program.besides.bundles)
     flops, num_bytes = needs(case)
     peak = peak_flops(device_kind)
@@ -144,6 +153,7 @@ def figures_of(case: Case, program: Program, device_kind: str) -> dict[str, Any]
         "spills_per_chunk": [step.spills + step.fills for step in steps]
         or [round((loops.spills + loops.fills) / chunks)],
         "bundles_of_kernels": kernels,
+        "bundles_done_again": again,
         "bundles_besides": program.besides.bundles,
         "kernels_ms": ms(kernels),
         "besides_ms": ms(program.besides.bundles),

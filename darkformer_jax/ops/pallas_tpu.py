@@ -2,8 +2,9 @@
 
 Of features everywhere, a program of the grid (B, Hkv, chunks) treats one chunk of one key/value head and all its query
 heads; chunks follow each other and hand the far state (c, z, S^T) on in VMEM. Log features are made there and never
-written to memory. The formulas, and so the range of inputs without underflow, are those of `ops/linear.py`: a maximum
-per feature, and scores with a maximum per query and per key. `pallas_window` has the hybrid.
+written to memory. `pallas_fast` has the formulas of almost every chunk, which have one scale per feature, and
+`pallas_safe` those for any other, whose range of inputs without underflow is that of `ops/linear.py`. `pallas_window`
+has the hybrid.
 
 The backward pass keeps the inputs and the states before each chunk, and computes the rest again.
 """
@@ -21,7 +22,7 @@ from darkformer_jax.ops.features import positive_random_features
 from darkformer_jax.ops.linear import Kernel, Sums, Tokens, log_far_weight
 from darkformer_jax.ops.lowering import TPU_TILE
 from darkformer_jax.ops.pallas_backward import backward
-from darkformer_jax.ops.pallas_chunk import LANES, Inputs, Sizes, last_segments
+from darkformer_jax.ops.pallas_blocks import LANES, Inputs, Sizes, last_segments
 from darkformer_jax.ops.pallas_forward import forward
 from darkformer_jax.ops.pallas_window import Places
 from darkformer_jax.ops.scan import heads_last, join_chunks, split_chunks

@@ -15,8 +15,10 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from darkformer_jax.ops.features import RandomFeatures
-from darkformer_jax.ops.pallas_chunk import Blocks, Head, dot, fold_weights, held_segments
-from darkformer_jax.ops.pallas_forward import Saved, run_forward
+from darkformer_jax.ops.pallas_blocks import Blocks, held_segments
+from darkformer_jax.ops.pallas_chunk import Head, Segments, dot
+from darkformer_jax.ops.pallas_forward import run_forward
+from darkformer_jax.ops.pallas_safe import fold_weights
 from darkformer_jax.ops.state import NEG, FarState
 
 
@@ -51,6 +53,14 @@ class Places(NamedTuple):
     to_far: Int[Array, "b n"]  # the keys' segments, 0 where a key that leaves the window does not enter the far state
     leaving: Int[Array, "b chunks"]  # the last segment of the block that leaves the window; 0: nothing enters
     bound: Float[Array, "b n"] | None  # `log_far_weight` of the queries
+
+
+class States(NamedTuple):
+    """The far state before each chunk, for the backward pass. S in v's dtype: products take no more of it."""
+
+    c: Float[Array, "b h chunks 1 m"]
+    z: Float[Array, "b h chunks 1 m"]
+    S: Float[Array, "b h chunks dv m"]
 
 
 class Has(NamedTuple):
@@ -132,8 +142,10 @@ def take_refs(refs: Any, sizes: Sizes, has: Has) -> tuple[View, list]:
     (q,), k, v, (column, row, to_far) = (take(count) for count in (1, near, near, 3))
     bound = rest.pop(0)[0] if has.bound else None
     sinks = take(2) if has.sinks else []
-    w = rest.pop(0)
-    head = Head(w, rest.pop(0) if has.geometry else None, rest.pop(0) if has.log_weights else None, sizes.scale)
+    directions = rest.pop(0)
+    head = Head(
+        directions, rest.pop(0) if has.geometry else None, rest.pop(0) if has.log_weights else None, sizes.scale
+    )
     gain = rest.pop(0)[0] if has.gain else None
     queries = q[0, 0].reshape(-1, q.shape[-1])
     keys = jnp.concatenate([*(ref[0, 0] for ref in k), *(ref[0, 0, 0] for ref in sinks[:1])], axis=0)
@@ -178,17 +190,21 @@ def exact_points(view: View, sizes: Sizes) -> tuple[Float[Array, "gc r"], Float[
     """What the window's kernel multiplies."""
     if not sizes.exact_has_geometry:
         return view.q, view.keys
-    return view.head.point(view.q), view.head.point(view.keys)
+    dtype = view.q.dtype
+    return view.head.point(view.q).astype(dtype), view.head.point(view.keys).astype(dtype)
 
 
 def forward(
     sizes: Sizes, inputs: Inputs, places: Places, *, save: bool
-) -> tuple[FarState, Float[Array, "b n h g dv"], Saved | None]:
+) -> tuple[FarState, Float[Array, "b n h g dv"], States | None]:
     """(the far state after the tokens, out in v's dtype, what the backward pass needs if it is to come)."""
     blocks = WindowBlocks(sizes, inputs, places, last_first=False)
     after = held_segments(places.leaving, inputs.far.segment)[1]
-    far, out, saved = run_forward(blocks, _chunk, blocks.scalars, blocks.near_tokens(), after, save=save)
-    return far, jnp.moveaxis(out, -2, 1), saved
+    dtypes = (jnp.float32, jnp.float32, inputs.values.dtype)
+    saved = [blocks.output_of_chunks(*x) for x in zip(blocks.state_shapes, dtypes, strict=True)] if save else []
+    arrays = blocks.near_tokens()
+    far, out, states = run_forward(blocks, _chunk, blocks.scalars, arrays, after, blocks.state_shapes, saved)
+    return far, jnp.moveaxis(out, -2, 1), States(*states) if save else None
 
 
 def _chunk(before: Any, leaving: Any, *refs: Any, sizes: Sizes, has: Has) -> None:
@@ -209,7 +225,7 @@ def _chunk(before: Any, leaving: Any, *refs: Any, sizes: Sizes, has: Has) -> Non
     numerator = dot(seen.far_weights, S[...], (1, 1), dtype) + dot(seen.weights, view.values, (1, 0), dtype)
     out_ref[0, 0] = (numerator / seen.denominator).reshape(out_ref.shape[2:]).astype(out_ref.dtype)
 
-    folded = fold_weights(view.to_far, view.log_k, None, c[...], far_segment, own_segment)
+    folded = fold_weights(view.to_far, view.log_k, None, c[...], Segments(far_segment, own_segment))
     c[...] = folded.key_max
     z[...] = z[...] * folded.keep + jnp.sum(folded.weights, axis=0, keepdims=True)
     S[...] = S[...] * folded.keep + dot(view.values[: sizes.chunk], folded.weights, (0, 0), dtype)

@@ -13,14 +13,15 @@ from jax.dtypes import float0
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from darkformer_jax.ops.pallas_backward import of_denominator, of_features, of_points
-from darkformer_jax.ops.pallas_chunk import dot, fold_weights
-from darkformer_jax.ops.pallas_forward import Saved
+from darkformer_jax.ops.pallas_backward import of_features
+from darkformer_jax.ops.pallas_chunk import Segments, dot, of_denominator
+from darkformer_jax.ops.pallas_safe import fold_weights
 from darkformer_jax.ops.pallas_window import (
     Has,
     Inputs,
     Places,
     Sizes,
+    States,
     View,
     WindowBlocks,
     exact_points,
@@ -34,14 +35,13 @@ def backward(
     sizes: Sizes,
     inputs: Inputs,
     places: Places,
-    saved: Saved,
+    saved: States,
     gradient: tuple[FarState, Array],
 ) -> Inputs:
     """The gradients of `inputs`, from those of the far state after the tokens and of the output."""
     blocks = WindowBlocks(sizes, inputs, places, last_first=True)
     far, of_out = gradient
     rows, chunk = (blocks.batch, blocks.heads), sizes.chunk
-    own = [x.shape[1:] for x in blocks.per_head]
     states = [far.normalizer[:, :, None], jnp.swapaxes(far.values, 2, 3)]
     values = blocks.of_queries(blocks.value_dim)
     widths = (blocks.dim, blocks.value_dim)
@@ -61,7 +61,10 @@ def backward(
             ((*rows, blocks.group, blocks.length, blocks.dim), inputs.queries.dtype, blocks.of_queries(blocks.dim)),
             *(((*rows, blocks.length, width), kind, blocks.of_keys(width)) for width in widths),
             *(((*rows, sizes.window, width), kind, blocks.of_row((sizes.window, width))) for width in widths),
-            *(((*rows, *shape), jnp.float32, blocks.of_row(shape)) for shape in [*blocks.state_shapes, *own]),
+            *(
+                ((*rows, *shape), jnp.float32, blocks.of_row(shape))
+                for shape in [*blocks.state_shapes, *blocks.shapes_of_head]
+            ),
             *(((*rows, blocks.chunks, *shape), kind, blocks.of_chunk(shape)) for shape in sinks),
         ],
         [*blocks.state_shapes[1:], *((sizes.window + chunk, width) for width in widths)],
@@ -73,7 +76,7 @@ def backward(
     integers: Any = np.zeros(inputs.far.segment.shape, float0)
     tokens_in_front = lambda x: jnp.moveaxis(x, -2, 1)
     return Inputs(
-        of_features(inputs.features, of_head),
+        of_features(inputs.features, sizes.scale, of_head),
         FarState(dc[:, :, 0], dz[:, :, 0], jnp.swapaxes(dS, 2, 3), integers),
         tokens_in_front(dq),
         tokens_in_front(jnp.concatenate([dk_recent, dk], axis=2)),
@@ -104,14 +107,14 @@ def _chunk(before: Any, leaving: Any, *refs: Any, sizes: Sizes, has: Has) -> Non
     seen = look(view, sizes, c, z, far_segment)
     of_numerator = of_out[0, 0].reshape(-1, of_out.shape[-1]).astype(jnp.float32) / seen.denominator
     by_key, by_feature = dot(of_numerator, view.values, (1, 1), dtype), dot(of_numerator, S, (1, 0), dtype)
-    e = of_denominator(seen.weights, by_key, seen.far_weights, by_feature, seen.denominator)
+    e = of_denominator(seen.weights, by_key, seen.far_weights, by_feature) / seen.denominator
     of_scores = seen.weights * (by_key - e)
     of_far = seen.far_weights * (by_feature - e * z)
     if view.gain is not None:
         by_head = of_far.reshape(-1, size, of_far.shape[1])
         of_head.pop()[0, 0] += jnp.sum(jnp.sum(by_head, axis=2, keepdims=True), axis=1, keepdims=True)
 
-    folded = fold_weights(view.to_far, view.log_k, None, c, far_segment, own_segment)
+    folded = fold_weights(view.to_far, view.log_k, None, c, Segments(far_segment, own_segment))
     first_values, first_keys = view.values[:size], view.keys[:size]
     of_folded = folded.weights * (dz[...] + dot(first_values, dS[...], (1, 0), dtype))
     of_queries, to_keys = _of_exact(view, sizes, of_scores, of_head)
@@ -122,10 +125,14 @@ def _chunk(before: Any, leaving: Any, *refs: Any, sizes: Sizes, has: Has) -> Non
     of_values[...] += to_values[:near]
     of_values[:size] += dot(folded.weights, dS[...], (1, 1), dtype)
     of_keys[...] += to_keys[:near]
-    of_keys[:size] += of_points(view.head, first_keys, of_folded, of_head)
+    of_first, from_keys = view.head.of_points(first_keys, of_folded)
+    of_keys[:size] += of_first
     dz[...] = dz[...] * folded.keep - jnp.sum(seen.far_weights * e, axis=0, keepdims=True)
     dS[...] = dS[...] * folded.keep + dot(of_numerator, seen.far_weights, (0, 0), dtype)
-    of_queries += of_points(view.head, view.q, of_far, of_head)
+    of_far_queries, from_queries = view.head.of_points(view.q, of_far)
+    of_queries += of_far_queries
+    for ref, x in zip(of_head, from_keys.plus(from_queries).arrays(), strict=True):
+        ref[0, 0] += x
     dq[0, 0] = of_queries.reshape(dq.shape[2:]).astype(dq.dtype)
 
     for ref, complete in ((of_keys, dk), (of_values, dv)):

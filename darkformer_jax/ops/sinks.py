@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from darkformer_jax.ops.pallas_chunk import held_segments, last_segments
+from darkformer_jax.ops.pallas_blocks import held_segments, last_segments
 from darkformer_jax.ops.state import Recent, Sinks
 
 

@@ -71,6 +71,30 @@ def test_the_bundles_of_a_loop_count_as_often_as_it_has_steps(steps, times):
     assert schedule.unknown_loops == 0
 
 
+# A kernel's body within the pipeline's condition: two conditions of its own, the first in one of the pipeline's.
+CONDITIONS = """
+   0x1 LB: > { %p1 = scmp.eq.s32.totalorder %s1, 0 }
+   0x2   : > { %1 = sbr.rel (%p1) target = $region9 }
+   0x3   : > { %v2 = vmatmul %v1 }
+   0x4   : > { %2 = sbr.rel (%p2) target = $region5 }
+"""
+CONDITIONS += "".join(f"   {hex(5 + place)}   : > {{ %v3 = vadd %v1 }}\n" for place in range(6))
+CONDITIONS += """   0xb PF: > { %3 = sbr.rel (!%p3) target = $region6 } /* Start/End empty region 5 */
+"""
+CONDITIONS += "".join(f"   {hex(12 + place)}   : > {{ %v3 = vadd %v1 }}\n" for place in range(7))
+CONDITIONS += """  0x13 PF: > {} /* Start/End empty region 6 :: Start/End empty region 9 */
+  0x14   : > { %p4 = scmp.ge.s32.totalorder %s45, 10 /* loop exit test */ }
+"""
+
+
+@pytest.mark.parametrize(("conditions", "apart"), [(0, ()), (1, (2,)), (2, (2, 3)), (3, (2, 3, 0))])
+def test_what_a_kernel_does_under_conditions_of_its_own_is_counted_apart(conditions, apart):
+    units = "MXU, VLOAD:FILL, VSTORE:SPILL\n1 1 1\n" + "0 0 0\n" * 20
+    schedule = read_schedule(CONDITIONS, units, conditions=conditions)
+    assert tuple(x.bundles for x in schedule.conditional) == apart
+    assert (schedule.step.bundles, schedule.total.bundles) == (20 - sum(apart), 8 * (20 - sum(apart)))
+
+
 def test_a_loop_without_a_count_is_counted_once_and_said():
     schedule = read_schedule(BUNDLES.replace("scmp.ge.s32.totalorder %s45, 10", "scmp.ge %s45, %s46"), UNITS)
     assert (schedule.total.bundles, schedule.unknown_loops) == (6, 1)

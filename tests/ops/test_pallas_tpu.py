@@ -13,10 +13,14 @@ from jax.sharding import SingleDeviceSharding
 from darkformer_jax import dark_attention
 from darkformer_jax.aot.topology import topology_devices
 from darkformer_jax.errors import UserError
+from darkformer_jax.ops import pallas_fast
 from darkformer_jax.ops.attend import normalize
 from darkformer_jax.ops.dark_attention import feature_kernel
 from darkformer_jax.ops.decay import decay_per_token
 from darkformer_jax.ops.linear import Tokens
+from darkformer_jax.ops.pallas_blocks import Inputs as KernelInputs
+from darkformer_jax.ops.pallas_blocks import Sizes
+from darkformer_jax.ops.pallas_forward import forward
 from darkformer_jax.ops.pallas_tpu import attend_features
 from darkformer_jax.ops.scan import scan_feature_chunks, scan_features
 from darkformer_jax.ops.state import init_state
@@ -161,6 +165,58 @@ def test_no_row_is_lost_of_points_far_from_the_origin(squared_norm, antipodal):
     assert_rows_close(out, by_scan(x)[1], 1e-3)
     if squared_norm == 500:
         assert_rows_close(out, oracle("dark", x, np.ones_like(DOCUMENTS)), 1e-3)
+
+
+def share_done_safely(x, segment_ids):
+    """Of the chunks."""
+    kernel, state, tokens = call(jax.tree.map(jnp.asarray, x), segment_ids)
+    inputs = KernelInputs(kernel.arrays.features, state.far, *tokens[:3], None)
+    saved = forward(Sizes(float(kernel.scale), CHUNK, True), inputs, tokens.segments, save=True)[2]
+    inverses = np.asarray(saved.inverses)
+    return np.mean(inverses.reshape(*inverses.shape[:3], -1, CHUNK) == 0)
+
+
+@pytest.mark.parametrize(
+    ("squared_norm", "ids", "least", "most"),
+    [
+        (1, np.ones_like(DOCUMENTS), 0, 0),
+        (40, np.ones_like(DOCUMENTS), 0, 0),
+        (40, DOCUMENTS, 0, 0),  # though the keys of a document that begins say nothing of those to come
+        (40, np.where(np.arange(45) < 20, DOCUMENTS, 0), 0, 0),  # with a chunk of padding alone,
+        (250, DOCUMENTS, 0.1, 0.9),
+        (1157, DOCUMENTS, 1, 1),
+    ],
+)
+def test_chunks_are_done_again_only_where_float32_does_not_hold_one_scale_per_feature(squared_norm, ids, least, most):
+    x = draw_inputs(extreme=(squared_norm / 500) ** 0.5)
+    assert least <= share_done_safely(x, ids) <= most
+    got, want = by_kernel(x, ids)[1], oracle("dark", x, ids)
+    assert_rows_close(got[:, ids[0] != 0], want[:, ids[0] != 0], 2e-4)
+
+
+@pytest.mark.parametrize("op", FORMS)
+def test_the_safe_way_is_right_for_what_takes_the_fast_one(op, monkeypatch):
+    monkeypatch.setattr(pallas_fast, "MOST_ABOVE", -np.inf)
+    x = draw_inputs(op)
+    if op == "dark":
+        assert share_done_safely(x, DOCUMENTS) == 1
+    cotangent = draw_cotangent(x)
+    want, of_x = oracle(op, x, DOCUMENTS, cotangent)
+    out, got, _ = with_gradients(
+        lambda *call: _by_kernel(*call), x, DOCUMENTS, cotangent
+    )  # a form that is not compiled
+    assert_rows_close(out, want, 1e-4)
+    assert_gradients_close(got, of_x, 1e-4)
+
+
+@pytest.mark.parametrize("op", ["dark", "dark with gates"])
+def test_blocks_of_a_chunk_that_see_more_and_more_keys(op):
+    x, ids = draw(op, 300, heads=(2, 1)), documents(130, 150, 20)
+    cotangent = draw_cotangent(x)
+    want, of_x = oracle(op, x, ids, cotangent)
+    out, got, _ = with_gradients(_by_kernel, x, ids, cotangent, chunk_size=256)
+    assert_rows_close(out, want, 1e-4)
+    assert_gradients_close(got, of_x, 1e-4)
 
 
 def test_padding_leaves_no_trace_in_the_state_and_reads_zero():

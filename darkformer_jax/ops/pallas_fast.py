@@ -1,0 +1,402 @@
+"""A chunk with one scale per feature: the way that almost every chunk takes.
+
+With c of each feature as it was before the chunk, near the maximum of the keys in the far state,
+
+    a_i = exp(l(q_i) + c - r_i)       r_i the largest of the row, so that a_i is at most 1
+    b_j = exp(l(k_j) - c)
+
+key j weighs a_i . b_j for query i, and the far state gives it a_i . z and a_i . S: one exponential per feature of a
+query or a key, and none per pair. What a row has in common cancels in the output, r_i and |M q_i|^2 alike. c is known
+before the chunk's keys are, so that nothing waits for their maximum.
+
+float32 holds that where no key is more than MOST_ABOVE over c, c falls by no more than MOST_BELOW, and every row's
+denominator is at least LEAST: what a_i and b_j lose below 2^-126 is then at most 2^-26 of it. Where a chunk does not
+fit, `pallas_safe` computes it again.
+
+With a row's output o = N / D and e = (dL/do . o) / D, its sums have the gradients dL/dN = dL/do / D and dL/dD = -e, and
+
+    dL/da_i = sum_j dw_ij b_j + S dL/dN - e z        dw_ij = dL/dN . v_j - e of the keys that it sees
+    dL/db_j = sum_i dw_ij a_i
+
+Blocks of rows go through each stage side by side: the compiler has independent work while it waits for a result.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Bool, Float, Int
+
+from darkformer_jax.ops.pallas_blocks import LANES, LOG2E
+from darkformer_jax.ops.pallas_chunk import (
+    ChunkRefs,
+    Head,
+    OfChunk,
+    OfHead,
+    Segments,
+    State,
+    as_row,
+    dot,
+    of_decay,
+    of_denominator,
+)
+from darkformer_jax.ops.state import NEG
+
+MOST_ABOVE, MOST_BELOW, SLACK = 19.0, 60.0, 40.0  # in nats
+LEAST = 2.0**-56
+SIDE_BY_SIDE = 2
+
+
+class Place(NamedTuple):
+    """A block of queries: of which head of the group, and which rows of the chunk. They see no key after `stop`."""
+
+    head: int
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
+
+
+def places(refs: ChunkRefs) -> list[Place]:
+    """All of a chunk, one head of the group after another."""
+    group, size = refs.q.shape[2:4]
+    height = LANES if size % LANES == 0 else size
+    return [Place(head, start, start + height) for head in range(group) for start in range(0, size, height)]
+
+
+class Keys(NamedTuple):
+    """A chunk's keys."""
+
+    logs: Float[Array, "c m"]  # log2(e) l(k_j); -1e30 of padding
+    weights: Float[Array, "c m"]  # b_j
+    rounded: Float[Array, "c m"]  # in the values' dtype
+    entering: Float[Array, "c lanes"]  # what of b_j enters the far state: e^decay to the chunk's end, or nothing
+
+
+class Chunk(NamedTuple):
+    """What the blocks of a chunk share."""
+
+    head: Head
+    refs: ChunkRefs
+    state: State
+    segments: Segments
+    keys: Keys
+    column: Int[Array, "c lanes"]  # the segments of the queries
+    row: Int[Array, "1 c"]  # and of the keys; -1 of padding
+    add_to_q: Float[Array, "1 m"]  # log2(e) (c + log weights)
+
+    @classmethod
+    def of(cls, head: Head, refs: ChunkRefs, state: State, segments: Segments) -> "Chunk":
+        k, dtype = refs.k[0, 0], refs.v.dtype
+        column = jnp.broadcast_to(refs.column[0], (k.shape[0], LANES))
+        row = refs.row[0]
+        log_weights = 0.0 if head.log_weights is None else head.log_weights[0]
+        norm = jnp.where(column != 0, wide(LOG2E * head.half_norm(k)), -NEG)
+        logs = head.project(k) - lanes(norm, state.c.shape[1]) + LOG2E * log_weights
+        weights = jnp.exp2(logs - LOG2E * state.c)
+        decay = refs.decay()
+        kept = 1.0 if decay is None else wide(jnp.exp2(LOG2E * decay.to_end))
+        entering = jnp.where((column == segments.own) & (column != 0), kept, 0.0)
+        keys = Keys(logs, weights, weights.astype(dtype), entering)
+        row = jnp.where(row == 0, -1, row)
+        return cls(head, refs, state, segments, keys, column, row, LOG2E * (state.c + log_weights))
+
+    @property
+    def folded(self) -> Float[Array, "c m"]:
+        """What of each key enters the far state, in units of e^c."""
+        return self.keys.weights * lanes(self.keys.entering, self.keys.weights.shape[1])
+
+    @property
+    def kept(self) -> Any:
+        """What is left after the chunk of the far state before it, in units of e^c."""
+        kept, decay = jnp.where(self.segments.same, 1.0, 0.0), self.refs.decay(slice(0, 8))
+        return kept if decay is None else kept * jnp.exp2(LOG2E * decay.whole_chunk)
+
+    def reads(self, place: Place) -> Float[Array, "n lanes"]:
+        """What the block's queries read of the far state: e^decay since the chunk's start, or nothing."""
+        column, decay = self.column[place.rows], self.refs.decay(place.rows)
+        amount = 1.0 if decay is None else wide(jnp.exp2(LOG2E * decay.since_start))
+        return jnp.where((column == self.segments.far) & (column != 0), amount, 0.0)
+
+    def query_weights(self, place: Place) -> Float[Array, "n m"]:
+        """a_i."""
+        logs = self.head.project(self.refs.q[0, 0, place.head, place.rows]) + self.add_to_q
+        return jnp.exp2(logs - jnp.max(logs, axis=1, keepdims=True))
+
+    def visible(self, place: Place) -> Bool[Array, "n t"]:
+        """Which keys a block's queries see."""
+        rows = self.column[place.rows]
+        index = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (rows.shape[0], place.stop), axis)
+        return (lanes(rows, place.stop) == self.row[:, : place.stop]) & (index(0) + place.start >= index(1))
+
+    def decayed(self, place: Place, x: Float[Array, "n t"]) -> Float[Array, "n t"]:
+        """x times e^decay from each key to each query of a block; x where nothing decays."""
+        decay = self.refs.decay(place.rows)
+        return x if decay is None else x * jnp.exp2(LOG2E * decay.pairs[:, : place.stop])
+
+    def pairs(self, place: Place, rounded: Float[Array, "n m"]) -> Float[Array, "n t"]:
+        """What keys weigh for a block's queries. rounded: a_i."""
+        product = dot(rounded, self.keys.rounded[: place.stop], (1, 1), rounded.dtype)
+        return jnp.where(self.visible(place), self.decayed(place, product), 0.0)
+
+
+def first_scale(head: Head, refs: ChunkRefs) -> Float[Array, "1 m"]:
+    """c for a far state without keys: the largest features of the chunk's own."""
+    logs = jnp.where(refs.column[0] != 0, head.log_features(refs.k[0, 0]), NEG)
+    return jnp.max(logs, axis=0, keepdims=True)
+
+
+class Scales(NamedTuple):
+    """The next c, and the true maximum of the keys in the next state, of which c is at most `SLACK` above."""
+
+    c: Float[Array, "1 m"]
+    largest: Float[Array, "1 m"]
+
+
+class After(NamedTuple):
+    """What a chunk leaves. fits: whether float32 held it; if not, the scales are right all the same."""
+
+    state: State
+    scales: Scales
+    inverses: Float[Array, "g c"]  # 1 / D
+    out: Float[Array, "gc dv"]
+    fits: Bool[Array, ""]
+
+
+def forward(
+    head: Head, refs: ChunkRefs, state: State, segments: Segments, largest: Float[Array, "1 m"], is_last: Any
+) -> After:
+    """The outputs of a chunk and the far state after it.
+
+    Args:
+      largest: of `Scales`, of the state before.
+      is_last: whether c shall be that of the keys after the chunk, for a state that others go on with.
+    """
+    chunk, dtype = Chunk.of(head, refs, state, segments), refs.v.dtype
+    z, S, v, keys = state.z, state.S.astype(dtype), refs.v[0, 0], chunk.keys
+    denominators, inverses, outs = [], [], []
+
+    def features(place: Place) -> tuple[Place, Array]:
+        return place, chunk.query_weights(place)
+
+    def weigh(place: Place, a: Array) -> tuple[Any, ...]:
+        rounded, reads = a.astype(dtype), chunk.reads(place)
+        weights = chunk.pairs(place, rounded)
+        denominator = reads * wide(row_sum(a * z)) + wide(row_sum(weights))
+        denominator = jnp.where(chunk.column[place.rows] != 0, denominator, 1.0)
+        return place, rounded, weights, reads, denominator
+
+    def attend(place: Place, rounded: Array, weights: Array, reads: Array, denominator: Array) -> None:
+        inverse, width = reciprocal(denominator), v.shape[1]
+        numerator = lanes(reads, width) * dot(rounded, S, (1, 1), dtype) + dot(weights, v[: place.stop], (1, 0), dtype)
+        outs.append(numerator * lanes(inverse, width))
+        inverses.append(as_row(inverse))
+        denominators.append(denominator)
+
+    for blocks in side_by_side(places(refs)):
+        through(blocks, features, weigh, attend)
+    scales = _next_scales(chunk, largest, jnp.where(is_last, 0.0, SLACK))
+    above = jnp.max(keys.logs, axis=0, keepdims=True) / LOG2E - state.c
+    in_range = (jnp.max(above) <= MOST_ABOVE) & (jnp.min(scales.c - state.c) >= -MOST_BELOW)
+    by_head = jnp.concatenate(inverses, axis=1).reshape(refs.q.shape[2:4])
+    out, fits = jnp.concatenate(outs, axis=0), in_range & (_least(denominators) >= LEAST)
+    return After(_fold(chunk, scales.c), scales, by_head, out, fits)
+
+
+def _next_scales(chunk: Chunk, largest: Float[Array, "1 m"], slack: Any) -> Scales:
+    """c stays where it is as long as it may: keys of a document that has just begun say little of those to come."""
+    logs, decay, segments = chunk.keys.logs, chunk.refs.decay(), chunk.segments
+    if decay is not None:
+        logs, largest = logs + lanes(wide(LOG2E * decay.to_end), logs.shape[1]), largest + decay.whole_chunk
+    entering = jnp.where(lanes(chunk.keys.entering, logs.shape[1]) > 0, logs, LOG2E * NEG)
+    of_chunk = jnp.max(entering, axis=0, keepdims=True) / LOG2E
+    largest = jnp.maximum(jnp.where(segments.same, largest, NEG), of_chunk)
+    return Scales(jnp.clip(chunk.state.c, largest, largest + slack), largest)
+
+
+def _fold(chunk: Chunk, c_next: Float[Array, "1 m"]) -> State:
+    """The far state after a chunk."""
+    (c, z, S), v, folded = chunk.state, chunk.refs.v[0, 0], chunk.folded
+    shrink = jnp.exp2(LOG2E * (c - c_next))
+    z = (z * chunk.kept + jnp.sum(folded, axis=0, keepdims=True)) * shrink
+    S = (S * chunk.kept + dot(v, folded, (0, 0), v.dtype)) * shrink
+    return State(c_next, z, S)
+
+
+def backward(
+    head: Head,
+    refs: ChunkRefs,
+    segments: Segments,
+    state: State,
+    of_out: Float[Array, "gc dv"],
+    of_z: Float[Array, "1 m"],
+    of_S: Float[Array, "dv m"],
+    c_next: Float[Array, "1 m"],
+    *,
+    inverses: Float[Array, "g c"],
+) -> OfChunk:
+    """The gradients of a chunk and of the state before it, by those of its outputs and of the state after it.
+
+    c_next, inverses: of `After`.
+    """
+    chunk, dtype = Chunk.of(head, refs, state, segments), refs.v.dtype
+    z, S, keys = state.z, state.S.astype(dtype), chunk.keys
+    k, v, (size, features) = refs.k[0, 0], refs.v[0, 0], keys.logs.shape
+    of_queries, to_keys, to_values, to_decays = [], Sums(0), Sums(0), Sums(1)
+    learned, totals = Learned(head), [jnp.zeros_like(of_z), jnp.zeros_like(of_S)]
+
+    def numerators(place: Place) -> tuple[Any, ...]:
+        rows = slice(place.head * size + place.start, place.head * size + place.stop)
+        reads, inverse = chunk.reads(place), as_column(inverses[place.head : place.head + 1, place.rows])
+        of_numerator = of_out[rows] * lanes(inverse, v.shape[1])
+        of_far = (of_numerator * lanes(reads, v.shape[1])).astype(dtype)
+        return place, reads, inverse, of_numerator.astype(dtype), of_far, chunk.query_weights(place)
+
+    def weigh(place: Place, reads: Array, inverse: Array, of_numerator: Array, of_far: Array, a: Array) -> Any:
+        weights = chunk.pairs(place, a.astype(dtype))
+        by_key = dot(of_numerator, v[: place.stop], (1, 1), dtype)
+        by_feature = dot(of_far, S, (1, 0), dtype)
+        e = wide(of_denominator(weights, by_key, a, by_feature)) * inverse
+        of_weights = by_key - lanes(e, place.stop)
+        of_pairs = jnp.where(chunk.visible(place), chunk.decayed(place, of_weights), 0.0)
+        if refs.decays is not None:
+            to_decays.add(place, jnp.sum(weights * of_weights, axis=0, keepdims=True))
+        e_far = lanes(e * reads, features)
+        return place, of_numerator, of_far, a, weights, of_pairs.astype(dtype), by_feature - e_far * z, e_far
+
+    def pull(
+        place: Place, of_numerator: Any, of_far: Any, a: Any, weights: Any, of_pairs: Any, far: Any, e: Any
+    ) -> Any:
+        rounded = a.astype(dtype)
+        of_logs = a * (dot(of_pairs, keys.rounded[: place.stop], (1, 0), dtype) + far)
+        totals[0] -= jnp.sum(a * e, axis=0, keepdims=True)
+        totals[1] += dot(of_far, rounded, (0, 0), dtype)
+        to_keys.add(place, dot(of_pairs, rounded, (0, 0), dtype))
+        to_values.add(place, dot(weights, of_numerator, (0, 0), dtype))
+        return place, of_logs
+
+    def points(place: Place, of_logs: Array) -> None:
+        of_queries.append(head.of_projected(of_logs, dtype))
+        learned.add(refs.q[0, 0, place.head, place.rows], of_logs)
+
+    shrink = jnp.exp2(LOG2E * (state.c - c_next))
+    of_z, of_S = of_z * shrink, of_S * shrink
+    rounded = of_S.astype(dtype)
+    # First, because the matrix unit is idle while the queries' features are made.
+    entering = lanes(keys.entering, features) * (of_z + dot(v, rounded, (1, 0), dtype))
+    for blocks in side_by_side(places(refs)):
+        learned.sum_up()
+        through(blocks, numerators, weigh, pull, points)
+    of_logs = keys.weights * (entering + to_keys.all())
+    learned.add(k, of_logs)
+    of_k = head.of_projected(of_logs, dtype)
+    of_norm, of_geometry = head.of_norm(k, of_logs)
+    of_head = learned.all(of_geometry)
+    of_v = dot(chunk.folded, rounded, (1, 1), dtype) + to_values.all()
+    of_running = None
+    if refs.decays is not None:
+        kept = chunk.kept * (z * of_z + jnp.sum(state.S * of_S, axis=0, keepdims=True))
+        of_running = of_decay(to_decays.all(), row_sum(keys.weights * entering), kept)
+    of_z, of_S = of_z * chunk.kept + totals[0], of_S * chunk.kept + totals[1]
+    of_q = jnp.concatenate(of_queries, axis=0)
+    return OfChunk(of_q, of_k + of_norm, of_v, of_z, of_S, of_head, of_running)
+
+
+class Sums:
+    """Sums over blocks of queries, for each block of keys that they see; keys lie along `axis`."""
+
+    def __init__(self, axis: int) -> None:
+        self._axis = axis
+        self._parts: dict[int, Array] = {}
+
+    def add(self, place: Place, x: Array) -> None:
+        """x: of the keys up to `place.stop`."""
+        height = place.stop - place.start
+        for start in range(0, place.stop, height):
+            part = jax.lax.slice_in_dim(x, start, start + height, axis=self._axis)
+            self._parts[start] = self._parts[start] + part if start in self._parts else part
+
+    def all(self) -> Array:
+        return jnp.concatenate([self._parts[start] for start in sorted(self._parts)], axis=self._axis)
+
+
+class Learned:
+    """Gradients of a head's arrays by those of log features, several at once: the matrix unit sums up products."""
+
+    def __init__(self, head: Head) -> None:
+        self._head = head
+        self._pending: list[tuple[Array, Array]] = []
+        self._directions: list[Array] = []
+        self._log_weights: list[Array] = []
+
+    def add(self, x: Float[Array, "n d"], of_logs: Float[Array, "n m"]) -> None:
+        """x: queries or keys."""
+        self._pending.append((x, of_logs.astype(x.dtype)))
+        if (of_log_weights := self._head.of_log_weights(of_logs)) is not None:
+            self._log_weights.append(of_log_weights)
+
+    def sum_up(self) -> None:
+        """Needs no more of what was added: of many query heads, it would fill much VMEM."""
+        if self._pending:
+            x, of_logs = (jnp.concatenate(parts, axis=0) for parts in zip(*self._pending, strict=True))
+            self._directions.append(dot(x, of_logs, (0, 0), x.dtype))
+            self._pending = []
+
+    def all(self, of_geometry: Float[Array, "r d"] | None) -> OfHead:
+        self.sum_up()
+        sum_of = functools.partial(functools.reduce, jnp.add)
+        log_weights = sum_of(self._log_weights) if self._log_weights else None
+        return OfHead(sum_of(self._directions), of_geometry, log_weights)
+
+
+def side_by_side(blocks: Sequence[Place]) -> list[Sequence[Place]]:
+    """Blocks that go through the stages together."""
+    return [blocks[first : first + SIDE_BY_SIDE] for first in range(0, len(blocks), SIDE_BY_SIDE)]
+
+
+def through(blocks: Sequence[Place], *stages: Callable[..., Any]) -> None:
+    """Each stage in turn, for all blocks; a stage gets what the one before it returned."""
+    arguments: list[Any] = [(place,) for place in blocks]
+    for stage in stages:
+        arguments = [stage(*given) for given in arguments]
+
+
+def lanes(column: Array, width: int) -> Array:
+    """[n, LANES] of equal columns -> [n, width]."""
+    whole = jnp.concatenate([column] * -(-width // LANES), axis=1) if width > LANES else column
+    return whole[:, :width]
+
+
+def wide(column: Float[Array, "n 1"]) -> Float[Array, "n lanes"]:
+    """[n, LANES], as a reduction leaves it in registers: a slice of one column would have to be spread again."""
+    return jnp.broadcast_to(column, (column.shape[0], LANES))
+
+
+def as_column(row: Float[Array, "1 n"]) -> Float[Array, "n lanes"]:
+    """`wide` of a row."""
+    return jnp.broadcast_to(row, (LANES, row.shape[1])).T
+
+
+def row_sum(x: Float[Array, "n t"]) -> Float[Array, "n 1"]:
+    """Of each row."""
+    return jnp.sum(x, axis=1, keepdims=True)
+
+
+def reciprocal(x: Float[Array, "n lanes"]) -> Float[Array, "n lanes"]:
+    """1 / x of normal numbers, to float32's precision: a division would look for infinities and zeros."""
+    guess = pl.reciprocal(x, approx=True)
+    for _ in range(2):
+        guess = guess * (2.0 - x * guess)
+    return guess
+
+
+def _least(columns: list[Array]) -> Array:
+    least = columns[0]
+    for column in columns[1:]:
+        least = jnp.minimum(least, column)
+    return jnp.min(jnp.min(least, axis=0, keepdims=True))

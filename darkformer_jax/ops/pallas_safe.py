@@ -1,0 +1,216 @@
+"""A chunk by scores with maxima of their own, for whatever is in it: what `pallas_fast` is not exact for.
+
+The formulas, and so the range of inputs without underflow, are those of `ops/linear.py`: a maximum per feature of the
+far state, and scores with a maximum per query and per key. With a row's output o = N / D and e = (dL/do . o) / D, the
+sums of a row have the gradients dL/dN = dL/do / D and dL/dD = -e, and what it reads has
+
+    dL/ds_j = w_j (dL/dN . v_j - e)              w_j = exp(s_j - r), the weight of a key of the chunk
+    dL/da_i = f_i (dL/dN . S_i - e z_i)          f_i = exp(a_i - r), the weight of a feature of the far state
+
+The maxima c and r cancel in the output, so they have no gradients.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from darkformer_jax.ops.linear import HEADROOM, LOG_FLOOR
+from darkformer_jax.ops.pallas_chunk import (
+    ChunkRefs,
+    Decay,
+    Head,
+    OfChunk,
+    OfHead,
+    Segments,
+    State,
+    as_row,
+    dot,
+    of_decay,
+    of_denominator,
+)
+from darkformer_jax.ops.state import NEG
+
+
+class Chunk(NamedTuple):
+    """A chunk's own arrays, and the queries of one head of the group."""
+
+    q: Float[Array, "c d"]
+    k: Float[Array, "c d"]
+    v: Float[Array, "c dv"]
+    column: Int[Array, "c 1"]  # the segments
+    row: Int[Array, "1 c"]
+    log_q: Float[Array, "c m"]
+    log_k: Float[Array, "c m"]
+    decay: Decay | None
+
+
+def by_head(head: Head, refs: ChunkRefs) -> list[Chunk]:
+    """The chunk for each query head of the group, which are treated one after another: all at once need much VMEM."""
+    queries, keys = refs.q[0, 0], refs.k[0, 0]
+    log_k, decay = head.log_features(keys), refs.decay()
+    take = lambda q: Chunk(q, keys, refs.v[0, 0], refs.column[0], refs.row[0], head.log_features(q), log_k, decay)
+    return [take(q) for q in queries]
+
+
+class Seen(NamedTuple):
+    """What the queries see. weights: exp(s - r), with r the largest of a row; far_weights: exp(a - r).
+
+    s = log P + lift, where P is the product of the two sides' features, each scaled to a maximum of e^HEADROOM.
+    """
+
+    weights: Float[Array, "c c"]
+    far_weights: Float[Array, "c m"]
+    denominator: Float[Array, "c 1"]  # 1 where nothing is seen
+    visible: Bool[Array, "c c"]
+    product: Float[Array, "c c"]  # P
+    lift: Float[Array, "c c"]  # in units of e^-r: log(weights / P)
+    features_q: Float[Array, "c m"]
+    features_k: Float[Array, "c m"]
+
+
+def look(chunk: Chunk, c: Float[Array, "1 m"], z: Float[Array, "1 m"], far_segment: Any) -> Seen:
+    """`feature_scores`, `read_far` and the weights of `weighted_sums`."""
+    size = chunk.column.shape[0]
+    index = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (size, size), axis)
+    visible = (chunk.column == chunk.row) & (chunk.row != 0) & (index(0) >= index(1))
+
+    headroom = min(HEADROOM, 0.5 * (80.0 - math.log(chunk.log_q.shape[-1])))
+    q_max, k_max = (jnp.max(x, axis=1, keepdims=True) for x in (chunk.log_q, chunk.log_k))
+    features_q, features_k = jnp.exp(chunk.log_q - (q_max - headroom)), jnp.exp(chunk.log_k - (k_max - headroom))
+    product = dot(features_q, features_k, (1, 1), chunk.v.dtype)
+    lift = q_max + as_row(k_max) - 2 * headroom
+    if chunk.decay is not None:
+        lift = lift + chunk.decay.pairs
+    scores = jnp.where(visible, jnp.log(jnp.maximum(product, math.exp(LOG_FLOOR))) + lift, NEG)
+
+    far_scores = chunk.log_q + c
+    if chunk.decay is not None:
+        far_scores = far_scores + chunk.decay.since_start
+    far_scores = jnp.where((chunk.column == far_segment) & (chunk.column != 0), far_scores, NEG)
+    largest = jnp.maximum(jnp.max(far_scores, axis=1, keepdims=True), jnp.max(scores, axis=1, keepdims=True))
+    shift = jnp.where(largest > 0.5 * NEG, largest, 0.0)
+    far_weights, weights = jnp.exp(far_scores - shift), jnp.exp(scores - shift)
+    denominator = jnp.sum(far_weights * z, axis=1, keepdims=True) + jnp.sum(weights, axis=1, keepdims=True)
+    denominator = jnp.where(denominator > 0, denominator, 1.0)
+    return Seen(weights, far_weights, denominator, visible, product, lift - shift, features_q, features_k)
+
+
+class Folded(NamedTuple):
+    """How a chunk enters the state, z <- keep z + sum_j weights_j and S likewise."""
+
+    key_max: Float[Array, "1 m"]
+    keep: Float[Array, "1 m"]
+    weights: Float[Array, "c m"]  # exp(l(k_j) - key_max); 0 for keys of other segments than the last
+
+
+def fold_weights(
+    column: Int[Array, "c 1"],
+    log_k: Float[Array, "c m"],
+    decay: Decay | None,
+    c: Float[Array, "1 m"],
+    segments: Segments,
+) -> Folded:
+    """`fold` and `merge_far`, without the sums. column: the segments of the keys; 0 stays out."""
+    to_far, same = (column == segments.own) & (column != 0), segments.same
+    old_max = jnp.where(same, c, NEG)
+    decayed = old_max
+    if decay is not None:
+        decayed, log_k = old_max + decay.whole_chunk, log_k + decay.to_end
+    key_max = jnp.maximum(decayed, jnp.max(jnp.where(to_far, log_k, NEG), axis=0, keepdims=True))
+    gap = old_max - key_max if decay is None else (old_max - key_max) + decay.whole_chunk
+    keep = jnp.where(same, jnp.exp(gap), 0.0)
+    return Folded(key_max, keep, jnp.where(to_far, jnp.exp(jnp.where(to_far, log_k - key_max, NEG)), 0.0))
+
+
+def forward(
+    head: Head, refs: ChunkRefs, state: State, segments: Segments, c_next: Float[Array, "1 m"]
+) -> tuple[Float[Array, "gc dv"], State]:
+    """(the outputs of the chunk, the far state after it, whose c shall be c_next)."""
+    chunks, (c, z, S), outs = by_head(head, refs), state, []
+    v, dtype = chunks[0].v, chunks[0].v.dtype
+    for chunk in chunks:
+        seen = look(chunk, c, z, segments.far)
+        numerator = dot(seen.far_weights, S, (1, 1), dtype) + dot(seen.weights, v, (1, 0), dtype)
+        outs.append(numerator / seen.denominator)
+    folded = fold_weights(chunks[0].column, chunks[0].log_k, chunks[0].decay, c, segments)
+    shrink = jnp.exp(folded.key_max - c_next)
+    z = (z * folded.keep + jnp.sum(folded.weights, axis=0, keepdims=True)) * shrink
+    S = (S * folded.keep + dot(v, folded.weights, (0, 0), dtype)) * shrink
+    return jnp.concatenate(outs, axis=0), State(c_next, z, S)
+
+
+def backward(
+    head: Head,
+    refs: ChunkRefs,
+    segments: Segments,
+    state: State,
+    of_out: Float[Array, "gc dv"],
+    of_z: Float[Array, "1 m"],
+    of_S: Float[Array, "dv m"],
+    c_next: Float[Array, "1 m"],
+) -> OfChunk:
+    """The gradients of a chunk and of the state before it, by those of its outputs and of the state after it."""
+    chunks, (c, z, S) = by_head(head, refs), state
+    first = chunks[0]
+    (size, _), dtype = first.k.shape, first.v.dtype
+    folded = fold_weights(first.column, first.log_k, first.decay, c, segments)
+    shrink = jnp.exp(folded.key_max - c_next)
+    of_z, of_S = of_z * shrink, of_S * shrink
+    of_folded = folded.weights * (of_z + dot(first.v, of_S, (1, 0), dtype))
+    kept = folded.keep * (z * of_z + jnp.sum(S * of_S, axis=0, keepdims=True))
+    of_logs, of_v = of_folded, dot(folded.weights, of_S, (1, 1), dtype)
+    of_z, of_S = of_z * folded.keep, of_S * folded.keep
+    of_queries, of_heads, of_keys = [], [], []
+    for number, chunk in enumerate(chunks):
+        seen = look(chunk, c, z, segments.far)
+        of_numerator = of_out[number * size : (number + 1) * size] / seen.denominator
+        by_key, by_feature = dot(of_numerator, chunk.v, (1, 1), dtype), dot(of_numerator, S, (1, 0), dtype)
+        e = of_denominator(seen.weights, by_key, seen.far_weights, by_feature) / seen.denominator
+        of_far = seen.far_weights * (by_feature - e * z)
+        from_q, from_k, from_keys = _of_scores(chunk, seen, by_key - e)
+        of_q, of_head = head.of_points(chunk.q, of_far + from_q)
+        of_queries.append(of_q)
+        of_heads.append(of_head)
+        of_logs += from_k
+        of_v += dot(seen.weights, of_numerator, (0, 0), dtype)
+        of_z -= jnp.sum(seen.far_weights * e, axis=0, keepdims=True)
+        of_S += dot(of_numerator, seen.far_weights, (0, 0), dtype)
+        of_keys += [] if from_keys is None else [from_keys]
+    of_k, of_head = head.of_points(first.k, of_logs)
+    of_head = functools.reduce(OfHead.plus, of_heads, of_head)
+    of_running = None
+    if of_keys:
+        of_running = of_decay(sum(of_keys[1:], of_keys[0]), jnp.sum(of_folded, axis=1, keepdims=True), kept)
+    return OfChunk(jnp.concatenate(of_queries, axis=0), of_k, of_v, of_z, of_S, of_head, of_running)
+
+
+def _of_scores(
+    chunk: Chunk, seen: Seen, of_weights: Float[Array, "c c"]
+) -> tuple[Float[Array, "c m"], Float[Array, "c m"], Float[Array, "1 c"] | None]:
+    """The gradients of the log features of queries and keys, by the scores of the chunk's own pairs.
+
+    With a decay, also those of the scores, summed over the queries of each key. of_weights: dL/dN . v - e.
+
+    The gradient of log P is w times that, and the features need its quotient by P. The quotients are scaled by e^up as
+    far up as their products with features allow, and by the largest of dL/dw: they would be no normal float32 where a
+    loss is a mean over many tokens. w / P is exp(lift), but rounded otherwise: then what a row's keys get would not
+    cancel.
+    """
+    dtype = chunk.v.dtype
+    largest = lambda x: jnp.max(jnp.max(x, axis=1, keepdims=True), axis=0, keepdims=True)
+    above = seen.visible & (seen.product > math.exp(LOG_FLOOR))
+    lift = jnp.where(above, seen.lift, NEG)
+    up = jnp.minimum(-LOG_FLOOR - 2.0 - largest(lift), 60.0)
+    of_keys = None if chunk.decay is None else jnp.sum(seen.weights * of_weights, axis=0, keepdims=True)
+    of_weights = jnp.where(above, of_weights, 0.0)
+    size = largest(jnp.abs(of_weights))
+    size = jnp.where(size > 0, size, 1.0)
+    quotients = of_weights / size * (seen.weights * jnp.exp(up) / jnp.where(above, seen.product, 1.0))
+    to_q = seen.features_q * dot(quotients, seen.features_k, (1, 0), dtype)
+    to_k = seen.features_k * dot(quotients, seen.features_q, (0, 0), dtype)
+    down = jnp.exp(-up)
+    return to_q * down * size, to_k * down * size, of_keys
