@@ -17,17 +17,12 @@ With a row's output o = N / D and e = (dL/do . o) / D, its sums have the gradien
 
     dL/da_i = sum_j dw_ij b_j + S dL/dN - e z        dw_ij = dL/dN . v_j - e of the keys that it sees
     dL/db_j = sum_i dw_ij a_i
-
-Blocks of rows go through each stage side by side: the compiler has independent work while it waits for a result.
 """
 
-import functools
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int
 
 from darkformer_jax.ops.pallas_blocks import LANES, LOG2E
@@ -35,7 +30,6 @@ from darkformer_jax.ops.pallas_chunk import (
     ChunkRefs,
     Head,
     OfChunk,
-    OfHead,
     Segments,
     State,
     as_row,
@@ -43,30 +37,23 @@ from darkformer_jax.ops.pallas_chunk import (
     of_decay,
     of_denominator,
 )
+from darkformer_jax.ops.pallas_rows import (
+    Learned,
+    Place,
+    Sums,
+    as_column,
+    lanes,
+    places,
+    reciprocal,
+    row_sum,
+    side_by_side,
+    through,
+    wide,
+)
 from darkformer_jax.ops.state import NEG
 
 MOST_ABOVE, MOST_BELOW, SLACK = 19.0, 60.0, 40.0  # in nats
 LEAST = 2.0**-56
-SIDE_BY_SIDE = 2
-
-
-class Place(NamedTuple):
-    """A block of queries: of which head of the group, and which rows of the chunk. They see no key after `stop`."""
-
-    head: int
-    start: int
-    stop: int
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.start, self.stop)
-
-
-def places(refs: ChunkRefs) -> list[Place]:
-    """All of a chunk, one head of the group after another."""
-    group, size = refs.q.shape[2:4]
-    height = LANES if size % LANES == 0 else size
-    return [Place(head, start, start + height) for head in range(group) for start in range(0, size, height)]
 
 
 class Keys(NamedTuple):
@@ -198,7 +185,7 @@ def forward(
         inverses.append(as_row(inverse))
         denominators.append(denominator)
 
-    for blocks in side_by_side(places(refs)):
+    for blocks in side_by_side(places(*refs.q.shape[2:4])):
         through(blocks, features, weigh, attend)
     scales = _next_scales(chunk, largest, jnp.where(is_last, 0.0, SLACK))
     above = jnp.max(keys.logs, axis=0, keepdims=True) / LOG2E - state.c
@@ -289,14 +276,15 @@ def backward(
     rounded = of_S.astype(dtype)
     # First, because the matrix unit is idle while the queries' features are made.
     entering = lanes(keys.entering, features) * (of_z + dot(v, rounded, (1, 0), dtype))
-    for blocks in side_by_side(places(refs)):
+    for blocks in side_by_side(places(*refs.q.shape[2:4])):
         learned.sum_up()
         through(blocks, numerators, weigh, pull, points)
     of_logs = keys.weights * (entering + to_keys.all())
     learned.add(k, of_logs)
     of_k = head.of_projected(of_logs, dtype)
     of_norm, of_geometry = head.of_norm(k, of_logs)
-    of_head = learned.all(of_geometry)
+    learned.add_geometry(of_geometry)
+    of_head = learned.all()
     of_v = dot(chunk.folded, rounded, (1, 1), dtype) + to_values.all()
     of_running = None
     if refs.decays is not None:
@@ -305,94 +293,6 @@ def backward(
     of_z, of_S = of_z * chunk.kept + totals[0], of_S * chunk.kept + totals[1]
     of_q = jnp.concatenate(of_queries, axis=0)
     return OfChunk(of_q, of_k + of_norm, of_v, of_z, of_S, of_head, of_running)
-
-
-class Sums:
-    """Sums over blocks of queries, for each block of keys that they see; keys lie along `axis`."""
-
-    def __init__(self, axis: int) -> None:
-        self._axis = axis
-        self._parts: dict[int, Array] = {}
-
-    def add(self, place: Place, x: Array) -> None:
-        """x: of the keys up to `place.stop`."""
-        height = place.stop - place.start
-        for start in range(0, place.stop, height):
-            part = jax.lax.slice_in_dim(x, start, start + height, axis=self._axis)
-            self._parts[start] = self._parts[start] + part if start in self._parts else part
-
-    def all(self) -> Array:
-        return jnp.concatenate([self._parts[start] for start in sorted(self._parts)], axis=self._axis)
-
-
-class Learned:
-    """Gradients of a head's arrays by those of log features, several at once: the matrix unit sums up products."""
-
-    def __init__(self, head: Head) -> None:
-        self._head = head
-        self._pending: list[tuple[Array, Array]] = []
-        self._directions: list[Array] = []
-        self._log_weights: list[Array] = []
-
-    def add(self, x: Float[Array, "n d"], of_logs: Float[Array, "n m"]) -> None:
-        """x: queries or keys."""
-        self._pending.append((x, of_logs.astype(x.dtype)))
-        if (of_log_weights := self._head.of_log_weights(of_logs)) is not None:
-            self._log_weights.append(of_log_weights)
-
-    def sum_up(self) -> None:
-        """Needs no more of what was added: of many query heads, it would fill much VMEM."""
-        if self._pending:
-            x, of_logs = (jnp.concatenate(parts, axis=0) for parts in zip(*self._pending, strict=True))
-            self._directions.append(dot(x, of_logs, (0, 0), x.dtype))
-            self._pending = []
-
-    def all(self, of_geometry: Float[Array, "r d"] | None) -> OfHead:
-        self.sum_up()
-        sum_of = functools.partial(functools.reduce, jnp.add)
-        log_weights = sum_of(self._log_weights) if self._log_weights else None
-        return OfHead(sum_of(self._directions), of_geometry, log_weights)
-
-
-def side_by_side(blocks: Sequence[Place]) -> list[Sequence[Place]]:
-    """Blocks that go through the stages together."""
-    return [blocks[first : first + SIDE_BY_SIDE] for first in range(0, len(blocks), SIDE_BY_SIDE)]
-
-
-def through(blocks: Sequence[Place], *stages: Callable[..., Any]) -> None:
-    """Each stage in turn, for all blocks; a stage gets what the one before it returned."""
-    arguments: list[Any] = [(place,) for place in blocks]
-    for stage in stages:
-        arguments = [stage(*given) for given in arguments]
-
-
-def lanes(column: Array, width: int) -> Array:
-    """[n, LANES] of equal columns -> [n, width]."""
-    whole = jnp.concatenate([column] * -(-width // LANES), axis=1) if width > LANES else column
-    return whole[:, :width]
-
-
-def wide(column: Float[Array, "n 1"]) -> Float[Array, "n lanes"]:
-    """[n, LANES], as a reduction leaves it in registers: a slice of one column would have to be spread again."""
-    return jnp.broadcast_to(column, (column.shape[0], LANES))
-
-
-def as_column(row: Float[Array, "1 n"]) -> Float[Array, "n lanes"]:
-    """`wide` of a row."""
-    return jnp.broadcast_to(row, (LANES, row.shape[1])).T
-
-
-def row_sum(x: Float[Array, "n t"]) -> Float[Array, "n 1"]:
-    """Of each row."""
-    return jnp.sum(x, axis=1, keepdims=True)
-
-
-def reciprocal(x: Float[Array, "n lanes"]) -> Float[Array, "n lanes"]:
-    """1 / x of normal numbers, to float32's precision: a division would look for infinities and zeros."""
-    guess = pl.reciprocal(x, approx=True)
-    for _ in range(2):
-        guess = guess * (2.0 - x * guess)
-    return guess
 
 
 def _least(columns: list[Array]) -> Array:

@@ -6,7 +6,9 @@ the far state, which stays in VMEM from chunk to chunk. Keys lie behind those of
 that chunk n sees the blocks n to n + window / C, and block n leaves it. Sinks come as more keys, a block per chunk.
 """
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +17,19 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from darkformer_jax.ops.features import RandomFeatures
-from darkformer_jax.ops.pallas_blocks import Blocks, held_segments
-from darkformer_jax.ops.pallas_chunk import Head, Segments, dot
+from darkformer_jax.ops.pallas_blocks import LANES, LOG2E, Blocks, held_segments
+from darkformer_jax.ops.pallas_chunk import Head, Segments, State, as_row, dot
 from darkformer_jax.ops.pallas_forward import run_forward
+from darkformer_jax.ops.pallas_rows import (
+    Place,
+    lanes,
+    places,
+    reciprocal,
+    row_sum,
+    side_by_side,
+    through,
+    wide,
+)
 from darkformer_jax.ops.pallas_safe import fold_weights
 from darkformer_jax.ops.state import NEG, FarState
 
@@ -55,12 +67,16 @@ class Places(NamedTuple):
     bound: Float[Array, "b n"] | None  # `log_far_weight` of the queries
 
 
-class States(NamedTuple):
-    """The far state before each chunk, for the backward pass. S in v's dtype: products take no more of it."""
+class Saved(NamedTuple):
+    """What the backward pass needs: the far state before each chunk, and of every row r and 1 / D.
+
+    S in v's dtype: products take no more of it.
+    """
 
     c: Float[Array, "b h chunks 1 m"]
     z: Float[Array, "b h chunks 1 m"]
     S: Float[Array, "b h chunks dv m"]
+    rows: Float[Array, "b h chunks 2g c"]  # r of each query head, then 1 / D of each
 
 
 class Has(NamedTuple):
@@ -120,19 +136,63 @@ class WindowBlocks(Blocks):
 
 
 class View(NamedTuple):
-    """A chunk's queries and all that they see one by one."""
+    """A chunk's queries and all that they see one by one: the window, the chunk itself, sinks."""
 
+    sizes: Sizes
     head: Head
-    gain: Float[Array, "g 1 1"] | None
-    q: Float[Array, "gc d"]
-    keys: Float[Array, "t d"]  # of the window, of the chunk, sinks
+    q: Any  # a reference, [1, 1, g, c, d]
+    gain: Any  # a reference, [1, g, 1, 1], or None
+    keys: Float[Array, "t d"]
     values: Float[Array, "t dv"]
-    column: Int[Array, "c 1"]  # segments of the queries
-    row: Int[Array, "1 t"]  # and of the keys
+    points: Float[Array, "t r"]  # what the window's kernel multiplies
+    column: Int[Array, "c lanes"]  # segments of the queries
+    row: Int[Array, "1 t"]  # and of the keys; -1 of padding
     to_far: Int[Array, "c 1"]
-    bound: Float[Array, "c 1"] | None
-    log_q: Float[Array, "gc m"]
-    log_k: Float[Array, "c m"]  # of the block that leaves the window
+    bound: Float[Array, "c lanes"] | None
+
+    def leaving(self) -> Float[Array, "c m"]:
+        """Log features of the block of keys that leaves the window."""
+        return self.head.log_features(self.keys[: self.sizes.chunk])
+
+    @property
+    def places(self) -> list[Place]:
+        return places(*self.q.shape[2:4])
+
+    def query(self, place: Place) -> Float[Array, "n d"]:
+        return self.q[0, 0, place.head, place.rows]
+
+    def near(self, place: Place, x: Array, axis: int = 0) -> Array:
+        """The part of `keys` and the like that a block may see: the window and the chunk up to it, and sinks."""
+        seen, whole = self.sizes.window + place.stop, self.sizes.window + self.sizes.chunk
+        take = functools.partial(jax.lax.slice_in_dim, x, axis=axis)
+        return x if seen == whole else jnp.concatenate([take(0, seen), take(whole, x.shape[axis])], axis=axis)
+
+    def exact_point(self, x: Float[Array, "n d"]) -> Float[Array, "n r"]:
+        return self.head.point(x).astype(x.dtype) if self.sizes.exact_has_geometry else x
+
+    def scores(self, place: Place) -> Float[Array, "n t"]:
+        """log2(e) s_j, of what the block sees. The kernel's log m is subtracted from the far scores instead."""
+        points, row = self.near(place, self.points), self.near(place, self.row, axis=1)
+        dots = dot(self.exact_point(self.query(place)), points, (1, 1), points.dtype)
+        index = lambda axis: jax.lax.broadcasted_iota(jnp.int32, dots.shape, axis)
+        past = index(0) + place.start + self.sizes.window >= index(1)
+        past = past | (index(1) >= self.sizes.window + place.stop)  # all sinks
+        visible = (lanes(self.column[place.rows], row.shape[1]) == row) & past
+        return jnp.where(visible, LOG2E * self.sizes.scale * dots, NEG)
+
+    def far_scores(
+        self, place: Place, c: Float[Array, "1 m"], far_segment: Any
+    ) -> tuple[Float[Array, "n m"], Float[Array, "n lanes"]]:
+        """log2(e) a_i in two parts, of which the second is the same for all features."""
+        q, column = self.query(place), self.column[place.rows]
+        log_weights = 0.0 if self.head.log_weights is None else self.head.log_weights[0]
+        logs = self.head.project(q) + LOG2E * (c + log_weights - math.log(c.shape[1]))
+        common = -wide(self.head.half_norm(q))
+        if self.gain is not None:
+            common = common + self.gain[0, place.head]
+        if self.bound is not None:
+            common = common + self.bound[place.rows]
+        return logs, jnp.where((column == far_segment) & (column != 0), LOG2E * common, NEG)
 
 
 def take_refs(refs: Any, sizes: Sizes, has: Has) -> tuple[View, list]:
@@ -140,71 +200,33 @@ def take_refs(refs: Any, sizes: Sizes, has: Has) -> tuple[View, list]:
     rest, near = list(refs), sizes.window // sizes.chunk + 1
     take = lambda count: [rest.pop(0) for _ in range(count)]
     (q,), k, v, (column, row, to_far) = (take(count) for count in (1, near, near, 3))
-    bound = rest.pop(0)[0] if has.bound else None
+    spread = lambda ref: jnp.broadcast_to(ref[0], (sizes.chunk, LANES))
+    bound = spread(rest.pop(0)) if has.bound else None
     sinks = take(2) if has.sinks else []
     directions = rest.pop(0)
-    head = Head(
-        directions, rest.pop(0) if has.geometry else None, rest.pop(0) if has.log_weights else None, sizes.scale
-    )
-    gain = rest.pop(0)[0] if has.gain else None
-    queries = q[0, 0].reshape(-1, q.shape[-1])
+    geometry = rest.pop(0) if has.geometry else None
+    head = Head(directions, geometry, rest.pop(0) if has.log_weights else None, sizes.scale)
+    gain = rest.pop(0) if has.gain else None
     keys = jnp.concatenate([*(ref[0, 0] for ref in k), *(ref[0, 0, 0] for ref in sinks[:1])], axis=0)
     values = jnp.concatenate([*(ref[0, 0] for ref in v), *(ref[0, 0, 0] for ref in sinks[1:])], axis=0)
-    log_q, log_k = head.log_features(queries), head.log_features(k[0][0, 0])
-    return View(head, gain, queries, keys, values, column[0], row[0, 0], to_far[0], bound, log_q, log_k), rest
-
-
-class Seen(NamedTuple):
-    """What the queries see: exp(s - r) and exp(a - r), with r the largest of a row."""
-
-    weights: Float[Array, "gc t"]
-    far_weights: Float[Array, "gc m"]
-    denominator: Float[Array, "gc 1"]  # 1 where nothing is seen
-
-
-def look(view: View, sizes: Sizes, c: Float[Array, "1 m"], z: Float[Array, "1 m"], far_segment: Any) -> Seen:
-    """`exact_sums`, and the weights of `weighted_sums`."""
-    size, near, (rows, features) = view.column.shape[0], view.row.shape[1], view.log_q.shape
-    place = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (size, near), axis)
-    past = (place(0) + sizes.window >= place(1)) | (place(1) >= sizes.window + size)  # and all sinks
-    own = (view.column == view.row) & (view.row != 0) & past
-    visible = jnp.broadcast_to(own.astype(jnp.int32)[None], (rows // size, size, near)).reshape(rows, near) != 0
-    q, k = exact_points(view, sizes)
-    scores = sizes.scale * dot(q, k, (1, 1), q.dtype) + math.log(features)
-    scores = jnp.where(visible, scores, NEG)
-
-    far_scores = (view.log_q + c).reshape(rows // size, size, features)
-    far_scores = far_scores if view.gain is None else far_scores + view.gain
-    far_scores = far_scores if view.bound is None else far_scores + view.bound[None]
-    reads = ((view.column == far_segment) & (view.column != 0))[None]
-    far_scores = jnp.where(reads, far_scores, NEG).reshape(rows, features)
-    largest = jnp.maximum(jnp.max(far_scores, axis=1, keepdims=True), jnp.max(scores, axis=1, keepdims=True))
-    shift = jnp.where(largest > 0.5 * NEG, largest, 0.0)
-    far_weights, weights = jnp.exp(far_scores - shift), jnp.exp(scores - shift)
-    denominator = jnp.sum(far_weights * z, axis=1, keepdims=True) + jnp.sum(weights, axis=1, keepdims=True)
-    denominator = jnp.where(denominator > 0, denominator, 1.0)
-    return Seen(weights, far_weights, denominator)
-
-
-def exact_points(view: View, sizes: Sizes) -> tuple[Float[Array, "gc r"], Float[Array, "t r"]]:
-    """What the window's kernel multiplies."""
-    if not sizes.exact_has_geometry:
-        return view.q, view.keys
-    dtype = view.q.dtype
-    return view.head.point(view.q).astype(dtype), view.head.point(view.keys).astype(dtype)
+    row = jnp.where(row[0, 0] == 0, -1, row[0, 0])
+    view = View(sizes, head, q, gain, keys, values, keys, spread(column), row, to_far[0], bound)
+    return view._replace(points=view.exact_point(keys)), rest
 
 
 def forward(
     sizes: Sizes, inputs: Inputs, places: Places, *, save: bool
-) -> tuple[FarState, Float[Array, "b n h g dv"], States | None]:
+) -> tuple[FarState, Float[Array, "b n h g dv"], Saved | None]:
     """(the far state after the tokens, out in v's dtype, what the backward pass needs if it is to come)."""
     blocks = WindowBlocks(sizes, inputs, places, last_first=False)
     after = held_segments(places.leaving, inputs.far.segment)[1]
     dtypes = (jnp.float32, jnp.float32, inputs.values.dtype)
-    saved = [blocks.output_of_chunks(*x) for x in zip(blocks.state_shapes, dtypes, strict=True)] if save else []
+    saved: list[Any] = [blocks.output_of_chunks(*x) for x in zip(blocks.state_shapes, dtypes, strict=True)]
+    saved.append(blocks.output_of_chunks((2 * blocks.group, sizes.chunk), jnp.float32))
+    saved = saved if save else []
     arrays = blocks.near_tokens()
-    far, out, states = run_forward(blocks, _chunk, blocks.scalars, arrays, after, blocks.state_shapes, saved)
-    return far, jnp.moveaxis(out, -2, 1), States(*states) if save else None
+    far, out, kept = run_forward(blocks, _chunk, blocks.scalars, arrays, after, blocks.state_shapes, saved)
+    return far, jnp.moveaxis(out, -2, 1), Saved(*kept) if save else None
 
 
 def _chunk(before: Any, leaving: Any, *refs: Any, sizes: Sizes, has: Has) -> None:
@@ -213,23 +235,59 @@ def _chunk(before: Any, leaving: Any, *refs: Any, sizes: Sizes, has: Has) -> Non
     c_in, z_in, S_in, c_out, z_out, S_out, out_ref, *saved, c, z, S = rest
     index = pl.program_id(2)
     place = pl.program_id(0) * pl.num_programs(2) + index
-    far_segment, own_segment = before[place], leaving[place]
+    segments = Segments(before[place], leaving[place])
 
     @pl.when(index == 0)
     def _start() -> None:
         c[...], z[...], S[...] = c_in[0, 0], z_in[0, 0], S_in[0, 0]
 
-    for ref, x in zip(saved, (c, z, S), strict=False):
+    for ref, x in zip(saved[:3], (c, z, S), strict=False):
         ref[0, 0, 0] = x[...].astype(ref.dtype)
-    seen, dtype = look(view, sizes, c[...], z[...], far_segment), view.values.dtype
-    numerator = dot(seen.far_weights, S[...], (1, 1), dtype) + dot(seen.weights, view.values, (1, 0), dtype)
-    out_ref[0, 0] = (numerator / seen.denominator).reshape(out_ref.shape[2:]).astype(out_ref.dtype)
+    state, leaves = State(c[...], z[...], S[...]), view.leaving()  # now, because the matrix unit has little to do
+    for blocks in side_by_side(view.places):
+        for block, out, row in attend(view, blocks, state, segments.far):
+            out_ref[0, 0, block.head, block.rows] = out.astype(out_ref.dtype)
+            for ref in saved[3:]:
+                for number, x in enumerate(row):
+                    at = number * view.q.shape[2] + block.head
+                    ref[0, 0, 0, at : at + 1, block.rows] = x
 
-    folded = fold_weights(view.to_far, view.log_k, None, c[...], Segments(far_segment, own_segment))
-    c[...] = folded.key_max
-    z[...] = z[...] * folded.keep + jnp.sum(folded.weights, axis=0, keepdims=True)
-    S[...] = S[...] * folded.keep + dot(view.values[: sizes.chunk], folded.weights, (0, 0), dtype)
+    entering = fold_weights(view.to_far, leaves, None, state.c, segments)
+    dtype = view.values.dtype
+    c[...] = entering.key_max
+    z[...] = state.z * entering.keep + jnp.sum(entering.weights, axis=0, keepdims=True)
+    S[...] = state.S * entering.keep + dot(view.values[: sizes.chunk], entering.weights, (0, 0), dtype)
 
     @pl.when(index == pl.num_programs(2) - 1)
     def _end() -> None:
         c_out[0, 0], z_out[0, 0], S_out[0, 0] = c[...], z[...], S[...]
+
+
+def attend(view: View, blocks: Sequence[Place], state: State, far_segment: Any) -> list[tuple[Place, Array, Any]]:
+    """`exact_sums` and `weighted_sums`, normalised: blocks with their outputs and, in rows, r and 1 / D."""
+    z, S, dtype = state.z, state.S.astype(view.values.dtype), view.values.dtype
+
+    def read(place: Place) -> tuple[Any, ...]:
+        return place, view.scores(place), *view.far_scores(place, state.c, far_segment)
+
+    def weigh(place: Place, scores: Array, far: Array, common: Array) -> tuple[Any, ...]:
+        largest = lambda x: wide(jnp.max(x, axis=1, keepdims=True))
+        r = jnp.maximum(largest(far) + common, largest(scores))
+        r = jnp.where(r > 0.5 * NEG, r, 0.0)
+        weights, far_weights = weights_of(scores, far, common, r)
+        denominator = wide(row_sum(far_weights * z)) + wide(row_sum(weights))
+        inverse = reciprocal(jnp.where(denominator > 0, denominator, 1.0))
+        return place, weights.astype(dtype), far_weights.astype(dtype), r, inverse
+
+    def output(place: Place, weights: Array, far_weights: Array, r: Array, inverse: Array) -> Any:
+        numerator = dot(far_weights, S, (1, 1), dtype) + dot(weights, view.near(place, view.values), (1, 0), dtype)
+        return place, numerator * lanes(inverse, numerator.shape[1]), (as_row(r), as_row(inverse))
+
+    return through(blocks, read, weigh, output)
+
+
+def weights_of(
+    scores: Float[Array, "n t"], far: Float[Array, "n m"], common: Float[Array, "n lanes"], r: Float[Array, "n lanes"]
+) -> tuple[Float[Array, "n t"], Float[Array, "n m"]]:
+    """exp(s - r) and exp(a - r); r in units of log2(e)."""
+    return jnp.exp2(scores - lanes(r, scores.shape[1])), jnp.exp2(far - lanes(r - common, far.shape[1]))
