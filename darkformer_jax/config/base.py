@@ -107,7 +107,7 @@ def declare() -> Section:
     h.data = anything(-1)
     h.fsdp = anything(1)  # splits the batch, like data, and also the width of parameters and optimizer state
     h.tensor = anything(1)  # splits heads, MLP and vocabulary; random features if it does not divide num_kv_heads
-    h.context = anything(1, since=1)  # splits sequence_length, and with it the activations; see docs/attention.md
+    h.context = anything(1, since=1)  # splits sequence_length, and, as fsdp does, parameters (docs/attention.md)
     return c
 
 

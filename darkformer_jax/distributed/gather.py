@@ -1,4 +1,6 @@
-"""Products with matrices of which every device has a part (`mesh.fsdp`): gathered for the product, gradients scattered.
+"""Products with matrices of which every device has a part: gathered for the product, their gradients scattered.
+
+`mesh.fsdp` and `mesh.context` split them: the devices that have a row's tokens are as many as those with other rows.
 
 A TPU's compiler makes an all-reduce of a reduce-scatter among all chips of a slice, which sends twice as much. Among
 some of them it keeps the reduce-scatter. So matrices are gathered in two stages, and gradients, the transposed program,
@@ -13,9 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from darkformer_jax.distributed.sharding import RULES, axis_size
-
-(_FSDP,) = RULES["embed"]
+from darkformer_jax.distributed.sharding import RULES, axes_that_split, axis_size
 
 
 def with_gathered(
@@ -35,13 +35,13 @@ def with_gathered(
       axes: the logical names of the matrix's dimensions.
       sums_in: the dtype in which parts are sent and their gradients summed; see `ops.lowering.dtype_of_sums`.
     """
-    ways, rows, places = (axis_size(name) for name in ("embed", "batch", "sequence"))
-    is_split = ways > 1 and "embed" in axes and matrix.shape[list(axes).index("embed")] % ways == 0
+    rows, places = axis_size("batch"), axis_size("sequence")
+    parts = axes_that_split("embed", matrix.shape[list(axes).index("embed")]) if "embed" in axes else ()
     mesh = jax.sharding.get_abstract_mesh()
-    if not is_split or mesh.manual_axes or x.ndim < 3 or x.shape[0] % rows or x.shape[1] % places:
+    if not parts or mesh.manual_axes or x.ndim < 3 or x.shape[0] % rows or x.shape[1] % places:
         return product(x, matrix)
     place = list(axes).index("embed")
-    split, others = P(RULES["batch"], RULES["sequence"]), {*RULES["batch"], *RULES["sequence"]} - {_FSDP}
+    split, others = P(RULES["batch"], RULES["sequence"]), {*RULES["batch"], *RULES["sequence"]} - {*parts}
 
     # The backward pass gathers again: of all layers, whole matrices would fill a device. A loop over layers keeps XLA
     # from merging the two.
@@ -51,21 +51,28 @@ def with_gathered(
         # First, so that gradients are scattered before they are summed over the other axes.
         part = jax.lax.pcast(part, tuple(others), to="varying")
         part = jnp.moveaxis(part, place, 0)  # of a TPU's reduce-scatters, those along the last axis become all-reduces
-        for groups in stages(ways):
-            part = jax.lax.all_gather(part, _FSDP, tiled=True, axis_index_groups=groups)
-        return product(x, jnp.moveaxis(part, 0, place).astype(matrix.dtype))
+        return product(x, jnp.moveaxis(_gathered(part, parts), 0, place).astype(matrix.dtype))
 
-    in_specs = (split, P(*(_FSDP if name == "embed" else None for name in axes)))
-    return jax.shard_map(of_device, in_specs=in_specs, out_specs=split, axis_names=others | {_FSDP})(x, matrix)
+    in_specs = (split, P(*(parts if name == "embed" else None for name in axes)))
+    return jax.shard_map(of_device, in_specs=in_specs, out_specs=split, axis_names=others | {*parts})(x, matrix)
 
 
-def scattered(part: Array) -> Array:
-    """In a shard_map: of the sum of all devices' arrays over `fsdp`, the device's share of the first dimension.
+def _gathered(part: Array, axes: Sequence[str]) -> Array:
+    """In a shard_map: the whole array, of which each device along the mesh axes has a share of the first dimension."""
+    for axis in reversed(axes):  # the shares along the last one lie beside each other
+        for groups in stages(jax.lax.axis_size(axis)):
+            part = jax.lax.all_gather(part, axis, tiled=True, axis_index_groups=groups)
+    return part
+
+
+def scattered(part: Array, axes: Sequence[str]) -> Array:
+    """In a shard_map: of the sum of all devices' arrays along the mesh axes, the device's share of the first dimension.
 
     The transposed program of the gather in `with_gathered`.
     """
-    for groups in reversed(stages(jax.lax.axis_size(_FSDP))):
-        part = jax.lax.psum_scatter(part, _FSDP, tiled=True, axis_index_groups=groups)
+    for axis in axes:
+        for groups in reversed(stages(jax.lax.axis_size(axis))):
+            part = jax.lax.psum_scatter(part, axis, tiled=True, axis_index_groups=groups)
     return part
 
 

@@ -27,7 +27,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "sequence": (CONTEXT,),
     "vocab": ("tensor",),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", CONTEXT),
     "mlp": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -38,6 +38,17 @@ RULES: Mapping[str, tuple[str, ...]] = {
 # grouped queries, a single key/value head cannot be split, but its random features can.
 INSTEAD = {"kv_heads": "features"}
 _HEADS = ("kv_heads", "heads")
+
+
+def mesh_axes_of(axis: str | None, size: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """The mesh axes over which a dimension of that size is split.
+
+    A width that `fsdp` and `context` do not divide together is split by `fsdp` alone: every device may have all of it.
+    """
+    axes = () if axis is None else RULES.get(axis, ())
+    if axis == "embed" and (mesh.shape[CONTEXT] == 1 or size % _size_of(axes, mesh)):
+        return tuple(name for name in axes if name != CONTEXT)
+    return axes
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -104,8 +115,8 @@ def spec_of(name: str, axes: Sequence[str | None], shape: Sequence[int], mesh: M
     used: set[str] = set()
     whole = _kept_whole(axes, shape, mesh)
     for axis, size in zip(axes, shape, strict=True):
-        mesh_axes = RULES.get(axis, ()) if axis is not None else ()
-        ways = int(np.prod([mesh.shape[a] for a in mesh_axes]))
+        mesh_axes = mesh_axes_of(axis, size, mesh)
+        ways = _size_of(mesh_axes, mesh)
         if ways == 1 or axis in whole:
             entries.append(None)
             continue
@@ -176,8 +187,9 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    known = [axis if axis is None or x.shape[i] % _ways(axis, mesh) == 0 else None for i, axis in enumerate(axes)]
-    return jax.lax.with_sharding_constraint(x, P(*(RULES[axis] if axis else None for axis in known)))
+    known = [mesh_axes_of(axis, size, mesh) for axis, size in zip(axes, x.shape, strict=True)]
+    split = [names if size % _size_of(names, mesh) == 0 else () for names, size in zip(known, x.shape, strict=True)]
+    return jax.lax.with_sharding_constraint(x, P(*(names or None for names in split)))
 
 
 def map_shards(
@@ -222,6 +234,13 @@ def splits_rows(rows: int) -> bool:
     return ways > 1 and rows % ways == 0
 
 
+def axes_that_split(axis: str, size: int) -> tuple[str, ...]:
+    """The axes of the current mesh, each of several devices, that split a dimension of that size; () without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = () if mesh.empty else mesh_axes_of(axis, size, mesh)
+    return tuple(name for name in axes if mesh.shape[name] > 1) if size % _size_of(axes, mesh) == 0 else ()
+
+
 def axis_size(axis: str) -> int:
     """Among how many devices the current mesh splits a dimension with this logical name; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -234,4 +253,8 @@ def tensor_size(mesh: Mesh | AbstractMesh) -> int:
 
 
 def _ways(axis: str, mesh: Mesh | AbstractMesh) -> int:
-    return int(np.prod([mesh.shape[a] for a in RULES[axis]]))
+    return _size_of(RULES[axis], mesh)
+
+
+def _size_of(axes: Sequence[str], mesh: Mesh | AbstractMesh) -> int:
+    return int(np.prod([mesh.shape[name] for name in axes]))

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from darkformer_jax.distributed.gather import scattered
-from darkformer_jax.distributed.sharding import RULES, axis_size, constrain
+from darkformer_jax.distributed.sharding import RULES, axes_that_split, axis_size, constrain
 
 Tokens = TypeVar("Tokens")
 Shared = TypeVar("Shared")
@@ -24,7 +24,7 @@ def map_tokens(
 
     Without a mesh, and where it does not divide the batch, this is a plain call, which the compiler splits. Elsewhere
     the sums of the devices are added once, after `function`. The compiler would add them up after every product. Where
-    `fsdp` splits the matrix, they are scattered at once: the whole sum would be a second matrix in memory.
+    `fsdp` or `context` splits the matrix, they are scattered at once: the whole sum would be a second matrix in memory.
 
     Args:
       function: it returns arrays of its tokens, and sums over them: matrices [vocab, embed].
@@ -38,12 +38,12 @@ def map_tokens(
     if _ways(rows) == (1, 1):
         return function(tokens, shared)
     axes = (*RULES["batch"], *RULES["sequence"])
-    others = tuple(name for name in axes if name not in RULES["embed"])
-    is_split = lambda matrix: axis_size("embed") > 1 and matrix.shape[1] % axis_size("embed") == 0
+    split_by = lambda matrix: axes_that_split("embed", matrix.shape[1])
 
     def add(part: Array) -> Array:
-        total = jax.lax.psum(scattered(part.T).T, others) if is_split(part) else jax.lax.psum(part, axes)
-        return constrain(total, "vocab", None)
+        scattered_over = split_by(part)
+        others = tuple(name for name in axes if name not in scattered_over)
+        return constrain(jax.lax.psum(scattered(part.T, scattered_over).T, others), "vocab", None)
 
     def of_device(tokens: Tokens, shared: Shared) -> tuple[Out, Sums]:
         out, sums = function(tokens, jax.lax.pcast(shared, axes, to="varying"))
@@ -51,7 +51,7 @@ def map_tokens(
 
     split = P(RULES["batch"], RULES["sequence"])
     _, sums = jax.eval_shape(function, tokens, shared)
-    of_sums = jax.tree.map(lambda matrix: P(None, *RULES["embed"]) if is_split(matrix) else P(), sums)
+    of_sums = jax.tree.map(lambda matrix: P(None, split_by(matrix) or None), sums)
     mapped = jax.shard_map(of_device, in_specs=(split, P()), out_specs=(split, of_sums), axis_names=set(axes))
     out, sums = mapped(tokens, shared)
     return out, jax.tree.map(lambda whole: constrain(whole, "vocab", "embed"), sums)

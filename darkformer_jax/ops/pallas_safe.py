@@ -10,7 +10,6 @@ sums of a row have the gradients dL/dN = dL/do / D and dL/dD = -e, and what it r
 The maxima c and r cancel in the output, so they have no gradients.
 """
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -24,7 +23,6 @@ from darkformer_jax.ops.pallas_chunk import (
     Decay,
     Head,
     OfChunk,
-    OfHead,
     Segments,
     State,
     as_row,
@@ -36,24 +34,19 @@ from darkformer_jax.ops.state import NEG
 
 
 class Chunk(NamedTuple):
-    """A chunk's own arrays, and the queries of one head of the group."""
+    """What the query heads of a group share. They are treated one after another: all at once need much VMEM."""
 
-    q: Float[Array, "c d"]
     k: Float[Array, "c d"]
     v: Float[Array, "c dv"]
     column: Int[Array, "c 1"]  # the segments
     row: Int[Array, "1 c"]
-    log_q: Float[Array, "c m"]
     log_k: Float[Array, "c m"]
     decay: Decay | None
 
-
-def by_head(head: Head, refs: ChunkRefs) -> list[Chunk]:
-    """The chunk for each query head of the group, which are treated one after another: all at once need much VMEM."""
-    queries, keys = refs.q[0, 0], refs.k[0, 0]
-    log_k, decay = head.log_features(keys), refs.decay()
-    take = lambda q: Chunk(q, keys, refs.v[0, 0], refs.column[0], refs.row[0], head.log_features(q), log_k, decay)
-    return [take(q) for q in queries]
+    @classmethod
+    def of(cls, head: Head, refs: ChunkRefs) -> "Chunk":
+        keys = refs.k[0, 0]
+        return cls(keys, refs.v[0, 0], refs.column[0], refs.row[0], head.log_features(keys), refs.decay())
 
 
 class Seen(NamedTuple):
@@ -72,29 +65,29 @@ class Seen(NamedTuple):
     features_k: Float[Array, "c m"]
 
 
-def look(chunk: Chunk, c: Float[Array, "1 m"], z: Float[Array, "1 m"], far_segment: Any) -> Seen:
-    """`feature_scores`, `read_far` and the weights of `weighted_sums`."""
+def look(chunk: Chunk, log_q: Float[Array, "c m"], state: State, far_segment: Any) -> Seen:
+    """`feature_scores`, `read_far` and the weights of `weighted_sums`, of the queries of one head."""
     size = chunk.column.shape[0]
     index = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (size, size), axis)
     visible = (chunk.column == chunk.row) & (chunk.row != 0) & (index(0) >= index(1))
 
-    headroom = min(HEADROOM, 0.5 * (80.0 - math.log(chunk.log_q.shape[-1])))
-    q_max, k_max = (jnp.max(x, axis=1, keepdims=True) for x in (chunk.log_q, chunk.log_k))
-    features_q, features_k = jnp.exp(chunk.log_q - (q_max - headroom)), jnp.exp(chunk.log_k - (k_max - headroom))
+    headroom = min(HEADROOM, 0.5 * (80.0 - math.log(log_q.shape[-1])))
+    q_max, k_max = (jnp.max(x, axis=1, keepdims=True) for x in (log_q, chunk.log_k))
+    features_q, features_k = jnp.exp(log_q - (q_max - headroom)), jnp.exp(chunk.log_k - (k_max - headroom))
     product = dot(features_q, features_k, (1, 1), chunk.v.dtype)
     lift = q_max + as_row(k_max) - 2 * headroom
     if chunk.decay is not None:
         lift = lift + chunk.decay.pairs
     scores = jnp.where(visible, jnp.log(jnp.maximum(product, math.exp(LOG_FLOOR))) + lift, NEG)
 
-    far_scores = chunk.log_q + c
+    far_scores = log_q + state.c
     if chunk.decay is not None:
         far_scores = far_scores + chunk.decay.since_start
     far_scores = jnp.where((chunk.column == far_segment) & (chunk.column != 0), far_scores, NEG)
     largest = jnp.maximum(jnp.max(far_scores, axis=1, keepdims=True), jnp.max(scores, axis=1, keepdims=True))
     shift = jnp.where(largest > 0.5 * NEG, largest, 0.0)
     far_weights, weights = jnp.exp(far_scores - shift), jnp.exp(scores - shift)
-    denominator = jnp.sum(far_weights * z, axis=1, keepdims=True) + jnp.sum(weights, axis=1, keepdims=True)
+    denominator = jnp.sum(far_weights * state.z, axis=1, keepdims=True) + jnp.sum(weights, axis=1, keepdims=True)
     denominator = jnp.where(denominator > 0, denominator, 1.0)
     return Seen(weights, far_weights, denominator, visible, product, lift - shift, features_q, features_k)
 
@@ -130,13 +123,13 @@ def forward(
     head: Head, refs: ChunkRefs, state: State, segments: Segments, c_next: Float[Array, "1 m"]
 ) -> tuple[Float[Array, "gc dv"], State]:
     """(the outputs of the chunk, the far state after it, whose c shall be c_next)."""
-    chunks, (c, z, S), outs = by_head(head, refs), state, []
-    v, dtype = chunks[0].v, chunks[0].v.dtype
-    for chunk in chunks:
-        seen = look(chunk, c, z, segments.far)
+    chunk, (c, z, S), outs = Chunk.of(head, refs), state, []
+    v, dtype = chunk.v, chunk.v.dtype
+    for q in refs.q[0, 0]:
+        seen = look(chunk, head.log_features(q), state, segments.far)
         numerator = dot(seen.far_weights, S, (1, 1), dtype) + dot(seen.weights, v, (1, 0), dtype)
         outs.append(numerator / seen.denominator)
-    folded = fold_weights(chunks[0].column, chunks[0].log_k, chunks[0].decay, c, segments)
+    folded = fold_weights(chunk.column, chunk.log_k, chunk.decay, c, segments)
     shrink = jnp.exp(folded.key_max - c_next)
     z = (z * folded.keep + jnp.sum(folded.weights, axis=0, keepdims=True)) * shrink
     S = (S * folded.keep + dot(v, folded.weights, (0, 0), dtype)) * shrink
@@ -154,37 +147,37 @@ def backward(
     c_next: Float[Array, "1 m"],
 ) -> OfChunk:
     """The gradients of a chunk and of the state before it, by those of its outputs and of the state after it."""
-    chunks, (c, z, S) = by_head(head, refs), state
-    first = chunks[0]
-    (size, _), dtype = first.k.shape, first.v.dtype
-    folded = fold_weights(first.column, first.log_k, first.decay, c, segments)
+    chunk, (c, z, S) = Chunk.of(head, refs), state
+    (size, _), dtype = chunk.k.shape, chunk.v.dtype
+    folded = fold_weights(chunk.column, chunk.log_k, chunk.decay, c, segments)
     shrink = jnp.exp(folded.key_max - c_next)
     of_z, of_S = of_z * shrink, of_S * shrink
-    of_folded = folded.weights * (of_z + dot(first.v, of_S, (1, 0), dtype))
+    of_folded = folded.weights * (of_z + dot(chunk.v, of_S, (1, 0), dtype))
     kept = folded.keep * (z * of_z + jnp.sum(S * of_S, axis=0, keepdims=True))
     of_logs, of_v = of_folded, dot(folded.weights, of_S, (1, 1), dtype)
     of_z, of_S = of_z * folded.keep, of_S * folded.keep
-    of_queries, of_heads, of_keys = [], [], []
-    for number, chunk in enumerate(chunks):
-        seen = look(chunk, c, z, segments.far)
+    of_queries, of_head, of_keys = [], None, None
+    for number, q in enumerate(refs.q[0, 0]):
+        seen = look(chunk, head.log_features(q), state, segments.far)
         of_numerator = of_out[number * size : (number + 1) * size] / seen.denominator
         by_key, by_feature = dot(of_numerator, chunk.v, (1, 1), dtype), dot(of_numerator, S, (1, 0), dtype)
         e = of_denominator(seen.weights, by_key, seen.far_weights, by_feature) / seen.denominator
         of_far = seen.far_weights * (by_feature - e * z)
         from_q, from_k, from_keys = _of_scores(chunk, seen, by_key - e)
-        of_q, of_head = head.of_points(chunk.q, of_far + from_q)
+        of_q, from_queries = head.of_points(q, of_far + from_q)
         of_queries.append(of_q)
-        of_heads.append(of_head)
+        of_head = from_queries if of_head is None else of_head.plus(from_queries)
         of_logs += from_k
         of_v += dot(seen.weights, of_numerator, (0, 0), dtype)
         of_z -= jnp.sum(seen.far_weights * e, axis=0, keepdims=True)
         of_S += dot(of_numerator, seen.far_weights, (0, 0), dtype)
-        of_keys += [] if from_keys is None else [from_keys]
-    of_k, of_head = head.of_points(first.k, of_logs)
-    of_head = functools.reduce(OfHead.plus, of_heads, of_head)
+        if from_keys is not None:
+            of_keys = from_keys if of_keys is None else of_keys + from_keys
+    of_k, from_keys_of_head = head.of_points(chunk.k, of_logs)
+    of_head = from_keys_of_head if of_head is None else of_head.plus(from_keys_of_head)
     of_running = None
-    if of_keys:
-        of_running = of_decay(sum(of_keys[1:], of_keys[0]), jnp.sum(of_folded, axis=1, keepdims=True), kept)
+    if of_keys is not None:
+        of_running = of_decay(of_keys, jnp.sum(of_folded, axis=1, keepdims=True), kept)
     return OfChunk(jnp.concatenate(of_queries, axis=0), of_k, of_v, of_z, of_S, of_head, of_running)
 
 

@@ -17,7 +17,9 @@ from tests.tiny_runs import on_eight_devices
 MESHES = {
     "all devices in two stages": {"fsdp": 8},
     "rows on two axes": {"data": 2, "fsdp": 4},
-    "one stage": {"fsdp": 2, "tensor": 2, "context": 2},
+    "rows and places": {"fsdp": 4, "context": 2},
+    "places alone": {"data": 2, "tensor": 2, "context": 2},
+    "one stage each": {"fsdp": 2, "tensor": 2, "context": 2},
     "rows that are not divided": {"data": 4, "fsdp": 2},
 }
 # Shape, axes and inputs of a kernel: into an MLP, and out of heads.
@@ -110,7 +112,7 @@ def test_a_matrix_in_parts_gives_the_products_and_gradients_of_the_whole(tmp_pat
         for got, wanted in zip(kernels, whole[rows], strict=True):
             for ours, reference in zip(got[:3], wanted[:3], strict=True):
                 np.testing.assert_allclose(ours, reference, rtol=1e-5, atol=1e-5, err_msg=name)
-    for *_, sent in on_meshes["all devices in two stages"]:
+    for *_, sent in on_meshes["all devices in two stages"] + on_meshes["rows and places"]:
         assert sent.pop("all-reduce") < 16 * 24  # of the loss; one of a matrix would send twice as much
         assert set(sent) == {"all-gather", "reduce-scatter"}
 

@@ -39,6 +39,9 @@ def test_dimensions_go_to_their_mesh_axes():
     assert spec_of("w", (None, "embed", "mlp"), (3, 5, 6), Sizes(8, 1, 1)) == P(None, None, None)
     assert spec_of("e", ("vocab", "embed"), (6, 3), Sizes(1, 1, 2)) == P(("tensor",), None)
     assert spec_of("x", ("batch", "sequence"), (8, 6), Sizes(2, 2, 1, 2)) == P(("data", "fsdp"), ("context",))
+    assert spec_of("w", ("embed", "mlp"), (4, 6), Sizes(1, 2, 1, 2)) == P(("fsdp", "context"), None)
+    assert spec_of("w", ("embed", "mlp"), (6, 6), Sizes(1, 2, 1, 2)) == P(("fsdp",), None)  # not by both
+    assert spec_of("w", ("embed", "mlp"), (5, 6), Sizes(2, 1, 1, 2)) == P(None, None)
     assert len(RULES) <= 15
 
 

@@ -91,7 +91,7 @@ def on_eight(meshes):
             if state is None:
                 state = first_state(experiment)
             split = sum(not sharding.is_fully_replicated for sharding in jax.tree.leaves(experiment.shardings))
-            assert (split > 0) == (mesh[1] * mesh[2] > 1)
+            assert (split > 0) == (mesh[1] * mesh[2] * mesh[3] > 1)
             result[f"{model} {mesh}"] = losses(experiment, state)
     return result
 
