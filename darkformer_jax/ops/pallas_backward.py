@@ -151,7 +151,7 @@ def _chunk(before: Any, of_chunk: Any, *refs: Any, scale: float, has: Has) -> No
     inverses = given.inverses[0, 0]
     write(pallas_fast.backward(head, chunk, segments, *given.arguments(dz[old], dS[old]), inverses=inverses))
 
-    @pl.when(jnp.min(inverses) == 0.0)
+    @pl.when(jnp.min(inverses) == 0.0)  # the forward pass, too, did this chunk so
     def _again() -> None:
         write(pallas_safe.backward(head, chunk, segments, *given.arguments(dz[old], dS[old])))
 

@@ -99,7 +99,7 @@ class Blocks:
         return [(1, self.features), (1, self.features), (self.value_dim, self.features)]
 
     def tokens(self, segments: Int[Array, "b n"]) -> list[tuple[Array, pl.BlockSpec]]:
-        """q, k, v, the segments, as a column and as a row, and the decays likewise, with their blocks."""
+        """q, k, v, the segments, as a column and as a row, and the decays, with their blocks."""
         q, k, v = map(self.in_front, self.inputs[2:5])
         column = pl.BlockSpec((1, self.sizes.chunk, 1), lambda b, h, n, *_: (b, self._place(n), 0))
         row = pl.BlockSpec((1, 1, self.sizes.chunk), lambda b, h, n, *_: (b, 0, self._place(n)))
@@ -116,8 +116,7 @@ class Blocks:
         if self.inputs.decays is None:
             return []
         whole, rest, _ = self.inputs.decays
-        row = jnp.stack([whole, rest], axis=2)
-        return [(jnp.swapaxes(row, 2, 3), self.of_keys(2)), (row, self.of_keys_in_a_row(2))]
+        return [(jnp.stack([whole, rest], axis=2), self.of_keys_in_a_row(2))]
 
     def of_queries(self, width: int) -> pl.BlockSpec:
         shape = (1, 1, self.group, self.sizes.chunk, width)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from darkformer_jax.ops.pallas_blocks import LANES, LOG2E, Has
@@ -78,25 +79,36 @@ class Head(NamedTuple):
 
 
 class Decay(NamedTuple):
-    """Log decays within a chunk, of some of its tokens: since its start, from all its tokens, and to its end."""
+    """The running log decay of a chunk's tokens, in the two parts of a `RunningSum`.
 
-    since_start: Float[Array, "n 1"]
-    pairs: Float[Array, "n c"]  # from token j to token i
-    to_end: Float[Array, "n 1"]
-    whole_chunk: Float[Array, "1 1"]
+    Each part is subtracted by itself; see there.
+    """
+
+    row: Float[Array, "2 c"]
+    columns: tuple[Float[Array, "c lanes"], Float[Array, "c lanes"]]
 
     @classmethod
-    def of(cls, column: Float[Array, "n 2"], row: Float[Array, "2 c"]) -> "Decay":
-        """Of the two parts of a `RunningSum`, each of which is subtracted by itself; see there."""
-        difference = lambda a, b: (a[0] - b[0]) + (a[1] - b[1])
-        column_parts, row_parts = (column[:, :1], column[:, 1:]), (row[:1], row[1:])
-        end = [part[:, -1:] for part in row_parts]
-        return cls(
-            column_parts[0] + column_parts[1],
-            difference(column_parts, row_parts),
-            difference(end, column_parts),
-            end[0] + end[1],
-        )
+    def of(cls, row: Float[Array, "2 c"]) -> "Decay":
+        return cls(row, (as_column(row[:1]), as_column(row[1:])))
+
+    def since_start(self, rows: slice = slice(None)) -> Float[Array, "n lanes"]:
+        """From the chunk's start to each token."""
+        return self.columns[0][rows] + self.columns[1][rows]
+
+    def pairs(self, rows: slice, stop: int) -> Float[Array, "n t"]:
+        """From each of the first tokens, up to `stop`, to each of those in `rows`."""
+        whole, rest = (lanes(column[rows], stop) for column in self.columns)
+        return (whole - self.row[:1, :stop]) + (rest - self.row[1:, :stop])
+
+    def to_end(self) -> Float[Array, "c lanes"]:
+        """From each token to the chunk's end."""
+        whole, rest = (part[:, -1:] for part in (self.row[:1], self.row[1:]))
+        return (whole - self.columns[0]) + (rest - self.columns[1])
+
+    @property
+    def whole_chunk(self) -> Float[Array, "1 1"]:
+        """From its start to its end."""
+        return self.row[:1, -1:] + self.row[1:, -1:]
 
 
 class ChunkRefs(NamedTuple):
@@ -107,17 +119,16 @@ class ChunkRefs(NamedTuple):
     v: Any
     column: Any  # [1, c, 1]: the segments
     row: Any  # [1, 1, c]
-    decays: tuple[Any, Any] | None  # [1, 1, c, 2], [1, 1, 2, c]: the two parts of a `RunningSum`
+    decays: Any  # [1, 1, 2, c], or None
 
-    def decay(self, rows: slice = slice(None)) -> Decay | None:
-        """Of some of the chunk's tokens."""
-        return None if self.decays is None else Decay.of(self.decays[0][0, 0, rows], self.decays[1][0, 0])
+    def decay(self) -> Decay | None:
+        return None if self.decays is None else Decay.of(self.decays[0, 0])
 
 
 def take_refs(refs: Sequence[Any], scale: float, has: Has) -> tuple[Head, ChunkRefs, list]:
     """(the head, its chunk, the references that are left) of those to `Blocks.tokens` and `Blocks.per_head`."""
     q, k, v, column, row, *rest = refs
-    decays = (rest.pop(0), rest.pop(0)) if has.decays else None
+    decays = rest.pop(0) if has.decays else None
     directions = rest.pop(0)
     head = Head(directions, rest.pop(0) if has.geometry else None, rest.pop(0) if has.log_weights else None, scale)
     return head, ChunkRefs(q, k, v, column, row, decays), rest
@@ -158,6 +169,35 @@ class Segments(NamedTuple):
 def as_row(column: Float[Array, "c w"]) -> Float[Array, "1 c"]:
     """The numbers of a column, of which there may be several equal ones. Whole tiles are what a TPU transposes."""
     return jnp.broadcast_to(column, (column.shape[0], LANES)).T[:1]
+
+
+def lanes(column: Array, width: int) -> Array:
+    """[n, LANES] of equal columns -> [n, width]."""
+    whole = jnp.concatenate([column] * -(-width // LANES), axis=1) if width > LANES else column
+    return whole[:, :width]
+
+
+def wide(column: Float[Array, "n 1"]) -> Float[Array, "n lanes"]:
+    """[n, LANES], as a reduction leaves it in registers: a slice of one column would have to be spread again."""
+    return jnp.broadcast_to(column, (column.shape[0], LANES))
+
+
+def as_column(row: Float[Array, "1 n"]) -> Float[Array, "n lanes"]:
+    """`wide` of a row."""
+    return jnp.broadcast_to(row, (LANES, row.shape[1])).T
+
+
+def row_sum(x: Float[Array, "n t"]) -> Float[Array, "n 1"]:
+    """Of each row."""
+    return jnp.sum(x, axis=1, keepdims=True)
+
+
+def reciprocal(x: Float[Array, "n lanes"]) -> Float[Array, "n lanes"]:
+    """1 / x of normal numbers, to float32's precision: a division would look for infinities and zeros."""
+    guess = pl.reciprocal(x, approx=True)
+    for _ in range(2):
+        guess = guess * (2.0 - x * guess)
+    return guess
 
 
 def dot(a: Array, b: Array, axes: tuple[int, int], dtype: Any) -> Float[Array, "i j"]:

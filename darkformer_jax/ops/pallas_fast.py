@@ -1,6 +1,6 @@
 """A chunk with one scale per feature: the way that almost every chunk takes.
 
-With c of each feature as it was before the chunk, near the maximum of the keys in the far state,
+With c of each feature as it was before the chunk, the maximum of the keys in the far state or up to SLACK above it,
 
     a_i = exp(l(q_i) + c - r_i)       r_i the largest of the row, so that a_i is at most 1
     b_j = exp(l(k_j) - c)
@@ -9,9 +9,9 @@ key j weighs a_i . b_j for query i, and the far state gives it a_i . z and a_i .
 query or a key, and none per pair. What a row has in common cancels in the output, r_i and |M q_i|^2 alike. c is known
 before the chunk's keys are, so that nothing waits for their maximum.
 
-float32 holds that where no key is more than MOST_ABOVE over c, c falls by no more than MOST_BELOW, and every row's
-denominator is at least LEAST: what a_i and b_j lose below 2^-126 is then at most 2^-26 of it. Where a chunk does not
-fit, `pallas_safe` computes it again.
+float32 holds that where no key is more than MOST_ABOVE over c, c stays within SLACK of the keys, and every row's
+denominator is at least LEAST. What a_i and b_j lose below 2^-126 is then at most 2^-26 of a denominator, and e^-47 of
+the largest z. Where a chunk does not fit, `pallas_safe` computes it again.
 
 With a row's output o = N / D and e = (dL/do . o) / D, its sums have the gradients dL/dN = dL/do / D and dL/dD = -e, and
 
@@ -28,32 +28,27 @@ from jaxtyping import Array, Bool, Float, Int
 from darkformer_jax.ops.pallas_blocks import LANES, LOG2E
 from darkformer_jax.ops.pallas_chunk import (
     ChunkRefs,
+    Decay,
     Head,
     OfChunk,
     Segments,
     State,
+    as_column,
     as_row,
     dot,
+    lanes,
     of_decay,
     of_denominator,
-)
-from darkformer_jax.ops.pallas_rows import (
-    Learned,
-    Place,
-    Sums,
-    as_column,
-    lanes,
-    places,
     reciprocal,
     row_sum,
-    side_by_side,
-    through,
     wide,
 )
+from darkformer_jax.ops.pallas_rows import Learned, Place, Sums, places, side_by_side, through
 from darkformer_jax.ops.state import NEG
 
-MOST_ABOVE, MOST_BELOW, SLACK = 19.0, 60.0, 40.0  # in nats
-LEAST = 2.0**-56
+MOST_ABOVE = 19.0  # nats that a key may be above c
+SLACK = 40.0  # nats that c may be above the largest key in the state, so that 1 is e^-40 there at least
+LEAST = 2.0**-56  # of denominators
 
 
 class Keys(NamedTuple):
@@ -62,6 +57,7 @@ class Keys(NamedTuple):
     logs: Float[Array, "c m"]  # log2(e) l(k_j); -1e30 of padding
     weights: Float[Array, "c m"]  # b_j
     rounded: Float[Array, "c m"]  # in the values' dtype
+    is_entering: Bool[Array, "c lanes"]  # the far state
     entering: Float[Array, "c lanes"]  # what of b_j enters the far state: e^decay to the chunk's end, or nothing
 
 
@@ -74,8 +70,9 @@ class Chunk(NamedTuple):
     segments: Segments
     keys: Keys
     column: Int[Array, "c lanes"]  # the segments of the queries
-    row: Int[Array, "1 c"]  # and of the keys; -1 of padding
+    row: Int[Array, "1 c"]  # and of the keys. Padding, 0, sees padding, of which b is 0
     add_to_q: Float[Array, "1 m"]  # log2(e) (c + log weights)
+    decay: Decay | None
 
     @classmethod
     def of(cls, head: Head, refs: ChunkRefs, state: State, segments: Segments) -> "Chunk":
@@ -87,11 +84,10 @@ class Chunk(NamedTuple):
         logs = head.project(k) - lanes(norm, state.c.shape[1]) + LOG2E * log_weights
         weights = jnp.exp2(logs - LOG2E * state.c)
         decay = refs.decay()
-        kept = 1.0 if decay is None else wide(jnp.exp2(LOG2E * decay.to_end))
-        entering = jnp.where((column == segments.own) & (column != 0), kept, 0.0)
-        keys = Keys(logs, weights, weights.astype(dtype), entering)
-        row = jnp.where(row == 0, -1, row)
-        return cls(head, refs, state, segments, keys, column, row, LOG2E * (state.c + log_weights))
+        kept = 1.0 if decay is None else jnp.exp2(LOG2E * decay.to_end())
+        is_entering = (column == segments.own) & (column != 0)
+        keys = Keys(logs, weights, weights.astype(dtype), is_entering, jnp.where(is_entering, kept, 0.0))
+        return cls(head, refs, state, segments, keys, column, row, LOG2E * (state.c + log_weights), decay)
 
     @property
     def folded(self) -> Float[Array, "c m"]:
@@ -101,13 +97,13 @@ class Chunk(NamedTuple):
     @property
     def kept(self) -> Any:
         """What is left after the chunk of the far state before it, in units of e^c."""
-        kept, decay = jnp.where(self.segments.same, 1.0, 0.0), self.refs.decay(slice(0, 8))
-        return kept if decay is None else kept * jnp.exp2(LOG2E * decay.whole_chunk)
+        kept = jnp.where(self.segments.same, 1.0, 0.0)
+        return kept if self.decay is None else kept * jnp.exp2(LOG2E * self.decay.whole_chunk)
 
     def reads(self, place: Place) -> Float[Array, "n lanes"]:
         """What the block's queries read of the far state: e^decay since the chunk's start, or nothing."""
-        column, decay = self.column[place.rows], self.refs.decay(place.rows)
-        amount = 1.0 if decay is None else wide(jnp.exp2(LOG2E * decay.since_start))
+        column = self.column[place.rows]
+        amount = 1.0 if self.decay is None else jnp.exp2(LOG2E * self.decay.since_start(place.rows))
         return jnp.where((column == self.segments.far) & (column != 0), amount, 0.0)
 
     def query_weights(self, place: Place) -> Float[Array, "n m"]:
@@ -121,15 +117,14 @@ class Chunk(NamedTuple):
         index = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (rows.shape[0], place.stop), axis)
         return (lanes(rows, place.stop) == self.row[:, : place.stop]) & (index(0) + place.start >= index(1))
 
-    def decayed(self, place: Place, x: Float[Array, "n t"]) -> Float[Array, "n t"]:
-        """x times e^decay from each key to each query of a block; x where nothing decays."""
-        decay = self.refs.decay(place.rows)
-        return x if decay is None else x * jnp.exp2(LOG2E * decay.pairs[:, : place.stop])
+    def left(self, place: Place) -> Any:
+        """e^decay from each key that a block may see to each of its queries; 1 where nothing decays."""
+        return 1.0 if self.decay is None else jnp.exp2(LOG2E * self.decay.pairs(place.rows, place.stop))
 
-    def pairs(self, place: Place, rounded: Float[Array, "n m"]) -> Float[Array, "n t"]:
+    def pairs(self, place: Place, rounded: Float[Array, "n m"], left: Any) -> Float[Array, "n t"]:
         """What keys weigh for a block's queries. rounded: a_i."""
         product = dot(rounded, self.keys.rounded[: place.stop], (1, 1), rounded.dtype)
-        return jnp.where(self.visible(place), self.decayed(place, product), 0.0)
+        return jnp.where(self.visible(place), product * left, 0.0)
 
 
 def first_scale(head: Head, refs: ChunkRefs) -> Float[Array, "1 m"]:
@@ -146,7 +141,7 @@ class Scales(NamedTuple):
 
 
 class After(NamedTuple):
-    """What a chunk leaves. fits: whether float32 held it; if not, the scales are right all the same."""
+    """What a chunk leaves. fits: whether float32 held it; if not, only the scales are right."""
 
     state: State
     scales: Scales
@@ -173,7 +168,7 @@ def forward(
 
     def weigh(place: Place, a: Array) -> tuple[Any, ...]:
         rounded, reads = a.astype(dtype), chunk.reads(place)
-        weights = chunk.pairs(place, rounded)
+        weights = chunk.pairs(place, rounded, chunk.left(place))
         denominator = reads * wide(row_sum(a * z)) + wide(row_sum(weights))
         denominator = jnp.where(chunk.column[place.rows] != 0, denominator, 1.0)
         return place, rounded, weights, reads, denominator
@@ -189,7 +184,7 @@ def forward(
         through(blocks, features, weigh, attend)
     scales = _next_scales(chunk, largest, jnp.where(is_last, 0.0, SLACK))
     above = jnp.max(keys.logs, axis=0, keepdims=True) / LOG2E - state.c
-    in_range = (jnp.max(above) <= MOST_ABOVE) & (jnp.min(scales.c - state.c) >= -MOST_BELOW)
+    in_range = (jnp.max(above) <= MOST_ABOVE) & (jnp.max(state.c - scales.largest) <= SLACK)
     by_head = jnp.concatenate(inverses, axis=1).reshape(refs.q.shape[2:4])
     out, fits = jnp.concatenate(outs, axis=0), in_range & (_least(denominators) >= LEAST)
     return After(_fold(chunk, scales.c), scales, by_head, out, fits)
@@ -197,10 +192,10 @@ def forward(
 
 def _next_scales(chunk: Chunk, largest: Float[Array, "1 m"], slack: Any) -> Scales:
     """c stays where it is as long as it may: keys of a document that has just begun say little of those to come."""
-    logs, decay, segments = chunk.keys.logs, chunk.refs.decay(), chunk.segments
+    logs, decay, segments = chunk.keys.logs, chunk.decay, chunk.segments
     if decay is not None:
-        logs, largest = logs + lanes(wide(LOG2E * decay.to_end), logs.shape[1]), largest + decay.whole_chunk
-    entering = jnp.where(lanes(chunk.keys.entering, logs.shape[1]) > 0, logs, LOG2E * NEG)
+        logs, largest = logs + lanes(LOG2E * decay.to_end(), logs.shape[1]), largest + decay.whole_chunk
+    entering = jnp.where(lanes(chunk.keys.is_entering, logs.shape[1]), logs, LOG2E * NEG)
     of_chunk = jnp.max(entering, axis=0, keepdims=True) / LOG2E
     largest = jnp.maximum(jnp.where(segments.same, largest, NEG), of_chunk)
     return Scales(jnp.clip(chunk.state.c, largest, largest + slack), largest)
@@ -245,12 +240,13 @@ def backward(
         return place, reads, inverse, of_numerator.astype(dtype), of_far, chunk.query_weights(place)
 
     def weigh(place: Place, reads: Array, inverse: Array, of_numerator: Array, of_far: Array, a: Array) -> Any:
-        weights = chunk.pairs(place, a.astype(dtype))
+        left = chunk.left(place)
+        weights = chunk.pairs(place, a.astype(dtype), left)
         by_key = dot(of_numerator, v[: place.stop], (1, 1), dtype)
         by_feature = dot(of_far, S, (1, 0), dtype)
         e = wide(of_denominator(weights, by_key, a, by_feature)) * inverse
         of_weights = by_key - lanes(e, place.stop)
-        of_pairs = jnp.where(chunk.visible(place), chunk.decayed(place, of_weights), 0.0)
+        of_pairs = jnp.where(chunk.visible(place), of_weights * left, 0.0)
         if refs.decays is not None:
             to_decays.add(place, jnp.sum(weights * of_weights, axis=0, keepdims=True))
         e_far = lanes(e * reads, features)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from darkformer_jax.ops.pallas_blocks import LANES
@@ -104,32 +103,3 @@ def through(blocks: Sequence[Place], *stages: Callable[..., Any]) -> list[Any]:
     for stage in stages:
         arguments = [stage(*given) for given in arguments]
     return arguments
-
-
-def lanes(column: Array, width: int) -> Array:
-    """[n, LANES] of equal columns -> [n, width]."""
-    whole = jnp.concatenate([column] * -(-width // LANES), axis=1) if width > LANES else column
-    return whole[:, :width]
-
-
-def wide(column: Float[Array, "n 1"]) -> Float[Array, "n lanes"]:
-    """[n, LANES], as a reduction leaves it in registers: a slice of one column would have to be spread again."""
-    return jnp.broadcast_to(column, (column.shape[0], LANES))
-
-
-def as_column(row: Float[Array, "1 n"]) -> Float[Array, "n lanes"]:
-    """`wide` of a row."""
-    return jnp.broadcast_to(row, (LANES, row.shape[1])).T
-
-
-def row_sum(x: Float[Array, "n t"]) -> Float[Array, "n 1"]:
-    """Of each row."""
-    return jnp.sum(x, axis=1, keepdims=True)
-
-
-def reciprocal(x: Float[Array, "n lanes"]) -> Float[Array, "n lanes"]:
-    """1 / x of normal numbers, to float32's precision: a division would look for infinities and zeros."""
-    guess = pl.reciprocal(x, approx=True)
-    for _ in range(2):
-        guess = guess * (2.0 - x * guess)
-    return guess

@@ -1,8 +1,8 @@
 """A chunk by scores with maxima of their own, for whatever is in it: what `pallas_fast` is not exact for.
 
-The formulas, and so the range of inputs without underflow, are those of `ops/linear.py`: a maximum per feature of the
-far state, and scores with a maximum per query and per key. With a row's output o = N / D and e = (dL/do . o) / D, the
-sums of a row have the gradients dL/dN = dL/do / D and dL/dD = -e, and what it reads has
+The formulas are those of `ops/linear.py`: a scale per feature of the far state, its maximum or up to
+`pallas_fast.SLACK` above it, and scores with a maximum per query and per key. With a row's output o = N / D and
+e = (dL/do . o) / D, the sums of a row have the gradients dL/dN = dL/do / D and dL/dD = -e, and what it reads has
 
     dL/ds_j = w_j (dL/dN . v_j - e)              w_j = exp(s_j - r), the weight of a key of the chunk
     dL/da_i = f_i (dL/dN . S_i - e z_i)          f_i = exp(a_i - r), the weight of a feature of the far state
@@ -27,6 +27,7 @@ from darkformer_jax.ops.pallas_chunk import (
     State,
     as_row,
     dot,
+    lanes,
     of_decay,
     of_denominator,
 )
@@ -77,12 +78,12 @@ def look(chunk: Chunk, log_q: Float[Array, "c m"], state: State, far_segment: An
     product = dot(features_q, features_k, (1, 1), chunk.v.dtype)
     lift = q_max + as_row(k_max) - 2 * headroom
     if chunk.decay is not None:
-        lift = lift + chunk.decay.pairs
+        lift = lift + chunk.decay.pairs(slice(None), size)
     scores = jnp.where(visible, jnp.log(jnp.maximum(product, math.exp(LOG_FLOOR))) + lift, NEG)
 
     far_scores = log_q + state.c
     if chunk.decay is not None:
-        far_scores = far_scores + chunk.decay.since_start
+        far_scores = far_scores + lanes(chunk.decay.since_start(), log_q.shape[1])
     far_scores = jnp.where((chunk.column == far_segment) & (chunk.column != 0), far_scores, NEG)
     largest = jnp.maximum(jnp.max(far_scores, axis=1, keepdims=True), jnp.max(scores, axis=1, keepdims=True))
     shift = jnp.where(largest > 0.5 * NEG, largest, 0.0)
@@ -112,7 +113,7 @@ def fold_weights(
     old_max = jnp.where(same, c, NEG)
     decayed = old_max
     if decay is not None:
-        decayed, log_k = old_max + decay.whole_chunk, log_k + decay.to_end
+        decayed, log_k = old_max + decay.whole_chunk, log_k + lanes(decay.to_end(), log_k.shape[1])
     key_max = jnp.maximum(decayed, jnp.max(jnp.where(to_far, log_k, NEG), axis=0, keepdims=True))
     gap = old_max - key_max if decay is None else (old_max - key_max) + decay.whole_chunk
     keep = jnp.where(same, jnp.exp(gap), 0.0)

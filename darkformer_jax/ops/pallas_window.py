@@ -18,18 +18,9 @@ from jaxtyping import Array, Float, Int
 
 from darkformer_jax.ops.features import RandomFeatures
 from darkformer_jax.ops.pallas_blocks import LANES, LOG2E, Blocks, held_segments
-from darkformer_jax.ops.pallas_chunk import Head, Segments, State, as_row, dot
+from darkformer_jax.ops.pallas_chunk import Head, Segments, State, as_row, dot, lanes, reciprocal, row_sum, wide
 from darkformer_jax.ops.pallas_forward import run_forward
-from darkformer_jax.ops.pallas_rows import (
-    Place,
-    lanes,
-    places,
-    reciprocal,
-    row_sum,
-    side_by_side,
-    through,
-    wide,
-)
+from darkformer_jax.ops.pallas_rows import Place, places, side_by_side, through
 from darkformer_jax.ops.pallas_safe import fold_weights
 from darkformer_jax.ops.state import NEG, FarState
 
@@ -146,7 +137,7 @@ class View(NamedTuple):
     values: Float[Array, "t dv"]
     points: Float[Array, "t r"]  # what the window's kernel multiplies
     column: Int[Array, "c lanes"]  # segments of the queries
-    row: Int[Array, "1 t"]  # and of the keys; -1 of padding
+    row: Int[Array, "1 t"]  # and of the keys; padding, 0, sees padding
     to_far: Int[Array, "c 1"]
     bound: Float[Array, "c lanes"] | None
 
@@ -209,8 +200,7 @@ def take_refs(refs: Any, sizes: Sizes, has: Has) -> tuple[View, list]:
     gain = rest.pop(0) if has.gain else None
     keys = jnp.concatenate([*(ref[0, 0] for ref in k), *(ref[0, 0, 0] for ref in sinks[:1])], axis=0)
     values = jnp.concatenate([*(ref[0, 0] for ref in v), *(ref[0, 0, 0] for ref in sinks[1:])], axis=0)
-    row = jnp.where(row[0, 0] == 0, -1, row[0, 0])
-    view = View(sizes, head, q, gain, keys, values, keys, spread(column), row, to_far[0], bound)
+    view = View(sizes, head, q, gain, keys, values, keys, spread(column), row[0, 0], to_far[0], bound)
     return view._replace(points=view.exact_point(keys)), rest
 
 
@@ -276,7 +266,8 @@ def attend(view: View, blocks: Sequence[Place], state: State, far_segment: Any) 
         r = jnp.where(r > 0.5 * NEG, r, 0.0)
         weights, far_weights = weights_of(scores, far, common, r)
         denominator = wide(row_sum(far_weights * z)) + wide(row_sum(weights))
-        inverse = reciprocal(jnp.where(denominator > 0, denominator, 1.0))
+        sees = (view.column[place.rows] != 0) & (denominator > 0)  # no padding
+        inverse = jnp.where(sees, reciprocal(jnp.where(sees, denominator, 1.0)), 0.0)
         return place, weights.astype(dtype), far_weights.astype(dtype), r, inverse
 
     def output(place: Place, weights: Array, far_weights: Array, r: Array, inverse: Array) -> Any:

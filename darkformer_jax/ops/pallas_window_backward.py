@@ -14,8 +14,8 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from darkformer_jax.ops.pallas_backward import of_features
-from darkformer_jax.ops.pallas_chunk import Segments, State, dot, of_denominator
-from darkformer_jax.ops.pallas_rows import Learned, Place, Sums, as_column, lanes, side_by_side, through, wide
+from darkformer_jax.ops.pallas_chunk import Segments, State, as_column, dot, lanes, of_denominator, wide
+from darkformer_jax.ops.pallas_rows import Learned, Place, Sums, side_by_side, through
 from darkformer_jax.ops.pallas_safe import fold_weights
 from darkformer_jax.ops.pallas_window import (
     Has,

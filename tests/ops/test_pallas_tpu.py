@@ -194,6 +194,50 @@ def test_chunks_are_done_again_only_where_float32_does_not_hold_one_scale_per_fe
     assert_rows_close(got[:, ids[0] != 0], want[:, ids[0] != 0], 2e-4)
 
 
+def two_features(log_decay=None):
+    """Three chunks of one number per token, with features of exp(5 x) and exp(-5 x)."""
+    random = np.random.default_rng(0)
+    zeros = np.zeros((1, 48, 1, 1), np.float32)
+    arrays = {"projections": np.array([[[5.0], [-5.0]]], np.float32)}
+    v = random.standard_normal((1, 48, 1, 2)).astype(np.float32)
+    return Inputs(zeros.copy(), zeros.copy(), v, arrays | ({} if log_decay is None else {"log_decay": log_decay}))
+
+
+def a_document_far_below_the_last():
+    """In its second feature, which is what the queries of its second chunk look for."""
+    x, ids = two_features(), np.repeat([1, 2, 2], 16)[None].astype(np.int32)
+    x.q[:, 16:32], x.k[:, 16:], x.q[:, 32:] = 9.5, 9.5, -12.0
+    x.k[0, 16:32, 0, 0] += np.linspace(-0.2, 0.2, 16, dtype=np.float32)
+    return x, ids
+
+
+def keys_that_decay_to_nothing():
+    """But for the chunk's last one, whose features are smaller still."""
+    decay = np.zeros((1, 48, 1), np.float32)
+    decay[:, 31] = -110
+    x, ids = two_features(decay), np.repeat([1, 2, 2], 16)[None].astype(np.int32)
+    x.q[:, 31], x.k[:, 31] = 30.0, 30.0
+    return x, ids
+
+
+@pytest.mark.parametrize("case", [a_document_far_below_the_last, keys_that_decay_to_nothing])
+def test_a_state_whose_features_fall_keeps_them(case):
+    x, ids = case()
+    for last in (0, 2):  # padding after them returns the state at once
+        ids = np.where(np.arange(48) < 32, ids, last).astype(np.int32)
+        assert_far_close(by_kernel(x, ids)[0], by_scan(x, ids)[0], 1e-4)
+    cotangent = draw_cotangent(x)
+    got, want = (with_gradients(form, x, ids, cotangent) for form in (_by_kernel, _by_scan))
+    assert_rows_close(got[0], want[0], 1e-4)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)  # those of q are rounding alone
+    jax.tree.map(close, got[1], want[1])
+
+
+def test_any_number_names_a_document():
+    x = draw_inputs()
+    np.testing.assert_array_equal(by_kernel(x, -DOCUMENTS)[1], by_kernel(x, DOCUMENTS)[1])
+
+
 @pytest.mark.parametrize("op", FORMS)
 def test_the_safe_way_is_right_for_what_takes_the_fast_one(op, monkeypatch):
     monkeypatch.setattr(pallas_fast, "MOST_ABOVE", -np.inf)

@@ -55,6 +55,17 @@ def test_outputs_and_gradients_are_those_of_the_definition(ids, options):
     assert_gradients_close(got, of_x, 1e-4)
 
 
+@each_form
+def test_any_number_names_a_document_and_padding_has_no_gradients(options):
+    x, ids = draw_inputs(), -IDS["padding between"]
+    cotangent = draw_cotangent(x)
+    want, of_x = with_gradients("dark", x, cotangent, ids, **options)
+    out, got = with_gradients("dark", x, cotangent, ids, **options, **KERNEL)
+    np.testing.assert_allclose(out, want, rtol=2e-5, atol=2e-5)
+    assert_gradients_close(got, of_x, 1e-4)
+    assert np.all(over_tokens(ids == 0, np.asarray(got.k)) * np.asarray(got.k) == 0)
+
+
 @pytest.mark.parametrize("size", [1.0, 1e-7])
 @pytest.mark.parametrize(("extreme", "limit"), [(1.0, 1e-4), ((1157 / 500) ** 0.5, 5e-4)])
 def test_points_far_from_the_origin_and_small_losses_keep_their_digits(extreme, limit, size):
