@@ -231,5 +231,4 @@ def of_denominator(
 
     What a row's keys get sums to zero, and values or keys with a mean of their own multiply what does not.
     """
-    row_sum = lambda x: jnp.sum(x, axis=1, keepdims=True)
     return row_sum(weights * by_key) + row_sum(far_weights * by_feature)

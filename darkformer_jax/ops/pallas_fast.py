@@ -78,7 +78,6 @@ class Chunk(NamedTuple):
     def of(cls, head: Head, refs: ChunkRefs, state: State, segments: Segments) -> "Chunk":
         k, dtype = refs.k[0, 0], refs.v.dtype
         column = jnp.broadcast_to(refs.column[0], (k.shape[0], LANES))
-        row = refs.row[0]
         log_weights = 0.0 if head.log_weights is None else head.log_weights[0]
         norm = jnp.where(column != 0, wide(LOG2E * head.half_norm(k)), -NEG)
         logs = head.project(k) - lanes(norm, state.c.shape[1]) + LOG2E * log_weights
@@ -87,7 +86,7 @@ class Chunk(NamedTuple):
         kept = 1.0 if decay is None else jnp.exp2(LOG2E * decay.to_end())
         is_entering = (column == segments.own) & (column != 0)
         keys = Keys(logs, weights, weights.astype(dtype), is_entering, jnp.where(is_entering, kept, 0.0))
-        return cls(head, refs, state, segments, keys, column, row, LOG2E * (state.c + log_weights), decay)
+        return cls(head, refs, state, segments, keys, column, refs.row[0], LOG2E * (state.c + log_weights), decay)
 
     @property
     def folded(self) -> Float[Array, "c m"]:

@@ -15,7 +15,7 @@ from darkformer_jax.ops.state import NEG, FarState
 
 
 class Saved(NamedTuple):
-    """What the backward pass needs. S in v's dtype: products take no more of it."""
+    """What the backward pass needs. S in v's dtype, as products take it."""
 
     rows: Float[Array, "b h chunks 3 m"]  # c and z before each chunk, c after it: together, for a block costs time
     S: Float[Array, "b h chunks dv m"]  # before each chunk

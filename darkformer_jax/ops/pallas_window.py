@@ -61,7 +61,7 @@ class Places(NamedTuple):
 class Saved(NamedTuple):
     """What the backward pass needs: the far state before each chunk, and of every row r and 1 / D.
 
-    S in v's dtype: products take no more of it.
+    S in v's dtype, as products take it.
     """
 
     c: Float[Array, "b h chunks 1 m"]
