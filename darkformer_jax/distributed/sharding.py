@@ -67,9 +67,11 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     if -1 in shape and len(devices) % known == 0:
         shape[shape.index(-1)] = len(devices) // known
     if int(np.prod(shape)) != len(devices):
+        on_cpu = known > len(devices) and devices[0].platform == "cpu"
         raise UserError(
             f"mesh {dict(sizes)} does not fit the {len(devices)} devices there are: the product must be {len(devices)},"
             " or a divisor of it with one size -1"
+            + (f"; on a CPU, JAX_NUM_CPU_DEVICES={known} before the command starts so many" if on_cpu else "")
         )
     return Mesh(device_array(shape, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 

@@ -177,7 +177,7 @@ def test_a_description_says_which_layers_have_exact_heads_and_other_options(atte
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mesh__data": 3}, "mesh .*'data': 3.* does not fit the 1 devices there are"),
+        ({"mesh__data": 3}, "mesh .*'data': 3.* does not fit the 1 devices there are.*JAX_NUM_CPU_DEVICES=3 before"),
         ({"mesh__data": 0}, "mesh .*'data': 0.*: sizes must be at least 1"),
         ({"mesh__fsdp": -1}, "mesh .*: sizes must be at least 1, and at most one may be -1"),
         ({"mesh__context": 2}, "mesh .*'context': 2.* does not fit the 1 devices there are"),
