@@ -29,6 +29,7 @@ from darkformer_jax.cli.huge_pages import start_with_huge_pages
 from darkformer_jax.cli.output import lost_output_is_no_crash
 from darkformer_jax.distributed import processes
 from darkformer_jax.distributed.libtpu import quiet_libtpu
+from darkformer_jax.distributed.platform import jax_does_not_start
 from darkformer_jax.errors import Transient, UserError, one_line
 
 DEFAULT_CONFIG = str(experiments_root() / FOLDER / "quickstart.py")  # from any directory
@@ -85,6 +86,8 @@ def main(argv: list[str]) -> None:
     except KeyboardInterrupt:
         processes.fail("interrupted while no step was under way", 130)
     except Exception as error:
+        if isinstance(error, RuntimeError) and (line := jax_does_not_start(error)):
+            processes.fail(line, 2)
         if not processes.is_distributed():
             raise
         traceback.print_exc()

@@ -8,13 +8,13 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-import jax
 from absl import logging
 from absl.flags import argparse_flags
 
 from darkformer_jax.cli.progress import end_bars
 from darkformer_jax.config.fields import whole_number
 from darkformer_jax.distributed.libtpu import quiet_libtpu
+from darkformer_jax.distributed.platform import jax_does_not_start
 from darkformer_jax.errors import UserError, one_line, printable
 
 _INTERRUPTING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # USR1: Slurm, before the end
@@ -92,7 +92,9 @@ def one_line_errors(if_interrupted: str) -> Iterator[None]:
     except OSError:  # `lost_output_is_no_crash` has the words for it
         end_bars()
         raise
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and (line := jax_does_not_start(error)):
+            _fail(line, 2)
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         _fail(f"out of memory; use fewer or shorter rows: {one_line(error)[:200]}", 2)

@@ -33,7 +33,6 @@ from darkformer_jax.distributed.sharding import Part
 from darkformer_jax.errors import printable
 from darkformer_jax.model.network import Network
 from darkformer_jax.model.sampling import Sampler
-from darkformer_jax.runs.load import language_model_network
 from darkformer_jax.runs.origin import ends_of_text
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.amounts import too_little_heldout_text, too_little_text
@@ -131,8 +130,6 @@ class LanguageModel:
         cls, config: ml_collections.ConfigDict, workdir: Workdir, progress_bar: ProgressBar = no_progress
     ) -> "LanguageModel":
         """Reads both splits. The first use of `constants` reads the teacher's weights."""
-        if config.distill.workdir:
-            language_model_network(Workdir(config.distill.workdir))  # refuses before the data is read
         data = _read(config, workdir, progress_bar)
         fingerprint = data.tokenizer.fingerprint
         if config.init_from:

@@ -4,6 +4,7 @@ On one CPU device, XLA computes the few small products of a chunk of linear atte
 idle for most of the time. Devices of a mesh compute their rows at the same time, each on a core.
 """
 
+import math
 import os
 
 import jax
@@ -27,27 +28,35 @@ _PATIENCE, _SECONDS = "xla_cpu_collective_timeout_seconds", 24 * 3600
 def divide_over_cores(config: ml_collections.ConfigDict, workdir: Workdir | None) -> None:
     """Sets the number of JAX's CPU devices before JAX starts them.
 
-    It does nothing where that is decided already: the run computes on something else, in several processes, beside a
-    teacher, or on a mesh that `config.mesh` describes; JAX_NUM_CPU_DEVICES or XLA_FLAGS has a number, or XLA_FLAGS is a
-    file; this process has used its devices.
+    A mesh that `config.mesh` describes gets its devices, if there are as many cores. The number stays where it is
+    decided already: the run computes on something else, in several processes or beside a teacher; XLA_FLAGS is a file;
+    JAX_NUM_CPU_DEVICES or XLA_FLAGS has a number; this process has used its devices.
 
     config: validated, with a value for every field.
     """
     xla_flags = os.environ.get("XLA_FLAGS", "").strip()
     is_file = bool(xla_flags) and not xla_flags.startswith("-")
     given = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
-    if given != -1 or _NUMBER in xla_flags or is_file or not computes_on_cpu() or processes.is_distributed():
+    if given == 1 or is_file or not computes_on_cpu() or processes.is_distributed():
         return
-    if config.mesh.to_dict() != {"data": -1, "fsdp": 1, "tensor": 1, "context": 1} or config.distill.workdir:
-        return
-    number = num_devices(config, vocab_size_of(config, workdir), num_cores())
-    if number > 1:
+    if given == -1 and _NUMBER not in xla_flags:
+        number = _wanted(config, workdir, num_cores())
+        if number == 1:
+            return
         try:
             jax.config.update("jax_num_cpu_devices", number)
         except RuntimeError:  # a program that has used its devices keeps them
             return
-        if _PATIENCE not in xla_flags:
-            os.environ["XLA_FLAGS"] = f"{xla_flags} --{_PATIENCE}={_SECONDS}".strip()
+    if _PATIENCE not in xla_flags:
+        os.environ["XLA_FLAGS"] = f"{xla_flags} --{_PATIENCE}={_SECONDS}".strip()
+
+
+def _wanted(config: ml_collections.ConfigDict, workdir: Workdir | None, cores: int) -> int:
+    sizes = config.mesh.to_dict()
+    if sizes == {"data": -1, "fsdp": 1, "tensor": 1, "context": 1}:
+        return 1 if config.distill.workdir else num_devices(config, vocab_size_of(config, workdir), cores)
+    described = math.prod(sizes.values())
+    return described if min(sizes.values()) > 0 and described <= cores else 1
 
 
 def num_devices(config: ml_collections.ConfigDict, vocab_size: int, cores: int) -> int:

@@ -9,13 +9,14 @@ import jax
 
 from darkformer_jax.distributed.platform import num_cores
 
+HARDWARE = "hardware"
 _ROOT = Path(__file__).parents[2]  # of the clone, or of site-packages
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
 def environment() -> dict[str, str]:
     """Name -> text: hardware (all devices, and the host's processor), version (of darkformer_jax, jax and Python)."""
-    return {"hardware": _hardware(), "version": versions()}
+    return {HARDWARE: _hardware(), "version": versions()}
 
 
 def versions() -> str:

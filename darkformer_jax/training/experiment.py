@@ -45,9 +45,9 @@ def mesh_of(
     mesh = make_mesh(config.mesh.to_dict(), devices)
     micro_batch = config.batch_size // config.accumulation_steps
     axes, length = ("batch", "sequence"), config.sequence_length
-    batch_sharding = sharding_of("a micro-batch", axes, (micro_batch, length), mesh)
+    batch_sharding = sharding_of("a micro-batch (batch_size / accumulation_steps)", axes, (micro_batch, length), mesh)
     part_of_process(batch_sharding)
-    sharding_of("an evaluation batch", axes, (config.eval.batch_size, length), mesh)
+    sharding_of("an evaluation batch (eval.batch_size)", axes, (config.eval.batch_size, length), mesh)
     return mesh, batch_sharding
 
 

@@ -38,13 +38,15 @@ class Stopwatch:
         self._facts: dict[str, Any] = {}
         self._first_step = self._step = 0
 
-    def begin(self, step: int, facts: Mapping[str, Any] | None = None) -> None:
+    def begin(self, step: int, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Begins a session with the weights after `step`. An account that cannot be read is renamed.
+
+        Returns the facts of the session before; empty if there is none, and in all processes but the first.
 
         facts: what the session computes, and on what, as JSON values; they stand in its line under `facts`.
         """
         if jax.process_index() != 0:
-            return
+            return {}
         try:
             self._earlier = _read(self._path)
         except UserError as error:
@@ -54,6 +56,7 @@ class Stopwatch:
             self._earlier = []
         self._first_step = self._step = step
         self._facts = dict(facts or {})
+        return self._earlier[-1].get("facts", {}) if self._earlier else {}
 
     def lap(self, part: str, step: int) -> None:
         """Adds the time since the last lap to `part`. step: the last finished step."""

@@ -28,7 +28,7 @@ from darkformer_jax.tasks import TASKS
 from darkformer_jax.tasks.language_model import SAMPLES_FILE
 from darkformer_jax.tasks.task import Task
 from darkformer_jax.training.cores import divide_over_cores
-from darkformer_jax.training.environment import environment
+from darkformer_jax.training.environment import HARDWARE, environment
 from darkformer_jax.training.experiment import Experiment, mesh_of
 from darkformer_jax.training.goodput import Stopwatch, describe, read_sessions
 from darkformer_jax.training.log import NotFinite, RunProgress, TrainingLog
@@ -180,8 +180,13 @@ def _train(
         _claim(experiment, task, workdir, lock)  # only now: a mistake in data or init_from must not claim the directory
         trackers.start(workdir, dict(flat_fields(experiment.config.to_dict())))
         mirror.upload()
-        if jax.process_index() == 0:
-            watch.begin(step, _facts(experiment, task))
+        facts = _facts(experiment, task) if jax.process_index() == 0 else {}
+        before = watch.begin(step, facts).get(HARDWARE, "")
+        if step and before and before != facts[HARDWARE]:
+            progress.note(
+                f"note: the steps before ran on [{before}], these do on [{facts[HARDWARE]}]: they go on as those would"
+                " have, but for rounding"
+            )
         with contextlib.closing(MetricWriter(workdir, step if checkpoints.committed_steps() else None)) as writer:
             means, curve = carried.get("means", {}), LossCurve(workdir)
             log = TrainingLog(experiment, writer, progress, watch, mirror, curve, trackers, means)

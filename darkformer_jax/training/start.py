@@ -7,6 +7,7 @@ import ml_collections
 
 from darkformer_jax.errors import UserError
 from darkformer_jax.runs.checkpoints import Checkpoints
+from darkformer_jax.runs.load import language_model_network
 from darkformer_jax.runs.metrics import METRICS_FILE, read_metrics
 from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.training.experiment import Experiment
@@ -22,6 +23,8 @@ def check_start(config: ml_collections.ConfigDict, workdir: Workdir | None, expe
       workdir: of the run; None = it has none.
       experiment: None = its sizes are not known before the data.
     """
+    if config.distill.workdir:
+        language_model_network(Workdir(config.distill.workdir))
     if workdir is not None:
         checkpoints = Checkpoints(workdir)
         try:

@@ -10,7 +10,9 @@ import pytest
 from darkformer_jax.distributed import platform
 from darkformer_jax.distributed.platform import num_cores
 from darkformer_jax.training.cores import MOST_BYTES, STATE_BYTES, num_devices
-from tests.tiny_runs import Training, metrics_without_time, tiny_config, tiny_flags, write_text
+from tests.tiny_runs import ROOT, Training, metrics_without_time, tiny_config, tiny_flags, write_text
+
+PATIENCE = "--xla_cpu_collective_timeout_seconds=86400"
 
 PROGRAM = """
 import os
@@ -53,7 +55,7 @@ def test_the_copies_of_a_large_models_state_stay_small():
 
 
 def test_two_cores_are_two_devices_that_wait_for_each_other_for_a_day():
-    assert devices_after() == (2, "--xla_cpu_collective_timeout_seconds=86400")
+    assert devices_after() == (2, PATIENCE)
     users = "--xla_cpu_collective_timeout_seconds=9"
     assert devices_after(XLA_FLAGS=users) == (2, users)
 
@@ -63,6 +65,8 @@ def test_two_cores_are_two_devices_that_wait_for_each_other_for_a_day():
     [
         ("config.batch_size = 3", {}),
         ("config.mesh.data = 1", {}),
+        ("config.mesh.fsdp = 3; config.mesh.data = 1", {}),  # of two cores: the mesh is refused later, in its own words
+        ("config.mesh.fsdp = 2", {}),  # beside data=-1, which takes what there is
         ("config.distill.workdir = 'runs/teacher'", {}),
         ("jax.devices()", {}),
         ("cores.processes.is_distributed = lambda: True", {}),
@@ -88,10 +92,34 @@ def test_a_containers_quota_counts(monkeypatch, tmp_path, quota, cores):
     assert platform.num_cores() == cores
 
 
+@pytest.mark.parametrize("axis", ["data", "fsdp"])
+def test_a_mesh_that_is_described_gets_its_devices(axis):
+    assert devices_after(f"config.mesh.data = 1; config.mesh.{axis} = 2") == (2, PATIENCE)
+
+
 def test_a_number_that_the_user_gives_stays():
-    assert devices_after(JAX_NUM_CPU_DEVICES="4") == (4, "None")
+    assert devices_after(JAX_NUM_CPU_DEVICES="4") == (4, PATIENCE)
     users = "--xla_force_host_platform_device_count=3"
-    assert devices_after(XLA_FLAGS=users) == (3, users)
+    assert devices_after(XLA_FLAGS=users) == (3, f"{users} {PATIENCE}")
+
+
+def test_a_resumed_run_says_that_other_devices_round_otherwise(tmp_path):
+    flags = tiny_flags(data__files=write_text(tmp_path / "text.txt"), num_steps=2, batch_size=4, eval__batch_size=4)
+    for devices, num_steps, said in ((2, 3, False), (2, 4, False), (1, 6, True)):
+        given, environment = [*flags, f"--config.num_steps={num_steps}"], {"JAX_PLATFORMS": "cpu"}
+        on = {"jax_num_cpu_devices": devices}
+        ended = Training(tmp_path / "run", given, on, environment=environment).wait_or_kill(120)
+        assert ended.status == 0, ended.err
+        assert ("the steps before ran on [2 x CPU" in ended.err) == said
+
+
+@pytest.mark.parametrize("asked", [{"JAX_PLATFORMS": "cpu "}, {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "0"}])
+def test_a_jax_that_does_not_start_is_one_line(asked):
+    command = [sys.executable, str(ROOT / "train.py"), "--dry_run"]
+    ended = subprocess.run(command, env=os.environ | asked, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    shown = " and ".join(f"{name}={value!r}" for name, value in asked.items())
+    assert f"error: JAX does not start with {shown}: Unable to initialize backend" in ended.stderr
 
 
 def test_a_run_on_all_cores_learns_what_one_on_one_device_learns_and_goes_on_with_as_many(tmp_path):
