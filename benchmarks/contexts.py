@@ -3,8 +3,8 @@
     python -m benchmarks.contexts --workdirs=runs/smollm2,runs/smollm2-dark --contexts=1024,4096,16384
 
 Each model reads so many random tokens and then writes. Programs are compiled before the clock starts. The models take
-turns; the first is the one that the others are compared with. A model leaves the longer contexts out once one reading
-would take longer than --limit: it expects four times as long for twice the tokens.
+turns; the first is the one that the others are compared with, and they compute in its dtype. A model leaves the longer
+contexts out once one reading would take longer than --limit: it expects four times as long for twice the tokens.
 """
 
 import argparse
@@ -60,9 +60,10 @@ def measure(
     workdirs: Sequence[str], contexts: Sequence[int], new_tokens: int, repeats: int, limit: float
 ) -> list[dict[str, Any]]:
     """One row per model and context: what `Reader.turn` gives, medians over turns."""
-    models = {}
+    models, dtype = {}, None
     for workdir in workdirs:
-        model = load_model(Workdir(workdir))
+        model = load_model(Workdir(workdir), dtype=dtype)
+        dtype = model.config.model.dtype
         arrays = (model.params, model.projections)
         models[workdir] = (Sampler(model.network, *arrays, temperature=0), arrays)
     rows: list[dict[str, Any]] = []

@@ -219,13 +219,15 @@ def test_the_table_of_exported_models_has_ratios_of_medians():
 def test_by_context_the_state_of_features_stays_and_what_would_take_too_long_is_left_out(tmp_path):
     for kind in ("softmax", "dark"):
         write_workdir(tmp_path / kind, tiny_config(model__attention__kind=kind))
-    names = [f"{tmp_path}/{kind}" for kind in ("softmax", "dark")]
+    write_workdir(tmp_path / "half", tiny_config(model__attention__kind="softmax", model__dtype="bfloat16"))
+    names = [f"{tmp_path}/{kind}" for kind in ("softmax", "dark", "half")]
     rows = contexts.measure(names, [16, 32], new_tokens=2, repeats=1, limit=600)
     sizes = {(row["workdir"], row["context"]): row["state_bytes"] for row in rows}
     assert sizes[names[0], 32] > 1.5 * sizes[names[0], 16]
     assert sizes[names[1], 32] == sizes[names[1], 16]
-    assert len(contexts.lines(rows, names[0])) == 1 + 4
-    assert len(contexts.measure(names, [16, 32], new_tokens=2, repeats=1, limit=0)) == 2
+    assert sizes[names[2], 32] == sizes[names[0], 32]  # all compute in the first one's dtype
+    assert len(contexts.lines(rows, names[0])) == 1 + 6
+    assert len(contexts.measure(names[:2], [16, 32], new_tokens=2, repeats=1, limit=0)) == 2
 
 
 @pytest.mark.parametrize(

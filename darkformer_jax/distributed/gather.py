@@ -1,6 +1,6 @@
 """Products with matrices of which every device has a part: gathered for the product, their gradients scattered.
 
-`mesh.fsdp` and `mesh.context` split them: the devices that have a row's tokens are as many as those with other rows.
+`mesh.fsdp` and `mesh.context` split them: devices with other rows, and devices with other tokens of the same rows.
 
 A TPU's compiler makes an all-reduce of a reduce-scatter among all chips of a slice, which sends twice as much. Among
 some of them it keeps the reduce-scatter. So matrices are gathered in two stages, and gradients, the transposed program,
@@ -41,7 +41,9 @@ def with_gathered(
     if not parts or mesh.manual_axes or x.ndim < 3 or x.shape[0] % rows or x.shape[1] % places:
         return product(x, matrix)
     place = list(axes).index("embed")
-    split, others = P(RULES["batch"], RULES["sequence"]), {*RULES["batch"], *RULES["sequence"]} - {*parts}
+    split = P(RULES["batch"], RULES["sequence"])
+    of_tokens = (*RULES["batch"], *RULES["sequence"])
+    others = tuple(axis for axis in of_tokens if axis not in parts)
 
     # The backward pass gathers again: of all layers, whole matrices would fill a device. A loop over layers keeps XLA
     # from merging the two.
@@ -49,12 +51,12 @@ def with_gathered(
     def of_device(x: Array, part: Array) -> Array:
         part = part.astype(sums_in)
         # First, so that gradients are scattered before they are summed over the other axes.
-        part = jax.lax.pcast(part, tuple(others), to="varying")
+        part = jax.lax.pcast(part, others, to="varying")
         part = jnp.moveaxis(part, place, 0)  # of a TPU's reduce-scatters, those along the last axis become all-reduces
         return product(x, jnp.moveaxis(_gathered(part, parts), 0, place).astype(matrix.dtype))
 
     in_specs = (split, P(*(parts if name == "embed" else None for name in axes)))
-    return jax.shard_map(of_device, in_specs=in_specs, out_specs=split, axis_names=others | {*parts})(x, matrix)
+    return jax.shard_map(of_device, in_specs=in_specs, out_specs=split, axis_names={*of_tokens})(x, matrix)
 
 
 def _gathered(part: Array, axes: Sequence[str]) -> Array:

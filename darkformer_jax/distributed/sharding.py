@@ -37,17 +37,21 @@ RULES: Mapping[str, tuple[str, ...]] = {
 # dimension -> the dimension that is split instead if the mesh does not divide it, and otherwise stays whole. With
 # grouped queries, a single key/value head cannot be split, but its random features can.
 INSTEAD = {"kv_heads": "features"}
+
+# dimension -> the last of its mesh axes, along which it is copied if all of them together do not divide it
+COPIED_OVER = {"embed": CONTEXT}
 _HEADS = ("kv_heads", "heads")
 
 
 def mesh_axes_of(axis: str | None, size: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
-    """The mesh axes over which a dimension of that size is split.
+    """The mesh axes that shall split a dimension of that size; whether they divide it is for the caller to say.
 
-    A width that `fsdp` and `context` do not divide together is split by `fsdp` alone: every device may have all of it.
+    A width that `fsdp` and `context` do not divide together is split by `fsdp`, and copied along `context`.
     """
     axes = () if axis is None else RULES.get(axis, ())
-    if axis == "embed" and (mesh.shape[CONTEXT] == 1 or size % _size_of(axes, mesh)):
-        return tuple(name for name in axes if name != CONTEXT)
+    last = COPIED_OVER.get(axis or "")
+    if last and (mesh.shape[last] == 1 or size % _size_of(axes, mesh)):
+        return tuple(name for name in axes if name != last)
     return axes
 
 

@@ -26,4 +26,4 @@ def dtype_of_sums(dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
 
     float32 in the place of bfloat16 on CPUs, whose backend in XLA aborts the process on such a sum in bfloat16.
     """
-    return jnp.float32 if dtype == jnp.bfloat16 and target_platform() == "cpu" else dtype
+    return jnp.float32 if jnp.dtype(dtype) == jnp.bfloat16 and target_platform() == "cpu" else dtype

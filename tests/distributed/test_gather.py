@@ -75,7 +75,7 @@ def results_on(mesh, rows):
 
 def error_in_bfloat16():
     """The largest relative error of the gradients, each as a whole."""
-    layer = Linear((16, 24), ("embed", "mlp"), rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    layer = Linear((16, 24), ("embed", "mlp"), rngs=nnx.Rngs(0), dtype="bfloat16")  # as a config names it
     graphdef, params = nnx.split(layer)
     loss = lambda params, x: jnp.sum(jnp.sin(nnx.merge(graphdef, params)(x).astype(jnp.float32)))
     gradients = lambda: jax.tree.leaves(jax.jit(jax.grad(loss, argnums=(0, 1)))(params, draw(8, 6, 16)))
