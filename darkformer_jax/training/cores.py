@@ -26,11 +26,12 @@ _PATIENCE, _SECONDS = "xla_cpu_collective_timeout_seconds", 24 * 3600
 
 
 def divide_over_cores(config: ml_collections.ConfigDict, workdir: Workdir | None) -> None:
-    """Sets the number of JAX's CPU devices before JAX starts them.
+    """Sets the number of JAX's CPU devices before JAX starts them, and lets several wait for each other for a day.
 
-    A mesh that `config.mesh` describes gets its devices, if there are as many cores. The number stays where it is
-    decided already: the run computes on something else, in several processes or beside a teacher; XLA_FLAGS is a file;
-    JAX_NUM_CPU_DEVICES or XLA_FLAGS has a number; this process has used its devices.
+    A mesh that `config.mesh` describes gets its devices, if there are as many cores. The mesh as it comes gets one per
+    core that the rows divide by, but not beside a teacher. The number stays where it is decided already: the run
+    computes on something else or in several processes; XLA_FLAGS is a file; JAX_NUM_CPU_DEVICES or XLA_FLAGS has a
+    number; this process has used its devices.
 
     config: validated, with a value for every field.
     """

@@ -75,6 +75,8 @@ def test_what_needs_no_data_is_refused_before_the_data_is_read(tmp_path, trained
     config = tiny_config(data__files="nowhere.txt", **changes)
     with pytest.raises(UserError, match=message):
         train(config, Workdir(tmp_path / "run"), Progress(1, 1))
+    with pytest.raises(UserError, match=message):
+        dry_run(config, workdir=Workdir(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
