@@ -79,7 +79,7 @@ def measure(
                     bar.update()
             for name, found in turns.items():
                 row = {key: statistics.median(turn[key] for turn in found) for key in found[0]}
-                rows.append({"workdir": name, "context": context, **row})
+                rows.append({"workdir": name, "dtype": dtype, "context": context, **row})
                 expected[name] = row["reading"]
             bar.update(repeats * (len(workdirs) - len(readers)))
     return rows

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.exact_layers import make_parser, spaced_and_random
+from benchmarks.exact_layers import check_out, make_parser, spaced_and_random
 from darkformer_jax.calibration.cache_budget import CACHE_CONTEXT
 from darkformer_jax.calibration.exact_layers import candidates_of
 from darkformer_jax.calibration.head_choice import Head, HeadSizes, rank_heads, shares_of
@@ -46,7 +46,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measures, writes --out and prints the table."""
-    args = make_parser(__doc__, [6, 12, 18, 24]).parse_args()
+    parser = make_parser(__doc__, [6, 12, 18, 24])
+    args = parser.parse_args()
+    check_out(parser, args.out)
 
     exact, replaced = (load_language_model(Workdir(path)) for path in (args.exact, args.replaced))
     specs = (exact.network.spec, replaced.network.spec)

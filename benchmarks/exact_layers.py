@@ -13,6 +13,7 @@ orders alone (by loss, by copying), every k-th layer, and random layers: each dr
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,11 +76,23 @@ def make_parser(description: str | None, counts: Sequence[int]) -> argparse.Argu
     return parser
 
 
+def check_out(parser: argparse.ArgumentParser, out: str) -> None:
+    """Refuses a file that cannot be written, before anything is measured."""
+    parent = Path(out).absolute().parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        parser.error(f"--out {out}: cannot be written; allowed: a file in a directory that is there")
+
+
 def main() -> None:
     """Measures, writes --out and prints the table."""
     parser = make_parser(__doc__, [2, 4, 6, 8])
     parser.add_argument("--choices", nargs="+", help="the rows of the table, such as auto (default: all)")
     args = parser.parse_args()
+    known = list(chosen_layers([], Quality(0, 0), [], 0))
+    unknown = sorted({*(args.choices or ())} - {*known})
+    if unknown:
+        parser.error(f"--choices {unknown[0]}: allowed: {', '.join(known)}")
+    check_out(parser, args.out)
 
     exact, replaced = (load_language_model(Workdir(path)) for path in (args.exact, args.replaced))
     models = [model.network.bind(model.params, model.projections) for model in (exact, replaced)]

@@ -45,9 +45,7 @@ it (.NAME.HASH.begun) keeps each layer that was fitted and each model that was m
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 from absl import app
 
 from darkformer_jax.calibration import GEOMETRIES
@@ -56,12 +54,11 @@ from darkformer_jax.calibration.fitting import (
     GEOMETRY_KINDS,
     KINDS,
     LEARNING_RATE,
-    Calibrated,
     FitOptions,
     calibrate,
 )
-from darkformer_jax.calibration.head_choice import head_lines, parse_wishes
-from darkformer_jax.calibration.quality_curve import curve_lines
+from darkformer_jax.calibration.head_choice import parse_wishes
+from darkformer_jax.calibration.summary import summary
 from darkformer_jax.cli.huge_pages import start_with_huge_pages
 from darkformer_jax.cli.output import lost_output_is_no_crash
 from darkformer_jax.cli.parser import Parser, one_line_errors, whole
@@ -71,7 +68,6 @@ from darkformer_jax.data.text_files import TEXT_FIELD
 from darkformer_jax.errors import UserError
 from darkformer_jax.mixers import MIXERS
 
-_SMALL_ERROR = 0.05  # of attention; below it, a window leaves nothing for features to do
 _MECHANISM_OPTIONS = ("num_features", "window", "num_sinks", "geometry_init")
 
 
@@ -123,7 +119,7 @@ def main(args: argparse.Namespace) -> None:
         complete_flags(args)
         _check_flags(args)
         options = FitOptions(**{name: value for name, value in vars(args).items() if name != "out"})
-        print(_summary(args, calibrate(options, args.out, progress_bar)))
+        print(summary(options, args.out, calibrate(options, args.out, progress_bar)))
 
 
 def complete_flags(args: argparse.Namespace) -> None:
@@ -159,39 +155,6 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--shrinkage={args.shrinkage}: allowed: 0, or --geometry=whitening")
     if args.learning_rate is not None and not 0 < args.learning_rate < 1:
         raise UserError(f"--learning_rate={args.learning_rate}: must be between 0 and 1")
-
-
-def _summary(args: argparse.Namespace, found: Calibrated) -> str:
-    rows = found.layers
-    names = [name for name in ("window_only", "before", "after") if rows and name in rows[0]]
-    means = {name: np.mean([row[name] for row in rows]) for name in names}
-    shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in means.items())
-    lines = [f"{args.out}: relative error of attention over {len(rows)} layers: {shown}"]
-    idle = [str(row["layer"]) for row in rows if _features_are_idle(row)]
-    if args.transfer_steps and args.mechanism != "window_only" and _window_sees_all(args):
-        lines.append(f"--context={args.context}: the window of {args.window} shows all of it, so nothing was fitted")
-    if idle and args.mechanism != "window_only":
-        lines.append(
-            f"layers {','.join(idle)}: features give nothing that the window does not; see --geometry=balanced"
-        )
-    if found.choice is not None:
-        lines += curve_lines(found.choice.points, found.choice.number, found.choice.context)
-    if found.heads is not None:
-        lines += head_lines(found.heads)
-    lines += found.worth.lines()
-    return "\n".join(lines)
-
-
-def _window_sees_all(args: argparse.Namespace) -> bool:
-    """Whether every query of a passage sees all tokens before it one by one: its chunk, the window and the sinks."""
-    chunk = conversion_config(args.mechanism).model.attention.chunk_size
-    return bool(args.window and (args.context - 1) // chunk * chunk <= args.window + args.num_sinks)
-
-
-def _features_are_idle(row: dict[str, Any]) -> bool:
-    """Whether a layer's error is that of its window alone, or larger, where the window leaves one."""
-    window = np.mean(row.get("window_only", 0.0))
-    return bool(window > _SMALL_ERROR and np.mean(row["after"]) > 0.99 * window)
 
 
 if __name__ == "__main__":

@@ -39,9 +39,9 @@ Probes show what averages over text hide: what a language model still finds far 
 
 The distance of a token is the number of places to its like before it; for classes, the text between the examples and
 the question. It is 512, 1,024 and 4,096, as far as --context has room, which is the run's sequence_length, at most
-16,384. Figures are means over --rows with their standard error. Rows depend on the text and the seed alone, and are
-equal for all models with the same tokenizer. `report` puts models beside each other whose --json are
-<workdir>/probes*.json.
+16,384. Figures are means over --rows with their standard error. Models with one tokenizer read the same rows if --text,
+--seed, --rows, --distances and --context are the same: give the last two where the runs' sequence_length differs, as
+after calibrate. `report` puts models beside each other whose --json are <workdir>/probes*.json.
 """
 
 import argparse

@@ -6,7 +6,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import contexts, exact_heads, exported, gpu, gpu_programs, lra, made_up_chats, paper, recall, zoo
+from benchmarks import (
+    contexts,
+    exact_heads,
+    exact_layers,
+    exported,
+    gpu,
+    gpu_programs,
+    lra,
+    made_up_chats,
+    paper,
+    recall,
+    zoo,
+)
 from benchmarks.grid import is_done
 from benchmarks.learning import FAR, REPEATED, Result, Run, ngram_bits, repeat_distance, table
 from configs.lra import get_config as get_lra_config
@@ -133,6 +145,22 @@ def test_exact_heads_are_compared_at_equal_numbers():
     assert all(len(set(heads)) == 4 and set(heads) < set(ranked) for heads in chosen.values())
     fewer = exact_heads.chosen_heads(ranked, 2)
     assert all(fewer[name] == chosen[name][:2] for name in chosen if name != "every k-th")  # a draw is an order
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "flags", "message"),
+    [
+        (exact_layers, ["--out={dir}/x.json", "--choices", "auto", "rando"], "--choices rando: allowed: auto, "),
+        (exact_layers, ["--out={dir}/none/x.json"], "--out {dir}/none/x.json: cannot be written; allowed: a file in"),
+        (exact_heads, ["--out={dir}/none/x.json"], "--out {dir}/none/x.json: cannot be written; allowed: a file in"),
+    ],
+)
+def test_a_comparison_refuses_mistakes_before_it_begins(benchmark, flags, message, tmp_path, capsys, monkeypatch):
+    given = [f"--{name}=/nope" for name in ("exact", "replaced", "text", "test_text")]
+    monkeypatch.setattr("sys.argv", ["it", *given, *(flag.format(dir=tmp_path) for flag in flags)])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert message.format(dir=tmp_path) in capsys.readouterr().err
 
 
 def test_the_zoo_has_every_mixer_and_states_that_grow_only_with_a_cache():

@@ -15,6 +15,7 @@ from darkformer_jax.calibration.hybrids import Hybrids, Quality
 from darkformer_jax.calibration.kept import Kept
 from darkformer_jax.calibration.moments import Moments
 from darkformer_jax.calibration.passages import read_passages
+from darkformer_jax.calibration.summary import summary
 from darkformer_jax.calibration.worth import Worth
 from darkformer_jax.data.progress import no_progress
 from darkformer_jax.pretrained.export import export_workdir
@@ -27,7 +28,7 @@ from tests.tiny_runs import run as train
 
 pytestmark = pytest.mark.standard_promotion  # the state of a checkpoint is made with its optimizer
 
-SMALL = ("--context=32", "--passages=10", "--transfer_steps=4", "--num_sinks=2")
+SMALL = ("--context=192", "--passages=10", "--transfer_steps=4", "--num_sinks=2")
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +172,7 @@ def test_errors_of_another_text_and_moments_of_both(workdir, text, tmp_path):
         (json.loads((tmp_path / name / "calibration.json").read_text()), Moments.load(tmp_path / name / "moments.npz"))
         for name in ("own", "other")
     )
-    assert moments.tokens.tolist() == [8 * 32] * 2 and both.tokens.tolist() == [10 * 32] * 2
+    assert moments.tokens.tolist() == [8 * 192] * 2 and both.tokens.tolist() == [10 * 192] * 2
     assert moments.second_k.shape == (2, 2, 8, 8)
     assert own["layers"][0]["before"] != others["layers"][0]["before"]
     mechanism = load_model(Workdir(tmp_path / "other")).params["blocks_0"]["attention"]["mechanism"]
@@ -196,7 +197,7 @@ def logits_of(model, tokens):
 
 @pytest.mark.parametrize(("heads", "budget"), [("auto:2", ""), ("auto", "40%@32768"), ("1:1,2:1", "")])
 def test_heads_in_another_order_are_the_same_model(deep, text, tmp_path, capsys, monkeypatch, heads, budget):
-    """A window of 64 sees 32 tokens whole, so the logits are the exact model's, whichever heads are exact."""
+    """The logits of 32 tokens, which the window shows whole, are the exact model's, whichever heads are exact."""
     fit, found = fitting._fit_layers, []
     monkeypatch.setattr(fitting, "_fit_layers", lambda *given: found.append(fit(*given)) or found[0])
     flags = (f"--exact_heads={heads}", f"--cache_budget={budget}", "--far_gain", "--geometry=balanced")
@@ -219,6 +220,10 @@ def test_heads_in_another_order_are_the_same_model(deep, text, tmp_path, capsys,
         order = [*first, *sorted({0, 1} - {*first})]
         np.testing.assert_array_equal(after.mean_k[layer], before.mean_k[layer][order])
     assert [row["layer"] for row in rows] == [layer for layer in range(3) if counts[layer] < 2]
+    assert ("gains" in report) == heads.startswith("auto")
+    if "gains" in report:  # the chosen ones have the largest
+        gains = {(layer, head): report["gains"][layer][head] for layer in range(3) for head in range(2)}
+        assert sorted(gains, key=gains.get, reverse=True) == [tuple(head) for head in report["ranking"]]
 
 
 @pytest.mark.parametrize("flags", [CHOOSING, ("--exact_heads=auto:2", "--far_gain", "--geometry=balanced")])
@@ -274,7 +279,7 @@ def raise_interrupt(*_):
 
 @pytest.mark.parametrize("mechanism", ["dark", "performer"])
 def test_balanced_coordinates_change_no_exact_weight(workdir, text, tmp_path, mechanism):
-    """A window of 64 sees passages of 32 tokens whole, so the logits are the exact model's."""
+    """The logits of 32 tokens, which the window shows whole, are the exact model's."""
     run(workdir, text, tmp_path / "out", "--geometry=balanced", f"--mechanism={mechanism}")
     exact, balanced = load_model(Workdir(workdir)), load_model(Workdir(tmp_path / "out"))
     maps = balanced.projections["blocks_0"]["attention"]["mechanism"]["coordinates"]
@@ -329,7 +334,7 @@ def test_options_that_are_not_given_are_those_of_a_conversion(flags, options):
 
 def test_passages_that_were_trained_on_are_no_test(workdir, tmp_path, capsys):
     few = tmp_path / "few.txt"
-    few.write_text("".join(f"{i} is not {i * i}. " for i in range(200))[:340])  # ten passages and no more
+    few.write_text("".join(f"{i} is not {i * i}. " for i in range(200))[:2000])  # ten passages and no more
     with pytest.raises(SystemExit) as exit_:
         run(workdir, few, tmp_path / "out", f"--test_text={few}")
     assert exit_.value.code == 2 and not (tmp_path / "out").exists()
@@ -360,7 +365,7 @@ def test_fine_tuning_goes_on_from_it(fitted):
     ("flags", "message"),
     [
         (["--workdir={fitted}"], "its layers are dark; allowed: softmax, softmax_local"),
-        (["--passages=1000"], "passages of --context=32 tokens; 1000 are needed (--passages)"),
+        (["--passages=1000"], "passages of --context=192 tokens; 1000 are needed (--passages)"),
         (["--test_text={dir}/none.txt"], "no file matches"),
         (["--geometry=whitening", "--mechanism=lfk"], "--geometry=whitening: lfk has no M"),
         (["--geometry=balanced", "--mechanism=lfk"], "lfk has no coordinates; allowed: --mechanism=performer, dark"),
@@ -389,6 +394,9 @@ def test_fine_tuning_goes_on_from_it(fitted):
         (["--exact_layers=5"], "there is no layer 5; allowed: 0 to 1"),
         (["--exact_layers=auto", "--cache_budget=1kB@4096"], "--cache_budget=1kB@4096: is 0.001 MB; without an exact"),
         (["--step=9"], "no checkpoint step 9 in"),
+        (["--context=128"], "--context=128: a window of 64 shows all of it, so there is nothing to fit; allowed: "),
+        (["--context=131", "--exact_heads=auto:1"], "--context=131: its repeated half lies 65 tokens back, where a"),
+        (["--context=131", "--exact_layers=auto:1"], "allowed with auto: --context above 131, or a smaller --window"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(workdir, fitted, text, tmp_path, flags, message, capsys):
@@ -416,15 +424,12 @@ def test_layers_whose_features_add_nothing_to_the_window_are_named(mechanism, na
     flags = ("--workdir=exact", "--text=text", "--out=out", f"--mechanism={mechanism}")
     args = calibrate.parse_flags(["calibrate", *flags])
     calibrate.complete_flags(args)
+    options = fitting.FitOptions(**{name: value for name, value in vars(args).items() if name != "out"})
     worth = Worth(Quality(3.0, 0.3), Quality(3.1, 0.4), None, 2)
-    _, *lines = calibrate._summary(args, fitting.Calibrated(rows, None, None, worth)).splitlines()
+    _, *lines = summary(options, args.out, fitting.Calibrated(rows, None, None, worth)).splitlines()
     assert [line.partition(";")[0] for line in lines] == [*([named] if named else []), *worth.lines()]
 
 
-@pytest.mark.parametrize(("context", "said"), [(128, True), (129, False)])
-def test_passages_that_the_window_shows_whole_are_no_fit(context, said):
-    """A query's chunk of 64, the 64 tokens before it, and 4 sinks."""
-    given = ["calibrate", "--workdir=exact", "--text=text", "--out=out", f"--context={context}"]
-    args = calibrate.parse_flags(given)
-    calibrate.complete_flags(args)
-    assert calibrate._window_sees_all(args) == said
+def test_copying_inside_the_window_is_no_figure_of_the_features(workdir, text, tmp_path, capsys):
+    run(workdir, text, tmp_path / "out", "--context=131", "--transfer_steps=0")
+    assert "copy: the first copy lies in the window, 65 tokens back, so no feature is asked" in capsys.readouterr().out

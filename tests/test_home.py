@@ -59,13 +59,17 @@ def elsewhere(home, tmp_path, monkeypatch):
         ("calibrate --workdir=~/run --text=~/none.txt --out=~/new", "no file matches '{home}/none.txt'"),
         ("calibrate --workdir=~/run --text=~/text.txt --out=~/taken", "~/taken is there already"),
         (
-            "calibrate --workdir=~/run --text=~/text.txt --test_text=~/none.txt --out=~/new --passages=2 --context=16",
+            "calibrate --workdir=~/run --text=~/text.txt --test_text=~/none.txt --out=~/new "
+            "--passages=2 --context=16 --window=0",
             "no file matches '{home}/none.txt'",
         ),
         ("linearise --workdir=~/none --text=~/text.txt --out=~/new", "{home}/none/config.json cannot be read"),
-        ("linearise --workdir=~/run --text=~/none.txt --out=~/new --stages=transfer --context=16", "{home}/none.txt"),
         (
-            "linearise --workdir=~/run --text=~/text.txt --out=~/taken --stages=transfer --context=16",
+            "linearise --workdir=~/run --text=~/none.txt --out=~/new --stages=transfer --context=16 --window=0",
+            "{home}/none.txt",
+        ),
+        (
+            "linearise --workdir=~/run --text=~/text.txt --out=~/taken --stages=transfer --context=16 --window=0",
             "{home}/taken: has",
         ),
         ("report --runs=~/none --out=~/new", "--runs={home}/none: no run matches"),

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from darkformer_jax import generate, linearise
+from darkformer_jax import evaluate, generate, linearise
 from darkformer_jax.errors import UserError
 from darkformer_jax.linearisation import run as linearisation
 from darkformer_jax.runs.workdir import Workdir
@@ -257,6 +257,54 @@ def test_after_a_transfer_that_failed_other_flags_may_begin(exact, text, tmp_pat
     run(exact, text, tmp_path, *few)
     assert json.loads((tmp_path / "settings.json").read_text())["num_features"] == 4
     assert f"the model: {tmp_path}/1-transfer" in capsys.readouterr().out
+
+
+def test_all_models_are_measured_in_one_dtype_and_transfer_says_what_it_found(exact, tmp_path, capsys):
+    """The stage `transfer` writes a model that computes in bfloat16, whatever --dtype is."""
+    text, other = write_text(tmp_path / "text.txt", 12000), tmp_path / "other.txt"
+    other.write_text("".join(f"{i} is not {i * i}. " for i in range(200)))
+    few = ("--stages=transfer", "--steps=transfer=0", f"--test_text={other}")
+    run(exact, text, tmp_path / "out", *few)
+    assert "1-transfer: relative error of attention over 2 layers" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["dtype"] == "float32"
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        scores = tmp_path / f"{dtype}.json"
+        flags = ("--context=32", "--max_tokens=200", f"--dtype={dtype}", f"--json={scores}")
+        given = ["evaluate", f"--workdir={tmp_path}/out/1-transfer", f"--text={other}", *flags]
+        evaluate.main(evaluate.parse_flags(given))
+        losses[dtype] = json.loads(scores.read_text())["loss"]
+    found = report["models"]["transfer"]["loss"]
+    assert found == pytest.approx(losses["float32"], rel=1e-6) != pytest.approx(losses["bfloat16"], rel=1e-6)
+
+
+def test_a_copy_reaches_beyond_the_window_or_the_report_says_so(tmp_path, capsys):
+    config = tiny_config(model__attention__kind="softmax", model__num_layers=1, sequence_length=640)
+    write_workdir(tmp_path / "exact", config)
+    text = write_text(tmp_path / "text.txt", 60000)
+    for window, copied, is_shown in ((64, 320, False), (320, 320, True)):
+        out = tmp_path / str(window)
+        few = ("--context=640", "--stages=transfer", "--steps=transfer=0", f"--window={window}")
+        run(tmp_path / "exact", text, out, *few)
+        assert json.loads((out / "report.json").read_text())["copied"] == copied
+        said = f"(the first lies in the window of {window}, so no feature is asked)"
+        assert (said in capsys.readouterr().out) == is_shown
+
+
+def test_flags_are_refused_before_the_text_is_read(exact, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(linearisation, "read_text", None)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/file").touch()
+    for flag, message in (
+        ("--window=7", "model.attention.window = 7"),
+        ("--exact_heads=auto:4", "one at least must be replaced"),
+        ("--window=64", "--context=32: a window of 64 shows all of it, so there is nothing to fit"),
+        (f"--out={tmp_path}/used", "has file, but no settings.json"),
+    ):
+        with pytest.raises(SystemExit):
+            run(exact, text, tmp_path / "out", flag)
+        assert message in capsys.readouterr().err
 
 
 def test_text_that_has_changed_is_refused(exact, tmp_path, capsys):

@@ -18,11 +18,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from darkformer_jax.calibration import CALIBRATION_FILE
 from darkformer_jax.calibration.cache_budget import CACHE_CONTEXT, Budget, CacheSizes
 from darkformer_jax.calibration.choice import Choice, choose
-from darkformer_jax.calibration.exact_layers import check_wish, hybrid_pattern
+from darkformer_jax.calibration.exact_layers import Wish, candidates_of, check_wish, hybrid_pattern
 from darkformer_jax.calibration.geometry import balanced_maps, whitening_geometry
 from darkformer_jax.calibration.head_choice import (
     HeadChoice,
     HeadSizes,
+    HeadWish,
     check_head_wish,
     choose_heads,
     head_pattern,
@@ -33,6 +34,7 @@ from darkformer_jax.calibration.kept import Arrays, Kept, Remember
 from darkformer_jax.calibration.moments import Moments
 from darkformer_jax.calibration.passages import read_passages
 from darkformer_jax.calibration.quality_curve import CURVE_FILE, draw_curve
+from darkformer_jax.calibration.sight import check_sight
 from darkformer_jax.calibration.transfer import (
     FittedMechanism,
     LayerTensors,
@@ -52,6 +54,7 @@ from darkformer_jax.mixers import MIXERS
 from darkformer_jax.mixers.spec import Coordinates, MixerSpec
 from darkformer_jax.mixers.window_only import WindowOnly
 from darkformer_jax.model.network import Network
+from darkformer_jax.model.spec import ModelSpec
 from darkformer_jax.ops.keys import key_of_seed
 from darkformer_jax.runs.checkpoints import Checkpoints
 from darkformer_jax.runs.inherit import inherit
@@ -142,15 +145,14 @@ def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> Calibrated:
     Raises:
       UserError: the model is not exact, options contradict each other, or there is too little text.
     """
-    wish, by_heads = parse_wishes(o.exact_layers, o.exact_heads, o.cache_budget)
+    parse_wishes(o.exact_layers, o.exact_heads, o.cache_budget)
     with whole_directory(out) as directory:
         exact = Workdir(o.workdir)
         teacher = load_language_model(exact, o.step)
         _require_exact(o.workdir, teacher)
         config = calibrated_config(o)
         specs = (teacher.network.spec, _network(config, teacher).spec)
-        wish = check_wish(wish, *specs)
-        check_head_wish(by_heads, *specs)
+        wish, by_heads = checked_wishes(o, *specs)
         if wish.layers:
             config = calibrated_config(o, hybrid_pattern(teacher.config, config, wish.layers))
         sizes = (o.passages, o.context, o.seed, o.heldout_fraction)
@@ -194,6 +196,21 @@ def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> Calibrated:
         write_json(directory / CALIBRATION_FILE, dataclasses.asdict(o) | {"layers": rows} | chosen)
     kept.forget()
     return Calibrated(rows, choice, heads, worth)
+
+
+def checked_wishes(o: FitOptions, exact: ModelSpec, replaced: ModelSpec) -> tuple[Wish, HeadWish | None]:
+    """What is to stay exact: (layers, heads).
+
+    Raises UserError for what the models cannot have, and for passages that are too short to fit features or to choose.
+    """
+    wish, by_heads = parse_wishes(o.exact_layers, o.exact_heads, o.cache_budget)
+    wish = check_wish(wish, exact, replaced)
+    check_head_wish(by_heads, exact, replaced)
+    chooses = wish.is_auto or isinstance(by_heads, int | Budget)
+    for layer in candidates_of(exact, replaced):
+        mixer = replaced.layers[layer]
+        check_sight(mixer, o.context, fits=bool(o.transfer_steps) and mixer.kind != "window_only", chooses=chooses)
+    return wish, by_heads
 
 
 def _what_decides(o: FitOptions, teacher: WorkdirModel, passages: np.ndarray) -> Iterator[bytes]:

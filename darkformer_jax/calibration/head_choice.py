@@ -80,12 +80,15 @@ class HeadChoice(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """What calibration.json has of it."""
-        return {
+        found = {
             "chosen": {str(layer): heads for layer, heads in self.by_layer.items()},
             "ranking": self.ranked,
             "cache_context": self.context,
             "curve": [point._asdict() for point in self.points],
         }
+        if self.gains is not None:  # null in a layer that cannot be replaced: JSON has no infinity
+            found["gains"] = [[gain if gain > -np.inf else None for gain in layer] for layer in self.gains.tolist()]
+        return found
 
 
 class HeadSizes:

@@ -1,9 +1,9 @@
 """Rows of tokens that show what a language model still finds far back, made of a user's text.
 
 Three kinds are here: a passage that comes again (`copy_rows`), all of a row again (`repeat_rows`), and plain
-text by position (`position_rows`); `darkformer_jax.data.probe_words` has those with made-up words. A row is a pure
-function of the text, the seed, the probe and the distance, whatever else is asked. Rows of one probe and distance share
-no text.
+text by position (`position_rows`); `darkformer_jax.data.probe_words` has those with made-up words. Rows are a pure
+function of the text, the seed, the probe, their number and the distance, those of `lookup` also of the other distances
+that are asked, those of `positions` of the context. Rows of one probe and distance share no text.
 """
 
 import dataclasses

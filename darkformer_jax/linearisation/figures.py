@@ -40,11 +40,11 @@ class Figures(NamedTuple):
 
 
 def measure(workdir: Workdir, text: Text, settings: Settings, progress_bar: ProgressBar) -> Figures:
-    """The figures of the newest checkpoint of a workdir.
+    """The figures of the newest checkpoint of a workdir, which computes in the settings' dtype.
 
     Raises UserError: no usable checkpoint, or a loss that is not finite.
     """
-    model = load_language_model(workdir)
+    model = load_language_model(workdir, dtype=settings.dtype)
     context, step = settings.longest, _step_of(model.network.spec)
     scorer = TextScorer(model, context, context, step)
     scorer.score(text.heldout, text.heldout.num_bytes, _rows_of(context), settings.test_tokens, progress_bar)

@@ -7,9 +7,7 @@ from typing import NamedTuple
 
 import jax
 
-from darkformer_jax.calibration.exact_layers import check_wish
-from darkformer_jax.calibration.fitting import EXACT_KINDS, calibrated_config
-from darkformer_jax.calibration.head_choice import check_head_wish, parse_wishes
+from darkformer_jax.calibration.fitting import EXACT_KINDS, calibrated_config, checked_wishes
 from darkformer_jax.calibration.passages import num_test_passages
 from darkformer_jax.config.specs import model_spec
 from darkformer_jax.config.validation import validate
@@ -100,10 +98,9 @@ def make_plan(settings: Settings, out: Path, exact: Network) -> list[StagePlan]:
 
 def _check_transfer(settings: Settings, exact: Network) -> None:
     """Raises UserError for what `calibrate` would refuse after it has read the text."""
-    layers, heads = parse_wishes(settings.exact_layers, settings.exact_heads, settings.cache_budget)
-    replaced = model_spec(calibrated_config(transfer_options(settings)), exact.spec.vocab_size)
-    check_wish(layers, exact.spec, replaced)
-    check_head_wish(heads, exact.spec, replaced)
+    options = transfer_options(settings)
+    replaced = model_spec(calibrated_config(options), exact.spec.vocab_size)
+    checked_wishes(options, exact.spec, replaced)
     dim, passages = exact.spec.layers[0].head_dim, settings.passages
     num_tokens = (passages - num_test_passages(passages)) * settings.context
     if settings.geometry != "identity" and num_tokens <= dim:

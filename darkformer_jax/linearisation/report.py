@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from darkformer_jax.calibration.sight import copies_are_shown
 from darkformer_jax.data.files import read_json_object, write_atomically, write_json
 from darkformer_jax.linearisation.figures import Figures
+from darkformer_jax.linearisation.settings import Settings
 from darkformer_jax.linearisation.text import Text
 from darkformer_jax.tasks.table import table_lines
 
@@ -31,13 +33,15 @@ def write_rows(out: Path, rows: Rows, about: Mapping[str, Any]) -> None:
     write_json(out / REPORT_FILE, {**about, "models": models})
 
 
-def describe(rows: Rows, text: Text, context: int) -> str:
+def describe(rows: Rows, text: Text, settings: Settings) -> str:
     """The table for people."""
-    exact = rows[EXACT]
+    exact, (count, size) = rows[EXACT], text.copied.shape
     head = (
-        f"{exact.tokens:,} held-out tokens in windows of {context:,}; copy: {len(text.copied)} passages of "
-        f"{text.copied.shape[1]:,} held-out tokens, each followed by itself; nats per token of the second"
+        f"{exact.tokens:,} held-out tokens in windows of {settings.longest:,}; copy: {count} passages of {size:,} "
+        "held-out tokens, each followed by itself; nats per token of the second"
     )
+    if copies_are_shown(settings.window, 2 * size):
+        head += f" (the first lies in the window of {settings.window:,}, so no feature is asked)"
     cells = [("after", "bits/byte", "over exact", "copy")]
     for name, figures in rows.items():
         over = "" if name == EXACT else f"{100 * (figures.bits_per_byte / exact.bits_per_byte - 1):.2f}%"

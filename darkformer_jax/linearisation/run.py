@@ -1,6 +1,6 @@
 """A linearisation from its settings to the last stage's model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from darkformer_jax.data.files import local_path
@@ -15,11 +15,9 @@ from darkformer_jax.linearisation.settings import (
     stage_directory,
     write_settings,
 )
-from darkformer_jax.linearisation.stages import ProgressOf, run_stage
+from darkformer_jax.linearisation.stages import Note, ProgressOf, run_stage
 from darkformer_jax.linearisation.text import Text, read_text
 from darkformer_jax.runs.workdir import Workdir
-
-Note = Callable[[str], None]
 
 
 def linearise(settings: Settings, out: str, note: Note, progress_of: ProgressOf, progress_bar: ProgressBar) -> None:
@@ -38,10 +36,11 @@ def linearise(settings: Settings, out: str, note: Note, progress_of: ProgressOf,
     """
     directory = Path(local_path(out))
     exact = plan.exact_network(settings)
-    text = read_text(settings)
-    check_settings(directory, settings, text.fingerprint)
+    check_settings(directory, settings)
     plans = plan.make_plan(settings, directory, exact)
     plan.require_disk(plans, directory)
+    text = read_text(settings)  # last, because it takes long
+    check_settings(directory, settings, text.fingerprint)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -55,7 +54,7 @@ def linearise(settings: Settings, out: str, note: Note, progress_of: ProgressOf,
         write_settings(directory, settings, text.fingerprint)
         left = [stage.stage for stage in plans if stage.state != plan.DONE]
         rows = _run(settings, directory, left, text, note, progress_of, progress_bar)
-    note(report.describe(rows, text, settings.longest))
+    note(report.describe(rows, text, settings))
     last = stage_directory(directory, settings.stages[-1])
     note(f"report: {directory / report.REPORT_FILE}, {report.draw(directory, rows)}\nthe model: {last}")
 
@@ -71,13 +70,14 @@ def _run(
 ) -> report.Rows:
     """Runs the stages that are left; returns the figures."""
     about = {"text_fingerprint": text.fingerprint, "context": settings.longest, "copied": text.copied.shape[1]}
+    about |= {"dtype": settings.dtype}
     rows = report.read_rows(out, about)
     places = {report.EXACT: Workdir(settings.workdir)}
     places |= {stage: Workdir(stage_directory(out, stage)) for stage in settings.stages}
     for number, (name, workdir) in enumerate(places.items()):
         if name in left:
             note(f"stage {number} of {len(settings.stages)}: {name}")
-            run_stage(settings, out, name, progress_of, progress_bar)
+            run_stage(settings, out, name, note, progress_of, progress_bar)
         if name not in rows:
             rows[name] = measure(workdir, text, settings, progress_bar)
             report.write_rows(out, rows, about)

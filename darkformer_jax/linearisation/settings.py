@@ -80,10 +80,10 @@ def has_stages(out: Path) -> bool:
     return any(stage_directory(out, stage).exists() for stage in STAGES)
 
 
-def check_settings(out: Path, settings: Settings, fingerprint: str) -> None:
+def check_settings(out: Path, settings: Settings, fingerprint: str | None = None) -> None:
     """Refuses a directory that is not this linearisation's. Before the first stage is done, any flags may begin anew.
 
-    fingerprint: that of the text's tokens.
+    fingerprint: that of the text's tokens; None = the text is not read yet, and may be another.
 
     Raises:
       UserError: the directory has other settings (each is named as `--flag: old -> new`), text that has changed since,
@@ -111,7 +111,7 @@ def write_settings(out: Path, settings: Settings, fingerprint: str) -> None:
     write_json(out / SETTINGS_FILE, _as_json(settings, fingerprint))
 
 
-def _as_json(settings: Settings, fingerprint: str) -> dict[str, Any]:
+def _as_json(settings: Settings, fingerprint: str | None) -> dict[str, Any]:
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings)))
     return values | {"text_fingerprint": fingerprint}
 
@@ -128,7 +128,8 @@ def _changes(saved: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
             if now[: len(old)] != old:
                 changes.append(f"--stages: {','.join(old)} -> {','.join(now)} (others may follow, none may go)")
         elif name == "text_fingerprint":
-            if old != now and all(saved.get(text) == new[text] for text in ("text", "test_text", "text_field")):
+            is_same_place = all(saved.get(text) == new[text] for text in ("text", "test_text", "text_field"))
+            if now not in (None, old) and is_same_place:
                 changes.append("the files of --text or --test_text have changed")
         elif old != now and not (name == "long_context" and LONG not in saved.get("stages", ())):
             changes.append(f"--{name}: {old} -> {now}")

@@ -9,6 +9,7 @@ import ml_collections
 
 from darkformer_jax.calibration import CALIBRATION_FILE
 from darkformer_jax.calibration.fitting import FitOptions, calibrate, calibrated_config
+from darkformer_jax.calibration.summary import summary
 from darkformer_jax.config.arguments import shorten_warmup
 from darkformer_jax.config.conversion import conversion_config
 from darkformer_jax.config.fields import flat_fields
@@ -21,6 +22,7 @@ from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.training.log import RunProgress
 from darkformer_jax.training.run import train
 
+Note = Callable[[str], None]
 ProgressOf = Callable[[ml_collections.ConfigDict], RunProgress]
 
 
@@ -94,10 +96,13 @@ def is_done(settings: Settings, out: Path, stage: str) -> bool:
         return checkpoints.latest_good_step() == settings.steps[stage]
 
 
-def run_stage(settings: Settings, out: Path, stage: str, progress_of: ProgressOf, progress_bar: ProgressBar) -> None:
+def run_stage(
+    settings: Settings, out: Path, stage: str, note: Note, progress_of: ProgressOf, progress_bar: ProgressBar
+) -> None:
     """Runs a stage to its end, from where an earlier command left it.
 
-    Attention transfer writes its directory whole or not at all, and keeps beside it what it has found until then.
+    Attention transfer writes its directory whole or not at all, and keeps beside it what it has found until then. It
+    notes what `calibrate` prints.
 
     Raises:
       Stopped: a signal came; the finished step is saved.
@@ -107,7 +112,8 @@ def run_stage(settings: Settings, out: Path, stage: str, progress_of: ProgressOf
     if stage == TRANSFER:
         for killed in out.glob(f".{directory.name}.*.partial"):  # by an earlier command
             shutil.rmtree(killed, ignore_errors=True)
-        calibrate(transfer_options(settings), str(directory), progress_bar)
+        options = transfer_options(settings)
+        note(summary(options, str(directory), calibrate(options, str(directory), progress_bar)))
         return
     config = trained_config(settings, out, stage)
     train(config, Workdir(directory), progress_of(config))

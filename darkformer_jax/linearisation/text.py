@@ -18,7 +18,7 @@ from darkformer_jax.runs.workdir import Workdir
 from darkformer_jax.tasks.amounts import too_little_text
 
 HELDOUT_FRACTION = DEFAULT_HELDOUT_FRACTION  # of every stage
-_COPIED, _COPIES = 512, 4  # tokens of a passage that is repeated, at most, and passages
+_COPIED, _COPIES = 512, 4  # tokens of a passage that is repeated, at most without a wider window, and passages
 
 
 class Text(NamedTuple):
@@ -53,7 +53,8 @@ def read_text(settings: Settings) -> Text:
     where = f"the held-out {HELDOUT_FRACTION:.0%} of --text={settings.text}"
     if settings.test_text:
         held_out, where = _test_documents(settings), f"--test_text={settings.test_text}"
-    copied = _passages(held_out, data.tokenizer, min(_COPIED, settings.longest // 2) // 2 * 2)
+    size = min(max(_COPIED, 2 * settings.window), settings.longest // 2) // 2 * 2  # the window alone must not copy it
+    copied = _passages(held_out, data.tokenizer, size)
     if not len(copied):
         raise UserError(f"{where}: no document has {copied.shape[1]} tokens to be repeated; give longer --test_text")
     digest = hashlib.sha256(data.fingerprint.encode())

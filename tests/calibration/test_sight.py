@@ -1,0 +1,48 @@
+"""What a window shows of a passage, against a list of what each query sees."""
+
+import pytest
+
+from darkformer_jax.calibration.sight import check_sight, copies_are_shown
+from darkformer_jax.errors import UserError
+from tests.tiny_specs import mixer_spec
+
+
+def sees(mixer, query):
+    """The tokens that a query sees one by one: its chunk up to itself, the window before the chunk, and the sinks."""
+    chunk = query // mixer.chunk_size * mixer.chunk_size
+    return {*range(max(0, chunk - mixer.window), query + 1), *range(min(mixer.num_sinks, query + 1))}
+
+
+@pytest.mark.parametrize("num_sinks", [0, 2, 9])
+@pytest.mark.parametrize("window", [8, 16])
+def test_nothing_is_fitted_where_every_query_sees_every_token_before_it(window, num_sinks):
+    mixer = mixer_spec(window=window, chunk_size=8, num_sinks=num_sinks)
+    for context in range(1, 60):
+        all_is_shown = all(sees(mixer, query) == {*range(query + 1)} for query in range(context))
+        assert refused(mixer, context, fits=True, chooses=False) == all_is_shown, context
+        check_sight(mixer, context, fits=False, chooses=False)
+
+
+@pytest.mark.parametrize("window", [8, 16])
+def test_copying_chooses_nothing_where_every_query_sees_what_comes_next(window):
+    mixer = mixer_spec(window=window, chunk_size=8, num_sinks=0)
+    for context in range(24, 80):
+        half = context // 2
+        queries = range(half, 2 * half - 1)  # of the second copy; each predicts the token after its like in the first
+        shown = all(query - half + 1 in sees(mixer, query) for query in queries)
+        assert copies_are_shown(window, context) == shown, context
+        assert refused(mixer, context, fits=False, chooses=True) == shown
+
+
+def test_features_alone_show_nothing():
+    mixer = mixer_spec(window=0, num_sinks=0)
+    check_sight(mixer, 4, fits=True, chooses=True)
+    assert not copies_are_shown(0, 4)
+
+
+def refused(mixer, context, **what):
+    try:
+        check_sight(mixer, context, **what)
+    except UserError:
+        return True
+    return False
