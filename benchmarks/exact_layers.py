@@ -78,8 +78,9 @@ def make_parser(description: str | None, counts: Sequence[int]) -> argparse.Argu
 
 def check_out(parser: argparse.ArgumentParser, out: str) -> None:
     """Refuses a file that cannot be written, before anything is measured."""
-    parent = Path(out).absolute().parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
+    path = Path(out).absolute()
+    place = path if path.exists() else path.parent
+    if path.is_dir() or not path.parent.is_dir() or not os.access(place, os.W_OK):
         parser.error(f"--out {out}: cannot be written; allowed: a file in a directory that is there")
 
 

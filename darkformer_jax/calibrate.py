@@ -155,6 +155,8 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--shrinkage={args.shrinkage}: allowed: 0, or --geometry=whitening")
     if args.learning_rate is not None and not 0 < args.learning_rate < 1:
         raise UserError(f"--learning_rate={args.learning_rate}: must be between 0 and 1")
+    if args.learning_rate is not None and not args.transfer_steps:
+        raise UserError(f"--learning_rate={args.learning_rate}: nothing is learned with --transfer_steps=0")
 
 
 if __name__ == "__main__":

@@ -152,6 +152,7 @@ def test_exact_heads_are_compared_at_equal_numbers():
     [
         (exact_layers, ["--out={dir}/x.json", "--choices", "auto", "rando"], "--choices rando: allowed: auto, "),
         (exact_layers, ["--out={dir}/none/x.json"], "--out {dir}/none/x.json: cannot be written; allowed: a file in"),
+        (exact_layers, ["--out={dir}"], "--out {dir}: cannot be written; allowed: a file in"),
         (exact_heads, ["--out={dir}/none/x.json"], "--out {dir}/none/x.json: cannot be written; allowed: a file in"),
     ],
 )

@@ -312,7 +312,8 @@ def test_fine_tuning_keeps_the_coordinates_even_where_it_redraws(workdir, text, 
 
 @pytest.mark.parametrize("mechanism", ["performer", "window_only"])
 def test_controls_have_nothing_to_fit(workdir, text, tmp_path, mechanism):
-    run(workdir, text, tmp_path / "out", f"--mechanism={mechanism}")
+    """So passages that the window shows whole are none too few."""
+    run(workdir, text, tmp_path / "out", f"--mechanism={mechanism}", "--context=32")
     report = json.loads((tmp_path / "out/calibration.json").read_text())
     assert all(row["before"] == row["after"] for row in report["layers"])
     assert load_model(Workdir(tmp_path / "out")).network.spec.layer_kinds == (mechanism, mechanism)
@@ -346,8 +347,10 @@ def test_too_little_text_to_whiten_with(workdir, text, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         run(workdir, text, tmp_path / "out", "--geometry=whitening", *few)
     assert exit_.value.code == 2 and not any(tmp_path.iterdir())
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert "layer 0: moments of 4 tokens; second moments of full rank in 8 dimensions need at least 9" in last
+    message = (
+        "--geometry=whitening: needs at least 9 tokens to fit on, of heads of 8; --passages=2 of --context=4 leave 4"
+    )
+    assert message in capsys.readouterr().err
 
 
 def test_fine_tuning_goes_on_from_it(fitted):
@@ -379,6 +382,10 @@ def test_fine_tuning_goes_on_from_it(fitted):
         (["--window=0"], "model.attention.num_sinks = 2"),
         (["--passages=1"], "--passages=1: must be from 2 to"),
         (["--learning_rate=0"], "--learning_rate=0.0: must be between 0 and 1"),
+        (
+            ["--learning_rate=0.1", "--transfer_steps=0"],
+            "--learning_rate=0.1: nothing is learned with --transfer_steps=0",
+        ),
         (["--mechanism=softmax"], "argument --mechanism: invalid choice: 'softmax'"),
         (["--text={dir}/none.txt"], "no file matches"),
         (["--text={dir}/x.jsonl", "--text_field=body"], '{dir}/x.jsonl:1: no "body" field that is a string'),
@@ -396,7 +403,7 @@ def test_fine_tuning_goes_on_from_it(fitted):
         (["--step=9"], "no checkpoint step 9 in"),
         (["--context=128"], "--context=128: a window of 64 shows all of it, so there is nothing to fit; allowed: "),
         (["--context=131", "--exact_heads=auto:1"], "--context=131: its repeated half lies 65 tokens back, where a"),
-        (["--context=131", "--exact_layers=auto:1"], "allowed with auto: --context above 131, or a smaller --window"),
+        (["--context=132", "--exact_layers=auto:1"], "allowed with auto: --context above 132, or a smaller --window"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(workdir, fitted, text, tmp_path, flags, message, capsys):
@@ -426,7 +433,7 @@ def test_layers_whose_features_add_nothing_to_the_window_are_named(mechanism, na
     calibrate.complete_flags(args)
     options = fitting.FitOptions(**{name: value for name, value in vars(args).items() if name != "out"})
     worth = Worth(Quality(3.0, 0.3), Quality(3.1, 0.4), None, 2)
-    _, *lines = summary(options, args.out, fitting.Calibrated(rows, None, None, worth)).splitlines()
+    _, *lines = summary(options, args.out, fitting.Calibrated(rows, None, None, worth, 512)).splitlines()
     assert [line.partition(";")[0] for line in lines] == [*([named] if named else []), *worth.lines()]
 
 

@@ -9,6 +9,7 @@ import pytest
 from darkformer_jax import evaluate, generate, linearise
 from darkformer_jax.errors import UserError
 from darkformer_jax.linearisation import run as linearisation
+from darkformer_jax.linearisation.text import read_text
 from darkformer_jax.runs.workdir import Workdir
 from tests.tiny_runs import READS_COMPILED, Command, saved_arrays, tiny_config, write_text, write_workdir
 
@@ -292,6 +293,26 @@ def test_a_copy_reaches_beyond_the_window_or_the_report_says_so(tmp_path, capsys
         assert (said in capsys.readouterr().out) == is_shown
 
 
+def test_copies_are_as_long_as_the_text_has_them(exact, text, tmp_path):
+    (tmp_path / "short.jsonl").write_text('{"text": "' + "a bc def " * 70 + '"}\n')  # 630 tokens
+    for window, copied in ((128, 512), (256, 512), (300, 600), (320, 512)):
+        flags = ("--long_context=1400", f"--test_text={tmp_path}/short.jsonl", f"--window={window}")
+        settings = linearise.settings_of(linearise.parse_flags(command(exact, text, tmp_path / "out", *flags)))
+        assert read_text(settings).copied.shape == (1, copied)
+
+
+def test_a_transfer_that_is_done_is_not_judged_again(exact, text, tmp_path, capsys):
+    """An older version fitted passages that the window shows whole; what followed can still go on."""
+    few = ("--window=64", "--stages=transfer")
+    run(exact, text, tmp_path, *few, "--steps=transfer=0")
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    settings["steps"]["transfer"] = 2
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    capsys.readouterr()
+    run(exact, text, tmp_path, *few, "--steps=transfer=2")
+    assert f"the model: {tmp_path}/1-transfer" in capsys.readouterr().out
+
+
 def test_flags_are_refused_before_the_text_is_read(exact, text, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(linearisation, "read_text", None)
     (tmp_path / "used").mkdir()
@@ -301,6 +322,7 @@ def test_flags_are_refused_before_the_text_is_read(exact, text, tmp_path, monkey
         ("--exact_heads=auto:4", "one at least must be replaced"),
         ("--window=64", "--context=32: a window of 64 shows all of it, so there is nothing to fit"),
         (f"--out={tmp_path}/used", "has file, but no settings.json"),
+        (f"--out={tmp_path}/used/file/out", "used/file/out cannot be written: Not a directory"),
     ):
         with pytest.raises(SystemExit):
             run(exact, text, tmp_path / "out", flag)

@@ -32,9 +32,9 @@ from darkformer_jax.calibration.head_choice import (
 from darkformer_jax.calibration.head_order import moments_in_order, restacked, rows_in_order, with_exact_heads_first
 from darkformer_jax.calibration.kept import Arrays, Kept, Remember
 from darkformer_jax.calibration.moments import Moments
-from darkformer_jax.calibration.passages import read_passages
+from darkformer_jax.calibration.passages import num_test_passages, read_passages
 from darkformer_jax.calibration.quality_curve import CURVE_FILE, draw_curve
-from darkformer_jax.calibration.sight import check_sight
+from darkformer_jax.calibration.sight import check_sight, copy_distance
 from darkformer_jax.calibration.transfer import (
     FittedMechanism,
     LayerTensors,
@@ -70,6 +70,7 @@ from darkformer_jax.training.step import TrainState
 EXACT_KINDS = tuple(kind for kind, mixer in MIXERS.items() if mixer.role == "exact")
 KINDS = tuple(kind for kind, mixer in MIXERS.items() if "window" in mixer.uses)  # these can replace an exact kind
 GEOMETRY_KINDS = tuple(kind for kind in KINDS if "geometry_init" in MIXERS[kind].uses)  # those of them with an M
+LEARNING_KINDS = (*GEOMETRY_KINDS, "lfk")  # without a gain or projections to learn
 BALANCED_KINDS = tuple(kind for kind in KINDS if "balanced" in MIXERS[kind].uses)
 MOMENTS_FILE = "moments.npz"
 LEARNING_RATE = 3e-3  # of M; at 1e-2 the far part of some heads dies (docs/finetuning.md)
@@ -127,12 +128,14 @@ class Calibrated(NamedTuple):
       choice: of the exact layers, where they were chosen.
       heads: of the exact heads, likewise.
       worth: the loss of the new model, and that of the same without its features.
+      copy_distance: tokens from a passage to its copy, where copying was measured.
     """
 
     layers: list[dict[str, Any]]
     choice: Choice | None
     heads: HeadChoice | None
     worth: Worth
+    copy_distance: int
 
 
 def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> Calibrated:
@@ -145,14 +148,14 @@ def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> Calibrated:
     Raises:
       UserError: the model is not exact, options contradict each other, or there is too little text.
     """
-    parse_wishes(o.exact_layers, o.exact_heads, o.cache_budget)
     with whole_directory(out) as directory:
         exact = Workdir(o.workdir)
         teacher = load_language_model(exact, o.step)
         _require_exact(o.workdir, teacher)
         config = calibrated_config(o)
         specs = (teacher.network.spec, _network(config, teacher).spec)
-        wish, by_heads = checked_wishes(o, *specs)
+        begin = int(teacher.tokenizer.adds_bos)
+        wish, by_heads = checked_wishes(o, *specs, begin)
         if wish.layers:
             config = calibrated_config(o, hybrid_pattern(teacher.config, config, wish.layers))
         sizes = (o.passages, o.context, o.seed, o.heldout_fraction)
@@ -195,22 +198,38 @@ def calibrate(o: FitOptions, out: str, progress_bar: ProgressBar) -> Calibrated:
         chosen["worth"] = worth.to_json()
         write_json(directory / CALIBRATION_FILE, dataclasses.asdict(o) | {"layers": rows} | chosen)
     kept.forget()
-    return Calibrated(rows, choice, heads, worth)
+    return Calibrated(rows, choice, heads, worth, copy_distance(o.context, begin))
 
 
-def checked_wishes(o: FitOptions, exact: ModelSpec, replaced: ModelSpec) -> tuple[Wish, HeadWish | None]:
+def checked_wishes(o: FitOptions, exact: ModelSpec, replaced: ModelSpec, begin: int) -> tuple[Wish, HeadWish | None]:
     """What is to stay exact: (layers, heads).
 
-    Raises UserError for what the models cannot have, and for passages that are too short to fit features or to choose.
+    Args:
+      exact: the model before.
+      replaced: the same with every layer replaced that can be.
+      begin: tokens of a passage before its text.
+
+    Raises:
+      UserError: wishes that the models cannot have, or passages that are too short to fit features or to choose.
     """
     wish, by_heads = parse_wishes(o.exact_layers, o.exact_heads, o.cache_budget)
     wish = check_wish(wish, exact, replaced)
     check_head_wish(by_heads, exact, replaced)
     chooses = wish.is_auto or isinstance(by_heads, int | Budget)
     for layer in candidates_of(exact, replaced):
-        mixer = replaced.layers[layer]
-        check_sight(mixer, o.context, fits=bool(o.transfer_steps) and mixer.kind != "window_only", chooses=chooses)
+        check_sight(replaced.layers[layer], o.context, begin, fits=_learns(o), chooses=chooses)
+    dim, train = exact.layers[0].head_dim, o.passages - (0 if o.test_text else num_test_passages(o.passages))
+    if o.geometry != "identity" and train * o.context <= dim:
+        raise UserError(
+            f"--geometry={o.geometry}: needs at least {dim + 1} tokens to fit on, of heads of {dim}; "
+            f"--passages={o.passages} of --context={o.context} leave {train * o.context}"
+        )
     return wish, by_heads
+
+
+def _learns(o: FitOptions) -> bool:
+    """Whether the mechanism has something to learn, and steps to learn it in."""
+    return o.transfer_steps > 0 and (o.mechanism in LEARNING_KINDS or o.far_gain or o.learn_projections)
 
 
 def _what_decides(o: FitOptions, teacher: WorkdirModel, passages: np.ndarray) -> Iterator[bytes]:

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from darkformer_jax.calibration.sight import copy_distance
 from darkformer_jax.data.progress import ProgressBar
 from darkformer_jax.data.tokenizers import Tokenizer
 from darkformer_jax.model.transformer import Block, Transformer
@@ -98,7 +99,7 @@ def plain_row(passage: Int[np.ndarray, "l"]) -> Row:
 
 def repeated_row(passage: Int[np.ndarray, "l"], begin: int) -> Row:
     """The first half of a passage, and again without its `begin` first tokens. Only the second copy counts."""
-    half = (len(passage) - begin) // 2
+    half = copy_distance(len(passage), begin)
     once = passage[begin : begin + half]
     return _row(np.concatenate([passage[:begin], once, once]), first=begin + half)
 

@@ -29,8 +29,9 @@ def summary(o: FitOptions, out: str, found: Calibrated) -> str:
     if found.heads is not None:
         lines += head_lines(found.heads)
     lines += found.worth.lines()
-    if copies_are_shown(o.window, o.context):
-        lines.append(f"copy: the first copy lies in the window, {o.context // 2} tokens back, so no feature is asked")
+    if copies_are_shown(o.window, found.copy_distance):
+        back = f"{found.copy_distance} tokens back"
+        lines.append(f"copy: the first copy lies in the window, {back}, so no feature is asked")
     return "\n".join(lines)
 
 

@@ -1,6 +1,7 @@
 """What a linearisation will do and need, before it begins; and what keeps it from beginning."""
 
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -8,9 +9,9 @@ from typing import NamedTuple
 import jax
 
 from darkformer_jax.calibration.fitting import EXACT_KINDS, calibrated_config, checked_wishes
-from darkformer_jax.calibration.passages import num_test_passages
 from darkformer_jax.config.specs import model_spec
 from darkformer_jax.config.validation import validate
+from darkformer_jax.data.tokenizers import load_tokenizer
 from darkformer_jax.errors import UserError
 from darkformer_jax.linearisation.settings import LONG, TRANSFER, Settings, stage_directory
 from darkformer_jax.linearisation.stages import is_done, planned_config, transfer_options
@@ -83,7 +84,8 @@ def make_plan(settings: Settings, out: Path, exact: Network) -> list[StagePlan]:
         directory, steps = stage_directory(out, stage), settings.steps[stage]
         state = DONE if is_done(settings, out, stage) else "begun" if directory.exists() else ""
         if stage == TRANSFER:
-            _check_transfer(settings, exact)
+            if state != DONE:  # of an older version, it may have allowed more
+                _check_transfer(settings, exact)
             tokens, flops, num_bytes = settings.passages * settings.context, None, 4 * params
         else:
             config = planned_config(settings, out, stage)
@@ -100,14 +102,8 @@ def _check_transfer(settings: Settings, exact: Network) -> None:
     """Raises UserError for what `calibrate` would refuse after it has read the text."""
     options = transfer_options(settings)
     replaced = model_spec(calibrated_config(options), exact.spec.vocab_size)
-    checked_wishes(options, exact.spec, replaced)
-    dim, passages = exact.spec.layers[0].head_dim, settings.passages
-    num_tokens = (passages - num_test_passages(passages)) * settings.context
-    if settings.geometry != "identity" and num_tokens <= dim:
-        raise UserError(
-            f"--geometry={settings.geometry}: needs at least {dim + 1} tokens to fit on, of heads of {dim}; "
-            f"--passages={passages} of --context={settings.context} leave {num_tokens}"
-        )
+    begin = int(load_tokenizer(str(Workdir(settings.workdir).local)).adds_bos)
+    checked_wishes(options, exact.spec, replaced, begin)
 
 
 def describe(plans: list[StagePlan], text: Text) -> str:
@@ -123,13 +119,19 @@ def describe(plans: list[StagePlan], text: Text) -> str:
     return "\n".join([head, *(line.rstrip() for line in table_lines(rows))])
 
 
-def require_disk(plans: list[StagePlan], out: Path) -> None:
-    """Raises UserError if the disk has too little room. While a checkpoint is written, the one before it is kept."""
+def require_room(plans: list[StagePlan], out: Path) -> None:
+    """Raises UserError if the disk has too little room, or `out` cannot be made.
+
+    While a checkpoint is written, the one before it is kept.
+    """
+    place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        why = "Permission denied" if place.is_dir() else "Not a directory"
+        raise UserError(f"--out={out} cannot be written: {why}")
     left = [plan.num_bytes for plan in plans if plan.state != DONE]
     if not left:
         return
     needed = sum(left) + max(left) + _FREE_BYTES
-    place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
     if free < needed:
         raise UserError(f"--out={out}: the stages need {_size(needed)} of disk, and {_size(free)} are free")

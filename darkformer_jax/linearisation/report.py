@@ -40,7 +40,7 @@ def describe(rows: Rows, text: Text, settings: Settings) -> str:
         f"{exact.tokens:,} held-out tokens in windows of {settings.longest:,}; copy: {count} passages of {size:,} "
         "held-out tokens, each followed by itself; nats per token of the second"
     )
-    if copies_are_shown(settings.window, 2 * size):
+    if copies_are_shown(settings.window, size):
         head += f" (the first lies in the window of {settings.window:,}, so no feature is asked)"
     cells = [("after", "bits/byte", "over exact", "copy")]
     for name, figures in rows.items():

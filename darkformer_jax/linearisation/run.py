@@ -38,7 +38,7 @@ def linearise(settings: Settings, out: str, note: Note, progress_of: ProgressOf,
     exact = plan.exact_network(settings)
     check_settings(directory, settings)
     plans = plan.make_plan(settings, directory, exact)
-    plan.require_disk(plans, directory)
+    plan.require_room(plans, directory)
     text = read_text(settings)  # last, because it takes long
     check_settings(directory, settings, text.fingerprint)
     try:

@@ -44,7 +44,8 @@ def read_text(settings: Settings) -> Text:
       UserError: files that cannot be read, text that is too short for a stage or for the figures, or test text with
         documents of the training text.
     """
-    find_text_files(settings.text)  # refuses sources with weights, which calibration does not read
+    for text in (settings.text, settings.test_text) if settings.test_text else (settings.text,):
+        find_text_files(text)  # refuses sources with weights, which calibration does not read
     tokenizer, passages = str(Workdir(settings.workdir).local), (settings.passages, settings.context, settings.seed)
     read_passages(settings.text, "", settings.text_field, load_tokenizer(tokenizer), *passages, HELDOUT_FRACTION)
     data = load_data("text", settings.text, tokenizer, HELDOUT_FRACTION, text_field=settings.text_field)
@@ -53,9 +54,11 @@ def read_text(settings: Settings) -> Text:
     where = f"the held-out {HELDOUT_FRACTION:.0%} of --text={settings.text}"
     if settings.test_text:
         held_out, where = _test_documents(settings), f"--test_text={settings.test_text}"
-    size = min(max(_COPIED, 2 * settings.window), settings.longest // 2) // 2 * 2  # the window alone must not copy it
-    copied = _passages(held_out, data.tokenizer, size)
-    if not len(copied):
+    for wanted in (max(_COPIED, 2 * settings.window), _COPIED):  # the window alone must not copy it, if that can be
+        copied = _passages(held_out, data.tokenizer, min(wanted, settings.longest // 2) // 2 * 2)
+        if len(copied):
+            break
+    else:
         raise UserError(f"{where}: no document has {copied.shape[1]} tokens to be repeated; give longer --test_text")
     digest = hashlib.sha256(data.fingerprint.encode())
     for text in held_out:
