@@ -210,7 +210,8 @@ def checked_wishes(o: FitOptions, exact: ModelSpec, replaced: ModelSpec, begin: 
       begin: tokens of a passage before its text.
 
     Raises:
-      UserError: wishes that the models cannot have, or passages that are too short to fit features or to choose.
+      UserError: wishes that the models cannot have, or passages that are too short to fit features, to choose by, or
+        to estimate the moments of a geometry from.
     """
     wish, by_heads = parse_wishes(o.exact_layers, o.exact_heads, o.cache_budget)
     wish = check_wish(wish, exact, replaced)
